@@ -1,0 +1,180 @@
+"""client_step: one client's pure step, the same on every engine and on a device."""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from fedlth import train
+from fedlth.jobs import Job, Message, Reply
+from fedlth.methods.arms import ARMS
+from fedlth.methods.fedpm import first_scores
+from fedlth.methods.local import Local
+from fedlth.methods.recipe import Recipe, in_phase
+from fedlth.methods.resolve import arms_of, finder_of, kept_arm, main_density, recipe_of
+from fedlth.methods.state import ClientState
+from fedlth.methods.step2 import Result, Step2
+from fedlth.methods.visit import private, received_params
+from fedlth.params import Layout, Params
+from fedlth.wire import mask as bitmap
+from fedlth.wire import metrics, payload
+from fedlth.wire.payload import Content
+from fedlth.world import World, open_world
+
+
+def space(world: World, recipe: Recipe) -> Layout:
+    """Return the layout of the method's global state: the exchanged model, or its prunable tensors as scores."""
+    return world.exchange if recipe.space == "weights" else world.layout.select(lambda e: e.prunable)
+
+
+def initial(world: World, recipe: Recipe) -> Params:
+    """Return round 0's global state, which both ends draw from the study's seed."""
+    return world.shared_part(world.theta_0) if recipe.space == "weights" else first_scores(world)
+
+
+def client_step(job: Job) -> Reply:
+    """Decode, restore, train, encode. Pure but for its caches: equal jobs give equal replies on every engine."""
+    began = time.perf_counter()
+    world = open_world(job.study)
+    recipe = in_phase(recipe_of(world.study), job.phase)
+    state = ClientState.from_bytes(job.state)
+    received = _received(job, world, recipe, state)
+    if job.phase in ("federate", "refine"):
+        state, outbox = _visit(job, world, recipe, received["theta_g"], state)
+    else:
+        state, outbox = _personalise(job, world, recipe, received, state)
+    return Reply(
+        round=job.round,
+        client=job.client,
+        outbox=outbox,
+        state=state.to_bytes(),
+        seconds=time.perf_counter() - began,
+        device=world.device,
+    )
+
+
+@lru_cache(maxsize=4)
+def _decoded(data: bytes, kind: str, science: str) -> Content:
+    """Decode a broadcast once a worker. Callers treat the content as immutable."""
+    world = open_world(science)
+    return payload.decode(data, kind, space(world, recipe_of(world.study)))
+
+
+def _received(job: Job, world: World, recipe: Recipe, state: ClientState) -> dict[str, Content]:
+    """Return what came, by name; training uses these decoded objects, never the sender's."""
+    layout = space(world, recipe)
+    known = state.masks.get("active")
+    got: dict[str, Content] = {}
+    for message in job.inbox:
+        kind = "values" if message.kind == "evaluation" else message.kind
+        if message.broadcast:
+            content = _decoded(message.payload, kind, job.study)
+        else:
+            content = payload.decode(message.payload, kind, layout, known_mask=known)
+        got["evaluation" if message.kind == "evaluation" else message.name] = content
+    if "theta_g" not in got:
+        start = initial(world, recipe)
+        got["theta_g"] = Content(np.ones(layout.num_prunable, bool), start.floats, start.ints)
+    return got
+
+
+def _visit(
+    job: Job, world: World, recipe: Recipe, received: Content, state: ClientState
+) -> tuple[ClientState, tuple[Message, ...]]:
+    local = Local(world, job.client, job.round, job.phase)
+    done = recipe.visit(local, received, state)
+    known = state.masks.get("active")
+    sent = payload.encode(done.kind, space(world, recipe), done.content, known_mask=known)
+    record: dict[str, Any] = {"num_examples": local.num_train, **done.metrics}
+    return done.state, (Message(done.kind, "update", sent), Message("metrics", "visit", metrics.encode(record)))
+
+
+def _personalise(
+    job: Job, world: World, recipe: Recipe, received: dict[str, Content], state: ClientState
+) -> tuple[ClientState, tuple[Message, ...]]:
+    # Streams of step 2 are the client's alone: which wave it is in must not matter.
+    local = Local(world, job.client, 0, job.phase)
+    if job.phase == "refined":
+        results = [_refined(local, recipe, received["theta_g"], state)]
+    else:
+        step = _step2(local, recipe, received, state)
+        results = [r for name in arms_of(world.study) for r in ARMS[name](step)]
+    rows = [_row(local, r) for r in results]
+    outbox = [Message("metrics", "arms", metrics.encode({"rows": rows}))]
+    kept = _kept(world, results)
+    if kept is not None:
+        rest = world.layout.num_prunable
+        values = np.concatenate((kept.params.floats[:rest][kept.mask], kept.params.floats[rest:]))
+        state = state.with_(masks={"ticket": kept.mask}, vectors={"ticket": values})
+        if world.study.refine.rounds and job.phase == "personalise":
+            state = state.with_(masks={"active": kept.mask})
+            bare = payload.encode("mask", world.exchange, Content(kept.mask, None, None))
+            outbox.append(Message("mask", "ticket", bare))
+    return state, tuple(outbox)
+
+
+def _step2(local: Local, recipe: Recipe, received: dict[str, Content], state: ClientState) -> Step2:
+    world, main = local.world, received["theta_g"]
+    if recipe.space == "scores":
+        theta_g = recipe.visit.own(local, main, state).params
+    else:
+        whole = received.get("evaluation", main)
+        theta_g = world.merge(received_params(whole), private(local, state))
+    anchors = {"theta_0": world.theta_0, "theta_g": theta_g}
+    for name, content in received.items():
+        if name.startswith("theta_g@"):
+            anchors[name] = world.merge(received_params(content), private(local, state))
+    study = world.study
+    return Step2(local, recipe.visit, main, state, theta_g, anchors, finder_of(study), study.finder.densities)
+
+
+def _refined(local: Local, recipe: Recipe, received: Content, state: ClientState) -> Result:
+    epochs = local.world.study.personalise.epochs
+    tuned = recipe.visit.tune(local, received, state, epochs)
+    target = main_density(local.world.study)
+    return Result(arm="refined", params=tuned.params, mask=tuned.mask, target=target, start="own", epochs=epochs)
+
+
+def _kept(world: World, results: list[Result]) -> Result | None:
+    """Pick the model that is this client's product."""
+    if results[0].arm == "refined":
+        return results[0]
+    arm = kept_arm(world.study)
+    own = [r for r in results if r.arm == arm]
+    exact = [r for r in own if r.target == main_density(world.study)]
+    return (exact or own or [None])[0]
+
+
+def _row(local: Local, result: Result) -> dict[str, Any]:
+    """Evaluate one model. Test data is read here, after every decision has been made."""
+    world, size = local.world, local.full.size
+    if result.params.floats[:size][~result.mask].any():
+        raise AssertionError(f"arm {result.arm}: a dead weight is not zero")
+    val_accuracy, val_loss = train.evaluate(world.bound, result.params, local.val_part)
+    test = world.part(local.client, "test")
+    test_accuracy, test_loss = train.evaluate(world.bound, result.params, test)
+    split = world.splits.clients[local.client]
+    return {
+        "client": local.client,
+        "unseen": local.client in world.splits.unseen,
+        "arm": result.arm,
+        "density": float(result.mask.mean()),
+        "target_density": result.target,
+        "start": result.start,
+        "epochs": result.epochs,
+        "search_epochs": result.search_epochs,
+        "train_flops": result.flops[0],
+        "train_flops_effective": result.flops[1],
+        "val_accuracy": val_accuracy,
+        "val_loss": val_loss,
+        "test_accuracy": test_accuracy,
+        "test_loss": test_loss,
+        "num_train": len(split.train),
+        "num_val": len(split.val),
+        "num_test": len(split.test),
+        "ticket": "" if result.mask.all() else bitmap.digest(result.mask),
+        "layer_density": {e.name: float(result.mask[e.slice].mean()) for e in world.layout.prunable},
+    }

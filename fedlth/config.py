@@ -1,0 +1,283 @@
+"""YAML to a frozen, validated tree: an unknown key or a wrong type is an error that names the place."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from fedlth.errors import StudyError
+
+
+def _spec(value: Any) -> Any:
+    """Let `name` stand for `{name: name}`."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Spec = Annotated[dict[str, Any], BeforeValidator(_spec)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Floats = Annotated[tuple[float, ...], BeforeValidator(_tuple)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
+
+
+class _Node(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class Data(_Node):
+    """Which data set: a name of `fedlth list datasets`, `hf:ID`, or your own `package.module:callable`."""
+
+    name: str = "fashion_slice"
+    root: str | None = None
+    options: dict[str, Any] = {}
+
+
+class Clients(_Node):
+    """How many clients, and how each one's examples are split."""
+
+    count: Count
+    unseen: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    test_samples: Count = 100
+
+
+class Model(_Node):
+    """Which network, which of its tensors are prunable (glob patterns), and what happens to norm buffers."""
+
+    name: str = "lenet5"
+    options: dict[str, Any] = {}
+    prunable: Names | None = None
+    buffers: Literal["aggregate", "local_statistics", "local_all"] = "aggregate"
+
+
+class Train(_Node):
+    """Local SGD."""
+
+    epochs: Count = 1
+    batch_size: Count = 32
+    lr: Positive = 0.05
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Federate(_Node):
+    """Step 1: rounds over sampled clients."""
+
+    rounds: Annotated[int, Field(ge=0)] = 10
+    clients_per_round: Count = 5
+
+
+class Personalise(_Node):
+    """Step 2: every client's own training; `clients_per_wave` of them are committed at once."""
+
+    epochs: Count = 2
+    lr: Positive | None = None
+    schedule: Literal["constant", "cosine"] = "constant"
+    arms: Names | None = None
+    clients_per_wave: Count = 10
+
+
+class Finder(_Node):
+    """How a ticket is found: score x schedule x scope x rewind, down to exact densities; `main` is the one kept."""
+
+    score: Spec = {"name": "magnitude"}
+    schedule: Spec = {"name": "iterative"}
+    scope: Spec = {"name": "layerwise"}
+    rewind: Spec = {"name": "global"}
+    densities: Floats = (0.2,)
+    main: float | None = None
+
+
+class Refine(_Node):
+    """Further federated rounds inside the tickets."""
+
+    rounds: Annotated[int, Field(ge=0)] = 0
+    clients_per_round: Count = 5
+
+
+class Tune(_Node):
+    """Learning rates to try before the run; validation accuracy after `rounds` rounds chooses."""
+
+    lr: Floats = ()
+    rounds: Count = 5
+
+
+class Ray(_Node):
+    """The Ray engine: workers, where they run, and what each may use."""
+
+    address: str | None = None
+    workers: Count = 2
+    num_cpus: Annotated[float, Field(ge=0)] = 1.0
+    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    logical_gpus: Annotated[int, Field(ge=0)] | None = None
+    gpu_memory_mb: Count | None = None
+    gpu_total_memory_mb: Count | None = None
+    memory_mb: Count | None = None
+
+
+class Study(_Node):
+    """A whole study. `science()` is the part that decides its numbers."""
+
+    study: str = "study"
+    seed: Annotated[int, Field(ge=0)] = 0
+    seeds: Annotated[tuple[int, ...], BeforeValidator(_tuple)] = ()
+    method: Spec = {"name": "two_step"}
+    data: Annotated[Data, BeforeValidator(_spec)] = Data()
+    partition: Spec = {"name": "iid"}
+    clients: Clients
+    model: Annotated[Model, BeforeValidator(_spec)] = Model()
+    train: Train = Train()
+    federate: Federate = Federate()
+    finder: Finder = Finder()
+    personalise: Personalise = Personalise()
+    refine: Refine = Refine()
+    tune: Tune = Tune()
+    wire: Literal["raw"] = "raw"
+    compute: Literal["reference"] = "reference"
+    device: str = "cpu"
+    engine: Literal["inprocess", "ray", "flower"] = "inprocess"
+    ray: Ray = Ray()
+    job_timeout_s: Positive | None = None
+    tensorboard: bool = False
+    out: str | None = None
+
+    def science(self) -> str:
+        """Return canonical JSON of everything that decides the numbers: what a worker is given.
+
+        Engine, placement and folders are left out, so that equal studies are equal on every engine.
+        """
+        outside = {"engine", "ray", "out", "seeds", "job_timeout_s", "tensorboard", "tune", "study"}
+        return json.dumps(self.model_dump(mode="json", exclude=outside), sort_keys=True)
+
+    def given(self, section: str) -> bool:
+        """Say whether the user wrote this top-level section."""
+        return section in self.model_fields_set
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-3 as a number and refuses a key given twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return dict(super().construct_mapping(node, deep=deep))
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise StudyError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
+
+
+def _override(tree: dict[str, Any], assignment: str) -> None:
+    key, sep, text = assignment.partition("=")
+    if not sep or not key:
+        raise StudyError(f"override {assignment!r}: must be key=value, such as train.lr=0.1")
+    *path, last = key.split(".")
+    node = tree
+    for step in path:
+        child = node.get(step)
+        if isinstance(child, str):
+            child = {"name": child}
+        if child is None:
+            child = {}
+        if not isinstance(child, dict):
+            raise StudyError(f"override {assignment!r}: {step} is not a section")
+        node[step] = child
+        node = child
+    node[last] = _parse(text, f"override {assignment!r}")
+
+
+def _known(location: tuple[Any, ...]) -> list[str]:
+    """Return the keys that are allowed where an unknown one was found."""
+    node: Any = Study
+    for step in location[:-1]:
+        field = node.model_fields.get(step) if hasattr(node, "model_fields") else None
+        node = field.annotation if field else None
+    return list(node.model_fields) if hasattr(node, "model_fields") else []
+
+
+def _explain(error: ValidationError, where: str) -> StudyError:
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(p) for p in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _known(first["loc"])
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+        return StudyError(f"{where}: {place}: unknown key; {hint}")
+    if first["type"] == "missing":
+        return StudyError(f"{where}: {place}: required, but missing")
+    wanted = first["msg"][:1].lower() + first["msg"][1:]
+    return StudyError(f"{where}: {place}: {wanted}, got {first['input']!r}")
+
+
+def build(tree: Any, where: str = "study") -> Study:
+    """Validate a plain tree; raise StudyError with `where: place: what was wanted, got`."""
+    if not isinstance(tree, dict):
+        raise StudyError(f"{where}: must be a mapping of sections, got {type(tree).__name__}")
+    try:
+        study = Study.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, where) from error
+    _cross_check(study, where)
+    return study
+
+
+def _cross_check(study: Study, where: str) -> None:
+    """Refuse what no single field can see."""
+    densities = study.finder.densities
+    if not densities or any(not 0 < d <= 1 for d in densities):
+        raise StudyError(f"{where}: finder.densities: each must be in (0, 1], got {list(densities)}")
+    if sorted(densities, reverse=True) != list(densities) or len(set(densities)) != len(densities):
+        raise StudyError(f"{where}: finder.densities: must fall from left to right, got {list(densities)}")
+    if study.finder.main is not None and study.finder.main not in densities:
+        raise StudyError(f"{where}: finder.main: must be one of finder.densities, got {study.finder.main}")
+    for place, spec in (("method", study.method), ("partition", study.partition)):
+        if not isinstance(spec.get("name"), str):
+            raise StudyError(f"{where}: {place}.name: required, but missing")
+    seen = study.clients.count - round(study.clients.unseen * study.clients.count)
+    for place, section in (("federate", study.federate), ("refine", study.refine)):
+        if section.rounds and section.clients_per_round > seen:
+            raise StudyError(
+                f"{where}: {place}.clients_per_round: must be at most the {seen} clients that take part, "
+                f"got {section.clients_per_round}"
+            )
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Study:
+    """Read a study file, apply `key=value` overrides with dotted keys, validate."""
+    file = Path(path)
+    if not file.is_file():
+        raise StudyError(f"{file}: no such study file")
+    tree = _parse(file.read_text(encoding="utf-8"), str(file))
+    if not isinstance(tree, dict):
+        raise StudyError(f"{file}: must be a mapping of sections, got {type(tree).__name__}")
+    for assignment in overrides or []:
+        _override(tree, assignment)
+    return build(tree, str(file))
+
+
+def dump(study: Study) -> str:
+    """Return the resolved study as YAML; loading it gives an equal study."""
+    return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,141 @@
+"""A user's own callable, named `package.module:callable`: how it is found and called, and what it may return."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+
+from fedlth.data.dataset import Dataset
+from fedlth.errors import StudyError
+
+
+def is_factory(name: str) -> bool:
+    """Say whether a name has the form `package.module:callable`."""
+    module, colon, attribute = name.partition(":")
+    return bool(colon) and all(part.isidentifier() for part in (*module.split("."), *attribute.split(".")))
+
+
+def call_factory(name: str, place: str, given: Mapping[str, object], options: Mapping[str, object]) -> Any:
+    """Import `package.module:callable`, also from the working directory, and return what it returns.
+
+    given: passed as far as the signature accepts. options: the user's own, so one that is not accepted is an error.
+    Raises StudyError naming `place` for every failure, those inside the callable included.
+    """
+    with _working_directory_on_path():
+        function = _find(name, place)
+        arguments = accepted(function, place, name, given, options)
+        try:
+            return function(**arguments)
+        except StudyError:
+            raise
+        except Exception as error:  # the user's code may raise anything; the user is told which callable it was
+            raise StudyError(f"{place}: {name} raised {type(error).__name__}: {error}") from error
+
+
+def accepted(
+    function: Callable[..., object], place: str, name: str, given: Mapping[str, object], options: Mapping[str, object]
+) -> dict[str, object]:
+    """Return the keyword arguments for `function`; raise StudyError at an option it has no parameter for."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some builtins have no signature
+        return {**given, **options}
+    by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for option in options:
+        if option in given:
+            raise StudyError(f"{place}.options: {option} is set by fedlth itself and cannot be an option of {name}")
+        if not takes_all and option not in by_name:
+            allowed = ", ".join(sorted(by_name - set(given))) or "none"
+            raise StudyError(f"{place}.options: {name} takes {allowed}, got {option!r}")
+    arguments = {key: value for key, value in given.items() if takes_all or key in by_name} | dict(options)
+    missing = [
+        p.name
+        for p in parameters
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in arguments
+    ]
+    if missing:
+        raise StudyError(f"{place}.options: {name} also needs {', '.join(missing)}")
+    return arguments
+
+
+def user_dataset(name: str, root: str | None, options: Mapping[str, object]) -> Dataset:
+    """Return the data set of a user's factory, which gives a Dataset or a dict of its fields (name left out or not)."""
+    made = call_factory(name, "data", {"root": root}, options)
+    if isinstance(made, Dataset):
+        return made
+    if not isinstance(made, Mapping):
+        raise StudyError(f"data: {name} must return a Dataset or a dict of its fields, got {type(made).__name__}")
+    known = [field.name for field in fields(Dataset)]
+    unknown = [str(key) for key in made if key not in known]
+    required = ("x_train", "y_train", "x_test", "y_test", "num_classes")
+    missing = [key for key in required if key not in made]
+    if unknown or missing:
+        raise StudyError(
+            f"data: {name} must return the fields {', '.join(required)} and at most {', '.join(known)}, "
+            f"got unknown {unknown} and missing {missing}"
+        )
+    plain: dict[str, Any] = {"name": name, **made}
+    for field in ("x_train", "x_test"):
+        plain[field] = _inputs(plain[field])
+    for field in ("y_train", "y_test"):
+        plain[field] = _integers(plain[field])
+    for field in ("key_train", "key_test"):
+        if plain.get(field) is not None:
+            plain[field] = np.asarray(plain[field])
+    for field in ("mean", "std"):
+        try:
+            plain[field] = tuple(float(value) for value in plain.get(field, ()))
+        except (TypeError, ValueError) as error:
+            raise StudyError(f"data: {name}: {field} must be a list of numbers, got {plain[field]!r}") from error
+    return Dataset(**plain)
+
+
+def _inputs(values: object) -> np.ndarray:
+    """Bring doubles to float32 and small integers to int64, which hold the same values to training's precision."""
+    x = np.asarray(values)
+    if x.dtype.kind == "f":
+        return x.astype(np.float32)
+    return x.astype(np.int64) if x.dtype.kind in "iu" and x.dtype != np.uint8 else x
+
+
+def _integers(values: object) -> np.ndarray:
+    y = np.asarray(values)
+    return y.astype(np.int64) if y.dtype.kind in "iu" else y
+
+
+def _find(name: str, place: str) -> Callable[..., object]:
+    module_name, _, attribute = name.partition(":")
+    try:
+        found: object = importlib.import_module(module_name)
+    except Exception as error:  # importing runs the user's code
+        raise StudyError(f"{place}: {module_name} cannot be imported: {type(error).__name__}: {error}") from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise StudyError(f"{place}: the module {module_name} has no {attribute}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise StudyError(f"{place}: {name} must be callable, got {type(found).__name__}")
+    return found
+
+
+@contextmanager
+def _working_directory_on_path() -> Iterator[None]:
+    """Let modules beside the study be imported; the `fedlth` command, unlike `python -m`, does not see them."""
+    here = os.getcwd()
+    if here in sys.path or "" in sys.path:
+        yield
+        return
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)

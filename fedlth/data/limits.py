@@ -1,0 +1,27 @@
+"""The bounds that settings of data sets and partitions must keep; each error names the setting."""
+
+from __future__ import annotations
+
+import math
+
+from fedlth.errors import wrong
+
+
+def is_number(value: object) -> bool:
+    """Say whether a value is a finite number; YAML's true and false are none, though Python counts them as ints."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_count(place: str, value: object, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise wrong(place, f"an integer of at least {least}", value)
+
+
+def check_above_zero(place: str, value: float) -> None:
+    if not is_number(value) or value <= 0:
+        raise wrong(place, "a number above 0", value)
+
+
+def check_share(place: str, value: float) -> None:
+    if not is_number(value) or not 0 < value <= 1:
+        raise wrong(place, "in (0, 1]", value)

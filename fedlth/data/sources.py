@@ -1,0 +1,41 @@
+"""The table of data sets by name, and `load`, which every study goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from fedlth.data.characters import characters
+from fedlth.data.cifar import cifar10, cifar100
+from fedlth.data.dataset import Dataset, checked
+from fedlth.data.embedded import fashion_slice
+from fedlth.data.factory import accepted, is_factory, user_dataset
+from fedlth.data.huggingface import huggingface
+from fedlth.data.idx import fashion_mnist, mnist
+from fedlth.errors import StudyError
+
+SOURCES: dict[str, Callable[..., Dataset]] = {
+    "fashion_slice": fashion_slice,
+    "fashion_mnist": fashion_mnist,
+    "mnist": mnist,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "characters": characters,
+}
+
+
+def load(name: str, *, root: str | None, options: Mapping[str, object]) -> Dataset:
+    """Return the checked data set called `name`: one of SOURCES, `hf:<id>`, or a user's `package.module:callable`.
+
+    root: folder to read from; None means the usual system places. options: the data set's own settings.
+    Raises StudyError for an unknown name or option, a missing or damaged file, or data that break the contract.
+    """
+    if name in SOURCES:
+        source = SOURCES[name]
+        return checked(source(**accepted(source, "data", name, {"root": root}, options)))
+    if name.startswith("hf:"):
+        return checked(huggingface(**accepted(huggingface, "data", name, {"name": name, "root": root}, options)))  # type: ignore[arg-type]
+    if is_factory(name):
+        return checked(user_dataset(name, root, options))
+    raise StudyError(
+        f"data.name: must be one of {', '.join(SOURCES)}, hf:<id> or package.module:callable, got {name!r}"
+    )

@@ -1,0 +1,39 @@
+"""The in-process engine: one job after the other, in this process. What every other engine must equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fedlth.client import client_step
+from fedlth.jobs import Failure, Job, Reply
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error as one line of at most 300 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def attempt(step: Callable[[Job], Reply], job: Job) -> Reply | Failure:
+    """Run one job; what it raises becomes a Failure, so that it costs only itself."""
+    try:
+        return step(job)
+    except MemoryError as error:
+        return Failure(round=job.round, client=job.client, kind="memory", reason=one_line(error))
+    except Exception as error:
+        kind = "memory" if "can't allocate memory" in str(error) else "raised"
+        return Failure(round=job.round, client=job.client, kind=kind, reason=one_line(error))
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """Run jobs here, in order."""
+
+    name: str = "inprocess"
+    holds_state: bool = False
+
+    def map(self, jobs: Sequence[Job], /) -> list[Reply | Failure]:
+        return [attempt(client_step, job) for job in jobs]
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,12 @@
+"""The one exception that a user's mistake becomes: a single line that names the place."""
+
+from __future__ import annotations
+
+
+class StudyError(Exception):
+    """Say in one line where the input is wrong, what was wanted and what was got."""
+
+
+def wrong(place: str, wanted: str, got: object) -> StudyError:
+    """Return the error `<place>: must be <wanted>, got <got>`."""
+    return StudyError(f"{place} must be {wanted}, got {got!r}")

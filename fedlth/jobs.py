@@ -1,0 +1,76 @@
+"""What crosses between the round loop and a client: names, bytes and numbers, never a live object."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Message:
+    """One payload. `kind` is values, mask, scores, metrics or evaluation; `name` says which, e.g. "theta_g@3"."""
+
+    kind: str
+    name: str
+    payload: bytes
+    broadcast: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One client's step. `study` is the canonical JSON of the study, from which a worker builds the rest once.
+
+    `version` names the client's committed state ("" for none). `state` holds its bytes where the driver keeps them,
+    and is None where they lie with the client (a device, a Flower node).
+    """
+
+    study: str
+    phase: str
+    round: int
+    client: int
+    inbox: tuple[Message, ...]
+    version: str = ""
+    state: bytes | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """One client's answer. `state` is a new version of its state, current only once the round is committed."""
+
+    round: int
+    client: int
+    outbox: tuple[Message, ...]
+    state: bytes | None = None
+    seconds: float = 0.0
+    worker: str = ""
+    device: str = ""
+    framed_down_bytes: int | None = None
+    framed_up_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """No answer. `kind` is raised, died, hung, memory or lost; `reason` is one line."""
+
+    round: int
+    client: int
+    kind: str
+    reason: str
+    worker: str = ""
+
+
+class Engine(Protocol):
+    """A transport: the in-process engine is the definition, the others must equal it.
+
+    `holds_state` says that clients keep their own state: the driver then neither sends nor stores it.
+    """
+
+    name: str
+    holds_state: bool
+
+    def map(self, jobs: Sequence[Job], /) -> list[Reply | Failure]:
+        """Run `client_step` on each job; one Reply or Failure a job, in job order."""
+        ...
+
+    def close(self) -> None: ...

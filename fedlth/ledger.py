@@ -1,0 +1,55 @@
+"""The append-only record of every message: one JSON row each, a fact once its round is committed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One message. `payload_bytes` is len() of what was serialised; `framed_bytes` is what the transport tells."""
+
+    round: int
+    phase: str
+    sender: str
+    receiver: str
+    kind: str
+    name: str
+    payload_bytes: int
+    framed_bytes: int | None = None
+    density: float = 1.0
+    ticket: str = ""
+    broadcast: bool = False
+    status: str = "ok"
+
+
+def party(client: int | None) -> str:
+    """Name a sender or receiver: "server" or "client:7"."""
+    return "server" if client is None else f"client:{client}"
+
+
+def lines(rows: Iterable[Row | Mapping[str, Any]]) -> bytes:
+    """Serialise rows, one compact JSON object a line, keys sorted so that equal rows are equal bytes."""
+    plain = [asdict(r) if isinstance(r, Row) else dict(r) for r in rows]
+    return b"".join(json.dumps(r, sort_keys=True, allow_nan=False).encode() + b"\n" for r in plain)
+
+
+def append(path: Path, data: bytes) -> int:
+    """Append bytes durably and return the file's new length."""
+    with path.open("ab") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()
+
+
+def truncate(path: Path, length: int) -> None:
+    """Cut back what was written after the last commit; it never became a fact."""
+    if path.exists():
+        with path.open("r+b") as file:
+            file.truncate(length)

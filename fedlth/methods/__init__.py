@@ -1,0 +1,1 @@
+"""Federated methods as compositions of parts; recipes.py lists them all."""

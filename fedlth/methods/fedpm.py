@@ -1,0 +1,105 @@
+"""FedPM: weights never change; what is learnt is the probability that each one is there. Bits up, scores down.
+
+Isik, Pase, Gunduz, Weissman, Zorzi. Sparse Random Networks for Communication-Efficient Federated Learning.
+ICLR 2023, arXiv 2209.15328.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch.func import functional_call
+
+from fedlth import rng
+from fedlth.methods.local import Local
+from fedlth.methods.state import ClientState
+from fedlth.methods.visit import Own, Visited
+from fedlth.params import Layout, Params
+from fedlth.train import batches, loss_of
+from fedlth.wire.payload import Content
+from fedlth.world import World
+
+
+def frozen_weights(world: World) -> Params:
+    """Return the frozen net: each prunable weight plus or minus its layer's Kaiming constant sqrt(2 / fan_in).
+
+    Signs come from a stream of the run's seed, so seed and mask are the whole model. The rest is theta_0's.
+    """
+    floats = world.theta_0.floats.copy()
+    signs = rng.stream(world.study.seed, "signed constant")
+    for e in world.layout.prunable:
+        fan_in = e.size // e.shape[0]
+        floats[e.slice] = np.where(signs.random(e.size) < 0.5, -1.0, 1.0) * math.sqrt(2 / fan_in)
+    return replace(world.theta_0, floats=floats)
+
+
+def first_scores(world: World) -> Params:
+    """Return scores whose sigmoids are uniform in (0, 1): where FedPM starts."""
+    draw = rng.stream(world.study.seed, "first scores").uniform(0.01, 0.99, world.layout.num_prunable)
+    return Params(np.log(draw / (1 - draw)).astype(np.float32), np.zeros(0, np.int64))
+
+
+@dataclass(frozen=True)
+class ScoreVisit:
+    """Train scores through sampled masks (straight-through), send one sampled mask."""
+
+    lr: float
+    sends: str = "mask"
+
+    def __call__(self, local: Local, received: Content, state: ClientState, /) -> Visited:
+        val_accuracy = local.val_accuracy(self.own(local, received, state).params)
+        scores, loss = self._train(local, _scores(received), local.plan.epochs)
+        mask = local.rng("upload mask").random(scores.size) < 1 / (1 + np.exp(-scores.astype(np.float64)))
+        metrics = {"loss": loss, "val_accuracy": val_accuracy, "density": float(mask.mean())}
+        return Visited(self.sends, Content(mask, None, None), replace(state, visits=state.visits + 1), metrics)
+
+    def own(self, local: Local, received: Content, state: ClientState, /) -> Own:
+        return self._likely(local, _scores(received))
+
+    def tune(self, local: Local, received: Content, state: ClientState, epochs: int, /) -> Own:
+        return self._likely(local, self._train(local, _scores(received), epochs)[0])
+
+    def _likely(self, local: Local, scores: np.ndarray) -> Own:
+        """Return the net of the weights that are more likely there than not (no dice in an evaluation)."""
+        mask = scores > 0
+        return Own(frozen_weights(local.world).masked(mask), mask)
+
+    def _train(self, local: Local, start: np.ndarray, epochs: int) -> tuple[np.ndarray, float]:
+        x, y = local.train_part
+        layout, bound = local.world.layout, local.world.bound
+        bound.load(frozen_weights(local.world))
+        bound.module.train()
+        weights = _by_name(bound.flat.clone(), layout)
+        torch.manual_seed(local.torch_seed("masks"))
+        scores = torch.from_numpy(start.copy()).to(bound.device).requires_grad_()
+        order, loss_sum = local.rng("order"), 0.0
+        for _ in range(epochs):
+            loss_sum = 0.0
+            for part in batches(len(y), local.plan.batch_size, order):
+                index = torch.from_numpy(part).to(bound.device)
+                theta = torch.sigmoid(scores)
+                # Forward sees the sampled bits, backward the probabilities: straight-through.
+                bits = torch.bernoulli(theta.detach()) + theta - theta.detach()
+                masks = _by_name(bits, layout, prunable=True)
+                loss = loss_of(functional_call(bound.module, {n: weights[n] * m for n, m in masks.items()}, x[index]), y[index])
+                (slope,) = torch.autograd.grad(loss, scores)
+                with torch.no_grad():
+                    scores -= self.lr * slope
+                loss_sum += float(loss.detach()) * len(part)
+        if not math.isfinite(loss_sum):
+            raise FloatingPointError(f"training diverged: loss {loss_sum} at score learning rate {self.lr}")
+        return scores.detach().cpu().numpy(), loss_sum / len(y)
+
+
+def _scores(received: Content) -> np.ndarray:
+    if received.floats is None:
+        raise ValueError("scores were wanted, a bare mask came")
+    return received.floats
+
+
+def _by_name(flat: torch.Tensor, layout: Layout, *, prunable: bool = False) -> dict[str, torch.Tensor]:
+    entries = layout.prunable if prunable else layout.floats
+    return {e.name: flat[e.slice].view(e.shape) for e in entries}

@@ -1,0 +1,92 @@
+"""One client at work: its data, its streams, its training and evaluation, as a method's parts see them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from torch import Tensor
+
+from fedlth import rng, train
+from fedlth.params import Params, read
+from fedlth.train import Plan, Trained
+from fedlth.world import World, torch_stream
+
+
+@dataclass(frozen=True)
+class Local:
+    """A client in one round. `stage` names its random streams: equal stages draw equal batches, so twins share order."""
+
+    world: World
+    client: int
+    round: int
+    stage: str
+
+    @cached_property
+    def train_part(self) -> tuple[Tensor, Tensor]:
+        return self.world.part(self.client, "train")
+
+    @cached_property
+    def val_part(self) -> tuple[Tensor, Tensor]:
+        return self.world.part(self.client, "val")
+
+    @property
+    def num_train(self) -> int:
+        return len(self.world.splits.clients[self.client].train)
+
+    @cached_property
+    def full(self) -> np.ndarray:
+        """The dense mask, (num_prunable,) bool."""
+        return np.ones(self.world.layout.num_prunable, bool)
+
+    @property
+    def plan(self) -> Plan:
+        """The local training of step 1."""
+        t = self.world.study.train
+        return Plan(
+            epochs=t.epochs, batch_size=t.batch_size, lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay
+        )
+
+    def rng(self, what: str) -> np.random.Generator:
+        return rng.stream(self.world.study.seed, f"{self.stage}/{what}", self.round, self.client)
+
+    def torch_seed(self, what: str) -> int:
+        return rng.torch_seed(self.world.study.seed, f"{self.stage}/{what}", self.round, self.client)
+
+    def train(
+        self,
+        start: Params,
+        *,
+        plan: Plan,
+        mask: np.ndarray | None = None,
+        update: np.ndarray | None = None,
+        snapshots: tuple[int, ...] = (),
+        order: str = "order",
+    ) -> Trained:
+        return train.train(
+            self.world.bound,
+            start,
+            data=self.train_part,
+            plan=plan,
+            order=self.rng(order),
+            torch_seed=self.torch_seed("dropout"),
+            mask=mask,
+            update=update,
+            snapshots=snapshots,
+        )
+
+    def val_accuracy(self, params: Params) -> float:
+        """The only accuracy that a decision may look at."""
+        return train.evaluate(self.world.bound, params, self.val_part)[0]
+
+    def gradient(self, base: Params, prefix: np.ndarray) -> np.ndarray:
+        """Return the training loss's gradient at `base` with its prunable prefix replaced, (num_prunable,)."""
+        floats = base.floats.copy()
+        floats[: prefix.size] = prefix
+        return train.gradient(self.world.bound, replace(base, floats=floats), self.train_part)
+
+    def fresh_init(self, what: str) -> Params:
+        """Draw another initialisation, from this client's own stream."""
+        with torch_stream(self.torch_seed(what)):
+            return read(self.world.module(), self.world.layout)

@@ -1,0 +1,76 @@
+"""From a study's text to its method and finder, with the method's own defaults written into the study."""
+
+from __future__ import annotations
+
+from fedlth.config import Study
+from fedlth.errors import StudyError
+from fedlth.methods.arms import ARMS
+from fedlth.methods.recipe import Recipe
+from fedlth.methods.recipes import METHODS
+from fedlth.parts import make
+from fedlth.tickets.finder import Finder
+from fedlth.tickets.rewind import REWINDS
+from fedlth.tickets.schedule import SCHEDULES
+from fedlth.tickets.scope import SCOPES
+from fedlth.tickets.score import SCORES
+
+SEARCHING = {"ticket", "ticket_0", "one_shot", "global_mask", "random", "dense_total"}
+KEPT_FIRST = ("ticket", "own_tuned", "dense", "local")
+
+
+def recipe_of(study: Study) -> Recipe:
+    """Return the study's method; raise StudyError naming the place."""
+    recipe: Recipe = make(METHODS, study.method, "method")
+    return recipe
+
+
+def finder_of(study: Study) -> Finder:
+    """Return the study's ticket finder; raise StudyError naming the place."""
+    f = study.finder
+    return Finder(
+        score=make(SCORES, f.score, "finder.score"),
+        schedule=make(SCHEDULES, f.schedule, "finder.schedule"),
+        scope=make(SCOPES, f.scope, "finder.scope"),
+        rewind=make(REWINDS, f.rewind, "finder.rewind"),
+    )
+
+
+def arms_of(study: Study) -> tuple[str, ...]:
+    """Return the names of the arms that step 2 evaluates."""
+    return study.personalise.arms or recipe_of(study).arms
+
+
+def main_density(study: Study) -> float:
+    """Return the density of the ticket that is kept."""
+    return study.finder.main if study.finder.main is not None else study.finder.densities[-1]
+
+
+def kept_arm(study: Study) -> str | None:
+    """Name the arm whose model is saved for each client; None where nothing is personal."""
+    return next((arm for arm in KEPT_FIRST if arm in arms_of(study)), None)
+
+
+def resolve(study: Study) -> tuple[Study, list[str]]:
+    """Return the study with the method's defaults written in, and a note for each section without effect."""
+    recipe, notes = recipe_of(study), []
+    update: dict[str, object] = {}
+    if recipe.rewind and "rewind" not in study.finder.model_fields_set:
+        update["finder"] = study.finder.model_copy(update={"rewind": {"name": recipe.rewind}})
+    if not recipe.federated:
+        update["federate"] = study.federate.model_copy(update={"rounds": 0})
+        if study.given("federate"):
+            notes.append(f"federate: has no effect, method {recipe.name} has no rounds")
+    study = study.model_copy(update=update)
+    arms = arms_of(study)
+    unknown = [a for a in arms if a not in ARMS]
+    if unknown:
+        raise StudyError(f"personalise.arms: must be among {', '.join(ARMS)}, got {unknown[0]!r}")
+    finder = finder_of(study)
+    if study.given("finder") and not SEARCHING & set(arms):
+        notes.append(f"finder: has no effect, no arm of method {recipe.name} searches for a ticket")
+    if study.refine.rounds and ("ticket" not in arms or not recipe.federated):
+        raise StudyError("refine.rounds: must be 0 for a method without the arm `ticket` and federated rounds")
+    anchor = finder.rewind.anchor
+    if anchor and "@" in anchor and int(anchor.partition("@")[2]) > study.federate.rounds:
+        raise StudyError(f"finder.rewind.round: must be at most federate.rounds = {study.federate.rounds}, got {anchor}")
+    return study, notes

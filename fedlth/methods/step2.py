@@ -1,0 +1,88 @@
+"""What an arm of step 2 works with: start weights, training with shared data order, and the cost of what was done."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from fedlth.errors import StudyError
+from fedlth.methods.local import Local
+from fedlth.methods.state import ClientState
+from fedlth.methods.visit import Visit
+from fedlth.params import Params
+from fedlth.tickets.finder import Finder
+from fedlth.train import Plan
+from fedlth.wire.payload import Content
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One row of step 2: a model and what it cost. `target` is the density asked for; costs are forward-backward
+    FLOPs of all trainings that lead here, counted dense and by what is alive."""
+
+    arm: str
+    params: Params
+    mask: np.ndarray
+    target: float = 1.0
+    start: str = ""
+    epochs: int = 0
+    search_epochs: int = 0
+    flops: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Step2:
+    """One client's step 2.
+
+    `train` is a pure function of (start bits, mask, epochs, replay) and remembers: the dense twin is also the first
+    training of every search, so arms share it instead of paying twice. All arms draw the same batches.
+    """
+
+    local: Local
+    visit: Visit
+    received: Content
+    state: ClientState
+    theta_g: Params
+    anchors: Mapping[str, Params]
+    finder: Finder
+    targets: tuple[float, ...]
+    known: dict[bytes, Params] = field(default_factory=dict)
+    log: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def plan(self) -> Plan:
+        s = self.local.world.study
+        p = s.personalise
+        return replace(self.local.plan, epochs=p.epochs, lr=p.lr or s.train.lr, schedule=p.schedule)
+
+    def anchor(self, name: str) -> Params:
+        """Return named weights; the round's own must have been sent."""
+        if name not in self.anchors:
+            raise StudyError(f"finder.rewind: no weights named {name}; known: {', '.join(self.anchors)}")
+        return self.anchors[name]
+
+    def train(self, start: Params, mask: np.ndarray, replay_lr: bool = True, epochs: int | None = None) -> Params:
+        plan = replace(self.plan, replay_lr=replay_lr, epochs=epochs or self.plan.epochs)
+        start = start.masked(mask)
+        text = f"{start.digest()}/{plan}".encode() + np.packbits(mask).tobytes()
+        key = hashlib.blake2b(text, digest_size=16).digest()
+        if key not in self.known:
+            self.known[key] = self.local.train(start, plan=plan, mask=mask).params
+        self.log.append(self.flops(mask, plan.epochs))
+        return self.known[key]
+
+    def flops(self, mask: np.ndarray, epochs: int) -> tuple[float, float]:
+        """Return training FLOPs (dense, by what is alive): 3 forwards an example, the usual count."""
+        world = self.local.world
+        dense = float(world.flops[""])
+        dead = sum(world.flops[e.name] * (1 - float(mask[e.slice].mean())) for e in world.layout.prunable)
+        scale = 3.0 * self.local.num_train * epochs
+        return dense * scale, (dense - dead) * scale
+
+    def spent(self, since: int) -> tuple[float, float]:
+        """Sum the log from position `since`."""
+        part = self.log[since:]
+        return sum(d for d, _ in part), sum(e for _, e in part)

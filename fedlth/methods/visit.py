@@ -1,0 +1,119 @@
+"""What a sampled client does with what it received: the visits that train plain weights under a mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+
+from fedlth.methods.local import Local
+from fedlth.methods.state import ClientState
+from fedlth.params import Params
+from fedlth.train import Trained
+from fedlth.wire.payload import Content
+
+
+@dataclass(frozen=True)
+class Visited:
+    """A visit's outcome: what to send (in the recipe's space), the state to keep, numbers to report."""
+
+    kind: str
+    content: Content
+    state: ClientState
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Own:
+    """A client's own model as whole params, and the mask that says what is alive in it."""
+
+    params: Params
+    mask: np.ndarray
+
+
+class Visit(Protocol):
+    """A method's client side. `sends` is the kind it uploads; `mirrored` the mask that the server keeps a copy of."""
+
+    @property
+    def sends(self) -> str: ...
+
+    def __call__(self, local: Local, received: Content, state: ClientState, /) -> Visited: ...
+
+    def own(self, local: Local, received: Content, state: ClientState, /) -> Own:
+        """Return the client's model as it stands after a download."""
+        ...
+
+    def tune(self, local: Local, received: Content, state: ClientState, epochs: int, /) -> Own:
+        """Return the client's model after `epochs` more of the method's own local training, nothing uploaded."""
+        ...
+
+
+class Event(Protocol):
+    """A prune that may happen before or after the local training."""
+
+    @property
+    def snapshots(self) -> tuple[int, ...]: ...
+
+    def __call__(
+        self, local: Local, params: Params, mask: np.ndarray, trained: Trained | None, /
+    ) -> tuple[Params, np.ndarray]: ...
+
+
+@dataclass(frozen=True)
+class Keep:
+    """No prune."""
+
+    snapshots: tuple[int, ...] = ()
+
+    def __call__(
+        self, local: Local, params: Params, mask: np.ndarray, trained: Trained | None, /
+    ) -> tuple[Params, np.ndarray]:
+        return params, mask
+
+
+def received_params(content: Content) -> Params:
+    """Return what was received as params in the exchange layout."""
+    if content.floats is None or content.ints is None:
+        raise ValueError("values were wanted, a bare mask came")
+    return Params(content.floats, content.ints)
+
+
+def private(local: Local, state: ClientState) -> Params:
+    """Return the client's whole params so far: theta_0, with its own norms where the buffer policy keeps them local."""
+    theta_0 = local.world.theta_0
+    kept = state.vectors.get("private")
+    return theta_0 if kept is None else replace(theta_0, floats=kept)
+
+
+@dataclass(frozen=True)
+class MaskedVisit:
+    """Merge, maybe prune, train under the mask, maybe prune, send what is alive."""
+
+    before: Event = field(default_factory=Keep)
+    after: Event = field(default_factory=Keep)
+    sends: str = "values"
+
+    def __call__(self, local: Local, received: Content, state: ClientState, /) -> Visited:
+        held = self.own(local, received, state)
+        val_accuracy = local.val_accuracy(held.params)
+        params, mask = self.before(local, held.params, held.mask, None)
+        trained = local.train(params, plan=local.plan, mask=mask, snapshots=self.after.snapshots)
+        params, mask = self.after(local, trained.params, mask, trained)
+        sent = local.world.shared_part(params)
+        metrics = {"loss": trained.loss, "val_accuracy": val_accuracy, "density": float(mask.mean())}
+        new = replace(state, visits=state.visits + 1)
+        if not mask.all() or "active" in state.masks:
+            new = new.with_(masks={"active": mask})
+        if local.world.exchange is not local.world.layout:
+            new = new.with_(vectors={"private": params.floats})
+        return Visited(self.sends, Content(mask, sent.floats, sent.ints), new, metrics)
+
+    def own(self, local: Local, received: Content, state: ClientState, /) -> Own:
+        mask = state.masks.get("active", local.full)
+        return Own(local.world.merge(received_params(received), private(local, state)).masked(mask), mask)
+
+    def tune(self, local: Local, received: Content, state: ClientState, epochs: int, /) -> Own:
+        held = self.own(local, received, state)
+        plan = replace(local.plan, epochs=epochs)
+        return Own(local.train(held.params, plan=plan, mask=held.mask).params, held.mask)

@@ -1,0 +1,1 @@
+"""Models by name, which of their tensors are prunable, and what a forward pass costs."""

@@ -1,0 +1,192 @@
+"""Model weights as one flat float32 vector and a frozen Layout that says which slice is which tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedlth.errors import StudyError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a model: where it lies in its flat vector and what may be done with it.
+
+    `role` is "param" or "buffer"; integer and bool buffers live in the int64 vector (`is_int`).
+    Tied names are one entry: `name` is the smallest, the others are `aliases`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+    offset: int
+    is_int: bool = False
+    prunable: bool = False
+    trainable: bool = True
+    norm: bool = False
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def slice(self) -> slice:
+        return slice(self.offset, self.offset + self.size)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sorted entries of a model: prunable parameters first, then other parameters, then buffers.
+
+    Prunable entries come first so that a mask (num_prunable,) and the kept values of a payload are plain prefixes.
+    """
+
+    entries: tuple[Entry, ...]
+
+    @cached_property
+    def floats(self) -> tuple[Entry, ...]:
+        return tuple(e for e in self.entries if not e.is_int)
+
+    @cached_property
+    def ints(self) -> tuple[Entry, ...]:
+        return tuple(e for e in self.entries if e.is_int)
+
+    @cached_property
+    def prunable(self) -> tuple[Entry, ...]:
+        return tuple(e for e in self.entries if e.prunable)
+
+    @cached_property
+    def num_floats(self) -> int:
+        return sum(e.size for e in self.floats)
+
+    @cached_property
+    def num_ints(self) -> int:
+        return sum(e.size for e in self.ints)
+
+    @cached_property
+    def num_params(self) -> int:
+        return sum(e.size for e in self.floats if e.role == "param")
+
+    @cached_property
+    def num_prunable(self) -> int:
+        return sum(e.size for e in self.prunable)
+
+    def digest(self, kind: str) -> bytes:
+        """Return the 8-byte schema id of messages of `kind` over this layout (names, shapes, roles)."""
+        rows = [kind, *[[e.name, list(e.shape), e.is_int, e.prunable] for e in self.entries]]
+        return hashlib.blake2b(json.dumps(rows).encode(), digest_size=8).digest()
+
+    def select(self, keep: Callable[[Entry], bool]) -> Layout:
+        """Return the layout of the entries that `keep` accepts, offsets renumbered."""
+        return Layout(_number([e for e in self.entries if keep(e)]))
+
+    def index_in(self, whole: Layout) -> np.ndarray:
+        """Return (num_floats,) int64: where each float of this sub-layout lies in `whole`'s float vector."""
+        at = {e.name: e for e in whole.floats}
+        parts = [np.arange(at[e.name].offset, at[e.name].offset + e.size) for e in self.floats]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def index_ints_in(self, whole: Layout) -> np.ndarray:
+        """Return (num_ints,) int64: where each int of this sub-layout lies in `whole`'s int vector."""
+        at = {e.name: e for e in whole.ints}
+        parts = [np.arange(at[e.name].offset, at[e.name].offset + e.size) for e in self.ints]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True)
+class Params:
+    """The state of one model: `floats` (num_floats,) float32 and `ints` (num_ints,) int64. Treat as immutable."""
+
+    floats: np.ndarray
+    ints: np.ndarray
+
+    def digest(self) -> str:
+        """Return the hex blake2b-128 of the exact bits."""
+        state = hashlib.blake2b(self.floats.tobytes(), digest_size=16)
+        state.update(self.ints.tobytes())
+        return state.hexdigest()
+
+    def masked(self, mask: np.ndarray) -> Params:
+        """Return a copy whose prunable values are zero where `mask` (num_prunable,) bool is False."""
+        floats = self.floats.copy()
+        floats[: mask.size][~mask] = 0.0
+        return replace(self, floats=floats)
+
+
+def _number(entries: Iterable[Entry]) -> tuple[Entry, ...]:
+    """Give the entries their order and offsets."""
+
+    def rank(e: Entry) -> tuple[bool, bool, str]:
+        return (not e.prunable, e.role != "param", e.name)
+
+    ends = {False: 0, True: 0}
+    numbered = []
+    for entry in sorted(entries, key=rank):
+        numbered.append(replace(entry, offset=ends[entry.is_int]))
+        ends[entry.is_int] += entry.size
+    return tuple(numbered)
+
+
+def layout_of(module: nn.Module, prunable: Iterable[str]) -> Layout:
+    """Read a module's layout; raise StudyError at a dtype that cannot be exchanged exactly."""
+    wanted = set(prunable)
+    norms = {id(p) for m in module.modules() if _is_norm(m) for p in (*m.parameters(False), *m.buffers(False))}
+    tensors: dict[int, tuple[torch.Tensor, str, list[str]]] = {}
+    persistent = set(module.state_dict(keep_vars=True))
+    pairs = [("param", n, p) for n, p in module.named_parameters(remove_duplicate=False)]
+    pairs += [("buffer", n, b) for n, b in module.named_buffers(remove_duplicate=False) if n in persistent]
+    for role, name, tensor in pairs:
+        tensors.setdefault(id(tensor), (tensor, role, []))[2].append(name)
+    entries = []
+    for tensor, role, names in tensors.values():
+        if tensor.dtype.is_complex or (tensor.is_floating_point() and tensor.dtype != torch.float32):
+            raise StudyError(f"model: tensor {names[0]} must be float32 or an integer buffer, got {tensor.dtype}")
+        first, *rest = sorted(names)
+        entries.append(
+            Entry(
+                name=first,
+                shape=tuple(tensor.shape),
+                role=role,
+                offset=0,
+                is_int=not tensor.is_floating_point(),
+                prunable=bool(wanted & set(names)),
+                trainable=role == "param" and tensor.requires_grad,
+                norm=id(tensor) in norms,
+                aliases=tuple(rest),
+            )
+        )
+    return Layout(_number(entries))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Say whether a module normalises; by its running statistics or its name, so that users' own count too."""
+    return "norm" in type(module).__name__.lower()
+
+
+def read(module: nn.Module, layout: Layout) -> Params:
+    """Copy a module's state out; rewinds need copies, since state_dict aliases the live tensors."""
+    state = {n: t for n, t in (*module.named_parameters(remove_duplicate=False), *module.named_buffers())}
+    floats = np.empty(layout.num_floats, np.float32)
+    ints = np.empty(layout.num_ints, np.int64)
+    for e in layout.entries:
+        flat = state[e.name].detach().cpu().reshape(-1)
+        (ints if e.is_int else floats)[e.slice] = flat.numpy()
+    return Params(floats, ints)
+
+
+def views(params: Params, layout: Layout) -> dict[str, np.ndarray]:
+    """Return name -> array of the tensor's shape, tied names included; float entries are views."""
+    out: dict[str, np.ndarray] = {}
+    for e in layout.entries:
+        array = (params.ints if e.is_int else params.floats)[e.slice].reshape(e.shape)
+        for name in (e.name, *e.aliases):
+            out[name] = array
+    return out

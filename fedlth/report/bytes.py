@@ -1,0 +1,136 @@
+"""What crossed the wire, from ledger rows alone: both ways, by kind, by client, by round, beside the dense baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from fedlth.report.facts import Facts
+from fedlth.report.rows import LedgerRow
+
+SERVER = "server"
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Payload bytes and messages of some rows, by direction; peer is from client to client."""
+
+    messages: int
+    up_bytes: int
+    down_bytes: int
+    peer_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Return all directions together."""
+        return self.up_bytes + self.down_bytes + self.peer_bytes
+
+
+@dataclass(frozen=True)
+class RoundFlow:
+    """One round of one phase, and all bytes up to its end."""
+
+    round: int
+    phase: str
+    flow: Flow
+    cumulative_bytes: int
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The traffic of one run. Refused and failed messages are in every total: they were sent.
+
+    unicast: every message counts. once: a payload broadcast to many receivers counts once a round and sender.
+    framed_bytes: as the transport sent it, None unless every row knows it. dense_bytes: what dense FedAvg would
+    have moved for the same visits through the same codec: one dense model down and one up for each visit in
+    federated rounds, one down (the final model) for each visit that only personalises.
+    """
+
+    unicast: Flow
+    once: Flow
+    framed_bytes: int | None
+    refused: Flow
+    by_kind: dict[str, Flow]
+    by_phase: dict[str, Flow]
+    by_client: dict[int, Flow]
+    by_round: tuple[RoundFlow, ...]
+    dense_up_bytes: int
+    dense_down_bytes: int
+
+    @property
+    def dense_bytes(self) -> int:
+        """Return the dense baseline, both ways."""
+        return self.dense_up_bytes + self.dense_down_bytes
+
+    @property
+    def saved_share(self) -> float | None:
+        """Return 1 - total / dense; negative where more was moved than dense would; None without a visit."""
+        return 1 - self.unicast.total_bytes / self.dense_bytes if self.dense_bytes else None
+
+
+def flow(rows: Iterable[LedgerRow]) -> Flow:
+    """Return the sum of payload bytes of `rows`, by direction."""
+    messages = up = down = peer = 0
+    for row in rows:
+        messages += 1
+        if row.receiver == SERVER:
+            up += row.payload_bytes
+        elif row.sender == SERVER:
+            down += row.payload_bytes
+        else:
+            peer += row.payload_bytes
+    return Flow(messages, up, down, peer)
+
+
+def clients_of(row: LedgerRow) -> list[int]:
+    """Return the client ids at the ends of a message."""
+    return [int(party.split(":", 1)[1]) for party in (row.sender, row.receiver) if party.startswith("client:")]
+
+
+def _once(rows: Sequence[LedgerRow]) -> list[LedgerRow]:
+    kept: dict[tuple[object, ...], LedgerRow] = {}
+    for place, row in enumerate(rows):
+        key = (row.round, row.phase, row.sender, row.kind, row.name) if row.broadcast else (place,)
+        kept.setdefault(key, row)
+    return list(kept.values())
+
+
+def _grouped(rows: Sequence[LedgerRow], keys: Sequence[object]) -> dict[object, list[LedgerRow]]:
+    found: dict[object, list[LedgerRow]] = {}
+    for row, key in zip(rows, keys, strict=True):
+        found.setdefault(key, []).append(row)
+    return found
+
+
+def traffic(facts: Facts) -> Traffic:
+    """Return what crossed the wire in one run."""
+    rows = facts.ledger
+    by_client: dict[int, list[LedgerRow]] = {}
+    for row in rows:
+        for client in clients_of(row):
+            by_client.setdefault(client, []).append(row)
+    visits = {(row.round, row.phase, client) for row in rows for client in clients_of(row)}
+    exchanged = sum(phase != "personalise" for _, phase, _ in visits)
+    by_round, cumulative = [], 0
+    # rounds stand in the order in which they were committed: a later phase may count its rounds from zero again
+    for inner in _grouped(rows, [(row.round, row.phase) for row in rows]).values():
+        summed = flow(inner)
+        cumulative += summed.total_bytes
+        by_round.append(RoundFlow(inner[0].round, inner[0].phase, summed, cumulative))
+    framed = [row.framed_bytes for row in rows if row.framed_bytes is not None]
+    return Traffic(
+        unicast=flow(rows),
+        once=flow(_once(rows)),
+        framed_bytes=sum(framed) if rows and len(framed) == len(rows) else None,
+        refused=flow(row for row in rows if row.status != "ok"),
+        by_kind={str(k): flow(v) for k, v in sorted(_grouped(rows, [r.kind for r in rows]).items(), key=_text)},
+        by_phase={str(k): flow(v) for k, v in _grouped(rows, [r.phase for r in rows]).items()},
+        by_client={client: flow(inner) for client, inner in sorted(by_client.items())},
+        by_round=tuple(by_round),
+        dense_up_bytes=exchanged * facts.header.dense_payload_bytes,
+        dense_down_bytes=len(visits) * facts.header.dense_payload_bytes,
+    )
+
+
+def _text(item: tuple[object, list[LedgerRow]]) -> str:
+    return str(item[0])

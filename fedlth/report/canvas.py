@@ -1,0 +1,75 @@
+"""From a drawing function to PNG or SVG bytes, without pyplot and its global state."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fedlth.report.palette import Theme
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure that can be drawn in any theme: file name, title, one sentence on how to read it, size in inches."""
+
+    name: str
+    title: str
+    guide: str
+    width: float
+    height: float
+    draw: Callable[[Figure, Theme], None]
+
+
+def rendered(picture: Picture, *, theme: Theme, kind: str) -> bytes:
+    """Return the picture as "png" (200 dpi) or "svg"; equal facts give equal bytes."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    out = io.BytesIO()
+    with matplotlib.rc_context(theme.settings()):
+        figure = Figure(figsize=(picture.width, picture.height), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)  # type: ignore[union-attr]
+        picture.draw(figure, theme)
+        metadata = {"Date": None} if kind == "svg" else {"Software": None}
+        figure.savefig(out, format=kind, dpi=200, metadata=metadata)
+    return out.getvalue()
+
+
+def spread(places: Sequence[float], *, gap: float) -> list[float]:
+    """Return places moved apart, in the same order, so that neighbours lie at least `gap` apart (labels at lines)."""
+    order = sorted(range(len(places)), key=lambda item: places[item])
+    groups: list[list[int]] = []
+    centres: list[float] = []
+    for item in order:
+        groups.append([item])
+        centres.append(places[item])
+        # a run of labels that touch is centred on the mean of its places
+        while len(groups) > 1:
+            room = gap * (len(groups[-2]) + len(groups[-1])) / 2
+            if centres[-1] - centres[-2] >= room:
+                break
+            merged = groups[-2] + groups[-1]
+            groups[-2:], centres[-2:] = [merged], [sum(places[one] for one in merged) / len(merged)]
+    moved = [0.0] * len(places)
+    for members, centre in zip(groups, centres, strict=True):
+        for rank, item in enumerate(members):
+            moved[item] = centre + gap * (rank - (len(members) - 1) / 2)
+    return moved
+
+
+def end_labels(axes: Axes, labels: Sequence[tuple[float, str, str]], *, gap: float) -> None:
+    """Write (height, text, colour) labels right of the axes, moved apart to stay `gap` data units from each other."""
+    heights = spread([height for height, _, _ in labels], gap=gap)
+    for (height, text, colour), moved in zip(labels, heights, strict=True):
+        axes.annotate(
+            text, xy=(1, height), xytext=(1.06, moved), xycoords=axes.get_yaxis_transform(),
+            textcoords=axes.get_yaxis_transform(), color=colour, va="center", ha="left", fontsize=9,
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.8, "alpha": 0.6, "shrinkA": 1, "shrinkB": 1},
+            annotation_clip=False,
+        )  # fmt: skip

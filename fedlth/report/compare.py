@@ -1,0 +1,198 @@
+"""Runs against each other, paired by (seed, client): differences, intervals, tests, effect sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlth.errors import StudyError
+from fedlth.report.arms import Choice, arm_of, main_choice
+from fedlth.report.facts import Facts, read_group
+from fedlth.report.intervals import Interval, interval
+from fedlth.report.statistics import Difference, over_seeds, rows_of
+from fedlth.report.summary import aligned
+from fedlth.report.tables import Table, csv_text, latex, markdown
+from fedlth.report.units import bounds, percent, points
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One argument of a comparison: a run, or the seeds of one, and the arm and density that speak for it."""
+
+    name: str
+    group: tuple[Facts, ...]
+    choice: Choice
+    mean: float
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One contestant against the first. p_value: Wilcoxon signed-rank, two-sided; p_holm: corrected over contrasts.
+
+    effect: matched-pairs rank-biserial correlation, -1 (every pair lower) to 1 (every pair higher).
+    pairs: how many (seed, client) pairs. units: how many values the test saw (see `compare`).
+    """
+
+    contestant: Contestant
+    difference: Difference
+    pairs: int
+    units: int
+    better: int
+    worse: int
+    p_value: float
+    p_holm: float
+    effect: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The first contestant, which the others are held against, and their contrasts in the order given."""
+
+    reference: Contestant
+    contrasts: tuple[Contrast, ...]
+    notes: tuple[str, ...]
+
+    def table(self) -> Table:
+        """Return the comparison as rows of text."""
+        header = ("run", "arm", "density", "mean %", "95 % interval", "difference", "95 % of difference", "better / worse",
+                  "p", "p (Holm)", "effect")  # fmt: skip
+        rows = [(*_cells(self.reference), "reference", "", "", "", "", "")]
+        for one in self.contrasts:
+            gap = (points(one.difference.mean), bounds(one.difference.interval, signed=True))
+            tests = (_p(one.p_value), _p(one.p_holm), f"{one.effect:+.2f}".replace("-", "−"))
+            rows.append((*_cells(one.contestant), *gap, f"{one.better} / {one.worse} of {one.pairs}", *tests))
+        return Table(f"Test accuracy, paired by seed and client, against {self.reference.name}", header, tuple(rows), left=2)
+
+    def text(self) -> str:
+        """Return the comparison for a terminal."""
+        lines = [self.table().title, "", aligned(self.table()), *(f"note: {note}" for note in self.notes)]
+        return "\n".join(lines) + "\n"
+
+    def markdown(self) -> str:
+        """Return the comparison as Markdown."""
+        return markdown(self.table())
+
+    def latex(self) -> str:
+        """Return the comparison as LaTeX."""
+        return latex(self.table())
+
+    def csv(self) -> str:
+        """Return the comparison as CSV."""
+        return csv_text(self.table())
+
+
+def _cells(one: Contestant) -> tuple[str, ...]:
+    arm, density = arm_of(one.choice.arm).label, f"{one.choice.target_density:g}"
+    return one.name, arm, density, percent(one.mean), bounds(one.interval)
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return Holm's step-down correction (Scandinavian Journal of Statistics 1979), in the order given."""
+    order = np.argsort(p_values, kind="stable")
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        corrected[place] = largest
+    return corrected
+
+
+def signed_rank(gains: Values) -> tuple[float, float]:
+    """Return (two-sided Wilcoxon p, rank-biserial effect) of paired gains; zeros are left out, all zero is (1, 0)."""
+    from scipy.stats import rankdata, wilcoxon
+
+    moved = gains[np.abs(gains) > 1e-12]
+    if len(moved) == 0:
+        return 1.0, 0.0
+    ranks = rankdata(np.round(np.abs(moved), 12))
+    effect = float((ranks[moved > 0].sum() - ranks[moved < 0].sum()) / ranks.sum())
+    # an exact null needs ranks without ties; for 50 and more the normal form is as good
+    tied = len(np.unique(ranks)) < len(ranks)
+    method = "approx" if tied or len(moved) > 50 else "exact"
+    return float(wilcoxon(np.round(moved, 12), method=method).pvalue), effect
+
+
+def _check(first: Contestant, other: Contestant) -> None:
+    seeds = [[facts.header.seed for facts in one.group] for one in (first, other)]
+    if seeds[0] != seeds[1]:
+        raise StudyError(f"compare: {other.name}: seeds {seeds[0]} of {first.name} are wanted, got {seeds[1]}")
+    for ours, theirs in zip(first.group, other.group, strict=True):
+        place = f"compare: {theirs.path}"
+        for key in ("partition_digest", "data_digest"):
+            one, two = getattr(ours.header, key), getattr(theirs.header, key)
+            if one != two:
+                raise StudyError(f"{place}: {key} {one[:16]} of {ours.path} is wanted, got {two[:16]}: pairs would not be pairs")
+        clients = [set(rows_of(f, c.choice)) for f, c in ((ours, first), (theirs, other))]
+        if clients[0] != clients[1]:
+            odd = sorted(clients[0] ^ clients[1])
+            raise StudyError(f"{place}: the clients of {ours.path} are wanted, got a difference in {odd[:10]}")
+
+
+def _contestant(path: Path, *, name: str, arm: str | None, density: float | None) -> Contestant:
+    group = read_group(path)
+    choice = main_choice(group, arm=arm, density=density)
+    samples = [np.array([row.test_accuracy for row in rows_of(facts, choice).values()]) for facts in group]
+    if not all(len(values) for values in samples):
+        raise StudyError(f"compare: {path}: {choice.arm} at {choice.target_density:g} in every seed is wanted, got a gap")
+    return Contestant(name, group, choice, over_seeds(np.mean, samples), interval(samples))
+
+
+def _contrast(first: Contestant, other: Contestant) -> Contrast:
+    gains: list[dict[int, float]] = []
+    for ours, theirs in zip(first.group, other.group, strict=True):
+        base, new = rows_of(ours, first.choice), rows_of(theirs, other.choice)
+        gains.append({client: new[client].test_accuracy - base[client].test_accuracy for client in base})
+    samples = [np.array(list(gain.values())) for gain in gains]
+    one_partition = len({facts.header.partition_digest for facts in first.group}) == 1
+    if one_partition and len({frozenset(gain) for gain in gains}) == 1:
+        units = np.mean(samples, axis=0)
+    else:
+        units = np.concatenate(samples)
+    p_value, effect = signed_rank(units)
+    flat = np.concatenate(samples)
+    moved = Difference(over_seeds(np.mean, samples), interval(samples, what="difference"))
+    better, worse = int((flat > 0).sum()), int((flat < 0).sum())
+    return Contrast(other, moved, len(flat), len(units), better, worse, p_value, p_value, effect)
+
+
+def compare(runs: Sequence[Path], *, arm: str | None = None, density: float | None = None) -> Comparison:
+    """Return the comparison of runs (or folders of seeds) with the first one.
+
+    arm, density: what speaks for each run; by default arms.main_choice decides for each (arms.PREFERENCE, at the
+    density of its saved tickets). Pairs are (seed, client). Intervals: bootstrap over clients (one seed), or over
+    seeds and then clients. Wilcoxon: where all seeds share one partition, each client's mean gain over seeds is
+    one value, for the same client twice is not two; else every (seed, client) is one.
+
+    Raises StudyError for fewer than two runs, and where seeds, partition or data digests, or clients differ.
+    """
+    from dataclasses import replace
+
+    if len(runs) < 2:
+        raise StudyError(f"compare: two runs or more are wanted, got {len(runs)}")
+    names = _names(runs)
+    found = [_contestant(run, name=name, arm=arm, density=density) for run, name in zip(runs, names, strict=True)]
+    for other in found[1:]:
+        _check(found[0], other)
+    contrasts = [_contrast(found[0], other) for other in found[1:]]
+    corrected = holm([one.p_value for one in contrasts])
+    notes = [f"{one.name}: {note}" for one in found for facts in one.group for note in facts.notes]
+    pairs = zip(contrasts, corrected, strict=True)
+    return Comparison(found[0], tuple(replace(one, p_holm=value) for one, value in pairs), tuple(notes))
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    short = [run.resolve().name for run in runs]
+    if len(set(short)) == len(short):
+        return short
+    longer = [f"{run.resolve().parent.name}/{name}" for run, name in zip(runs, short, strict=True)]
+    return longer if len(set(longer)) == len(longer) else [str(run) for run in runs]

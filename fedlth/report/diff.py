@@ -1,0 +1,110 @@
+"""Where two runs differ in their facts; times, placement, engine and framing stand apart from equality."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fedlth.errors import StudyError
+from fedlth.report.jsonl import read_object, read_rows
+
+# What may differ between equal runs: where they ran, on what, and how the transport framed a message.
+APART = {"header.json": {"engine", "versions", "commit"}, "ledger.jsonl": {"framed_bytes"}}
+ROWS = ("ledger.jsonl", "rounds.jsonl", "metrics.jsonl")
+OBJECTS = ("header.json", "digests.json")
+SHOWN = 3
+
+
+def _same(one: Any, other: Any) -> bool:
+    # dumps, so that nan equals nan, 1 differs from 1.0 and true from 1, and floats count to the last bit
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _fields(place: str, one: dict[str, Any], other: dict[str, Any], *, apart: set[str]) -> list[str]:
+    found = []
+    for key in sorted((one.keys() | other.keys()) - apart):
+        if key not in one or key not in other:
+            found.append(f"{place}: {key} is only in the {'first' if key in one else 'second'}")
+        elif not _same(one[key], other[key]):
+            if isinstance(one[key], dict) and isinstance(other[key], dict):
+                found += _fields(f"{place}: {key}", one[key], other[key], apart=set())
+            else:
+                found.append(f"{place}: {key}: {_short(one[key])} / {_short(other[key])}")
+    return found
+
+
+def _shortened(found: list[str], name: str) -> list[str]:
+    more = len(found) - SHOWN
+    return found if more <= 0 else [*found[:SHOWN], f"{name}: and {more} more"]
+
+
+def _rows(name: str, run_a: Path, run_b: Path) -> list[str]:
+    ours, theirs = (read_rows(run / name, required=False, forgive_last=False)[0] for run in (run_a, run_b))
+    found: list[str] = []
+    if len(ours) != len(theirs):
+        found.append(f"{name}: {len(ours)} rows / {len(theirs)} rows")
+    for number, (one, other) in enumerate(zip(ours, theirs, strict=False), start=1):
+        found += _fields(f"{name}:{number}", one, other, apart=APART.get(name, set()))
+    return found
+
+
+def _tickets(run_a: Path, run_b: Path) -> list[str]:
+    names = [{path.name for path in (run / "tickets").glob("*.safetensors")} for run in (run_a, run_b)]
+    found = [f"tickets/{name}: only in the first" for name in sorted(names[0] - names[1])]
+    found += [f"tickets/{name}: only in the second" for name in sorted(names[1] - names[0])]
+    for name in sorted(names[0] & names[1]):
+        one, other = run_a / "tickets" / name, run_b / "tickets" / name
+        if one.read_bytes() == other.read_bytes():
+            continue
+        found += _fields(f"tickets/{name}", _content(one), _content(other), apart=set())
+    return found
+
+
+def _content(path: Path) -> dict[str, Any]:
+    # by tensor, so that two files that only lay the same tensors out in another order are equal
+    from hashlib import sha256
+
+    from safetensors import SafetensorError, deserialize, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            meta = file.metadata() or {}
+        found = {
+            name: [part["dtype"], list(part["shape"]), sha256(bytes(part["data"])).hexdigest()[:16]]
+            for name, part in deserialize(path.read_bytes())
+        }
+    except SafetensorError as error:
+        raise StudyError(f"{path}: a safetensors file is wanted, got {error}") from None
+    return {**found, "metadata": dict(meta)}
+
+
+def diff(run_a: Path, run_b: Path) -> list[str]:
+    """Return where two run folders (or folders of seeds) differ, a few lines a file; empty means equal.
+
+    Compared: header but engine, versions and commit; ledger but framed_bytes; rounds; metrics; the tensors and
+    metadata of every ticket; digests.json (final parameters). Apart: times.jsonl, config.yaml. Raises StudyError
+    where a folder is not a run or a file is corrupt.
+    """
+    seeds = [sorted(inner.parent.name for inner in run.glob("*/header.json")) for run in (run_a, run_b)]
+    if all(seeds) and not any((run / "header.json").exists() for run in (run_a, run_b)):
+        if seeds[0] != seeds[1]:
+            return [f"runs: {', '.join(seeds[0])} / {', '.join(seeds[1])}"]
+        return [f"{name}/{line}" for name in seeds[0] for line in diff(run_a / name, run_b / name)]
+    found: list[str] = []
+    for name in OBJECTS:
+        present = [(run / name).exists() for run in (run_a, run_b)]
+        if name != "header.json" and not all(present):  # a header is what makes a folder a run: never optional
+            if any(present):
+                found.append(f"{name}: only in the {'first' if present[0] else 'second'}")
+            continue
+        ours, theirs = (read_object(run / name) for run in (run_a, run_b))
+        found += _shortened(_fields(name, ours, theirs, apart=APART.get(name, set())), name)
+    for name in ROWS:
+        found += _shortened(_rows(name, run_a, run_b), name)
+    return found + _shortened(_tickets(run_a, run_b), "tickets")

@@ -1,0 +1,124 @@
+"""The facts of a run folder as one frozen value; everything else in report/ starts from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedlth.errors import StudyError, wrong
+from fedlth.report.jsonl import read_object, read_rows
+from fedlth.report.rows import FORMAT, Header, Layer, LedgerRow, MetricRow, RoundRow, parse
+
+
+@dataclass(frozen=True)
+class SavedTicket:
+    """What a ticket file says of itself, without its tensors."""
+
+    client: int
+    path: Path
+    density: float
+    arm: str
+    ticket: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One run, as its folder tells it. `notes` holds what a reader must know: unfinished, parts missing."""
+
+    path: Path
+    header: Header
+    layers: tuple[Layer, ...]
+    config: str
+    ledger: tuple[LedgerRow, ...]
+    rounds: tuple[RoundRow, ...]
+    metrics: tuple[MetricRow, ...]
+    times: tuple[dict[str, Any], ...]
+    tickets: tuple[SavedTicket, ...]
+    notes: tuple[str, ...]
+
+
+def _saved(path: Path) -> SavedTicket:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            meta = file.metadata() or {}
+        digits = path.stem.removeprefix("client-")
+        return SavedTicket(
+            client=int(meta.get("client", digits)),
+            path=path,
+            density=float(meta["density"]),
+            arm=meta.get("arm", "ticket"),
+            ticket=meta.get("ticket", ""),
+        )
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise StudyError(f"{path}: a ticket with client and density in its metadata is wanted, got {error!r}") from None
+
+
+def read_run(path: Path) -> Facts:
+    """Return the facts of one run folder; an unfinished run is read as far as it went, and `notes` says so.
+
+    Raises StudyError naming the file where one is missing (of a finished run) or corrupt.
+    """
+    if not path.is_dir():
+        raise StudyError(f"{path}: a run folder is wanted, got {'a file' if path.exists() else 'nothing there'}")
+    place = str(path / "header.json")
+    raw = read_object(path / "header.json")
+    if raw.get("format") != FORMAT:
+        raise wrong(f"{place}: format", f"{FORMAT}", raw.get("format"))
+    header = parse(Header, raw, place=place)
+    layers = tuple(parse(Layer, row, place=f"{place}: layers[{i}]") for i, row in enumerate(header.layers))
+    notes: list[str] = [] if header.finished else ["this run did not finish: what follows is the part that it left"]
+
+    def rows(name: str, *, needed: bool) -> list[dict[str, Any]]:
+        found, note = read_rows(path / name, required=needed and header.finished, forgive_last=not header.finished)
+        if note and needed:
+            notes.append(note)
+        return found
+
+    def typed(kind: type[Any], name: str, *, needed: bool) -> tuple[Any, ...]:
+        found = rows(name, needed=needed)
+        return tuple(parse(kind, row, place=f"{path / name}:{i}") for i, row in enumerate(found, start=1))
+
+    config = path / "config.yaml"
+    return Facts(
+        path=path,
+        header=header,
+        layers=layers,
+        config=config.read_text(encoding="utf-8") if config.is_file() else "",
+        ledger=typed(LedgerRow, "ledger.jsonl", needed=True),
+        # a method without rounds (local only) may leave no such file
+        rounds=typed(RoundRow, "rounds.jsonl", needed=False),
+        metrics=typed(MetricRow, "metrics.jsonl", needed=True),
+        times=tuple(rows("times.jsonl", needed=False)),
+        tickets=tuple(sorted(map(_saved, (path / "tickets").glob("*.safetensors")), key=lambda saved: saved.client)),
+        notes=tuple(notes),
+    )
+
+
+def read_group(path: Path) -> tuple[Facts, ...]:
+    """Return the runs of a folder, by seed: one for a run folder, all for a folder that holds seed-0/, seed-1/, ...
+
+    Raises StudyError where there is none, where a seed is there twice, or where they are not one study and method.
+    """
+    if not path.is_dir() or (path / "header.json").exists():
+        return (read_run(path),)
+    folders = sorted(inner.parent for inner in path.glob("*/header.json"))
+    if not folders:
+        raise StudyError(f"{path}: a run folder (header.json) or a folder of them (seed-0/, ...) is wanted, got neither")
+    group = tuple(sorted((read_run(folder) for folder in folders), key=lambda facts: facts.header.seed))
+    seeds = [facts.header.seed for facts in group]
+    if len(set(seeds)) < len(seeds):
+        raise StudyError(f"{path}: one run a seed is wanted, got seeds {seeds}")
+    one_study(group, place=str(path))
+    return group
+
+
+def one_study(group: Sequence[Facts], *, place: str) -> None:
+    """Raise StudyError unless every run is of the same study, method and number of clients."""
+    kinds = sorted({(f.header.study, f.header.method, f.header.num_clients) for f in group})
+    if len(kinds) > 1:
+        told = "; ".join(f"{study}, {method}, {clients} clients" for study, method, clients in kinds)
+        raise StudyError(f"{place}: seeds of one study and method are wanted (else use compare), got {told}")

@@ -1,0 +1,164 @@
+"""The first screen in words and numbers: what was done, what came out, and what a reader must know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedlth.report.arms import Choice, arm_of
+from fedlth.report.results import Results
+from fedlth.report.statistics import ArmSummary, Difference, difference
+from fedlth.report.units import bounds, percent, points, scaled
+
+PERMUTATION_LEVEL = 0.01
+
+
+@dataclass(frozen=True)
+class Number:
+    """One headline number: its value, what it is, and a second line in small print."""
+
+    value: str
+    label: str
+    small: str
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def done(results: Results) -> str:
+    """Return what was done, in two or three sentences."""
+    header = results.group[0].header
+    held = [sum(count > 0 for count in counts) for counts in header.client_labels]
+    sizes = [sum(counts) for counts in header.client_labels]
+    clients = _plural(header.num_clients, "client")
+    if held and sizes:
+        clients += (
+            f", each with about {np.median(sizes):.0f} training examples of {np.median(held):.0f} out of "
+            f"{_plural(header.num_classes, 'class')}".replace("classs", "classes")
+        )
+    federated = len({row.round for row in results.group[0].rounds if row.phase == "federate"})
+    sentences = [f"{clients}." if federated == 0 else f"{clients}, trained one shared model in {federated} federated rounds."]
+    if header.unseen:
+        sentences.append(f"{_plural(len(header.unseen), 'client')} stayed unseen in the rounds and took part only at the end.")
+    if results.main is not None and results.main.arm in ("ticket", "refined"):
+        sentences.append("Then every client found its own ticket, a sparse part of the model, on its own data and fine-tuned it.")
+    elif results.main is not None:
+        sentences.append(f"What speaks for the method below is: {arm_of(results.main.arm).meaning}.")
+    if len(results.group) > 1:
+        sentences.append(f"All of it was done with {len(results.group)} seeds.")
+    return " ".join(sentences)
+
+
+def rivals(results: Results) -> list[ArmSummary]:
+    """Return the arms that the main arm is held against: the hard control at equal density, then the dense ones."""
+    if results.main is None:
+        return []
+    same = [Choice(arm, results.main.target_density) for arm in ("global_mask", "one_shot", "random")]
+    found = [results.best_known(arm) for arm in ("global", "local", "dense", "dense_total")]
+    found += [results.summary(choice) for choice in same]
+    return [one for one in found if one is not None and one.choice != results.main]
+
+
+def versus(found: Difference) -> str:
+    """Return the verdict of a paired difference: ahead, behind, or no clear difference, with points and interval."""
+    if np.isnan(found.interval.low):
+        return f"{points(found.mean)} points"
+    clear = found.interval.excludes(0)
+    verdict = ("ahead" if found.mean > 0 else "behind") if clear else "no clear difference"
+    return f"{points(found.mean)} points {bounds(found.interval, signed=True)}, {verdict}"
+
+
+def came_out(results: Results) -> tuple[str, ...]:
+    """Return the findings, one sentence each; the first gives the main arm's own accuracy."""
+    main = results.summary(results.main)
+    if main is None:
+        return ("No client was evaluated, so there is no result to tell.",)
+    label = arm_of(main.choice.arm).label
+    at = "" if main.choice.target_density == 1 else f" at density {main.choice.target_density:g}"
+    sentences = [
+        f"The {label}{at} reaches {percent(main.mean)} % mean test accuracy {bounds(main.interval)}; the worst tenth "
+        f"of clients {percent(main.worst_decile)} %."
+    ]
+    for rival in rivals(results):
+        found = difference(results.group, main.choice, rival.choice)
+        if found is not None:
+            sentences.append(f"Against the {arm_of(rival.choice.arm).label} ({percent(rival.mean)} %): {versus(found)}.")
+    if main.hurt_global is not None:
+        sentences.append(f"Clients hurt against the global model: {percent(main.hurt_global, digits=0)} %.")
+    if main.unseen is not None:
+        sentences.append(f"Clients unseen in the rounds reach {percent(main.unseen)} %.")
+    if results.overlaps:
+        sentences.append(_overlap(results))
+    return tuple(sentences)
+
+
+def _overlap(results: Results) -> str:
+    values = [float(one.pairs(one.jaccard).mean()) for one in results.overlaps]
+    fair = [float(one.pairs(one.chance).mean()) for one in results.overlaps]
+    text = f"Two clients' tickets overlap by {np.mean(values):.2f} (Jaccard), chance alone gives {np.mean(fair):.2f}"
+    # several seeds: the least clear one is told, which cannot flatter
+    test = max((one.test for one in results.overlaps), key=lambda one: one.p_value if one.permutations else 2)
+    if not test.permutations:
+        return f"{text}; whether alike labels mean alike tickets cannot be tested here."
+    told = f"Spearman {test.correlation:.2f}, permutation p {'<' if test.p_value < 0.001 else '='} " + (
+        "0.001" if test.p_value < 0.001 else f"{test.p_value:.3f}"
+    )
+    alike = "overlap more" if test.p_value < PERMUTATION_LEVEL else "do not clearly overlap more"
+    return f"{text}; clients with alike labels {alike} ({told})."
+
+
+def numbers(results: Results) -> tuple[Number, ...]:
+    """Return the headline numbers: the main arm, what it is held against, and the bytes both ways."""
+    found: list[Number] = []
+    main = results.summary(results.main)
+    shown: Sequence[ArmSummary | None] = [main, *(results.best_known(arm) for arm in ("global", "dense", "local"))]
+    for one in dict.fromkeys(item for item in shown if item is not None):
+        arm = arm_of(one.choice.arm)
+        at = "" if one.choice.target_density == 1 else f" at density {one.choice.target_density:g}"
+        found.append(Number(f"{percent(one.mean)} %", f"{arm.label}{at}", f"95 % interval {bounds(one.interval)}"))
+    up, down, dense = (
+        float(np.mean([getattr(flow, key) for flow in flows]))
+        for flows, key in (
+            ([one.unicast for one in results.traffics], "up_bytes"),
+            ([one.unicast for one in results.traffics], "down_bytes"),
+            (results.traffics, "dense_bytes"),
+        )
+    )
+    peer = float(np.mean([one.unicast.peer_bytes for one in results.traffics]))
+    small = f"dense FedAvg: {scaled(dense, 'B')} both ways" if dense else "no visit in the ledger"
+    found.append(Number(scaled(up, "B"), "payload up", small))
+    found.append(Number(scaled(down, "B"), "payload down", _saved(up + down + peer, dense)))
+    return tuple(found)
+
+
+def _saved(total: float, dense: float) -> str:
+    if not dense:
+        return ""
+    share = 1 - total / dense
+    return f"both ways {abs(100 * share):.1f} % {'below' if share >= 0 else 'above'} dense"
+
+
+def honest_notes(results: Results) -> tuple[str, ...]:
+    """Return what a reader must know before believing: unfinished runs, refused messages, missing clients."""
+    notes = list(results.notes)
+    for facts, moved in zip(results.group, results.traffics, strict=True):
+        seed = f"seed {facts.header.seed}: " if len(results.group) > 1 else ""
+        if moved.refused.messages:
+            told = sorted({row.status for row in facts.ledger if row.status != "ok"})
+            shown = "; ".join(told[:3]) + ("; ..." if len(told) > 3 else "")
+            notes.append(f"{seed}{_plural(moved.refused.messages, 'message')} refused or failed ({shown}); bytes counted")
+        evaluated = {row.client for row in facts.metrics}
+        missing = sorted(set(range(facts.header.num_clients)) - evaluated)
+        if missing:
+            shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+            notes.append(f"{seed}{_plural(len(missing), 'client')} without any result ({shown}); means are over the others")
+    for found in results.summaries:
+        per_seed = found.num_clients / max(found.num_seeds, 1)
+        largest = max(one.num_clients / max(one.num_seeds, 1) for one in results.summaries)
+        if per_seed < largest:
+            at = f"{arm_of(found.choice.arm).label} at {found.choice.target_density:g}"
+            notes.append(f"{at}: {per_seed:g} clients a seed, others {largest:g}; its mean is over fewer clients")
+    return tuple(notes)

@@ -1,0 +1,157 @@
+"""What the clients of an arm got: means, tails, harm, unseen clients, with intervals and paired differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlth.report.arms import Choice, arm_order, densities
+from fedlth.report.facts import Facts
+from fedlth.report.intervals import Interval, interval
+from fedlth.report.rows import MetricRow
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ArmSummary:
+    """One arm at one target density, over the clients of every seed.
+
+    Every statistic is taken within a seed and then averaged over seeds. Accuracies are shares in [0, 1], on test
+    data. None: there was nothing to take it from. weighted_mean: by training examples. worst_decile: mean of the
+    lowest tenth of clients (rounded up). hurt_*: share of clients strictly below their own baseline. gap: mean of
+    the participating clients less the unseen ones. Epochs and FLOPs are means a client.
+    """
+
+    choice: Choice
+    density: float
+    num_seeds: int
+    num_clients: int
+    mean: float
+    interval: Interval
+    weighted_mean: float
+    standard_deviation: float
+    minimum: float
+    p10: float
+    worst_decile: float
+    hurt_global: float | None
+    hurt_local: float | None
+    unseen: float | None
+    gap: float | None
+    val_mean: float
+    epochs: float
+    search_epochs: float
+    train_flops: float
+    train_flops_effective: float
+    starts: tuple[str, ...]
+
+
+def rows_of(facts: Facts, choice: Choice) -> dict[int, MetricRow]:
+    """Return the rows of one arm and density in one run, by client, in client order."""
+    found = {row.client: row for row in facts.metrics if (row.arm, row.target_density) == _key(choice)}
+    return dict(sorted(found.items()))
+
+
+def _key(choice: Choice) -> tuple[str, float]:
+    return choice.arm, choice.target_density
+
+
+def worst_decile_mean(values: Values) -> float:
+    """Return the mean of the lowest ceil(n / 10) values."""
+    return float(np.sort(values)[: math.ceil(len(values) / 10)].mean())
+
+
+def hurt_fraction(values: Values, baseline: Values) -> float:
+    """Return the share of clients strictly below their own baseline; both (clients,), in the same order."""
+    return float(np.mean(values < baseline))
+
+
+def paired(group: Sequence[Facts], choice: Choice, baseline: Choice) -> list[Values]:
+    """Return test accuracy of `choice` less `baseline`, one array a seed, over the clients that have both."""
+    found = []
+    for facts in group:
+        ours, theirs = rows_of(facts, choice), rows_of(facts, baseline)
+        both = [client for client in ours if client in theirs]
+        if both:
+            found.append(np.array([ours[c].test_accuracy - theirs[c].test_accuracy for c in both]))
+    return found
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference of means and its interval, in share of accuracy (0.01 is one point)."""
+
+    mean: float
+    interval: Interval
+
+
+def difference(group: Sequence[Facts], choice: Choice, baseline: Choice) -> Difference | None:
+    """Return how far `choice` lies above `baseline`, paired by (seed, client); None where no client has both."""
+    samples = paired(group, choice, baseline)
+    if not samples:
+        return None
+    return Difference(over_seeds(np.mean, samples), interval(samples, what="difference"))
+
+
+def over_seeds(take: Callable[[Values], object], samples: Sequence[Values]) -> float:
+    """Return the mean over seeds of a statistic taken within each seed."""
+    return float(np.mean([float(take(values)) for values in samples]))  # type: ignore[arg-type]
+
+
+def baseline_of(group: Sequence[Facts], arm: str) -> Choice | None:
+    """Return the baseline arm at its largest density, or None where it was not evaluated."""
+    known = densities(group, arm)
+    return Choice(arm, known[0]) if known else None
+
+
+def _hurt(group: Sequence[Facts], choice: Choice, arm: str) -> float | None:
+    baseline = baseline_of(group, arm)
+    if baseline is None or choice.arm == arm:
+        return None
+    samples = paired(group, choice, baseline)
+    return over_seeds(lambda gain: np.mean(gain < 0), samples) if samples else None
+
+
+def summarise_arm(group: Sequence[Facts], choice: Choice) -> ArmSummary:
+    """Return the statistics of one arm and density; at least one client must have been evaluated there."""
+    tables = [list(rows.values()) for facts in group if (rows := rows_of(facts, choice))]
+    rows = [row for table in tables for row in table]
+    samples = [np.array([row.test_accuracy for row in table]) for table in tables]
+    seen = [v for t in tables if len(v := np.array([r.test_accuracy for r in t if not r.unseen]))]
+    unseen = [v for t in tables if len(v := np.array([r.test_accuracy for r in t if r.unseen]))]
+    unseen_mean = over_seeds(np.mean, unseen) if unseen else None
+    weighted = [np.average(v, weights=[max(r.num_train, 1) for r in t]) for v, t in zip(samples, tables, strict=True)]
+    return ArmSummary(
+        choice=choice,
+        density=float(np.mean([row.density for row in rows])),
+        num_seeds=len(tables),
+        num_clients=len(rows),
+        mean=over_seeds(np.mean, samples),
+        interval=interval(samples),
+        weighted_mean=float(np.mean(weighted)),
+        standard_deviation=over_seeds(lambda v: np.std(v, ddof=1) if len(v) > 1 else 0.0, samples),
+        minimum=over_seeds(np.min, samples),
+        p10=over_seeds(lambda v: np.percentile(v, 10), samples),
+        worst_decile=over_seeds(worst_decile_mean, samples),
+        hurt_global=_hurt(group, choice, "global"),
+        hurt_local=_hurt(group, choice, "local"),
+        unseen=unseen_mean,
+        gap=over_seeds(np.mean, seen) - unseen_mean if seen and unseen_mean is not None else None,
+        val_mean=float(np.mean([np.mean([row.val_accuracy for row in table]) for table in tables])),
+        epochs=float(np.mean([row.epochs for row in rows])),
+        search_epochs=float(np.mean([row.search_epochs for row in rows])),
+        train_flops=float(np.mean([row.train_flops for row in rows])),
+        train_flops_effective=float(np.mean([row.train_flops_effective for row in rows])),
+        starts=tuple(sorted({row.start for row in rows if row.start})),
+    )
+
+
+def summarise(group: Sequence[Facts]) -> tuple[ArmSummary, ...]:
+    """Return every arm at every density, in the order of arms.ARMS and from dense to sparse."""
+    choices = {Choice(row.arm, row.target_density) for facts in group for row in facts.metrics}
+    ordered = sorted(choices, key=lambda choice: (arm_order(choice.arm), -choice.target_density))
+    return tuple(summarise_arm(group, choice) for choice in ordered)

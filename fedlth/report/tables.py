@@ -1,0 +1,144 @@
+"""The result tables as rows of text, and rows of text as Markdown, LaTeX (booktabs) and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedlth.report.arms import arm_of
+from fedlth.report.bytes import Flow
+from fedlth.report.results import Results, inference_flops_effective
+from fedlth.report.statistics import baseline_of, rows_of
+from fedlth.report.units import NOTHING, bounds, count, percent, scaled
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text: header (columns,), rows (rows, columns); `left` counts the columns that hold words."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    left: int = 1
+
+
+SUMMARY_HEADER = (
+    "arm", "density", "mean %", "95 % interval", "sd", "10th pct", "worst decile", "hurt vs global %",
+    "hurt vs local %", "unseen %", "search + tune epochs", "train FLOPs", "train effective", "inference FLOPs",
+    "inference effective",
+)  # fmt: skip
+
+
+def summary_table(results: Results) -> Table:
+    """Return one row an arm and density: test accuracy over clients, harm, and what it cost a client."""
+    dense = float(np.mean([facts.header.flops_forward_per_example for facts in results.group]))
+    rows = []
+    for found in results.summaries:
+        cells = (
+            arm_of(found.choice.arm).label,
+            f"{found.choice.target_density:g}",
+            percent(found.mean),
+            bounds(found.interval),
+            percent(found.standard_deviation),
+            percent(found.p10),
+            percent(found.worst_decile),
+            percent(found.hurt_global, digits=0),
+            percent(found.hurt_local, digits=0),
+            percent(found.unseen),
+            f"{count(found.search_epochs)} + {count(found.epochs)}",
+            scaled(found.train_flops, "") if found.train_flops else NOTHING,
+            scaled(found.train_flops_effective, "") if found.train_flops_effective else NOTHING,
+            scaled(dense or None, ""),
+            scaled(inference_flops_effective(results, found.choice), ""),
+        )
+        rows.append(cells)
+    return Table("Test accuracy over clients, by arm and density", SUMMARY_HEADER, tuple(rows))
+
+
+def clients_table(results: Results) -> Table:
+    """Return one row a client (and seed): its data, the baselines and the main arm, in percent."""
+    arms = [arm for arm in ("global", "local", "dense") if baseline_of(results.group, arm)]
+    shown = [found for arm in arms if (found := baseline_of(results.group, arm)) and found != results.main]
+    main = [results.main] if results.main else []
+    names = [arm_of(choice.arm).label for choice in (*shown, *main)]
+    header = ("seed", "client", "unseen", "train examples", "classes", *(f"{name} %" for name in names))
+    rows = []
+    for facts in results.group:
+        tables = [rows_of(facts, choice) for choice in (*shown, *main)]
+        for client in sorted(set().union(*tables)):
+            found = [table.get(client) for table in tables]
+            known = next(row for row in found if row is not None)
+            labels = facts.header.client_labels
+            classes = str(sum(held > 0 for held in labels[client])) if client < len(labels) else NOTHING
+            accuracies = (percent(row.test_accuracy if row else None) for row in found)
+            place = (str(facts.header.seed), str(client), "yes" if known.unseen else "no")
+            rows.append((*place, str(known.num_train), classes, *accuracies))
+    return Table("Test accuracy of every client", header, tuple(rows), left=0)
+
+
+def bytes_table(results: Results) -> Table:
+    """Return the wire in bytes, mean over seeds: totals, by kind, by phase, refused, and the dense baseline."""
+
+    def row(name: str, flows: list[Flow]) -> tuple[str, ...]:
+        means = [float(np.mean([getattr(flow, key) for flow in flows])) for key in ("up_bytes", "down_bytes")]
+        peer = float(np.mean([flow.peer_bytes for flow in flows]))
+        number = float(np.mean([flow.messages for flow in flows]))
+        return (name, count(number), *(scaled(mean, "B") for mean in (*means, sum(means) + peer)))
+
+    all_of = results.traffics
+    nothing = Flow(0, 0, 0, 0)
+    rows = [row("all messages, each receiver counted", [one.unicast for one in all_of])]
+    rows.append(row("the same, a broadcast counted once", [one.once for one in all_of]))
+    for phase in dict.fromkeys(phase for one in all_of for phase in one.by_phase):
+        rows.append(row(f"phase: {phase}", [one.by_phase.get(phase, nothing) for one in all_of]))
+    for kind in sorted({kind for one in all_of for kind in one.by_kind}):
+        rows.append(row(f"kind: {kind}", [one.by_kind.get(kind, nothing) for one in all_of]))
+    rows.append(row("of these refused or failed", [one.refused for one in all_of]))
+    dense = [float(np.mean([getattr(one, key) for one in all_of])) for key in ("dense_up_bytes", "dense_down_bytes")]
+    rows.append(("dense FedAvg for the same visits", NOTHING, *(scaled(mean, "B") for mean in (*dense, sum(dense)))))
+    return Table("Payload bytes that crossed the wire", ("what", "messages", "up", "down", "both"), tuple(rows))
+
+
+def markdown(table: Table) -> str:
+    """Return the table as GitHub Markdown; bars, angle brackets and backslashes in a cell are escaped."""
+
+    def line(cells: tuple[str, ...]) -> str:
+        escaped = (re.sub(r"([\\|<>*_`]|\](?=\())", r"\\\1", cell.replace("\n", " ")) for cell in cells)
+        return "| " + " | ".join(escaped) + " |"
+
+    rule = "|" + "|".join("---" if place < table.left else "---:" for place in range(len(table.header))) + "|"
+    return "\n".join([line(table.header), rule, *map(line, table.rows)]) + "\n"
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "–": "--", "−": "$-$", "\n": " ", "[": "{[}", "]": "{]}",
+}  # fmt: skip
+
+
+def latex_escaped(text: str) -> str:
+    """Return text that LaTeX prints as it stands; brackets are braced, for after `\\\\` they would be an option."""
+    return "".join(_LATEX.get(sign, sign) for sign in text)
+
+
+def latex(table: Table) -> str:
+    """Return the table as a LaTeX tabular in booktabs rules."""
+    columns = "l" * table.left + "r" * (len(table.header) - table.left)
+    lines = [" & ".join(map(latex_escaped, cells)) + r" \\" for cells in (table.header, *table.rows)]
+    top = [f"% {' '.join(table.title.split())}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule"]
+    return "\n".join([*top, *lines[1:], r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def csv_text(table: Table) -> str:
+    """Return the table as CSV (RFC 4180 quoting, line feeds)."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([table.header, *table.rows])
+    return out.getvalue()
+
+
+RENDERERS = {"md": markdown, "tex": latex, "csv": csv_text}

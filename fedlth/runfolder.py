@@ -1,0 +1,122 @@
+"""A run's folder: append-only facts, a checkpoint that says how far they count, and a lock."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedlth import config, ledger, store
+from fedlth.errors import StudyError
+from fedlth.params import Params
+
+LOGS = ("ledger", "rounds", "metrics", "times")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: the next step, whose state is current, and how long each log is."""
+
+    step: int = 0
+    theta: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    mirrors: dict[str, str] = field(default_factory=dict)
+    lengths: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LOGS, 0))
+    empty_rounds: int = 0
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's files. A row written after the last commit is cut off on resume: it never became a fact."""
+
+    root: Path
+
+    @property
+    def clients(self) -> store.Store:
+        return store.Store(self.root / "state")
+
+    @property
+    def mirrors(self) -> store.Store:
+        return store.Store(self.root / "server")
+
+    def log(self, name: str) -> Path:
+        return self.root / f"{name}.jsonl"
+
+    def create(self, study: config.Study) -> None:
+        """Start a new run; refuse a folder that already holds one."""
+        if (self.root / "config.yaml").exists():
+            raise StudyError(f"{self.root}: holds a run already; `fedlth resume {self.root}`, or give another out=")
+        self.root.mkdir(parents=True, exist_ok=True)
+        store.write_atomic(self.root / "config.yaml", config.dump(study).encode())
+
+    def study(self) -> config.Study:
+        if not (self.root / "config.yaml").is_file():
+            raise StudyError(f"{self.root}: no run here (config.yaml is missing)")
+        return config.load(self.root / "config.yaml")
+
+    def progress(self) -> Progress:
+        """Return the last commit, and cut the logs back to it."""
+        file = self.root / "checkpoint.json"
+        progress = Progress()
+        if file.exists():
+            try:
+                progress = Progress(**json.loads(file.read_bytes()))
+            except (ValueError, TypeError) as error:
+                raise StudyError(f"{file}: damaged: {error}") from error
+        for name, length in progress.lengths.items():
+            ledger.truncate(self.log(name), length)
+        return progress
+
+    def commit(self, progress: Progress) -> None:
+        store.write_atomic(self.root / "checkpoint.json", json.dumps(asdict(progress)).encode())
+
+    def append(self, name: str, rows: Iterable[ledger.Row | Mapping[str, Any]]) -> int:
+        return ledger.append(self.log(name), ledger.lines(rows))
+
+    def save_params(self, name: str, params: Params) -> None:
+        data = store.pack({"floats": params.floats, "ints": params.ints}, {"digest": params.digest()})
+        store.write_atomic(self.root / "checkpoints" / f"{name}.safetensors", data)
+
+    def load_params(self, name: str) -> Params:
+        file = self.root / "checkpoints" / f"{name}.safetensors"
+        try:
+            arrays, meta = store.unpack(file.read_bytes())
+            params = Params(arrays["floats"], arrays["ints"])
+        except (OSError, ValueError, KeyError) as error:
+            raise StudyError(f"{file}: cannot be read: {error}") from error
+        if params.digest() != meta.get("digest"):
+            raise StudyError(f"{file}: damaged: its digest does not match its content")
+        return params
+
+    def drop_params(self, keep: Iterable[str]) -> None:
+        wanted = {f"{name}.safetensors" for name in keep}
+        for file in (self.root / "checkpoints").iterdir():
+            if file.name not in wanted:
+                file.unlink()
+
+    def mirror(self, client: int, version: str, size: int) -> np.ndarray | None:
+        """Return the server's copy of a client's last committed mask, (size,) bool."""
+        data = self.mirrors.get(client, version)
+        if data is None:
+            return None
+        return np.unpackbits(store.unpack(data)[0]["mask"], count=size).astype(bool)
+
+    def put_mirror(self, client: int, version: str, mask: np.ndarray) -> None:
+        self.mirrors.put(client, version, store.pack({"mask": np.packbits(mask)}))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep a second process out of this folder."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StudyError(f"{self.root}: another process is running this run") from None
+            yield

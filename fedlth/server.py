@@ -1,0 +1,113 @@
+"""server_step in its parts: who is sampled, what goes down, which replies are believed, how they are joined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedlth import rng
+from fedlth.jobs import Message, Reply
+from fedlth.ledger import Row, party
+from fedlth.methods.aggregate import Contribution
+from fedlth.methods.recipe import Recipe
+from fedlth.params import Layout, Params
+from fedlth.wire import mask as bitmap
+from fedlth.wire import metrics, payload
+from fedlth.wire.errors import PayloadError
+from fedlth.wire.payload import Content
+
+MOST_EXAMPLES = 10**9
+
+
+def sample(seed: int, phase: str, round: int, *, clients: Sequence[int], count: int) -> list[int]:
+    """Draw `count` clients without replacement from a named stream, sorted."""
+    picked = rng.stream(seed, f"sample {phase}", round).choice(len(clients), size=count, replace=False)
+    return sorted(clients[int(i)] for i in picked)
+
+
+def broadcast(kind: str, name: str, theta: Params, layout: Layout) -> Message:
+    """Encode the global state once, for everyone."""
+    content = Content(np.ones(layout.num_prunable, bool), theta.floats, theta.ints)
+    return Message(kind, name, payload.encode(kind, layout, content), broadcast=True)
+
+
+def slice_for(name: str, theta: Params, layout: Layout, mask: np.ndarray) -> Message:
+    """Encode what a client's last committed mask holds; the client has that mask, so no bits of it are sent."""
+    content = Content(mask, theta.masked(mask).floats, theta.ints)
+    return Message("values", name, payload.encode("values", layout, content, known_mask=mask))
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A reply that passed every check."""
+
+    contribution: Contribution | None
+    mask: np.ndarray | None
+    record: dict[str, Any]
+
+
+def accept(reply: Reply, *, recipe: Recipe, layout: Layout, sends: str, known_mask: np.ndarray | None) -> Accepted:
+    """Decode and check one reply; raise PayloadError saying why it is refused. A refusal costs only its sender."""
+    content: Content | None = None
+    record: dict[str, Any] | None = None
+    for message in reply.outbox:
+        if message.kind == "metrics" and record is None:
+            record = metrics.decode(message.payload)
+        elif message.kind == sends and content is None:
+            content = payload.decode(message.payload, message.kind, layout, known_mask=known_mask)
+        else:
+            raise PayloadError(f"a {message.kind} message was not asked for")
+    if record is None:
+        raise PayloadError("no metrics came")
+    if not sends:
+        if content is not None:
+            raise PayloadError("values were not asked for")
+        return Accepted(None, None, record)
+    if content is None:
+        raise PayloadError(f"no {sends} came")
+    if sends == "values" and content.floats is None:
+        raise PayloadError("values were wanted, a bare mask came")
+    if recipe.down == "broadcast" and recipe.space == "weights" and sends == "values" and not content.mask.all():
+        raise PayloadError("a dense update was wanted, a sparse one came")
+    examples = record.get("num_examples", 0)
+    if sends == "values" and (not isinstance(examples, int) or isinstance(examples, bool) or not 0 < examples <= MOST_EXAMPLES):
+        raise PayloadError(f"num_examples must be in 1..{MOST_EXAMPLES}, got {examples!r}")
+    return Accepted(Contribution(reply.client, int(examples), content), content.mask, record)
+
+
+def rows_down(round: int, phase: str, client: int, inbox: Sequence[Message], layout: Layout, framed: int | None) -> list[Row]:
+    """Return the ledger rows of what a client was sent; the frame's bytes stand on the first."""
+    return [
+        Row(
+            round=round, phase=phase, sender=party(None), receiver=party(client), kind=m.kind, name=m.name,
+            payload_bytes=len(m.payload), framed_bytes=framed if i == 0 else None, broadcast=m.broadcast,
+        )
+        for i, m in enumerate(inbox)
+    ]  # fmt: skip
+
+
+def rows_up(
+    round: int, phase: str, reply: Reply, mask: np.ndarray | None, status: str, sends: str
+) -> list[Row]:
+    """Return the ledger rows of what a client sent, with the density and the name of the mask it carried."""
+    return [
+        Row(
+            round=round, phase=phase, sender=party(reply.client), receiver=party(None), kind=m.kind, name=m.name,
+            payload_bytes=len(m.payload), framed_bytes=reply.framed_up_bytes if i == 0 else None, status=status,
+            density=float(mask.mean()) if mask is not None and m.kind == sends else 1.0,
+            ticket="" if mask is None or m.kind != sends or mask.all() else bitmap.digest(mask),
+        )
+        for i, m in enumerate(reply.outbox)
+    ]  # fmt: skip
+
+
+def aggregate(
+    recipe: Recipe, rule: Callable[..., Params], theta: Params, contributions: Sequence[Contribution], layout: Layout
+) -> Params:
+    """Join in client order; with no valid reply the old state stays."""
+    if not contributions:
+        return theta
+    return rule(theta, sorted(contributions, key=lambda c: c.client), layout)

@@ -1,0 +1,147 @@
+"""A whole run: folder, header, loop, and what is left when it ends. The CLI and the Python API are both this."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedlth import __version__, rounds, store, tickets_file
+from fedlth.client import space
+from fedlth.config import Study
+from fedlth.data.split import label_counts
+from fedlth.jobs import Engine
+from fedlth.methods.resolve import kept_arm, recipe_of, resolve
+from fedlth.methods.state import ClientState
+from fedlth.runfolder import RunFolder
+from fedlth.server import broadcast
+from fedlth.world import World, open_world
+
+Tell = Callable[[str], None]
+
+
+def start(study: Study, out: Path, engine: Engine, tell: Tell) -> RunFolder:
+    """Run a study into a new folder. Everything that can be wrong in the study is found before anything is written."""
+    study, notes = resolve(study)
+    world = open_world(study.science())
+    for note in notes:
+        tell(f"note: {note}")
+    folder = RunFolder(out)
+    with folder.locked():
+        folder.create(study)
+        _write_header(folder, study, world, engine, finished=False)
+        return _go(folder, engine, tell)
+
+
+def resume(out: Path, engine: Engine, tell: Tell) -> RunFolder:
+    """Go on from the last commit of a run; one that has ended stays as it is."""
+    folder = RunFolder(out)
+    study = folder.study()
+    with folder.locked():
+        if not (out / "header.json").exists():
+            _write_header(folder, study, open_world(study.science()), engine, finished=False)
+        return _go(folder, engine, tell)
+
+
+def _go(folder: RunFolder, engine: Engine, tell: Tell) -> RunFolder:
+    loop = rounds.open_loop(folder, engine, tell)
+    try:
+        loop.run()
+    finally:
+        engine.close()
+    _finish(folder, loop)
+    _write_header(folder, folder.study(), loop.world, engine, finished=True)
+    return folder
+
+
+def _finish(folder: RunFolder, loop: rounds.Loop) -> None:
+    """Write the tickets as plain safetensors, and the digests by which two runs are compared."""
+    digests: dict[str, str] = {}
+    study, world = loop.world.study, loop.world
+    arm = "refined" if study.refine.rounds else kept_arm(study)
+    for client in range(study.clients.count):
+        version = loop.progress.versions.get(str(client), "")
+        if arm is None or not version or not folder.clients.path(client, version).exists():
+            continue
+        state = ClientState.from_bytes(folder.clients.get(client, version))
+        if "ticket" not in state.masks:
+            continue
+        mask, values = state.masks["ticket"], state.vectors["ticket"]
+        floats = np.zeros(world.layout.num_floats, np.float32)
+        floats[: mask.size][mask] = values[: int(mask.sum())]
+        floats[mask.size :] = values[int(mask.sum()) :]
+        meta = {"study": study.study, "method": recipe_of(study).name, "seed": study.seed, "client": client, "arm": arm}
+        path = folder.root / "tickets" / f"client-{client:04d}.safetensors"
+        digests[str(client)] = tickets_file.write(path, world.layout, floats, mask, meta)
+    record = {"theta_g": loop.theta.digest(), "tickets": digests}
+    store.write_atomic(folder.root / "digests.json", json.dumps(record, indent=1).encode())
+
+
+def _write_header(folder: RunFolder, study: Study, world: World, engine: Engine, *, finished: bool) -> None:
+    recipe = recipe_of(study)
+    layout = space(world, recipe)
+    dense = broadcast("values", "", world.shared_part(world.theta_0), world.exchange)
+    header: dict[str, Any] = {
+        "format": 1,
+        "study": study.study,
+        "method": recipe.name,
+        "paper": recipe.paper,
+        "seed": study.seed,
+        "engine": engine.name,
+        "compute": study.compute,
+        "versions": versions(),
+        "commit": _commit(),
+        "partition_digest": world.splits.digest,
+        "data_digest": world.dataset.digest(),
+        "num_clients": study.clients.count,
+        "unseen": sorted(world.splits.unseen),
+        "num_classes": world.dataset.num_classes,
+        "client_labels": [label_counts(world.dataset, s) for s in world.splits.clients],
+        "layers": [
+            {
+                "name": e.name,
+                "shape": list(e.shape),
+                "size": e.size,
+                "prunable": e.prunable,
+                "flops_per_example": world.flops.get(e.name, 0),
+            }
+            for e in world.layout.floats
+            if e.role == "param"
+        ],
+        "num_parameters": world.layout.num_params,
+        "num_prunable": world.layout.num_prunable,
+        "num_exchanged": layout.num_floats,
+        "dense_payload_bytes": len(dense.payload),
+        "dense_raw_bytes": 4 * world.exchange.num_floats + 8 * world.exchange.num_ints,
+        "flops_forward_per_example": world.flops[""],
+        "finished": finished,
+    }
+    store.write_atomic(folder.root / "header.json", json.dumps(header, indent=1).encode())
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that can change a bit of the result."""
+    found = {"fedlth": __version__, "python": platform.python_version(), "machine": platform.machine()}
+    for name in ("torch", "numpy", "ray", "flwr"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _commit() -> str | None:
+    """Return the git commit of the code, None outside a checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,73 @@
+"""Per-party state on disk: immutable versions, written atomically; a commit elsewhere says which one is current."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from fedlth.errors import StudyError
+
+
+def pack(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any] | None = None) -> bytes:
+    """Serialise arrays and a JSON-able meta value; no pickle, equal input gives equal bytes."""
+    ordered = {k: np.ascontiguousarray(arrays[k]) for k in sorted(arrays)}
+    return bytes(save(ordered, metadata={"meta": json.dumps(meta or {}, sort_keys=True)}))
+
+
+def unpack(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return what `pack` was given; raise ValueError at bytes that are not such a state."""
+    try:
+        size = int.from_bytes(data[:8], "little")
+        head = json.loads(data[8 : 8 + size])
+        return dict(load(data)), dict(json.loads(head["__metadata__"]["meta"]))
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"not a packed state: {error}") from error
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a crash leaves the old content or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class Store:
+    """Versioned states keyed by partition id under one folder."""
+
+    root: Path
+
+    def path(self, client: int, version: str) -> Path:
+        return self.root / f"{client:06d}" / f"{version}.safetensors"
+
+    def put(self, client: int, version: str, data: bytes) -> None:
+        write_atomic(self.path(client, version), data)
+
+    def get(self, client: int, version: str) -> bytes | None:
+        """Return a version's bytes; None for the empty version (no state yet)."""
+        if not version:
+            return None
+        path = self.path(client, version)
+        if not path.exists():
+            raise StudyError(f"{path}: the committed state of client {client} is missing; the run folder is not whole")
+        return path.read_bytes()
+
+    def drop_others(self, client: int, keep: str) -> None:
+        """Delete every version but the committed one."""
+        folder = self.root / f"{client:06d}"
+        if folder.is_dir():
+            for file in folder.iterdir():
+                if file.name != f"{keep}.safetensors":
+                    file.unlink(missing_ok=True)

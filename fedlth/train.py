@@ -1,0 +1,186 @@
+"""Masked local training and evaluation of one client, over one flat parameter vector."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedlth.params import Layout, Params
+
+EVALUATION_BATCH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How long and how fast: SGD with momentum; `schedule` is constant or cosine (down to 1 % of `lr`).
+
+    With `replay_lr` False the rate stays at the schedule's last value, which is what fine-tuning means.
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    replay_lr: bool = True
+
+    def rate(self, step: int, steps: int) -> float:
+        """Return the learning rate of step `step` of `steps`."""
+        if self.schedule == "constant":
+            return self.lr
+        part = step / max(1, steps - 1) if self.replay_lr else 1.0
+        return self.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * part)))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Where a training ended; `snapshots` holds the weights after the epochs that were asked for."""
+
+    params: Params
+    loss: float
+    snapshots: dict[int, np.ndarray] = field(default_factory=dict)
+
+
+class Bound:
+    """A module whose parameters and float buffers are views into one flat tensor, so that a step is five calls."""
+
+    def __init__(self, module: nn.Module, layout: Layout, device: str) -> None:
+        self.module = module.to(device)
+        self.layout = layout
+        self.device = device
+        self.flat = torch.zeros(layout.num_floats, device=device)
+        self.grad = torch.zeros(layout.num_params, device=device)
+        named: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+        named.update(module.named_buffers(remove_duplicate=False))
+        self.ints = [(e, named[e.name]) for e in layout.ints]
+        for e in layout.floats:
+            tensor = named[e.name]
+            tensor.data = self.flat[e.slice].view(e.shape)
+            if e.trainable:
+                tensor.grad = self.grad[e.slice].view(e.shape)
+        moves = np.zeros(layout.num_params, np.float32)
+        for e in layout.floats:
+            if e.trainable:
+                moves[e.slice] = 1.0
+        # Weight decay must not reach a frozen part: its gradient is zero, its decay would not be.
+        self.moves = None if moves.all() else torch.from_numpy(moves).to(device)
+
+    def load(self, params: Params) -> None:
+        self.flat.copy_(torch.from_numpy(params.floats))
+        for e, tensor in self.ints:
+            tensor.copy_(torch.from_numpy(params.ints[e.slice].reshape(e.shape)))
+
+    def save(self) -> Params:
+        ints = np.zeros(self.layout.num_ints, np.int64)
+        for e, tensor in self.ints:
+            ints[e.slice] = tensor.detach().cpu().reshape(-1).numpy()
+        return Params(self.flat.cpu().numpy().copy(), ints)
+
+
+def batches(size: int, batch_size: int, order: np.random.Generator) -> list[np.ndarray]:
+    """Shuffle `size` examples into batches; a last batch of one joins the one before (BatchNorm cannot train on it)."""
+    shuffled = order.permutation(size)
+    cuts = list(range(batch_size, size, batch_size))
+    if cuts and size - cuts[-1] == 1:
+        cuts.pop()
+    return np.split(shuffled, cuts)
+
+
+def loss_of(logits: Tensor, y: Tensor) -> Tensor:
+    """Return mean cross-entropy; logits (N, C) with y (N,), or (N, T, C) with y (N, T)."""
+    return functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), y.reshape(-1))
+
+
+def train(
+    bound: Bound,
+    start: Params,
+    *,
+    data: tuple[Tensor, Tensor],
+    plan: Plan,
+    order: np.random.Generator,
+    torch_seed: int,
+    mask: np.ndarray | None = None,
+    update: np.ndarray | None = None,
+    snapshots: tuple[int, ...] = (),
+) -> Trained:
+    """Train from `start` and return new Params.
+
+    `mask` (num_prunable,) bool: weights outside are zero from the first forward on, after every step, and carry no
+    momentum. `update` (num_prunable,) bool: prunable weights outside keep their value. `order` draws the batches;
+    `torch_seed` seeds torch's own generator (dropout). Loss is the mean over the last epoch. A loss that is not
+    finite raises FloatingPointError.
+    """
+    x, y = data
+    layout, size = bound.layout, bound.layout.num_prunable
+    weights, grad = bound.flat[: layout.num_params], bound.grad
+    alive = None if mask is None or mask.all() else torch.from_numpy(mask.astype(np.float32)).to(bound.device)
+    moves = bound.moves
+    if update is not None:
+        moves = torch.ones(layout.num_params, device=bound.device) if moves is None else moves.clone()
+        moves[:size] *= torch.from_numpy(update.astype(np.float32)).to(bound.device)
+    torch.manual_seed(torch_seed)
+    bound.load(start)
+    if alive is not None:
+        weights[:size].mul_(alive)
+    momentum = torch.zeros_like(grad) if plan.momentum else None
+    epochs = [batches(len(y), plan.batch_size, order) for _ in range(plan.epochs)]
+    steps, step, loss_sum, kept = sum(map(len, epochs)), 0, 0.0, {}
+    bound.module.train()
+    for epoch, parts in enumerate(epochs, 1):
+        loss_sum = 0.0
+        for part in parts:
+            index = torch.from_numpy(part).to(bound.device)
+            grad.zero_()
+            loss = loss_of(bound.module(x[index]), y[index])
+            loss.backward()
+            loss_sum += float(loss.detach()) * len(part)
+            with torch.no_grad():
+                if plan.weight_decay:
+                    grad.add_(weights, alpha=plan.weight_decay)
+                if moves is not None:
+                    grad.mul_(moves)
+                if alive is not None:
+                    grad[:size].mul_(alive)
+                direction = grad if momentum is None else momentum.mul_(plan.momentum).add_(grad)
+                weights.add_(direction, alpha=-plan.rate(step, steps))
+            step += 1
+        if epoch in snapshots:
+            kept[epoch] = bound.flat.cpu().numpy().copy()
+    mean_loss = loss_sum / len(y)
+    if not math.isfinite(mean_loss):
+        raise FloatingPointError(f"training diverged: loss {mean_loss} at learning rate {plan.lr}")
+    return Trained(bound.save(), mean_loss, kept)
+
+
+def evaluate(bound: Bound, params: Params, data: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """Return (accuracy, mean loss) of `params` on data; (0, 0) where there is none."""
+    x, y = data
+    if not len(y):
+        return 0.0, 0.0
+    bound.load(params)
+    bound.module.eval()
+    right, loss_sum = 0, 0.0
+    with torch.inference_mode():
+        for at in range(0, len(y), EVALUATION_BATCH):
+            logits, target = bound.module(x[at : at + EVALUATION_BATCH]), y[at : at + EVALUATION_BATCH]
+            right += int((logits.argmax(-1) == target).sum())
+            loss_sum += float(loss_of(logits, target)) * len(target)
+    return right / y.numel(), loss_sum / len(y)
+
+
+def gradient(bound: Bound, params: Params, data: tuple[Tensor, Tensor]) -> np.ndarray:
+    """Return (num_prunable,) float32: the gradient of the mean loss over all of `data`, in evaluation mode."""
+    x, y = data
+    bound.load(params)
+    bound.module.eval()
+    bound.grad.zero_()
+    for at in range(0, len(y), EVALUATION_BATCH):
+        target = y[at : at + EVALUATION_BATCH]
+        (loss_of(bound.module(x[at : at + EVALUATION_BATCH]), target) * (len(target) / len(y))).backward()
+    return bound.grad[: bound.layout.num_prunable].cpu().numpy().copy()

@@ -1,0 +1,134 @@
+"""Everything that a study's text decides before anything trains: data, splits, layout, theta_0. Built once a worker."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedlth import config
+from fedlth.data.dataset import Dataset
+from fedlth.data.partition import PARTITIONS
+from fedlth.data.sources import load
+from fedlth.data.split import Splits, split_clients
+from fedlth.data.tensors import inputs
+from fedlth.models.flops import layer_flops
+from fedlth.models.prunable import prunable_names
+from fedlth.models.registry import build
+from fedlth.params import Layout, Params, layout_of, read
+from fedlth.parts import make
+from fedlth.rng import torch_seed
+from fedlth.train import Bound
+
+
+@contextmanager
+def torch_stream(seed: int) -> Iterator[None]:
+    """Seed torch's process-global generator inside, and put it back after."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@dataclass(frozen=True)
+class World:
+    """A study made concrete. `layout` is the whole model, `exchange` the part of it that crosses the wire."""
+
+    study: config.Study
+    dataset: Dataset
+    splits: Splits
+    layout: Layout
+    exchange: Layout
+    theta_0: Params
+
+    def module(self) -> nn.Module:
+        """Return a fresh module; its values are whatever the init drew."""
+        return _build(self.study, self.dataset)
+
+    @cached_property
+    def bound(self) -> Bound:
+        """The one module of this process, bound to flat buffers."""
+        return Bound(self.module(), self.layout, self.device)
+
+    @property
+    def device(self) -> str:
+        wanted = self.study.device
+        if wanted == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        return wanted
+
+    def part(self, client: int, name: str) -> tuple[Tensor, Tensor]:
+        """Return the tensors (x, y) of a client's "train", "val" or "test" part, on the device."""
+        x, y = inputs(self.dataset, getattr(self.splits.clients[client], name), train=name != "test")
+        return x.to(self.device), y.to(self.device)
+
+    @cached_property
+    def _floats(self) -> np.ndarray:
+        return self.exchange.index_in(self.layout)
+
+    @cached_property
+    def _ints(self) -> np.ndarray:
+        return self.exchange.index_ints_in(self.layout)
+
+    def merge(self, received: Params, own: Params) -> Params:
+        """Return whole params: the exchanged part from `received`, the rest (local norms) from `own`."""
+        floats, ints = own.floats.copy(), own.ints.copy()
+        floats[self._floats] = received.floats
+        ints[self._ints] = received.ints
+        return Params(floats, ints)
+
+    def shared_part(self, whole: Params) -> Params:
+        """Return the exchanged part of whole params, in the exchange layout."""
+        return Params(whole.floats[self._floats], whole.ints[self._ints])
+
+    @cached_property
+    def flops(self) -> dict[str, int]:
+        """Forward FLOPs an example of each parameter's layer, by torch's flop counter; "" is the whole model."""
+        x, _ = inputs(self.dataset, np.arange(min(2, len(self.dataset.y_train))), train=True)
+        with torch_stream(0):
+            layers, total = layer_flops(self.module(), x)
+        return {**layers, "": total}
+
+
+def _build(study: config.Study, dataset: Dataset) -> nn.Module:
+    shape = dataset.x_train.shape[1:]
+    return build(
+        study.model.name, num_classes=dataset.num_classes, input_shape=tuple(shape), options=study.model.options
+    )
+
+
+def _crosses(study: config.Study, layout: Layout) -> Layout:
+    """Return what is exchanged under the buffer policy (FedBN keeps norms local, arXiv 2102.07623)."""
+    policy = study.model.buffers
+    if policy == "local_all":
+        return layout.select(lambda e: not e.norm)
+    if policy == "local_statistics":
+        return layout.select(lambda e: not (e.norm and e.role == "buffer"))
+    return layout
+
+
+@lru_cache(maxsize=2)
+def open_world(science: str) -> World:
+    """Build the world of a study's canonical JSON; cached, since every job of a run names the same one."""
+    torch.set_num_threads(1)  # bit equality holds at one thread count; two spinning threads a worker are 5-20 x slower
+    study = config.build(json.loads(science))
+    dataset = load(study.data.name, root=study.data.root, options=study.data.options)
+    spec = {k: v for k, v in study.partition.items() if k != "seed"}
+    splits = split_clients(
+        dataset,
+        make(PARTITIONS, spec, "partition"),
+        num_clients=study.clients.count,
+        validation=study.clients.validation,
+        test_samples=study.clients.test_samples,
+        unseen=study.clients.unseen,
+        seed=study.partition.get("seed", 0),
+    )
+    with torch_stream(torch_seed(study.seed, "theta_0")):
+        module = _build(study, dataset)
+    layout = layout_of(module, prunable_names(module, study.model.prunable))
+    return World(study, dataset, splits, layout, _crosses(study, layout), read(module, layout))
