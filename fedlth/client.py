@@ -119,16 +119,17 @@ def _personalise(
 def _step2(local: Local, recipe: Recipe, received: dict[str, Content], state: ClientState) -> Step2:
     world, main = local.world, received["theta_g"]
     if recipe.space == "scores":
-        theta_g = recipe.visit.own(local, main, state).params
+        held = recipe.visit.own(local, main, state)
+        theta_g, alive = held.params, held.mask
     else:
         whole = received.get("evaluation", main)
-        theta_g = world.merge(received_params(whole), private(local, state))
+        theta_g, alive = world.merge(received_params(whole), private(local, state)), local.full
     anchors = {"theta_0": world.theta_0, "theta_g": theta_g}
     for name, content in received.items():
         if name.startswith("theta_g@"):
             anchors[name] = world.merge(received_params(content), private(local, state))
     study = world.study
-    return Step2(local, recipe.visit, main, state, theta_g, anchors, finder_of(study), study.finder.densities)
+    return Step2(local, recipe.visit, main, state, theta_g, alive, anchors, finder_of(study), study.finder.densities)
 
 
 def _refined(local: Local, recipe: Recipe, received: Content, state: ClientState) -> Result:

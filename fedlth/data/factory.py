@@ -23,6 +23,11 @@ def is_factory(name: str) -> bool:
     return bool(colon) and all(part.isidentifier() for part in (*module.split("."), *attribute.split(".")))
 
 
+def told(error: BaseException) -> str:
+    """Return an exception of someone else's code as one line, its kind first."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def call_factory(name: str, place: str, given: Mapping[str, object], options: Mapping[str, object]) -> Any:
     """Import `package.module:callable`, also from the working directory, and return what it returns.
 
@@ -37,7 +42,7 @@ def call_factory(name: str, place: str, given: Mapping[str, object], options: Ma
         except StudyError:
             raise
         except Exception as error:  # the user's code may raise anything; the user is told which callable it was
-            raise StudyError(f"{place}: {name} raised {type(error).__name__}: {error}") from error
+            raise StudyError(f"{place}: {name} raised {told(error)}") from error
 
 
 def accepted(
@@ -117,7 +122,7 @@ def _find(name: str, place: str) -> Callable[..., object]:
     try:
         found: object = importlib.import_module(module_name)
     except Exception as error:  # importing runs the user's code
-        raise StudyError(f"{place}: {module_name} cannot be imported: {type(error).__name__}: {error}") from error
+        raise StudyError(f"{place}: {module_name} cannot be imported: {told(error)}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise StudyError(f"{place}: the module {module_name} has no {attribute}")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fedlth.data.dataset import Dataset
+from fedlth.data.factory import told
 from fedlth.errors import StudyError
 
 
@@ -38,7 +39,7 @@ def huggingface(
     try:
         splits = library.load_dataset(identity, subset, cache_dir=root, revision=revision)
     except Exception as error:  # the library raises its own, the network's and the file system's errors
-        raise StudyError(f"data: {name} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise StudyError(f"data: {name} cannot be loaded: {told(error)}") from error
     parts = {}
     for split in (train, test):
         if split not in splits:

@@ -33,12 +33,13 @@ def read_idx(path: Path) -> np.ndarray:
             head = file.read(4)
             if len(head) < 4 or head[:3] != b"\0\0\x08" or not 1 <= head[3] <= 4:
                 raise StudyError(f"{path}: must be an idx file of unsigned bytes, got header {head.hex()}")
-            shape = tuple(int(n) for n in np.frombuffer(file.read(4 * head[3]), ">u4"))
+            counts = file.read(4 * head[3])
+            shape = tuple(int.from_bytes(counts[i : i + 4], "big") for i in range(0, len(counts), 4))
             # Python integers: a hostile header must not overflow into a small product.
             size = 1
             for n in shape:
                 size *= n
-            if len(shape) != head[3] or size > MAX_BYTES:
+            if len(counts) != 4 * head[3] or size > MAX_BYTES:
                 raise StudyError(f"{path}: the idx header must name a size below 2 GiB, got {shape}")
             body = file.read(size + 1)
     except (OSError, EOFError, zlib.error) as error:

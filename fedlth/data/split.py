@@ -68,7 +68,7 @@ def split_clients(
         test = _test(dataset, partition, indices, test_samples, stream(seed, "test", client=client))
         if len(test) == 0:
             raise StudyError(
-                f"data.test_samples: client {client} must have at least 1 test example of its labels, got 0"
+                f"data.test_samples: client {client} must have at least 1 test example of its labels or key, got 0"
             )
         clients.append(ClientSplit(train, val, test))
     held_out = _unseen(num_clients, unseen, stream(seed, "unseen"))

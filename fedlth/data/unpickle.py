@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy._core.multiarray import _reconstruct, scalar
 
+from fedlth.data.factory import told
 from fedlth.errors import StudyError
 
 
@@ -19,14 +19,17 @@ def _latin1(text: object, encoding: object = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-# Old numpy wrote numpy.core, new numpy writes numpy._core; both mean the same three builders.
+# Taken from values, since their home moved: numpy 1 has and writes numpy.core, numpy 2 numpy._core.
+_reconstruct = np.empty(0).__reduce__()[0]
+_scalar = np.float64(0).__reduce__()[0]
+
 ADMITTED: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy.core.multiarray", "scalar"): scalar,
-    ("numpy._core.multiarray", "scalar"): scalar,
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy._core.multiarray", "scalar"): _scalar,
     ("_codecs", "encode"): _latin1,
 }
 
@@ -52,4 +55,4 @@ def read_pickle(path: Path) -> Any:
         with path.open("rb") as file:
             return _ArraysOnly(file, encoding="bytes").load()
     except Exception as error:  # a damaged pickle can raise nearly anything; it must end in one clear line
-        raise StudyError(f"{path}: must be a pickle of plain arrays, got {type(error).__name__}: {error}") from error
+        raise StudyError(f"{path}: must be a pickle of plain arrays, got {told(error)}") from error

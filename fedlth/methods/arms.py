@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from fedlth.methods.fedpm import frozen_weights
 from fedlth.methods.step2 import Result, Step2
 from fedlth.params import Params
 from fedlth.tickets.finder import Finder, find
@@ -19,7 +20,7 @@ Arm = Callable[[Step2], Iterator[Result]]
 
 def global_model(step: Step2) -> Iterator[Result]:
     """The shared model as it came, untouched."""
-    yield Result(arm="global", params=step.theta_g, mask=step.local.full, start="theta_g")
+    yield Result(arm="global", params=step.theta_g, mask=step.alive, target=_density(step.alive), start="theta_g")
 
 
 def local_only(step: Step2) -> Iterator[Result]:
@@ -125,6 +126,14 @@ def own_random(step: Step2) -> Iterator[Result]:
     )  # fmt: skip
 
 
+def frozen_random(step: Step2) -> Iterator[Result]:
+    """The control of learnt masks: a random mask of the same layer counts on the same frozen weights."""
+    held = step.visit.own(step.local, step.received, step.state)
+    mask = _shuffled(step, held.mask, "frozen_random")
+    params = frozen_weights(step.local.world).masked(mask)
+    yield Result(arm="frozen_random", params=params, mask=mask, target=_density(mask), start="frozen")
+
+
 ARMS: Mapping[str, Arm] = {
     "global": global_model,
     "local": local_only,
@@ -138,6 +147,7 @@ ARMS: Mapping[str, Arm] = {
     "own": own,
     "own_tuned": own_tuned,
     "own_random": own_random,
+    "frozen_random": frozen_random,
 }
 
 

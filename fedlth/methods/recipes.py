@@ -97,12 +97,12 @@ def fedselect(
     )  # fmt: skip
 
 
-def fedpm(score_lr: float = 0.1) -> Recipe:
+def fedpm(score_lr: float = 50.0) -> Recipe:
     return Recipe(
         name="fedpm", paper="Isik et al., ICLR 2023, arXiv 2209.15328",
         summary="frozen weights, learnt Bernoulli masks: bits up, scores down",
         visit=ScoreVisit(score_lr), aggregate=MaskMean(), space="scores",
-        arms=("global", "local", "own_tuned", "own_random"),
+        arms=("global", "local", "own_tuned", "frozen_random"),
     )  # fmt: skip
 
 

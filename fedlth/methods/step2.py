@@ -37,7 +37,7 @@ class Result:
 class Step2:
     """One client's step 2.
 
-    `train` is a pure function of (start bits, mask, epochs, replay) and remembers: the dense twin is also the first
+    `alive` is the mask of `theta_g` (dense but for methods that learn masks). `train` is a pure function of (start bits, mask, epochs, replay) and remembers: the dense twin is also the first
     training of every search, so arms share it instead of paying twice. All arms draw the same batches.
     """
 
@@ -46,6 +46,7 @@ class Step2:
     received: Content
     state: ClientState
     theta_g: Params
+    alive: np.ndarray
     anchors: Mapping[str, Params]
     finder: Finder
     targets: tuple[float, ...]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fedlth.data.factory import told
 from fedlth.errors import StudyError
 
 
@@ -20,8 +21,9 @@ def layer_flops(module: nn.Module, example_x: torch.Tensor) -> tuple[dict[str, i
 
     A module's own cost, its children's taken off, is shared among the weights that it owns itself (ndim >= 2) by
     their sizes (nn.MultiheadAttention's output projection counts as its own). On CPU the counter sees nothing of
-    nn.LSTM, which is then counted as 2 x weights x positions, and nothing of the products of queries, keys and values. What is spent in modules without weights is in the
-    total alone; tied weights and modules called twice collect all their uses.
+    nn.LSTM, which is then counted as 2 x weights x positions, and nothing of the products of queries, keys and values.
+    What is spent in modules without weights is in the total alone; tied weights and modules called twice collect all
+    their uses.
     Raises StudyError when the model cannot take the batch.
     """
     meter = _Meter()
@@ -39,7 +41,7 @@ def layer_flops(module: nn.Module, example_x: torch.Tensor) -> tuple[dict[str, i
             module(example_x)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         batch = f"{tuple(example_x.shape)} {example_x.dtype}"
-        raise StudyError(f"model: the forward pass fails on a batch {batch}: {error}") from error
+        raise StudyError(f"model: the forward pass fails on a batch {batch}: {told(error)}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         for hook in hooks:

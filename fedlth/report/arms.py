@@ -29,7 +29,7 @@ ARMS = (
     Arm("random", "random ticket", "a random mask of equal density; its start was chosen on validation data"),
     Arm("dense", "dense twin", "theta_g fine-tuned without pruning, for the ticket's fine-tuning epochs"),
     Arm("dense_total", "dense twin, total epochs", "theta_g fine-tuned without pruning, search epochs included"),
-    Arm("local", "local only", "trained from theta_0 on the client's own data, never federated"),
+    Arm("local", "local-only model", "trained from theta_0 on the client's own data, never federated"),
     Arm("global", "global model", "theta_g as it came from the federated rounds, not fine-tuned"),
 )
 _BY_NAME = {arm.name: arm for arm in ARMS}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from fedlth.report.palette import Theme
 
@@ -30,11 +30,12 @@ def rendered(picture: Picture, *, theme: Theme, kind: str) -> bytes:
     """Return the picture as "png" (200 dpi) or "svg"; equal facts give equal bytes."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     out = io.BytesIO()
-    with matplotlib.rc_context(theme.settings()):
-        figure = Figure(figsize=(picture.width, picture.height), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)  # type: ignore[union-attr]
+    with matplotlib.rc_context(cast(Any, theme.settings())):  # its stub wants literal keys
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
+        figure = Figure(figsize=(picture.width, picture.height), layout=layout)
         picture.draw(figure, theme)
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
         figure.savefig(out, format=kind, dpi=200, metadata=metadata)

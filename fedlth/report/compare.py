@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,14 +62,15 @@ class Comparison:
 
     def table(self) -> Table:
         """Return the comparison as rows of text."""
-        header = ("run", "arm", "density", "mean %", "95 % interval", "difference", "95 % of difference", "better / worse",
-                  "p", "p (Holm)", "effect")  # fmt: skip
+        header = ("run", "arm", "density", "mean %", "95 % interval", "difference", "95 % of difference",
+                  "better / worse", "p", "p (Holm)", "effect")  # fmt: skip
         rows = [(*_cells(self.reference), "reference", "", "", "", "", "")]
         for one in self.contrasts:
             gap = (points(one.difference.mean), bounds(one.difference.interval, signed=True))
             tests = (_p(one.p_value), _p(one.p_holm), f"{one.effect:+.2f}".replace("-", "−"))
             rows.append((*_cells(one.contestant), *gap, f"{one.better} / {one.worse} of {one.pairs}", *tests))
-        return Table(f"Test accuracy, paired by seed and client, against {self.reference.name}", header, tuple(rows), left=2)
+        title = f"Test accuracy, paired by seed and client, against {self.reference.name}"
+        return Table(title, header, tuple(rows), left=2)
 
     def text(self) -> str:
         """Return the comparison for a terminal."""
@@ -118,7 +120,7 @@ def signed_rank(gains: Values) -> tuple[float, float]:
     effect = float((ranks[moved > 0].sum() - ranks[moved < 0].sum()) / ranks.sum())
     # an exact null needs ranks without ties; for 50 and more the normal form is as good
     tied = len(np.unique(ranks)) < len(ranks)
-    method = "approx" if tied or len(moved) > 50 else "exact"
+    method: Literal["approx", "exact"] = "approx" if tied or len(moved) > 50 else "exact"
     return float(wilcoxon(np.round(moved, 12), method=method).pvalue), effect
 
 
@@ -131,7 +133,7 @@ def _check(first: Contestant, other: Contestant) -> None:
         for key in ("partition_digest", "data_digest"):
             one, two = getattr(ours.header, key), getattr(theirs.header, key)
             if one != two:
-                raise StudyError(f"{place}: {key} {one[:16]} of {ours.path} is wanted, got {two[:16]}: pairs would not be pairs")
+                raise StudyError(f"{place}: {key} {one[:16]} (that of {ours.path}) is wanted, got {two[:16]}")
         clients = [set(rows_of(f, c.choice)) for f, c in ((ours, first), (theirs, other))]
         if clients[0] != clients[1]:
             odd = sorted(clients[0] ^ clients[1])
@@ -143,7 +145,8 @@ def _contestant(path: Path, *, name: str, arm: str | None, density: float | None
     choice = main_choice(group, arm=arm, density=density)
     samples = [np.array([row.test_accuracy for row in rows_of(facts, choice).values()]) for facts in group]
     if not all(len(values) for values in samples):
-        raise StudyError(f"compare: {path}: {choice.arm} at {choice.target_density:g} in every seed is wanted, got a gap")
+        at = f"{choice.arm} at {choice.target_density:g}"
+        raise StudyError(f"compare: {path}: {at} in every seed is wanted, got a seed without it")
     return Contestant(name, group, choice, over_seeds(np.mean, samples), interval(samples))
 
 
@@ -175,8 +178,6 @@ def compare(runs: Sequence[Path], *, arm: str | None = None, density: float | No
 
     Raises StudyError for fewer than two runs, and where seeds, partition or data digests, or clients differ.
     """
-    from dataclasses import replace
-
     if len(runs) < 2:
         raise StudyError(f"compare: two runs or more are wanted, got {len(runs)}")
     names = _names(runs)

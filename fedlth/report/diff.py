@@ -70,14 +70,15 @@ def _content(path: Path) -> dict[str, Any]:
     # by tensor, so that two files that only lay the same tensors out in another order are equal
     from hashlib import sha256
 
-    from safetensors import SafetensorError, deserialize, safe_open
+    from safetensors import SafetensorError, safe_open
+    from safetensors.numpy import load_file
 
     try:
         with safe_open(path, framework="numpy") as file:
             meta = file.metadata() or {}
-        found = {
-            name: [part["dtype"], list(part["shape"]), sha256(bytes(part["data"])).hexdigest()[:16]]
-            for name, part in deserialize(path.read_bytes())
+        found: dict[str, Any] = {
+            name: [str(tensor.dtype), list(tensor.shape), sha256(tensor.tobytes()).hexdigest()[:16]]
+            for name, tensor in load_file(path).items()
         }
     except SafetensorError as error:
         raise StudyError(f"{path}: a safetensors file is wanted, got {error}") from None

@@ -107,7 +107,7 @@ def read_group(path: Path) -> tuple[Facts, ...]:
         return (read_run(path),)
     folders = sorted(inner.parent for inner in path.glob("*/header.json"))
     if not folders:
-        raise StudyError(f"{path}: a run folder (header.json) or a folder of them (seed-0/, ...) is wanted, got neither")
+        raise StudyError(f"{path}: a run folder or a folder of them (seed-0/, ...) is wanted, got no header.json")
     group = tuple(sorted((read_run(folder) for folder in folders), key=lambda facts: facts.header.seed))
     seeds = [facts.header.seed for facts in group]
     if len(set(seeds)) < len(seeds):

@@ -47,8 +47,9 @@ class AtBytes:
         curves = [curve(*one) for one in zip(self.results.group, self.results.traffics, strict=True)]
         colour = theme.colour("global")
         for x, y in curves:
-            axes.plot(x, y, color=colour, linewidth=1.8 if len(curves) == 1 else 1, alpha=1 if len(curves) == 1 else 0.6)
-            if len(curves) == 1:
+            alone = len(curves) == 1
+            axes.plot(x, y, color=colour, linewidth=1.8 if alone else 1, alpha=1 if alone else 0.6)
+            if alone:
                 axes.plot(x, y, ".", color=colour, markersize=5)
         total = float(np.mean([one.unicast.total_bytes for one in self.results.traffics])) / MEGA
         labels = []

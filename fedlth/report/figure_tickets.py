@@ -31,8 +31,8 @@ class LayerDensity:
         axes.hlines(y, [v.min() for v in values], [v.max() for v in values], color=colour, linewidth=5, alpha=0.35)
         axes.plot([v.mean() for v in values], y, "o", color=colour, markersize=7)
         for place, one in enumerate(values):
-            axes.annotate(f"{one.mean():.1f}", (one.max(), place), (8, 0), textcoords="offset points", va="center",
-                          fontsize=9, bbox={"color": theme.page, "pad": 1})  # fmt: skip
+            axes.annotate(f"{one.mean():.1f} %", (1.01, place), xycoords=axes.get_yaxis_transform(), va="center",
+                          fontsize=9, annotation_clip=False)  # fmt: skip
         axes.axvline(100 * self.overlap.density, color=theme.ink, linewidth=1, linestyle="--")
         axes.annotate("whole ticket", (100 * self.overlap.density, 1), (4, 3), xycoords=("data", "axes fraction"),
                       textcoords="offset points", fontsize=9)  # fmt: skip
@@ -89,7 +89,7 @@ class OverlapMaps:
             axes.set_yticks(ticks, [clients[t] for t in ticks], fontsize=7)
             axes.set_xlabel("client, alike labels side by side")
             bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
-            bar.outline.set_visible(False)  # type: ignore[operator]
+            bar.outline.set_visible(False)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,12 @@ class OverlapScatter:
         bins = np.digitize(x, edges)
         means = [(x[bins == b].mean(), y[bins == b].mean()) for b in range(1, 9) if (bins == b).sum() >= 3]
         if len(means) > 1:
-            axes.plot(*zip(*means, strict=True), color=theme.ink, linewidth=1.8, label="mean of pairs alike")
+            axes.plot(
+                *zip(*means, strict=True),
+                color=theme.ink,
+                linewidth=1.8,
+                label="mean over pairs with about equal labels",
+            )
         fair = float(self.overlap.pairs(self.overlap.chance).mean())
         axes.axhline(fair, color=theme.loss, linestyle="--", linewidth=1.4, label="chance, layer by layer")
         axes.axhline(self.overlap.plain_chance, color=theme.loss, linestyle=":", linewidth=1.4,

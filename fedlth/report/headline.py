@@ -10,6 +10,7 @@ import numpy as np
 from fedlth.report.arms import Choice, arm_of
 from fedlth.report.results import Results
 from fedlth.report.statistics import ArmSummary, Difference, difference
+from fedlth.report.tables import Table
 from fedlth.report.units import bounds, percent, points, scaled
 
 PERMUTATION_LEVEL = 0.01
@@ -40,11 +41,13 @@ def done(results: Results) -> str:
             f"{_plural(header.num_classes, 'class')}".replace("classs", "classes")
         )
     federated = len({row.round for row in results.group[0].rounds if row.phase == "federate"})
-    sentences = [f"{clients}." if federated == 0 else f"{clients}, trained one shared model in {federated} federated rounds."]
+    rounds = _plural(federated, "federated round")
+    sentences = [f"{clients}, trained one shared model in {rounds}." if federated else f"{clients}."]
     if header.unseen:
-        sentences.append(f"{_plural(len(header.unseen), 'client')} stayed unseen in the rounds and took part only at the end.")
+        unseen = _plural(len(header.unseen), "client")
+        sentences.append(f"{unseen} stayed unseen in the rounds and took part only at the end.")
     if results.main is not None and results.main.arm in ("ticket", "refined"):
-        sentences.append("Then every client found its own ticket, a sparse part of the model, on its own data and fine-tuned it.")
+        sentences.append("Then every client found its own ticket, a sparse part of the model, and fine-tuned it.")
     elif results.main is not None:
         sentences.append(f"What speaks for the method below is: {arm_of(results.main.arm).meaning}.")
     if len(results.group) > 1:
@@ -62,37 +65,48 @@ def rivals(results: Results) -> list[ArmSummary]:
     return [one for one in found if one is not None and one.choice != results.main]
 
 
-def versus(found: Difference) -> str:
-    """Return the verdict of a paired difference: ahead, behind, or no clear difference, with points and interval."""
+def verdict(found: Difference) -> str:
+    """Return what a paired difference says: ahead, behind, or no clear difference (its interval holds zero)."""
     if np.isnan(found.interval.low):
-        return f"{points(found.mean)} points"
-    clear = found.interval.excludes(0)
-    verdict = ("ahead" if found.mean > 0 else "behind") if clear else "no clear difference"
-    return f"{points(found.mean)} points {bounds(found.interval, signed=True)}, {verdict}"
+        return "too few clients to tell"
+    if not found.interval.excludes(0):
+        return "no clear difference"
+    return "ahead" if found.mean > 0 else "behind"
 
 
-def came_out(results: Results) -> tuple[str, ...]:
-    """Return the findings, one sentence each; the first gives the main arm's own accuracy."""
+def against(results: Results) -> Table:
+    """Return the main arm's paired differences from its rivals, one row each."""
+    rows = []
+    for rival in rivals(results):
+        found = difference(results.group, results.main, rival.choice) if results.main else None
+        if found is not None:
+            gap = (points(found.mean), bounds(found.interval, signed=True))
+            rows.append((arm_of(rival.choice.arm).label, percent(rival.mean), *gap, verdict(found)))
+    header = ("against", "its mean %", "difference, points", "95 % interval", "so the main arm is")
+    return Table("The main arm against the others, paired by client", header, tuple(rows))
+
+
+def reached(results: Results) -> str:
+    """Return the main arm's own result in one sentence."""
     main = results.summary(results.main)
     if main is None:
-        return ("No client was evaluated, so there is no result to tell.",)
+        return "No client was evaluated, so there is no result to tell."
     label = arm_of(main.choice.arm).label
     at = "" if main.choice.target_density == 1 else f" at density {main.choice.target_density:g}"
-    sentences = [
+    text = (
         f"The {label}{at} reaches {percent(main.mean)} % mean test accuracy {bounds(main.interval)}; the worst tenth "
-        f"of clients {percent(main.worst_decile)} %."
-    ]
-    for rival in rivals(results):
-        found = difference(results.group, main.choice, rival.choice)
-        if found is not None:
-            sentences.append(f"Against the {arm_of(rival.choice.arm).label} ({percent(rival.mean)} %): {versus(found)}.")
-    if main.hurt_global is not None:
-        sentences.append(f"Clients hurt against the global model: {percent(main.hurt_global, digits=0)} %.")
+        f"of clients {percent(main.worst_decile)} %"
+    )
     if main.unseen is not None:
-        sentences.append(f"Clients unseen in the rounds reach {percent(main.unseen)} %.")
-    if results.overlaps:
-        sentences.append(_overlap(results))
-    return tuple(sentences)
+        text += f"; clients unseen in the rounds {percent(main.unseen)} %"
+    if main.hurt_global is not None:
+        text += f". It hurts {percent(main.hurt_global, digits=0)} % of clients (below the global model)"
+    return f"{text}."
+
+
+def overlapping(results: Results) -> str:
+    """Return what the tickets have in common, in one sentence; "" where no two tickets were saved."""
+    return _overlap(results) if results.overlaps else ""
 
 
 def _overlap(results: Results) -> str:
@@ -149,12 +163,14 @@ def honest_notes(results: Results) -> tuple[str, ...]:
         if moved.refused.messages:
             told = sorted({row.status for row in facts.ledger if row.status != "ok"})
             shown = "; ".join(told[:3]) + ("; ..." if len(told) > 3 else "")
-            notes.append(f"{seed}{_plural(moved.refused.messages, 'message')} refused or failed ({shown}); bytes counted")
+            messages = _plural(moved.refused.messages, "message")
+            notes.append(f"{seed}{messages} refused or failed ({shown}); bytes counted")
         evaluated = {row.client for row in facts.metrics}
         missing = sorted(set(range(facts.header.num_clients)) - evaluated)
         if missing:
             shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-            notes.append(f"{seed}{_plural(len(missing), 'client')} without any result ({shown}); means are over the others")
+            clients = _plural(len(missing), "client")
+            notes.append(f"{seed}{clients} without any result ({shown}); means are over the others")
     for found in results.summaries:
         per_seed = found.num_clients / max(found.num_seeds, 1)
         largest = max(one.num_clients / max(one.num_seeds, 1) for one in results.summaries)

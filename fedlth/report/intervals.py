@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +52,7 @@ def _over_clients(values: NDArray[np.float64], rng: np.random.Generator) -> Inte
     if np.ptp(values) == 0:  # BCa divides by the spread of the jackknife
         return Interval(float(values[0]), float(values[0]))
     # the jackknife behind BCa needs more than two values to have a skewness
-    method = "BCa" if len(values) > 2 else "percentile"
+    method: Literal["BCa", "percentile"] = "BCa" if len(values) > 2 else "percentile"
     found = bootstrap(
         (values,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method=method, rng=rng
     ).confidence_interval

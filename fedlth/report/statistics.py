@@ -118,7 +118,7 @@ def _hurt(group: Sequence[Facts], choice: Choice, arm: str) -> float | None:
 
 def summarise_arm(group: Sequence[Facts], choice: Choice) -> ArmSummary:
     """Return the statistics of one arm and density; at least one client must have been evaluated there."""
-    tables = [list(rows.values()) for facts in group if (rows := rows_of(facts, choice))]
+    tables = [list(found.values()) for facts in group if (found := rows_of(facts, choice))]
     rows = [row for table in tables for row in table]
     samples = [np.array([row.test_accuracy for row in table]) for table in tables]
     seen = [v for t in tables if len(v := np.array([r.test_accuracy for r in t if not r.unseen]))]

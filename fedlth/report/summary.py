@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedlth.report.arms import arm_of
-from fedlth.report.headline import came_out, honest_notes, numbers
+from fedlth.report.headline import against, honest_notes, numbers, overlapping, reached
 from fedlth.report.results import Results
 from fedlth.report.tables import Table
 from fedlth.report.units import bounds, percent
@@ -54,7 +54,11 @@ def summary_text(results: Results) -> str:
         parts.append("hurt: clients below the global model.  Test accuracy, read once at the end.")
     wire = [one for one in numbers(results) if one.label.startswith("payload")]
     parts.append("\n".join(f"{one.label}: {one.value}  ({one.small})" for one in wire))
-    parts.append("\n".join(came_out(results)))
+    parts.append(reached(results))
+    rivals = against(results)
+    if rivals.rows:
+        parts.append(aligned(rivals))
+    parts += filter(None, [overlapping(results)])
     notes = honest_notes(results)
     if notes:
         parts.append("\n".join(f"note: {note}" for note in notes))

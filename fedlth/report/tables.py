@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,12 @@ class Table:
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     left: int = 1
+
+    def columns(self, names: Sequence[str]) -> Table:
+        """Return the table with only these columns, in this order."""
+        places = [self.header.index(name) for name in names]
+        rows = tuple(tuple(row[place] for place in places) for row in self.rows)
+        return Table(self.title, tuple(names), rows, sum(place < self.left for place in places))
 
 
 SUMMARY_HEADER = (
@@ -70,11 +77,11 @@ def clients_table(results: Results) -> Table:
     for facts in results.group:
         tables = [rows_of(facts, choice) for choice in (*shown, *main)]
         for client in sorted(set().union(*tables)):
-            found = [table.get(client) for table in tables]
-            known = next(row for row in found if row is not None)
+            held = [table.get(client) for table in tables]
+            known = next(row for row in held if row is not None)
             labels = facts.header.client_labels
-            classes = str(sum(held > 0 for held in labels[client])) if client < len(labels) else NOTHING
-            accuracies = (percent(row.test_accuracy if row else None) for row in found)
+            classes = str(sum(number > 0 for number in labels[client])) if client < len(labels) else NOTHING
+            accuracies = (percent(row.test_accuracy if row else None) for row in held)
             place = (str(facts.header.seed), str(client), "yes" if known.unseen else "no")
             rows.append((*place, str(known.num_train), classes, *accuracies))
     return Table("Test accuracy of every client", header, tuple(rows), left=0)

@@ -1,0 +1,7 @@
+"""python -m fedlth."""
+
+import sys
+
+from fedlth.cli import main
+
+sys.exit(main())

@@ -1,0 +1,93 @@
+"""What a study may name, with the options of each and where it comes from."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fedlth.errors import StudyError
+
+
+def _tables() -> dict[str, Mapping[str, Callable[..., Any]]]:
+    from fedlth.data.partition import PARTITIONS
+    from fedlth.data.sources import SOURCES
+    from fedlth.methods.arms import ARMS
+    from fedlth.methods.recipes import METHODS
+    from fedlth.models.registry import MODELS
+    from fedlth.tickets.rewind import REWINDS
+    from fedlth.tickets.schedule import SCHEDULES
+    from fedlth.tickets.scope import SCOPES
+    from fedlth.tickets.score import SCORES
+
+    return {
+        "methods": METHODS,
+        "models": MODELS,
+        "datasets": SOURCES,
+        "partitions": PARTITIONS,
+        "scores": SCORES,
+        "schedules": SCHEDULES,
+        "scopes": SCOPES,
+        "rewinds": REWINDS,
+        "arms": ARMS,
+    }
+
+
+ENGINES = {
+    "inprocess": "one job after the other, here: what the others must equal",
+    "ray": "workers on this machine or a cluster, clients placed on GPUs by fraction or memory",
+    "flower": "Flower's Message API: simulation, `flwr run`, and real devices",
+}
+OWN_PLACES = {
+    "models": "or your own package.module:callable(num_classes=, input_shape=, **options)",
+    "datasets": "or hf:ID (extra: hf), or your own package.module:callable(root=, **options)",
+}
+
+
+def listing(what: str) -> str:
+    """Return the listing of one kind, or of all. Raises StudyError at an unknown kind."""
+    tables = _tables()
+    kinds = [*tables, "finders", "engines"]
+    if what and what not in kinds:
+        raise StudyError(f"list: must be one of {', '.join(kinds)}, got {what!r}")
+    wanted = [what] if what else kinds
+    return "\n\n".join(_section(kind, tables) for kind in wanted)
+
+
+def _section(kind: str, tables: Mapping[str, Mapping[str, Callable[..., Any]]]) -> str:
+    if kind == "engines":
+        return "\n".join(["engines", *(f"  {n:18} {text}" for n, text in ENGINES.items())])
+    if kind == "finders":
+        parts = [_section(k, tables) for k in ("scores", "schedules", "scopes", "rewinds")]
+        return "\n".join(["a finder is score x schedule x scope x rewind", *parts])
+    if kind == "methods":
+        return "\n".join(["methods", *_methods(tables["methods"])])
+    lines = [kind]
+    for name, part in tables[kind].items():
+        lines.append(f"  {name + _options(part):42} {_first_line(part)}".rstrip())
+    if kind in OWN_PLACES:
+        lines.append(f"  {OWN_PLACES[kind]}")
+    return "\n".join(lines)
+
+
+def _methods(table: Mapping[str, Callable[..., Any]]) -> list[str]:
+    lines = []
+    for name, build in table.items():
+        recipe = build()
+        lines += [f"  {name:12} {recipe.summary}", f"  {'':12} {recipe.paper}{_options(build)}"]
+    return lines
+
+
+def _options(part: Callable[..., Any]) -> str:
+    """Return " (option=default, ...)" for what a study may set."""
+    hidden = {"step", "num_classes", "input_shape", "root", "anchor", "replay_lr"}
+    shown = []
+    for name, p in inspect.signature(part).parameters.items():
+        if name not in hidden and p.kind is not inspect.Parameter.VAR_KEYWORD:
+            shown.append(name if p.default is inspect.Parameter.empty else f"{name}={p.default!r}")
+    return f" ({', '.join(shown)})" if shown else ""
+
+
+def _first_line(part: Callable[..., Any]) -> str:
+    text = inspect.getdoc(part) or ""
+    return "" if text.startswith(getattr(part, "__name__", "?") + "(") else text.partition("\n")[0]

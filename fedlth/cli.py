@@ -1,0 +1,156 @@
+"""The command line. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedlth import __version__
+from fedlth.errors import StudyError
+
+INTERRUPTED = 130
+
+
+def tell(line: str) -> None:
+    """Print a line of live progress; results go to standard output, progress does not."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    from fedlth import api
+
+    study = api.load(args.study, args.override)
+    folder = api.run(study, tell=tell)
+    _show(folder)
+    return 0
+
+
+def resume(args: argparse.Namespace) -> int:
+    from fedlth import api
+
+    _show(api.resume(args.run, tell=tell))
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    _show(args.run)
+    return 0
+
+
+def compare(args: argparse.Namespace) -> int:
+    from fedlth.report.compare import compare as compared
+
+    result = compared(args.run, arm=args.arm)
+    if args.tables:
+        args.tables.mkdir(parents=True, exist_ok=True)
+        for suffix, text in (("md", result.markdown()), ("tex", result.latex()), ("csv", result.csv())):
+            (args.tables / f"compare.{suffix}").write_text(text)
+    print(result.text())
+    return 0
+
+
+def diff(args: argparse.Namespace) -> int:
+    from fedlth.report.diff import diff as differences
+
+    found = differences(args.run_a, args.run_b)
+    print("\n".join(found) if found else "equal: parameters, tickets, payload bytes, metrics")
+    return 1 if found else 0
+
+
+def list_(args: argparse.Namespace) -> int:
+    from fedlth import catalogue
+
+    print(catalogue.listing(args.what))
+    return 0
+
+
+def check(args: argparse.Namespace) -> int:
+    from fedlth import api, forecast
+
+    print(forecast.forecast(api.load(args.study, args.override)))
+    return 0
+
+
+def _show(run_folder: Path) -> None:
+    from fedlth.report.build import write_report
+    from fedlth.report.summary import summary
+
+    path = write_report(run_folder)
+    print(summary(run_folder))
+    print(f"\nreport: {path}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's grammar."""
+    top = argparse.ArgumentParser(prog="fedlth", description="Federated personalised lottery tickets.")
+    top.add_argument("--version", action="version", version=f"fedlth {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, act: object, help: str, text: str = "") -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=help, description=f"{help}\n\n{text}", formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        sub.set_defaults(act=act)
+        return sub
+
+    study_text = (
+        "STUDY.yaml is one study (see configs/). key=value overrides any key by its dotted name:\n"
+        "  method=fedavg_ft  train.lr=0.1  partition.alpha=0.3  finder.densities=[0.5,0.2]\n"
+        "  engine=inprocess|ray|flower  seed=1  seeds=[0,1,2]  out=runs/mine  data.root=/data\n"
+        "`fedlth list` says what each name may be."
+    )
+    sub = command("run", run, "run a study and write its report", study_text)
+    sub.add_argument("study", type=Path, metavar="STUDY.yaml")
+    sub.add_argument("override", nargs="*", metavar="key=value")
+
+    text = "Goes on after the last committed round, whatever stopped the run; ends as if it had never stopped."
+    sub = command("resume", resume, "go on with a run that was stopped", text)
+    sub.add_argument("run", type=Path, metavar="RUN")
+
+    sub = command("report", report, "write a run's report and tables anew", "RUN is a run's folder, or one with seeds.")
+    sub.add_argument("run", type=Path, metavar="RUN")
+
+    text = (
+        "Pairs the runs by (seed, client) and prints differences with bootstrap intervals.\n"
+        "Refuses runs whose clients hold different data. The first run is the baseline."
+    )
+    sub = command("compare", compare, "compare runs, paired by seed and client", text)
+    sub.add_argument("run", type=Path, nargs="+", metavar="RUN")
+    sub.add_argument("--arm", help="the row to compare in every run (default: each run's main arm)")
+    sub.add_argument("--tables", type=Path, help="write compare.md, .tex and .csv into this folder")
+
+    text = "Exit code 0 when parameters, tickets, payload bytes and metrics are equal, 1 when not. Times do not count."
+    sub = command("diff", diff, "say whether two runs ended in the same bits", text)
+    sub.add_argument("run_a", type=Path, metavar="RUN")
+    sub.add_argument("run_b", type=Path, metavar="RUN")
+
+    text = "Kinds: methods, models, datasets, partitions, finders, scores, schedules, scopes, rewinds, arms, engines."
+    sub = command("list", list_, "list what a study may name", text)
+    sub.add_argument("what", nargs="?", default="", metavar="KIND")
+
+    text = "Validates everything, times a few synthetic steps, and forecasts; trains nothing and writes nothing.\n\n"
+    sub = command("check", check, "validate a study and forecast its cost", text + study_text)
+    sub.add_argument("study", type=Path, metavar="STUDY.yaml")
+    sub.add_argument("override", nargs="*", metavar="key=value")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code: 0 done, 1 differs, 2 bad input, 130 interrupted."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    args = parser().parse_args(argv)
+    try:
+        return int(args.act(args))
+    except StudyError as error:
+        print(f"fedlth: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fedlth: stopped; everything up to the last line above is kept", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""From a study's `engine` to the transport that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fedlth import session
+from fedlth.config import Study
+from fedlth.engines.inprocess import InProcess
+from fedlth.jobs import Engine
+
+
+def drive(study: Study, out: Path, tell: Callable[[str], None], *, again: bool) -> None:
+    """Run a study into `out`, or go on with the run there (`again`), on the engine that the study names."""
+    if study.engine == "flower":
+        from fedlth.engines.flower import run_under_flower
+
+        run_under_flower(study, out, tell, resume=again)
+        return
+    engine = _engine(study)
+    if again:
+        session.resume(out, engine, tell)
+    else:
+        session.start(study, out, engine, tell)
+
+
+def _engine(study: Study) -> Engine:
+    if study.engine == "ray":
+        from fedlth.engines.ray import RayEngine
+
+        return RayEngine(study.ray, job_timeout_s=study.job_timeout_s)
+    return InProcess()

@@ -1,0 +1,201 @@
+"""Flower's side of the Flower engine: messages, the two apps, the simulation. The only file that imports flwr."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Before the import, since Flower reads them once: no telemetry, no update check, no packages installed on the way.
+for _name, _value in (
+    ("FLWR_TELEMETRY_ENABLED", "0"),
+    ("FLWR_DISABLE_UPDATE_CHECK", "1"),
+    ("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "1"),
+    ("RAY_USAGE_STATS_ENABLED", "0"),
+    ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"),  # clients share the GPUs that the study's device names
+):
+    os.environ.setdefault(_name, _value)
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict  # noqa: E402
+from flwr.clientapp import ClientApp  # noqa: E402
+from flwr.serverapp import Grid, ServerApp  # noqa: E402
+from flwr.simulation import run_simulation  # noqa: E402
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects  # noqa: E402
+
+from fedlth.config import Study  # noqa: E402
+from fedlth.engines import flower_client  # noqa: E402
+from fedlth.engines.flower_engine import Back, FlowerEngine, Sent  # noqa: E402
+from fedlth.engines.flower_nodes import Tell  # noqa: E402
+from fedlth.engines.flower_record import BODY, HEAD, View  # noqa: E402
+from fedlth.engines.flower_session import Task, interruptible, task_of  # noqa: E402
+from fedlth.errors import StudyError  # noqa: E402
+from fedlth.methods.resolve import resolve  # noqa: E402
+from fedlth.world import open_world  # noqa: E402
+
+WORKERS = 2
+SIMULATED_WAIT_S = 10.0  # a simulation registers all its nodes at once, a moment after the ServerApp has started
+# Flower's actor pool puts a dead actor back, and every later job that meets it fails. Ray restarts it with these, which
+# reach it because Flower hands client_resources on to `actor.options()`; `flwr run` has no such setting.
+RESTARTS = {"max_restarts": -1, "max_task_retries": 1}
+
+
+class GridTransport:
+    """Messages over a Flower grid. Framed bytes are the sum of `deflate()` over a message and all objects in it.
+
+    On a network, an object that the other end has already (a broadcast) is not sent again; each message counts it.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        # Only the simulation's grid names its interval; over HTTP each poll is a request.
+        self.simulated = hasattr(grid, "pull_interval")
+        self.poll_s = 0.1 if self.simulated else 1.0
+
+    def online(self) -> Iterable[int]:
+        return self._grid.get_node_ids()
+
+    def send(self, records: View, *, node: int, kind: str) -> Sent:
+        message = Message(_content(records), node, kind)
+        size = _framed_bytes(message)
+        self._grid.push_messages([message])
+        return Sent(message.metadata.message_id, size)
+
+    def collect(self, ids: Iterable[str]) -> list[Back]:
+        return [_back(m) for m in self._grid.pull_messages(ids)]
+
+
+def _back(reply: Message) -> Back:
+    sent = reply.metadata.reply_to_message_id
+    if reply.has_error():
+        reason = " ".join(str(reply.error.reason).split())
+        return Back(sent, code=reply.error.code, reason=reason)
+    return Back(sent, framed_bytes=_framed_bytes(reply), records=_records(reply))
+
+
+def _framed_bytes(message: Message) -> int:
+    return sum(len(part.deflate()) for part in get_all_nested_objects(message).values())
+
+
+def _content(records: Mapping[str, Mapping[str, Any]]) -> RecordDict:
+    return RecordDict({name: ConfigRecord(dict(record)) for name, record in records.items()})
+
+
+def _records(message: Message) -> dict[str, dict[str, Any]]:
+    return {name: dict(record) for name, record in message.content.config_records.items()}
+
+
+def make_client_app(out: str = "", *, restarts: bool = False) -> ClientApp:
+    """Return the client's side; `out` is the run's folder where no run config names it.
+
+    `restarts` says that a worker which ends is replaced: one that holds a hung step makes room for a fresh one.
+    """
+    app = ClientApp()
+
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        try:
+            said: int | str = flower_client.Place.of(context.node_config, "").partition
+        except StudyError as error:
+            said = str(error)
+        return Message(_content({HEAD: {BODY: said}}), reply_to=message)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        if restarts:
+            flower_client.end_if_hung()
+        place = flower_client.Place.of(context.node_config, out or str(context.run_config.get("out", "")))
+        return Message(_content(flower_client.serve(_records(message), place)), reply_to=message)
+
+    return app
+
+
+def make_server_app(app_dir: Path) -> ServerApp:
+    """Return the server's side under `flwr run`, which reads the study from the run config."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        def tell(line: str) -> None:
+            print(f"fedlth: {line}", flush=True)
+
+        try:
+            task = task_of(context.run_config, app_dir)
+            if task is None:
+                tell(f"{context.run_config['out']}: this run has ended already")
+                return
+            _run(task, grid, tell, threading.Event(), wait_s=float(str(context.run_config["wait-s"])))
+        except StudyError as error:
+            tell(f"error: {error}")
+            raise
+        tell(f"done: {task.out}; its report: fedlth report {task.out}")
+
+    return app
+
+
+def _run(task: Task, grid: Grid, tell: Tell, stop: threading.Event, *, wait_s: float) -> None:
+    transport = GridTransport(grid)
+    engine = FlowerEngine(
+        transport, study=task.study, out=task.out, tell=tell, stop=stop,
+        wait_s=SIMULATED_WAIT_S if transport.simulated else wait_s,
+    )  # fmt: skip
+    task.run(engine, tell)
+
+
+def run_under_flower(study: Study, out: Path, tell: Tell, *, resume: bool = False) -> None:
+    """Run a study in Flower's simulation on this machine, one SuperNode a client, two workers.
+
+    What the run raises is raised here; Ctrl-C ends it after the client steps that are under way.
+    """
+    resolved, _ = resolve(study)
+    open_world(resolved.science())  # what is wrong with the study is said before Ray starts
+    # Flower's workers have working folders of their own.
+    task, stop, ended = Task(study, out.resolve(), resume), threading.Event(), threading.Event()
+    raised: list[BaseException] = []
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        try:
+            _run(task, grid, tell, stop, wait_s=SIMULATED_WAIT_S)
+        except BaseException as error:  # also KeyboardInterrupt, which Flower would lose in its thread
+            raised.append(error)
+        finally:
+            ended.set()
+
+    try:
+        with _quiet(), interruptible(stop):
+            run_simulation(
+                server_app=app,
+                client_app=make_client_app(str(task.out), restarts=True),
+                num_supernodes=study.clients.count,
+                backend_config={
+                    "init_args": {"num_cpus": WORKERS, "include_dashboard": False, "logging_level": logging.ERROR},
+                    "client_resources": {"num_cpus": 1, "num_gpus": 0.0, **RESTARTS},
+                },
+            )
+    except Exception:
+        stop.set()  # the simulation broke; its ServerApp, in a thread of its own, would wait for answers
+        ended.wait()
+        raise
+    if raised:
+        raise raised[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Flower's log off the user's screen (what goes wrong is raised or recorded), and its hands off PYTHONPATH."""
+    log, path = logging.getLogger("flwr"), os.environ.get("PYTHONPATH")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        if path is None:
+            os.environ.pop("PYTHONPATH", None)
+        else:
+            os.environ["PYTHONPATH"] = path

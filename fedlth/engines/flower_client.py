@@ -1,0 +1,127 @@
+"""The client's side of the Flower engine: its own state on its own disk, and a step that cannot hang for ever."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedlth.client import client_step
+from fedlth.engines.flower_record import Order, Records, View, of_answer, to_order
+from fedlth.engines.inprocess import attempt, one_line
+from fedlth.errors import StudyError
+from fedlth.jobs import Failure, Job, Reply
+from fedlth.store import Store
+from fedlth.world import open_world
+
+PARTITION, STATE_DIR = "partition-id", "state-dir"
+RUN_NAME, VERSION_NAME = re.compile(r"[0-9a-f]{16}"), re.compile(r"[a-z_]+-[0-9]+|")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a client lives: the partition it serves, and the folders its state may lie in.
+
+    `state_dir` is the device's own (`--node-config 'state-dir="..."'`); `out` is the run's folder, which serves when
+    client and server share a machine.
+    """
+
+    partition: int
+    state_dir: Path | None
+    out: Path | None
+
+    @staticmethod
+    def of(node_config: Mapping[str, Any], out: str) -> Place:
+        """Read a node's config; raise StudyError where it does not say which partition the node serves."""
+        partition, folder = node_config.get(PARTITION), node_config.get(STATE_DIR)
+        if not isinstance(partition, int) or isinstance(partition, bool) or partition < 0:
+            raise StudyError(f'node config: {PARTITION} must be a whole number: --node-config "{PARTITION}=0"')
+        return Place(partition, Path(str(folder)) if folder else None, Path(out) if out else None)
+
+    def store(self, run: str) -> Store:
+        """Return the store of this run's state: versions of two runs have equal names, so each has its own folder."""
+        if self.state_dir is not None:
+            return Store(self.state_dir / run)
+        if self.out is not None and (self.out / "config.yaml").exists():
+            return Store(self.out / "state")
+        raise StudyError(
+            f"node {self.partition}: the run folder is not on this machine, so the node needs a folder for its state: "
+            f"""--node-config 'partition-id={self.partition} state-dir="/path"'"""
+        )
+
+
+def serve(records: View, place: Place, *, step: Callable[[Job], Reply] = client_step) -> Records:
+    """Answer one message. Whatever goes wrong in here is an answer too, except the death of the process."""
+    order = to_order(records)
+    answer = _serve(order, place, step)
+    return of_answer(replace(answer, worker=f"pid {os.getpid()}"))
+
+
+def _serve(order: Order, place: Place, step: Callable[[Job], Reply]) -> Reply | Failure:
+    job = order.job
+    try:
+        _check(order, place)
+        store = place.store(order.run)
+        state = store.get(job.client, job.version)
+        # Before the step, so that a step that comes late deletes nothing that a later one wrote.
+        store.drop_others(job.client, job.version)
+    except (ValueError, StudyError, OSError) as error:
+        return Failure(round=job.round, client=job.client, kind="raised", reason=one_line(error))
+    answer = bounded(step, replace(job, state=state), order.timeout_s)
+    if isinstance(answer, Reply) and answer.state is not None:
+        try:
+            store.put(job.client, f"{job.phase}-{job.round}", answer.state)
+        except OSError as error:
+            return Failure(round=job.round, client=job.client, kind="raised", reason=one_line(error))
+    return answer
+
+
+def _check(order: Order, place: Place) -> None:
+    """Refuse an order for another client, and names that would leave the state's folder."""
+    job = order.job
+    if job.client != place.partition:
+        raise ValueError(f"a job for client {job.client} came to the node of partition {place.partition}")
+    if not RUN_NAME.fullmatch(order.run) or not VERSION_NAME.fullmatch(job.version):
+        raise ValueError("the names of the run and of the state's version must be plain")
+    if not re.fullmatch(r"[a-z_]+", job.phase):
+        raise ValueError("the name of the phase must be plain")
+
+
+# Steps that ran past their time and cannot be stopped from inside Python; they end with their process.
+HUNG: list[threading.Thread] = []
+
+
+def end_if_hung() -> None:
+    """End this process if a hung step still runs in it. Only for a worker that its engine replaces."""
+    if any(thread.is_alive() for thread in HUNG):
+        os._exit(1)
+
+
+def bounded(step: Callable[[Job], Reply], job: Job, timeout_s: float) -> Reply | Failure:
+    """Run one step for at most `timeout_s`; one that takes longer is a Failure, and its thread is given up.
+
+    Flower has no limit of its own: a step that hangs keeps its worker, and the simulation then never ends.
+    """
+    answers: list[Reply | Failure] = []
+
+    def target() -> None:
+        import torch
+
+        torch.set_num_threads(1)  # a thread's own setting for BLAS; open_world sets it for the thread that built it
+        try:
+            answers.append(attempt(step, job))
+        except BaseException as error:  # sys.exit in a step ends the step, not the node
+            answers.append(Failure(round=job.round, client=job.client, kind="died", reason=one_line(error)))
+
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if answers:
+        return answers[0]
+    HUNG.append(thread)
+    open_world.cache_clear()  # the hung step holds this world's one module; the next step gets another
+    return Failure(round=job.round, client=job.client, kind="hung", reason=f"no answer within {timeout_s:g} s")

@@ -1,0 +1,154 @@
+"""The Flower engine itself: each job to the SuperNode of its client, each answer back to its job. No flwr in here."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from fedlth import store
+from fedlth.config import Study
+from fedlth.engines.flower_nodes import Roll, Tell
+from fedlth.engines.flower_record import BODY, HEAD, Order, Records, View, of_order, to_answer
+from fedlth.jobs import Failure, Job, Reply
+
+DEFAULT_TIMEOUT_S = 3600.0
+GRACE_S = 120.0  # Ray's workers, or a device's process, need up to half a minute before the first step begins
+RUN_NAME = "flower-run"
+# Flower's codes (flwr.common.constant.ErrorCode) by what they mean here; code 0 is any exception of its backend.
+RAISED, CRASHED = (1, 2, 6, 7), 8
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A message on its way: its id, and its size as the transport frames it."""
+
+    id: str
+    framed_bytes: int
+
+
+@dataclass(frozen=True)
+class Back:
+    """What came back for one message: records, or Flower's error code with its reason."""
+
+    id: str
+    framed_bytes: int = 0
+    records: View | None = None
+    code: int = 0
+    reason: str = ""
+
+
+class Transport(Protocol):
+    """What the engine needs of Flower."""
+
+    poll_s: float
+
+    def online(self) -> Iterable[int]: ...
+
+    def send(self, records: Records, *, node: int, kind: str) -> Sent: ...
+
+    def collect(self, ids: Iterable[str]) -> list[Back]: ...
+
+
+class FlowerEngine:
+    """Clients keep their own state; `framed_down_bytes` and `framed_up_bytes` are those of whole Flower messages."""
+
+    name = "flower"
+    holds_state = True
+
+    def __init__(
+        self, transport: Transport, *, study: Study, out: Path, tell: Tell, wait_s: float, stop: threading.Event
+    ) -> None:
+        self._transport, self._out, self._stop = transport, out, stop
+        self._timeout_s = study.job_timeout_s or DEFAULT_TIMEOUT_S
+        self._roll = Roll(
+            count=study.clients.count, online=transport.online, ask=self._ask, pause=self._pause, tell=tell,
+            wait_s=wait_s,
+        )  # fmt: skip
+
+    def map(self, jobs: Sequence[Job], /) -> list[Reply | Failure]:
+        nodes, run = self._roll.nodes(), self._run_name()
+        sent = [self._send(job, nodes.get(job.client), run) for job in jobs]
+        backs = self._exchange([s for s in sent if s is not None])
+        return [self._answer(j, s, None if s is None else backs.get(s.id)) for j, s in zip(jobs, sent, strict=True)]
+
+    def close(self) -> None:
+        pass
+
+    def _send(self, job: Job, node: int | None, run: str) -> Sent | None:
+        if node is None:
+            return None
+        return self._transport.send(of_order(Order(job, run, self._timeout_s)), node=node, kind="train")
+
+    def _answer(self, job: Job, sent: Sent | None, back: Back | None) -> Reply | Failure:
+        if sent is None:
+            return _failure(job, "lost", "no SuperNode serves this client now")
+        if back is None:
+            return _failure(job, "lost", f"no answer for {self._timeout_s + GRACE_S:g} s")
+        if back.records is None:
+            return _failure(job, _kind(back.code, back.reason), f"Flower error {back.code}: {back.reason}")
+        try:
+            answer = to_answer(back.records, job)
+        except ValueError as error:
+            return _failure(job, "raised", f"unreadable answer: {error}")
+        if isinstance(answer, Failure):
+            return answer
+        return replace(answer, framed_down_bytes=sent.framed_bytes, framed_up_bytes=back.framed_bytes)
+
+    def _exchange(self, sent: Sequence[Sent]) -> dict[str, Back]:
+        """Collect until all have answered, or none has for the time that one step may take.
+
+        Every client bounds its own step, so that even a long queue on one worker shows progress within that time.
+        """
+        waiting = {s.id for s in sent}
+        got: dict[str, Back] = {}
+        last = time.monotonic()
+        while waiting and time.monotonic() - last < self._timeout_s + GRACE_S:
+            for back in self._transport.collect(sorted(waiting)):
+                got[back.id] = back
+                waiting.discard(back.id)
+                last = time.monotonic()
+            if waiting:
+                self._pause()
+        return got
+
+    def _ask(self, nodes: Sequence[int]) -> dict[int, int | str]:
+        sent = {n: self._transport.send({HEAD: {BODY: ""}}, node=n, kind="query") for n in nodes}
+        backs = self._exchange(list(sent.values()))
+        return {n: _partition(backs.get(s.id)) for n, s in sent.items()}
+
+    def _pause(self) -> None:
+        if self._stop.wait(self._transport.poll_s):
+            raise KeyboardInterrupt
+
+    def _run_name(self) -> str:
+        """Return the run's name on its devices; it lies in the run folder, and so survives a resume."""
+        file = self._out / RUN_NAME
+        if not file.exists():
+            store.write_atomic(file, secrets.token_hex(8).encode())
+        return file.read_text().strip()
+
+
+def _partition(back: Back | None) -> int | str:
+    if back is None:
+        return "no answer"
+    if back.records is None:
+        return f"Flower error {back.code}: {back.reason[-200:]}"
+    said = back.records.get(HEAD, {}).get(BODY)
+    return said if isinstance(said, int) else str(said)
+
+
+def _failure(job: Job, kind: str, reason: str) -> Failure:
+    return Failure(round=job.round, client=job.client, kind=kind, reason=reason[:300])
+
+
+def _kind(code: int, reason: str) -> str:
+    if code in RAISED:
+        return "raised"
+    if "OutOfMemory" in reason:
+        return "memory"
+    return "died" if code == CRASHED or "Died" in reason or "Crashed" in reason else "lost"

@@ -1,0 +1,79 @@
+"""What a Flower ServerApp does: read which study to run, and run it or go on with it. No flwr in here."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedlth import config, session
+from fedlth.engines.flower_engine import FlowerEngine
+from fedlth.engines.flower_nodes import Tell
+from fedlth.errors import StudyError
+from fedlth.methods.resolve import resolve
+
+
+@dataclass(frozen=True)
+class Task:
+    """A study, where it runs, and whether it goes on with a run that is there."""
+
+    study: config.Study
+    out: Path
+    resume: bool
+
+    def run(self, engine: FlowerEngine, tell: Tell) -> None:
+        if self.resume:
+            session.resume(self.out, engine, tell)
+        else:
+            session.start(self.study, self.out, engine, tell)
+
+
+def task_of(run_config: Mapping[str, Any], app_dir: Path) -> Task | None:
+    """Return what `flwr run --run-config` asks for; None where that run has ended already.
+
+    `study` is a path in the app (Flower runs an installed copy) or an absolute one, `out` an absolute folder,
+    `overrides` key=value words. A folder that holds an unfinished run of the same study is gone on with.
+    Raises StudyError.
+    """
+    out = Path(str(run_config.get("out", "")))
+    if not out.is_absolute():
+        raise StudyError(f"""run config: out must be an absolute folder: --run-config 'out="/ABS/RUN"', got "{out}" """)
+    path = app_dir / str(run_config.get("study", ""))
+    study = config.load(path, shlex.split(str(run_config.get("overrides", ""))))
+    for key, given in (("seeds", study.seeds), ("tune.lr", study.tune.lr)):
+        if given:
+            raise StudyError(f"{path}: {key} must be empty under flwr run; `fedlth run ... engine=flower` has it")
+    if not (out / "config.yaml").exists():
+        return Task(study, out, resume=False)
+    there = config.load(out / "config.yaml")
+    if there.science() != resolve(study)[0].science():
+        raise StudyError(f"{out}: holds a run of another study; give another out")
+    header = out / "header.json"
+    if header.exists() and json.loads(header.read_bytes()).get("finished"):
+        return None
+    return Task(there, out, resume=True)
+
+
+@contextmanager
+def interruptible(stop: threading.Event) -> Iterator[None]:
+    """Let Ctrl-C set `stop`: Flower's simulation waits for its ServerApp, so only that may end a run."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def ask(*_: object) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before)  # a second Ctrl-C does what it did before
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,82 @@
+"""The Ray engine: jobs go to worker processes, on one machine or a cluster. It must equal the in-process engine."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fedlth import config
+from fedlth.engines.ray_placement import count, share_of
+from fedlth.engines.ray_pool import Limits, Pool
+from fedlth.engines.ray_worker import Worker
+from fedlth.jobs import Failure, Job, Reply
+
+if TYPE_CHECKING:
+    from fedlth.engines.ray_cluster import Cluster
+
+START_S = 300.0
+
+
+class RayEngine:
+    """Workers of a Ray cluster; connected at the first map, so that a study's mistakes are told before.
+
+    `job_timeout_s` limits a job from the moment a worker has it; `start_timeout_s` limits a worker's start, the
+    building of the study's world included. Raises StudyError for a placement that cannot be.
+    """
+
+    name = "ray"
+    holds_state = False
+
+    def __init__(
+        self, ray: config.Ray, *, job_timeout_s: float | None = None, device: str = "cpu", start_timeout_s: float = START_S
+    ) -> None:
+        self.settings, self.limits = ray, Limits(start_timeout_s, job_timeout_s)
+        self.share = share_of(ray, device=device, total_memory_mb=_smallest_gpu_mb)
+        self._opened: tuple[Cluster, Pool] | None = None
+
+    def map(self, jobs: Sequence[Job], /) -> list[Reply | Failure]:
+        """Run `client_step` on each job; one Reply or Failure a job, in job order."""
+        if not jobs:
+            return []
+        if self._opened is None:
+            self._opened = self._open()
+        return self._opened[1].map(jobs)
+
+    def close(self) -> None:
+        """End the workers, and Ray itself where it was started here."""
+        if self._opened is not None:
+            cluster, pool = self._opened
+            self._opened = None
+            try:
+                pool.close()
+            finally:
+                cluster.close()
+
+    def _open(self) -> tuple[Cluster, Pool]:
+        from fedlth.engines.ray_cluster import connect
+
+        settings, share = self.settings, self.share
+        cluster = connect(settings.address, cpus=settings.workers * settings.num_cpus, gpus=settings.logical_gpus)
+        try:
+            size = count(share, cluster.nodes(), wanted=settings.workers)
+        except BaseException:
+            cluster.close()
+            raise
+        folder = os.getcwd()
+        path = [folder, *(p for p in sys.path if p)]
+        given = {"path": path, "folder": folder, "memory_mb": settings.memory_mb}
+        limits = self.limits
+
+        def spawn() -> object:
+            return cluster.spawn(Worker, cpus=share.cpus, gpu=share.asked_gpu, path=path)
+
+        return cluster, Pool(cluster, size, spawn=spawn, given=given, limits=limits)
+
+
+def _smallest_gpu_mb() -> int | None:
+    import torch
+
+    sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+    return min(sizes) // 2**20 if sizes else None

@@ -1,0 +1,128 @@
+"""The only file that knows Ray's API: connect, put, call, wait, get, kill."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# Read by ray when it is imported: no usage report, and a worker without a share of a GPU keeps its own environment.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+from ray import exceptions
+
+from fedlth.errors import StudyError
+
+CONNECT_S = 10.0
+FETCH_S = 60.0
+# One thread a worker, and no spinning: two workers on two cores are several times slower with either.
+ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A call that gave no value: kind is died, memory or raised."""
+
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A connection to Ray. `owned` says that it was started here, and so ends here."""
+
+    owned: bool
+
+    def nodes(self) -> list[dict[str, float]]:
+        """Return each living node's resources, such as CPU and GPU."""
+        return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+    def put(self, value: object) -> Any:
+        """Store a value once for every worker; the answer goes into `call` in the value's place."""
+        return ray.put(value)
+
+    def spawn(self, kind: type, *, cpus: float, gpu: float, path: Sequence[str]) -> Any:
+        """Ask for a new actor; it is there once its first call returns."""
+        env = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(path)}
+        if not gpu:
+            env["CUDA_VISIBLE_DEVICES"] = ""
+        options = {"num_cpus": cpus, "num_gpus": gpu, "max_restarts": 0, "max_task_retries": 0}
+        return ray.remote(kind).options(**options, runtime_env={"env_vars": env}).remote()
+
+    def call(self, actor: Any, method: str, *args: object, **kwargs: object) -> Any:
+        """Start a method; stored values among `args` arrive as themselves."""
+        return getattr(actor, method).remote(*args, **kwargs)
+
+    def wait(self, calls: Sequence[Any], *, timeout_s: float | None) -> list[Any]:
+        """Return those that have ended, at least one unless the time runs out."""
+        return list(ray.wait(list(calls), num_returns=1, timeout=timeout_s)[0])
+
+    def get(self, call: Any) -> Any:
+        """Return an ended call's value, or Lost."""
+        try:
+            return ray.get(call, timeout=FETCH_S)
+        except exceptions.OutOfMemoryError as error:
+            return Lost("memory", _line(error))
+        except exceptions.RayTaskError as error:
+            return Lost("raised", _line(error))
+        except exceptions.RayError as error:
+            return Lost("died", _line(error))
+
+    def kill(self, actor: Any) -> None:
+        ray.kill(actor, no_restart=True)
+
+    def close(self) -> None:
+        if self.owned:
+            ray.shutdown()
+
+
+def _line(error: BaseException) -> str:
+    """Return what happened as one line; Ray's own text goes on for pages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = lines[-1] if isinstance(error, exceptions.RayTaskError) else lines[0]
+    return f"{type(error).__name__}: {said}"[:300]
+
+
+def connect(address: str | None, *, cpus: float, gpus: int | None) -> Cluster:
+    """Connect to the Ray at `address`, or start one here with `cpus` CPUs and `gpus` GPUs (None: those it finds).
+
+    A Ray that this process already uses is used, and left running. Raises StudyError where there is none.
+    """
+    if ray.is_initialized():
+        return Cluster(owned=False)
+    where: Mapping[str, object] = {"address": address}
+    if address is None:
+        # Not None: that would join whatever cluster RAY_ADDRESS names.
+        where = {"address": "local", "num_cpus": max(1, math.ceil(cpus)), "num_gpus": gpus, "include_dashboard": False}
+    else:
+        _reach(address)
+    try:
+        ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        place = "ray: cannot start Ray here" if address is None else f"ray.address: cannot reach Ray at {address}"
+        raise StudyError(f"{place}: {_line(error)}") from error
+    return Cluster(owned=True)
+
+
+def _reach(address: str) -> None:
+    """Raise StudyError unless something listens there; Ray itself would try for a minute, then end the process."""
+    if address in ("auto", "local"):
+        return
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit() or not host:
+        raise StudyError(f"ray.address: must be host:port, ray://host:port or auto, got {address!r}")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_S).close()
+    except OSError as error:
+        raise StudyError(f"ray.address: cannot reach Ray at {address}: {error}") from error

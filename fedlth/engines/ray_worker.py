@@ -1,0 +1,88 @@
+"""A Ray worker's inside: one process, one torch thread, one memory limit, one job at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fedlth.jobs import Failure, Job, Message, Reply
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A job without what the object store holds: the study's text and, at `shared`, the broadcast payloads."""
+
+    job: Job
+    shared: tuple[int, ...]
+
+    def whole(self, study: str, payloads: Sequence[bytes]) -> Job:
+        """Return the job again."""
+        inbox: list[Message] = list(self.job.inbox)
+        for at, payload in zip(self.shared, payloads, strict=True):
+            inbox[at] = replace(inbox[at], payload=payload)
+        return replace(self.job, study=study, inbox=tuple(inbox))
+
+
+@dataclass(frozen=True)
+class Born:
+    """What a started worker says of itself: its process, its machine, its GPU ("" for none)."""
+
+    pid: int
+    host: str
+    gpu: str
+
+
+class Worker:
+    """The actor. Its life starts with `start`; what kills it costs the job in hand and nothing else."""
+
+    def __init__(self) -> None:
+        self._last: dict[int, bytes] = {}
+
+    def start(self, study: str, *, path: Sequence[str], folder: str, memory_mb: int | None) -> Born:
+        """Import, limit memory, and build the study's world, so that a job's time limit covers the job alone.
+
+        `path` and `folder` are the driver's, so that the user's own modules and relative paths are found here.
+        """
+        sys.path += [p for p in path if p not in sys.path]
+        if Path(folder).is_dir():  # on another machine it may not be there, and then no path can be relative to it
+            os.chdir(folder)
+        import fedlth.client
+        from fedlth.world import open_world
+
+        assert fedlth.client
+        if memory_mb is not None:
+            limit_memory(memory_mb)
+        # What is wrong with the world is told by the job that needs it, as the in-process engine would.
+        with contextlib.suppress(Exception):
+            open_world(study)
+        return Born(os.getpid(), platform.node(), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+
+    def step(self, parcel: Parcel, study: str, *payloads: bytes) -> Reply | Failure:
+        """Do one job."""
+        from fedlth.client import client_step
+        from fedlth.engines.inprocess import attempt
+
+        return attempt(client_step, parcel.whole(study, [self._same(i, p) for i, p in enumerate(payloads)]))
+
+    def _same(self, at: int, payload: bytes) -> bytes:
+        """Return the object that came last time where it is equal: its hash is known, so its decoding is found."""
+        if self._last.get(at) != payload:
+            self._last[at] = payload
+        return self._last[at]
+
+
+def limit_memory(megabytes: int) -> None:
+    """Let this process hold `megabytes` more private memory than it does now; the kernel refuses what is beyond."""
+    import resource
+
+    status = Path("/proc/self/status").read_text().splitlines()
+    held = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData:"))
+    limit = held + megabytes * MIB
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

@@ -1,0 +1,47 @@
+"""The report of a run, or of the seeds of one: tables, figures and the page, written into its folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fedlth.report.canvas import rendered
+from fedlth.report.facts import read_group
+from fedlth.report.figures import pictures
+from fedlth.report.html import page
+from fedlth.report.palette import LIGHT
+from fedlth.report.results import Results, results_of
+from fedlth.report.tables import RENDERERS, bytes_table, clients_table, summary_table
+
+
+def read_results(run: Path) -> Results:
+    """Return the results of a run folder or of a folder of seeds; raises StudyError naming what is wrong there."""
+    return results_of(read_group(run))
+
+
+def write_report(run: Path) -> Path:
+    """Write tables/, figures/ and report.html into a run folder (or a folder of seeds) and return the page's path.
+
+    Equal facts give an equal report. Everything is worked out before the first file is written, and the page,
+    the only file that promises the rest, comes last. Raises StudyError naming what is missing or corrupt.
+    """
+    results = read_results(run)
+    tables = {"summary": summary_table(results), "clients": clients_table(results), "bytes": bytes_table(results)}
+    drawn = pictures(results)
+    images = {picture.name: rendered(picture, theme=LIGHT, kind="png") for picture in drawn}
+    html = page(results, tables=tables, pictures=drawn)
+    for name, table in tables.items():
+        for ending, render in RENDERERS.items():
+            _write(run / "tables" / f"{name}.{ending}", render(table).encode())
+    for name, image in images.items():
+        _write(run / "figures" / f"{name}.png", image)
+    _write(run / "report.html", html.encode())
+    return run / "report.html"
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(exist_ok=True)
+    # a reader never meets half a file
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(content)
+    os.replace(part, path)

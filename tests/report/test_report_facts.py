@@ -1,0 +1,101 @@
+"""Reading a run folder: what is there, what an unfinished run may lack, and errors that name the file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from fake_run import write_run
+
+from fedlth.errors import StudyError
+from fedlth.report.arms import Choice, main_choice
+from fedlth.report.facts import read_group, read_run
+
+
+def change(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_a_whole_run_is_read(fake: Path) -> None:
+    facts = read_run(fake)
+    assert len(facts.metrics) == 20 * 24 and len(facts.tickets) == 20 and len(facts.rounds) == 30
+    assert facts.notes == ()
+    assert [saved.client for saved in facts.tickets] == list(range(20))
+
+
+def test_seeds_stand_in_the_order_of_numbers(seeds: Path) -> None:
+    assert [facts.header.seed for facts in read_group(seeds)] == [0, 1, 10]
+
+
+def test_the_main_arm_is_the_saved_ticket(fake: Path) -> None:
+    group = read_group(fake)
+    assert main_choice(group) == Choice("ticket", 0.2)
+    assert main_choice(group, arm="one_shot") == Choice("one_shot", 0.2)
+    assert main_choice(group, arm="dense") == Choice("dense", 1.0)
+    with pytest.raises(StudyError, match="an arm of ticket, .* is wanted, got 'nonesuch'"):
+        main_choice(group, arm="nonesuch")
+    with pytest.raises(StudyError, match="a density of 0.5, 0.2, 0.1, 0.05 is wanted, got 0.3"):
+        main_choice(group, density=0.3)
+
+
+def test_an_unfinished_run_is_read_and_says_so(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", finished=False, num_clients=8, rounds=4)
+    (run / "metrics.jsonl").unlink()
+    with (run / "ledger.jsonl").open("a") as file:
+        file.write('{"round": 9, "pha')
+    facts = read_run(run)
+    assert facts.metrics == () and facts.ledger
+    told = " ".join(facts.notes)
+    assert "did not finish" in told and "half-written" in told and "metrics.jsonl is not there" in told
+
+
+@pytest.mark.parametrize("name", ["header.json", "ledger.jsonl", "metrics.jsonl"])
+def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
+    run = write_run(tmp_path / "run", num_clients=8, rounds=4)
+    (run / name).unlink()
+    with pytest.raises(StudyError, match=name.replace(".", r"\.")):
+        read_run(run)
+
+
+@pytest.mark.parametrize("name", ["header.json", "ledger.jsonl", "metrics.jsonl", "rounds.jsonl"])
+@pytest.mark.parametrize("content", ["{", "[]", '"x"\n', "{}\n", b"\xff\xfe"])
+def test_a_corrupt_file_is_named(tmp_path: Path, name: str, content: str | bytes) -> None:
+    run = write_run(tmp_path / "run", num_clients=8, rounds=4)
+    (run / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(StudyError, match=name.replace(".", r"\.")):
+        read_run(run)
+
+
+def test_a_wrong_type_names_line_and_field(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", num_clients=8, rounds=4)
+    lines = (run / "ledger.jsonl").read_text().splitlines()
+    lines[2] = json.dumps(json.loads(lines[2]) | {"payload_bytes": True})
+    (run / "ledger.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(StudyError, match=r"ledger\.jsonl:3: payload_bytes must be int, got True"):
+        read_run(run)
+
+
+def test_a_corrupt_ticket_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", num_clients=8, rounds=4)
+    (run / "tickets" / "client-0003.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(StudyError, match="client-0003"):
+        read_run(run)
+
+
+def test_a_group_of_two_studies_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path / "seed-0", num_clients=8, rounds=2)
+    write_run(tmp_path / "seed-1", seed=1, study="another", num_clients=8, rounds=2)
+    with pytest.raises(StudyError, match="compare"):
+        read_group(tmp_path)
+
+
+def test_a_folder_without_runs_and_another_format_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="got no header.json"):
+        read_group(tmp_path)
+    with pytest.raises(StudyError, match="nothing there"):
+        read_group(tmp_path / "nowhere")
+    run = write_run(tmp_path / "run", num_clients=8, rounds=2)
+    change(run / "header.json", format=2)
+    with pytest.raises(StudyError, match="format must be 1, got 2"):
+        read_run(run)

@@ -1,0 +1,137 @@
+"""The written report: whole, self-contained, escaped, the same each time, and honest about what is missing."""
+
+from __future__ import annotations
+
+import csv
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from fake_run import write_run
+
+from fedlth.report import read_results, summary_text, write_report
+from fedlth.report.canvas import spread
+from fedlth.report.tables import Table, csv_text, latex, markdown, summary_table
+
+NASTY = "<script>alert(1)</script> a_b% & \\x{y} | $z^2~#\n[1](http://x.y)"
+
+
+@pytest.fixture(scope="module")
+def nasty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = write_run(tmp_path_factory.mktemp("nasty") / "run", study=NASTY, method='"><img src=x>', num_clients=10, rounds=4)
+    write_report(run)
+    return run
+
+
+class Tags(HTMLParser):
+    """Collect every tag with its attributes, and check that each is closed."""
+
+    VOID = ("meta", "img", "source", "link", "br", "hr")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_self_contained_and_escaped(nasty: Path) -> None:
+    text = (nasty / "report.html").read_text()
+    tags = Tags()
+    tags.feed(text)
+    assert tags.open == []
+    names = {tag for tag, _ in tags.seen}
+    assert not names & {"script", "link", "iframe", "object"}
+    for tag, attributes in tags.seen:
+        for key in ("src", "srcset", "href"):
+            value = attributes.get(key) or ""
+            assert value == "" or value.startswith(("data:image/svg+xml;base64,", "#")), (tag, key, value[:60])
+    assert "url(" not in text and "@import" not in text
+    assert sum(tag == "img" for tag, _ in tags.seen) == 6
+    assert "&lt;script&gt;" in text
+
+
+def test_everything_is_written(nasty: Path) -> None:
+    names = {str(path.relative_to(nasty)) for folder in ("tables", "figures") for path in (nasty / folder).iterdir()}
+    assert {f"tables/{t}.{e}" for t in ("summary", "clients", "bytes") for e in ("md", "tex", "csv")} <= names
+    assert len([name for name in names if name.endswith(".png")]) == 6 and not any(".part" in name for name in names)
+    with (nasty / "tables" / "summary.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert len(rows) == 25 and {len(row) for row in rows} == {15}
+
+
+def test_equal_facts_give_an_equal_report(nasty: Path) -> None:
+    before = {path: path.read_bytes() for path in [nasty / "report.html", *(nasty / "tables").iterdir()]}
+    write_report(nasty)
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_cells_are_escaped_in_every_form() -> None:
+    table = Table(NASTY, ("a_b", "c"), ((NASTY, "[1, 2]"),))
+    tex = latex(table)
+    assert tex.splitlines()[0].startswith("% <script>") and tex.count("\n") == 8
+    row = tex.splitlines()[5]
+    assert r"a\_b\% \& \textbackslash{}x\{y\} | \$z\textasciicircum{}2\textasciitilde{}\#" in row
+    assert not re.search(r"(?<!\\)[&%$#_](?!\s\{\[\}1)", row.replace(r"\\", "").replace(" & ", " "))
+    text = markdown(table)
+    assert text.count("\n") == 3 and r"\<script\>" in text and r"\|" in text and "](" not in text
+    assert next(csv.reader([csv_text(Table("", ("a",), (('x,"y',),))).splitlines()[1]])) == ['x,"y']
+
+
+def test_a_group_of_seeds_has_one_report(seeds: Path) -> None:
+    text = write_report(seeds).read_text()
+    assert "seed 0, 1, 10" in text and "hierarchical bootstrap" in text
+    assert len(read_results(seeds).summaries) == 24
+
+
+def test_flops_of_the_saved_tickets_come_from_their_masks(fake: Path) -> None:
+    table = summary_table(read_results(fake))
+    found = {(row[0], row[1]): row[-1] for row in table.rows}
+    by_hand = 172_800 * 68 / 150 + 307_200 * 720 / 2400 + 32_768 * 3113 / 16384 + 1_280 * 0.5
+    assert found["personal ticket", "0.2"] == f"{by_hand / 1000:.0f} k"
+    assert found["personal ticket", "0.5"] == "–" and found["dense twin", "1"] == "514 k"
+
+
+def test_an_unfinished_run_has_a_report_that_says_so(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", finished=False, num_clients=8, rounds=2)
+    (run / "metrics.jsonl").unlink()
+    text = write_report(run).read_text()
+    assert "did not finish" in text and "No client was evaluated" in text and "8 clients without any result" in text
+    assert "did not finish" in summary_text(read_results(run))
+
+
+def test_a_run_without_tickets_has_a_report(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", num_clients=8, rounds=2, method="fedavg")
+    for path in (run / "tickets").iterdir():
+        path.unlink()
+    rows = [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"global"' in line]
+    (run / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    assert "The global model reaches" in write_report(run).read_text()
+
+
+def test_the_terminal_table_fits(fake: Path) -> None:
+    lines = summary_text(read_results(fake)).splitlines()
+    table = [line for line in lines if line.startswith(("arm", "personal", "random", "--"))]
+    assert len(table) >= 10 and max(map(len, table)) <= 110
+
+
+def test_labels_are_moved_apart_in_order() -> None:
+    assert spread([0.0, 10.0], gap=1) == [0, 10]
+    moved = spread([5.0, 5.0, 5.1, 9.0], gap=1)
+    assert moved == sorted(moved) and all(b - a >= 1 - 1e-9 for a, b in zip(moved, moved[1:], strict=False))
+
+
+def test_nothing_heavy_is_imported() -> None:
+    code = "import sys, fedlth.report; print([m for m in ('torch', 'ray', 'flwr', 'scipy', 'matplotlib') if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
