@@ -75,11 +75,11 @@ def check(args: argparse.Namespace) -> int:
 
 
 def _show(run_folder: Path) -> None:
-    from fedlth.report.build import write_report
-    from fedlth.report.summary import summary
+    from fedlth.report.build import read_results, write_report
+    from fedlth.report.summary import summary_text
 
     path = write_report(run_folder)
-    print(summary(run_folder))
+    print(summary_text(read_results(run_folder)))
     print(f"\nreport: {path}")
 
 

@@ -124,7 +124,7 @@ def _step2(local: Local, recipe: Recipe, received: dict[str, Content], state: Cl
     else:
         whole = received.get("evaluation", main)
         theta_g, alive = world.merge(received_params(whole), private(local, state)), local.full
-    anchors = {"theta_0": world.theta_0, "theta_g": theta_g}
+    anchors = {"theta_0": world.theta_0, "theta_g@0": world.theta_0, "theta_g": theta_g}
     for name, content in received.items():
         if name.startswith("theta_g@"):
             anchors[name] = world.merge(received_params(content), private(local, state))

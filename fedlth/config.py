@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +11,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from fedlth.errors import StudyError
+from fedlth.yaml_text import parse
 
 
 def _spec(value: Any) -> Any:
@@ -32,7 +32,7 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
 
 
 class _Node(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Data(_Node):
@@ -165,31 +165,6 @@ class Study(_Node):
         return section in self.model_fields_set
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-3 as a number and refuses a key given twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
-            seen.add(key)
-        return dict(super().construct_mapping(node, deep=deep))
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
-    except yaml.YAMLError as error:
-        raise StudyError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
-
-
 def _override(tree: dict[str, Any], assignment: str) -> None:
     key, sep, text = assignment.partition("=")
     if not sep or not key:
@@ -206,7 +181,7 @@ def _override(tree: dict[str, Any], assignment: str) -> None:
             raise StudyError(f"override {assignment!r}: {step} is not a section")
         node[step] = child
         node = child
-    node[last] = _parse(text, f"override {assignment!r}")
+    node[last] = parse(text, f"override {assignment!r}")
 
 
 def _known(location: tuple[Any, ...]) -> list[str]:
@@ -256,13 +231,9 @@ def _cross_check(study: Study, where: str) -> None:
     for place, spec in (("method", study.method), ("partition", study.partition)):
         if not isinstance(spec.get("name"), str):
             raise StudyError(f"{where}: {place}.name: required, but missing")
-    seen = study.clients.count - round(study.clients.unseen * study.clients.count)
-    for place, section in (("federate", study.federate), ("refine", study.refine)):
-        if section.rounds and section.clients_per_round > seen:
-            raise StudyError(
-                f"{where}: {place}.clients_per_round: must be at most the {seen} clients that take part, "
-                f"got {section.clients_per_round}"
-            )
+    seed = study.partition.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise StudyError(f"{where}: partition.seed: must be an integer of at least 0, got {seed!r}")
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Study:
@@ -270,7 +241,11 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Study:
     file = Path(path)
     if not file.is_file():
         raise StudyError(f"{file}: no such study file")
-    tree = _parse(file.read_text(encoding="utf-8"), str(file))
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyError(f"{file}: cannot be read as UTF-8 text: {error}") from error
+    tree = parse(text, str(file))
     if not isinstance(tree, dict):
         raise StudyError(f"{file}: must be a mapping of sections, got {type(tree).__name__}")
     for assignment in overrides or []:

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fedlth.errors import StudyError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -49,7 +51,10 @@ def append(path: Path, data: bytes) -> int:
 
 
 def truncate(path: Path, length: int) -> None:
-    """Cut back what was written after the last commit; it never became a fact."""
-    if path.exists():
+    """Cut back what was written after the last commit; it never became a fact. Committed rows must be there."""
+    there = path.stat().st_size if path.exists() else 0
+    if there < length:
+        raise StudyError(f"{path}: must hold the {length} bytes that are committed, got {there}")
+    if there > length:
         with path.open("r+b") as file:
             file.truncate(length)

@@ -20,8 +20,8 @@ def imported(path: str, where: str) -> Any:
         sys.path.insert(0, here)
     try:
         return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise StudyError(f"{where}: cannot import {path!r}: {error}") from error
+    except Exception as error:  # importing runs the user's code, which may raise anything
+        raise StudyError(f"{where}: cannot import {path!r}: {_told(error)}") from error
 
 
 def options_of(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -50,7 +50,14 @@ def make(table: Mapping[str, Callable[..., Any]], spec: Mapping[str, Any], where
     missing = [k for k, p in known.items() if p.default is inspect.Parameter.empty and k not in options]
     if missing:
         raise StudyError(f"{where}.{missing[0]}: required by {name}, but missing")
-    return factory(**options)
+    try:
+        return factory(**options)
+    except (TypeError, ValueError) as error:
+        raise StudyError(f"{where}: {name} refuses its options: {_told(error)}") from error
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _check_type(value: Any, parameter: inspect.Parameter, where: str) -> None:

@@ -13,11 +13,9 @@ from fedlth import server
 from fedlth.client import initial, space
 from fedlth.errors import StudyError
 from fedlth.jobs import Engine, Failure, Job, Message, Reply
-from fedlth.ledger import Row, party
-from fedlth.methods.aggregate import Contribution
+from fedlth.ledger import Row
 from fedlth.methods.recipe import Recipe, in_phase
 from fedlth.methods.resolve import arms_of, finder_of, recipe_of
-from fedlth.params import Params
 from fedlth.runfolder import Progress, RunFolder
 from fedlth.wire.errors import PayloadError
 from fedlth.world import World, open_world
@@ -73,7 +71,9 @@ class Loop:
     def _anchor_names(self) -> list[str]:
         """Name the earlier global models that step 2 rewinds to; they are kept and shipped once each."""
         anchor = finder_of(self.world.study).rewind.anchor
-        return [anchor] if anchor and "@" in anchor and "ticket" in arms_of(self.world.study) else []
+        searched = {"ticket", "one_shot", "random"} & set(arms_of(self.world.study))
+        # theta_g@0 is theta_0, which every client draws from the seed.
+        return [anchor] if anchor and "@" in anchor and anchor != "theta_g@0" and searched else []
 
     def _step(self, step: Step, index: int, total: int, began: float) -> None:
         recipe = in_phase(self.recipe, step.phase)
@@ -93,9 +93,11 @@ class Loop:
         summary = self._summary(step, clients, accepted, rows, failed)
         self._commit(step, index, progress, rows, accepted, summary, answers, began)
         self.tell(_line(summary, index + 1, total, time.perf_counter() - began))
-        if self.progress.empty_rounds >= EMPTY_ROUNDS_ALLOWED:
+        if step.phase in ("federate", "refine") and self.progress.empty_rounds >= EMPTY_ROUNDS_ALLOWED:
             reason = next((a.reason for a in answers if isinstance(a, Failure)), "every reply was refused")
-            raise StudyError(f"{self.folder.root}: {EMPTY_ROUNDS_ALLOWED} rounds without one usable reply; last: {reason}")
+            raise StudyError(
+                f"{self.folder.root}: {EMPTY_ROUNDS_ALLOWED} rounds without one usable reply; last: {reason}"
+            )
 
     def _sampled(self, step: Step) -> list[int]:
         study = self.world.study
@@ -122,8 +124,13 @@ class Loop:
             state = None if self.engine.holds_state else self.folder.clients.get(client, version)
             jobs.append(
                 Job(
-                    study=self.science, phase=step.phase, round=step.round, client=client, inbox=inbox,
-                    version=version, state=state,
+                    study=self.science,
+                    phase=step.phase,
+                    round=step.round,
+                    client=client,
+                    inbox=inbox,
+                    version=version,
+                    state=state,
                 )  # fmt: skip
             )
         return jobs
@@ -153,12 +160,14 @@ class Loop:
         accepted, rows, failed = [], [], []
         for job, answer in zip(jobs, answers, strict=True):
             framed = answer.framed_down_bytes if isinstance(answer, Reply) else None
-            rows += server.rows_down(step.round, step.phase, job.client, job.inbox, self.layout, framed)
+            rows += server.rows_down(step.round, step.phase, job.client, job.inbox, masks.get(job.client), framed)
             if isinstance(answer, Failure):
                 failed.append({"client": job.client, "kind": answer.kind, "reason": answer.reason})
-                rows.append(_failed_row(step, job.client, answer.kind))
+                rows.append(server.row_failed(step.round, step.phase, job.client, answer.kind))
                 continue
             try:
+                if (answer.client, answer.round) != (job.client, job.round):
+                    raise PayloadError(f"client {answer.client} answered for client {job.client}")
                 got = server.accept(
                     answer, recipe=recipe, layout=self.layout, sends=sends, known_mask=masks.get(job.client)
                 )
@@ -180,6 +189,8 @@ class Loop:
             if got.mask is not None and self._mirrors(got):
                 self.folder.put_mirror(reply.client, version, got.mask)
                 mirrors[str(reply.client)] = version
+            elif got.mask is not None and got.mask.all():
+                mirrors.pop(str(reply.client), None)
         return replace(self.progress, versions=versions, mirrors=mirrors)
 
     def _mirrors(self, got: server.Accepted) -> bool:
@@ -225,13 +236,7 @@ class Loop:
         self.folder.drop_params([self.progress.theta, *self.anchors])
         for reply, _ in accepted:
             self.folder.clients.drop_others(reply.client, self.progress.versions[str(reply.client)])
-
-
-def _failed_row(step: Step, client: int, kind: str) -> Row:
-    return Row(
-        round=step.round, phase=step.phase, sender=party(client), receiver=party(None), kind="none", name="",
-        payload_bytes=0, status=f"failed: {kind}",
-    )  # fmt: skip
+            self.folder.mirrors.drop_others(reply.client, self.progress.mirrors.get(str(reply.client), ""))
 
 
 def _time_row(step: Step, answer: Reply | Failure) -> dict[str, Any]:
@@ -256,8 +261,3 @@ def _line(summary: dict[str, Any], done: int, total: int, seconds: float) -> str
 def open_loop(folder: RunFolder, engine: Engine, tell: Tell) -> Loop:
     """Open a run folder where its last commit left it."""
     return Loop(folder, open_world(folder.study().science()), engine, tell)
-
-
-def theta_of(folder: RunFolder) -> Params:
-    """Return the last committed global state."""
-    return folder.load_params(folder.progress().theta)

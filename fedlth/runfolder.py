@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -66,15 +67,16 @@ class RunFolder:
         progress = Progress()
         if file.exists():
             try:
-                progress = Progress(**json.loads(file.read_bytes()))
-            except (ValueError, TypeError) as error:
+                progress = Progress(**_checked(json.loads(file.read_bytes())))
+            except (ValueError, TypeError, KeyError) as error:
                 raise StudyError(f"{file}: damaged: {error}") from error
         for name, length in progress.lengths.items():
             ledger.truncate(self.log(name), length)
         return progress
 
     def commit(self, progress: Progress) -> None:
-        store.write_atomic(self.root / "checkpoint.json", json.dumps(asdict(progress)).encode())
+        record = asdict(progress)
+        store.write_atomic(self.root / "checkpoint.json", json.dumps(record | {"digest": _digest(record)}).encode())
 
     def append(self, name: str, rows: Iterable[ledger.Row | Mapping[str, Any]]) -> int:
         return ledger.append(self.log(name), ledger.lines(rows))
@@ -113,10 +115,26 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep a second process out of this folder."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / ".lock").open("w") as file:
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            file = (self.root / ".lock").open("w")
+        except OSError as error:
+            raise StudyError(f"{self.root}: must be a folder that can be written to, got {error.strerror}") from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise StudyError(f"{self.root}: another process is running this run") from None
             yield
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _checked(record: Any) -> dict[str, Any]:
+    """Return a checkpoint without its digest; raise ValueError where they do not belong together."""
+    rest = {k: v for k, v in record.items() if k != "digest"} if isinstance(record, dict) else {}
+    if not rest or record["digest"] != _digest(rest):
+        raise ValueError("its digest does not match its content")
+    return rest

@@ -62,6 +62,7 @@ def accept(reply: Reply, *, recipe: Recipe, layout: Layout, sends: str, known_ma
             raise PayloadError(f"a {message.kind} message was not asked for")
     if record is None:
         raise PayloadError("no metrics came")
+    _check_record(record, reply.client)
     if not sends:
         if content is not None:
             raise PayloadError("values were not asked for")
@@ -73,25 +74,43 @@ def accept(reply: Reply, *, recipe: Recipe, layout: Layout, sends: str, known_ma
     if recipe.down == "broadcast" and recipe.space == "weights" and sends == "values" and not content.mask.all():
         raise PayloadError("a dense update was wanted, a sparse one came")
     examples = record.get("num_examples", 0)
-    if sends == "values" and (not isinstance(examples, int) or isinstance(examples, bool) or not 0 < examples <= MOST_EXAMPLES):
+    if sends == "values" and (
+        not isinstance(examples, int) or isinstance(examples, bool) or not 0 < examples <= MOST_EXAMPLES
+    ):
         raise PayloadError(f"num_examples must be in 1..{MOST_EXAMPLES}, got {examples!r}")
     return Accepted(Contribution(reply.client, int(examples), content), content.mask, record)
 
 
-def rows_down(round: int, phase: str, client: int, inbox: Sequence[Message], layout: Layout, framed: int | None) -> list[Row]:
-    """Return the ledger rows of what a client was sent; the frame's bytes stand on the first."""
+def _check_record(record: dict[str, Any], client: int) -> None:
+    """Refuse numbers that the loop would stumble on, and rows that speak for another client."""
+    accuracy = record.get("val_accuracy", 0.0)
+    if not isinstance(accuracy, float) or not 0 <= accuracy <= 1:
+        raise PayloadError(f"val_accuracy must be in [0, 1], got {accuracy!r}")
+    rows = record.get("rows", [])
+    if not isinstance(rows, list) or any(not isinstance(r, dict) or r.get("client") != client for r in rows):
+        raise PayloadError(f"rows must be records of client {client}")
+
+
+def rows_down(
+    round: int, phase: str, client: int, inbox: Sequence[Message], mask: np.ndarray | None, framed: int | None
+) -> list[Row]:
+    """Return the ledger rows of what a client was sent; the frame's bytes stand on the first.
+
+    `mask` is the one that the client's own slice holds; broadcasts and evaluation copies are dense.
+    """
+    held = 1.0 if mask is None else float(mask.mean())
+    ticket = "" if mask is None or mask.all() else bitmap.digest(mask)
     return [
         Row(
             round=round, phase=phase, sender=party(None), receiver=party(client), kind=m.kind, name=m.name,
             payload_bytes=len(m.payload), framed_bytes=framed if i == 0 else None, broadcast=m.broadcast,
+            density=1.0 if m.broadcast else held, ticket="" if m.broadcast else ticket,
         )
         for i, m in enumerate(inbox)
     ]  # fmt: skip
 
 
-def rows_up(
-    round: int, phase: str, reply: Reply, mask: np.ndarray | None, status: str, sends: str
-) -> list[Row]:
+def rows_up(round: int, phase: str, reply: Reply, mask: np.ndarray | None, status: str, sends: str) -> list[Row]:
     """Return the ledger rows of what a client sent, with the density and the name of the mask it carried."""
     return [
         Row(
@@ -102,6 +121,14 @@ def rows_up(
         )
         for i, m in enumerate(reply.outbox)
     ]  # fmt: skip
+
+
+def row_failed(round: int, phase: str, client: int, kind: str) -> Row:
+    """Return the row of an answer that never came."""
+    return Row(
+        round=round, phase=phase, sender=party(client), receiver=party(None), kind="none", name="", payload_bytes=0,
+        status=f"failed: {kind}",
+    )  # fmt: skip
 
 
 def aggregate(

@@ -16,6 +16,7 @@ from fedlth import __version__, rounds, store, tickets_file
 from fedlth.client import space
 from fedlth.config import Study
 from fedlth.data.split import label_counts
+from fedlth.errors import StudyError
 from fedlth.jobs import Engine
 from fedlth.methods.resolve import kept_arm, recipe_of, resolve
 from fedlth.methods.state import ClientState
@@ -43,9 +44,20 @@ def resume(out: Path, engine: Engine, tell: Tell) -> RunFolder:
     """Go on from the last commit of a run; one that has ended stays as it is."""
     folder = RunFolder(out)
     study = folder.study()
+    world = open_world(study.science())
     with folder.locked():
-        if not (out / "header.json").exists():
-            _write_header(folder, study, open_world(study.science()), engine, finished=False)
+        file = out / "header.json"
+        header = json.loads(file.read_bytes()) if file.exists() else {}
+        if header.get("finished"):
+            engine.close()
+            tell(f"{out}: has ended already")
+            return folder
+        if not header:
+            _write_header(folder, study, world, engine, finished=False)
+        elif (header["data_digest"], header["partition_digest"]) != (world.dataset.digest(), world.splits.digest):
+            raise StudyError(f"{out}: must go on with the data that it began with, got others")
+        elif header["versions"] != versions():
+            tell("note: other versions than those the run began with; equal bits are not promised")
         return _go(folder, engine, tell)
 
 

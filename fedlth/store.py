@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -19,7 +20,8 @@ from fedlth.errors import StudyError
 def pack(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any] | None = None) -> bytes:
     """Serialise arrays and a JSON-able meta value; no pickle, equal input gives equal bytes."""
     ordered = {k: np.ascontiguousarray(arrays[k]) for k in sorted(arrays)}
-    return bytes(save(ordered, metadata={"meta": json.dumps(meta or {}, sort_keys=True)}))
+    told = json.dumps(meta or {}, sort_keys=True)
+    return bytes(save(ordered, metadata={"meta": told, "digest": _digest(ordered, told)}))
 
 
 def unpack(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -27,9 +29,20 @@ def unpack(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     try:
         size = int.from_bytes(data[:8], "little")
         head = json.loads(data[8 : 8 + size])
-        return dict(load(data)), dict(json.loads(head["__metadata__"]["meta"]))
+        arrays, told = dict(load(data)), head["__metadata__"]["meta"]
+        if head["__metadata__"]["digest"] != _digest(arrays, told):
+            raise ValueError("its digest does not match its content")
+        return arrays, dict(json.loads(told))
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"not a packed state: {error}") from error
+
+
+def _digest(arrays: Mapping[str, np.ndarray], told: str) -> str:
+    state = hashlib.blake2b(told.encode(), digest_size=16)
+    for name in sorted(arrays):
+        state.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        state.update(arrays[name].tobytes())
+    return state.hexdigest()
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -62,7 +75,12 @@ class Store:
         path = self.path(client, version)
         if not path.exists():
             raise StudyError(f"{path}: the committed state of client {client} is missing; the run folder is not whole")
-        return path.read_bytes()
+        data = path.read_bytes()
+        try:
+            unpack(data)
+        except ValueError as error:
+            raise StudyError(f"{path}: damaged: {error}") from error
+        return data
 
     def drop_others(self, client: int, keep: str) -> None:
         """Delete every version but the committed one."""

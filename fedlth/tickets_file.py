@@ -36,7 +36,12 @@ def write(path: Path, layout: Layout, floats: np.ndarray, mask: np.ndarray, meta
             arrays[f"{e.name}_mask"] = np.packbits(mask[e.slice])
     digest = hashlib.blake2b(np.packbits(mask).tobytes() + floats.tobytes(), digest_size=8).hexdigest()
     told = {k: str(v) for k, v in meta.items()}
-    told |= {"format": "fedlth-ticket-1", "density": repr(float(mask.mean())), "shapes": json.dumps(shapes), "ticket": digest}
+    told |= {
+        "format": "fedlth-ticket-1",
+        "density": repr(float(mask.mean())),
+        "shapes": json.dumps(shapes),
+        "ticket": digest,
+    }
     write_atomic(path, bytes(save(dict(sorted(arrays.items())), metadata=dict(sorted(told.items())))))
     return digest
 
@@ -55,6 +60,7 @@ def load_ticket(run: str | Path, client: int) -> nn.Module:
     if not path.is_file():
         raise StudyError(f"{path}: no ticket of client {client} in this run")
     module = open_world(RunFolder(Path(run)).study().science()).module()
-    state = {k: v for k, v in load_file(path).items() if not k.endswith("_mask")}
+    wanted = module.state_dict().keys()
+    state = {k: v for k, v in load_file(path).items() if k in wanted}
     module.load_state_dict(state, strict=False)
     return module.eval()

@@ -33,10 +33,10 @@ def tuned(study: Study, out: Path, tell: Callable[[str], None]) -> Study:
         tell(f"tune: lr {lr}: validation accuracy {100 * scores[lr]:.2f} %")
     best = max(scores, key=lambda lr: scores[lr])
     tell(f"tune: lr {best} chosen")
-    (out / "tune" / "chosen.json").write_text(json.dumps({"lr": best, "val_accuracy": {str(k): v for k, v in scores.items()}}))
-    return study.model_copy(
-        update={"train": study.train.model_copy(update={"lr": best}), "tune": type(study.tune)()}
+    (out / "tune" / "chosen.json").write_text(
+        json.dumps({"lr": best, "val_accuracy": {str(k): v for k, v in scores.items()}})
     )
+    return study.model_copy(update={"train": study.train.model_copy(update={"lr": best}), "tune": type(study.tune)()})
 
 
 def _val_accuracy(run: Path) -> float:

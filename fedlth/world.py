@@ -18,6 +18,7 @@ from fedlth.data.partition import PARTITIONS
 from fedlth.data.sources import load
 from fedlth.data.split import Splits, split_clients
 from fedlth.data.tensors import inputs
+from fedlth.errors import StudyError
 from fedlth.models.flops import layer_flops
 from fedlth.models.prunable import prunable_names
 from fedlth.models.registry import build
@@ -131,4 +132,7 @@ def open_world(science: str) -> World:
     with torch_stream(torch_seed(study.seed, "theta_0")):
         module = _build(study, dataset)
     layout = layout_of(module, prunable_names(module, study.model.prunable))
-    return World(study, dataset, splits, layout, _crosses(study, layout), read(module, layout))
+    exchange = _crosses(study, layout)
+    if exchange.num_prunable != layout.num_prunable:
+        raise StudyError("model.prunable: a norm's weight must not be prunable where model.buffers keeps norms local")
+    return World(study, dataset, splits, layout, exchange, read(module, layout))

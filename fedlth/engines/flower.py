@@ -173,7 +173,12 @@ def run_under_flower(study: Study, out: Path, tell: Tell, *, resume: bool = Fals
                 client_app=make_client_app(str(task.out), restarts=True),
                 num_supernodes=study.clients.count,
                 backend_config={
-                    "init_args": {"num_cpus": WORKERS, "include_dashboard": False, "logging_level": logging.ERROR},
+                    "init_args": {
+                        "num_cpus": WORKERS,
+                        "include_dashboard": False,
+                        "logging_level": logging.ERROR,
+                        "log_to_driver": False,
+                    },
                     "client_resources": {"num_cpus": 1, "num_gpus": 0.0, **RESTARTS},
                 },
             )

@@ -30,7 +30,12 @@ class RayEngine:
     holds_state = False
 
     def __init__(
-        self, ray: config.Ray, *, job_timeout_s: float | None = None, device: str = "cpu", start_timeout_s: float = START_S
+        self,
+        ray: config.Ray,
+        *,
+        job_timeout_s: float | None = None,
+        device: str = "cpu",
+        start_timeout_s: float = START_S,
     ) -> None:
         self.settings, self.limits = ray, Limits(start_timeout_s, job_timeout_s)
         self.share = share_of(ray, device=device, total_memory_mb=_smallest_gpu_mb)

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,8 @@ class Cluster:
 
     def nodes(self) -> list[dict[str, float]]:
         """Return each living node's resources, such as CPU and GPU."""
-        return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        return [dict(node["Resources"]) for node in nodes if node["Alive"]]
 
     def put(self, value: object) -> Any:
         """Store a value once for every worker; the answer goes into `call` in the value's place."""
@@ -101,7 +102,7 @@ def connect(address: str | None, *, cpus: float, gpus: int | None) -> Cluster:
     """
     if ray.is_initialized():
         return Cluster(owned=False)
-    where: Mapping[str, object] = {"address": address}
+    where: dict[str, Any] = {"address": address}
     if address is None:
         # Not None: that would join whatever cluster RAY_ADDRESS names.
         where = {"address": "local", "num_cpus": max(1, math.ceil(cpus)), "num_gpus": gpus, "include_dashboard": False}

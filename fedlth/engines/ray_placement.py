@@ -54,7 +54,7 @@ def share_of(ray: config.Ray, *, device: str, total_memory_mb: Callable[[], int 
     if ray.gpu_memory_mb is not None:
         total = ray.gpu_total_memory_mb or total_memory_mb()
         if total is None:
-            raise StudyError("ray.gpu_total_memory_mb: required with gpu_memory_mb where this machine has no GPU to ask")
+            raise StudyError("ray.gpu_total_memory_mb: required with gpu_memory_mb, since there is no GPU here to ask")
         if ray.gpu_memory_mb > total:
             raise StudyError(f"ray.gpu_memory_mb: must be at most a GPU's {total} MB, got {ray.gpu_memory_mb}")
         gpu = ray.gpu_memory_mb / total

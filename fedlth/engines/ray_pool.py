@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from fedlth.engines.ray_worker import Born, Parcel, Worker
+from fedlth.engines.ray_worker import Born, Parcel
 from fedlth.errors import StudyError
 from fedlth.jobs import Failure, Job, Reply
 

@@ -20,7 +20,7 @@ Arm = Callable[[Step2], Iterator[Result]]
 
 def global_model(step: Step2) -> Iterator[Result]:
     """The shared model as it came, untouched."""
-    yield Result(arm="global", params=step.theta_g, mask=step.alive, target=_density(step.alive), start="theta_g")
+    yield Result(arm="global", params=step.theta_g, mask=step.alive, start="theta_g")
 
 
 def local_only(step: Step2) -> Iterator[Result]:
@@ -69,9 +69,7 @@ def global_mask(step: Step2) -> Iterator[Result]:
     size = step.local.full.size
     for target in step.targets:
         at = len(step.log)
-        mask = step.finder.scope(
-            np.abs(step.theta_g.floats[:size]), step.local.full, step.local.world.layout, target
-        )
+        mask = step.finder.scope(np.abs(step.theta_g.floats[:size]), step.local.full, step.local.world.layout, target)
         params = step.train(step.theta_g, mask)
         yield Result(
             arm="global_mask", params=params, mask=mask, target=target, start="theta_g",
@@ -101,7 +99,7 @@ def random_ticket(step: Step2) -> Iterator[Result]:
 def own(step: Step2) -> Iterator[Result]:
     """The method's own personal model, as the last download leaves it."""
     held = step.visit.own(step.local, step.received, step.state)
-    yield Result(arm="own", params=held.params, mask=held.mask, target=_density(held.mask), start="own")
+    yield Result(arm="own", params=held.params, mask=held.mask, start="own")
 
 
 def own_tuned(step: Step2) -> Iterator[Result]:
@@ -109,7 +107,7 @@ def own_tuned(step: Step2) -> Iterator[Result]:
     epochs = step.plan.epochs
     held = step.visit.tune(step.local, step.received, step.state, epochs)
     yield Result(
-        arm="own_tuned", params=held.params, mask=held.mask, target=_density(held.mask), start="own", epochs=epochs,
+        arm="own_tuned", params=held.params, mask=held.mask, start="own", epochs=epochs,
         flops=step.flops(held.mask, epochs),
     )  # fmt: skip
 
@@ -121,7 +119,7 @@ def own_random(step: Step2) -> Iterator[Result]:
     at = len(step.log)
     params = step.train(step.theta_g, mask)
     yield Result(
-        arm="own_random", params=params, mask=mask, target=_density(mask), start="theta_g", epochs=step.plan.epochs,
+        arm="own_random", params=params, mask=mask, start="theta_g", epochs=step.plan.epochs,
         flops=step.spent(at),
     )  # fmt: skip
 
@@ -131,7 +129,7 @@ def frozen_random(step: Step2) -> Iterator[Result]:
     held = step.visit.own(step.local, step.received, step.state)
     mask = _shuffled(step, held.mask, "frozen_random")
     params = frozen_weights(step.local.world).masked(mask)
-    yield Result(arm="frozen_random", params=params, mask=mask, target=_density(mask), start="frozen")
+    yield Result(arm="frozen_random", params=params, mask=mask, start="frozen")
 
 
 ARMS: Mapping[str, Arm] = {
@@ -174,10 +172,6 @@ def _total_epochs(step: Step2) -> int:
     """Return the epochs of the longest search plus its last training."""
     longest = max(len(chain) for chain in step.finder.schedule(step.targets))
     return step.plan.epochs * (longest + 1)
-
-
-def _density(mask: np.ndarray) -> float:
-    return float(mask.mean())
 
 
 def _shuffled(step: Step2, mask: np.ndarray, what: str) -> np.ndarray:

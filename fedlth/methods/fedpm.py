@@ -84,7 +84,9 @@ class ScoreVisit:
                 # Forward sees the sampled bits, backward the probabilities: straight-through.
                 bits = torch.bernoulli(theta.detach()) + theta - theta.detach()
                 masks = _by_name(bits, layout, prunable=True)
-                loss = loss_of(functional_call(bound.module, {n: weights[n] * m for n, m in masks.items()}, x[index]), y[index])
+                loss = loss_of(
+                    functional_call(bound.module, {n: weights[n] * m for n, m in masks.items()}, x[index]), y[index]
+                )
                 (slope,) = torch.autograd.grad(loss, scores)
                 with torch.no_grad():
                     scores -= self.lr * slope

@@ -44,9 +44,7 @@ class Local:
     def plan(self) -> Plan:
         """The local training of step 1."""
         t = self.world.study.train
-        return Plan(
-            epochs=t.epochs, batch_size=t.batch_size, lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay
-        )
+        return Plan(epochs=t.epochs, batch_size=t.batch_size, lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay)
 
     def rng(self, what: str) -> np.random.Generator:
         return rng.stream(self.world.study.seed, f"{self.stage}/{what}", self.round, self.client)

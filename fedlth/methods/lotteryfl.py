@@ -16,6 +16,7 @@ from fedlth.tickets.evidence import Evidence
 from fedlth.tickets.scope import Layerwise, Scope
 from fedlth.tickets.score import Magnitude, Score
 from fedlth.train import Trained
+from fedlth.world import World
 
 
 def shrink(
@@ -58,11 +59,11 @@ class PruneAndRewind:
         if round(target * mask.size) >= int(mask.sum()) or local.val_accuracy(params) <= self.val_accuracy:
             return params, mask
         cut = shrink(self.score, self.scope, local, start=params, now=params, mask=mask, density=target)
-        return _rewound(params, local.world.theta_0, cut), cut
+        return _rewound(params, local.world, cut), cut
 
 
-def _rewound(params: Params, theta_0: Params, mask: np.ndarray) -> Params:
+def _rewound(params: Params, world: World, mask: np.ndarray) -> Params:
     """Return theta_0's parameters under `mask`; buffers are statistics of data, not weights, and stay."""
-    floats = params.floats.copy()
-    floats[: theta_0.floats.size] = theta_0.floats
+    floats, weights = params.floats.copy(), world.layout.num_params
+    floats[:weights] = world.theta_0.floats[:weights]
     return Params(floats, params.ints).masked(mask)

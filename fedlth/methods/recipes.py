@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -90,6 +91,8 @@ def fedselect(
     rate: float = 0.25, limit: float = 0.8, every: int = 1, score: str | dict[str, Any] = "movement"
 ) -> Recipe:
     _check(rate, limit)
+    if every < 1:
+        raise wrong("method.every", "at least 1", every)
     return Recipe(
         name="fedselect", paper="Tamirisa et al., CVPR 2024, arXiv 2404.02478",
         summary="clients turn their fastest-moving weights personal and share the rest (control: score: random)",
@@ -98,6 +101,8 @@ def fedselect(
 
 
 def fedpm(score_lr: float = 50.0) -> Recipe:
+    if not 0 < score_lr < math.inf:
+        raise wrong("method.score_lr", "above 0", score_lr)
     return Recipe(
         name="fedpm", paper="Isik et al., ICLR 2023, arXiv 2209.15328",
         summary="frozen weights, learnt Bernoulli masks: bits up, scores down",

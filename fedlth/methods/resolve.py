@@ -14,7 +14,7 @@ from fedlth.tickets.schedule import SCHEDULES
 from fedlth.tickets.scope import SCOPES
 from fedlth.tickets.score import SCORES
 
-SEARCHING = {"ticket", "ticket_0", "one_shot", "global_mask", "random", "dense_total"}
+SEARCHING = {"local", "ticket", "ticket_0", "one_shot", "global_mask", "random", "dense_total"}
 KEPT_FIRST = ("ticket", "own_tuned", "dense", "local")
 
 
@@ -68,9 +68,31 @@ def resolve(study: Study) -> tuple[Study, list[str]]:
     finder = finder_of(study)
     if study.given("finder") and not SEARCHING & set(arms):
         notes.append(f"finder: has no effect, no arm of method {recipe.name} searches for a ticket")
-    if study.refine.rounds and ("ticket" not in arms or not recipe.federated):
-        raise StudyError("refine.rounds: must be 0 for a method without the arm `ticket` and federated rounds")
+    weights = recipe.federated and recipe.space == "weights"
+    if study.refine.rounds and ("ticket" not in arms or not weights):
+        raise StudyError(
+            "refine.rounds: must be 0 for a method without the arm `ticket` and federated rounds of weights"
+        )
+    _check_counts(study)
     anchor = finder.rewind.anchor
     if anchor and "@" in anchor and int(anchor.partition("@")[2]) > study.federate.rounds:
-        raise StudyError(f"finder.rewind.round: must be at most federate.rounds = {study.federate.rounds}, got {anchor}")
+        raise StudyError(
+            f"finder.rewind.round: must be at most federate.rounds = {study.federate.rounds}, got {anchor}"
+        )
+    if anchor and "@" in anchor and recipe.space != "weights":
+        raise StudyError(
+            f"finder.rewind.round: method {recipe.name} shares scores, no weights to go back to, got {anchor}"
+        )
     return study, notes
+
+
+def _check_counts(study: Study) -> None:
+    """Refuse rounds that ask for more clients than take part; the unseen are counted as the split counts them."""
+    count, unseen = study.clients.count, study.clients.unseen
+    held_out = min(max(1, round(unseen * count)), count - 1) if unseen else 0
+    for place, section in (("federate", study.federate), ("refine", study.refine)):
+        if section.rounds and section.clients_per_round > count - held_out:
+            raise StudyError(
+                f"{place}.clients_per_round: must be at most the {count - held_out} clients that take part, "
+                f"got {section.clients_per_round}"
+            )

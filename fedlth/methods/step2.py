@@ -20,7 +20,7 @@ from fedlth.wire.payload import Content
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One row of step 2: a model and what it cost. `target` is the density asked for; costs are forward-backward
+    """One row of step 2: a model and what it cost. `target` is the density asked for (1 where the method decides); costs are forward-backward
     FLOPs of all trainings that lead here, counted dense and by what is alive."""
 
     arm: str

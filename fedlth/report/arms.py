@@ -27,6 +27,10 @@ ARMS = (
     Arm("one_shot", "one-shot ticket", "a ticket pruned in one step, instead of round after round"),
     Arm("global_mask", "global model's own mask", "theta_g pruned by its own magnitudes: not personal, no mask bytes"),
     Arm("random", "random ticket", "a random mask of equal density; its start was chosen on validation data"),
+    Arm(
+        "own_random", "random mask, tuned", "the control of the method's own mask: random, with as many weights a layer"
+    ),
+    Arm("frozen_random", "random mask, frozen", "the control of a learnt mask: random, on the same frozen weights"),
     Arm("dense", "dense twin", "theta_g fine-tuned without pruning, for the ticket's fine-tuning epochs"),
     Arm("dense_total", "dense twin, total epochs", "theta_g fine-tuned without pruning, search epochs included"),
     Arm("local", "local-only model", "trained from theta_0 on the client's own data, never federated"),

@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fedlth.report.canvas import rendered
 from fedlth.report.facts import read_group
 from fedlth.report.figures import pictures
-from fedlth.report.html import page
-from fedlth.report.palette import LIGHT
+from fedlth.report.html import drawn, page
 from fedlth.report.results import Results, results_of
 from fedlth.report.tables import RENDERERS, bytes_table, clients_table, summary_table
 
@@ -27,14 +25,13 @@ def write_report(run: Path) -> Path:
     """
     results = read_results(run)
     tables = {"summary": summary_table(results), "clients": clients_table(results), "bytes": bytes_table(results)}
-    drawn = pictures(results)
-    images = {picture.name: rendered(picture, theme=LIGHT, kind="png") for picture in drawn}
-    html = page(results, tables=tables, pictures=drawn)
+    figures = [drawn(picture) for picture in pictures(results)]
+    html = page(results, tables=tables, figures=figures)
     for name, table in tables.items():
         for ending, render in RENDERERS.items():
             _write(run / "tables" / f"{name}.{ending}", render(table).encode())
-    for name, image in images.items():
-        _write(run / "figures" / f"{name}.png", image)
+    for one in figures:
+        _write(run / "figures" / f"{one.picture.name}.png", one.png)
     _write(run / "report.html", html.encode())
     return run / "report.html"
 

@@ -26,20 +26,24 @@ class Picture:
     draw: Callable[[Figure, Theme], None]
 
 
-def rendered(picture: Picture, *, theme: Theme, kind: str) -> bytes:
-    """Return the picture as "png" (200 dpi) or "svg"; equal facts give equal bytes."""
+def rendered(picture: Picture, *, theme: Theme, kinds: Sequence[str]) -> dict[str, bytes]:
+    """Return the picture as each of `kinds`: "png" (200 dpi) or "svg"; equal facts give equal bytes."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    out = io.BytesIO()
+    found = {}
     with matplotlib.rc_context(cast(Any, theme.settings())):  # its stub wants literal keys
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
         figure = Figure(figsize=(picture.width, picture.height), layout=layout)
         picture.draw(figure, theme)
-        metadata = {"Date": None} if kind == "svg" else {"Software": None}
-        figure.savefig(out, format=kind, dpi=200, metadata=metadata)
-    return out.getvalue()
+        for kind in kinds:
+            out = io.BytesIO()
+            metadata = {"Date": None} if kind == "svg" else {"Software": None}
+            figure.savefig(out, format=kind, dpi=200, metadata=metadata)
+            figure.set_layout_engine("none")  # placed by the first, and finding the places is half of the time
+            found[kind] = out.getvalue()
+    return found
 
 
 def spread(places: Sequence[float], *, gap: float) -> list[float]:

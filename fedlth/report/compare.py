@@ -17,7 +17,7 @@ from fedlth.report.intervals import Interval, interval
 from fedlth.report.statistics import Difference, over_seeds, rows_of
 from fedlth.report.summary import aligned
 from fedlth.report.tables import Table, csv_text, latex, markdown
-from fedlth.report.units import bounds, percent, points
+from fedlth.report.units import bounds, percent, points, signed
 
 Values = NDArray[np.float64]
 
@@ -67,7 +67,7 @@ class Comparison:
         rows = [(*_cells(self.reference), "reference", "", "", "", "", "")]
         for one in self.contrasts:
             gap = (points(one.difference.mean), bounds(one.difference.interval, signed=True))
-            tests = (_p(one.p_value), _p(one.p_holm), f"{one.effect:+.2f}".replace("-", "−"))
+            tests = (_p(one.p_value), _p(one.p_holm), signed(one.effect))
             rows.append((*_cells(one.contestant), *gap, f"{one.better} / {one.worse} of {one.pairs}", *tests))
         title = f"Test accuracy, paired by seed and client, against {self.reference.name}"
         return Table(title, header, tuple(rows), left=2)
@@ -91,7 +91,7 @@ class Comparison:
 
 
 def _cells(one: Contestant) -> tuple[str, ...]:
-    arm, density = arm_of(one.choice.arm).label, f"{one.choice.target_density:g}"
+    arm, density = arm_of(one.choice.arm).label, f"{one.choice.target_density:.3g}"
     return one.name, arm, density, percent(one.mean), bounds(one.interval)
 
 
@@ -145,7 +145,7 @@ def _contestant(path: Path, *, name: str, arm: str | None, density: float | None
     choice = main_choice(group, arm=arm, density=density)
     samples = [np.array([row.test_accuracy for row in rows_of(facts, choice).values()]) for facts in group]
     if not all(len(values) for values in samples):
-        at = f"{choice.arm} at {choice.target_density:g}"
+        at = f"{choice.arm} at {choice.target_density:.3g}"
         raise StudyError(f"compare: {path}: {at} in every seed is wanted, got a seed without it")
     return Contestant(name, group, choice, over_seeds(np.mean, samples), interval(samples))
 

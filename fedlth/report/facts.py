@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def read_group(path: Path) -> tuple[Facts, ...]:
     Raises StudyError where there is none, where a seed is there twice, or where they are not one study and method.
     """
     if not path.is_dir() or (path / "header.json").exists():
-        return (read_run(path),)
+        return one_cell((read_run(path),))
     folders = sorted(inner.parent for inner in path.glob("*/header.json"))
     if not folders:
         raise StudyError(f"{path}: a run folder or a folder of them (seed-0/, ...) is wanted, got no header.json")
@@ -113,7 +113,27 @@ def read_group(path: Path) -> tuple[Facts, ...]:
     if len(set(seeds)) < len(seeds):
         raise StudyError(f"{path}: one run a seed is wanted, got seeds {seeds}")
     one_study(group, place=str(path))
-    return group
+    return one_cell(group)
+
+
+def one_cell(group: Sequence[Facts]) -> tuple[Facts, ...]:
+    """Return the runs with one target density for every arm that has none of its own.
+
+    A learnt mask, or one that grew with each client's visits, ends at a density of each client's own, and its rows
+    say so. Where every client has one row of an arm, they are one cell, at the mean density over clients and seeds.
+    """
+    met: dict[str, set[tuple[int, int]]] = {}
+    targets: dict[str, list[float]] = {}
+    for facts in group:
+        for row in facts.metrics:
+            met.setdefault(row.arm, set()).add((facts.header.seed, row.client))
+            targets.setdefault(row.arm, []).append(row.target_density)
+    free = {arm: sum(held) / len(held) for arm, held in targets.items() if len(held) == len(met[arm])}
+
+    def moved(row: MetricRow) -> MetricRow:
+        return replace(row, target_density=free[row.arm]) if row.arm in free else row
+
+    return tuple(replace(facts, metrics=tuple(map(moved, facts.metrics))) for facts in group)
 
 
 def one_study(group: Sequence[Facts], *, place: str) -> None:

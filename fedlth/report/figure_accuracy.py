@@ -56,7 +56,9 @@ class ByDensity:
         axes.plot(x, y, color=colour, marker=style.marker, linestyle=style.dashes, markersize=6)
 
     def _density_axis(self, axes: Axes, densities: list[float]) -> None:
-        axes.set_xticks([_place(density) for density in densities], [f"{density:g}" for density in densities])
+        # densities that read the same share a tick
+        ticks = {f"{density:.3g}": _place(density) for density in densities}
+        axes.set_xticks(list(ticks.values()), list(ticks))
         axes.set_xlabel("density (share of prunable weights kept; sparser to the right)")
         if densities:
             axes.set_xlim(_place(densities[0]) - 0.35, _place(densities[-1]) + 0.35)

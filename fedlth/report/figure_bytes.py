@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 MEGA = 1e6
 
 
-def curve(facts: Facts, moved: Traffic) -> tuple[list[float], list[float]]:
-    """Return cumulative megabytes (up and down) at the end of each round, and that round's validation accuracy.
+def curve(facts: Facts, moved: Traffic, *, phase: str) -> tuple[list[float], list[float]]:
+    """Return cumulative megabytes (up and down) at the end of each round of a phase, and its validation accuracy.
 
     A round without an accuracy (no client answered) moves the bytes on and gives no point.
     """
@@ -29,7 +29,7 @@ def curve(facts: Facts, moved: Traffic) -> tuple[list[float], list[float]]:
     x, y = [], []
     for row in facts.rounds:
         place = (row.round, row.phase)
-        if row.val_accuracy is not None and place in reached:
+        if row.phase == phase and row.val_accuracy is not None and place in reached:
             x.append(reached[place] / MEGA)
             y.append(100 * row.val_accuracy)
     return x, y
@@ -44,13 +44,14 @@ class AtBytes:
     def __call__(self, figure: Figure, theme: Theme) -> None:
         """Draw on an empty figure."""
         axes = figure.add_subplot()
-        curves = [curve(*one) for one in zip(self.results.group, self.results.traffics, strict=True)]
-        colour = theme.colour("global")
-        for x, y in curves:
-            alone = len(curves) == 1
-            axes.plot(x, y, color=colour, linewidth=1.8 if alone else 1, alpha=1 if alone else 0.6)
-            if alone:
-                axes.plot(x, y, ".", color=colour, markersize=5)
+        alone = len(self.results.group) == 1
+        for facts, moved in zip(self.results.group, self.results.traffics, strict=True):
+            for phase, arm in (("federate", "global"), ("refine", "refined")):
+                x, y = curve(facts, moved, phase=phase)
+                colour = theme.colour(arm)
+                axes.plot(x, y, color=colour, linewidth=1.8 if alone else 1, alpha=1 if alone else 0.6)
+                if alone:
+                    axes.plot(x, y, ".", color=colour, markersize=5)
         total = float(np.mean([one.unicast.total_bytes for one in self.results.traffics])) / MEGA
         labels = []
         shown = [self.results.best_known(arm) for arm in ("global", "dense", "local")]
@@ -64,7 +65,7 @@ class AtBytes:
                 [place], [100 * found.val_mean], linestyle="", marker=theme.style(arm).marker, clip_on=False,
                 color=theme.colour(arm), markersize=8, zorder=3,
             )  # fmt: skip
-            at = "" if found.choice.target_density == 1 else f" at {found.choice.target_density:g}"
+            at = "" if found.choice.target_density == 1 else f" at {found.choice.target_density:.3g}"
             label = f"{arm_of(arm).label}{at}"
             if arm == "local":
                 axes.annotate(label, (0, 100 * found.val_mean), (8, 0), textcoords="offset points", va="center",

@@ -27,7 +27,7 @@ def pictures(results: Results) -> tuple[Picture, ...]:
         ))  # fmt: skip
     dumbbells = before_after(results)
     if dumbbells is not None:
-        at = "" if dumbbells.after.target_density == 1 else f" at density {dumbbells.after.target_density:g}"
+        at = "" if dumbbells.after.target_density == 1 else f" at density {dumbbells.after.target_density:.3g}"
         found.append(Picture(
             "accuracy_by_client", f"Every client, before and after: {arm_of(dumbbells.after.arm).label}{at}",
             "One stick a client, from the global model (hollow) to its own model (filled); an orange stick is a "
@@ -37,8 +37,9 @@ def pictures(results: Results) -> tuple[Picture, ...]:
     if any(facts.rounds for facts in results.group) and any(t.unicast.total_bytes for t in results.traffics):
         found.append(Picture(
             "accuracy_at_bytes", "What the bytes bought",
-            "The line is the global model on the sampled clients' validation data as bytes add up, round after "
-            "round; the markers at the right end are the arms on every client's validation data after all bytes.",
+            "The line is the model that the sampled clients received, on their validation data, as bytes add up "
+            "round after round; the markers at the right end are the arms on every client's validation data after "
+            "all bytes.",
             8.6, 4.2, AtBytes(results),
         ))  # fmt: skip
     if results.overlaps:

@@ -11,7 +11,7 @@ from fedlth.report.arms import Choice, arm_of
 from fedlth.report.results import Results
 from fedlth.report.statistics import ArmSummary, Difference, difference
 from fedlth.report.tables import Table
-from fedlth.report.units import bounds, percent, points, scaled
+from fedlth.report.units import bounds, percent, points, scaled, signed
 
 PERMUTATION_LEVEL = 0.01
 
@@ -60,7 +60,8 @@ def rivals(results: Results) -> list[ArmSummary]:
     if results.main is None:
         return []
     same = [Choice(arm, results.main.target_density) for arm in ("global_mask", "one_shot", "random")]
-    found = [results.best_known(arm) for arm in ("global", "local", "dense", "dense_total")]
+    single = ("global", "local", "dense", "dense_total", "own_random", "frozen_random")
+    found = [results.best_known(arm) for arm in single]
     found += [results.summary(choice) for choice in same]
     return [one for one in found if one is not None and one.choice != results.main]
 
@@ -92,7 +93,7 @@ def reached(results: Results) -> str:
     if main is None:
         return "No client was evaluated, so there is no result to tell."
     label = arm_of(main.choice.arm).label
-    at = "" if main.choice.target_density == 1 else f" at density {main.choice.target_density:g}"
+    at = "" if main.choice.target_density == 1 else f" at density {main.choice.target_density:.3g}"
     text = (
         f"The {label}{at} reaches {percent(main.mean)} % mean test accuracy {bounds(main.interval)}; the worst tenth "
         f"of clients {percent(main.worst_decile)} %"
@@ -117,7 +118,7 @@ def _overlap(results: Results) -> str:
     test = max((one.test for one in results.overlaps), key=lambda one: one.p_value if one.permutations else 2)
     if not test.permutations:
         return f"{text}; whether alike labels mean alike tickets cannot be tested here."
-    told = f"Spearman {test.correlation:.2f}, permutation p {'<' if test.p_value < 0.001 else '='} " + (
+    told = f"Spearman {signed(test.correlation)}, permutation p {'<' if test.p_value < 0.001 else '='} " + (
         "0.001" if test.p_value < 0.001 else f"{test.p_value:.3f}"
     )
     alike = "overlap more" if test.p_value < PERMUTATION_LEVEL else "do not clearly overlap more"
@@ -131,7 +132,7 @@ def numbers(results: Results) -> tuple[Number, ...]:
     shown: Sequence[ArmSummary | None] = [main, *(results.best_known(arm) for arm in ("global", "dense", "local"))]
     for one in dict.fromkeys(item for item in shown if item is not None):
         arm = arm_of(one.choice.arm)
-        at = "" if one.choice.target_density == 1 else f" at density {one.choice.target_density:g}"
+        at = "" if one.choice.target_density == 1 else f" at density {one.choice.target_density:.3g}"
         found.append(Number(f"{percent(one.mean)} %", f"{arm.label}{at}", f"95 % interval {bounds(one.interval)}"))
     up, down, dense = (
         float(np.mean([getattr(flow, key) for flow in flows]))
@@ -175,6 +176,6 @@ def honest_notes(results: Results) -> tuple[str, ...]:
         per_seed = found.num_clients / max(found.num_seeds, 1)
         largest = max(one.num_clients / max(one.num_seeds, 1) for one in results.summaries)
         if per_seed < largest:
-            at = f"{arm_of(found.choice.arm).label} at {found.choice.target_density:g}"
+            at = f"{arm_of(found.choice.arm).label} at {found.choice.target_density:.3g}"
             notes.append(f"{at}: {per_seed:g} clients a seed, others {largest:g}; its mean is over fewer clients")
     return tuple(notes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
@@ -26,12 +27,25 @@ SEEDS = "hierarchical bootstrap, seeds first and then the clients of each; over 
 ACCURACY, COST = SUMMARY_HEADER[:10], SUMMARY_HEADER[:2] + SUMMARY_HEADER[10:]
 
 
-def _embedded(picture: Picture) -> dict[str, str]:
-    found = {"title": picture.title, "guide": picture.guide}
-    for theme in (LIGHT, DARK):
-        data = base64.b64encode(rendered(picture, theme=theme, kind="svg")).decode()
-        found[theme.name] = f"data:image/svg+xml;base64,{data}"
-    return found
+@dataclass(frozen=True)
+class Drawn:
+    """A picture, drawn: SVG for either colour scheme, and the PNG that stands beside the page."""
+
+    picture: Picture
+    light: bytes
+    dark: bytes
+    png: bytes
+
+
+def drawn(picture: Picture) -> Drawn:
+    """Return the picture in every form that a report needs."""
+    light = rendered(picture, theme=LIGHT, kinds=("svg", "png"))
+    return Drawn(picture, light["svg"], rendered(picture, theme=DARK, kinds=("svg",))["svg"], light["png"])
+
+
+def _embedded(one: Drawn) -> dict[str, str]:
+    uris = (f"data:image/svg+xml;base64,{base64.b64encode(data).decode()}" for data in (one.light, one.dark))
+    return {"title": one.picture.title, "guide": one.picture.guide, **dict(zip(("light", "dark"), uris, strict=True))}
 
 
 def _seconds(facts: Facts) -> dict[str, float]:
@@ -48,12 +62,13 @@ def _provenance(facts: Facts) -> dict[str, Any]:
     header = facts.header
     told: list[tuple[str, str]] = [
         ("finished", "yes" if header.finished else "no"),
-        ("engine", header.engine),
+        ("method", f"{header.method} ({header.paper})" if header.paper else header.method),
+        ("engine", f"{header.engine}, compute {header.compute}" if header.compute else header.engine),
         ("commit", header.commit or "not known"),
         ("versions", ", ".join(f"{name} {version}" for name, version in sorted(header.versions.items()))),
         ("partition digest", header.partition_digest),
         ("data digest", header.data_digest),
-        ("parameters", f"{header.num_parameters:,} of them prunable {header.num_prunable:,}"),
+        ("parameters", f"{header.num_parameters:,}, of them prunable {header.num_prunable:,}"),
     ]
     spent = _seconds(facts)
     if spent:
@@ -67,7 +82,7 @@ def _framed(results: Results) -> str:
     return scaled(float(np.mean(framed)), "B") if len(framed) == len(results.traffics) and any(framed) else ""
 
 
-def page(results: Results, *, tables: Mapping[str, Table], pictures: Sequence[Picture]) -> str:
+def page(results: Results, *, tables: Mapping[str, Table], figures: Sequence[Drawn]) -> str:
     """Return the HTML of a report. tables: summary, clients and bytes. Every text from the run is escaped."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
@@ -102,7 +117,7 @@ def page(results: Results, *, tables: Mapping[str, Table], pictures: Sequence[Pi
         cost=tables["summary"].columns(COST),
         main_row=chosen.index(results.main) if results.main in chosen else -1,
         main_label=arm_of(results.main.arm).label if results.main else "nothing evaluated",
-        figures=[_embedded(picture) for picture in pictures],
+        figures=[_embedded(one) for one in figures],
         dense_payload=scaled(header.dense_payload_bytes, "B"),
         dense_raw=scaled(header.dense_raw_bytes, "B"),
         framed=_framed(results),

@@ -152,12 +152,12 @@ class Overlap:
 
 
 def overlap(facts: Facts) -> Overlap | None:
-    """Return the overlap of a run's saved tickets, or None where fewer than two were saved."""
+    """Return the overlap of a run's saved tickets, or None where fewer than two were saved, or none is sparse."""
     if len(facts.tickets) < 2 or not facts.header.client_labels:
         return None
     masks = read_masks(facts)
-    if not masks.packed:
-        return None
+    if not masks.packed or all((count == masks.sizes[name]).all() for name, count in masks.kept().items()):
+        return None  # dense models have no mask to compare
     shared = jaccard(masks)
     alike = label_similarity(np.array([facts.header.client_labels[client] for client in masks.clients]))
     kept = masks.kept()

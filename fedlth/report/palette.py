@@ -25,6 +25,8 @@ _STYLES = {
     "one_shot": Style("#00815f", "#2fc79b", "^"),
     "global_mask": Style("#c4500a", "#ff8f4d", "D"),
     "random": Style("#7a7a7a", "#a8a8a8", "v", ":"),
+    "own_random": Style("#7a7a7a", "#a8a8a8", "v", ":"),
+    "frozen_random": Style("#7a7a7a", "#a8a8a8", "v", ":"),
     "dense": Style("#1a1a1a", "#f0f0f0", "*"),
     "dense_total": Style("#555555", "#c8c8c8", "*", "-."),
     "local": Style("#a87500", "#e8b93c", "P", "--"),

@@ -59,28 +59,14 @@ def results_of(group: Sequence[Facts]) -> Results:
 def inference_flops_effective(results: Results, choice: Choice) -> float | None:
     """Return the forward FLOPs an example that alive weights need, mean over clients and seeds; None if unknown.
 
-    From `extra.inference_flops_effective` of the rows where the run wrote it; for the saved tickets from their
-    masks, layer by layer; for a dense arm the dense forward. Layers that cannot be pruned count in full.
+    Layer by layer: dense FLOPs times the layer's density in each row. Layers that cannot be pruned count in full.
     """
-    rows = [row for facts in results.group for row in rows_of(facts, choice).values()]
-    told = [row.extra["inference_flops_effective"] for row in rows if "inference_flops_effective" in row.extra]
-    if told and len(told) == len(rows):
-        return float(np.mean(told))
-    dense = float(np.mean([facts.header.flops_forward_per_example for facts in results.group]))
-    if all(row.density == 1 for row in rows):
-        return dense or None
-    if choice != results.main or len(results.overlaps) != len(results.group):
-        return None
     found = []
-    for facts, shared in zip(results.group, results.overlaps, strict=True):
-        saved = {ticket.client: ticket.ticket for ticket in facts.tickets}
-        ours = rows_of(facts, choice)
-        if any(client not in saved or row.ticket != saved[client] for client, row in ours.items()):
-            return None
-        dead = sum(
-            layer.flops_per_example * (1 - shared.layer_density[layer.name].mean())
-            for layer in facts.layers
-            if layer.name in shared.layer_density
-        )
-        found.append(facts.header.flops_forward_per_example - dead)
+    for facts in results.group:
+        dense = facts.header.flops_forward_per_example
+        cost = {layer.name: layer.flops_per_example for layer in facts.layers if layer.prunable}
+        for row in rows_of(facts, choice).values():
+            if not dense or not cost.keys() <= row.layer_density.keys():
+                return None
+            found.append(dense - sum(flops * (1 - row.layer_density[name]) for name, flops in cost.items()))
     return float(np.mean(found))

@@ -44,6 +44,8 @@ class Header:
     layers: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, Any] = field(default_factory=dict)
     commit: str | None = None
+    paper: str = ""
+    compute: str = ""
     num_parameters: int = 0
     num_prunable: int = 0
     dense_raw_bytes: int = 0
@@ -103,7 +105,7 @@ class MetricRow:
     num_val: int = 0
     num_test: int = 0
     ticket: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
+    layer_density: dict[str, Any] = field(default_factory=dict)
 
 
 _ACCEPTED: dict[str, tuple[type, ...]] = {

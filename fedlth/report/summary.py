@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from textwrap import fill
+
 from fedlth.report.arms import arm_of
 from fedlth.report.headline import against, honest_notes, numbers, overlapping, reached
 from fedlth.report.results import Results
 from fedlth.report.tables import Table
 from fedlth.report.units import bounds, percent
+
+WIDTH = 100
 
 
 def aligned(table: Table) -> str:
@@ -30,7 +34,7 @@ def terminal_table(results: Results) -> Table:
     rows = [
         (
             arm_of(found.choice.arm).label,
-            f"{found.choice.target_density:g}",
+            f"{found.choice.target_density:.3g}",
             percent(found.mean),
             bounds(found.interval),
             percent(found.standard_deviation),
@@ -54,12 +58,12 @@ def summary_text(results: Results) -> str:
         parts.append("hurt: clients below the global model.  Test accuracy, read once at the end.")
     wire = [one for one in numbers(results) if one.label.startswith("payload")]
     parts.append("\n".join(f"{one.label}: {one.value}  ({one.small})" for one in wire))
-    parts.append(reached(results))
+    parts.append(fill(reached(results), WIDTH))
     rivals = against(results)
     if rivals.rows:
         parts.append(aligned(rivals))
-    parts += filter(None, [overlapping(results)])
+    parts += [fill(text, WIDTH) for text in [overlapping(results)] if text]
     notes = honest_notes(results)
     if notes:
-        parts.append("\n".join(f"note: {note}" for note in notes))
+        parts.append("\n".join(fill(f"note: {note}", WIDTH, subsequent_indent="      ") for note in notes))
     return "\n\n".join(parts) + "\n"

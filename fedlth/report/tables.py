@@ -47,7 +47,7 @@ def summary_table(results: Results) -> Table:
     for found in results.summaries:
         cells = (
             arm_of(found.choice.arm).label,
-            f"{found.choice.target_density:g}",
+            f"{found.choice.target_density:.3g}",
             percent(found.mean),
             bounds(found.interval),
             percent(found.standard_deviation),
@@ -111,10 +111,10 @@ def bytes_table(results: Results) -> Table:
 
 
 def markdown(table: Table) -> str:
-    """Return the table as GitHub Markdown; bars, angle brackets and backslashes in a cell are escaped."""
+    """Return the table as GitHub Markdown; what would be markup in a cell is escaped."""
 
     def line(cells: tuple[str, ...]) -> str:
-        escaped = (re.sub(r"([\\|<>*_`]|\](?=\())", r"\\\1", cell.replace("\n", " ")) for cell in cells)
+        escaped = (re.sub(r"([\\|<>*_`]|(?<=\])\()", r"\\\1", cell.replace("\n", " ")) for cell in cells)
         return "| " + " | ".join(escaped) + " |"
 
     rule = "|" + "|".join("---" if place < table.left else "---:" for place in range(len(table.header))) + "|"

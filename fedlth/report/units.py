@@ -23,6 +23,11 @@ def points(difference: float) -> str:
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
 
 
+def signed(value: float) -> str:
+    """Return a correlation or an effect with its sign and two decimals."""
+    return f"{value:+.2f}".replace("-", "−")
+
+
 def bounds(found: Interval, *, signed: bool = False) -> str:
     """Return an interval as [low, high], in percent or signed points."""
     if math.isnan(found.low):

@@ -29,7 +29,8 @@ class Iterative:
         above = 1.0
         for target in targets:
             ratio = target / above
-            chain += [above * ratio ** (i / self.rounds) for i in range(1, self.rounds)] + [target]
+            between = range(1, self.rounds) if ratio < 1 else range(0)
+            chain += [above * ratio ** (i / self.rounds) for i in between] + [target]
             above = target
         return (tuple(chain),)
 

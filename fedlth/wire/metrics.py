@@ -25,7 +25,7 @@ def decode(data: bytes) -> dict[str, Any]:
     if len(data) > LONGEST:
         raise PayloadError(f"metrics of {len(data)} bytes, at most {LONGEST} are read")
     try:
-        record = _unfix(json.loads(data))
+        record = _unfix(json.loads(data, parse_float=_refused, parse_constant=_refused))
     except (ValueError, RecursionError) as error:
         raise PayloadError(f"metrics are not JSON: {error}") from error
     if not isinstance(record, dict):
@@ -45,9 +45,13 @@ def _fix(value: Any) -> Any:
     return value
 
 
+def _refused(text: str) -> Any:
+    raise ValueError(f"{text[:40]} is not a number of fixed width")
+
+
 def _unfix(value: Any) -> Any:
     if isinstance(value, dict):
-        if set(value) == {"f"}:
+        if set(value) == {"f"} and isinstance(value["f"], str):
             number = float(value["f"])
             if not math.isfinite(number):
                 raise ValueError("a number is not finite")

@@ -50,7 +50,11 @@ def encode(kind: str, layout: Layout, content: Content, *, known_mask: np.ndarra
     if content.floats is not None and content.ints is not None:
         kept = content.floats[:size][mask]
         values = b"".join(
-            (kept.astype("<f4").tobytes(), content.floats[size:].astype("<f4").tobytes(), content.ints.astype("<i8").tobytes())
+            (
+                kept.astype("<f4").tobytes(),
+                content.floats[size:].astype("<f4").tobytes(),
+                content.ints.astype("<i8").tobytes(),
+            )
         )
     value_mode = NO_VALUES if content.floats is None else F32
     head = HEADER.pack(MAGIC, VERSION, 0, mode, value_mode, layout.digest(kind), reference)

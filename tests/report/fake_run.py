@@ -71,7 +71,7 @@ def ledger(num_clients: int, rounds: int, rng: np.random.Generator) -> tuple[lis
                      "ticket": "", "broadcast": not up, "status": status})  # fmt: skip
 
     for round in range(rounds):
-        sampled = sorted(rng.choice(num_clients - 2, 6, replace=False).tolist())
+        sampled = sorted(rng.choice(num_clients - 2, min(6, num_clients - 2), replace=False).tolist())
         for client in sampled:
             bad = round == 3 and client == sampled[0]
             row(round, "federate", client, False, "values", DENSE_BYTES)
@@ -103,7 +103,8 @@ def metrics(labels: list[list[int]], hashes: list[str], rng: np.random.Generator
                 "train_flops_effective": 1.2e9 * (epochs * target + search * (1 + target) / 2),
                 "val_accuracy": min(1.0, accuracy + 0.004), "test_accuracy": accuracy, "val_loss": 0.4,
                 "test_loss": 0.5, "num_train": int(sum(counts)), "num_val": 20, "num_test": 300,
-                "ticket": hashes[client] if (arm, target) == ("ticket", 0.2) else "", "extra": {},
+                "ticket": hashes[client] if (arm, target) == ("ticket", 0.2) else "",
+                "layer_density": dict.fromkeys(("conv1.weight", "conv2.weight", "fc1.weight", "fc2.weight"), target),
             })  # fmt: skip
     return rows
 

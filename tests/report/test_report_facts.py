@@ -9,7 +9,7 @@ import pytest
 from fake_run import write_run
 
 from fedlth.errors import StudyError
-from fedlth.report.arms import Choice, main_choice
+from fedlth.report.arms import Choice, densities, main_choice
 from fedlth.report.facts import read_group, read_run
 
 
@@ -37,6 +37,20 @@ def test_the_main_arm_is_the_saved_ticket(fake: Path) -> None:
         main_choice(group, arm="nonesuch")
     with pytest.raises(StudyError, match="a density of 0.5, 0.2, 0.1, 0.05 is wanted, got 0.3"):
         main_choice(group, density=0.3)
+
+
+def test_an_arm_without_targets_is_one_cell(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        run = write_run(tmp_path / f"seed-{seed}", seed=seed, num_clients=4, rounds=1)
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        learnt = [
+            row | {"arm": "own", "density": density, "target_density": density}
+            for row, density in zip((row for row in rows if row["arm"] == "dense"), (0.4, 0.5, 0.6, 0.7), strict=True)
+        ]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + learnt))
+    found = read_group(tmp_path)
+    assert densities(found, "own") == (pytest.approx(0.55),)
+    assert densities(found, "ticket") == (0.5, 0.2, 0.1, 0.05)
 
 
 def test_an_unfinished_run_is_read_and_says_so(tmp_path: Path) -> None:

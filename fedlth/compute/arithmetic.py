@@ -1,0 +1,101 @@
+"""Element by element arithmetic of tiles, and the tiles of zeros that start a sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba.extending import intrinsic
+
+from fedlth.compute.vectors import Tile, _Code, _intrinsic, _same
+
+
+def _pairwise(combine: Callable[[Any, list[Any]], Any]) -> Any:
+    """Return the intrinsic that makes each row of its result from the same rows of its tiles."""
+
+    def answer(*tiles: Any) -> Any:
+        def body(c: _Code) -> Any:
+            columns = [c.rows(k) for k in range(len(tiles))]
+            return c.tile([combine(c.builder, list(row)) for row in zip(*columns, strict=True)])
+
+        return _intrinsic(body, _same)(*tiles)
+
+    return answer
+
+
+def _zero(vector: Any) -> Any:
+    return ir.Constant(vector.type, None)
+
+
+def _maximum(builder: Any, rows: list[Any]) -> Any:
+    # A comparison with NaN is false, which keeps rows[1]: a diverged value passes through relu.
+    return builder.select(builder.fcmp_ordered(">", rows[0], rows[1]), rows[0], rows[1])
+
+
+def _keep(sign: str) -> Callable[[Any, list[Any]], Any]:
+    def combine(builder: Any, rows: list[Any]) -> Any:
+        return builder.select(builder.fcmp_ordered(sign, rows[0], rows[1]), rows[2], _zero(rows[2]))
+
+    return combine
+
+
+@intrinsic
+def maximum(typing, a, b):  # type: ignore[no-untyped-def]
+    """Return a where a > b, else b."""
+    return _pairwise(_maximum)(a, b)
+
+
+@intrinsic
+def relu(typing, a):  # type: ignore[no-untyped-def]
+    """Return 0 where a < 0, else a (NaN stays NaN)."""
+    return _pairwise(lambda builder, rows: _maximum(builder, [_zero(rows[0]), rows[0]]))(a)
+
+
+@intrinsic
+def add(typing, a, b):  # type: ignore[no-untyped-def]
+    """Return a + b."""
+    return _pairwise(lambda builder, rows: builder.fadd(*rows))(a, b)
+
+
+@intrinsic
+def subtract(typing, a, b):  # type: ignore[no-untyped-def]
+    """Return a - b."""
+    return _pairwise(lambda builder, rows: builder.fsub(*rows))(a, b)
+
+
+@intrinsic
+def multiply(typing, a, b):  # type: ignore[no-untyped-def]
+    """Return a * b."""
+    return _pairwise(lambda builder, rows: builder.fmul(*rows))(a, b)
+
+
+@intrinsic
+def keep_positive(typing, a, g):  # type: ignore[no-untyped-def]
+    """Return g where a > 0, else 0."""
+    combine = _keep(">")
+    return _pairwise(lambda builder, rows: combine(builder, [rows[0], _zero(rows[0]), rows[1]]))(a, g)
+
+
+@intrinsic
+def keep_equal(typing, a, b, g):  # type: ignore[no-untyped-def]
+    """Return g where a == b, else 0."""
+    return _pairwise(_keep("=="))(a, b, g)
+
+
+def _zeros(rows: int, width: int) -> Any:
+    @intrinsic
+    def zeros(typing):  # type: ignore[no-untyped-def]
+        tile = Tile(rows, width)
+
+        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return ir.Constant(context.get_value_type(tile), None)
+
+        return tile(), code
+
+    return zeros
+
+
+zeros_6x16, zeros_4x16, zeros_2x16, zeros_1x16 = (_zeros(rows, 16) for rows in (6, 4, 2, 1))
+zeros_3x32, zeros_1x32 = _zeros(3, 32), _zeros(1, 32)
+zeros_10x8, zeros_5x8 = _zeros(10, 8), _zeros(5, 8)

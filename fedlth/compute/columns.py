@@ -1,0 +1,80 @@
+"""The columns of the kernel's layer table: one int64 row a layer, written by arrange.py and read by loop.py.
+
+Places are element indices into the work array, weights into the compact weight vector, lists into the index array.
+"""
+
+from __future__ import annotations
+
+CONVOLUTION, LINEAR, MAX_POOL, AVERAGE_POOL, ADD, COPY, GROUP_NORM = range(7)
+
+(
+    KIND,
+    RELU,  # the output is clipped at zero
+    SPARSE,  # the weights are a list of kept ones
+    NEEDS_DX,  # the gradient of the input is wanted
+    ACCUMULATE,  # ... and is added to what another reader of the input left there
+    ACCUMULATE_2,  # the same for the second input of an addition
+    GROUPS,
+    CHANNELS,  # input: C, H, W
+    HEIGHT,
+    WIDTH,
+    OUT_CHANNELS,  # output
+    OUT_HEIGHT,
+    OUT_WIDTH,
+    WEIGHT,  # place of the weights in the compact vector
+    BIAS,  # ... of the bias, -1 for none
+    X,  # input: place of the first value, distance of channels and of rows
+    X_PLANE,
+    X_ROW,
+    Y,  # output
+    Y_PLANE,
+    Y_ROW,
+    DX,  # gradient of the input
+    DX_PLANE,
+    DX_ROW,
+    DY,  # gradient of the output
+    DY_PLANE,
+    DY_ROW,
+    X2,  # second input of an addition and its gradient
+    X2_PLANE,
+    X2_ROW,
+    DX2,
+    DX2_PLANE,
+    DX2_ROW,
+    SPREAD,  # gradient of the output with zeros between its values (equal to DY at stride 1)
+    SPREAD_PLANE,
+    SPREAD_ROW,
+    TAPS,  # number of weights that an output sums over
+    TAP_PLACES,  # list: where their inputs lie, from X
+    TAP_WEIGHTS,  # list 0, 1, 2 ...
+    TAP_ROW,  # input distance of two output rows, of two output pixels, of two groups
+    TAP_STEP,
+    TAP_GROUP,
+    OUT_PLACES,  # list: where the output channels lie, from Y
+    PIXELS,  # an output row is `PIXELS` stretches of `SPAN` values; one long stretch at stride 1
+    SPAN,
+    BACK_TAPS,  # number of weights that an input's gradient sums over
+    BACK_PLACES,  # list: where their output gradients lie, from SPREAD
+    BACK_WEIGHTS,  # list: where the weights lie, from the channel's first
+    BACK_GROUP,
+    BACK_OUT_PLACES,  # list: where the input channels lie, from DX
+    BACK_ROWS,
+    BACK_SPAN,
+    KERNEL_AREA,  # weights a channel pair
+    MASK,  # place of the layer's part in the mask over all parameters
+    KEPT_STARTS,  # lists of the kept weights by output channel
+    KEPT_PLACES,
+    BACK_STARTS,  # ... and by input channel
+    BACK_KEPT_PLACES,
+    BACK_KEPT_WEIGHTS,
+    WINDOW_Y,  # pooling
+    WINDOW_X,
+    STRIDE_Y,
+    STRIDE_X,
+    PADDING_Y,
+    PADDING_X,
+    STATISTICS,  # place of a group norm's means and scales
+    EPSILON,  # bits of the float64
+    PACK,  # place of scratch
+    NUM_COLUMNS,
+) = range(69)

@@ -1,0 +1,277 @@
+"""Register vectors for numba: small types over LLVM vectors, so that accumulators stay in registers.
+
+Plain numba loops spill their accumulators (2-12 GFLOP/s against 47-85). A Tile is `rows` vectors of `width` float32;
+the same source lowers to AVX2, AVX-512 or NEON. Every address is an element index into a one-dimensional float32
+array; the arranger of the arrays (arrange.py) keeps the indices inside them, nothing is checked here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, models, register_model
+
+_FLOAT, _INT = ir.FloatType(), ir.IntType(32)
+_FUSE = ("contract",)  # lets a multiply and an add become one instruction, and nothing else
+
+
+class Tile(types.Type):  # type: ignore[misc]  # numba has no types
+    """`rows` vectors of `width` float32."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        self.rows, self.width = rows, width
+        super().__init__(name=f"Tile({rows}x{width})")
+
+
+@register_model(Tile)
+class _TileModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, tile: Tile) -> None:
+        super().__init__(manager, tile, ir.LiteralStructType([_vector(tile.width)] * tile.rows))
+
+
+def _vector(width: int) -> ir.VectorType:
+    return ir.VectorType(_FLOAT, width)
+
+
+def _splat(builder: Any, scalar: Any, width: int) -> Any:
+    empty = ir.Constant(_vector(width), ir.Undefined)
+    first = builder.insert_element(empty, scalar, ir.Constant(_INT, 0))
+    return builder.shuffle_vector(first, empty, ir.Constant(ir.VectorType(_INT, width), [0] * width))
+
+
+class _Code:
+    """What the bodies below share: typed access to the arguments of one intrinsic call."""
+
+    def __init__(self, context: Any, builder: Any, signature: Any, args: Any) -> None:
+        self.context, self.builder, self.types, self.args = context, builder, signature.args, args
+
+    def at(self, array: int, index: Any) -> Any:
+        data = self.context.make_array(self.types[array])(self.context, self.builder, self.args[array]).data
+        return self.builder.gep(data, [index])
+
+    def load(self, array: int, index: Any, width: int) -> Any:
+        kind = _vector(width)
+        found = self.builder.load(self.builder.bitcast(self.at(array, index), kind.as_pointer()), typ=kind)
+        found.align = 4
+        return found
+
+    def store(self, array: int, index: Any, value: Any) -> None:
+        place = self.builder.bitcast(self.at(array, index), value.type.as_pointer())
+        self.builder.store(value, place).align = 4
+
+    def scalar(self, array: int, index: Any) -> Any:
+        return self.builder.load(self.at(array, index))
+
+    def spread(self, array: int, index: Any, width: int) -> Any:
+        return _splat(self.builder, self.scalar(array, index), width)
+
+    def plus(self, index: Any, step: int) -> Any:
+        return self.builder.add(index, ir.Constant(index.type, step))
+
+    def fma(self, a: Any, b: Any, c: Any) -> Any:
+        return self.builder.fadd(self.builder.fmul(a, b, flags=_FUSE), c, flags=_FUSE)
+
+    def rows(self, tile: int) -> list[Any]:
+        return [self.builder.extract_value(self.args[tile], j) for j in range(self.types[tile].rows)]
+
+    def tile(self, rows: list[Any]) -> Any:
+        value = ir.Constant(ir.LiteralStructType([r.type for r in rows]), ir.Undefined)
+        for j, row in enumerate(rows):
+            value = self.builder.insert_value(value, row, j)
+        return value
+
+
+def _intrinsic(body: Callable[[_Code], Any], result: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Return a typing function's answer: arguments as they are, indices as int64."""
+
+    def answer(*given: Any) -> Any:
+        for one in given:
+            if isinstance(one, types.Array) and (one.ndim != 1 or one.layout != "C"):
+                raise TypeError(f"vectors: arrays must be one-dimensional and contiguous, got {one}")
+        wanted = [types.int64 if isinstance(one, types.Integer) else one for one in given]
+
+        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            value = body(_Code(context, builder, signature, args))
+            return context.get_dummy_value() if value is None else value
+
+        return result(wanted)(*wanted), code
+
+    return answer
+
+
+def _same(given: Any) -> Any:
+    return given[0]
+
+
+def _nothing(given: Any) -> Any:
+    return types.void
+
+
+@intrinsic
+def outer(typing, tile, w, at, step, x, start):  # type: ignore[no-untyped-def]
+    """Return tile[j] + w[at + j * step] * x[start : start + width]."""
+
+    def body(c: _Code) -> Any:
+        width = c.types[0].width
+        vector = c.load(4, c.args[5], width)
+        rows, at = [], c.args[2]
+        for row in c.rows(0):
+            rows.append(c.fma(c.spread(1, at, width), vector, row))
+            at = c.builder.add(at, c.args[3])
+        return c.tile(rows)
+
+    return _intrinsic(body, _same)(tile, w, at, step, x, start)
+
+
+@intrinsic
+def along(typing, tile, w, at, x, start):  # type: ignore[no-untyped-def]
+    """Return tile[j] + w[at] * x[start + j * width : ...]."""
+
+    def body(c: _Code) -> Any:
+        width = c.types[0].width
+        scalar = c.spread(1, c.args[2], width)
+        rows = c.rows(0)
+        return c.tile([c.fma(scalar, c.load(3, c.plus(c.args[4], j * width), width), r) for j, r in enumerate(rows)])
+
+    return _intrinsic(body, _same)(tile, w, at, x, start)
+
+
+@intrinsic
+def dots(typing, tile, g, starts, x, places):  # type: ignore[no-untyped-def]
+    """Return tile[i * b + k] + g[starts[i] : ...] * x[places[k] : ...] for tuples of a starts and b places."""
+
+    def body(c: _Code) -> Any:
+        width, extract = c.types[0].width, c.builder.extract_value
+        lefts = [c.load(1, extract(c.args[2], i), width) for i in range(c.types[2].count)]
+        rights = [c.load(3, extract(c.args[4], k), width) for k in range(c.types[4].count)]
+        rows = c.rows(0)
+        return c.tile(
+            [c.fma(a, b, rows[i * len(rights) + k]) for i, a in enumerate(lefts) for k, b in enumerate(rights)]
+        )
+
+    return _intrinsic(body, _same)(tile, g, starts, x, places)
+
+
+def _halves(c: _Code, vector: Any) -> Any:
+    while vector.type.count > 4:
+        half = vector.type.count // 2
+        empty = ir.Constant(vector.type, ir.Undefined)
+        parts = [
+            c.builder.shuffle_vector(vector, empty, ir.Constant(ir.VectorType(_INT, half), list(range(o, o + half))))
+            for o in (0, half)
+        ]
+        vector = c.builder.fadd(*parts)
+    return vector
+
+
+@intrinsic
+def sums(typing, tile):  # type: ignore[no-untyped-def]
+    """Return the tuple of each row's sum, added in a fixed order."""
+
+    def body(c: _Code) -> Any:
+        values = []
+        for row in c.rows(0):
+            four = _halves(c, row)
+            parts = [c.builder.extract_element(four, ir.Constant(_INT, k)) for k in range(4)]
+            pairs = c.builder.fadd(parts[0], parts[1]), c.builder.fadd(parts[2], parts[3])
+            values.append(c.builder.fadd(*pairs))
+        return c.context.make_tuple(c.builder, types.UniTuple(types.float32, len(values)), values)
+
+    return _intrinsic(body, lambda given: types.UniTuple(types.float32, given[0].rows))(tile)
+
+
+@intrinsic
+def add_sums(typing, tile, out, at):  # type: ignore[no-untyped-def]
+    """Add the sums of a tile's four rows to out[at : at + 4]; the transposed adds cost a third of four sums."""
+
+    def body(c: _Code) -> Any:
+        def mix(a: Any, b: Any, places: list[int]) -> Any:
+            return c.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT, 4), places))
+
+        a, b, d, e = (_halves(c, row) for row in c.rows(0))
+        left = c.builder.fadd(mix(a, b, [0, 4, 2, 6]), mix(a, b, [1, 5, 3, 7]))
+        right = c.builder.fadd(mix(d, e, [0, 4, 2, 6]), mix(d, e, [1, 5, 3, 7]))
+        total = c.builder.fadd(mix(left, right, [0, 1, 4, 5]), mix(left, right, [2, 3, 6, 7]))
+        c.store(1, c.args[2], c.builder.fadd(c.load(1, c.args[2], 4), total))
+
+    return _intrinsic(body, _nothing)(tile, out, at)
+
+
+@intrinsic
+def spread(typing, tile, w, at, step):  # type: ignore[no-untyped-def]
+    """Return the tile whose row j is w[at + j * step] everywhere (step 0: all rows the same)."""
+
+    def body(c: _Code) -> Any:
+        rows, at = [], c.args[2]
+        for _ in c.rows(0):
+            rows.append(c.spread(1, at, c.types[0].width))
+            at = c.builder.add(at, c.args[3])
+        return c.tile(rows)
+
+    return _intrinsic(body, _same)(tile, w, at, step)
+
+
+@intrinsic
+def scatter(typing, tile, out, index, at, base):  # type: ignore[no-untyped-def]
+    """Store row j at out[base + index[at + j] : ...]."""
+
+    def body(c: _Code) -> Any:
+        for j, row in enumerate(c.rows(0)):
+            place = c.builder.sext(c.scalar(2, c.plus(c.args[3], j)), ir.IntType(64))
+            c.store(1, c.builder.add(c.args[4], place), row)
+
+    return _intrinsic(body, _nothing)(tile, out, index, at, base)
+
+
+@intrinsic
+def collect(typing, tile, out, index, at, base):  # type: ignore[no-untyped-def]
+    """Return tile[j] + out[base + index[at + j] : ...]."""
+
+    def body(c: _Code) -> Any:
+        rows = []
+        for j, row in enumerate(c.rows(0)):
+            place = c.builder.sext(c.scalar(2, c.plus(c.args[3], j)), ir.IntType(64))
+            rows.append(c.builder.fadd(row, c.load(1, c.builder.add(c.args[4], place), c.types[0].width)))
+        return c.tile(rows)
+
+    return _intrinsic(body, _same)(tile, out, index, at, base)
+
+
+@intrinsic
+def load(typing, tile, x, start, step):  # type: ignore[no-untyped-def]
+    """Return the tile of rows x[start + j * step : ...]; the argument `tile` only says the shape."""
+
+    def body(c: _Code) -> Any:
+        rows, at = [], c.args[2]
+        for _ in range(c.types[0].rows):
+            rows.append(c.load(1, at, c.types[0].width))
+            at = c.builder.add(at, c.args[3])
+        return c.tile(rows)
+
+    return _intrinsic(body, _same)(tile, x, start, step)
+
+
+@intrinsic
+def store(typing, tile, out, start, step):  # type: ignore[no-untyped-def]
+    """Store row j at out[start + j * step : ...]."""
+
+    def body(c: _Code) -> Any:
+        at = c.args[2]
+        for row in c.rows(0):
+            c.store(1, at, row)
+            at = c.builder.add(at, c.args[3])
+
+    return _intrinsic(body, _nothing)(tile, out, start, step)
+
+
+@intrinsic
+def number(typing, index, at):  # type: ignore[no-untyped-def]
+    """Return index[at] of an int32 array as int64, without numba's test for a negative `at`."""
+
+    def body(c: _Code) -> Any:
+        return c.builder.sext(c.scalar(0, c.args[1]), ir.IntType(64))
+
+    return _intrinsic(body, lambda given: types.int64)(index, at)
