@@ -146,7 +146,7 @@ def _kept(world: World, results: list[Result]) -> Result | None:
     arm = kept_arm(world.study)
     own = [r for r in results if r.arm == arm]
     exact = [r for r in own if r.target == main_density(world.study)]
-    return (exact or own or [None])[0]
+    return next(iter(exact or own), None)
 
 
 def _row(local: Local, result: Result) -> dict[str, Any]:

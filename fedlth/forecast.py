@@ -48,8 +48,8 @@ def forecast(study: Study) -> str:
     lines = [
         f"study {study.study}: method {recipe.name}, {len(steps_of(world, recipe))} commits",
         *(f"note: {n}" for n in notes),
-        f"clients: {study.clients.count} ({len(world.splits.unseen)} unseen), train examples {min(sizes)}-{max(sizes)}, "
-        f"partition {world.splits.digest[:16]}",
+        f"clients: {study.clients.count} ({len(world.splits.unseen)} unseen), "
+        f"train examples {min(sizes)}-{max(sizes)}, partition {world.splits.digest[:16]}",
         f"model: {study.model.name}, {world.layout.num_params:,} parameters, {world.layout.num_prunable:,} prunable",
         *(_tensor_line(world, e.name) for e in world.layout.floats if e.role == "param"),
         f"bytes: down {down / 1e6:,.2f} MB, up {up / 1e6:,.2f} MB"

@@ -66,8 +66,11 @@ class Engine(Protocol):
     `holds_state` says that clients keep their own state: the driver then neither sends nor stores it.
     """
 
-    name: str
-    holds_state: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def holds_state(self) -> bool: ...
 
     def map(self, jobs: Sequence[Job], /) -> list[Reply | Failure]:
         """Run `client_step` on each job; one Reply or Failure a job, in job order."""

@@ -138,7 +138,7 @@ def train(
             index = torch.from_numpy(part).to(bound.device)
             grad.zero_()
             loss = loss_of(bound.module(x[index]), y[index])
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             loss_sum += float(loss.detach()) * len(part)
             with torch.no_grad():
                 if plan.weight_decay:
@@ -182,5 +182,6 @@ def gradient(bound: Bound, params: Params, data: tuple[Tensor, Tensor]) -> np.nd
     bound.grad.zero_()
     for at in range(0, len(y), EVALUATION_BATCH):
         target = y[at : at + EVALUATION_BATCH]
-        (loss_of(bound.module(x[at : at + EVALUATION_BATCH]), target) * (len(target) / len(y))).backward()
+        loss = loss_of(bound.module(x[at : at + EVALUATION_BATCH]), target) * (len(target) / len(y))
+        loss.backward()  # type: ignore[no-untyped-call]
     return bound.grad[: bound.layout.num_prunable].cpu().numpy().copy()

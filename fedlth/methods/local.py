@@ -16,7 +16,7 @@ from fedlth.world import World, torch_stream
 
 @dataclass(frozen=True)
 class Local:
-    """A client in one round. `stage` names its random streams: equal stages draw equal batches, so twins share order."""
+    """A client in one round. `stage` names its random streams: equal stages draw equal batches: twins share order."""
 
     world: World
     client: int

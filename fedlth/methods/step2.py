@@ -20,8 +20,11 @@ from fedlth.wire.payload import Content
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One row of step 2: a model and what it cost. `target` is the density asked for (1 where the method decides); costs are forward-backward
-    FLOPs of all trainings that lead here, counted dense and by what is alive."""
+    """One row of step 2: a model and what it cost.
+
+    `target` is the density asked for (1 where the method decides). `flops` are those of all trainings that lead
+    here, forward and backward, counted dense and by what is alive.
+    """
 
     arm: str
     params: Params
@@ -37,8 +40,9 @@ class Result:
 class Step2:
     """One client's step 2.
 
-    `alive` is the mask of `theta_g` (dense but for methods that learn masks). `train` is a pure function of (start bits, mask, epochs, replay) and remembers: the dense twin is also the first
-    training of every search, so arms share it instead of paying twice. All arms draw the same batches.
+    `alive` is the mask of `theta_g` (dense but for methods that learn masks). `train` is a pure function of (start
+    bits, mask, epochs, replay) and remembers: the dense twin is also the first training of every search, so arms
+    share it instead of paying twice. All arms draw the same batches.
     """
 
     local: Local

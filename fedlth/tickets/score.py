@@ -19,7 +19,7 @@ class Magnitude:
     """|w| after training. Frankle & Carbin, The Lottery Ticket Hypothesis, ICLR 2019, arXiv 1803.03635."""
 
     def __call__(self, evidence: Evidence, /) -> np.ndarray:
-        return np.abs(evidence.now)
+        return np.asarray(np.abs(evidence.now))
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Movement:
     """|w - w_start|: what moved most in this training stays. Zhou et al., NeurIPS 2019, arXiv 1905.01067."""
 
     def __call__(self, evidence: Evidence, /) -> np.ndarray:
-        return np.abs(evidence.now - evidence.start)
+        return np.asarray(np.abs(evidence.now - evidence.start))
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Snip:
     """|gradient x weight| at the training's start. Lee et al., SNIP, ICLR 2019, arXiv 1810.02340."""
 
     def __call__(self, evidence: Evidence, /) -> np.ndarray:
-        return np.abs(evidence.gradient(evidence.start) * evidence.start)
+        return np.asarray(np.abs(evidence.gradient(evidence.start) * evidence.start))
 
 
 @dataclass(frozen=True)
