@@ -78,6 +78,20 @@ def _methods(table: Mapping[str, Callable[..., Any]]) -> list[str]:
     return lines
 
 
+def methods_markdown() -> str:
+    """Return the method table of README.md and docs/methods.md."""
+    from fedlth.methods.recipes import METHODS
+
+    lines = ["| method | what it does | down | up | evaluated | paper |", "|---|---|---|---|---|---|"]
+    for name, build in METHODS.items():
+        r = build()
+        down = "nothing" if not r.federated else ("own slice" if r.down == "slice" else f"all {r.space}")
+        masked = "values alive or shared, mask" if r.down == "slice" else "values"
+        up = "nothing" if not r.federated else ("mask bits" if r.visit.sends == "mask" else masked)
+        lines.append(f"| `{name}` | {r.summary} | {down} | {up} | {', '.join(r.arms)} | {r.paper} |")
+    return "\n".join(lines)
+
+
 def _options(part: Callable[..., Any]) -> str:
     """Return " (option=default, ...)" for what a study may set."""
     hidden = {"step", "num_classes", "input_shape", "root", "anchor", "replay_lr"}

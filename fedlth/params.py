@@ -141,7 +141,8 @@ def layout_of(module: nn.Module, prunable: Iterable[str]) -> Layout:
     norms = {id(p) for m in module.modules() if _is_norm(m) for p in (*m.parameters(False), *m.buffers(False))}
     tensors: dict[int, tuple[torch.Tensor, str, list[str]]] = {}
     persistent = set(module.state_dict(keep_vars=True))
-    pairs: list[tuple[str, str, torch.Tensor]] = [("param", n, p) for n, p in module.named_parameters(remove_duplicate=False)]
+    pairs: list[tuple[str, str, torch.Tensor]] = []
+    pairs += [("param", n, p) for n, p in module.named_parameters(remove_duplicate=False)]
     pairs += [("buffer", n, b) for n, b in module.named_buffers(remove_duplicate=False) if n in persistent]
     for role, name, tensor in pairs:
         tensors.setdefault(id(tensor), (tensor, role, []))[2].append(name)

@@ -29,5 +29,5 @@ def _engine(study: Study) -> Engine:
     if study.engine == "ray":
         from fedlth.engines.ray import RayEngine
 
-        return RayEngine(study.ray, job_timeout_s=study.job_timeout_s)
+        return RayEngine(study.ray, job_timeout_s=study.job_timeout_s, device=study.device)
     return InProcess()

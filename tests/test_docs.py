@@ -1,0 +1,53 @@
+"""The docs are tested: every command, part, file and figure source named there exists, and the reverse."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fedlth import catalogue, config
+from fedlth.cli import parser
+from fedlth.methods.arms import ARMS
+from fedlth.methods.resolve import resolve
+from fedlth.yaml_text import parse
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_method_tables_are_the_registry() -> None:
+    table = catalogue.methods_markdown()
+    assert table in README
+    assert table in (ROOT / "docs" / "methods.md").read_text()
+
+
+def test_every_command_is_in_the_readme_and_the_reverse() -> None:
+    commands = {c for a in parser()._actions for c in (a.choices or {}) if a.dest == "command"}
+    shown = set(re.findall(r"^    fedlth (\w+)", README, re.M))
+    assert shown == commands
+
+
+def test_every_arm_is_in_the_protocol() -> None:
+    text = (ROOT / "docs" / "protocol.md").read_text()
+    for arm in [*ARMS, "refined"]:
+        assert f"`{arm}`" in text, arm
+
+
+def test_links_point_at_files() -> None:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("**/*.yaml")), ids=lambda p: p.name)
+def test_every_config_is_a_study_without_dead_sections(path: Path) -> None:
+    study, notes = resolve(config.load(path))
+    assert not notes
+    assert config.build(parse(config.dump(study), "dump")) == study
+
+
+def test_the_listing_names_every_kind() -> None:
+    text = catalogue.listing("")
+    for kind in ("methods", "models", "datasets", "partitions", "finder", "arms", "engines"):
+        assert kind in text
