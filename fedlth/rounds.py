@@ -122,17 +122,8 @@ class Loop:
                 inbox = (own, *controls, *shared[1:])
             version = self.progress.versions.get(str(client), "")
             state = None if self.engine.holds_state else self.folder.clients.get(client, version)
-            jobs.append(
-                Job(
-                    study=self.science,
-                    phase=step.phase,
-                    round=step.round,
-                    client=client,
-                    inbox=inbox,
-                    version=version,
-                    state=state,
-                )  # fmt: skip
-            )
+            job = Job(study=self.science, phase=step.phase, round=step.round, client=client, inbox=inbox)
+            jobs.append(replace(job, version=version, state=state))
         return jobs
 
     def _broadcasts(self, step: Step, recipe: Recipe) -> tuple[Message, ...]:

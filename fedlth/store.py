@@ -21,7 +21,20 @@ def pack(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any] | None = None
     """Serialise arrays and a JSON-able meta value; no pickle, equal input gives equal bytes."""
     ordered = {k: np.ascontiguousarray(arrays[k]) for k in sorted(arrays)}
     told = json.dumps(meta or {}, sort_keys=True)
-    return bytes(save(ordered, metadata={"meta": told, "digest": _digest(ordered, told)}))
+    return safetensors_bytes(ordered, {"meta": told, "digest": _digest(ordered, told)})
+
+
+def safetensors_bytes(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """Serialise in the safetensors format; equal input gives equal bytes.
+
+    The library keeps metadata in a hash map, so the order of its keys is another in every call: it is set here.
+    """
+    data = bytes(save(dict(arrays)))
+    size = int.from_bytes(data[:8], "little")
+    head = {"__metadata__": dict(sorted(metadata.items())), **json.loads(data[8 : 8 + size])}
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def unpack(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

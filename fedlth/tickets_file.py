@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedlth.errors import StudyError
-from fedlth.store import write_atomic
+from fedlth.store import safetensors_bytes, write_atomic
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,8 +24,6 @@ def write(path: Path, layout: Layout, floats: np.ndarray, mask: np.ndarray, meta
 
     The digest is blake2b-64 of the mask's bits and the weights' bits.
     """
-    from safetensors.numpy import save
-
     arrays: dict[str, np.ndarray] = {}
     shapes: dict[str, list[int]] = {}
     for e in layout.floats:
@@ -42,7 +40,7 @@ def write(path: Path, layout: Layout, floats: np.ndarray, mask: np.ndarray, meta
         "shapes": json.dumps(shapes),
         "ticket": digest,
     }
-    write_atomic(path, bytes(save(dict(sorted(arrays.items())), metadata=dict(sorted(told.items())))))
+    write_atomic(path, safetensors_bytes(arrays, told))
     return digest
 
 

@@ -16,6 +16,7 @@ for _name, _value in (
     ("FLWR_DISABLE_UPDATE_CHECK", "1"),
     ("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "1"),
     ("RAY_USAGE_STATS_ENABLED", "0"),
+    ("RAY_DEDUP_LOGS_SKIP_REGEX", r"ClientAppActor\.terminate"),  # Ray prints each worker's end as a failure
     ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"),  # clients share the GPUs that the study's device names
 ):
     os.environ.setdefault(_name, _value)
@@ -26,8 +27,10 @@ from flwr.serverapp import Grid, ServerApp  # noqa: E402
 from flwr.simulation import run_simulation  # noqa: E402
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects  # noqa: E402
 
+from fedlth.client import client_step  # noqa: E402
 from fedlth.config import Study  # noqa: E402
 from fedlth.engines import flower_client  # noqa: E402
+from fedlth.engines.flower_client import Step  # noqa: E402
 from fedlth.engines.flower_engine import Back, FlowerEngine, Sent  # noqa: E402
 from fedlth.engines.flower_nodes import Tell  # noqa: E402
 from fedlth.engines.flower_record import BODY, HEAD, View  # noqa: E402
@@ -88,10 +91,11 @@ def _records(message: Message) -> dict[str, dict[str, Any]]:
     return {name: dict(record) for name, record in message.content.config_records.items()}
 
 
-def make_client_app(out: str = "", *, restarts: bool = False) -> ClientApp:
+def make_client_app(out: str = "", *, restarts: bool = False, step: Step = client_step) -> ClientApp:
     """Return the client's side; `out` is the run's folder where no run config names it.
 
     `restarts` says that a worker which ends is replaced: one that holds a hung step makes room for a fresh one.
+    `step` is there for fault injection.
     """
     app = ClientApp()
 
@@ -108,7 +112,7 @@ def make_client_app(out: str = "", *, restarts: bool = False) -> ClientApp:
         if restarts:
             flower_client.end_if_hung()
         place = flower_client.Place.of(context.node_config, out or str(context.run_config.get("out", "")))
-        return Message(_content(flower_client.serve(_records(message), place)), reply_to=message)
+        return Message(_content(flower_client.serve(_records(message), place, step=step)), reply_to=message)
 
     return app
 
@@ -145,13 +149,12 @@ def _run(task: Task, grid: Grid, tell: Tell, stop: threading.Event, *, wait_s: f
     task.run(engine, tell)
 
 
-def run_under_flower(study: Study, out: Path, tell: Tell, *, resume: bool = False) -> None:
+def run_under_flower(study: Study, out: Path, tell: Tell, *, resume: bool = False, step: Step = client_step) -> None:
     """Run a study in Flower's simulation on this machine, one SuperNode a client, two workers.
 
     What the run raises is raised here; Ctrl-C ends it after the client steps that are under way.
     """
-    resolved, _ = resolve(study)
-    open_world(resolved.science())  # what is wrong with the study is said before Ray starts
+    open_world(resolve(study)[0].science())  # what is wrong with the study is said before Ray starts
     # Flower's workers have working folders of their own.
     task, stop, ended = Task(study, out.resolve(), resume), threading.Event(), threading.Event()
     raised: list[BaseException] = []
@@ -170,7 +173,7 @@ def run_under_flower(study: Study, out: Path, tell: Tell, *, resume: bool = Fals
         with _quiet(), interruptible(stop):
             run_simulation(
                 server_app=app,
-                client_app=make_client_app(str(task.out), restarts=True),
+                client_app=make_client_app(str(task.out), restarts=True, step=step),
                 num_supernodes=study.clients.count,
                 backend_config={
                     "init_args": {
@@ -184,7 +187,7 @@ def run_under_flower(study: Study, out: Path, tell: Tell, *, resume: bool = Fals
             )
     except Exception:
         stop.set()  # the simulation broke; its ServerApp, in a thread of its own, would wait for answers
-        ended.wait()
+        ended.wait(60)
         raise
     if raised:
         raise raised[0]

@@ -18,6 +18,8 @@ from fedlth.jobs import Failure, Job, Reply
 from fedlth.store import Store
 from fedlth.world import open_world
 
+Step = Callable[[Job], Reply]
+
 PARTITION, STATE_DIR = "partition-id", "state-dir"
 RUN_NAME, VERSION_NAME = re.compile(r"[0-9a-f]{16}"), re.compile(r"[a-z_]+-[0-9]+|")
 
@@ -54,14 +56,14 @@ class Place:
         )
 
 
-def serve(records: View, place: Place, *, step: Callable[[Job], Reply] = client_step) -> Records:
+def serve(records: View, place: Place, *, step: Step = client_step) -> Records:
     """Answer one message. Whatever goes wrong in here is an answer too, except the death of the process."""
     order = to_order(records)
     answer = _serve(order, place, step)
     return of_answer(replace(answer, worker=f"pid {os.getpid()}"))
 
 
-def _serve(order: Order, place: Place, step: Callable[[Job], Reply]) -> Reply | Failure:
+def _serve(order: Order, place: Place, step: Step) -> Reply | Failure:
     job = order.job
     try:
         _check(order, place)
@@ -101,7 +103,7 @@ def end_if_hung() -> None:
         os._exit(1)
 
 
-def bounded(step: Callable[[Job], Reply], job: Job, timeout_s: float) -> Reply | Failure:
+def bounded(step: Step, job: Job, timeout_s: float) -> Reply | Failure:
     """Run one step for at most `timeout_s`; one that takes longer is a Failure, and its thread is given up.
 
     Flower has no limit of its own: a step that hangs keeps its worker, and the simulation then never ends.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import threading
 import time
@@ -21,6 +22,7 @@ GRACE_S = 120.0  # Ray's workers, or a device's process, need up to half a minut
 RUN_NAME = "flower-run"
 # Flower's codes (flwr.common.constant.ErrorCode) by what they mean here; code 0 is any exception of its backend.
 RAISED, CRASHED = (1, 2, 6, 7), 8
+RAY_DEATH = re.compile("ActorDied|ActorUnavailable|WorkerCrashed")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,10 @@ class FlowerEngine:
         sent = [self._send(job, nodes.get(job.client), run) for job in jobs]
         backs = self._exchange([s for s in sent if s is not None])
         return [self._answer(j, s, None if s is None else backs.get(s.id)) for j, s in zip(jobs, sent, strict=True)]
+
+    def ready(self) -> None:
+        """Wait until every client has a SuperNode; raise StudyError where they do not come."""
+        self._roll.nodes()
 
     def close(self) -> None:
         pass
@@ -151,4 +157,4 @@ def _kind(code: int, reason: str) -> str:
         return "raised"
     if "OutOfMemory" in reason:
         return "memory"
-    return "died" if code == CRASHED or "Died" in reason or "Crashed" in reason else "lost"
+    return "died" if code == CRASHED or RAY_DEATH.search(reason) else "lost"

@@ -17,6 +17,7 @@ from fedlth.engines.flower_engine import FlowerEngine
 from fedlth.engines.flower_nodes import Tell
 from fedlth.errors import StudyError
 from fedlth.methods.resolve import resolve
+from fedlth.world import open_world
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class Task:
     resume: bool
 
     def run(self, engine: FlowerEngine, tell: Tell) -> None:
+        # What can be wrong is found before anything is written: first the study, then the SuperNodes.
+        open_world(resolve(self.study)[0].science())
+        engine.ready()
         if self.resume:
             session.resume(self.out, engine, tell)
         else:
@@ -43,7 +47,9 @@ def task_of(run_config: Mapping[str, Any], app_dir: Path) -> Task | None:
     """
     out = Path(str(run_config.get("out", "")))
     if not out.is_absolute():
-        raise StudyError(f"""run config: out must be an absolute folder: --run-config 'out="/ABS/RUN"', got "{out}" """)
+        raise StudyError(
+            f"""run config: out must be an absolute folder: --run-config 'out="/ABS/RUN"', got {str(out)!r}"""
+        )
     path = app_dir / str(run_config.get("study", ""))
     study = config.load(path, shlex.split(str(run_config.get("overrides", ""))))
     for key, given in (("seeds", study.seeds), ("tune.lr", study.tune.lr)):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import sysconfig
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlth import config
@@ -69,15 +71,23 @@ class RayEngine:
         except BaseException:
             cluster.close()
             raise
-        folder = os.getcwd()
-        path = [folder, *(p for p in sys.path if p)]
-        given = {"path": path, "folder": folder, "memory_mb": settings.memory_mb}
+        path = _own_path()
+        given = {"path": path, "folder": os.getcwd(), "memory_mb": settings.memory_mb}
         limits = self.limits
 
         def spawn() -> object:
             return cluster.spawn(Worker, cpus=share.cpus, gpu=share.asked_gpu, path=path)
 
         return cluster, Pool(cluster, size, spawn=spawn, given=given, limits=limits)
+
+
+def _own_path() -> list[str]:
+    """Return where this process finds modules, the working directory first, without Python's own folders.
+
+    Those may lie elsewhere on another machine, where the driver's would come before them.
+    """
+    python = set(sysconfig.get_paths().values())
+    return [os.getcwd(), *(p for p in sys.path if p not in python and Path(p).is_dir() and "lib-dynload" not in p)]
 
 
 def _smallest_gpu_mb() -> int | None:

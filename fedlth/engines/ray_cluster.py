@@ -101,11 +101,16 @@ def connect(address: str | None, *, cpus: float, gpus: int | None) -> Cluster:
     A Ray that this process already uses is used, and left running. Raises StudyError where there is none.
     """
     if ray.is_initialized():
+        used = ray.get_runtime_context().gcs_address
+        if address not in (None, "auto", used):
+            raise StudyError(f"ray.address: this process uses the Ray at {used} already, got {address}")
         return Cluster(owned=False)
     where: dict[str, Any] = {"address": address}
     if address is None:
         # Not None: that would join whatever cluster RAY_ADDRESS names.
         where = {"address": "local", "num_cpus": max(1, math.ceil(cpus)), "num_gpus": gpus, "include_dashboard": False}
+        # After a kill -9 of this process Ray's agents first try to tell its server, by default for a minute.
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
     else:
         _reach(address)
     try:

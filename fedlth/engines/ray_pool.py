@@ -131,8 +131,8 @@ class _Batch:
         light = tuple(replace(m, payload=b"") if m.broadcast else m for m in job.inbox)
         payloads = [self._store(job.inbox[i].payload) for i in shared]
         parcel = Parcel(replace(job, study="", inbox=light), shared)
-        place.call = self.pool.seam.call(place.actor, "step", parcel, self._store(job.study), *payloads)
         place.position = position
+        place.call = self.pool.seam.call(place.actor, "step", parcel, self._store(job.study), *payloads)
         place.deadline = None if self.pool.limits.job_s is None else time.monotonic() + self.pool.limits.job_s
 
     def _collect(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import platform
 import sys
@@ -53,10 +54,9 @@ class Worker:
         sys.path += [p for p in path if p not in sys.path]
         if Path(folder).is_dir():  # on another machine it may not be there, and then no path can be relative to it
             os.chdir(folder)
-        import fedlth.client
+        importlib.import_module("fedlth.client")
         from fedlth.world import open_world
 
-        assert fedlth.client
         if memory_mb is not None:
             limit_memory(memory_mb)
         # What is wrong with the world is told by the job that needs it, as the in-process engine would.

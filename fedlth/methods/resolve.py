@@ -80,9 +80,7 @@ def resolve(study: Study) -> tuple[Study, list[str]]:
             f"finder.rewind.round: must be at most federate.rounds = {study.federate.rounds}, got {anchor}"
         )
     if anchor and "@" in anchor and recipe.space != "weights":
-        raise StudyError(
-            f"finder.rewind.round: method {recipe.name} shares scores, no weights to go back to, got {anchor}"
-        )
+        raise StudyError(f"finder.rewind.round: must be -1, method {recipe.name} shares no weights, got {anchor}")
     return study, notes
 
 

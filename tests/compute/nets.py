@@ -1,0 +1,168 @@
+"""Small networks and the three trainings that the kernel's tests compare: torch float32, torch float64, the kernel."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fedlth.compute import kernel
+from fedlth.compute.graph import compile_layers
+from fedlth.compute.table import LayerTable
+from fedlth.models.prunable import prunable_names
+from fedlth.params import Layout, Params, layout_of, read
+from fedlth.train import Bound, Plan, batches, train
+
+
+class Residual(nn.Module):
+    """A strided block with a shortcut, a depthwise convolution and a global mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1)
+        self.down = nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False)
+        self.side = nn.Conv2d(4, 6, 1, stride=2)
+        self.deep = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.stem(x))
+        x = F.relu(self.down(x) + self.side(x))
+        x = x + self.deep(x)
+        logits: torch.Tensor = self.head(self.pool(x).view(x.size(0), -1))
+        return logits
+
+
+def small(rng: np.random.Generator) -> tuple[nn.Module, tuple[int, int, int]]:
+    """Return a random network of supported layers and its input shape."""
+    layers: list[nn.Module] = []
+    shape = (int(rng.integers(1, 4)), *(int(n) for n in rng.integers(9, 14, 2)))
+
+    def now() -> torch.Size:
+        with torch.no_grad():
+            return nn.Sequential(*layers)(torch.zeros(1, *shape)).shape[1:]
+
+    for _ in range(int(rng.integers(1, 3))):
+        channels = now()[0]
+        groups = channels if rng.random() < 0.2 else 1
+        out = channels * int(rng.integers(1, 4)) if groups > 1 else int(rng.integers(1, 14))
+        window, stride = int(rng.integers(1, min(5, 1 + min(now()[1:])))), int(rng.integers(1, 3))
+        options = {"stride": stride, "padding": int(rng.integers(0, 3)), "groups": groups, "bias": rng.random() < 0.7}
+        layers.append(nn.Conv2d(channels, out, window, **options))
+        if rng.random() < 0.8:
+            layers.append(nn.ReLU())
+        if min(now()[1:]) > 2 and rng.random() < 0.8:
+            pools = nn.MaxPool2d(2), nn.MaxPool2d(3, stride=2, padding=1), nn.AvgPool2d(2)
+            layers.append(pools[int(rng.integers(3))])
+        if rng.random() < 0.3:
+            layers.append(nn.ReLU())
+    features, hidden = now().numel(), int(rng.integers(3, 30))
+    layers += [nn.Flatten(), nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, int(rng.integers(2, 7)))]
+    return nn.Sequential(*layers), shape
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: a module with its data, plan and masks."""
+
+    module: nn.Module
+    layout: Layout
+    table: LayerTable
+    start: Params
+    x: torch.Tensor
+    y: torch.Tensor
+    plan: Plan
+    mask: np.ndarray | None
+    update: np.ndarray | None
+
+    def order(self) -> np.random.Generator:
+        return np.random.default_rng(7)
+
+    def epochs(self) -> list[list[np.ndarray]]:
+        order = self.order()
+        return [batches(len(self.y), self.plan.batch_size, order) for _ in range(self.plan.epochs)]
+
+    def rates(self) -> np.ndarray:
+        steps = sum(map(len, self.epochs()))
+        return np.array([self.plan.rate(step, steps) for step in range(steps)])
+
+    def reference(self) -> tuple[np.ndarray, float]:
+        bound = Bound(copy.deepcopy(self.module), self.layout, "cpu")
+        masks = {"mask": self.mask, "update": self.update}
+        done = train(
+            bound, self.start, data=(self.x, self.y), plan=self.plan, order=self.order(), torch_seed=0, **masks
+        )
+        return done.params.floats, done.loss
+
+    def kernel(self, snapshots: tuple[int, ...] = ()) -> kernel.Outcome:
+        moves = None
+        if self.update is not None:
+            moves = np.ones(self.layout.num_params, np.float32)
+            moves[: self.update.size] = self.update
+        return kernel.train_epochs(
+            self.table,
+            self.start.floats,
+            self.x.numpy(),
+            self.y.numpy(),
+            self.epochs(),
+            rates=self.rates(),
+            momentum=self.plan.momentum,
+            weight_decay=self.plan.weight_decay,
+            mask=self.mask,
+            moves=moves,
+            snapshots=snapshots,
+        )
+
+    def judge(self) -> np.ndarray:
+        """The same training in float64, written out plainly."""
+        module = copy.deepcopy(self.module).double()
+        named = dict(module.named_parameters())
+        entries = [(e, named[e.name]) for e in self.layout.floats]
+        factor = torch.ones(self.layout.num_params, dtype=torch.float64)
+        alive = factor.clone()
+        if self.mask is not None:
+            alive[: self.mask.size] = torch.from_numpy(self.mask.astype(np.float64))
+        if self.update is not None:
+            factor[: self.update.size] = torch.from_numpy(self.update.astype(np.float64))
+        flat = torch.from_numpy(self.start.floats.astype(np.float64)) * alive
+        velocity, rates, step = torch.zeros_like(flat), self.rates(), 0
+        for parts in self.epochs():
+            for part in parts:
+                for e, tensor in entries:
+                    tensor.data = flat[e.slice].view(e.shape).clone()
+                module.zero_grad()
+                F.cross_entropy(module(self.x[part].double()), self.y[part]).backward()
+                grad = torch.cat([t.grad.reshape(-1) if t.grad is not None else t.reshape(-1) * 0 for _, t in entries])
+                frozen = torch.cat([torch.full((e.size,), float(e.trainable), dtype=torch.float64) for e, _ in entries])
+                grad = (grad + self.plan.weight_decay * flat) * factor * alive * frozen
+                velocity = self.plan.momentum * velocity + grad
+                flat = flat - float(rates[step]) * velocity
+                step += 1
+        return flat.detach().numpy()
+
+
+def case(
+    module: nn.Module,
+    shape: tuple[int, int, int],
+    *,
+    seed: int = 0,
+    examples: int = 40,
+    density: float | None = None,
+    movable: float | None = None,
+    **plan: float,
+) -> Case:
+    """Return a case of random data; `density` and `movable` are the shares of the mask and of the update mask."""
+    rng = np.random.default_rng(seed)
+    layout = layout_of(module, prunable_names(module, None))
+    table = compile_layers(module, layout, shape)
+    assert isinstance(table, LayerTable), table
+    x = torch.from_numpy(rng.standard_normal((examples, *shape)).astype(np.float32))
+    y = torch.from_numpy(rng.integers(0, table.num_classes, examples))
+    options = {"epochs": 2, "batch_size": 16, "lr": 0.05, **plan}
+    masks = [None if share is None else rng.random(layout.num_prunable) < share for share in (density, movable)]
+    return Case(module, layout, table, read(module, layout), x, y, Plan(**options), *masks)  # type: ignore[arg-type]

@@ -1,0 +1,87 @@
+"""Modules become layer tables, or a line that says why not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fedlth.compute.columns import CONVOLUTION, LINEAR, MAX_POOL
+from fedlth.compute.graph import compile_layers
+from fedlth.compute.table import LayerTable
+from fedlth.models.prunable import prunable_names
+from fedlth.models.registry import build
+from fedlth.params import layout_of
+
+
+def compiled(module: nn.Module, shape: tuple[int, ...]) -> LayerTable | str:
+    return compile_layers(module, layout_of(module, prunable_names(module, None)), shape)
+
+
+@pytest.mark.parametrize("name", ["lenet5", "leaf_cnn", "conv2", "mlp"])
+def test_built_in_models_run_in_the_kernel(name: str) -> None:
+    table = compiled(build(name, num_classes=10, input_shape=(1, 28, 28), options={}), (1, 28, 28))
+    assert isinstance(table, LayerTable)
+    assert table.num_classes == 10
+    assert len(table.describe()) == len(table.ops)
+
+
+def test_relu_moves_behind_the_max_pool() -> None:
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(18, 2))
+    table = compiled(module, (1, 8, 8))
+    assert isinstance(table, LayerTable)
+    assert [(op.kind, op.relu) for op in table.ops] == [(CONVOLUTION, False), (MAX_POOL, True), (LINEAR, False)]
+
+
+class _Twice(nn.Module):
+    """A value that is changed in place and read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x)
+        return F.relu(y, inplace=True) + y
+
+
+class _Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.a(x)
+        return y if y.sum() > 0 else -y
+
+
+def _hooked() -> nn.Module:
+    module = nn.Sequential(nn.Linear(4, 2))
+    module[0].register_forward_hook(lambda *_: None)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 2)), "Dropout"),
+        (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), "BatchNorm1d"),
+        (nn.Sequential(nn.Linear(4, 4), nn.Sigmoid()), "Sigmoid"),
+        (nn.Sequential(nn.Linear(5, 2)), "wants"),
+        (_Twice(), "in place"),
+        (_Branch(), "control flow"),
+        (_hooked(), "hooks"),
+    ],
+)
+def test_unsupported_modules_say_why(module: nn.Module, reason: str) -> None:
+    answer = compiled(module, (4,))
+    assert isinstance(answer, str) and reason in answer and "\n" not in answer
+
+
+def test_control_flow_and_other_layers_say_why() -> None:
+    module = nn.Sequential(nn.Conv2d(1, 2, 3, dilation=2), nn.Flatten(), nn.Linear(32, 2))
+    answer = compiled(module, (1, 8, 8))
+    assert isinstance(answer, str) and "dilation" in answer
+    lstm = build("char_lstm", num_classes=10, input_shape=(20,), options={})
+    assert isinstance(compiled(lstm, (20,)), str)

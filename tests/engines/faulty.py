@@ -1,0 +1,82 @@
+"""What the Ray tests send into workers: a user's factory and model that misbehave for one client, and a clock."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedlth.engines.ray_worker import Born, Parcel
+from fedlth.jobs import Reply
+
+FAULTS = ("raise", "exit", "segfault", "hang", "stop", "memory")
+SENTINEL = 1000.0
+CLIENTS, EACH = 4, 24
+
+
+def data(*, fault: str = "", client: int = 2) -> dict[str, Any]:
+    """Return CLIENTS keys of EACH examples, x (N, 8) float32; `client`'s first column asks for the fault."""
+    rng = np.random.default_rng(0)
+    key = np.repeat(np.arange(CLIENTS), EACH)
+    x = rng.normal(size=(key.size, 8)).astype(np.float32)
+    y = (x[:, 1] > 0).astype(np.int64) + (x[:, 2] > 0)
+    test = x.copy()
+    if fault:
+        x[key == client, 0] = SENTINEL + FAULTS.index(fault)
+    return {
+        "x_train": x, "y_train": y, "x_test": test, "y_test": y, "num_classes": 3, "key_train": key, "key_test": key
+    }  # fmt: skip
+
+
+class Net(nn.Module):
+    """A small network that does what a sentinel in its input says."""
+
+    def __init__(self, *, num_classes: int, input_shape: tuple[int, ...], marker: str = "") -> None:
+        super().__init__()
+        self.marker = marker
+        self.inner = nn.Sequential(nn.Linear(input_shape[0], 16), nn.ReLU(), nn.Linear(16, num_classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        code = int(x[0, 0].item() - SENTINEL)
+        if 0 <= code < len(FAULTS):
+            misbehave(FAULTS[code], self.marker)
+        logits: Tensor = self.inner(x)
+        return logits
+
+
+def misbehave(fault: str, marker: str) -> None:
+    """Do one of FAULTS; `marker` is a file to leave first ("" for none)."""
+    if marker:
+        Path(marker).touch()
+    if fault == "raise":
+        raise RuntimeError("planted")
+    if fault == "exit":
+        os._exit(3)
+    if fault == "segfault":
+        ctypes.string_at(0)
+    if fault == "hang":
+        time.sleep(3600)
+    if fault == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if fault == "memory":
+        torch.zeros(4 * 2**30, dtype=torch.uint8).add_(1)
+
+
+class Clocked:
+    """A worker whose step only takes time, and answers when it began (`device`) and how long it took."""
+
+    def start(self, study: str) -> Born:
+        return Born(os.getpid(), "host", os.environ["CUDA_VISIBLE_DEVICES"])
+
+    def step(self, parcel: Parcel, study: str, *payloads: bytes) -> Reply:
+        began = time.monotonic()
+        time.sleep(0.2)
+        seconds = time.monotonic() - began
+        return Reply(round=1, client=parcel.job.client, outbox=(), seconds=seconds, device=repr(began))

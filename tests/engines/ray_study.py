@@ -1,0 +1,41 @@
+"""What the Ray tests share: a small study on the faulty factory, run through session.start into a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fedlth import session
+from fedlth.config import Study, build
+from fedlth.engines.inprocess import InProcess
+from fedlth.engines.ray import RayEngine
+
+EQUAL = ("ledger.jsonl", "metrics.jsonl", "rounds.jsonl", "digests.json")
+
+
+def study_of(*, fault: str = "", marker: str = "", **more: Any) -> Study:
+    """Return a study of four clients, of which client 2 meets `fault`."""
+    tree: dict[str, Any] = {
+        "data": {"name": "faulty:data", "options": {"fault": fault}},
+        "model": {"name": "faulty:Net", "options": {"marker": marker}},
+        "partition": "natural",
+        "clients": {"count": 4, "test_samples": 8},
+        "method": "fedavg",
+        "federate": {"rounds": 1, "clients_per_round": 4},
+    }
+    return build({**tree, **more})
+
+
+def engine_of(study: Study) -> RayEngine:
+    return RayEngine(study.ray, job_timeout_s=study.job_timeout_s, device=study.device)
+
+
+def run(study: Study, out: Path) -> Path:
+    """Run on the engine that the study names."""
+    session.start(study, out, engine_of(study) if study.engine == "ray" else InProcess(), lambda line: None)
+    return out
+
+
+def rows(out: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]

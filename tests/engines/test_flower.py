@@ -1,0 +1,152 @@
+"""Flower itself: the simulation, its faults, and `flwr run`, against the in-process run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedlth import config, session
+from fedlth.client import client_step
+from fedlth.engines.inprocess import InProcess
+from fedlth.jobs import Job, Reply
+from tests import tiny
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    # typer, which Flower imports, against a newer click.
+    pytest.mark.filterwarnings("ignore:'click.utils:DeprecationWarning"),
+]
+ROOT = Path(__file__).parents[2]
+NAMES = ("ledger", "metrics", "rounds")
+
+
+def run_under_flower(study: config.Study, out: Path, **given: Any) -> None:
+    from fedlth.engines.flower import run_under_flower
+
+    run_under_flower(study, out, tiny.quiet, **given)
+
+
+def bare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "framed_bytes"} for row in rows]
+
+
+def assert_equal(one: Path, other: Path) -> None:
+    for name in NAMES:
+        assert bare(tiny.rows(one, name)) == bare(tiny.rows(other, name)), name
+    assert tiny.digests(one) == tiny.digests(other)
+
+
+def unruly(job: Job) -> Reply:
+    """In round 1, client 1 raises, client 2 kills its process, client 3 hangs."""
+    if job.phase == "federate" and job.round == 1:
+        if job.client == 1:
+            raise RuntimeError("no luck")
+        if job.client == 2:
+            os._exit(1)
+        if job.client == 3:
+            time.sleep(3600)
+    return client_step(job)
+
+
+def test_the_simulation_equals_the_in_process_run(tmp_path: Path) -> None:
+    study = tiny.study()
+    tiny.run(study, tmp_path / "inprocess")
+    run_under_flower(study, tmp_path / "flower")
+    assert_equal(tmp_path / "inprocess", tmp_path / "flower")
+    down = [r for r in tiny.rows(tmp_path / "flower", "ledger") if r["sender"] == "server"]
+    assert all(r["framed_bytes"] > r["payload_bytes"] for r in down if r["name"] == "theta_g" and r["framed_bytes"])
+
+
+def test_a_client_that_raises_dies_or_hangs_costs_only_itself(tmp_path: Path) -> None:
+    study = tiny.study(
+        clients={"unseen": 0.0},
+        federate={"clients_per_round": 4},
+        personalise={"clients_per_wave": 4},
+        job_timeout_s=8.0,
+    )
+    began = time.monotonic()
+    run_under_flower(study, tmp_path / "run", step=unruly)
+    first, *rest = tiny.rows(tmp_path / "run", "rounds")
+    assert {f["client"]: f["kind"] for f in first["failed"]} == {1: "raised", 2: "died", 3: "hung"}
+    assert [r["failed"] for r in rest] == [[], []]
+    assert len(tiny.digests(tmp_path / "run")["tickets"]) == 4
+    assert time.monotonic() - began < 300
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    """What is raised in the ServerApp arrives here, and the state that the clients keep is found again."""
+    from fedlth.engines.flower import run_under_flower
+
+    study = tiny.of_method("lotteryfl")
+    tiny.run(study, tmp_path / "inprocess")
+    lines: list[str] = []
+
+    def tell(line: str) -> None:
+        lines.append(line)
+        if len(lines) == 2:
+            raise Stop("enough")
+
+    with pytest.raises(Stop, match="enough"):
+        run_under_flower(study, tmp_path / "flower", tell)
+    run_under_flower(study, tmp_path / "flower", tiny.quiet, resume=True)
+    assert_equal(tmp_path / "inprocess", tmp_path / "flower")
+
+
+OVERRIDES = (
+    "clients.count=3 clients.unseen=0.0 federate.rounds=1 federate.clients_per_round=2 personalise.arms=[dense,ticket]"
+)
+
+
+@pytest.fixture(scope="module")
+def flwr_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Give a Flower home and a port of our own; end the local SuperLink that `flwr run` leaves behind."""
+    home = tmp_path_factory.mktemp("flwr-home")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    yield {
+        **os.environ, "PATH": path, "FLWR_HOME": str(home), "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": "39873",
+        "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    }  # fmt: skip
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (entry / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"flower-superlink" in command and str(home).encode() in command:
+            os.kill(int(entry.name), signal.SIGTERM)
+
+
+def flwr_run(env: dict[str, str], out: Path, nodes: int) -> str:
+    run_config = f'study="configs/smoke.yaml" out="{out}" overrides="{OVERRIDES}"'
+    federation = f"num-supernodes={nodes} client-resources-num-cpus=1"
+    command = ["flwr", "run", ".", "--stream", "--run-config", run_config, "--federation-config", federation]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr  # that of the submission, not of the run
+    return done.stdout + done.stderr
+
+
+def test_flwr_run_equals_the_in_process_run(tmp_path: Path, flwr_home: dict[str, str]) -> None:
+    study = config.load(ROOT / "configs" / "smoke.yaml", OVERRIDES.split())
+    session.start(study, tmp_path / "inprocess", InProcess(), tiny.quiet)
+    said = flwr_run(flwr_home, tmp_path / "flwr", 3)
+    assert "fedlth: done" in said
+    assert_equal(tmp_path / "inprocess", tmp_path / "flwr")
+
+
+def test_flwr_run_with_too_few_supernodes_says_how_many(tmp_path: Path, flwr_home: dict[str, str]) -> None:
+    said = flwr_run(flwr_home, tmp_path / "flwr", 2)
+    assert "fedlth: error: flower: clients.count = 3 needs as many SuperNodes, got 2" in said
+    assert not (tmp_path / "flwr").exists()

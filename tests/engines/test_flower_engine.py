@@ -1,0 +1,172 @@
+"""The engine over a transport without Flower: equal results, answers matched to jobs, and failures that stay alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedlth.client import client_step
+from fedlth.engines.flower_client import Place, serve
+from fedlth.engines.flower_engine import Back, FlowerEngine, Sent
+from fedlth.engines.flower_record import Records
+from fedlth.errors import StudyError
+from fedlth.jobs import Failure, Job, Reply
+from tests import tiny
+
+NAMES = ("ledger", "metrics", "rounds")
+
+
+class Loopback:
+    """Nodes in this process, which answer in reverse order, two polls late."""
+
+    poll_s = 0.0
+
+    def __init__(self, out: Path, partitions: dict[int, int], step: Callable[[Job], Reply] = client_step) -> None:
+        self.out, self.partitions, self.step = out, dict(partitions), step
+        self.faults: dict[int, Back | None] = {}  # by partition: what comes back instead
+        self.asked: list[int] = []
+        self._backs: list[tuple[int, Back]] = []
+        self._sent = 0
+
+    def online(self) -> Iterable[int]:
+        return list(self.partitions)
+
+    def send(self, records: Records, *, node: int, kind: str) -> Sent:
+        self._sent += 1
+        id, partition = f"m{self._sent}", self.partitions[node]
+        if kind == "query":
+            self.asked.append(node)
+            back: Back | None = Back(id, records={"head": {"b": partition}})
+        elif partition in self.faults:
+            fault = self.faults[partition]
+            back = None if fault is None else Back(id, 9, fault.records, fault.code, fault.reason)
+        else:
+            place = Place(partition, None, self.out)
+            back = Back(id, 9, serve(records, place, step=self.step))
+        if back is not None:
+            self._backs.insert(0, (2, back))
+        return Sent(id, 7)
+
+    def collect(self, ids: Iterable[str]) -> list[Back]:
+        due = [b for late, b in self._backs if late == 0 and b.id in set(ids)]
+        self._backs = [(late - 1, b) for late, b in self._backs if late > 0]
+        return due
+
+
+def engine_over(transport: Loopback, study: Any = None, wait_s: float = 0.2) -> FlowerEngine:
+    return FlowerEngine(
+        transport, study=study or tiny.study(), out=transport.out, tell=tiny.quiet, wait_s=wait_s,
+        stop=threading.Event(),
+    )  # fmt: skip
+
+
+def bare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "framed_bytes"} for row in rows]
+
+
+def jobs(count: int = 4) -> list[Job]:
+    return [Job(study="", phase="federate", round=1, client=c, inbox=()) for c in range(count)]
+
+
+def echo(job: Job) -> Reply:
+    return Reply(round=job.round, client=job.client, outbox=(), state=b"s")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.yaml").touch()
+    return tmp_path
+
+
+NODES = {77: 2, 5: 0, 900: 3, 13: 1}
+
+
+@pytest.mark.parametrize("method", ["two_step", "lotteryfl", "fedselect"])
+def test_a_run_equals_the_in_process_run(tmp_path: Path, method: str) -> None:
+    one, other = tmp_path / "inprocess", tmp_path / "flower"
+    study = tiny.of_method(method)
+    tiny.run(study, one)
+    tiny.run(study, other, engine=engine_over(Loopback(other, NODES), study))
+    for name in NAMES:
+        assert bare(tiny.rows(one, name)) == bare(tiny.rows(other, name)), name
+    assert tiny.digests(one) == tiny.digests(other)
+    framed = [r["framed_bytes"] for r in tiny.rows(other, "ledger") if r["framed_bytes"] is not None]
+    assert framed and set(framed) == {7, 9}
+
+
+def test_answers_are_in_job_order_whatever_order_they_came_in(folder: Path) -> None:
+    answers = engine_over(Loopback(folder, NODES, echo)).map(jobs()[::-1])
+    assert [a.client for a in answers] == [3, 2, 1, 0]
+    assert all(isinstance(a, Reply) and (a.framed_down_bytes, a.framed_up_bytes) == (7, 9) for a in answers)
+
+
+@pytest.mark.parametrize(
+    ("back", "kind"),
+    [
+        (Back("", code=2, reason="ClientAppException: no"), "raised"),
+        (Back("", code=0, reason="<class 'ray.exceptions.ActorDiedError'>"), "died"),
+        (Back("", code=0, reason="<class 'ray.exceptions.ActorUnavailableError'>:<'gone'>"), "died"),
+        (Back("", code=8, reason="the process ended"), "died"),
+        (Back("", code=0, reason="ray.exceptions.OutOfMemoryError"), "memory"),
+        (Back("", code=5, reason="Node Unavailable"), "lost"),
+        (Back("", records={"head": {"b": "{}"}}), "raised"),
+        (None, "lost"),
+    ],
+)
+def test_a_fault_costs_only_its_own_job(
+    folder: Path, back: Back | None, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedlth.engines.flower_engine.GRACE_S", 0.0)
+    transport = Loopback(folder, NODES, echo)
+    transport.faults[1] = back
+    answers = engine_over(transport, tiny.study(job_timeout_s=0.2)).map(jobs())
+    assert [type(a) for a in answers] == [Reply, Failure, Reply, Reply]
+    assert isinstance(answers[1], Failure) and answers[1].kind == kind
+
+
+def test_too_few_nodes_are_named(folder: Path) -> None:
+    with pytest.raises(StudyError, match=r"clients.count = 4 .* got 1 .* num-supernodes=4"):
+        engine_over(Loopback(folder, {5: 0})).ready()
+
+
+@pytest.mark.parametrize(
+    ("partitions", "said"),
+    [({1: 0, 2: 1, 3: 1, 4: 2}, r"got \[1\] more than once"), ({1: 0, 2: 1, 3: 2, 4: 7}, r"no \[3\]")],
+)
+def test_partitions_must_be_served_once_each(folder: Path, partitions: dict[int, int], said: str) -> None:
+    with pytest.raises(StudyError, match=said):
+        engine_over(Loopback(folder, partitions)).ready()
+
+
+def test_nodes_are_asked_once_and_one_that_comes_back_takes_over(folder: Path) -> None:
+    transport = Loopback(folder, NODES, echo)
+    engine = engine_over(transport)
+    engine.map(jobs())
+    assert sorted(transport.asked) == sorted(NODES)
+    del transport.partitions[13]
+    answers = engine.map(jobs())
+    assert isinstance(answers[1], Failure) and answers[1].kind == "lost"
+    transport.partitions[14] = 1
+    assert all(isinstance(a, Reply) for a in engine.map(jobs()))
+    assert sorted(transport.asked) == sorted([*NODES, 14])
+
+
+def test_the_run_keeps_its_name_on_the_devices(folder: Path) -> None:
+    first = engine_over(Loopback(folder, NODES, echo))
+    first.map(jobs())
+    name = (folder / "flower-run").read_text()
+    engine_over(Loopback(folder, NODES, echo)).map(jobs())
+    assert (folder / "flower-run").read_text() == name
+
+
+def test_a_stop_ends_the_wait(folder: Path) -> None:
+    transport = Loopback(folder, NODES, echo)
+    stop = threading.Event()
+    engine = FlowerEngine(transport, study=tiny.study(), out=folder, tell=tiny.quiet, wait_s=1.0, stop=stop)
+    stop.set()
+    with pytest.raises(KeyboardInterrupt):
+        engine.map(jobs())

@@ -1,0 +1,244 @@
+"""The Ray engine on real processes: equal to in-process, placed as asked, and not undone by a client's death."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faulty import Clocked
+from ray_study import EQUAL, engine_of, rows, run, study_of
+
+from fedlth.config import Study
+from fedlth.engines.ray import RayEngine
+from fedlth.engines.ray_cluster import connect
+from fedlth.engines.ray_placement import Share, count
+from fedlth.engines.ray_pool import Limits, Pool
+from fedlth.errors import StudyError
+from fedlth.jobs import Job, Reply
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(280),
+    # Ray's own: it forgets its daemons and what it opened for them when it is shut down.
+    pytest.mark.filterwarnings(r"ignore:subprocess \d+ is still running:ResourceWarning"),
+    pytest.mark.filterwarnings(r"ignore:unclosed file <_io\.\w+ name='/dev/null':ResourceWarning"),
+]
+
+MEMORY_MB = 400
+
+
+@pytest.fixture(autouse=True)
+def rays_own_warnings_come_here() -> Iterator[None]:
+    """Let what Ray forgot be found while the filters above hold."""
+    yield
+    gc.collect()
+
+
+@pytest.fixture(scope="class")
+def shared_ray() -> Iterator[None]:
+    """One Ray for the tests that do not test its start: an engine uses what runs, and leaves it running."""
+    import ray
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    ray.init(address="local", num_cpus=8, num_gpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    assert ray.is_initialized()
+    ray.shutdown()
+    gc.collect()
+
+
+TWO_STEP: dict[str, Any] = {
+    "method": "two_step",
+    "federate": {"rounds": 2, "clients_per_round": 2},
+    "finder": {"densities": [0.5, 0.2]},
+    "personalise": {"epochs": 1, "clients_per_wave": 3},
+    "refine": {"rounds": 1, "clients_per_round": 3},
+}
+LOTTERY: dict[str, Any] = {"method": "lotteryfl", "federate": {"rounds": 3, "clients_per_round": 3}}
+
+
+def test_a_ray_started_here_equals_in_process_and_ends_with_the_run(tmp_path: Path) -> None:
+    import ray
+
+    here = run(study_of(**TWO_STEP), tmp_path / "here")
+    there = run(study_of(**TWO_STEP, engine="ray", ray={"workers": 2}), tmp_path / "ray-2")
+    assert not ray.is_initialized()
+    assert [f for f in EQUAL if (here / f).read_bytes() != (there / f).read_bytes()] == []
+    workers = [row["worker"] for row in rows(there, "times") if row["client"] is not None]
+    assert all(worker.startswith("ray:") for worker in workers)
+
+
+def test_in_process_survives_a_client_that_raises(tmp_path: Path) -> None:
+    out = run(study_of(fault="raise"), tmp_path / "run")
+    assert [[(f["client"], f["kind"]) for f in step["failed"]] for step in rows(out, "rounds")] == [[(2, "raised")]] * 2
+
+
+@pytest.mark.usefixtures("shared_ray")
+class TestOnOneRay:
+    @pytest.mark.parametrize("workers", [1, 2])
+    @pytest.mark.parametrize("settings", [TWO_STEP, LOTTERY], ids=["two_step", "lotteryfl"])
+    def test_any_number_of_workers_equals_in_process(
+        self, settings: dict[str, Any], workers: int, tmp_path: Path
+    ) -> None:
+        here = run(study_of(**settings), tmp_path / "here")
+        there = run(study_of(**settings, engine="ray", ray={"workers": workers}), tmp_path / "there")
+        assert [f for f in EQUAL if (here / f).read_bytes() != (there / f).read_bytes()] == []
+
+    @pytest.mark.parametrize(
+        ("fault", "kind", "limits"),
+        [
+            ("raise", "raised", {}),
+            ("exit", "died", {}),
+            ("segfault", "died", {}),
+            ("hang", "hung", {"job_timeout_s": 5.0}),
+            ("memory", "memory", {"memory_mb": MEMORY_MB}),
+        ],
+    )
+    def test_a_faulty_client_costs_only_itself(
+        self, fault: str, kind: str, limits: dict[str, Any], tmp_path: Path
+    ) -> None:
+        ray = {"workers": 2, **{k: v for k, v in limits.items() if k == "memory_mb"}}
+        study = study_of(fault=fault, engine="ray", ray=ray, job_timeout_s=limits.get("job_timeout_s"))
+        began = time.monotonic()
+        out = run(study, tmp_path / "run")
+        assert time.monotonic() - began < 120
+        steps = rows(out, "rounds")
+        assert [(s["phase"], [(f["client"], f["kind"]) for f in s["failed"]]) for s in steps] == [
+            ("federate", [(2, kind)]),
+            ("personalise", [(2, kind)]),
+        ]
+        ok = {row["sender"] for row in rows(out, "ledger") if row["receiver"] == "server" and row["status"] == "ok"}
+        assert ok == {"client:0", "client:1", "client:3"}
+        assert {row["client"] for row in rows(out, "metrics")} == {0, 1, 3}
+        assert all(row["worker"] for row in rows(out, "times") if row["client"] is not None)
+
+    def test_a_stopped_worker_is_hung_and_replaced(self, tmp_path: Path) -> None:
+        """A process that no longer runs at all does not answer Ray's own request to end."""
+        study = study_of(fault="stop", engine="ray", ray={"workers": 1}, job_timeout_s=5.0)
+        out = run(study, tmp_path / "run")
+        assert [(f["client"], f["kind"]) for f in rows(out, "rounds")[0]["failed"]] == [(2, "hung")]
+
+    def test_the_gpu_of_each_client_is_recorded(self, tmp_path: Path) -> None:
+        study = study_of(engine="ray", ray={"workers": 2, "num_gpus": 1.0, "logical_gpus": 2})
+        out = run(study, tmp_path / "run")
+        served = {row["client"]: row["worker"] for row in rows(out, "times") if row["client"] is not None}
+        assert sorted(served) == [0, 1, 2, 3]
+        assert {worker.split()[0].partition("@")[2] for worker in served.values()} <= {"gpu0", "gpu1"}
+
+    @pytest.mark.parametrize(("fraction", "per_gpu"), [(0.25, 4), (0.4, 2), (0.5, 2), (1.0, 1)])
+    def test_every_client_is_served_and_no_gpu_is_oversubscribed(self, fraction: float, per_gpu: int) -> None:
+        cluster = connect(None, cpus=8, gpus=2)
+        share = Share(0.5, fraction)
+        size = count(share, cluster.nodes(), wanted=16)
+        assert size == 2 * per_gpu
+        pool = Pool(
+            cluster,
+            size,
+            spawn=lambda: cluster.spawn(Clocked, cpus=share.cpus, gpu=share.asked_gpu, path=[*sys.path]),
+            given={},
+            limits=Limits(100.0, 30.0),
+        )
+        jobs = [Job(study="", phase="federate", round=1, client=c, inbox=()) for c in range(20 * size)]
+        try:
+            answers = pool.map(jobs)
+        finally:
+            pool.close()
+        assert [a.client for a in answers] == list(range(20 * size))
+        spans: dict[str, list[tuple[float, int]]] = {"gpu0": [], "gpu1": []}
+        for answer in answers:
+            assert isinstance(answer, Reply)
+            began = float(answer.device)
+            gpu = answer.worker.split()[0].partition("@")[2]
+            spans[gpu] += [(began, 1), (began + answer.seconds, -1)]
+        for changes in spans.values():
+            assert changes
+            now = [n for _, n in sorted(changes)]
+            assert max(sum(now[: i + 1]) for i in range(len(now))) <= per_gpu
+
+    def test_no_room_is_said_and_nothing_hangs(self) -> None:
+        with pytest.raises(StudyError, match="ray: a worker takes 64 CPUs"):
+            map_one(study_of(engine="ray", ray={"num_cpus": 64.0}))
+
+    def test_a_start_that_takes_too_long_is_said(self) -> None:
+        study = study_of(engine="ray", ray={"workers": 1})
+        engine = RayEngine(study.ray, start_timeout_s=0.01)
+        with pytest.raises(StudyError, match="no worker could be started: it took more than 0.01 s"):
+            map_one(study, engine)
+
+
+    def test_another_ray_than_the_one_in_use_is_refused(self) -> None:
+        with pytest.raises(StudyError, match="ray.address: this process uses the Ray at .*, got 127.0.0.1:9"):
+            map_one(study_of(engine="ray", ray={"address": "127.0.0.1:9"}))
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("127.0.0.1:9", "ray.address: cannot reach Ray at 127.0.0.1:9"),
+        ("nowhere", "ray.address: must be host:port"),
+        ("auto", "ray.address: cannot reach Ray at auto"),
+    ],
+)
+def test_an_address_without_ray_is_said(address: str, said: str) -> None:
+    with pytest.raises(StudyError, match=said):
+        map_one(study_of(engine="ray", ray={"address": address}))
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_driver_that_ends_leaves_no_process(sent: signal.Signals, code: int, tmp_path: Path) -> None:
+    """Both while a worker hangs, since one that does not answer is the hardest to end."""
+    marker = tmp_path / "marker"
+    driver = (
+        "import sys; from pathlib import Path; from ray_study import *\n"
+        f"try: run(study_of(fault='hang', marker={str(marker)!r}, engine='ray', ray={{'workers': 1}}), Path('run'))\n"
+        "except KeyboardInterrupt: sys.exit(130)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.Popen([sys.executable, "-c", driver], cwd=tmp_path, env=env, start_new_session=True)
+    try:
+        wait_until(marker.exists, seconds=120)
+        # Ctrl-C in a terminal goes to the whole group; kill -9 to one process.
+        (os.killpg if sent == signal.SIGINT else os.kill)(process.pid, sent)
+        assert process.wait(timeout=60) == code
+        wait_until(lambda: not alive_in_session(process.pid), seconds=40)
+    finally:
+        for pid in alive_in_session(process.pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def map_one(study: Study, engine: RayEngine | None = None) -> None:
+    """Map one empty job and close."""
+    engine = engine or engine_of(study)
+    try:
+        engine.map([Job(study=study.science(), phase="federate", round=1, client=0, inbox=())])
+    finally:
+        engine.close()
+
+
+def wait_until(true: Any, *, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.2)
+
+
+def alive_in_session(session: int) -> list[int]:
+    """Return the living processes that descend from a session's leader, orphans included."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found

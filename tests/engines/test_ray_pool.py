@@ -1,0 +1,163 @@
+"""The pool's scheduling, on a seam where time and death are played: no Ray, no process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from fedlth.engines.ray_cluster import Lost
+from fedlth.engines.ray_pool import STARTS, Limits, Pool
+from fedlth.engines.ray_worker import Born, Parcel
+from fedlth.errors import StudyError
+from fedlth.jobs import Failure, Job, Message, Reply
+
+Act = Callable[[Job], Any]
+HANGS = object()
+
+
+class Played:
+    """A Ray that answers a call by `act`, at once or never."""
+
+    def __init__(self, act: Act, *, born: Callable[[int], Any] = lambda n: Born(n, "host", "")) -> None:
+        self.act, self.born = act, born
+        self.calls: dict[int, Any] = {}
+        self.put_values: list[Any] = []
+        self.actors, self.killed, self.begun = 0, list[int](), list[int]()
+
+    def spawn(self) -> int:
+        self.actors += 1
+        return self.actors
+
+    def put(self, value: object) -> Any:
+        self.put_values.append(value)
+        return value
+
+    def call(self, actor: Any, method: str, *args: Any, **kwargs: object) -> Any:
+        call = len(self.calls)
+        if method == "start":
+            self.calls[call] = self.born(actor)
+        else:
+            parcel, study, *payloads = args
+            assert isinstance(parcel, Parcel)
+            assert actor not in self.killed
+            self.begun.append(parcel.job.client)
+            self.calls[call] = self.act(parcel.whole(study, payloads))
+        return call
+
+    def wait(self, calls: Sequence[Any], *, timeout_s: float | None) -> list[Any]:
+        ended = [c for c in calls if self.calls[c] is not HANGS]
+        if not ended:
+            assert timeout_s is not None, "it would wait for ever"
+            time.sleep(timeout_s)
+        return ended[-1:]  # the last first, so that answers come out of order
+
+    def get(self, call: Any) -> Any:
+        return self.calls[call]
+
+    def kill(self, actor: Any) -> None:
+        self.killed.append(actor)
+
+
+def jobs_of(count: int) -> list[Job]:
+    shared, own = Message("values", "theta_g", b"theta", broadcast=True), Message("values", "own", b"own")
+    return [Job(study="study", phase="federate", round=1, client=c, inbox=(own, shared)) for c in range(count)]
+
+
+def answer(job: Job) -> Reply:
+    assert job.study == "study" and [m.payload for m in job.inbox] == [b"own", b"theta"]
+    return Reply(round=job.round, client=job.client, outbox=())
+
+
+def pool_of(played: Played, size: int = 2, job_s: float | None = 0.05, start_s: float = 0.05) -> Pool:
+    return Pool(played, size, spawn=played.spawn, given={}, limits=Limits(start_s, job_s))
+
+
+def only(client: int, value: Any) -> Act:
+    return lambda job: value if job.client == client else answer(job)
+
+
+def test_answers_stand_in_job_order_and_name_their_worker() -> None:
+    played = Played(answer)
+    answers = pool_of(played).map(jobs_of(7))
+    assert [a.client for a in answers] == list(range(7)) and all(isinstance(a, Reply) for a in answers)
+    assert {a.worker for a in answers} <= {"ray:0 host:1", "ray:1 host:2"}
+    assert played.actors == 2 and not played.killed
+
+
+def test_a_broadcast_is_stored_once_a_map() -> None:
+    played = Played(answer)
+    pool_of(played).map(jobs_of(7))
+    assert sorted(map(str, played.put_values)) == ["b'theta'", "study"]
+
+
+def test_no_more_workers_than_jobs() -> None:
+    played = Played(answer)
+    pool_of(played, size=4).map(jobs_of(1))
+    assert played.actors == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [(HANGS, "hung"), (Lost("died", "x"), "died"), (Lost("memory", "x"), "memory")]
+)
+def test_a_lost_worker_costs_its_own_job_and_is_replaced(value: Any, kind: str) -> None:
+    played = Played(only(2, value))
+    answers = pool_of(played).map(jobs_of(6))
+    assert [a.kind for a in answers if isinstance(a, Failure)] == [kind]
+    assert isinstance(answers[2], Failure) and answers[2].client == 2 and answers[2].worker.startswith("ray:")
+    assert len(played.killed) == 1 and sorted(played.begun) == list(range(6))
+
+
+def test_every_client_lost_still_ends() -> None:
+    played = Played(lambda job: HANGS)
+    answers = pool_of(played).map(jobs_of(5))
+    assert [a.kind for a in answers if isinstance(a, Failure)] == ["hung"] * 5
+
+
+@pytest.mark.parametrize(("kind", "killed"), [("memory", 1), ("raised", 0)])
+def test_a_worker_goes_on_after_an_error_but_not_after_a_refused_allocation(kind: str, killed: int) -> None:
+    failure = Failure(round=1, client=1, kind=kind, reason="r")
+    played = Played(only(1, failure))
+    answers = pool_of(played).map(jobs_of(4))
+    assert isinstance(answers[1], Failure) and answers[1].kind == kind
+    assert len(played.killed) == killed
+
+
+@pytest.mark.parametrize("born", [HANGS, Lost("died", "no such module")])
+def test_workers_that_never_start_end_the_run(born: Any) -> None:
+    played = Played(answer, born=lambda n: born)
+    with pytest.raises(StudyError, match="no worker could be started: (it took more than 0.05 s|no such module)"):
+        pool_of(played).map(jobs_of(3))
+    assert played.actors == len(played.killed) == 2 * STARTS
+
+
+def test_one_place_that_cannot_start_leaves_the_work_to_the_other() -> None:
+    played = Played(answer, born=lambda n: Born(n, "host", "0") if n == 1 else Lost("died", "x"))
+    answers = pool_of(played).map(jobs_of(6))
+    assert all(isinstance(a, Reply) and a.worker == "ray:0@gpu0 host:1" for a in answers)
+
+
+def test_after_an_interrupt_no_old_answer_is_taken_for_a_new_one() -> None:
+    def act(job: Job) -> Any:
+        if not interrupted and job.client == 1:
+            interrupted.append(True)
+            raise KeyboardInterrupt
+        return HANGS if len(interrupted) < 1 else answer(job)
+
+    interrupted: list[bool] = []
+    played = Played(act)
+    pool = pool_of(played, job_s=5.0)
+    with pytest.raises(KeyboardInterrupt):
+        pool.map(jobs_of(3))
+    assert played.killed
+    assert [a.client for a in pool.map(jobs_of(3)) if isinstance(a, Reply)] == [0, 1, 2]
+
+
+def test_closing_ends_every_worker() -> None:
+    played = Played(answer)
+    pool = pool_of(played)
+    pool.map(jobs_of(5))
+    pool.close()
+    assert sorted(played.killed) == [1, 2]

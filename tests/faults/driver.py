@@ -1,0 +1,22 @@
+"""A run in a process of its own, to be killed: `python -m tests.faults.driver OUT SECTIONS_JSON`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from fedlth import session
+from fedlth.engines.inprocess import InProcess
+from tests import tiny
+
+
+def main(out: Path, sections: str) -> None:
+    if (out / "config.yaml").exists():
+        session.resume(out, InProcess(), print)
+    else:
+        session.start(tiny.study(**json.loads(sections)), out, InProcess(), print)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,1 @@
+"""Golden files: a short ledger and the digests a method."""

@@ -1,0 +1,135 @@
+"""R5: the server's rules against brute force, and what each does with a weight that not everyone holds."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedlth import server
+from fedlth.methods.aggregate import Contribution, CountMean, FedAvg, Intersection, MaskMean
+from fedlth.methods.recipe import Recipe
+from fedlth.methods.visit import MaskedVisit
+from fedlth.params import Entry, Layout, Params
+from fedlth.wire.payload import Content
+from tests.tiny import small_layout
+
+LAYOUT = small_layout()
+SIZE = LAYOUT.num_prunable
+RULES = [FedAvg(), CountMean(), CountMean("zero"), CountMean("zero", weighted=True), Intersection()]
+FOUR = Layout((Entry("w", (4,), "param", 0, prunable=True),))
+
+
+def contribution(
+    client: int, seed: int, *, mask: np.ndarray | None = None, examples: int | None = None
+) -> Contribution:
+    draw = np.random.default_rng([client, seed])
+    mask = draw.random(SIZE) < 0.5 if mask is None else mask
+    floats = draw.normal(size=LAYOUT.num_floats).astype(np.float32)
+    floats[:SIZE][~mask] = 0
+    ints = np.full(LAYOUT.num_ints, client, np.int64)
+    count = int(draw.integers(1, 50)) if examples is None else examples
+    return Contribution(client, count, Content(mask, floats, ints))
+
+
+def old(seed: int = 9) -> Params:
+    draw = np.random.default_rng(seed)
+    return Params(draw.normal(size=LAYOUT.num_floats).astype(np.float32), np.zeros(LAYOUT.num_ints, np.int64))
+
+
+def brute(before: Params, got: list[Contribution], *, keep: bool, weighted: bool) -> np.ndarray:
+    out = np.zeros(LAYOUT.num_floats, np.float32)
+    for i in range(LAYOUT.num_floats):
+        holders = [c for c in got if i >= SIZE or c.content.mask[i]]
+        total = sum((c.num_examples if weighted else 1) for c in holders)
+        if not holders:
+            out[i] = before.floats[i] if keep else 0
+            continue
+        out[i] = sum(float(c.content.floats[i]) * (c.num_examples if weighted else 1) for c in holders) / total
+    return out
+
+
+@given(st.integers(0, 1000), st.integers(1, 5), st.booleans(), st.booleans())
+def test_count_mean_equals_brute_force(seed: int, clients: int, keep: bool, weighted: bool) -> None:
+    got = [contribution(c, seed) for c in range(clients)]
+    rule = CountMean("keep" if keep else "zero", weighted)
+    np.testing.assert_array_equal(rule(old(), got, LAYOUT).floats, brute(old(), got, keep=keep, weighted=weighted))
+
+
+def test_all_ones_masks_make_count_mean_the_plain_mean() -> None:
+    full = np.ones(SIZE, bool)
+    equal = [contribution(c, 1, mask=full, examples=7) for c in range(4)]
+    plain = np.mean([c.content.floats.astype(np.float64) for c in equal], axis=0).astype(np.float32)
+    np.testing.assert_array_equal(CountMean()(old(), equal, LAYOUT).floats, plain)
+    np.testing.assert_array_equal(FedAvg()(old(), equal, LAYOUT).floats, plain)
+    np.testing.assert_array_equal(Intersection()(old(), equal, LAYOUT).floats, plain)
+    uneven = [contribution(c, 1, mask=full) for c in range(4)]
+    np.testing.assert_allclose(
+        CountMean(weighted=True)(old(), uneven, LAYOUT).floats, FedAvg()(old(), uneven, LAYOUT).floats, rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_a_single_client_returns_itself_where_it_holds(rule: Any) -> None:
+    one = contribution(3, 5)
+    new = rule(old(), [one], LAYOUT)
+    held = np.ones(LAYOUT.num_floats, bool)
+    held[:SIZE] = one.content.mask
+    np.testing.assert_array_equal(new.floats[held], one.content.floats[held])
+    np.testing.assert_array_equal(new.ints, one.content.ints)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_the_order_of_replies_does_not_matter(rule: Any) -> None:
+    got = [contribution(c, 2) for c in range(6)]
+    recipe = Recipe(name="", paper="", summary="", visit=MaskedVisit(), aggregate=rule, arms=())
+    shuffled = [got[i] for i in (3, 0, 5, 1, 4, 2)]
+    one = server.aggregate(recipe, rule, old(), got, LAYOUT)
+    assert server.aggregate(recipe, rule, old(), shuffled, LAYOUT).digest() == one.digest()
+    assert server.aggregate(recipe, rule, old(), [], LAYOUT).digest() == old().digest(), "without a reply, nothing"
+
+
+@pytest.mark.parametrize("rule", [*RULES, MaskMean()], ids=repr)
+def test_a_rule_is_a_value_and_touches_nothing(rule: Any) -> None:
+    assert pickle.loads(pickle.dumps(rule)) == rule and hash(rule)
+    got, before = [contribution(c, 2) for c in range(3)], old()
+    copies = [c.content.floats.copy() for c in got]
+    layout = LAYOUT.select(lambda e: e.prunable) if isinstance(rule, MaskMean) else LAYOUT
+    new = rule(before, got, layout)
+    assert new.floats.dtype == np.float32 and before.digest() == old().digest()
+    for c, was in zip(got, copies, strict=True):
+        np.testing.assert_array_equal(c.content.floats, was)
+
+
+def test_averaging_the_overlap_is_four_rules() -> None:
+    """Both hold the first, one the second and third, nobody the fourth."""
+    a = Contribution(0, 1, Content(np.array([1, 1, 0, 0], bool), np.float32([2, 4, 0, 0]), np.zeros(0, np.int64)))
+    b = Contribution(1, 3, Content(np.array([1, 0, 1, 0], bool), np.float32([6, 0, 8, 0]), np.zeros(0, np.int64)))
+    before = Params(np.float32([9, 9, 9, 9]), np.zeros(0, np.int64))
+    results = {repr(r): r(before, [a, b], FOUR).floats.tolist() for r in RULES}
+    assert results == {
+        repr(CountMean()): [4, 4, 8, 9],  # LotteryFL, Sub-FedAvg: holders' mean, uncovered keeps
+        repr(CountMean("zero")): [4, 4, 8, 0],
+        repr(CountMean("zero", weighted=True)): [5, 4, 8, 0],  # FedDST
+        repr(Intersection()): [4, 9, 9, 9],  # Hermes
+        repr(FedAvg()): [5, 1, 6, 0],  # CELL: zeros count
+    }
+
+
+def test_mask_mean_is_the_logit_of_the_share_within_its_clamp() -> None:
+    masks = [np.array(m, bool) for m in ([1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 1], [1, 0, 0, 1])]
+    got = [Contribution(i, 1, Content(m, None, None)) for i, m in enumerate(masks)]
+    new = MaskMean()(Params(np.zeros(4, np.float32), np.zeros(0, np.int64)), got, FOUR)
+    theta = 1 / (1 + np.exp(-new.floats.astype(np.float64)))
+    assert theta == pytest.approx([0.99, 0.5, 0.01, 0.5], abs=1e-6)
+
+
+def test_counters_take_the_largest_and_a_bare_mask_is_no_value() -> None:
+    got = [contribution(c, 2) for c in (1, 4, 2)]
+    assert FedAvg()(old(), got, LAYOUT).ints.tolist() == [4] * LAYOUT.num_ints
+    with pytest.raises(ValueError, match="bare mask"):
+        FedAvg()(old(), [Contribution(0, 1, Content(np.ones(SIZE, bool), None, None))], LAYOUT)

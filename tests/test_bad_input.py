@@ -1,0 +1,139 @@
+"""Bad input: exit code 2, exactly one line on standard error that names the place, and nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from torch import nn
+
+from fedlth import cli
+from tests import tiny
+
+
+def few(train: int = 6) -> dict[str, Any]:
+    return tiny.images(train=train)
+
+
+def lonely() -> dict[str, Any]:
+    """Class 3 stands in train, but not in test."""
+    data = tiny.images()
+    return {**data, "y_test": np.minimum(data["y_test"], 2)}
+
+
+def wrong_labels() -> dict[str, Any]:
+    return {**tiny.images(), "num_classes": 2}
+
+
+def raising() -> dict[str, Any]:
+    raise RuntimeError("the archive\nis damaged")
+
+
+def unprunable(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.LayerNorm(tiny.SIDE**2))
+
+
+def double(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(tiny.SIDE**2, num_classes)).double()
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown section": ({"trian": {"lr": 1}}, "trian: unknown key; did you mean train?"),
+    "unknown key": ({"train": {"lrr": 1}}, "train.lrr: unknown key"),
+    "wrong type": ({"train": {"epochs": "two"}}, "train.epochs"),
+    "density above one": ({"finder": {"densities": [1.5]}}, "finder.densities"),
+    "density of zero": ({"finder": {"densities": [0.0]}}, "finder.densities"),
+    "method's density": ({"method": {"name": "lotteryfl", "density": 1.5}}, "method.density"),
+    "zero clients": ({"clients": {"count": 0}}, "clients.count"),
+    "negative clients": ({"clients": {"count": -3}}, "clients.count"),
+    "more clients than examples": ({"clients": {"count": 500}}, "clients"),
+    "an empty client": ({"partition": {"name": "dirichlet", "alpha": 0.01, "min_samples": 61}}, "partition"),
+    "a class that no client has": (
+        {"partition": {"name": "classes", "classes_per_client": 9}}, "partition"),
+    "a class that has no test images": (
+        {"data": {"name": "tests.test_bad_input:lonely"}, "clients": {"count": 60},
+         "partition": {"name": "classes", "classes_per_client": 1}}, "test"),
+    "labels beyond the classes": ({"data": {"name": "tests.test_bad_input:wrong_labels"}}, "y_train"),
+    "a data factory that raises": ({"data": {"name": "tests.test_bad_input:raising"}}, "the archive is damaged"),
+    "a data set that is not there": ({"data": {"name": "mnist", "root": "/nonexistent"}}, "/nonexistent"),
+    "an unknown data set": ({"data": {"name": "mnits"}}, "data.name"),
+    "an unknown data option": ({"data": {"options": {"size": 3}}}, "data.options"),
+    "too little data": ({"data": {"name": "tests.test_bad_input:few"}}, "clients"),
+    "an unknown partition": ({"partition": {"name": "dirichle"}}, "partition.name"),
+    "a partition's option": ({"partition": {"name": "iid", "alpha": 1}}, "partition.alpha"),
+    "a partition without its option": ({"partition": {"name": "dirichlet"}}, "partition.alpha"),
+    "an impossible alpha": ({"partition": {"name": "dirichlet", "alpha": -1.0}}, "partition.alpha"),
+    "an unknown method": ({"method": {"name": "fedprox"}}, "method.name"),
+    "a method's option": ({"method": {"name": "fedavg", "mu": 0.1}}, "method.mu"),
+    "an unknown arm": ({"personalise": {"arms": ["tickets"]}}, "personalise.arms"),
+    "an unknown score": ({"finder": {"score": {"name": "magnitudes"}}}, "finder.score.name"),
+    "an unknown schedule": ({"finder": {"schedule": {"name": "slow"}}}, "finder.schedule.name"),
+    "an unknown scope": ({"finder": {"scope": {"name": "world"}}}, "finder.scope.name"),
+    "a rewind beyond the rounds": ({"finder": {"rewind": {"name": "global", "round": 7}}}, "finder.rewind.round"),
+    "an unknown model": ({"model": {"name": "lenet6"}}, "model.name"),
+    "a model's option": ({"model": {"options": {"depth": 3}}}, "model.options"),
+    "a model's option of a wrong type": ({"model": {"options": {"hidden": ["x"]}}}, "model.options.hidden"),
+    "a model for other images": ({"model": {"name": "lenet5", "options": {}}}, "model"),
+    "nothing prunable": ({"model": {"name": "tests.test_bad_input:unprunable", "options": {}}}, "model.prunable"),
+    "no such tensor": ({"model": {"prunable": ["conv9.*"]}}, "model.prunable"),
+    "doubles": ({"model": {"name": "tests.test_bad_input:double", "options": {}}}, "float32"),
+    "a module that is not there": ({"model": {"name": "no.such.module:net", "options": {}}}, "no.such.module"),
+    "more a round than take part": ({"federate": {"clients_per_round": 4}}, "federate.clients_per_round"),
+    "refinement without tickets": (
+        {"method": {"name": "fedavg"}, "refine": {"rounds": 1, "clients_per_round": 1}}, "refine.rounds"),
+}  # fmt: skip
+
+
+def refused(capsys: pytest.CaptureFixture[str], argv: list[str], place: str) -> None:
+    capsys.readouterr()
+    assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if not line.startswith("run folder: ")]
+    assert len(lines) == 1 and lines[0].startswith("fedlth: "), err
+    assert place in lines[0], err
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+@pytest.mark.parametrize("name", BAD)
+def test_one_line_that_names_the_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, command: str
+) -> None:
+    sections, place = BAD[name]
+    file, out = tmp_path / "study.yaml", tmp_path / "run"
+    file.write_text(yaml.safe_dump({**tiny.tree(**sections), "out": str(out)}))
+    refused(capsys, [command, str(file)], place)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["study.yaml"], "nothing is half-written"
+
+
+@pytest.mark.parametrize(
+    ("argv", "place"),
+    [
+        (["run", "{dir}/none.yaml"], "none.yaml: no such study file"),
+        (["check", "{dir}"], "no such study file"),
+        (["run", "{dir}/s.yaml", "train.lr"], "must be key=value"),
+        (["run", "{dir}/s.yaml", "train.lr=fast"], "train.lr"),
+        (["run", "{dir}/s.yaml", "engine=rya"], "engine"),
+        (["run", "{dir}/s.yaml", "out={dir}/s.yaml"], "must be a folder"),
+        (["resume", "{dir}/none"], "no run here"),
+        (["report", "{dir}/none"], "none"),
+        (["diff", "{dir}/a", "{dir}/b"], "{dir}/a"),
+        (["compare", "{dir}/a", "{dir}/b"], "{dir}/a"),
+        (["list", "methodz"], "must be one of methods"),
+    ],
+)
+def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], place: str) -> None:
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(tiny.tree()))
+    refused(capsys, [a.format(dir=tmp_path) for a in argv], place.format(dir=tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s.yaml"]
+
+
+def test_a_study_that_is_fine_is_forecast_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(tiny.tree()))
+    assert cli.main(["check", str(tmp_path / "s.yaml")]) == 0
+    assert "clients: 4 (1 unseen)" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s.yaml"]

@@ -1,0 +1,127 @@
+"""A study that runs in a second: 8 x 8 images of four classes, made up, and small networks."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedlth import config, session
+from fedlth.engines.inprocess import InProcess
+from fedlth.jobs import Engine
+from fedlth.methods.resolve import resolve
+from fedlth.params import Layout, layout_of
+from fedlth.runfolder import RunFolder
+from fedlth.world import World, open_world
+
+NUM_CLASSES, SIDE = 4, 8
+METHODS: dict[str, dict[str, Any]] = {
+    "fedavg": {},
+    "fedavg_ft": {},
+    "local": {},
+    "standalone": {},
+    "two_step": {},
+    # Gates open: whether a client prunes must not hang on a machine's last bit.
+    "lotteryfl": {"rate": 0.2, "density": 0.3, "val_accuracy": -1.0},
+    "sub_fedavg": {"rate": 0.2, "density": 0.3, "val_accuracy": -1.0, "distance": -1.0},
+    "fedselect": {"rate": 0.25, "limit": 0.5},
+    "fedpm": {"score_lr": 5.0},
+}
+
+
+def images(seed: int = 0, train: int = 240, test: int = 120) -> dict[str, Any]:
+    """Return noisy prototypes of four classes, uint8 (N, 1, 8, 8)."""
+    rng = np.random.default_rng(seed)
+    prototypes = rng.integers(0, 255, (NUM_CLASSES, 1, SIDE, SIDE))
+
+    def part(size: int) -> tuple[np.ndarray, np.ndarray]:
+        y = rng.integers(0, NUM_CLASSES, size)
+        x = 0.5 * prototypes[y] + 0.5 * rng.integers(0, 255, (size, 1, SIDE, SIDE))
+        return x.astype(np.uint8), y.astype(np.int64)
+
+    x_train, y_train = part(train)
+    x_test, y_test = part(test)
+    return {
+        "name": "tiny", "x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test,
+        "num_classes": NUM_CLASSES, "mean": (0.5,), "std": (0.25,),
+    }  # fmt: skip
+
+
+def tree(**sections: Any) -> dict[str, Any]:
+    """Return a tiny study as a plain tree; sections are merged into its defaults."""
+    base: dict[str, Any] = {
+        "study": "tiny",
+        "method": {"name": "two_step"},
+        "data": {"name": "tests.tiny:images"},
+        "partition": {"name": "iid"},
+        "clients": {"count": 4, "unseen": 0.25, "test_samples": 20},
+        "model": {"name": "mlp", "options": {"hidden": [12]}},
+        "train": {"lr": 0.1, "momentum": 0.5, "batch_size": 16},
+        "federate": {"rounds": 2, "clients_per_round": 2},
+        "finder": {"densities": [0.5, 0.2]},
+        "personalise": {"epochs": 1, "clients_per_wave": 2},
+    }
+    out = copy.deepcopy(base)
+    for key, value in sections.items():
+        out[key] = {**out[key], **value} if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+def study(**sections: Any) -> config.Study:
+    return config.build(tree(**sections))
+
+
+def of_method(name: str, **sections: Any) -> config.Study:
+    return study(method={"name": name, **METHODS[name]}, **sections)
+
+
+def world(**sections: Any) -> World:
+    return open_world(resolve(study(**sections))[0].science())
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def run(
+    made: config.Study, out: Path, *, engine: Engine | None = None, tell: Callable[[str], None] = quiet
+) -> RunFolder:
+    return session.start(made, out, engine or InProcess(), tell)
+
+
+def facts(out: Path) -> dict[str, bytes]:
+    """Return everything of a run that must be equal after any resume and on any engine, as bytes."""
+    names = ("ledger.jsonl", "metrics.jsonl", "rounds.jsonl", "digests.json")
+    tickets = {p.name: p.read_bytes() for p in sorted((out / "tickets").glob("*"))}
+    return {**{n: (out / n).read_bytes() for n in names}, **tickets}
+
+
+def rows(out: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / f"{name}.jsonl").read_bytes().splitlines()]
+
+
+def digests(out: Path) -> dict[str, Any]:
+    return dict(json.loads((out / "digests.json").read_bytes()))
+
+
+class Small(nn.Module):
+    """A convolution, a BatchNorm with its counters, a linear head: one of each kind of tensor."""
+
+    def __init__(self, num_classes: int = NUM_CLASSES) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 3)
+        self.norm = nn.BatchNorm2d(3)
+        self.head = nn.Linear(3 * 6 * 6, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.norm(self.conv(x))).flatten(1))
+
+
+def small_layout() -> Layout:
+    return layout_of(Small(), ("conv.weight", "head.weight"))
