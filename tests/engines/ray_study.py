@@ -10,6 +10,7 @@ from fedlth import session
 from fedlth.config import Study, build
 from fedlth.engines.inprocess import InProcess
 from fedlth.engines.ray import RayEngine
+from fedlth.jobs import Job
 
 EQUAL = ("ledger.jsonl", "metrics.jsonl", "rounds.jsonl", "digests.json")
 
@@ -39,3 +40,12 @@ def run(study: Study, out: Path) -> Path:
 
 def rows(out: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+
+
+def map_one(study: Study, engine: RayEngine | None = None) -> None:
+    """Map one empty job and close."""
+    engine = engine or engine_of(study)
+    try:
+        engine.map([Job(study=study.science(), phase="federate", round=1, client=0, inbox=())])
+    finally:
+        engine.close()

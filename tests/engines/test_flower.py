@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -24,9 +25,18 @@ pytestmark = [
     pytest.mark.timeout(600),
     # typer, which Flower imports, against a newer click.
     pytest.mark.filterwarnings("ignore:'click.utils:DeprecationWarning"),
+    # Ray ends its own processes without waiting for them.
+    pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),
 ]
 ROOT = Path(__file__).parents[2]
 NAMES = ("ledger", "metrics", "rounds")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """Collect what Ray leaves while this test's filters hold."""
+    yield
+    gc.collect()
 
 
 def run_under_flower(study: config.Study, out: Path, **given: Any) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -14,9 +12,8 @@ from typing import Any
 
 import pytest
 from faulty import Clocked
-from ray_study import EQUAL, engine_of, rows, run, study_of
+from ray_study import EQUAL, map_one, rows, run, study_of
 
-from fedlth.config import Study
 from fedlth.engines.ray import RayEngine
 from fedlth.engines.ray_cluster import connect
 from fedlth.engines.ray_placement import Share, count
@@ -178,67 +175,3 @@ class TestOnOneRay:
     def test_another_ray_than_the_one_in_use_is_refused(self) -> None:
         with pytest.raises(StudyError, match="ray.address: this process uses the Ray at .*, got 127.0.0.1:9"):
             map_one(study_of(engine="ray", ray={"address": "127.0.0.1:9"}))
-
-
-@pytest.mark.parametrize(
-    ("address", "said"),
-    [
-        ("127.0.0.1:9", "ray.address: cannot reach Ray at 127.0.0.1:9"),
-        ("nowhere", "ray.address: must be host:port"),
-        ("auto", "ray.address: cannot reach Ray at auto"),
-    ],
-)
-def test_an_address_without_ray_is_said(address: str, said: str) -> None:
-    with pytest.raises(StudyError, match=said):
-        map_one(study_of(engine="ray", ray={"address": address}))
-
-
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
-def test_a_driver_that_ends_leaves_no_process(sent: signal.Signals, code: int, tmp_path: Path) -> None:
-    """Both while a worker hangs, since one that does not answer is the hardest to end."""
-    marker = tmp_path / "marker"
-    driver = (
-        "import sys; from pathlib import Path; from ray_study import *\n"
-        f"try: run(study_of(fault='hang', marker={str(marker)!r}, engine='ray', ray={{'workers': 1}}), Path('run'))\n"
-        "except KeyboardInterrupt: sys.exit(130)\n"
-    )
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    process = subprocess.Popen([sys.executable, "-c", driver], cwd=tmp_path, env=env, start_new_session=True)
-    try:
-        wait_until(marker.exists, seconds=120)
-        # Ctrl-C in a terminal goes to the whole group; kill -9 to one process.
-        (os.killpg if sent == signal.SIGINT else os.kill)(process.pid, sent)
-        assert process.wait(timeout=60) == code
-        wait_until(lambda: not alive_in_session(process.pid), seconds=40)
-    finally:
-        for pid in alive_in_session(process.pid):
-            os.kill(pid, signal.SIGKILL)
-
-
-def map_one(study: Study, engine: RayEngine | None = None) -> None:
-    """Map one empty job and close."""
-    engine = engine or engine_of(study)
-    try:
-        engine.map([Job(study=study.science(), phase="federate", round=1, client=0, inbox=())])
-    finally:
-        engine.close()
-
-
-def wait_until(true: Any, *, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "it took too long"
-        time.sleep(0.2)
-
-
-def alive_in_session(session: int) -> list[int]:
-    """Return the living processes that descend from a session's leader, orphans included."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[3]) == session and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
