@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from fedlth.config import Study, load
+from fedlth.config import Study, dump, load
 from fedlth.engines.choose import drive
 from fedlth.errors import StudyError
+from fedlth.methods.resolve import resolve
 from fedlth.runfolder import RunFolder
+from fedlth.store import write_atomic
 from fedlth.tickets_file import load_ticket
 from fedlth.tune import tuned
+from fedlth.world import open_world
 
-__all__ = ["Study", "load", "load_ticket", "resume", "run"]
+__all__ = ["Study", "check", "load", "load_ticket", "resume", "run"]
+
+ASKED = "asked.yaml"
 
 Tell = Callable[[str], None]
 
@@ -27,40 +32,41 @@ def run(study: Study, *, tell: Tell = _quiet) -> Path:
     Raises StudyError, before anything is written, where the study cannot be run.
     """
     out = Path(study.out) if study.out else _free(Path("runs"), study.study)
-    tell(f"run folder: {out}")
-    if not study.seeds:
-        _one(study, out, tell)
-        return out
-    for seed in study.seeds:
-        where = out / f"seed-{seed}"
-        tell(f"seed {seed}: {where}")
-        if (where / "config.yaml").exists():
-            resume(where, tell=tell)
-        else:
-            _one(study.model_copy(update={"seed": seed, "seeds": ()}), where, tell)
+    if (out / "config.yaml").exists() or (out / ASKED).exists():
+        raise StudyError(f"{out}: holds a run already; `fedlth resume {out}`, or give another out=")
+    if study.seeds or study.tune.lr:
+        # These are more than one run: what was asked for is kept, so that a resume knows what has not begun yet.
+        check(study)
+        write_atomic(out / ASKED, dump(study).encode())
+    _all(study, out, tell)
     return out
 
 
 def resume(run: Path | str, *, tell: Tell = _quiet) -> Path:
-    """Go on with a run that was stopped; of a folder of seeds, with each of them."""
+    """Go on with what was stopped: one run, or the seeds and trials of a study, begun or not."""
     out = Path(run)
-    inside = [out] if (out / "config.yaml").exists() else sorted(p.parent for p in out.glob("*/config.yaml"))
-    if not inside:
-        raise StudyError(f"{out}: no run here (config.yaml is missing)")
-    for folder in inside:
-        _guarded(RunFolder(folder).study(), folder, tell, again=True)
+    asked = out / ASKED
+    _all(load(asked) if asked.exists() else RunFolder(out).study(), out, tell)
     return out
 
 
+def check(study: Study) -> None:
+    """Raise StudyError where the study cannot be run; build its data and model to know."""
+    open_world(resolve(study)[0].science())
+
+
+def _all(study: Study, out: Path, tell: Tell) -> None:
+    for seed in study.seeds or (study.seed,):
+        one = study.model_copy(update={"seed": seed, "seeds": ()})
+        _one(one, out / f"seed-{seed}" if study.seeds else out, tell)
+
+
 def _one(study: Study, out: Path, tell: Tell) -> None:
-    _guarded(tuned(study, out, tell), out, tell, again=False)
-
-
-def _guarded(study: Study, out: Path, tell: Tell, *, again: bool) -> None:
+    begun = (out / "config.yaml").exists()
     try:
-        drive(study, out, tell, again=again)
+        drive(RunFolder(out).study() if begun else tuned(study, out, tell), out, tell, again=begun)
     except KeyboardInterrupt:
-        tell(f"stopped; to go on: fedlth resume {out}")
+        tell(f"stopped; to go on: fedlth resume {out.parent if (out.parent / ASKED).exists() else out}")
         raise
 
 

@@ -12,6 +12,7 @@ from fedlth import __version__
 from fedlth.errors import StudyError
 
 INTERRUPTED = 130
+DISK = 3
 
 
 def tell(line: str) -> None:
@@ -139,7 +140,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit code: 0 done, 1 differs, 2 bad input, 130 interrupted."""
+    """Run one command; return its exit code: 0 done, 1 differs, 2 bad input, 3 disk, 130 interrupted."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args = parser().parse_args(argv)
     try:
@@ -147,6 +148,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StudyError as error:
         print(f"fedlth: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"fedlth: {error}; what was committed is kept: fedlth resume", file=sys.stderr)
+        return DISK
     except KeyboardInterrupt:
         print("fedlth: stopped; everything up to the last line above is kept", file=sys.stderr)
         return INTERRUPTED

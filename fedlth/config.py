@@ -144,7 +144,7 @@ class Study(_Node):
     refine: Refine = Refine()
     tune: Tune = Tune()
     wire: Literal["raw"] = "raw"
-    compute: Literal["reference"] = "reference"
+    compute: Literal["auto", "reference", "sparse"] = "reference"
     device: str = "cpu"
     engine: Literal["inprocess", "ray", "flower"] = "inprocess"
     ray: Ray = Ray()

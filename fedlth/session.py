@@ -30,14 +30,28 @@ Tell = Callable[[str], None]
 def start(study: Study, out: Path, engine: Engine, tell: Tell) -> RunFolder:
     """Run a study into a new folder. Everything that can be wrong in the study is found before anything is written."""
     study, notes = resolve(study)
+    study, why = backend(study)
+    notes += why
     world = open_world(study.science())
+    _ = world.bound  # a backend that cannot run this model says so before anything is written
     for note in notes:
         tell(f"note: {note}")
     folder = RunFolder(out)
     with folder.locked():
         folder.create(study)
+        tell(f"run folder: {out}")
         _write_header(folder, study, world, engine, finished=False)
         return _go(folder, engine, tell)
+
+
+def backend(study: Study) -> tuple[Study, list[str]]:
+    """Return the study with `compute: auto` decided, and a note that says what was decided and why."""
+    if study.compute != "auto":
+        return study, []
+    table = open_world(study.science()).table
+    if isinstance(table, str):
+        return study.model_copy(update={"compute": "reference"}), [f"compute: reference, because {table}"]
+    return study.model_copy(update={"compute": "sparse"}), ["compute: sparse, all layers run in the kernel"]
 
 
 def resume(out: Path, engine: Engine, tell: Tell) -> RunFolder:
@@ -67,6 +81,8 @@ def _go(folder: RunFolder, engine: Engine, tell: Tell) -> RunFolder:
         loop.run()
     finally:
         engine.close()
+    if not loop.progress.lengths["metrics"]:
+        raise StudyError(f"{folder.root}: no client finished step 2; rounds.jsonl says why for each")
     _finish(folder, loop)
     _write_header(folder, folder.study(), loop.world, engine, finished=True)
     return folder

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedlth.compute import kernel
+from fedlth.compute.table import LayerTable
 from fedlth.params import Layout, Params
 
 EVALUATION_BATCH = 256
@@ -48,9 +50,13 @@ class Trained:
 
 
 class Bound:
-    """A module whose parameters and float buffers are views into one flat tensor, so that a step is five calls."""
+    """A module whose parameters and float buffers are views into one flat tensor, so that a step is five calls.
 
-    def __init__(self, module: nn.Module, layout: Layout, device: str) -> None:
+    With a `table`, training and evaluation run in the compute kernel instead, equal up to float32 rounding.
+    """
+
+    def __init__(self, module: nn.Module, layout: Layout, device: str, table: LayerTable | None = None) -> None:
+        self.table = table
         self.module = module.to(device)
         self.layout = layout
         self.device = device
@@ -59,6 +65,7 @@ class Bound:
         named: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
         named.update(module.named_buffers(remove_duplicate=False))
         self.ints = [(e, named[e.name]) for e in layout.ints]
+        self.buffers = {e.name: named[e.name] for e in layout.entries if e.role == "buffer"}
         for e in layout.floats:
             tensor = named[e.name]
             tensor.data = self.flat[e.slice].view(e.shape)
@@ -77,6 +84,9 @@ class Bound:
             tensor.copy_(torch.from_numpy(params.ints[e.slice].reshape(e.shape)))
 
     def save(self) -> Params:
+        for name, tensor in self.buffers.items():
+            if self.module.get_buffer(name) is not tensor:
+                raise RuntimeError(f"model: buffer {name} was replaced; write into it in place: self.{name}.copy_(...)")
         ints = np.zeros(self.layout.num_ints, np.int64)
         for e, tensor in self.ints:
             ints[e.slice] = tensor.detach().cpu().reshape(-1).numpy()
@@ -117,6 +127,9 @@ def train(
     finite raises FloatingPointError.
     """
     x, y = data
+    epochs = [batches(len(y), plan.batch_size, order) for _ in range(plan.epochs)]
+    if bound.table is not None:
+        return _checked(_in_kernel(bound.table, start, data, plan, epochs, mask, update, snapshots), plan)
     layout, size = bound.layout, bound.layout.num_prunable
     weights, grad = bound.flat[: layout.num_params], bound.grad
     alive = None if mask is None or mask.all() else torch.from_numpy(mask.astype(np.float32)).to(bound.device)
@@ -129,7 +142,6 @@ def train(
     if alive is not None:
         weights[:size].mul_(alive)
     momentum = torch.zeros_like(grad) if plan.momentum else None
-    epochs = [batches(len(y), plan.batch_size, order) for _ in range(plan.epochs)]
     steps, step, loss_sum, kept = sum(map(len, epochs)), 0, 0.0, {}
     bound.module.train()
     for epoch, parts in enumerate(epochs, 1):
@@ -152,10 +164,31 @@ def train(
             step += 1
         if epoch in snapshots:
             kept[epoch] = bound.flat.cpu().numpy().copy()
-    mean_loss = loss_sum / len(y)
-    if not math.isfinite(mean_loss):
-        raise FloatingPointError(f"training diverged: loss {mean_loss} at learning rate {plan.lr}")
-    return Trained(bound.save(), mean_loss, kept)
+    return _checked(Trained(bound.save(), loss_sum / len(y), kept), plan)
+
+
+def _checked(trained: Trained, plan: Plan) -> Trained:
+    if not math.isfinite(trained.loss):
+        raise FloatingPointError(f"training diverged: loss {trained.loss} at learning rate {plan.lr}")
+    return trained
+
+
+def _in_kernel(
+    table: LayerTable, start: Params, data: tuple[Tensor, Tensor], plan: Plan, epochs: list[list[np.ndarray]],
+    mask: np.ndarray | None, update: np.ndarray | None, snapshots: tuple[int, ...],
+) -> Trained:  # fmt: skip
+    """Do what `train` says in the compute kernel."""
+    steps = sum(map(len, epochs))
+    moves = None
+    if update is not None:
+        moves = np.ones(table.num_params, np.float32)
+        moves[: update.size] = update
+    done = kernel.train_epochs(
+        table, start.floats, data[0].numpy(), data[1].numpy(), epochs,
+        rates=np.array([plan.rate(step, steps) for step in range(steps)]), momentum=plan.momentum,
+        weight_decay=plan.weight_decay, mask=mask, moves=moves, snapshots=snapshots,
+    )  # fmt: skip
+    return Trained(Params(done.floats, start.ints.copy()), done.loss, done.snapshots)
 
 
 def evaluate(bound: Bound, params: Params, data: tuple[Tensor, Tensor]) -> tuple[float, float]:
@@ -163,6 +196,9 @@ def evaluate(bound: Bound, params: Params, data: tuple[Tensor, Tensor]) -> tuple
     x, y = data
     if not len(y):
         return 0.0, 0.0
+    if bound.table is not None:
+        logits = torch.from_numpy(kernel.predict(bound.table, params.floats, x.numpy()))
+        return float((logits.argmax(-1) == y).double().mean()), float(loss_of(logits, y))
     bound.load(params)
     bound.module.eval()
     right, loss_sum = 0, 0.0

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fedlth import config
+from fedlth.compute import kernel
+from fedlth.compute.graph import compile_layers
+from fedlth.compute.table import LayerTable
 from fedlth.data.dataset import Dataset
 from fedlth.data.partition import PARTITIONS
 from fedlth.data.sources import load
@@ -54,7 +57,20 @@ class World:
     @cached_property
     def bound(self) -> Bound:
         """The one module of this process, bound to flat buffers."""
-        return Bound(self.module(), self.layout, self.device)
+        table = self.table if self.study.compute == "sparse" else None
+        if isinstance(table, str):
+            raise StudyError(f"compute: must be reference for this study, the kernel cannot run it: {table}")
+        return Bound(self.module(), self.layout, self.device, table)
+
+    @cached_property
+    def table(self) -> LayerTable | str:
+        """Return the network as the compute kernel sees it, or one line that says why the kernel cannot run it."""
+        if self.device != "cpu":
+            return f"the device is {self.device}"
+        if self.dataset.x_train.dtype.kind == "i":
+            return "the inputs are tokens"
+        missing = kernel.available()
+        return missing or compile_layers(self.module(), self.layout, tuple(self.dataset.x_train.shape[1:]))
 
     @property
     def device(self) -> str:

@@ -26,7 +26,7 @@ FLOORS: list[set[str]] = [
     {"engines", "forecast", "tune", "api", "report", "catalogue", "cli", "__main__"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
-MOST_LINES = 260
+MOST_LINES = 300
 
 
 def room(path: Path) -> str:

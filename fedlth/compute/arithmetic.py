@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba.extending import intrinsic
 
+from fedlth.compute.jit import intrinsic
 from fedlth.compute.vectors import Tile, _Code, _intrinsic, _same
 
 
@@ -97,5 +97,5 @@ def _zeros(rows: int, width: int) -> Any:
 
 
 zeros_6x16, zeros_4x16, zeros_2x16, zeros_1x16 = (_zeros(rows, 16) for rows in (6, 4, 2, 1))
-zeros_3x32, zeros_1x32 = _zeros(3, 32), _zeros(1, 32)
+zeros_3x32, zeros_2x32, zeros_1x32 = (_zeros(rows, 32) for rows in (3, 2, 1))
 zeros_10x8, zeros_5x8 = _zeros(10, 8), _zeros(5, 8)

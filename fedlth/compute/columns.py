@@ -5,15 +5,16 @@ Places are element indices into the work array, weights into the compact weight 
 
 from __future__ import annotations
 
-CONVOLUTION, LINEAR, MAX_POOL, AVERAGE_POOL, ADD, COPY, GROUP_NORM = range(7)
+CONVOLUTION, LINEAR, MAX_POOL, AVERAGE_POOL, ADD, COPY = range(6)
 
 (
     KIND,
     RELU,  # the output is clipped at zero
     SPARSE,  # the weights are a list of kept ones
     NEEDS_DX,  # the gradient of the input is wanted
+    NEEDS_DX_2,  # the same for the second input of an addition
     ACCUMULATE,  # ... and is added to what another reader of the input left there
-    ACCUMULATE_2,  # the same for the second input of an addition
+    ACCUMULATE_2,
     GROUPS,
     CHANNELS,  # input: C, H, W
     HEIGHT,
@@ -73,8 +74,6 @@ CONVOLUTION, LINEAR, MAX_POOL, AVERAGE_POOL, ADD, COPY, GROUP_NORM = range(7)
     STRIDE_X,
     PADDING_Y,
     PADDING_X,
-    STATISTICS,  # place of a group norm's means and scales
-    EPSILON,  # bits of the float64
     PACK,  # place of scratch
     NUM_COLUMNS,
-) = range(69)
+) = range(68)

@@ -12,13 +12,15 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic, models, register_model
+from numba.extending import models, register_model
+
+from fedlth.compute.jit import intrinsic
 
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
 _FUSE = ("contract",)  # lets a multiply and an add become one instruction, and nothing else
 
 
-class Tile(types.Type):  # type: ignore[misc]  # numba has no types
+class Tile(types.Type):
     """`rows` vectors of `width` float32."""
 
     def __init__(self, rows: int, width: int) -> None:
@@ -27,9 +29,11 @@ class Tile(types.Type):  # type: ignore[misc]  # numba has no types
 
 
 @register_model(Tile)
-class _TileModel(models.PrimitiveModel):  # type: ignore[misc]
+class _TileModel(models.PrimitiveModel):
     def __init__(self, manager: Any, tile: Tile) -> None:
-        super().__init__(manager, tile, ir.LiteralStructType([_vector(tile.width)] * tile.rows))
+        super().__init__(  # type: ignore[no-untyped-call]
+            manager, tile, ir.LiteralStructType([_vector(tile.width)] * tile.rows)
+        )
 
 
 def _vector(width: int) -> ir.VectorType:
@@ -140,19 +144,22 @@ def along(typing, tile, w, at, x, start):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def dots(typing, tile, g, starts, x, places):  # type: ignore[no-untyped-def]
-    """Return tile[i * b + k] + g[starts[i] : ...] * x[places[k] : ...] for tuples of a starts and b places."""
+def dots(typing, tile, g, starts, start, x, places, place):  # type: ignore[no-untyped-def]
+    """Return tile[i * b + k] + g[starts[i] + start : ...] * x[places[k] + place : ...], for tuples of a and of b."""
 
     def body(c: _Code) -> Any:
         width, extract = c.types[0].width, c.builder.extract_value
-        lefts = [c.load(1, extract(c.args[2], i), width) for i in range(c.types[2].count)]
-        rights = [c.load(3, extract(c.args[4], k), width) for k in range(c.types[4].count)]
-        rows = c.rows(0)
+
+        def vectors(array: int, places: int, by: int) -> list[Any]:
+            found = (extract(c.args[places], i) for i in range(c.types[places].count))
+            return [c.load(array, c.builder.add(one, c.args[by]), width) for one in found]
+
+        lefts, rights, rows = vectors(1, 2, 3), vectors(4, 5, 6), c.rows(0)
         return c.tile(
             [c.fma(a, b, rows[i * len(rights) + k]) for i, a in enumerate(lefts) for k, b in enumerate(rights)]
         )
 
-    return _intrinsic(body, _same)(tile, g, starts, x, places)
+    return _intrinsic(body, _same)(tile, g, starts, start, x, places, place)
 
 
 def _halves(c: _Code, vector: Any) -> Any:
@@ -178,9 +185,13 @@ def sums(typing, tile):  # type: ignore[no-untyped-def]
             parts = [c.builder.extract_element(four, ir.Constant(_INT, k)) for k in range(4)]
             pairs = c.builder.fadd(parts[0], parts[1]), c.builder.fadd(parts[2], parts[3])
             values.append(c.builder.fadd(*pairs))
-        return c.context.make_tuple(c.builder, types.UniTuple(types.float32, len(values)), values)
+        kind = types.UniTuple(types.float32, len(values))  # type: ignore[no-untyped-call]
+        return c.context.make_tuple(c.builder, kind, values)
 
-    return _intrinsic(body, lambda given: types.UniTuple(types.float32, given[0].rows))(tile)
+    def result(given: Any) -> Any:
+        return types.UniTuple(types.float32, given[0].rows)  # type: ignore[no-untyped-call]
+
+    return _intrinsic(body, result)(tile)
 
 
 @intrinsic

@@ -25,9 +25,9 @@ class Shards:
     by_key: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_count("data.partition.shard_size", self.shard_size)
-        check_count("data.partition.shards_per_client", self.shards_per_client)
-        check_share("data.partition.unbalance", self.unbalance)
+        check_count("partition.shard_size", self.shard_size)
+        check_count("partition.shards_per_client", self.shards_per_client)
+        check_share("partition.unbalance", self.unbalance)
 
     def __call__(
         self, labels: np.ndarray, keys: np.ndarray | None, num_clients: int, rng: np.random.Generator
@@ -36,7 +36,7 @@ class Shards:
         wanted, there = num_clients * self.shards_per_client, len(labels) // self.shard_size
         if wanted > there:
             raise StudyError(
-                f"data.partition: shards with {num_clients} clients x {self.shards_per_client} shards of "
+                f"partition: shards with {num_clients} clients x {self.shards_per_client} shards of "
                 f"{self.shard_size} must have {wanted} shards, got {there} from {len(labels)} examples"
             )
         by_label = np.argsort(labels, kind="stable")
@@ -64,8 +64,8 @@ class Classes:
     by_key: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_count("data.partition.classes_per_client", self.classes_per_client)
-        check_share("data.partition.unbalance", self.unbalance)
+        check_count("partition.classes_per_client", self.classes_per_client)
+        check_share("partition.unbalance", self.unbalance)
 
     def __call__(
         self, labels: np.ndarray, keys: np.ndarray | None, num_clients: int, rng: np.random.Generator
@@ -74,7 +74,7 @@ class Classes:
         classes, sizes = np.unique(labels, return_counts=True)
         if self.classes_per_client > len(classes):
             raise wrong(
-                "data.partition.classes_per_client",
+                "partition.classes_per_client",
                 f"at most {len(classes)}, the classes of the train set",
                 self.classes_per_client,
             )
@@ -112,18 +112,18 @@ class Classes:
             if minor >= 1 and (as_main * main + as_minor * minor <= sizes).all():
                 return main, minor
         raise StudyError(
-            f"data.partition: classes with {num_clients} clients, {self.classes_per_client} classes each and unbalance "
+            f"partition: classes with {num_clients} clients, {self.classes_per_client} classes each and unbalance "
             f"{self.unbalance} must leave an example for every label of a client, got {int(sizes.sum())} in all"
         )
 
 
 def _one_label_each(name: str, labels: np.ndarray) -> None:
     if labels.ndim != 1:
-        raise StudyError(f"data.partition: {name} must have one label an example, got one a position")
+        raise StudyError(f"partition: {name} must have one label an example, got one a position")
 
 
 def _kept(share: float, size: int, name: str) -> int:
     kept = int(share * size)
     if kept < 1:
-        raise wrong("data.partition.unbalance", f"large enough to keep an example of {name} {size}", share)
+        raise wrong("partition.unbalance", f"large enough to keep an example of {name} {size}", share)
     return kept

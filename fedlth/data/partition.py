@@ -53,14 +53,14 @@ class Dirichlet:
     by_key: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_above_zero("data.partition.alpha", self.alpha)
-        check_count("data.partition.min_samples", self.min_samples)
+        check_above_zero("partition.alpha", self.alpha)
+        check_count("partition.min_samples", self.min_samples)
 
     def __call__(
         self, labels: np.ndarray, keys: np.ndarray | None, num_clients: int, rng: np.random.Generator
     ) -> list[np.ndarray]:
         if labels.ndim != 1:
-            raise StudyError("data.partition: dirichlet must have one label an example, got one a position")
+            raise StudyError("partition: dirichlet must have one label an example, got one a position")
         classes, sizes = np.unique(labels, return_counts=True)
 
         def draw() -> np.ndarray:
@@ -84,8 +84,8 @@ class QuantitySkew:
     by_key: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_above_zero("data.partition.alpha", self.alpha)
-        check_count("data.partition.min_samples", self.min_samples)
+        check_above_zero("partition.alpha", self.alpha)
+        check_count("partition.min_samples", self.min_samples)
 
     def __call__(
         self, labels: np.ndarray, keys: np.ndarray | None, num_clients: int, rng: np.random.Generator
@@ -111,18 +111,18 @@ class NaturalKey:
     by_key: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_count("data.partition.min_samples", self.min_samples)
+        check_count("partition.min_samples", self.min_samples)
 
     def __call__(
         self, labels: np.ndarray, keys: np.ndarray | None, num_clients: int, rng: np.random.Generator
     ) -> list[np.ndarray]:
         if keys is None:
-            raise StudyError("data.partition: natural must have a data set with natural keys, got one without")
+            raise StudyError("partition: natural must have a data set with natural keys, got one without")
         names, owner, sizes = np.unique(keys, return_inverse=True, return_counts=True)
         enough = int((sizes >= self.min_samples).sum())
         if enough < num_clients:
             raise StudyError(
-                f"data.partition: natural with {num_clients} clients and min_samples {self.min_samples} must have "
+                f"partition: natural with {num_clients} clients and min_samples {self.min_samples} must have "
                 f"as many keys of that size, got {enough} of {len(names)}"
             )
         taken = np.sort(np.argsort(-sizes, kind="stable")[:num_clients])
@@ -163,7 +163,7 @@ def _until(draw: Callable[[], np.ndarray], min_samples: int, size: int, num_clie
                 return bounds
             best = max(best, smallest)
     raise StudyError(
-        f"data.partition: {what} with {num_clients} clients must leave each at least {min_samples} of {size} examples, "
+        f"partition: {what} with {num_clients} clients must leave each at least {min_samples} of {size} examples, "
         f"got at best {best} in {MAX_TRIES if num_clients * min_samples <= size else 0} draws; "
         "raise alpha, or lower the clients or min_samples"
     )

@@ -68,7 +68,7 @@ def split_clients(
         test = _test(dataset, partition, indices, test_samples, stream(seed, "test", client=client))
         if len(test) == 0:
             raise StudyError(
-                f"data.test_samples: client {client} must have at least 1 test example of its labels or key, got 0"
+                f"clients.test_samples: client {client} must have at least 1 test example of its labels or key, got 0"
             )
         clients.append(ClientSplit(train, val, test))
     held_out = _unseen(num_clients, unseen, stream(seed, "unseen"))
@@ -82,16 +82,16 @@ def label_counts(dataset: Dataset, split: ClientSplit) -> list[int]:
 
 
 def _check(dataset: Dataset, num_clients: int, validation: float, test_samples: int, unseen: float) -> None:
-    check_count("data.num_clients", num_clients)
+    check_count("clients.count", num_clients)
     if 2 * num_clients > len(dataset.y_train):
-        raise wrong("data.num_clients", f"at most half of the {len(dataset.y_train)} train examples", num_clients)
+        raise wrong("clients.count", f"at most half of the {len(dataset.y_train)} train examples", num_clients)
     if not is_number(validation) or not 0 < validation < 1:
-        raise wrong("data.validation", "in (0, 1)", validation)
-    check_count("data.test_samples", test_samples)
+        raise wrong("clients.validation", "in (0, 1)", validation)
+    check_count("clients.test_samples", test_samples)
     if not is_number(unseen) or not 0 <= unseen < 1:
-        raise wrong("data.unseen", "in [0, 1)", unseen)
+        raise wrong("clients.unseen", "in [0, 1)", unseen)
     if unseen > 0 and num_clients < 2:
-        raise wrong("data.unseen", "0 when there is only one client", unseen)
+        raise wrong("clients.unseen", "0 when there is only one client", unseen)
 
 
 def _validation(indices: np.ndarray, validation: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ def attempt(step: Callable[[Job], Reply], job: Job) -> Reply | Failure:
         return step(job)
     except MemoryError as error:
         return Failure(round=job.round, client=job.client, kind="memory", reason=one_line(error))
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a user's model that calls sys.exit() costs only this job
         kind = "memory" if "can't allocate memory" in str(error) else "raised"
         return Failure(round=job.round, client=job.client, kind=kind, reason=one_line(error))
 

@@ -18,6 +18,7 @@ HEADER = struct.Struct("<4sBBBB8s8s")  # magic, version, flags, mask mode, value
 REUSE, BITMAP, FULL = 0, 3, 6
 F32, NO_VALUES = 0, 6
 NO_REFERENCE = bytes(8)
+LARGEST_INT = 2**53
 LARGEST = 1e30  # a trained weight beyond this is damage or attack; float32 sums of it overflow
 
 
@@ -103,6 +104,8 @@ def decode(data: bytes, kind: str, layout: Layout, *, known_mask: np.ndarray | N
     floats[:size][mask] = read[:kept]
     floats[size:] = read[kept:]
     ints = np.frombuffer(values, "<i8", offset=4 * (kept + dense)).astype(np.int64)
+    if ints.size and (ints.min() < -LARGEST_INT or ints.max() > LARGEST_INT):
+        raise PayloadError("an integer is beyond 2^53")
     return Content(mask, floats, ints)
 
 

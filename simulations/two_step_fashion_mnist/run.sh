@@ -4,7 +4,7 @@ set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 out="$1"
 shift
-seeds=("${@:-0 1 2}")
+seeds=("${@:-0 1 2}")  # unquoted below: the default is three words
 one() {
   here="$1" out="$2/$3" seed="$4"
   case "$3" in
@@ -13,7 +13,12 @@ one() {
     classes_3) partition='{name: classes, classes_per_client: 3, seed: 0}' ;;
     iid) partition='{name: iid, seed: 0}' ;;
   esac
-  fedlth run "$here/study.yaml" "study=two_step_$3" "partition=$partition" "seeds=[$seed]" "out=$out" > "$out-$seed.log" 2>&1
+  run="$out/seed-$seed"
+  if [ -e "$run/config.yaml" ]; then
+    fedlth resume "$run" > "$out-$seed.log" 2>&1
+  else
+    fedlth run "$here/study.yaml" "study=two_step_$3" "partition=$partition" "seed=$seed" "out=$run" > "$out-$seed.log" 2>&1
+  fi
   echo "done: $3 seed $seed"
 }
 export -f one

@@ -64,7 +64,10 @@ def overlap_table(results: dict[str, Results]) -> str:
 
 
 def cost_table(results: dict[str, Results]) -> str:
-    lines = ["| partition | seeds | MB up a run | MB down a run | hours a run (sum of client steps) |", "|---|---|---|---|---|"]
+    lines = [
+        "| partition | seeds | MB up a run | MB down a run | hours a run (sum of client steps) |",
+        "|---|---|---|---|---|",
+    ]
     for name, one in results.items():
         rows = [f.ledger for f in one.group]
         up = np.mean([sum(r.payload_bytes for r in ledger if r.receiver == "server") for ledger in rows]) / 1e6
@@ -89,7 +92,9 @@ def draw(results: dict[str, Results], path: Path) -> None:
             y = np.array([100 * s.mean for _, s in found])
             low = [100 * (s.mean - s.interval.low) for _, s in found]
             high = [100 * (s.interval.high - s.mean) for _, s in found]
-            axis.errorbar(x, y, yerr=[low, high], color=colours[arm], marker="o", ms=4, lw=1.5, elinewidth=0.8, label=arm)
+            axis.errorbar(
+                x, y, yerr=[low, high], color=colours[arm], marker="o", ms=4, lw=1.5, elinewidth=0.8, label=arm
+            )
         for arm, style in (("global", ":"), ("local", "-."), ("dense", "-"), ("dense_total", "--")):
             s = one.summary(Choice(arm, 1.0))
             if s:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 pytest.importorskip("numba")
+pytestmark = pytest.mark.timeout(600)  # the first use on a machine compiles
 
 from fedlth.compute import kernel  # noqa: E402
 from fedlth.models.registry import build  # noqa: E402
@@ -35,7 +36,9 @@ def lenet(seed: int = 0) -> nn.Module:
 @pytest.mark.parametrize("density", [None, 0.5, 0.2, 0.05])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_lenet_equals_the_reference(density: float | None, momentum: float) -> None:
-    agrees(case(lenet(), (1, 28, 28), examples=50, batch_size=32, density=density, momentum=momentum, weight_decay=0.01))
+    agrees(
+        case(lenet(), (1, 28, 28), examples=50, batch_size=32, density=density, momentum=momentum, weight_decay=0.01)
+    )
 
 
 @pytest.mark.parametrize("density", [None, 0.05])

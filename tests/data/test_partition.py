@@ -171,5 +171,5 @@ def test_natural_without_keys() -> None:
     ],
 )
 def test_impossible_settings_name_the_setting(kind: type, options: dict[str, Any]) -> None:
-    with pytest.raises(StudyError, match=rf"data.partition.{list(options)[-1]} must be"):
+    with pytest.raises(StudyError, match=rf"partition.{list(options)[-1]} must be"):
         kind(**options)

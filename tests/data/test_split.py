@@ -126,13 +126,13 @@ def test_sequence_labels_draw_test_uniformly() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_clients": 0}, "data.num_clients must be an integer of at least 1, got 0"),
-        ({"num_clients": 301}, "data.num_clients must be at most half of the 600 train examples"),
-        ({"validation": 0.0}, "data.validation must be in"),
-        ({"validation": 1}, "data.validation must be in"),
-        ({"test_samples": 0}, "data.test_samples must be"),
-        ({"unseen": 1.0}, "data.unseen must be in"),
-        ({"unseen": 0.5, "num_clients": 1}, "data.unseen must be 0 when there is only one client"),
+        ({"num_clients": 0}, "clients.count must be an integer of at least 1, got 0"),
+        ({"num_clients": 301}, "clients.count must be at most half of the 600 train examples"),
+        ({"validation": 0.0}, "clients.validation must be in"),
+        ({"validation": 1}, "clients.validation must be in"),
+        ({"test_samples": 0}, "clients.test_samples must be"),
+        ({"unseen": 1.0}, "clients.unseen must be in"),
+        ({"unseen": 0.5, "num_clients": 1}, "clients.unseen must be 0 when there is only one client"),
     ],
 )
 def test_impossible_splits_name_the_setting(changes: dict[str, Any], message: str) -> None:

@@ -25,7 +25,8 @@ pytestmark = [
     pytest.mark.timeout(600),
     # typer, which Flower imports, against a newer click.
     pytest.mark.filterwarnings("ignore:'click.utils:DeprecationWarning"),
-    # Ray ends its own processes without waiting for them.
+    # Ray leaves its processes' handles and their output to the garbage collector.
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
     pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),
 ]
 ROOT = Path(__file__).parents[2]

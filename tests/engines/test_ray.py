@@ -171,7 +171,6 @@ class TestOnOneRay:
         with pytest.raises(StudyError, match="no worker could be started: it took more than 0.01 s"):
             map_one(study, engine)
 
-
     def test_another_ray_than_the_one_in_use_is_refused(self) -> None:
         with pytest.raises(StudyError, match="ray.address: this process uses the Ray at .*, got 127.0.0.1:9"):
             map_one(study_of(engine="ray", ray={"address": "127.0.0.1:9"}))

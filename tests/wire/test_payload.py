@@ -31,7 +31,7 @@ def content(seed: int = 0, density: float = 0.4) -> Content:
     floats[kept] = ODD[: kept.size]
     floats[-ODD.size :] = ODD
     floats[:SIZE][~mask] = 0
-    return Content(mask, floats, draw.integers(-(2**62), 2**62, INTS))
+    return Content(mask, floats, draw.integers(-(2**53), 2**53, INTS))
 
 
 def repaired(body: bytes) -> bytes:

@@ -1,0 +1,276 @@
+"""The compiled loops: forward, loss, backward and the step of every batch of a training; and prediction.
+
+Compiled once for every network, since the layer table is data: 25 to 35 s of CPU at the first use on a machine, then
+read from numba's disk cache.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fedlth.compute import columns as col
+from fedlth.compute import gather, pointwise, sparse, weights
+from fedlth.compute.jit import entry, inlined, part, source_stamp
+
+
+@inlined
+def _forward_job(row: Any, lanes: int) -> gather.Gather:
+    return gather.Gather(
+        row[col.X],
+        row[col.TAP_ROW],
+        row[col.TAP_STEP],
+        row[col.TAP_GROUP],
+        row[col.TAPS],
+        row[col.TAP_PLACES],
+        row[col.WEIGHT],
+        row[col.TAPS],
+        row[col.TAPS] * (row[col.OUT_CHANNELS] // row[col.GROUPS]),
+        row[col.TAP_WEIGHTS],
+        row[col.BIAS],
+        row[col.GROUPS],
+        row[col.OUT_CHANNELS] // row[col.GROUPS],
+        row[col.Y],
+        row[col.OUT_PLACES],
+        row[col.Y_ROW],
+        row[col.OUT_HEIGHT],
+        row[col.PIXELS],
+        row[col.SPAN],
+        lanes,
+        row[col.RELU] != 0,
+        False,
+        row[col.PACK],
+    )
+
+
+@inlined
+def _backward_job(row: Any, lanes: int) -> gather.Gather:
+    return gather.Gather(
+        row[col.SPREAD],
+        row[col.SPREAD_ROW],
+        lanes,
+        row[col.BACK_GROUP],
+        row[col.BACK_TAPS],
+        row[col.BACK_PLACES],
+        row[col.WEIGHT],
+        row[col.KERNEL_AREA],
+        row[col.TAPS] * (row[col.OUT_CHANNELS] // row[col.GROUPS]),
+        row[col.BACK_WEIGHTS],
+        -1,
+        row[col.GROUPS],
+        row[col.CHANNELS] // row[col.GROUPS],
+        row[col.DX],
+        row[col.BACK_OUT_PLACES],
+        row[col.DX_ROW],
+        row[col.BACK_ROWS],
+        1,
+        row[col.BACK_SPAN],
+        lanes,
+        False,
+        row[col.ACCUMULATE] != 0,
+        row[col.PACK],
+    )
+
+
+@inlined
+def _gather(work: Any, index: Any, w: Any, job: Any, kind: int) -> None:
+    if kind == col.LINEAR:
+        gather.gather_one(work, index, w, job)
+    else:
+        gather.gather(work, index, w, job)
+
+
+@part
+def forward(rows: Any, index: Any, lists: Any, scales: Any, work: Any, w: Any, lanes: int) -> None:
+    """Run the layers in order."""
+    for at in range(len(rows)):
+        row = rows[at]
+        kind = row[col.KIND]
+        if kind == col.CONVOLUTION or kind == col.LINEAR:
+            if row[col.SPARSE]:
+                sparse.forward(work, index, lists, w, row, lanes)
+            else:
+                _gather(work, index, w, _forward_job(row, lanes), kind)
+        elif kind == col.MAX_POOL:
+            pointwise.max_pool(work, row, lanes)
+        elif kind == col.AVERAGE_POOL:
+            pointwise.average_pool(work, scales[at : at + 1], row, lanes)
+        else:
+            pointwise.combine(work, row, lanes)
+
+
+@part
+def backward(rows: Any, index: Any, lists: Any, scales: Any, work: Any, w: Any, grad: Any, lanes: int) -> None:
+    """Run the layers backwards and add every weight's gradient to `grad`."""
+    for at in range(len(rows) - 1, -1, -1):
+        row = rows[at]
+        kind = row[col.KIND]
+        if row[col.RELU] and kind != col.MAX_POOL:
+            pointwise.clip_gradient(work, row, lanes)
+        if kind == col.CONVOLUTION or kind == col.LINEAR:
+            if row[col.NEEDS_DX]:
+                if row[col.SPREAD] != row[col.DY]:
+                    pointwise.spread_gradient(work, row, lanes)
+                if row[col.SPARSE]:
+                    sparse.input_gradient(work, index, lists, w, row)
+                else:
+                    _gather(work, index, w, _backward_job(row, lanes), kind)
+            if row[col.BIAS] >= 0:
+                weights.biases(work, grad, row, lanes)
+            if row[col.SPARSE]:
+                sparse.weights(work, lists, grad, row, lanes)
+            elif kind == col.LINEAR:
+                weights.linear_weights(work, index, grad, row, lanes)
+            else:
+                weights.convolution_weights(work, index, grad, row, lanes)
+        elif row[col.NEEDS_DX] and kind == col.MAX_POOL:
+            pointwise.max_pool_gradient(work, row, lanes)
+        elif row[col.NEEDS_DX] and kind == col.AVERAGE_POOL:
+            pointwise.average_pool_gradient(work, scales[at : at + 1], row, lanes)
+        elif kind == col.COPY or kind == col.ADD:
+            if row[col.NEEDS_DX]:
+                places = row[col.DX], row[col.DX_PLANE], row[col.DX_ROW]
+                pointwise.pass_gradient(work, row, lanes, *places, row[col.ACCUMULATE])
+            if kind == col.ADD and row[col.NEEDS_DX_2]:
+                places = row[col.DX2], row[col.DX2_PLANE], row[col.DX2_ROW]
+                pointwise.pass_gradient(work, row, lanes, *places, row[col.ACCUMULATE_2])
+
+
+@part
+def load_batch(row: Any, work: Any, x: Any, order: Any, start: int, count: int, lanes: int) -> None:
+    """Copy examples order[start : start + count] of x (N, C * H * W) to the network's input, one to a lane."""
+    width = row[col.WIDTH]
+    for c in range(row[col.CHANNELS]):
+        for y in range(row[col.HEIGHT]):
+            to = row[col.X] + c * row[col.X_PLANE] + y * row[col.X_ROW]
+            first = (c * row[col.HEIGHT] + y) * width
+            for lane in range(lanes):
+                if lane < count:
+                    example = order[start + lane]
+                    for k in range(width):
+                        work[to + k * lanes + lane] = x[example, first + k]
+                else:
+                    for k in range(width):
+                        work[to + k * lanes + lane] = 0
+
+
+@part
+def cross_entropy(row: Any, work: Any, y: Any, order: Any, start: int, count: int, batch: int, lanes: int) -> float:
+    """Write the gradient of the mean loss over `batch` to the last layer's; return these examples' summed loss."""
+    classes, total = row[col.OUT_CHANNELS], 0.0
+    for lane in range(lanes):
+        out, at = row[col.Y] + lane, row[col.DY] + lane
+        if lane >= count:
+            for k in range(classes):
+                work[at + k * row[col.DY_PLANE]] = 0
+            continue
+        most = work[out]
+        for k in range(classes):
+            most = max(most, work[out + k * row[col.Y_PLANE]])
+        size = 0.0
+        for k in range(classes):
+            size += math.exp(float(work[out + k * row[col.Y_PLANE]]) - most)
+        label = y[order[start + lane]]
+        total += math.log(size) + most - work[out + label * row[col.Y_PLANE]]
+        for k in range(classes):
+            share = math.exp(float(work[out + k * row[col.Y_PLANE]]) - most) / size
+            if k == label:
+                share -= 1.0
+            work[at + k * row[col.DY_PLANE]] = share / batch
+    return total
+
+
+@part
+def step(w: Any, grad: Any, velocity: Any, moves: Any, rate: Any, momentum: Any, decay: Any) -> None:
+    """Take one SGD step and clear the gradient. velocity and moves may be empty: no momentum, all weights move."""
+    if len(moves) == 0 and len(velocity) == 0:
+        for k in range(len(w)):
+            w[k] -= rate * (grad[k] + decay * w[k])
+            grad[k] = 0
+    elif len(moves) == 0:
+        for k in range(len(w)):
+            velocity[k] = momentum * velocity[k] + (grad[k] + decay * w[k])
+            w[k] -= rate * velocity[k]
+            grad[k] = 0
+    elif len(velocity) == 0:
+        for k in range(len(w)):
+            w[k] -= rate * ((grad[k] + decay * w[k]) * moves[k])
+            grad[k] = 0
+    else:
+        for k in range(len(w)):
+            velocity[k] = momentum * velocity[k] + (grad[k] + decay * w[k]) * moves[k]
+            w[k] -= rate * velocity[k]
+            grad[k] = 0
+
+
+def _make_entries(stamp: int) -> tuple[Any, Any, Any]:
+    def list_layers(rows: Any, index: Any, lists: Any, kept: Any) -> int:
+        """Write the lists of the kept weights of the sparse layers."""
+        for at in range(len(rows)):
+            if rows[at, col.SPARSE]:
+                sparse.list_kept(index, lists, kept, rows[at])
+        return stamp
+
+    def train(
+        rows: Any,
+        inlet: Any,
+        index: Any,
+        lists: Any,
+        scales: Any,
+        work: Any,
+        w: Any,
+        grad: Any,
+        velocity: Any,
+        moves: Any,
+        x: Any,
+        y: Any,
+        order: Any,
+        starts: Any,
+        losses: Any,
+        rates: Any,
+        momentum: Any,
+        decay: Any,
+        lanes: int,
+    ) -> int:
+        """Train on batches order[starts[s] : starts[s + 1]]; losses: (steps,) float64, summed over each batch."""
+        last = rows[len(rows) - 1]
+        for s in range(len(starts) - 1):
+            size, total = starts[s + 1] - starts[s], 0.0
+            for start in range(starts[s], starts[s + 1], lanes):
+                count = min(lanes, starts[s + 1] - start)
+                load_batch(inlet, work, x, order, start, count, lanes)
+                forward(rows, index, lists, scales, work, w, lanes)
+                total += cross_entropy(last, work, y, order, start, count, size, lanes)
+                backward(rows, index, lists, scales, work, w, grad, lanes)
+            losses[s] = total
+            step(w, grad, velocity, moves, rates[s], momentum, decay)
+        return stamp
+
+    def predict(
+        rows: Any,
+        inlet: Any,
+        index: Any,
+        lists: Any,
+        scales: Any,
+        work: Any,
+        w: Any,
+        x: Any,
+        order: Any,
+        logits: Any,
+        lanes: int,
+    ) -> int:
+        """Write the last layer's output for every example of x to logits (N, classes)."""
+        last = rows[len(rows) - 1]
+        for start in range(0, len(order), lanes):
+            count = min(lanes, len(order) - start)
+            load_batch(inlet, work, x, order, start, count, lanes)
+            forward(rows, index, lists, scales, work, w, lanes)
+            for lane in range(count):
+                for k in range(last[col.OUT_CHANNELS]):
+                    logits[start + lane, k] = work[last[col.Y] + k * last[col.Y_PLANE] + lane]
+        return stamp
+
+    return entry(list_layers), entry(train), entry(predict)
+
+
+list_layers, train, predict = _make_entries(source_stamp())
