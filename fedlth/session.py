@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fedlth import __version__, rounds, store, tickets_file
+from fedlth import __version__, rounds, store, tensorboard, tickets_file
 from fedlth.client import space
 from fedlth.config import Study
 from fedlth.data.split import label_counts
@@ -30,6 +30,8 @@ Tell = Callable[[str], None]
 def start(study: Study, out: Path, engine: Engine, tell: Tell) -> RunFolder:
     """Run a study into a new folder. Everything that can be wrong in the study is found before anything is written."""
     study, notes = resolve(study)
+    if study.tensorboard:
+        tensorboard.require()
     study, why = backend(study)
     notes += why
     world = open_world(study.science())
@@ -84,6 +86,8 @@ def _go(folder: RunFolder, engine: Engine, tell: Tell) -> RunFolder:
     if not loop.progress.lengths["metrics"]:
         raise StudyError(f"{folder.root}: no client finished step 2; rounds.jsonl says why for each")
     _finish(folder, loop)
+    if loop.world.study.tensorboard:
+        tensorboard.write(folder.root)
     _write_header(folder, folder.study(), loop.world, engine, finished=True)
     return folder
 
@@ -91,11 +95,15 @@ def _go(folder: RunFolder, engine: Engine, tell: Tell) -> RunFolder:
 def _finish(folder: RunFolder, loop: rounds.Loop) -> None:
     """Write the tickets as plain safetensors, and the digests by which two runs are compared."""
     digests: dict[str, str] = {}
+    away = 0
     study, world = loop.world.study, loop.world
     arm = "refined" if study.refine.rounds else kept_arm(study)
     for client in range(study.clients.count):
         version = loop.progress.versions.get(str(client), "")
-        if arm is None or not version or not folder.clients.path(client, version).exists():
+        if arm is None or not version:
+            continue
+        if not folder.clients.path(client, version).exists():
+            away += 1
             continue
         state = ClientState.from_bytes(folder.clients.get(client, version))
         if "ticket" not in state.masks:
@@ -107,6 +115,8 @@ def _finish(folder: RunFolder, loop: rounds.Loop) -> None:
         meta = {"study": study.study, "method": recipe_of(study).name, "seed": study.seed, "client": client, "arm": arm}
         path = folder.root / "tickets" / f"client-{client:04d}.safetensors"
         digests[str(client)] = tickets_file.write(path, world.layout, floats, mask, meta)
+    if away:
+        loop.tell(f"note: {away} tickets stay with their clients; only their masks' names are here")
     record = {"theta_g": loop.theta.digest(), "tickets": digests}
     store.write_atomic(folder.root / "digests.json", json.dumps(record, indent=1).encode())
 

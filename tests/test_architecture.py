@@ -22,7 +22,7 @@ FLOORS: list[set[str]] = [
     {"methods"},
     {"client", "server", "runfolder", "tickets_file"},
     {"rounds"},
-    {"session"},
+    {"tensorboard", "session"},
     {"engines", "forecast", "tune", "api", "report", "catalogue", "cli", "__main__"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

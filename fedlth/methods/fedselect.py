@@ -14,7 +14,6 @@ from fedlth.methods.local import Local
 from fedlth.methods.state import ClientState
 from fedlth.methods.visit import Own, Visited, private, received_params
 from fedlth.params import Params
-from fedlth.tickets.evidence import Evidence
 from fedlth.tickets.score import Movement, Score
 from fedlth.tickets.select import keep_top
 from fedlth.wire.payload import Content
@@ -71,18 +70,7 @@ class SelectVisit:
         return params, loss
 
     def _grow(self, local: Local, before: Params, after: Params, shared: np.ndarray) -> np.ndarray:
-        size = shared.size
-        score = self.score(
-            Evidence(
-                layout=local.world.layout,
-                init=local.world.theta_0.floats[:size],
-                start=before.floats[:size],
-                now=after.floats[:size],
-                mask=shared,
-                gradient=lambda prefix: local.gradient(after, prefix),
-                rng=local.rng("score"),
-            )
-        )
+        score = self.score(local.evidence(start=before, now=after, mask=shared))
         grown = shared.copy()
         for e in local.world.layout.prunable:
             here = shared[e.slice]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedlth import rng, train
 from fedlth.params import Params, read
+from fedlth.tickets.evidence import Evidence
 from fedlth.train import Plan, Trained
 from fedlth.world import World, torch_stream
 
@@ -83,6 +84,19 @@ class Local:
         floats = base.floats.copy()
         floats[: prefix.size] = prefix
         return train.gradient(self.world.bound, replace(base, floats=floats), self.train_part)
+
+    def evidence(self, *, start: Params, now: Params, mask: np.ndarray) -> Evidence:
+        """Return what a score may look at after a training from `start` to `now`."""
+        size = mask.size
+        return Evidence(
+            layout=self.world.layout,
+            init=self.world.theta_0.floats[:size],
+            start=start.floats[:size],
+            now=now.floats[:size],
+            mask=mask,
+            gradient=lambda prefix: self.gradient(now, prefix),
+            rng=self.rng("score"),
+        )
 
     def fresh_init(self, what: str) -> Params:
         """Draw another initialisation, from this client's own stream."""

@@ -12,7 +12,6 @@ import numpy as np
 
 from fedlth.methods.local import Local
 from fedlth.params import Params
-from fedlth.tickets.evidence import Evidence
 from fedlth.tickets.scope import Layerwise, Scope
 from fedlth.tickets.score import Magnitude, Score
 from fedlth.train import Trained
@@ -23,17 +22,7 @@ def shrink(
     score: Score, scope: Scope, local: Local, *, start: Params, now: Params, mask: np.ndarray, density: float
 ) -> np.ndarray:
     """Return the mask of exactly `density`, picked among what `mask` holds alive, by `score` at `now`."""
-    size = mask.size
-    evidence = Evidence(
-        layout=local.world.layout,
-        init=local.world.theta_0.floats[:size],
-        start=start.floats[:size],
-        now=now.floats[:size],
-        mask=mask,
-        gradient=lambda prefix: local.gradient(now, prefix),
-        rng=local.rng("score"),
-    )
-    return scope(score(evidence), mask, local.world.layout, density)
+    return scope(score(local.evidence(start=start, now=now, mask=mask)), mask, local.world.layout, density)
 
 
 @dataclass(frozen=True)

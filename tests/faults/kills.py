@@ -1,4 +1,4 @@
-"""Kill a study at random moments, resume it, compare: `python -m tests.faults.kills STUDY.yaml KILLS OUT [key=value ...]`.
+"""Kill a study at random, resume, compare: `python -m tests.faults.kills STUDY.yaml KILLS OUT [key=value ...]`.
 
 The engine is whatever the study or an override names, so the same command tests every engine. Exit code 0: every
 killed and resumed run ended in the same bits as the run that was never killed.

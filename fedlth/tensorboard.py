@@ -1,0 +1,27 @@
+"""A run's rounds as TensorBoard events, for those who watch there; an extra."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+from fedlth.errors import StudyError
+
+
+def require() -> None:
+    """Raise StudyError where TensorBoard is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise StudyError("tensorboard: must be false, or install the extra: pip install 'fedlth[tensorboard]'")
+
+
+def write(run: Path) -> None:
+    """Write one scalar a round and direction into RUN/tensorboard, x being the number of commits."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(run / "tensorboard")) as writer:
+        for step, line in enumerate((run / "rounds.jsonl").read_bytes().splitlines(), 1):
+            row = json.loads(line)
+            for name in ("val_accuracy", "up_bytes", "down_bytes"):
+                if row[name] is not None:
+                    writer.add_scalar(f"{row['phase']}/{name}", row[name], step)
