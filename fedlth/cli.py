@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     study_text = (
         "STUDY.yaml is one study (see configs/). key=value overrides any key by its dotted name:\n"
         "  method=fedavg_ft  train.lr=0.1  partition.alpha=0.3  finder.densities=[0.5,0.2]\n"
-        "  engine=inprocess|ray|flower  seed=1  seeds=[0,1,2]  out=runs/mine  data.root=/data\n"
+        "  compute=auto  engine=inprocess|ray|flower  seed=1  seeds=[0,1,2]  out=runs/mine  data.root=/data\n"
         "`fedlth list` says what each name may be."
     )
     sub = command("run", run, "run a study and write its report", study_text)

@@ -14,6 +14,7 @@ from fedlth.methods.recipe import Recipe
 from fedlth.methods.resolve import arms_of, finder_of, recipe_of, resolve
 from fedlth.rounds import CONTROLS, steps_of
 from fedlth.server import broadcast
+from fedlth.session import backend
 from fedlth.world import World, open_world
 
 TIMED_STEPS = 5
@@ -35,6 +36,8 @@ def forecast(study: Study) -> str:
     Bytes are exact for methods that send dense models; for methods with masks they are upper bounds.
     """
     study, notes = resolve(study)
+    study, why = backend(study)
+    notes += why
     world = open_world(study.science())
     recipe = recipe_of(study)
     step_s = _step_seconds(world)
@@ -42,7 +45,10 @@ def forecast(study: Study) -> str:
     per_epoch = float(np.mean([-(-n // study.train.batch_size) for n in sizes]))
     participations = study.federate.rounds * study.federate.clients_per_round if recipe.federated else 0
     tuning = sum(trainings(a, study) for a in arms_of(study)) * study.personalise.epochs
-    steps = per_epoch * (participations * study.train.epochs + study.clients.count * tuning)
+    if study.refine.rounds:
+        tuning += study.personalise.epochs
+    visits = participations + study.refine.rounds * study.refine.clients_per_round
+    steps = per_epoch * (visits * study.train.epochs + study.clients.count * tuning)
     down, up = _bytes(world, recipe, participations)
     per_step = 3 * world.flops[""] * study.train.batch_size
     lines = [
@@ -52,6 +58,7 @@ def forecast(study: Study) -> str:
         f"train examples {min(sizes)}-{max(sizes)}, partition {world.splits.digest[:16]}",
         f"model: {study.model.name}, {world.layout.num_params:,} parameters, {world.layout.num_prunable:,} prunable",
         *(_tensor_line(world, e.name) for e in world.layout.floats if e.role == "param"),
+        *_kernel_lines(world),
         f"bytes: down {down / 1e6:,.2f} MB, up {up / 1e6:,.2f} MB"
         + ("" if recipe.down == "broadcast" and recipe.space == "weights" else " (upper bound: masks only save)"),
         f"training: {steps:,.0f} steps, {steps * per_step / 1e12:,.2f} TFLOP (dense), at {1e3 * step_s:.2f} ms a step "
@@ -111,6 +118,13 @@ def _disk_mb(world: World, recipe: Recipe) -> float:
     count, whole = world.study.clients.count, 4 * world.layout.num_floats
     tickets = count * (whole + world.layout.num_prunable / 8) if arms_of(world.study) != ("global",) else 0
     return float(2 * tickets + 3 * whole + (count * whole if recipe.name == "fedselect" else 0)) / 1e6
+
+
+def _kernel_lines(world: World) -> list[str]:
+    """Say which layers the compute kernel runs, or why it cannot."""
+    if isinstance(world.table, str):
+        return [f"compute: {world.study.compute}; the kernel cannot run this study: {world.table}"]
+    return [f"compute: {world.study.compute}; the kernel's layers:", *(f"  {line}" for line in world.table.describe())]
 
 
 def _tensor_line(world: World, name: str) -> str:
