@@ -48,6 +48,9 @@ def done(results: Results) -> str:
         sentences.append(f"{unseen} stayed unseen in the rounds and took part only at the end.")
     if results.main is not None and results.main.arm in ("ticket", "refined"):
         sentences.append("Then every client found its own ticket, a sparse part of the model, and fine-tuned it.")
+        refined = len({row.round for row in results.group[0].rounds if row.phase == "refine"})
+        if refined:
+            sentences.append(f"{_plural(refined, 'more federated round')} trained inside the tickets.")
     elif results.main is not None:
         sentences.append(f"What speaks for the method below is: {arm_of(results.main.arm).meaning}.")
     if len(results.group) > 1:
