@@ -86,7 +86,7 @@ def _go(folder: RunFolder, engine: Engine, tell: Tell) -> RunFolder:
     if not loop.progress.lengths["metrics"]:
         raise StudyError(f"{folder.root}: no client finished step 2; rounds.jsonl says why for each")
     _finish(folder, loop)
-    if loop.world.study.tensorboard:
+    if folder.study().tensorboard:
         tensorboard.write(folder.root)
     _write_header(folder, folder.study(), loop.world, engine, finished=True)
     return folder
@@ -96,7 +96,7 @@ def _finish(folder: RunFolder, loop: rounds.Loop) -> None:
     """Write the tickets as plain safetensors, and the digests by which two runs are compared."""
     digests: dict[str, str] = {}
     away = 0
-    study, world = loop.world.study, loop.world
+    study, world = folder.study(), loop.world  # the world knows only what decides numbers, not names
     arm = "refined" if study.refine.rounds else kept_arm(study)
     for client in range(study.clients.count):
         version = loop.progress.versions.get(str(client), "")
