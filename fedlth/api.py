@@ -52,7 +52,7 @@ def resume(run: Path | str, *, tell: Tell = _quiet) -> Path:
 
 def check(study: Study) -> None:
     """Raise StudyError where the study cannot be run; build its data and model to know."""
-    open_world(resolve(study)[0].science())
+    open_world(resolve(study)[0].science()).probe()
 
 
 def _all(study: Study, out: Path, tell: Tell) -> None:
@@ -66,7 +66,9 @@ def _one(study: Study, out: Path, tell: Tell) -> None:
     try:
         drive(RunFolder(out).study() if begun else tuned(study, out, tell), out, tell, again=begun)
     except KeyboardInterrupt:
-        tell(f"stopped; to go on: fedlth resume {out.parent if (out.parent / ASKED).exists() else out}")
+        whole = out.parent if (out.parent / ASKED).exists() else out
+        begun = (whole / ASKED).exists() or (whole / "config.yaml").exists()
+        tell(f"stopped; to go on: fedlth resume {whole}" if begun else "stopped before anything was written")
         raise
 
 

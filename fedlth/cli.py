@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fedlth: {error}; what was committed is kept: fedlth resume", file=sys.stderr)
         return DISK
     except KeyboardInterrupt:
-        print("fedlth: stopped; everything up to the last line above is kept", file=sys.stderr)
+        print("fedlth: stopped", file=sys.stderr)
         return INTERRUPTED
 
 

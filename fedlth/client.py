@@ -108,7 +108,7 @@ def _personalise(
     if kept is not None:
         rest = world.layout.num_prunable
         values = np.concatenate((kept.params.floats[:rest][kept.mask], kept.params.floats[rest:]))
-        state = state.with_(masks={"ticket": kept.mask}, vectors={"ticket": values})
+        state = state.with_(masks={"ticket": kept.mask}, vectors={"ticket": values, "ticket_ints": kept.params.ints})
         if world.study.refine.rounds and job.phase == "personalise":
             state = state.with_(masks={"active": kept.mask})
             bare = payload.encode("mask", world.exchange, Content(kept.mask, None, None))

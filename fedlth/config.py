@@ -109,7 +109,7 @@ class Refine(_Node):
 class Tune(_Node):
     """Learning rates to try before the run; validation accuracy after `rounds` rounds chooses."""
 
-    lr: Floats = ()
+    lr: Annotated[tuple[Positive, ...], BeforeValidator(_tuple)] = ()
     rounds: Count = 5
 
 
@@ -131,7 +131,7 @@ class Study(_Node):
 
     study: str = "study"
     seed: Annotated[int, Field(ge=0)] = 0
-    seeds: Annotated[tuple[int, ...], BeforeValidator(_tuple)] = ()
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_tuple)] = ()
     method: Spec = {"name": "two_step"}
     data: Annotated[Data, BeforeValidator(_spec)] = Data()
     partition: Spec = {"name": "iid"}
@@ -228,6 +228,8 @@ def _cross_check(study: Study, where: str) -> None:
         raise StudyError(f"{where}: finder.densities: must fall from left to right, got {list(densities)}")
     if study.finder.main is not None and study.finder.main not in densities:
         raise StudyError(f"{where}: finder.main: must be one of finder.densities, got {study.finder.main}")
+    if len(set(study.seeds)) != len(study.seeds):
+        raise StudyError(f"{where}: seeds: each must stand once, got {list(study.seeds)}")
     for place, spec in (("method", study.method), ("partition", study.partition)):
         if not isinstance(spec.get("name"), str):
             raise StudyError(f"{where}: {place}.name: required, but missing")

@@ -39,6 +39,7 @@ def forecast(study: Study) -> str:
     study, why = backend(study)
     notes += why
     world = open_world(study.science())
+    world.probe()
     recipe = recipe_of(study)
     step_s = _step_seconds(world)
     sizes = [len(c.train) for c in world.splits.clients]

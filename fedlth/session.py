@@ -20,6 +20,7 @@ from fedlth.errors import StudyError
 from fedlth.jobs import Engine
 from fedlth.methods.resolve import kept_arm, recipe_of, resolve
 from fedlth.methods.state import ClientState
+from fedlth.params import Params
 from fedlth.runfolder import RunFolder
 from fedlth.server import broadcast
 from fedlth.world import World, open_world
@@ -35,7 +36,7 @@ def start(study: Study, out: Path, engine: Engine, tell: Tell) -> RunFolder:
     study, why = backend(study)
     notes += why
     world = open_world(study.science())
-    _ = world.bound  # a backend that cannot run this model says so before anything is written
+    world.probe()
     for note in notes:
         tell(f"note: {note}")
     folder = RunFolder(out)
@@ -84,12 +85,17 @@ def _go(folder: RunFolder, engine: Engine, tell: Tell) -> RunFolder:
     finally:
         engine.close()
     if not loop.progress.lengths["metrics"]:
-        raise StudyError(f"{folder.root}: no client finished step 2; rounds.jsonl says why for each")
+        raise StudyError(f"{folder.root}: no client finished step 2; the first failed with: {_first_failure(folder)}")
     _finish(folder, loop)
     if folder.study().tensorboard:
         tensorboard.write(folder.root)
     _write_header(folder, folder.study(), loop.world, engine, finished=True)
     return folder
+
+
+def _first_failure(folder: RunFolder) -> str:
+    rows = [json.loads(line) for line in folder.log("rounds").read_bytes().splitlines()]
+    return next((str(f["reason"]) for row in rows for f in row["failed"]), "no reason is recorded")
 
 
 def _finish(folder: RunFolder, loop: rounds.Loop) -> None:
@@ -112,9 +118,10 @@ def _finish(folder: RunFolder, loop: rounds.Loop) -> None:
         floats = np.zeros(world.layout.num_floats, np.float32)
         floats[: mask.size][mask] = values[: int(mask.sum())]
         floats[mask.size :] = values[int(mask.sum()) :]
+        params = Params(floats, state.vectors["ticket_ints"])
         meta = {"study": study.study, "method": recipe_of(study).name, "seed": study.seed, "client": client, "arm": arm}
         path = folder.root / "tickets" / f"client-{client:04d}.safetensors"
-        digests[str(client)] = tickets_file.write(path, world.layout, floats, mask, meta)
+        digests[str(client)] = tickets_file.write(path, world.layout, params, mask, meta)
     if away:
         loop.tell(f"note: {away} tickets stay with their clients; only their masks' names are here")
     record = {"theta_g": loop.theta.digest(), "tickets": digests}

@@ -16,23 +16,25 @@ from fedlth.store import safetensors_bytes, write_atomic
 if TYPE_CHECKING:
     from torch import nn
 
-    from fedlth.params import Layout
+    from fedlth.params import Layout, Params
 
 
-def write(path: Path, layout: Layout, floats: np.ndarray, mask: np.ndarray, meta: Mapping[str, Any]) -> str:
-    """Write dense masked weights by name, "<name>_mask" as packed bits, and metadata; return the ticket's digest.
+def write(path: Path, layout: Layout, params: Params, mask: np.ndarray, meta: Mapping[str, Any]) -> str:
+    """Write dense masked weights and buffers by name, "<name>_mask" as packed bits, and metadata; return its digest.
 
-    The digest is blake2b-64 of the mask's bits and the weights' bits.
+    Integer and bool buffers are written as int64. The digest is blake2b-64 of the bits of mask, weights and buffers.
     """
     arrays: dict[str, np.ndarray] = {}
     shapes: dict[str, list[int]] = {}
-    for e in layout.floats:
+    for e in layout.entries:
         for name in (e.name, *e.aliases):
-            arrays[name] = np.ascontiguousarray(floats[e.slice].reshape(e.shape))
+            values = (params.ints if e.is_int else params.floats)[e.slice]
+            arrays[name] = np.ascontiguousarray(values.reshape(e.shape))
             shapes[name] = list(e.shape)
         if e.prunable:
             arrays[f"{e.name}_mask"] = np.packbits(mask[e.slice])
-    digest = hashlib.blake2b(np.packbits(mask).tobytes() + floats.tobytes(), digest_size=8).hexdigest()
+    bits = np.packbits(mask).tobytes() + params.floats.tobytes() + params.ints.tobytes()
+    digest = hashlib.blake2b(bits, digest_size=8).hexdigest()
     told = {k: str(v) for k, v in meta.items()}
     told |= {
         "format": "fedlth-ticket-1",

@@ -17,6 +17,7 @@ from fedlth.compute import kernel
 from fedlth.compute.graph import compile_layers
 from fedlth.compute.table import LayerTable
 from fedlth.data.dataset import Dataset
+from fedlth.data.factory import told
 from fedlth.data.partition import PARTITIONS
 from fedlth.data.sources import load
 from fedlth.data.split import Splits, split_clients
@@ -72,11 +73,37 @@ class World:
         missing = kernel.available()
         return missing or compile_layers(self.module(), self.layout, tuple(self.dataset.x_train.shape[1:]))
 
+    def probe(self) -> None:
+        """Run the model once on a few examples, in both modes; raise StudyError where it cannot be trained here."""
+        x, y = inputs(self.dataset, self.splits.clients[0].train[:4], train=True)
+        with torch_stream(0):
+            module = self.module()
+            buffers = dict(module.named_buffers())
+            for mode in (False, True):
+                try:
+                    logits = module.train(mode)(x)
+                except Exception as error:
+                    raise StudyError(
+                        f"model: {self.study.model.name} fails on a batch {tuple(x.shape)}: {told(error)}"
+                    ) from error
+                wanted = (*y.shape, self.dataset.num_classes)
+                if not isinstance(logits, Tensor) or tuple(logits.shape) != wanted:
+                    got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                    raise StudyError(f"model: {self.study.model.name} must return logits of shape {wanted}, got {got}")
+            for name, buffer in buffers.items():
+                if dict(module.named_buffers()).get(name) is not buffer:
+                    raise StudyError(
+                        f"model: buffer {name} is replaced; write into it in place: self.{name}.copy_(...)"
+                    )
+        _ = self.bound  # a backend that cannot run this model says so
+
     @property
     def device(self) -> str:
         wanted = self.study.device
         if wanted == "auto":
             return "cuda" if torch.cuda.is_available() else "cpu"
+        if wanted != "cpu" and not (wanted.partition(":")[0] == "cuda" and torch.cuda.is_available()):
+            raise StudyError(f"device: must be auto, cpu, or cuda where torch can use one, got {wanted!r}")
         return wanted
 
     def part(self, client: int, name: str) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedlth.data.dataset import Dataset
+from fedlth.data.factory import told
 from fedlth.data.limits import check_count, is_number
 from fedlth.data.partition import Partition
 from fedlth.errors import StudyError, wrong
@@ -54,14 +55,12 @@ def split_clients(
     Raises StudyError naming the setting, and the client when one would be empty.
     """
     _check(dataset, num_clients, validation, test_samples, unseen)
-    owned = partition(dataset.y_train, dataset.key_train, num_clients, stream(seed, "partition"))
-    if len(owned) != num_clients:
-        raise StudyError(f"data.partition: must return {num_clients} clients, got {len(owned)}")
+    owned = _owned(dataset, partition, num_clients, stream(seed, "partition"))
     clients = []
     for client, indices in enumerate(owned):
         if len(indices) < 2:
             raise StudyError(
-                f"data.partition: client {client} must have at least 1 train and 1 validation example, "
+                f"partition: client {client} must have at least 1 train and 1 validation example, "
                 f"got {len(indices)} in all; ask for fewer clients or a larger minimum"
             )
         train, val = _validation(np.asarray(indices, np.int64), validation, stream(seed, "validation", client=client))
@@ -90,8 +89,34 @@ def _check(dataset: Dataset, num_clients: int, validation: float, test_samples: 
     check_count("clients.test_samples", test_samples)
     if not is_number(unseen) or not 0 <= unseen < 1:
         raise wrong("clients.unseen", "in [0, 1)", unseen)
+    if dataset.x_train.dtype.kind != "i" and dataset.y_train.ndim == 1:  # a vocabulary may hold words that never come
+        absent = np.flatnonzero(np.bincount(dataset.y_train, minlength=dataset.num_classes) == 0)
+        if absent.size:
+            raise StudyError(f"data: class {absent[0]} must have a training example, got none that a client could have")
     if unseen > 0 and num_clients < 2:
         raise wrong("clients.unseen", "0 when there is only one client", unseen)
+
+
+def _owned(dataset: Dataset, partition: Partition, num_clients: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Return each client's positions in x_train, checked: a user's partition may return anything."""
+    try:
+        owned = [np.asarray(part) for part in partition(dataset.y_train, dataset.key_train, num_clients, rng)]
+    except StudyError:
+        raise
+    except Exception as error:  # the user's code may raise anything
+        raise StudyError(f"partition: {partition!r} raised {told(error)}") from error
+    if len(owned) != num_clients:
+        raise StudyError(f"partition: must return {num_clients} clients, got {len(owned)}")
+    size = len(dataset.y_train)
+    for client, part in enumerate(owned):
+        if part.ndim != 1 or (part.size and (part.dtype.kind not in "iu" or part.min() < 0 or part.max() >= size)):
+            raise StudyError(
+                f"partition: client {client} must get positions in [0, {size}), got {part.dtype} {part.shape}"
+            )
+    everything = np.concatenate(owned)
+    if len(np.unique(everything)) != len(everything):
+        raise StudyError("partition: clients must not share training examples, got some twice")
+    return owned
 
 
 def _validation(indices: np.ndarray, validation: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -104,7 +129,7 @@ def _test(
     dataset: Dataset, partition: Partition, indices: np.ndarray, test_samples: int, rng: np.random.Generator
 ) -> np.ndarray:
     """Return sorted positions in x_test, at most `test_samples`."""
-    if partition.by_key and dataset.key_train is not None and dataset.key_test is not None:
+    if getattr(partition, "by_key", False) and dataset.key_train is not None and dataset.key_test is not None:
         own = np.flatnonzero(np.isin(dataset.key_test, np.unique(dataset.key_train[indices])))
         return np.sort(rng.choice(own, min(test_samples, len(own)), replace=False))
     if dataset.y_train.ndim != 1:

@@ -41,7 +41,9 @@ class SelectVisit:
         visits = state.visits + 1
         if visits % self.every == 0:
             shared = self._grow(local, held.params, params, shared)
-        new = replace(state, visits=visits).with_(masks={"active": shared}, vectors={"private": params.floats})
+        new = replace(state, visits=visits).with_(
+            masks={"active": shared}, vectors={"private": params.floats, "private_ints": params.ints}
+        )
         sent = local.world.shared_part(params.masked(shared))
         metrics = {"loss": loss, "val_accuracy": val_accuracy, "density": float(shared.mean())}
         return Visited(self.sends, Content(shared, sent.floats, sent.ints), new, metrics)

@@ -81,6 +81,10 @@ def resolve(study: Study) -> tuple[Study, list[str]]:
         )
     if anchor and "@" in anchor and recipe.space != "weights":
         raise StudyError(f"finder.rewind.round: must be -1, method {recipe.name} shares no weights, got {anchor}")
+    if recipe.name == "sub_fedavg" and study.train.epochs < 2:
+        raise StudyError(
+            "train.epochs: must be at least 2 for sub_fedavg, whose gate compares two epochs' masks, got 1"
+        )
     return study, notes
 
 

@@ -11,7 +11,7 @@ from fedlth import store
 
 @dataclass(frozen=True)
 class ClientState:
-    """A client's state as a value. `masks` are bool, `vectors` float32, `visits` counts its own finished rounds."""
+    """A client's state as a value. `masks` are bool, `vectors` of numbers, `visits` counts its own finished rounds."""
 
     visits: int = 0
     masks: dict[str, np.ndarray] = field(default_factory=dict)

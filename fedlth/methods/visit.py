@@ -83,7 +83,7 @@ def private(local: Local, state: ClientState) -> Params:
     """Return the client's whole params so far: theta_0, with its own norms where the buffer policy keeps them local."""
     theta_0 = local.world.theta_0
     kept = state.vectors.get("private")
-    return theta_0 if kept is None else replace(theta_0, floats=kept)
+    return theta_0 if kept is None else Params(kept, state.vectors["private_ints"])
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class MaskedVisit:
         if not mask.all() or "active" in state.masks:
             new = new.with_(masks={"active": mask})
         if local.world.exchange is not local.world.layout:
-            new = new.with_(vectors={"private": params.floats})
+            new = new.with_(vectors={"private": params.floats, "private_ints": params.ints})
         return Visited(self.sends, Content(mask, sent.floats, sent.ints), new, metrics)
 
     def own(self, local: Local, received: Content, state: ClientState, /) -> Own:

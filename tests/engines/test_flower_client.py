@@ -137,4 +137,4 @@ def test_sys_exit_in_a_step_ends_the_step_alone() -> None:
         sys.exit(3)
 
     answer = bounded(leaving, job(), 60.0)
-    assert isinstance(answer, Failure) and answer.kind == "died"
+    assert isinstance(answer, Failure) and answer.kind == "raised"
