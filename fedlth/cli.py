@@ -61,6 +61,27 @@ def diff(args: argparse.Namespace) -> int:
     return 1 if found else 0
 
 
+def bytes_(args: argparse.Namespace) -> int:
+    import json
+
+    from fedlth.report.accounting import account, account_json, account_text
+    from fedlth.report.facts import read_group
+
+    for facts in read_group(args.run):
+        found = account(facts)
+        print(json.dumps(account_json(found)) if args.json else account_text(found))
+    return 0
+
+
+def tickets(args: argparse.Namespace) -> int:
+    from fedlth.report import tickets as told
+    from fedlth.report.facts import read_run
+
+    act = {"ls": told.listing, "show": told.shown, "overlap": told.overlapping}[args.what]
+    print(act(read_run(args.run), args.client), end="")
+    return 0
+
+
 def list_(args: argparse.Namespace) -> int:
     from fedlth import catalogue
 
@@ -127,6 +148,24 @@ def parser() -> argparse.ArgumentParser:
     sub = command("diff", diff, "say whether two runs ended in the same bits", text)
     sub.add_argument("run_a", type=Path, metavar="RUN")
     sub.add_argument("run_b", type=Path, metavar="RUN")
+
+    text = (
+        "Sums the ledger both ways, by phase, kind and client, beside the dense baseline of the same visits, and says\n"
+        "what LotteryFL, FedDST, FedPM and CELL would have reported from it. RUN is a run's folder, or one with seeds."
+    )
+    sub = command("bytes", bytes_, "what crossed the wire, and what papers would have said", text)
+    sub.add_argument("run", type=Path, metavar="RUN")
+    sub.add_argument("--json", action="store_true", help="one JSON object a run, one a line, in bytes")
+
+    text = (
+        "ls       one line a ticket: client, arm, hash, density, size on disk\n"
+        "show     metadata, and shape and density of every tensor, of the named clients\n"
+        "overlap  Jaccard over pairs of tickets, chance, correlation with the clients' labels; all, or those named"
+    )
+    sub = command("tickets", tickets, "list, show and compare a run's saved tickets", text)
+    sub.add_argument("what", choices=("ls", "show", "overlap"))
+    sub.add_argument("run", type=Path, metavar="RUN")
+    sub.add_argument("client", type=int, nargs="*", metavar="CLIENT")
 
     text = "Kinds: methods, models, datasets, partitions, finders, scores, schedules, scopes, rewinds, arms, engines."
     sub = command("list", list_, "list what a study may name", text)

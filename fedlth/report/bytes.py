@@ -9,6 +9,7 @@ from fedlth.report.facts import Facts
 from fedlth.report.rows import LedgerRow
 
 SERVER = "server"
+ROUNDS = ("federate", "refine")  # the phases whose visits send an update back
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,19 @@ class Flow:
 
 
 @dataclass(frozen=True)
+class Frames:
+    """What the transport told. A frame carries one visit's messages of one direction, of which one row has its size.
+
+    frames, payload_bytes: those whose size was told, and the payloads in them; all_frames: how many there were.
+    """
+
+    frames: int
+    all_frames: int
+    framed_bytes: int
+    payload_bytes: int
+
+
+@dataclass(frozen=True)
 class RoundFlow:
     """One round of one phase, and all bytes up to its end."""
 
@@ -41,8 +55,8 @@ class Traffic:
     """The traffic of one run. Refused and failed messages are in every total: they were sent.
 
     unicast: every message counts. once: a payload broadcast to many receivers counts once a round and sender.
-    framed_bytes: as the transport sent it, None unless every row knows it. dense_bytes: what dense FedAvg would
-    have moved for the same visits through the same codec: one dense model down and one up for each visit in
+    framed_bytes: as the transport sent it, None unless every frame's size was told. dense_bytes: what dense FedAvg
+    would have moved for the same visits through the same codec: one dense model down and one up for each visit in
     federated rounds, one down (the final model) for each visit that only personalises.
     """
 
@@ -54,8 +68,19 @@ class Traffic:
     by_phase: dict[str, Flow]
     by_client: dict[int, Flow]
     by_round: tuple[RoundFlow, ...]
-    dense_up_bytes: int
-    dense_down_bytes: int
+    dense_ups: int
+    dense_downs: int
+    dense_payload_bytes: int
+
+    @property
+    def dense_up_bytes(self) -> int:
+        """Return what dense uploads would have moved."""
+        return self.dense_ups * self.dense_payload_bytes
+
+    @property
+    def dense_down_bytes(self) -> int:
+        """Return what dense downloads would have moved."""
+        return self.dense_downs * self.dense_payload_bytes
 
     @property
     def dense_bytes(self) -> int:
@@ -80,6 +105,21 @@ def flow(rows: Iterable[LedgerRow]) -> Flow:
         else:
             peer += row.payload_bytes
     return Flow(messages, up, down, peer)
+
+
+def frames(rows: Iterable[LedgerRow]) -> Frames:
+    """Return what the transport told of `rows`; an answer that never came had no frame."""
+    held: dict[tuple[object, ...], list[LedgerRow]] = {}
+    for row in rows:
+        if row.payload_bytes or row.framed_bytes is not None:
+            held.setdefault((row.round, row.phase, row.sender, row.receiver), []).append(row)
+    told = [inner for inner in held.values() if any(row.framed_bytes is not None for row in inner)]
+    return Frames(
+        frames=len(told),
+        all_frames=len(held),
+        framed_bytes=sum(row.framed_bytes or 0 for inner in told for row in inner),
+        payload_bytes=sum(row.payload_bytes for inner in told for row in inner),
+    )
 
 
 def clients_of(row: LedgerRow) -> list[int]:
@@ -110,25 +150,25 @@ def traffic(facts: Facts) -> Traffic:
         for client in clients_of(row):
             by_client.setdefault(client, []).append(row)
     visits = {(row.round, row.phase, client) for row in rows for client in clients_of(row)}
-    exchanged = sum(phase != "personalise" for _, phase, _ in visits)
     by_round, cumulative = [], 0
     # rounds stand in the order in which they were committed: a later phase may count its rounds from zero again
     for inner in _grouped(rows, [(row.round, row.phase) for row in rows]).values():
         summed = flow(inner)
         cumulative += summed.total_bytes
         by_round.append(RoundFlow(inner[0].round, inner[0].phase, summed, cumulative))
-    framed = [row.framed_bytes for row in rows if row.framed_bytes is not None]
+    told = frames(rows)
     return Traffic(
         unicast=flow(rows),
         once=flow(_once(rows)),
-        framed_bytes=sum(framed) if rows and len(framed) == len(rows) else None,
+        framed_bytes=told.framed_bytes if told.frames and told.frames == told.all_frames else None,
         refused=flow(row for row in rows if row.status != "ok"),
         by_kind={str(k): flow(v) for k, v in sorted(_grouped(rows, [r.kind for r in rows]).items(), key=_text)},
         by_phase={str(k): flow(v) for k, v in _grouped(rows, [r.phase for r in rows]).items()},
         by_client={client: flow(inner) for client, inner in sorted(by_client.items())},
         by_round=tuple(by_round),
-        dense_up_bytes=exchanged * facts.header.dense_payload_bytes,
-        dense_down_bytes=len(visits) * facts.header.dense_payload_bytes,
+        dense_ups=sum(phase in ROUNDS for _, phase, _ in visits),
+        dense_downs=len(visits),
+        dense_payload_bytes=facts.header.dense_payload_bytes,
     )
 
 

@@ -1,0 +1,134 @@
+"""A run's tickets in a terminal: which there are, what one holds, how far they overlap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from fedlth.errors import StudyError
+from fedlth.report.facts import Facts, SavedTicket
+from fedlth.report.overlap import Overlap, overlap
+from fedlth.report.summary import aligned
+from fedlth.report.tables import Table
+from fedlth.report.units import NOTHING, signed
+
+MOST_IN_MATRIX = 12
+
+
+def chosen(facts: Facts, clients: Sequence[int]) -> tuple[SavedTicket, ...]:
+    """Return the tickets of these clients in this order, all of them where none is named.
+
+    Raises StudyError naming the clients that have none.
+    """
+    if not facts.tickets:
+        raise StudyError(f"{facts.path / 'tickets'}: saved tickets are wanted, got none (method {facts.header.method})")
+    held = {saved.client: saved for saved in facts.tickets}
+    missing = [client for client in clients if client not in held]
+    if missing:
+        known = ", ".join(map(str, held))
+        raise StudyError(f"{facts.path / 'tickets'}: no ticket of client {missing[0]}; there are those of {known}")
+    return tuple(held[client] for client in dict.fromkeys(clients)) or facts.tickets
+
+
+def listing(facts: Facts, clients: Sequence[int]) -> str:
+    """Return one line a ticket: client, arm, density, hash, label classes, size on disk, file."""
+    rows = []
+    for saved in chosen(facts, clients):
+        labels = facts.header.client_labels
+        classes = str(sum(n > 0 for n in labels[saved.client])) if saved.client < len(labels) else NOTHING
+        unseen = "yes" if saved.client in facts.header.unseen else "no"
+        size = f"{saved.path.stat().st_size:,}"
+        name = f"tickets/{saved.path.name}"
+        cells = (str(saved.client), saved.arm, saved.ticket, name, f"{saved.density:.4f}", classes, unseen, size)
+        rows.append(cells)
+    header = ("client", "arm", "ticket", "file", "density", "classes", "unseen", "bytes")
+    return aligned(Table("Tickets", header, tuple(rows), left=4)) + "\n"
+
+
+def shown(facts: Facts, clients: Sequence[int]) -> str:
+    """Return what each ticket holds: its metadata, then shape, type, kept weights and density of every tensor.
+
+    Raises StudyError where no client is named.
+    """
+    if not clients:
+        raise StudyError(f"tickets show {facts.path}: a client is wanted, got none; `tickets ls` lists them")
+    return "\n".join(_shown(saved) for saved in chosen(facts, clients))
+
+
+def _shown(saved: SavedTicket) -> str:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(saved.path, framework="numpy") as file:
+            meta = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+    except (SafetensorError, OSError) as error:
+        raise StudyError(f"{saved.path}: a ticket is wanted, got {error}") from None
+    rows, kept_of_all, all_weights = [], 0, 0
+    for name, value in tensors.items():
+        if name.endswith("_mask") and name.removesuffix("_mask") in tensors:
+            continue
+        mask = tensors.get(f"{name}_mask")
+        kept = value.size if mask is None else int(np.bitwise_count(mask).sum())
+        if mask is not None:
+            kept_of_all, all_weights = kept_of_all + kept, all_weights + value.size
+        shape = " x ".join(map(str, value.shape)) or "scalar"
+        density = NOTHING if mask is None else f"{kept / value.size:.4f}"
+        rows.append((name, shape, str(value.dtype), f"{value.size:,}", f"{kept:,}", density))
+    if all_weights:
+        share = f"{kept_of_all / all_weights:.4f}"
+        rows.append(("all masked tensors", "", "", f"{all_weights:,}", f"{kept_of_all:,}", share))
+    meta.pop("shapes", None)  # the table has them
+    told = [f"{saved.path} ({saved.path.stat().st_size:,} B)", *(f"  {key}: {meta[key]}" for key in sorted(meta))]
+    header = ("tensor", "shape", "type", "size", "kept", "density")
+    return "\n".join(told) + "\n\n" + aligned(Table("Tensors", header, tuple(rows), left=3)) + "\n"
+
+
+def overlapping(facts: Facts, clients: Sequence[int]) -> str:
+    """Return how far tickets overlap: Jaccard over pairs, chance, and whether alike labels mean alike tickets."""
+    found = overlap(replace(facts, tickets=chosen(facts, clients)))
+    if found is None:
+        raise StudyError(f"{facts.path}: at least two sparse tickets are wanted to compare, got fewer")
+    pairs = found.pairs(found.jaccard)
+    rows = [
+        _row("Jaccard of two tickets", pairs),
+        _row("chance, equal counts a layer", found.pairs(found.chance)),
+        _row("label mass in common", found.pairs(found.similarity)),
+    ]
+    header = ("over pairs", "mean", "min", "25 %", "median", "75 %", "max")
+    parts = [f"{len(found.clients)} tickets, {len(pairs)} pairs, mean density {found.density:.4f}"]
+    parts.append(aligned(Table("Overlap", header, tuple(rows))))
+    parts.append(f"chance without regard to layers, density / (2 - density): {found.plain_chance:.4f}")
+    parts.append(_tested(found))
+    if len(found.clients) <= MOST_IN_MATRIX:
+        parts.append(aligned(_matrix(found)))
+    else:
+        parts.append(f"name at most {MOST_IN_MATRIX} clients to see their matrix")
+    return "\n\n".join(parts) + "\n"
+
+
+def _row(name: str, values: np.ndarray) -> tuple[str, ...]:
+    by = np.quantile(values, (0, 0.25, 0.5, 0.75, 1))
+    return (name, f"{values.mean():.4f}", *(f"{value:.4f}" for value in by))
+
+
+def _tested(found: Overlap) -> str:
+    test = found.test
+    if math.isnan(test.correlation):
+        return "alike labels, alike tickets: cannot be tested here (fewer than four clients, or all pairs equal)"
+    return (
+        f"alike labels, alike tickets: Spearman {signed(test.correlation)}, one-sided Mantel p = {test.p_value:.4f} "
+        f"({test.permutations:,} permutations of clients)"
+    )
+
+
+def _matrix(found: Overlap) -> Table:
+    header = ("Jaccard", *(str(client) for client in found.clients))
+    rows = [
+        (str(client), *(f"{value:.3f}" for value in line))
+        for client, line in zip(found.clients, found.jaccard, strict=True)
+    ]
+    return Table("Jaccard index", header, tuple(rows))
