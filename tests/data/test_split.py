@@ -110,9 +110,13 @@ def test_label_counts_are_of_the_train_part() -> None:
         assert sum(label_counts(dataset, client)) == len(client.train)
 
 
-def test_a_class_that_no_client_has_works() -> None:
-    dataset = replace(data(), num_classes=12)
-    used = np.concatenate([dataset.y_test[client.test] for client in split(dataset, Classes(1), num_clients=2).clients])
+def test_a_class_that_no_client_can_have_is_refused() -> None:
+    with pytest.raises(StudyError, match="data: class 10 must have a training example"):
+        split(replace(data(), num_classes=12), Classes(1), num_clients=2)
+
+
+def test_a_class_that_no_client_drew_works() -> None:
+    used = np.concatenate([data().y_test[client.test] for client in split(data(), Classes(1), num_clients=2).clients])
     assert np.unique(used).size == 2
 
 
