@@ -10,6 +10,7 @@ from fedlth.cli import parser
 from fedlth.methods.arms import ARMS
 from fedlth.methods.resolve import resolve
 from fedlth.yaml_text import parse
+from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -51,3 +52,25 @@ def test_the_listing_names_every_kind() -> None:
     text = catalogue.listing("")
     for kind in ("methods", "models", "datasets", "partitions", "finder", "arms", "engines"):
         assert kind in text
+
+
+def test_every_key_of_a_study_is_documented() -> None:
+    text = (ROOT / "docs" / "study.md").read_text()
+    for name, field in config.Study.model_fields.items():
+        inner = getattr(field.annotation, "model_fields", {})
+        for key in inner:
+            assert re.search(rf"`{name}\.[^|]*`|`{name}\.{key}`", text) and key in text, f"{name}.{key}"
+        assert f"`{name}" in text, name
+
+
+def test_the_parts_shown_in_the_docs_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = re.search(r"```python\n(# mine.py.*?)```", (ROOT / "docs" / "study.md").read_text(), re.S)
+    assert code
+    (tmp_path / "mine.py").write_text(code.group(1))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    study = tiny.study(
+        finder={"score": {"name": "mine:Grown", "power": 2.0}, "densities": [0.3]}, partition={"name": "mine:Halves"}
+    )
+    run = tiny.run(study, tmp_path / "run")
+    assert (run.root / "digests.json").exists()
