@@ -49,24 +49,22 @@ def _own(symbols: int, segments: int) -> bool:
 
 def encode_library(symbols: np.ndarray, counts: np.ndarray, table: np.ndarray) -> np.ndarray:
     """The same words by constriction; `table` (S, 256) are its unscaled weights."""
-    from constriction.stream.model import Categorical
-    from constriction.stream.stack import AnsCoder
+    from constriction import stream
 
-    coder, wide, end = AnsCoder(), symbols.astype(np.int32), len(symbols)
+    coder, wide, end = stream.stack.AnsCoder(), symbols.astype(np.int32), len(symbols)
     for count, row in zip(counts[::-1].tolist(), table[::-1], strict=True):
         if count:
-            coder.encode_reverse(wide[end - count : end], Categorical(row, perfect=False))
+            coder.encode_reverse(wide[end - count : end], stream.model.Categorical(row, perfect=False))
             end -= count
     return np.asarray(coder.get_compressed(), np.uint32)
 
 
 def decode_library(words: np.ndarray, counts: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, bool]:
     """The same symbols by constriction, and whether it ends empty."""
-    from constriction.stream.model import Categorical
-    from constriction.stream.stack import AnsCoder
+    from constriction import stream
 
-    coder, parts = AnsCoder(words), [np.zeros(0, np.uint8)]
+    coder, parts = stream.stack.AnsCoder(words), [np.zeros(0, np.uint8)]
     for count, row in zip(counts.tolist(), table, strict=True):
         if count:
-            parts.append(coder.decode(Categorical(row, perfect=False), count).astype(np.uint8))
+            parts.append(coder.decode(stream.model.Categorical(row, perfect=False), count).astype(np.uint8))
     return np.concatenate(parts), bool(coder.is_empty())

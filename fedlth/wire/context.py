@@ -96,7 +96,7 @@ def _count_loop(new: Any, old: Any, bits: Any, counts: Any) -> None:
 
 def _label_loop(old: Any, bits: Any, shift: int, centre: int, here: int, out: Any) -> None:
     for i in range(len(old)):
-        place = np.int64((bits[i] & np.uint32(0x7FFFFFFF)) >> np.uint32(shift)) - centre + HALF
+        place: Any = np.int64((bits[i] & np.uint32(0x7FFFFFFF)) >> np.uint32(shift)) - centre + HALF
         out[i] = here + BINS * int(old[i]) + min(max(place, 0), BINS - 1)
 
 

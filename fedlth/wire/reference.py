@@ -20,7 +20,7 @@ class Reference:
     @cached_property
     def digest(self) -> bytes:
         """blake2b-64 of the little-endian float32 values; computed once, however many payloads refer to them."""
-        return hashlib.blake2b(np.ascontiguousarray(self.floats, "<f4"), digest_size=8).digest()
+        return hashlib.blake2b(np.ascontiguousarray(self.floats, "<f4").data, digest_size=8).digest()
 
 
 def name(mask: np.ndarray | None, reference: Reference | None) -> bytes:
