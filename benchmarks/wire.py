@@ -72,7 +72,7 @@ def model_table(name: str) -> None:
     data, draw = fashion_slice(), np.random.default_rng(0)
     x = torch.from_numpy(data.x_train.astype(np.float32) / 255 - 0.3)
     y = torch.from_numpy(data.y_train)
-    model = build(name, input_shape=(1, 28, 28), num_classes=10)
+    model = build(name, input_shape=(1, 28, 28), num_classes=10, options={})
     layout = layout_of(model, [n for n, p in model.named_parameters() if p.ndim > 1])
     size, cnn = layout.num_prunable, name == "leaf_cnn"
     steps(model, x, y, 450, draw)
