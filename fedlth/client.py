@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -21,7 +22,9 @@ from fedlth.methods.visit import private, received_params
 from fedlth.params import Layout, Params
 from fedlth.wire import mask as bitmap
 from fedlth.wire import metrics, payload
+from fedlth.wire.codec import CODECS, Codec
 from fedlth.wire.payload import Content
+from fedlth.wire.reference import Reference
 from fedlth.world import World, open_world
 
 
@@ -60,20 +63,20 @@ def client_step(job: Job) -> Reply:
 def _decoded(data: bytes, kind: str, science: str) -> Content:
     """Decode a broadcast once a worker. Callers treat the content as immutable."""
     world = open_world(science)
-    return payload.decode(data, kind, space(world, recipe_of(world.study)))
+    return payload.decode(data, kind, space(world, recipe_of(world.study)), codec=CODECS[world.study.wire])
 
 
 def _received(job: Job, world: World, recipe: Recipe, state: ClientState) -> dict[str, Content]:
     """Return what came, by name; training uses these decoded objects, never the sender's."""
     layout = space(world, recipe)
-    known = state.masks.get("active")
+    known, codec = state.masks.get("active"), CODECS[world.study.wire]
     got: dict[str, Content] = {}
     for message in job.inbox:
         kind = "values" if message.kind == "evaluation" else message.kind
         if message.broadcast:
             content = _decoded(message.payload, kind, job.study)
         else:
-            content = payload.decode(message.payload, kind, layout, known_mask=known)
+            content = payload.decode(message.payload, kind, layout, codec=codec, known_mask=known)
         got["evaluation" if message.kind == "evaluation" else message.name] = content
     if "theta_g" not in got:
         start = initial(world, recipe)
@@ -81,13 +84,32 @@ def _received(job: Job, world: World, recipe: Recipe, state: ClientState) -> dic
     return got
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What this visit's upload may refer to: the decoded download, and the mask that the server mirrors."""
+
+    codec: Codec
+    known_mask: np.ndarray | None
+    reference: Reference | None
+
+    @staticmethod
+    def of(job: Job, world: World, received: Content, state: ClientState) -> Shared:
+        came = any(m.name == "theta_g" and m.kind != "evaluation" for m in job.inbox)
+        return Shared(CODECS[world.study.wire], state.masks.get("active"), received.reference if came else None)
+
+    def encode(self, kind: str, layout: Layout, content: Content) -> bytes:
+        return payload.encode(
+            kind, layout, content, codec=self.codec, known_mask=self.known_mask, reference=self.reference
+        )
+
+
 def _visit(
     job: Job, world: World, recipe: Recipe, received: Content, state: ClientState
 ) -> tuple[ClientState, tuple[Message, ...]]:
     local = Local(world, job.client, job.round, job.phase)
     done = recipe.visit(local, received, state)
-    known = state.masks.get("active")
-    sent = payload.encode(done.kind, space(world, recipe), done.content, known_mask=known)
+    shared = Shared.of(job, world, received, state)
+    sent = shared.encode(done.kind, space(world, recipe), done.content)
     record: dict[str, Any] = {"num_examples": local.num_train, **done.metrics}
     return done.state, (Message(done.kind, "update", sent), Message("metrics", "visit", metrics.encode(record)))
 
@@ -111,7 +133,8 @@ def _personalise(
         state = state.with_(masks={"ticket": kept.mask}, vectors={"ticket": values, "ticket_ints": kept.params.ints})
         if world.study.refine.rounds and job.phase == "personalise":
             state = state.with_(masks={"active": kept.mask})
-            bare = payload.encode("mask", world.exchange, Content(kept.mask, None, None))
+            shared = Shared.of(job, world, received["theta_g"], ClientState())
+            bare = shared.encode("mask", world.exchange, Content(kept.mask, None, None))
             outbox.append(Message("mask", "ticket", bare))
     return state, tuple(outbox)
 

@@ -17,7 +17,9 @@ from fedlth.ledger import Row
 from fedlth.methods.recipe import Recipe, in_phase
 from fedlth.methods.resolve import arms_of, finder_of, recipe_of
 from fedlth.runfolder import Progress, RunFolder
+from fedlth.wire.codec import CODECS
 from fedlth.wire.errors import PayloadError
+from fedlth.wire.reference import Reference
 from fedlth.world import World, open_world
 
 EMPTY_ROUNDS_ALLOWED = 3
@@ -56,6 +58,7 @@ class Loop:
         self.folder, self.world, self.engine, self.tell = folder, world, engine, tell
         self.science = world.study.science()
         self.recipe = recipe_of(world.study)
+        self.codec = CODECS[world.study.wire]
         self.layout = space(world, self.recipe)
         self.progress = folder.progress()
         self.theta = folder.load_params(self.progress.theta) if self.progress.theta else initial(world, self.recipe)
@@ -117,7 +120,7 @@ class Loop:
             mask = masks.get(client)
             inbox = shared
             if mask is not None:
-                own = server.slice_for("theta_g", self.theta, self.layout, mask)
+                own = server.slice_for("theta_g", self.theta, self.layout, mask, self.codec)
                 controls = [replace(m, kind="evaluation") for m in shared[:1] if self._needs_whole(step)]
                 inbox = (own, *controls, *shared[1:])
             version = self.progress.versions.get(str(client), "")
@@ -130,11 +133,11 @@ class Loop:
         if not recipe.federated:
             return ()
         kind = "values" if recipe.space == "weights" else "scores"
-        first = server.broadcast(kind, "theta_g", self.theta, self.layout)
+        first = server.broadcast(kind, "theta_g", self.theta, self.layout, self.codec)
         if step.phase != "personalise":
             return (first,)
         loaded = {n: self.folder.load_params(n) for n in self.anchors}
-        return (first, *(server.broadcast("values", n, p, self.layout) for n, p in loaded.items()))
+        return (first, *(server.broadcast("values", n, p, self.layout, self.codec) for n, p in loaded.items()))
 
     def _needs_whole(self, step: Step) -> bool:
         """Say whether controls need the whole global model beside a client's slice; it is counted as evaluation."""
@@ -149,6 +152,7 @@ class Loop:
     ) -> tuple[list[tuple[Reply, server.Accepted]], list[Row], list[dict[str, Any]]]:  # fmt: skip
         """Turn answers into accepted replies, ledger rows and failures; each answer stands alone."""
         accepted, rows, failed = [], [], []
+        whole = Reference(self.theta.floats) if recipe.federated else None
         for job, answer in zip(jobs, answers, strict=True):
             framed = answer.framed_down_bytes if isinstance(answer, Reply) else None
             rows += server.rows_down(step.round, step.phase, job.client, job.inbox, masks.get(job.client), framed)
@@ -159,9 +163,14 @@ class Loop:
             try:
                 if (answer.client, answer.round) != (job.client, job.round):
                     raise PayloadError(f"client {answer.client} answered for client {job.client}")
+                mask = masks.get(job.client)
+                sent = whole if mask is None or whole is None else Reference(self.theta.masked(mask).floats)
+                # A ticket is sent on its own, not as a change of the mask that step 1 ended with.
+                known = None if step.phase == "personalise" else mask
                 got = server.accept(
-                    answer, recipe=recipe, layout=self.layout, sends=sends, known_mask=masks.get(job.client)
-                )
+                    answer, recipe=recipe, layout=self.layout, sends=sends, codec=self.codec,
+                    held=server.Held(known, sent),
+                )  # fmt: skip
             except PayloadError as error:
                 failed.append({"client": job.client, "kind": "refused", "reason": str(error)})
                 rows += server.rows_up(step.round, step.phase, answer, None, f"refused: {error}", sends)

@@ -16,8 +16,10 @@ from fedlth.methods.recipe import Recipe
 from fedlth.params import Layout, Params
 from fedlth.wire import mask as bitmap
 from fedlth.wire import metrics, payload
+from fedlth.wire.codec import RAW, Codec
 from fedlth.wire.errors import PayloadError
 from fedlth.wire.payload import Content
+from fedlth.wire.reference import Reference
 
 MOST_EXAMPLES = 10**9
 
@@ -28,16 +30,16 @@ def sample(seed: int, phase: str, round: int, *, clients: Sequence[int], count: 
     return sorted(clients[int(i)] for i in picked)
 
 
-def broadcast(kind: str, name: str, theta: Params, layout: Layout) -> Message:
+def broadcast(kind: str, name: str, theta: Params, layout: Layout, codec: Codec = RAW) -> Message:
     """Encode the global state once, for everyone."""
     content = Content(np.ones(layout.num_prunable, bool), theta.floats, theta.ints)
-    return Message(kind, name, payload.encode(kind, layout, content), broadcast=True)
+    return Message(kind, name, payload.encode(kind, layout, content, codec=codec), broadcast=True)
 
 
-def slice_for(name: str, theta: Params, layout: Layout, mask: np.ndarray) -> Message:
+def slice_for(name: str, theta: Params, layout: Layout, mask: np.ndarray, codec: Codec = RAW) -> Message:
     """Encode what a client's last committed mask holds; the client has that mask, so no bits of it are sent."""
     content = Content(mask, theta.masked(mask).floats, theta.ints)
-    return Message("values", name, payload.encode("values", layout, content, known_mask=mask))
+    return Message("values", name, payload.encode("values", layout, content, codec=codec, known_mask=mask))
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,15 @@ class Accepted:
     record: dict[str, Any]
 
 
-def accept(reply: Reply, *, recipe: Recipe, layout: Layout, sends: str, known_mask: np.ndarray | None) -> Accepted:
+@dataclass(frozen=True)
+class Held:
+    """What a client's upload may refer to: the mask mirrored for it, and the floats it was sent in this visit."""
+
+    mask: np.ndarray | None
+    sent: Reference | None
+
+
+def accept(reply: Reply, *, recipe: Recipe, layout: Layout, sends: str, codec: Codec, held: Held) -> Accepted:
     """Decode and check one reply; raise PayloadError saying why it is refused. A refusal costs only its sender."""
     content: Content | None = None
     record: dict[str, Any] | None = None
@@ -57,7 +67,9 @@ def accept(reply: Reply, *, recipe: Recipe, layout: Layout, sends: str, known_ma
         if message.kind == "metrics" and record is None:
             record = metrics.decode(message.payload)
         elif message.kind == sends and content is None:
-            content = payload.decode(message.payload, message.kind, layout, known_mask=known_mask)
+            content = payload.decode(
+                message.payload, message.kind, layout, codec=codec, known_mask=held.mask, reference=held.sent
+            )
         else:
             raise PayloadError(f"a {message.kind} message was not asked for")
     if record is None:

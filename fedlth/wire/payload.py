@@ -5,21 +5,25 @@ from __future__ import annotations
 import struct
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from fedlth.params import Layout
-from fedlth.wire import mask as bitmap
+from fedlth.wire import mask_section, values, varint
+from fedlth.wire.codec import BITMAP, F32, FULL, MAGNITUDE, NO_VALUES, PREVIOUS, RAW, REUSE, Codec
 from fedlth.wire.errors import PayloadError
+from fedlth.wire.mask_section import USES_MASK
+from fedlth.wire.reference import NO_REFERENCE, Reference
+from fedlth.wire.reference import name as name_of
+from fedlth.wire.values import USES_FLOATS
+
+__all__ = ["BITMAP", "F32", "FULL", "HEADER", "NO_VALUES", "REUSE", "Content", "decode", "encode"]
 
 MAGIC = b"FLT1"
 VERSION = 1
 HEADER = struct.Struct("<4sBBBB8s8s")  # magic, version, flags, mask mode, value mode, schema id, reference id
-REUSE, BITMAP, FULL = 0, 3, 6
-F32, NO_VALUES = 0, 6
-NO_REFERENCE = bytes(8)
 LARGEST_INT = 2**53
-LARGEST = 1e30  # a trained weight beyond this is damage or attack; float32 sums of it overflow
 
 
 @dataclass(frozen=True)
@@ -34,115 +38,120 @@ class Content:
     floats: np.ndarray | None
     ints: np.ndarray | None
 
+    @cached_property
+    def reference(self) -> Reference | None:
+        """These floats as what a later payload may refer to."""
+        return None if self.floats is None else Reference(self.floats)
 
-def encode(kind: str, layout: Layout, content: Content, *, known_mask: np.ndarray | None = None) -> bytes:
+
+def encode(
+    kind: str, layout: Layout, content: Content, *, codec: Codec = RAW, known_mask: np.ndarray | None = None,
+    reference: Reference | None = None,
+) -> bytes:  # fmt: skip
     """Serialise `content` under `layout`.
 
-    `known_mask` is the mask that the receiver already holds; when it is the one to send, no bits are sent.
+    `known_mask` and `reference` are what the receiver already holds, bit for bit; a codec uses them where that is
+    shorter. A mask that the receiver holds is never sent.
     """
-    mask, size = content.mask, layout.num_prunable
-    if bool(mask.all()):
-        mode, section, reference = FULL, b"", NO_REFERENCE
-    elif known_mask is not None and np.array_equal(mask, known_mask):
-        mode, section, reference = REUSE, b"", bytes.fromhex(bitmap.digest(mask))
-    else:
-        mode, section, reference = BITMAP, bitmap.pack(mask), NO_REFERENCE
-    values = b""
+    size, known, held = layout.num_prunable, _partial(known_mask), _fitting(reference, layout)
+    mode, section = mask_section.encode(content.mask, layout, codec, known, held)
+    value_mode, tail = NO_VALUES, b""
     if content.floats is not None and content.ints is not None:
-        kept = content.floats[:size][mask]
-        values = b"".join(
-            (
-                kept.astype("<f4").tobytes(),
-                content.floats[size:].astype("<f4").tobytes(),
-                content.ints.astype("<i8").tobytes(),
-            )
-        )
-    value_mode = NO_VALUES if content.floats is None else F32
-    head = HEADER.pack(MAGIC, VERSION, 0, mode, value_mode, layout.digest(kind), reference)
-    body = b"".join((head, _varint(len(section)), _varint(len(values)), section, values))
+        run = np.concatenate((content.floats[:size][content.mask], content.floats[size:]))
+        old = np.concatenate((held.floats[:size][content.mask], held.floats[size:])) if held else None
+        value_mode, coded = values.encode(run, old, codec)
+        whole = content.ints.astype("<i8").tobytes()
+        tail = coded + whole if value_mode == F32 else whole + coded
+    named = _name(mode, value_mode, known, held)
+    head = HEADER.pack(MAGIC, VERSION, 0, mode, value_mode, layout.digest(kind), named)
+    body = b"".join((head, varint.put(len(section)), varint.put(len(tail)), section, tail))
     return body + struct.pack("<I", zlib.crc32(body))
 
 
-def decode(data: bytes, kind: str, layout: Layout, *, known_mask: np.ndarray | None = None) -> Content:
+def decode(
+    data: bytes, kind: str, layout: Layout, *, codec: Codec = RAW, known_mask: np.ndarray | None = None,
+    reference: Reference | None = None,
+) -> Content:  # fmt: skip
     """Read a payload that may come from anyone; shapes come from the receiver's `layout`, never from the payload.
 
-    Raises PayloadError, and only that, at anything that is not exactly a payload of this kind and layout.
+    Raises PayloadError, and only that, at anything that is not exactly a payload of this kind, layout and codec.
     """
     size = layout.num_prunable
     longest = HEADER.size + 24 + (size + 7) // 8 + 4 * layout.num_floats + 8 * layout.num_ints
+    if F32_ONLY.isdisjoint(codec.values):
+        longest += 64
     if len(data) > longest:
         raise PayloadError(f"{len(data)} bytes, at most {longest} can be right")
     if len(data) < HEADER.size + 6:
         raise PayloadError(f"{len(data)} bytes are too few")
-    magic, version, flags, mode, value_mode, schema, reference = HEADER.unpack_from(data)
+    magic, version, flags, mode, value_mode, schema, named = HEADER.unpack_from(data)
     if magic != MAGIC or version != VERSION or flags != 0:
         raise PayloadError(f"magic {magic!r} version {version} flags {flags}, wanted {MAGIC!r} {VERSION} 0")
-    if mode not in (REUSE, BITMAP, FULL) or value_mode not in (F32, NO_VALUES):
-        raise PayloadError(f"unknown mask mode {mode} or value mode {value_mode}")
+    if mode not in codec.masks or value_mode not in codec.values:
+        raise PayloadError(f"unknown mask mode {mode} or value mode {value_mode} for {codec.name}")
     if struct.unpack("<I", data[-4:])[0] != zlib.crc32(data[:-4]):
         raise PayloadError("checksum does not match")
     if schema != layout.digest(kind):
         raise PayloadError(f"schema {schema.hex()} is not the receiver's {layout.digest(kind).hex()} for {kind}")
-    mask_bytes, at = _read_varint(data, HEADER.size)
-    value_bytes, at = _read_varint(data, at)
+    known, held = _partial(known_mask), _fitting(reference, layout)
+    _check_reference(named, mode, value_mode, known, held)
+    mask_bytes, at = varint.get(data, HEADER.size, len(data) - 4)
+    value_bytes, at = varint.get(data, at, len(data) - 4)
     if at + mask_bytes + value_bytes + 4 != len(data):
         raise PayloadError("section lengths do not add up")
-    mask = _read_mask(mode, data[at : at + mask_bytes], size, reference, known_mask)
-    values = data[at + mask_bytes : -4]
+    mask = mask_section.decode(mode, data[at : at + mask_bytes], layout, known, held)
+    tail = data[at + mask_bytes : -4]
     if value_mode == NO_VALUES:
-        if values:
+        if tail:
             raise PayloadError("a bare mask carries values")
         return Content(mask, None, None)
-    kept = int(np.count_nonzero(mask))
+    return _values(tail, value_mode, mask, layout, held)
+
+
+F32_ONLY = frozenset((F32,))
+
+
+def _values(tail: bytes, mode: int, mask: np.ndarray, layout: Layout, held: Reference | None) -> Content:
+    size, kept, whole = layout.num_prunable, int(np.count_nonzero(mask)), 8 * layout.num_ints
     dense = layout.num_floats - size
-    if len(values) != 4 * (kept + dense) + 8 * layout.num_ints:
-        raise PayloadError(f"{len(values)} bytes of values, wanted those of {kept} kept and {dense} dense")
-    read = np.frombuffer(values, "<f4", count=kept + dense)
-    if not np.isfinite(read).all() or (read.size and float(np.abs(read).max()) > LARGEST):
-        raise PayloadError("a value is not finite or beyond 1e30")
-    floats = np.zeros(layout.num_floats, np.float32)
-    floats[:size][mask] = read[:kept]
-    floats[size:] = read[kept:]
-    ints = np.frombuffer(values, "<i8", offset=4 * (kept + dense)).astype(np.int64)
+    if len(tail) < whole or (mode == F32 and len(tail) != 4 * (kept + dense) + whole):
+        raise PayloadError(f"{len(tail)} bytes of values, wanted those of {kept} kept and {dense} dense")
+    first = len(tail) - whole if mode == F32 else 0
+    ints = np.frombuffer(tail, "<i8", count=layout.num_ints, offset=first).astype(np.int64)
     if ints.size and (ints.min() < -LARGEST_INT or ints.max() > LARGEST_INT):
         raise PayloadError("an integer is beyond 2^53")
+    old = None
+    if mode in USES_FLOATS and held is not None:
+        old = np.concatenate((held.floats[:size][mask], held.floats[size:]))
+    run = values.decode(mode, tail[:first] if mode == F32 else tail[whole:], kept + dense, old)
+    floats = np.zeros(layout.num_floats, np.float32)
+    floats[:size][mask] = run[:kept]
+    floats[size:] = run[kept:]
     return Content(mask, floats, ints)
 
 
-def _read_mask(mode: int, section: bytes, size: int, reference: bytes, known: np.ndarray | None) -> np.ndarray:
-    if mode != REUSE and reference != NO_REFERENCE:
-        raise PayloadError("a self-contained mask names a reference")
-    if mode == BITMAP:
-        mask = bitmap.unpack(section, size)
-        if mask.all():
-            raise PayloadError("a full mask must be sent as full")
-        return mask
-    if section:
-        raise PayloadError("a mask section where none belongs")
-    if mode == FULL:
-        return np.ones(size, bool)
-    if known is None or reference != bytes.fromhex(bitmap.digest(known)):
-        raise PayloadError("refers to a mask that the receiver does not hold")
-    return known
+def _partial(known: np.ndarray | None) -> np.ndarray | None:
+    """A full mask says nothing: the same as none, so that both ends agree on what they hold."""
+    return None if known is None or bool(known.all()) else known
 
 
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes((*out, value))
+def _fitting(reference: Reference | None, layout: Layout) -> Reference | None:
+    return reference if reference is not None and reference.floats.size == layout.num_floats else None
 
 
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    value = 0
-    for i in range(5):
-        if at + i >= len(data) - 4:
-            raise PayloadError("a length is cut off")
-        byte = data[at + i]
-        value |= (byte & 127) << (7 * i)
-        if byte < 128:
-            if i and byte == 0:
-                raise PayloadError("a length is not in its shortest form")
-            return value, at + i + 1
-    raise PayloadError("a length is longer than 5 bytes")
+def _name(mode: int, value_mode: int, known: np.ndarray | None, held: Reference | None) -> bytes:
+    floats = mode == MAGNITUDE or value_mode in USES_FLOATS
+    return name_of(known if mode in USES_MASK else None, held if floats else None)
+
+
+def _check_reference(
+    named: bytes, mode: int, value_mode: int, known: np.ndarray | None, held: Reference | None
+) -> None:
+    alone = mode not in USES_MASK and value_mode not in USES_FLOATS
+    if alone and named != NO_REFERENCE:
+        raise PayloadError("a self-contained payload names a reference")
+    lacks = (mode in (REUSE, PREVIOUS) and known is None) or (
+        (mode == MAGNITUDE or value_mode in USES_FLOATS) and held is None
+    )
+    if lacks or named != _name(mode, value_mode, known, held):
+        raise PayloadError("refers to a mask or values that the receiver does not hold")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedlth.params import Entry, Layout
 from fedlth.wire import mask as bitmap
-from fedlth.wire import payload
+from fedlth.wire import payload, varint
 from fedlth.wire.errors import PayloadError
 from fedlth.wire.payload import BITMAP, F32, FULL, HEADER, NO_VALUES, REUSE, Content
 from tests.tiny import small_layout
@@ -43,7 +43,7 @@ def header(mode: int = BITMAP, values: int = F32, *, reference: bytes = bytes(8)
 
 
 def assembled(head: bytes, section: bytes, values: bytes) -> bytes:
-    return repaired(head + payload._varint(len(section)) + payload._varint(len(values)) + section + values)
+    return repaired(head + varint.put(len(section)) + varint.put(len(values)) + section + values)
 
 
 def same(one: Content, other: Content) -> None:
@@ -151,7 +151,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "schema": (lambda: altered(8, bytes(8)), "schema"),
     "kind": (lambda: payload.encode("scores", LAYOUT, GOOD), "schema"),
     "varint not shortest": (
-        lambda: repaired(header(FULL) + b"\x80\x00" + payload._varint(len(DENSE_VALUES)) + DENSE_VALUES), "shortest"),
+        lambda: repaired(header(FULL) + b"\x80\x00" + varint.put(len(DENSE_VALUES)) + DENSE_VALUES), "shortest"),
     "varint too long": (lambda: repaired(header() + b"\xff" * 6), "longer than 5"),
     "varint cut off": (lambda: repaired(header() + b"\xff\xff"), "cut off"),
     "bitmap too short": (lambda: assembled(header(), BITS[:-1], VALUES), "bitmap of"),

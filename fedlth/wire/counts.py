@@ -1,0 +1,35 @@
+"""How many ones a segment has: as a varint on the wire, and as an estimate of what its bits will cost."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedlth.wire import varint
+from fedlth.wire.errors import PayloadError
+
+
+def put(ones: np.ndarray, sizes: np.ndarray) -> bytes:
+    """Return one varint a non-empty segment: twice its minority's count, plus one where ones are the majority."""
+    code = 2 * np.minimum(ones, sizes - ones) + (2 * ones > sizes)
+    return b"".join(varint.put(c) for c in code[sizes > 0].tolist())
+
+
+def get(data: bytes, at: int, sizes: np.ndarray) -> tuple[np.ndarray, int]:
+    """Read the ones of every segment; raise PayloadError where one cannot be."""
+    ones = np.zeros(sizes.size, np.int64)
+    for s in np.flatnonzero(sizes).tolist():
+        code, at = varint.get(data, at, len(data))
+        size, fewer, most = int(sizes[s]), code >> 1, code & 1
+        if 2 * fewer > size or (most and 2 * fewer == size):
+            raise PayloadError(f"a segment of {size} says that its minority is {fewer}")
+        ones[s] = size - fewer if most else fewer
+    return ones, at
+
+
+def cost(ones: np.ndarray, sizes: np.ndarray) -> float:
+    """Estimate the bytes of a mask with these segments: entropy, counts, half a byte of padding, the state."""
+    k, n = ones.astype(np.float64), sizes.astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bits = np.nan_to_num(k * np.log2(n / k)) + np.nan_to_num((n - k) * np.log2(n / (n - k)))
+    code = 2 * np.minimum(ones, sizes - ones)[sizes > 0]
+    return float(bits.sum()) / 8 + int((1 + (code > 127) + (code > 16383)).sum()) + 4

@@ -1,0 +1,75 @@
+"""What the golden payloads hold; `python -m tests.wire.golden_payloads` writes them anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedlth.params import Entry, Layout
+from fedlth.wire import payload
+from fedlth.wire.codec import CODECS
+from fedlth.wire.payload import Content
+from fedlth.wire.reference import Reference
+
+HERE = Path(__file__).parent / "payloads"
+SHAPES = [(24, 50), (30, 3, 3)]
+LAYOUT = Layout(
+    (
+        Entry("a", (24, 50), "param", 0, prunable=True),
+        Entry("b", (30, 3, 3), "param", 1200, prunable=True),
+        Entry("c", (40,), "param", 1470),
+        Entry("n", (), "buffer", 0, is_int=True),
+    )
+)
+SIZE = LAYOUT.num_prunable
+
+
+def pseudo(seed: int, count: int) -> np.ndarray:
+    """Return float32 in [-1, 1) by whole-number arithmetic: the same on every machine and numpy."""
+    x = (np.arange(count, dtype=np.uint64) + np.uint64(1000003 * seed + 1)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+    return ((x >> np.uint64(40)).astype(np.float64) / 2**23 - 1).astype(np.float32)
+
+
+def cases() -> dict[str, tuple[str, Content, dict[str, Any]]]:
+    """Return name -> codec, content, what the receiver holds."""
+    held = pseudo(1, LAYOUT.num_floats)
+    floats = held + np.float32(0.03) * pseudo(2, held.size)
+    known, near = np.abs(held[:SIZE]) > 0.75, np.abs(floats[:SIZE]) > 0.75
+    few = np.abs(pseudo(3, SIZE)) > 0.95
+    swapped = known ^ (pseudo(5, SIZE) > 0.97)
+    rows = np.concatenate((np.repeat(pseudo(4, 24) > 0, 50), np.repeat(pseudo(6, 30) > 0, 9)))
+    half, both = pseudo(7, SIZE) > 0, {"known_mask": known, "reference": Reference(held)}
+
+    def values(mask: np.ndarray) -> Content:
+        sent = floats.copy()
+        sent[:SIZE][~mask] = 0
+        return Content(mask, sent, np.array([11]))
+
+    return {
+        "raw": ("raw", values(near), {}),
+        "layers": ("lossless", values(few), {}),
+        "previous": ("lossless", Content(swapped, None, None), {"known_mask": known}),
+        "channels": ("lossless", values(rows), {}),
+        "bitmap": ("lossless", Content(half, None, None), {}),
+        "magnitudes": ("lossless", values(near), {"reference": Reference(held)}),
+        "both": ("lossless", values(near), both),
+        "reuse": ("lossless", values(known), both),
+        "full": ("lossless", values(np.ones(SIZE, bool)), {}),
+        "bf16": ("bf16", values(near), both),
+        "f16": ("f16", values(near), both),
+        "step": ("step", values(near), both),
+    }
+
+
+def encoded(name: str) -> bytes:
+    codec, content, holds = cases()[name]
+    return payload.encode("values", LAYOUT, content, codec=CODECS[codec], **holds)
+
+
+if __name__ == "__main__":
+    HERE.mkdir(exist_ok=True)
+    for one in cases():
+        (HERE / f"{one}.bin").write_bytes(encoded(one))
