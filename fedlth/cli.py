@@ -187,6 +187,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StudyError as error:
         print(f"fedlth: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of our output, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         print(f"fedlth: {error}; what was committed is kept: fedlth resume", file=sys.stderr)
         return DISK

@@ -23,6 +23,7 @@ from fedlth.methods.state import ClientState
 from fedlth.params import Params
 from fedlth.runfolder import RunFolder
 from fedlth.server import broadcast
+from fedlth.wire.codec import CODECS
 from fedlth.world import World, open_world
 
 Tell = Callable[[str], None]
@@ -131,7 +132,7 @@ def _finish(folder: RunFolder, loop: rounds.Loop) -> None:
 def _write_header(folder: RunFolder, study: Study, world: World, engine: Engine, *, finished: bool) -> None:
     recipe = recipe_of(study)
     layout = space(world, recipe)
-    dense = broadcast("values", "", world.shared_part(world.theta_0), world.exchange)
+    dense = broadcast("values", "", world.shared_part(world.theta_0), world.exchange, CODECS[study.wire])
     header: dict[str, Any] = {
         "format": 1,
         "study": study.study,

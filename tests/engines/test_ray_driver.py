@@ -35,6 +35,8 @@ def test_a_driver_that_ends_leaves_no_process(sent: signal.Signals, code: int, t
     """Both while a worker hangs, since one that does not answer is the hardest to end."""
     marker = tmp_path / "marker"
     driver = (
+        # A test run in the background inherits an ignored SIGINT.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys; from pathlib import Path; from ray_study import *\n"
         f"try: run(study_of(fault='hang', marker={str(marker)!r}, engine='ray', ray={{'workers': 1}}), Path('run'))\n"
         "except KeyboardInterrupt: sys.exit(130)\n"

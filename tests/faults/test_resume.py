@@ -487,7 +487,12 @@ def test_a_real_sigint(tmp_path: Path) -> None:
     file, out = tmp_path / "s.yaml", tmp_path / "run"
     file.write_text(yaml.safe_dump(tiny.tree(method={"name": "fedavg"}, federate={"rounds": 2000})))
     process = subprocess.Popen(
-        [sys.executable, "-m", "fedlth", "run", str(file), f"out={out}"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "fedlth", "run", str(file), f"out={out}"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test run in the background inherits an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
     )
     for line in process.stderr:
         if "federate 3" in line:
