@@ -143,7 +143,7 @@ class Study(_Node):
     personalise: Personalise = Personalise()
     refine: Refine = Refine()
     tune: Tune = Tune()
-    wire: Literal["raw", "lossless"] = "raw"
+    wire: Literal["raw", "lossless", "bf16", "f16", "step", "sign"] = "lossless"
     compute: Literal["auto", "reference", "sparse"] = "reference"
     device: str = "cpu"
     engine: Literal["inprocess", "ray", "flower"] = "inprocess"

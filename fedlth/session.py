@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fedlth import __version__, rounds, store, tensorboard, tickets_file
+from fedlth import __version__, baseline, rounds, store, tensorboard, tickets_file
 from fedlth.client import space
 from fedlth.config import Study
 from fedlth.data.split import label_counts
@@ -22,8 +22,6 @@ from fedlth.methods.resolve import kept_arm, recipe_of, resolve
 from fedlth.methods.state import ClientState
 from fedlth.params import Params
 from fedlth.runfolder import RunFolder
-from fedlth.server import broadcast
-from fedlth.wire.codec import CODECS
 from fedlth.world import World, open_world
 
 Tell = Callable[[str], None]
@@ -44,7 +42,7 @@ def start(study: Study, out: Path, engine: Engine, tell: Tell) -> RunFolder:
     with folder.locked():
         folder.create(study)
         tell(f"run folder: {out}")
-        _write_header(folder, study, world, engine, finished=False)
+        _write_header(folder, study, world, engine)
         return _go(folder, engine, tell)
 
 
@@ -71,7 +69,7 @@ def resume(out: Path, engine: Engine, tell: Tell) -> RunFolder:
             tell(f"{out}: has ended already")
             return folder
         if not header:
-            _write_header(folder, study, world, engine, finished=False)
+            _write_header(folder, study, world, engine)
         elif (header["data_digest"], header["partition_digest"]) != (world.dataset.digest(), world.splits.digest):
             raise StudyError(f"{out}: must go on with the data that it began with, got others")
         elif header["versions"] != versions():
@@ -90,7 +88,7 @@ def _go(folder: RunFolder, engine: Engine, tell: Tell) -> RunFolder:
     _finish(folder, loop)
     if folder.study().tensorboard:
         tensorboard.write(folder.root)
-    _write_header(folder, folder.study(), loop.world, engine, finished=True)
+    _write_header(folder, folder.study(), loop.world, engine, loop)
     return folder
 
 
@@ -129,10 +127,15 @@ def _finish(folder: RunFolder, loop: rounds.Loop) -> None:
     store.write_atomic(folder.root / "digests.json", json.dumps(record, indent=1).encode())
 
 
-def _write_header(folder: RunFolder, study: Study, world: World, engine: Engine, *, finished: bool) -> None:
+def _write_header(
+    folder: RunFolder, study: Study, world: World, engine: Engine, ended: rounds.Loop | None = None
+) -> None:
+    """Write what is true of the whole run, and once it has `ended` the dense baseline of its last global model."""
     recipe = recipe_of(study)
     layout = space(world, recipe)
-    dense = broadcast("values", "", world.shared_part(world.theta_0), world.exchange, CODECS[study.wire])
+    trained = ended is not None and recipe.federated and recipe.space == "weights"
+    theta = ended.theta if ended and trained else world.shared_part(world.theta_0)
+    dense = baseline.dense(world, theta, train=ended is not None and recipe.federated)
     header: dict[str, Any] = {
         "format": 1,
         "study": study.study,
@@ -163,10 +166,11 @@ def _write_header(folder: RunFolder, study: Study, world: World, engine: Engine,
         "num_parameters": world.layout.num_params,
         "num_prunable": world.layout.num_prunable,
         "num_exchanged": layout.num_floats,
-        "dense_payload_bytes": len(dense.payload),
+        "dense_payload_bytes": dense.down_bytes,
+        "dense_up_payload_bytes": dense.up_bytes,
         "dense_raw_bytes": 4 * world.exchange.num_floats + 8 * world.exchange.num_ints,
         "flops_forward_per_example": world.flops[""],
-        "finished": finished,
+        "finished": ended is not None,
     }
     store.write_atomic(folder.root / "header.json", json.dumps(header, indent=1).encode())
 

@@ -56,8 +56,8 @@ class Traffic:
 
     unicast: every message counts. once: a payload broadcast to many receivers counts once a round and sender.
     framed_bytes: as the transport sent it, None unless every frame's size was told. dense_bytes: what dense FedAvg
-    would have moved for the same visits through the same codec: one dense model down and one up for each visit in
-    federated rounds, one down (the final model) for each visit that only personalises.
+    would have moved for the same visits through the same codec, at sizes measured in this run: one dense model down
+    and one dense update up for each visit in federated rounds, one down for each visit that only personalises.
     """
 
     unicast: Flow
@@ -71,11 +71,12 @@ class Traffic:
     dense_ups: int
     dense_downs: int
     dense_payload_bytes: int
+    dense_up_payload_bytes: int
 
     @property
     def dense_up_bytes(self) -> int:
         """Return what dense uploads would have moved."""
-        return self.dense_ups * self.dense_payload_bytes
+        return self.dense_ups * self.dense_up_payload_bytes
 
     @property
     def dense_down_bytes(self) -> int:
@@ -169,6 +170,7 @@ def traffic(facts: Facts) -> Traffic:
         dense_ups=sum(phase in ROUNDS for _, phase, _ in visits),
         dense_downs=len(visits),
         dense_payload_bytes=facts.header.dense_payload_bytes,
+        dense_up_payload_bytes=facts.header.dense_up_payload_bytes or facts.header.dense_payload_bytes,
     )
 
 

@@ -49,6 +49,7 @@ class Header:
     num_parameters: int = 0
     num_prunable: int = 0
     dense_raw_bytes: int = 0
+    dense_up_payload_bytes: int = 0
     flops_forward_per_example: float = 0.0
 
 
@@ -68,6 +69,10 @@ class LedgerRow:
     ticket: str = ""
     broadcast: bool = False
     status: str = "ok"
+    coding: str = ""
+    mask_bytes: int = 0
+    value_bytes: int = 0
+    iid_bytes: float | None = None
 
 
 @dataclass(frozen=True)
