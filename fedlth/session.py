@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fedlth import __version__, baseline, rounds, store, tensorboard, tickets_file
+from fedlth import __version__, rounds, store, tensorboard, tickets_file
 from fedlth.client import space
 from fedlth.config import Study
 from fedlth.data.split import label_counts
@@ -22,6 +22,8 @@ from fedlth.methods.resolve import kept_arm, recipe_of, resolve
 from fedlth.methods.state import ClientState
 from fedlth.params import Params
 from fedlth.runfolder import RunFolder
+from fedlth.server import broadcast
+from fedlth.wire.codec import CODECS
 from fedlth.world import World, open_world
 
 Tell = Callable[[str], None]
@@ -130,12 +132,12 @@ def _finish(folder: RunFolder, loop: rounds.Loop) -> None:
 def _write_header(
     folder: RunFolder, study: Study, world: World, engine: Engine, ended: rounds.Loop | None = None
 ) -> None:
-    """Write what is true of the whole run, and once it has `ended` the dense baseline of its last global model."""
+    """Write what is true of the whole run; once it has `ended`, a dense download is that of its last global model."""
     recipe = recipe_of(study)
     layout = space(world, recipe)
     trained = ended is not None and recipe.federated and recipe.space == "weights"
     theta = ended.theta if ended and trained else world.shared_part(world.theta_0)
-    dense = baseline.dense(world, theta, train=ended is not None and recipe.federated)
+    dense = broadcast("values", "", theta, world.exchange, CODECS[study.wire])
     header: dict[str, Any] = {
         "format": 1,
         "study": study.study,
@@ -166,8 +168,7 @@ def _write_header(
         "num_parameters": world.layout.num_params,
         "num_prunable": world.layout.num_prunable,
         "num_exchanged": layout.num_floats,
-        "dense_payload_bytes": dense.down_bytes,
-        "dense_up_payload_bytes": dense.up_bytes,
+        "dense_payload_bytes": len(dense.payload),
         "dense_raw_bytes": 4 * world.exchange.num_floats + 8 * world.exchange.num_ints,
         "flops_forward_per_example": world.flops[""],
         "finished": ended is not None,

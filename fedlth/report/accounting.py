@@ -197,6 +197,12 @@ def account_text(found: Account) -> str:
     header, told, masks = found.facts.header, found.frames, found.masks
     parts = [f"{header.study} · {header.method} · seed {header.seed} · {len(found.traffic.by_client)} clients"]
     parts.append(aligned(truth_table(found)))
+    if found.traffic.dense_ups:
+        seen = found.traffic.dense_seen
+        source = (
+            f"the mean of the {seen} that this run sent" if seen else "as large as a model down: this run sent none"
+        )
+        parts.append(f"a dense update through the codec: {found.traffic.dense_up_payload_bytes:,} B, {source}")
     if told.frames:
         parts.append(
             f"as the transport framed it: {told.framed_bytes:,} B for {told.payload_bytes:,} B of payload "

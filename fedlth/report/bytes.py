@@ -56,8 +56,9 @@ class Traffic:
 
     unicast: every message counts. once: a payload broadcast to many receivers counts once a round and sender.
     framed_bytes: as the transport sent it, None unless every frame's size was told. dense_bytes: what dense FedAvg
-    would have moved for the same visits through the same codec, at sizes measured in this run: one dense model down
-    and one dense update up for each visit in federated rounds, one down for each visit that only personalises.
+    would have moved for the same visits through the same codec: one dense model down and one dense update up for each
+    visit in federated rounds, one down for each visit that only personalises. A dense update is the mean of those
+    that this run did send (dense_seen of them); with none, it counts as much as a dense model down.
     """
 
     unicast: Flow
@@ -72,6 +73,7 @@ class Traffic:
     dense_downs: int
     dense_payload_bytes: int
     dense_up_payload_bytes: int
+    dense_seen: int
 
     @property
     def dense_up_bytes(self) -> int:
@@ -158,6 +160,7 @@ def traffic(facts: Facts) -> Traffic:
         cumulative += summed.total_bytes
         by_round.append(RoundFlow(inner[0].round, inner[0].phase, summed, cumulative))
     told = frames(rows)
+    seen = [r.payload_bytes for r in rows if r.receiver == SERVER and r.coding.startswith("full ") and r.value_bytes]
     return Traffic(
         unicast=flow(rows),
         once=flow(_once(rows)),
@@ -170,7 +173,8 @@ def traffic(facts: Facts) -> Traffic:
         dense_ups=sum(phase in ROUNDS for _, phase, _ in visits),
         dense_downs=len(visits),
         dense_payload_bytes=facts.header.dense_payload_bytes,
-        dense_up_payload_bytes=facts.header.dense_up_payload_bytes or facts.header.dense_payload_bytes,
+        dense_up_payload_bytes=round(sum(seen) / len(seen)) if seen else facts.header.dense_payload_bytes,
+        dense_seen=len(seen),
     )
 
 

@@ -49,7 +49,6 @@ class Header:
     num_parameters: int = 0
     num_prunable: int = 0
     dense_raw_bytes: int = 0
-    dense_up_payload_bytes: int = 0
     flops_forward_per_example: float = 0.0
 
 
