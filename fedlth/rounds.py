@@ -154,11 +154,11 @@ class Loop:
         accepted, rows, failed = [], [], []
         whole = Reference(self.theta.floats) if recipe.federated else None
         for job, answer in zip(jobs, answers, strict=True):
-            framed = answer.framed_down_bytes if isinstance(answer, Reply) else None
+            framed = answer.framed_down_bytes
             rows += server.rows_down(step.round, step.phase, job.client, job.inbox, masks.get(job.client), framed)
             if isinstance(answer, Failure):
                 failed.append({"client": job.client, "kind": answer.kind, "reason": answer.reason})
-                rows.append(server.row_failed(step.round, step.phase, job.client, answer.kind))
+                rows.append(server.row_failed(step.round, step.phase, answer))
                 continue
             try:
                 if (answer.client, answer.round) != (job.client, job.round):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedlth import rng
-from fedlth.jobs import Message, Reply
+from fedlth.jobs import Failure, Message, Reply
 from fedlth.ledger import Row, party
 from fedlth.methods.aggregate import Contribution
 from fedlth.methods.recipe import Recipe
@@ -135,11 +135,11 @@ def rows_up(round: int, phase: str, reply: Reply, mask: np.ndarray | None, statu
     ]  # fmt: skip
 
 
-def row_failed(round: int, phase: str, client: int, kind: str) -> Row:
-    """Return the row of an answer that never came."""
+def row_failed(round: int, phase: str, failure: Failure) -> Row:
+    """Return the row of an answer that never came; a message may say so, and has a frame."""
     return Row(
-        round=round, phase=phase, sender=party(client), receiver=party(None), kind="none", name="", payload_bytes=0,
-        status=f"failed: {kind}",
+        round=round, phase=phase, sender=party(failure.client), receiver=party(None), kind="none", name="",
+        payload_bytes=0, framed_bytes=failure.framed_up_bytes, status=f"failed: {failure.kind}",
     )  # fmt: skip
 
 

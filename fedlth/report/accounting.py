@@ -155,7 +155,8 @@ def account_text(found: Account) -> str:
     parts.append(aligned(truth_table(found)))
     if told.frames:
         parts.append(
-            f"as the transport framed it: {told.framed_bytes:,} B for {told.payload_bytes:,} B of payload "
+            f"as the transport framed it: up {told.framed_up_bytes:,} B for {told.payload_up_bytes:,} B of payload, "
+            f"down {told.framed_down_bytes:,} B for {told.payload_down_bytes:,} B "
             f"({told.frames} of {told.all_frames} frames told)"
         )
     if masks.messages:
