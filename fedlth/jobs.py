@@ -57,13 +57,18 @@ class Reply:
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """No answer. `kind` is raised, died, hung, memory or lost; `reason` is one line."""
+    """No answer. `kind` is raised, died, hung, memory or lost; `reason` is one line.
+
+    What was sent has crossed all the same: the framed bytes are those of the job, and of the message that says so.
+    """
 
     round: int
     client: int
     kind: str
     reason: str
     worker: str = ""
+    framed_down_bytes: int | None = None
+    framed_up_bytes: int | None = None
 
 
 class Engine(Protocol):

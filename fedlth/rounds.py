@@ -155,11 +155,10 @@ class Loop:
         return entries.up(step.round, step.phase, answer, mask, status, sends, layout=self.layout)
 
     def _rows_down(self, step: Step, job: Job, down: Downlink, answer: Reply | Failure, kind: str = "") -> list[Row]:
-        framed = answer.framed_down_bytes if isinstance(answer, Reply) else None
         first = "install" if str(job.client) not in self.progress.versions else ""
         return entries.down(
-            step.round, step.phase, job.client, job.inbox, down.masks.get(job.client), framed, layout=self.layout,
-            kind=kind or first,
+            step.round, step.phase, job.client, job.inbox, down.masks.get(job.client), answer.framed_down_bytes,
+            layout=self.layout, kind=kind or first,
         )  # fmt: skip
 
     def _needs_whole(self, step: Step) -> bool:
@@ -179,7 +178,7 @@ class Loop:
             rows += self._rows_down(step, job, down, answer, "resync" if job.client in again else "")
             if isinstance(answer, Failure):
                 failed.append({"client": job.client, "kind": answer.kind, "reason": answer.reason})
-                rows.append(entries.failed(step.round, step.phase, job.client, answer.kind))
+                rows.append(entries.failed(step.round, step.phase, answer))
                 continue
             try:
                 if (answer.client, answer.round) != (job.client, job.round):

@@ -68,6 +68,13 @@ def unruly(job: Job) -> Reply:
     return client_step(job)
 
 
+def unlucky(job: Job) -> Reply:
+    """In step 2, client 1 raises."""
+    if job.phase == "personalise" and job.client == 1:
+        raise RuntimeError("no luck")
+    return client_step(job)
+
+
 def test_the_simulation_equals_the_in_process_run(tmp_path: Path) -> None:
     study = tiny.study()
     tiny.run(study, tmp_path / "inprocess")
@@ -91,6 +98,29 @@ def test_a_client_that_raises_dies_or_hangs_costs_only_itself(tmp_path: Path) ->
     assert [r["failed"] for r in rest] == [[], []]
     assert len(tiny.digests(tmp_path / "run")["tickets"]) == 4
     assert time.monotonic() - began < 300
+
+
+@pytest.mark.parametrize("wire", ["raw", "lossless"])
+def test_the_ledger_is_what_crossed_the_grid(wire: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A meter of its own on Flower's grid: equal for every message, those to clients that fail included."""
+    from benchmarks.meter.meter.grid import Meter
+    from fedlth.engines import flower
+
+    meters: list[Meter] = []
+
+    def metered(grid: Any) -> Any:
+        meters.append(Meter(grid))
+        return transport(meters[-1])
+
+    transport = flower.GridTransport
+    monkeypatch.setattr(flower, "GridTransport", metered)
+    study = tiny.of_method("lotteryfl", wire=wire)
+    run_under_flower(study, tmp_path / "run", step=unlucky)
+    (meter,) = meters
+    lines, equal = meter.compare(tiny.rows(tmp_path / "run", "ledger"))
+    assert equal, "\n".join(lines)
+    assert meter.messages["up"] and meter.messages["down"]
+    assert [len(r["failed"]) for r in tiny.rows(tmp_path / "run", "rounds")].count(1) == 1
 
 
 class Stop(Exception):
