@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 RESYNC = "resync"
+AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class Failure:
 class Engine(Protocol):
     """A transport: the in-process engine is the definition, the others must equal it.
 
-    `holds_state` says that clients keep their own state: the driver then neither sends nor stores it.
+    `holds_state` says that clients keep their own state: the driver then neither sends nor stores it. `at_once` is
+    how many jobs it wants in one map: enough for all its workers, few enough for their answers to fit in memory.
     """
 
     @property
@@ -82,6 +84,9 @@ class Engine(Protocol):
 
     @property
     def holds_state(self) -> bool: ...
+
+    @property
+    def at_once(self) -> int: ...
 
     def map(self, jobs: Sequence[Job], /) -> list[Reply | Failure]:
         """Run `client_step` on each job; one Reply or Failure a job, in job order."""

@@ -105,14 +105,15 @@ def _finish(folder: RunFolder, loop: rounds.Loop) -> None:
     away = 0
     study, world = folder.study(), loop.world  # the world knows only what decides numbers, not names
     arm = "refined" if study.refine.rounds else kept_arm(study)
+    states = folder.devices if loop.engine.holds_state else folder.clients
     for client in range(study.clients.count):
         version = loop.progress.versions.get(str(client), "")
         if arm is None or not version:
             continue
-        if not folder.clients.path(client, version).exists():
+        if not states.has(client, version):
             away += 1
             continue
-        state = ClientState.from_bytes(folder.clients.get(client, version))
+        state = ClientState.from_bytes(states.get(client, version))
         if "ticket" not in state.masks:
             continue
         mask, values = state.masks["ticket"], state.vectors["ticket"]

@@ -81,6 +81,10 @@ class Store:
     def put(self, client: int, version: str, data: bytes) -> None:
         write_atomic(self.path(client, version), data)
 
+    def has(self, client: int, version: str) -> bool:
+        """Say whether a version of this client's state lies here."""
+        return self.path(client, version).exists()
+
     def get(self, client: int, version: str) -> bytes | None:
         """Return a version's bytes; None for the empty version (no state yet)."""
         if not version:

@@ -20,8 +20,8 @@ FLOORS: list[set[str]] = [
     {"tickets", "wire"},
     {"data", "models", "compute", "train", "world"},
     {"methods"},
-    {"client", "server", "uplink", "downlink", "entries", "runfolder", "tickets_file"},
-    {"rounds"},
+    {"client", "server", "uplink", "downlink", "entries", "runfolder", "packs", "tickets_file"},
+    {"visits", "rounds"},
     {"tensorboard", "session"},
     {"engines", "forecast", "tune", "api", "report", "catalogue", "cli", "__main__"},
 ]

@@ -49,7 +49,7 @@ class Place:
         if self.state_dir is not None:
             return Store(self.state_dir / run)
         if self.out is not None and (self.out / "config.yaml").exists():
-            return Store(self.out / "state")
+            return Store(self.out / "devices")
         raise StudyError(
             f"node {self.partition}: the run folder is not on this machine, so the node needs a folder for its state: "
             f"""--node-config 'partition-id={self.partition} state-dir="/path"'"""

@@ -61,6 +61,7 @@ class FlowerEngine:
 
     name = "flower"
     holds_state = True
+    at_once = 256  # nodes answer at their own pace: a part ends with its slowest
 
     def __init__(
         self, transport: Transport, *, study: Study, out: Path, tell: Tell, wait_s: float, stop: threading.Event

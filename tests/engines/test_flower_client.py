@@ -111,7 +111,7 @@ def test_without_a_folder_of_its_own_a_node_uses_the_run_folder_if_it_is_there(t
     assert isinstance(answer, Failure) and "state-dir" in answer.reason
     (tmp_path / "config.yaml").touch()
     assert isinstance(ask(place, job(1)), Reply)
-    assert held(tmp_path, "state") == {"federate-1": 1}
+    assert held(tmp_path, "devices") == {"federate-1": 1}
 
 
 @pytest.mark.parametrize("value", [None, "0", -1, True, 1.0])
