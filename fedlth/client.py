@@ -43,7 +43,7 @@ def client_step(job: Job) -> Reply:
     """Decode, restore, train, encode. Pure but for its caches: equal jobs give equal replies on every engine."""
     began = time.perf_counter()
     world = open_world(job.study)
-    recipe = in_phase(recipe_of(world.study), job.phase)
+    recipe = in_phase(_recipe(job.study), job.phase)
     state = ClientState.from_bytes(job.state)
     if job.version and job.state is None:
         return _resync(job, began, bytes(8))
@@ -67,6 +67,11 @@ def client_step(job: Job) -> Reply:
         seconds=time.perf_counter() - began,
         device=world.device,
     )
+
+
+@lru_cache(maxsize=2)
+def _recipe(science: str) -> Recipe:
+    return recipe_of(open_world(science).study)
 
 
 def _resync(job: Job, began: float, held: bytes) -> Reply:
