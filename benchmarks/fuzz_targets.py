@@ -25,13 +25,15 @@ from fedlth.wire.reference import Reference
 class Target:
     """A receiver. `run` returns whether it accepted what `prepare` made of an input, and raises at a surprise.
 
-    `seeds` are what honest senders would send; `model_bytes` is the receiver's model, 0 where none is at hand.
+    `seeds` are what honest senders would send; `model_bytes` is the receiver's model, 0 where none is at hand;
+    `is_text` says that inputs are JSON, of which tokens may be swapped.
     """
 
     run: Callable[[Any], bool]
     seeds: list[bytes]
     prepare: Callable[[bytes], Any] = lambda data: data
     model_bytes: int = 0
+    is_text: bool = False
 
     def __call__(self, data: bytes) -> bool:
         return self.run(self.prepare(data))
@@ -188,8 +190,10 @@ def target(name: str) -> Target:
     """Return a target: metrics, flower, or the payloads of a layout by name."""
     if name == "metrics":
         record = {"num_examples": 60, "val_accuracy": 0.5, "rows": [{"client": 2, "arm": "ticket", "x": [1.5, None]}]}
-        return Target(read_metrics, [metrics.encode(record), metrics.encode({}), b'{"a": {"f": "+1e999"}}'])
+        return Target(
+            read_metrics, [metrics.encode(record), metrics.encode({}), b'{"a": {"f": "+1e999"}}'], is_text=True
+        )
     if name == "flower":
-        return Target(read_flower, list(flower_seeds()))
+        return Target(read_flower, list(flower_seeds()), is_text=True)
     made = Payloads.of(layout(name))
     return Target(made, list(made.seeds()), made.prepare, made.model_bytes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -43,6 +44,31 @@ def mutant(body: bytes, draw: np.random.Generator) -> bytes:
     return bytes(bad)
 
 
+SCALAR = re.compile(rb'"[^"]*"|[\w.+-]+')
+TOKENS = [b"NaN", b"-Infinity", b"1e999", b"-1", b"0", b"9" * 400, b"null", b"true", b"2", b"3", b"[]", b"{}", b"[[]]"]
+TOKENS += [
+    b'""',
+    b'"\\ud800"',
+    b'"\\u001b[2J"',
+    b'"+1.0e+400"',
+    b'"nan"',
+    b'{"f": "+nan"}',
+    b'"f"',
+    b'"kind"',
+    b'"lost"',
+]
+
+
+def swapped(text: bytes, draw: np.random.Generator) -> bytes:
+    """Return JSON text with one of its names or values in another's place, or in that of a token."""
+    found = list(SCALAR.finditer(text))
+    if not found:
+        return text + TOKENS[int(draw.integers(len(TOKENS)))]
+    one, other = (found[int(draw.integers(len(found)))] for _ in range(2))
+    token = other.group() if draw.random() < 0.2 else TOKENS[int(draw.integers(len(TOKENS)))]
+    return text[: one.start()] + token + text[one.end() :]
+
+
 class Watch:
     """Runs a target on inputs, and holds the worst of time and memory."""
 
@@ -50,7 +76,7 @@ class Watch:
         from fuzz_targets import target
 
         self.name, self._target = name, target(name)
-        self.seeds = self._target.seeds
+        self.seeds, self.is_text = self._target.seeds, self._target.is_text
         self.limit = 4 * self._target.model_bytes + 16 * MB
         self.inputs = self.accepted = self.most_bytes = 0
         self.slowest = 0.0
@@ -86,7 +112,8 @@ def mutate(name: str, count: int) -> dict[str, float]:
     """Run `count` mutants; resident memory may not grow past the limit either, which native code counts in too."""
     watch, draw = Watch(name), np.random.default_rng(0)
     for i in range(count):
-        watch(mutant(watch.seeds[i % len(watch.seeds)], draw))
+        seed = watch.seeds[i % len(watch.seeds)]
+        watch(swapped(seed, draw) if watch.is_text and draw.random() < 0.5 else mutant(seed, draw))
     told = watch.told()
     assert told["grown_bytes"] <= watch.limit, f"{name}: resident memory grew by {told['grown_bytes']} bytes"
     return told
@@ -107,8 +134,15 @@ def guide(name: str, count: int, corpus: Path, tell: Callable[[dict[str, float]]
             tell(watch.told())
 
     longest = max(map(len, watch.seeds)) + 64
+
+    def other(data: bytes, longest: int, seed: int) -> bytes:
+        draw = np.random.default_rng(seed)
+        made = swapped(data, draw) if draw.random() < 0.5 else atheris.Mutate(data, longest)
+        return bytes(made[:longest])
+
+    more = {"custom_mutator": other} if watch.is_text else {}
     flags = ("-len_control=0", "-use_value_profile=1", "-seed=1", "-verbosity=0")  # long inputs from the start
-    atheris.Setup([sys.argv[0], str(corpus), f"-runs={count}", f"-max_len={longest}", *flags], one)
+    atheris.Setup([sys.argv[0], str(corpus), f"-runs={count}", f"-max_len={longest}", *flags], one, **more)
     atheris.Fuzz()
 
 

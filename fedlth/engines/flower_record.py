@@ -139,4 +139,4 @@ def _seconds(head: Mapping[str, Any], name: str) -> float:
 
 def _line(text: str, longest: int) -> str:
     """Return one line that a terminal or a file takes: no control characters, no half of a surrogate pair."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))[:longest]
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text[: 4 * longest].split()))[:longest]
