@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from fedlth import server
+from fedlth import entries, server
 from fedlth.client import initial, space
+from fedlth.downlink import Downlink
 from fedlth.errors import StudyError
-from fedlth.jobs import Engine, Failure, Job, Message, Reply
+from fedlth.jobs import RESYNC, Engine, Failure, Job, Message, Reply
 from fedlth.ledger import Row
 from fedlth.methods.recipe import Recipe, in_phase
 from fedlth.methods.resolve import arms_of, finder_of, recipe_of
 from fedlth.runfolder import Progress, RunFolder
 from fedlth.wire.codec import CODECS
 from fedlth.wire.errors import PayloadError
-from fedlth.wire.reference import Reference
 from fedlth.world import World, open_world
 
 EMPTY_ROUNDS_ALLOWED = 3
@@ -81,11 +81,13 @@ class Loop:
     def _step(self, step: Step, index: int, total: int, began: float) -> None:
         recipe = in_phase(self.recipe, step.phase)
         clients = list(step.clients) or self._sampled(step)
-        masks = {c: self._mirror(c) for c in clients} if recipe.down == "slice" else {}
-        jobs = self._jobs(step, clients, recipe, masks)
+        down = self._downlink(step, clients, recipe)
+        jobs = [self._job(step, c, down.inbox(c)) for c in clients]
         answers = self.engine.map(jobs)
+        jobs, answers, asked, again = self._again(step, down, jobs, answers)
         sends = recipe.visit.sends if step.phase in ("federate", "refine") else self._sends_mask(step)
-        accepted, rows, failed = self._judge(step, jobs, answers, recipe, sends, masks)
+        accepted, rows, failed = self._judge(step, jobs, answers, recipe, sends, down, again)
+        rows = asked + rows
         version = f"{step.phase}-{step.round}"
         progress = self._keep(accepted, version)
         if step.phase in ("federate", "refine"):
@@ -108,36 +110,56 @@ class Loop:
         seen = [c for c in range(study.clients.count) if c not in self.world.splits.unseen]
         return server.sample(study.seed, step.phase, step.round, clients=seen, count=section.clients_per_round)
 
-    def _mirror(self, client: int) -> np.ndarray | None:
-        return self.folder.mirror(client, self.progress.mirrors.get(str(client), ""), self.layout.num_prunable)
-
-    def _jobs(
-        self, step: Step, clients: Sequence[int], recipe: Recipe, masks: dict[int, np.ndarray | None]
-    ) -> list[Job]:
-        shared = self._broadcasts(step, recipe)
-        jobs = []
-        for client in clients:
-            mask = masks.get(client)
-            inbox = shared
+    def _downlink(self, step: Step, clients: Sequence[int], recipe: Recipe) -> Downlink:
+        masks = {}
+        for client in clients if recipe.down == "slice" else ():
+            mask = self.folder.mirror(client, self.progress.mirrors.get(str(client), ""), self.layout.num_prunable)
             if mask is not None:
-                own = server.slice_for("theta_g", self.theta, self.layout, mask, self.codec)
-                controls = [replace(m, kind="evaluation") for m in shared[:1] if self._needs_whole(step)]
-                inbox = (own, *controls, *shared[1:])
-            version = self.progress.versions.get(str(client), "")
-            state = None if self.engine.holds_state else self.folder.clients.get(client, version)
-            job = Job(study=self.science, phase=step.phase, round=step.round, client=client, inbox=inbox)
-            jobs.append(replace(job, version=version, state=state))
-        return jobs
+                masks[client] = mask
+        anchors = {n: self.folder.load_params(n) for n in self.anchors} if step.phase == "personalise" else {}
+        return Downlink(recipe, self.layout, self.codec, self.theta, masks, anchors, self._needs_whole(step))
 
-    def _broadcasts(self, step: Step, recipe: Recipe) -> tuple[Message, ...]:
-        if not recipe.federated:
-            return ()
-        kind = "values" if recipe.space == "weights" else "scores"
-        first = server.broadcast(kind, "theta_g", self.theta, self.layout, self.codec)
-        if step.phase != "personalise":
-            return (first,)
-        loaded = {n: self.folder.load_params(n) for n in self.anchors}
-        return (first, *(server.broadcast("values", n, p, self.layout, self.codec) for n, p in loaded.items()))
+    def _job(self, step: Step, client: int, inbox: tuple[Message, ...], *, forget: bool = False) -> Job:
+        version = "" if forget else self.progress.versions.get(str(client), "")
+        state = None if self.engine.holds_state else self.folder.clients.get(client, version)
+        return Job(
+            study=self.science, phase=step.phase, round=step.round, client=client, inbox=inbox, version=version,
+            state=state,
+        )  # fmt: skip
+
+    def _again(
+        self, step: Step, down: Downlink, jobs: Sequence[Job], answers: Sequence[Reply | Failure]
+    ) -> tuple[list[Job], list[Reply | Failure], list[Row], set[int]]:
+        """Send once more, leaning on nothing, to the clients that have lost what their download referred to.
+
+        Returns the jobs and answers that count, the rows of the first try (those bytes were sent too), and whom.
+        """
+        out_jobs, out = list(jobs), list(answers)
+        rows: list[Row] = []
+        lost: list[int] = []
+        for i, (job, answer) in enumerate(zip(jobs, answers, strict=True)):
+            if not isinstance(answer, Reply) or not _asks(answer):
+                continue
+            rows += self._rows_down(step, job, down, answer)
+            rows += self._rows_up(step, answer, None, "ok", "")
+            forget = not any(answer.outbox[0].payload)
+            out_jobs[i] = self._job(step, job.client, down.inbox(job.client, alone=True), forget=forget)
+            lost.append(i)
+        if lost:
+            self.tell(f"note: {len(lost)} clients have lost what they held; their download is sent again, whole")
+            for i, answer in zip(lost, self.engine.map([out_jobs[i] for i in lost]), strict=True):
+                out[i] = answer
+        return out_jobs, out, rows, {jobs[i].client for i in lost}
+
+    def _rows_up(self, step: Step, answer: Reply, mask: np.ndarray | None, status: str, sends: str) -> list[Row]:
+        return entries.up(step.round, step.phase, answer, mask, status, sends, layout=self.layout)
+
+    def _rows_down(self, step: Step, job: Job, down: Downlink, answer: Reply | Failure, kind: str = "") -> list[Row]:
+        first = "install" if str(job.client) not in self.progress.versions else ""
+        return entries.down(
+            step.round, step.phase, job.client, job.inbox, down.masks.get(job.client), answer.framed_down_bytes,
+            layout=self.layout, kind=kind or first,
+        )  # fmt: skip
 
     def _needs_whole(self, step: Step) -> bool:
         """Say whether controls need the whole global model beside a client's slice; it is counted as evaluation."""
@@ -148,34 +170,26 @@ class Loop:
 
     def _judge(
         self, step: Step, jobs: Sequence[Job], answers: Sequence[Reply | Failure], recipe: Recipe, sends: str,
-        masks: dict[int, np.ndarray | None],
+        down: Downlink, again: Collection[int],
     ) -> tuple[list[tuple[Reply, server.Accepted]], list[Row], list[dict[str, Any]]]:  # fmt: skip
         """Turn answers into accepted replies, ledger rows and failures; each answer stands alone."""
         accepted, rows, failed = [], [], []
-        whole = Reference(self.theta.floats) if recipe.federated else None
         for job, answer in zip(jobs, answers, strict=True):
-            framed = answer.framed_down_bytes
-            rows += server.rows_down(step.round, step.phase, job.client, job.inbox, masks.get(job.client), framed)
+            rows += self._rows_down(step, job, down, answer, "resync" if job.client in again else "")
             if isinstance(answer, Failure):
                 failed.append({"client": job.client, "kind": answer.kind, "reason": answer.reason})
-                rows.append(server.row_failed(step.round, step.phase, answer))
+                rows.append(entries.failed(step.round, step.phase, answer))
                 continue
             try:
                 if (answer.client, answer.round) != (job.client, job.round):
                     raise PayloadError(f"client {answer.client} answered for client {job.client}")
-                mask = masks.get(job.client)
-                sent = whole if mask is None or whole is None else Reference(self.theta.masked(mask).floats)
-                # A ticket is sent on its own, not as a change of the mask that step 1 ended with.
-                known = None if step.phase == "personalise" else mask
-                got = server.accept(
-                    answer, recipe=recipe, layout=self.layout, sends=sends, codec=self.codec,
-                    held=server.Held(known, sent),
-                )  # fmt: skip
+                held = down.held(job.client, job.inbox if sends else (), mask=step.phase != "personalise")
+                got = server.accept(answer, recipe=recipe, layout=self.layout, sends=sends, codec=self.codec, held=held)
             except PayloadError as error:
                 failed.append({"client": job.client, "kind": "refused", "reason": str(error)})
-                rows += server.rows_up(step.round, step.phase, answer, None, f"refused: {error}", sends)
+                rows += self._rows_up(step, answer, None, f"refused: {error}", sends)
                 continue
-            rows += server.rows_up(step.round, step.phase, answer, got.mask, "ok", sends)
+            rows += self._rows_up(step, answer, got.mask, "ok", sends)
             accepted.append((answer, got))
         return accepted, rows, failed
 
@@ -237,6 +251,11 @@ class Loop:
         for reply, _ in accepted:
             self.folder.clients.drop_others(reply.client, self.progress.versions[str(reply.client)])
             self.folder.mirrors.drop_others(reply.client, self.progress.mirrors.get(str(reply.client), ""))
+
+
+def _asks(answer: Reply) -> bool:
+    """Say whether an answer is nothing but the request to send the download again."""
+    return [(m.kind, m.name, len(m.payload)) for m in answer.outbox] == [("control", RESYNC, 8)]
 
 
 def _time_row(step: Step, answer: Reply | Failure) -> dict[str, Any]:

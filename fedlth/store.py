@@ -95,6 +95,13 @@ class Store:
             raise StudyError(f"{path}: damaged: {error}") from error
         return data
 
+    def held(self, client: int, version: str) -> bytes | None:
+        """Return a version's bytes, None where a device has lost them: the step then asks for its download anew."""
+        try:
+            return self.get(client, version)
+        except StudyError:
+            return None
+
     def drop_others(self, client: int, keep: str) -> None:
         """Delete every version but the committed one."""
         folder = self.root / f"{client:06d}"

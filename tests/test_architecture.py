@@ -20,7 +20,7 @@ FLOORS: list[set[str]] = [
     {"tickets", "wire"},
     {"data", "models", "compute", "train", "world"},
     {"methods"},
-    {"client", "server", "runfolder", "tickets_file"},
+    {"client", "server", "uplink", "downlink", "entries", "runfolder", "tickets_file"},
     {"rounds"},
     {"tensorboard", "session"},
     {"engines", "forecast", "tune", "api", "report", "catalogue", "cli", "__main__"},

@@ -68,9 +68,10 @@ def _serve(order: Order, place: Place, step: Step) -> Reply | Failure:
     try:
         _check(order, place)
         store = place.store(order.run)
-        state = store.get(job.client, job.version)
+        state = store.held(job.client, job.version)
         # Before the step, so that a step that comes late deletes nothing that a later one wrote.
-        store.drop_others(job.client, job.version)
+        if state is not None or not job.version:
+            store.drop_others(job.client, job.version)
     except (ValueError, StudyError, OSError) as error:
         return Failure(round=job.round, client=job.client, kind="raised", reason=one_line(error))
     answer = bounded(step, replace(job, state=state), order.timeout_s)

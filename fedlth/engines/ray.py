@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlth import config
+from fedlth.engines.pool import Limits, Pool
 from fedlth.engines.ray_placement import count, share_of
-from fedlth.engines.ray_pool import Limits, Pool
-from fedlth.engines.ray_worker import Worker
+from fedlth.engines.worker import Worker
 from fedlth.jobs import Failure, Job, Reply
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class RayEngine:
         def spawn() -> object:
             return cluster.spawn(Worker, cpus=share.cpus, gpu=share.asked_gpu, path=path)
 
-        return cluster, Pool(cluster, size, spawn=spawn, given=given, limits=limits)
+        return cluster, Pool(cluster, size, name="ray", spawn=spawn, given=given, limits=limits)
 
 
 def _own_path() -> list[str]:

@@ -13,6 +13,7 @@ from fedlth.tickets.rewind import REWINDS
 from fedlth.tickets.schedule import SCHEDULES
 from fedlth.tickets.scope import SCOPES
 from fedlth.tickets.score import SCORES
+from fedlth.wire.codec import CODECS
 
 SEARCHING = {"local", "ticket", "ticket_0", "one_shot", "global_mask", "random", "dense_total"}
 KEPT_FIRST = ("ticket", "own_tuned", "dense", "local")
@@ -73,6 +74,8 @@ def resolve(study: Study) -> tuple[Study, list[str]]:
         raise StudyError(
             "refine.rounds: must be 0 for a method without the arm `ticket` and federated rounds of weights"
         )
+    if CODECS[study.wire].feedback and not (recipe.federated and recipe.visit.sends == "values"):
+        raise StudyError(f"wire: must not be {study.wire} for a method that sends no values up, as {recipe.name}")
     _check_counts(study)
     anchor = finder.rewind.anchor
     if anchor and "@" in anchor and int(anchor.partition("@")[2]) > study.federate.rounds:

@@ -64,8 +64,9 @@ class Traffic:
 
     unicast: every message counts. once: a payload broadcast to many receivers counts once a round and sender.
     framed_bytes: as the transport sent it, None unless every frame's size was told. dense_bytes: what dense FedAvg
-    would have moved for the same visits through the same codec: one dense model down and one up for each visit in
-    federated rounds, one down (the final model) for each visit that only personalises.
+    would have moved for the same visits through the same codec: one dense model down and one dense update up for each
+    visit in federated rounds, one down for each visit that only personalises. A dense update is the mean of those
+    that this run did send (dense_seen of them); with none, it counts as much as a dense model down.
     """
 
     unicast: Flow
@@ -79,11 +80,13 @@ class Traffic:
     dense_ups: int
     dense_downs: int
     dense_payload_bytes: int
+    dense_up_payload_bytes: int
+    dense_seen: int
 
     @property
     def dense_up_bytes(self) -> int:
         """Return what dense uploads would have moved."""
-        return self.dense_ups * self.dense_payload_bytes
+        return self.dense_ups * self.dense_up_payload_bytes
 
     @property
     def dense_down_bytes(self) -> int:
@@ -169,6 +172,7 @@ def traffic(facts: Facts) -> Traffic:
         cumulative += summed.total_bytes
         by_round.append(RoundFlow(inner[0].round, inner[0].phase, summed, cumulative))
     told = frames(rows)
+    seen = [r.payload_bytes for r in rows if r.receiver == SERVER and r.coding.startswith("full ") and r.value_bytes]
     return Traffic(
         unicast=flow(rows),
         once=flow(_once(rows)),
@@ -181,6 +185,8 @@ def traffic(facts: Facts) -> Traffic:
         dense_ups=sum(phase in ROUNDS for _, phase, _ in visits),
         dense_downs=len(visits),
         dense_payload_bytes=facts.header.dense_payload_bytes,
+        dense_up_payload_bytes=round(sum(seen) / len(seen)) if seen else facts.header.dense_payload_bytes,
+        dense_seen=len(seen),
     )
 
 

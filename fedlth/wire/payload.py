@@ -12,7 +12,7 @@ import numpy as np
 from fedlth.params import Layout
 from fedlth.wire import mask_section, values, varint
 from fedlth.wire.codec import BITMAP, F32, FULL, MAGNITUDE, NO_VALUES, PREVIOUS, RAW, REUSE, Codec
-from fedlth.wire.errors import PayloadError
+from fedlth.wire.errors import PayloadError, ReferenceLost
 from fedlth.wire.mask_section import USES_MASK
 from fedlth.wire.reference import NO_REFERENCE, Reference
 from fedlth.wire.reference import name as name_of
@@ -155,4 +155,4 @@ def _check_reference(
         (mode == MAGNITUDE or value_mode in USES_FLOATS) and held is None
     )
     if lacks or named != _name(mode, value_mode, known, held):
-        raise PayloadError("refers to a mask or values that the receiver does not hold")
+        raise ReferenceLost("refers to a mask or values that the receiver does not hold")
