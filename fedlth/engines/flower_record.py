@@ -20,7 +20,7 @@ Records = dict[str, dict[str, str | bytes]]
 View = Mapping[str, Mapping[str, Any]]
 HEAD, BODY, OWN, CHUNKED = "head", "b", "p", "a"
 CHUNKED_ABOVE = 1_000_000
-LONGEST_HEAD, MOST_MESSAGES, LONGEST_NAME = 1 << 20, 16, 100
+LONGEST_HEAD, MOST_MESSAGES, LONGEST_NAME = 1 << 19, 16, 100
 KINDS = ("raised", "died", "hung", "memory", "lost")
 
 
@@ -139,4 +139,4 @@ def _seconds(head: Mapping[str, Any], name: str) -> float:
 
 def _line(text: str, longest: int) -> str:
     """Return one line that a terminal or a file takes: no control characters, no half of a surrogate pair."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))[:longest]
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text[: 4 * longest].split()))[:longest]

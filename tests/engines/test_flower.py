@@ -170,11 +170,12 @@ def flwr_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
             os.kill(int(entry.name), signal.SIGTERM)
 
 
-def flwr_run(env: dict[str, str], out: Path, nodes: int) -> str:
-    run_config = f'study="configs/smoke.yaml" out="{out}" overrides="{OVERRIDES}"'
+def flwr_run(env: dict[str, str], out: Path, nodes: int, *, app: Path = ROOT, overrides: str = OVERRIDES) -> str:
+    study = "configs/smoke.yaml" if app == ROOT else ROOT / "configs" / "smoke.yaml"
+    run_config = f'study="{study}" out="{out}" overrides="{overrides}"'
     federation = f"num-supernodes={nodes} client-resources-num-cpus=1"
     command = ["flwr", "run", ".", "--stream", "--run-config", run_config, "--federation-config", federation]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=app, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr  # that of the submission, not of the run
     return done.stdout + done.stderr
 
@@ -191,3 +192,11 @@ def test_flwr_run_with_too_few_supernodes_says_how_many(tmp_path: Path, flwr_hom
     said = flwr_run(flwr_home, tmp_path / "flwr", 2)
     assert "fedlth: error: flower: clients.count = 3 needs as many SuperNodes, got 2" in said
     assert not (tmp_path / "flwr").exists()
+
+
+def test_a_meter_under_flwr_run_equals_the_ledger(tmp_path: Path, flwr_home: dict[str, str]) -> None:
+    """The documented command: an app around fedlth's that serialises every message itself."""
+    said = flwr_run(
+        flwr_home, tmp_path / "flwr", 3, app=ROOT / "benchmarks" / "meter", overrides=f"{OVERRIDES} wire=lossless"
+    )
+    assert "meter: equal in 10 messages by round, client and direction" in said, said
