@@ -42,6 +42,11 @@ class Finder:
                 f"finder.rewind: must be frozen with weights {learned!r}, over which the score {self.score} learns "
                 f"its mask, got {self.rewind}"
             )
+        if self.window and not self.dense_first:
+            raise StudyError(
+                f"finder.score: must not look back under {self.schedule}, which trains nothing before a prune, "
+                f"got {self.score}"
+            )
         if not isinstance(self.gate, Always) and not self.dense_first:
             raise StudyError(f"finder.gate: must be always under {self.schedule}, which trains nothing before a prune")
 
