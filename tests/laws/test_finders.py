@@ -290,11 +290,13 @@ def test_a_stop_gives_the_last_good_ticket_for_what_was_not_reached() -> None:
 
 
 def test_what_a_search_will_cost_is_known_before() -> None:
-    for schedule, rewind in itertools.product(SCHEDULES, ("init", "step")):
+    for schedule, rewind in itertools.product(SCHEDULES, ("init", "step", "frozen")):
         chosen = finder(schedule=QUICK.get(schedule, schedule), rewind=rewind)
         _, calls = walk(chosen, TARGETS)
-        whole = [c for c in calls if c.last_step is None]
-        assert chosen.trainings(TARGETS)[1] == len(whole), schedule
+        dense = [c for c in calls if c.mask.all() and c.last_step is None]
+        masked = [c for c in calls if not c.mask.all()]
+        assert chosen.trainings(TARGETS)[1] == bool(dense) + len(masked), schedule
+        assert chosen.trainings(TARGETS)[0] <= chosen.trainings(TARGETS)[1]
 
 
 @pytest.mark.parametrize(
