@@ -103,6 +103,17 @@ def methods_markdown() -> str:
     return "\n".join(lines)
 
 
+def finders_markdown(kind: str) -> str:
+    """Return one table of docs/finders.md: the parts of one kind of FINDER_KINDS, their options, source and rows."""
+    lines = ["| name | what it is | rows |", "|---|---|---|"]
+    for name, part in _tables()[kind].items():
+        options = _options(part).strip()
+        text = _first_line(part).replace("|", "\\|")
+        told = f"`{name}`" + (f" `{options}`" if options else "")
+        lines.append(f"| {told} | {text} | {', '.join(map(str, getattr(part, 'rows', ())))} |")
+    return "\n".join(lines)
+
+
 def _rows(part: Callable[..., Any]) -> str:
     rows = getattr(part, "rows", ())
     return f" [{', '.join(map(str, rows))}]" if rows else ""

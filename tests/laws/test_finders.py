@@ -109,6 +109,11 @@ def test_constant_density_moves_its_mask_and_starts_what_comes_back_at_zero() ->
             assert back.any() and not next_.start.floats[:SIZE][back].any()
             for e in LAYOUT.prunable:
                 assert one.mask[e.slice].sum() == next_.mask[e.slice].sum()
+    start = ANCHORS["theta_g"].floats[:SIZE]
+    for first in ("random", "score"):
+        _, calls = walk(finder(schedule={"name": "constant", "first": first}, rewind="none"), (0.3,))
+        by_score = SCOPES["layerwise"]()(np.abs(start), FULL, LAYOUT, 0.3)
+        assert np.array_equal(calls[0].mask, by_score) is (first == "score")
     layers = [[int(c.mask[e.slice].sum()) for e in LAYOUT.prunable] for c in calls]
     assert all(count == layers[0] for count in layers)
 
