@@ -94,9 +94,9 @@ def model_table(name: str) -> None:
         bare, iid = Content(mask, None, None), bound(mask, layout)
         print(f" density {density}: i.i.d. reference {iid:,.0f} B; {np.sum(known & ~mask) / known.sum():.1%} moved")
         limit = 1.001 if cnn else 1.006
-        said("first mask / i.i.d.", (len(size_of(bare)) - 32) / iid, limit)
+        first = size_of(bare); said(f"first mask (mode {first[6]}) / i.i.d.", (len(first) - 32) / iid, limit)
         whole = size_of(bare, known=known, ref=held)
-        said(f"mask with reference (mode {whole[6]}) / i.i.d.", len(whole) / iid, 0.10 if cnn else 0.14)
+        said(f"mask with reference (mode {whole[6]}) / i.i.d.", (len(whole)-32) / iid, 0.10 if cnn else 0.14)
         said("previous mask only / i.i.d.", len(size_of(bare, known=known)) / iid, None)
         up = size_of(content, known=known, ref=held)
         said("lossless uplink / dense", len(up) / dense, {0.2: 0.125, 0.05: 0.035}.get(density) if cnn else None)

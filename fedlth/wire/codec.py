@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-REUSE, LAYERS, PREVIOUS, BITMAP, CHANNELS, MAGNITUDE, FULL = range(7)
-F32, DELTA, BF16, F16, STEP, _SIGN, NO_VALUES, F32_PCO = range(8)
-LOSSLESS_MASKS = (REUSE, LAYERS, PREVIOUS, BITMAP, CHANNELS, MAGNITUDE, FULL)
+REUSE, LAYERS, PREVIOUS, BITMAP, CHANNELS, MAGNITUDE, FULL, TOGETHER = range(8)
+BY_BIT = 8  # added to a mode: the same information, coded bit by bit with chances that are learnt on the way
+LAYERS_BITS, PREVIOUS_BITS, MAGNITUDE_BITS = LAYERS + BY_BIT, PREVIOUS + BY_BIT, MAGNITUDE + BY_BIT
+F32, DELTA, BF16, F16, STEP, SIGN, NO_VALUES, F32_PCO = range(8)
+LOSSLESS_MASKS = (
+    REUSE, LAYERS, PREVIOUS, BITMAP, CHANNELS, MAGNITUDE, FULL, TOGETHER, LAYERS_BITS, PREVIOUS_BITS, MAGNITUDE_BITS,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Codec:
-    """A name, the mask modes and the value modes that it may use; `step` is the share of a delta's rms, in STEP."""
+    """A name, the mask modes and the value modes that it may use; `error` is what STEP may lose of a delta's norm."""
 
     name: str
     masks: tuple[int, ...]
     values: tuple[int, ...]
-    step: float = 0.125
+    error: float = 0.03
 
 
 RAW = Codec("raw", (REUSE, BITMAP, FULL), (F32, NO_VALUES))
@@ -24,4 +28,5 @@ LOSSLESS = Codec("lossless", LOSSLESS_MASKS, (F32, DELTA, F32_PCO, NO_VALUES))
 LOSSY_BF16 = Codec("bf16", LOSSLESS_MASKS, (BF16, NO_VALUES))
 LOSSY_F16 = Codec("f16", LOSSLESS_MASKS, (F16, NO_VALUES))
 LOSSY_STEP = Codec("step", LOSSLESS_MASKS, (F32, F32_PCO, STEP, NO_VALUES))
-CODECS = {c.name: c for c in (RAW, LOSSLESS, LOSSY_BF16, LOSSY_F16, LOSSY_STEP)}
+LOSSY_SIGN = Codec("sign", LOSSLESS_MASKS, (F32, F32_PCO, SIGN, NO_VALUES))
+CODECS = {c.name: c for c in (RAW, LOSSLESS, LOSSY_BF16, LOSSY_F16, LOSSY_STEP, LOSSY_SIGN)}

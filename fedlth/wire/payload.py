@@ -11,12 +11,12 @@ import numpy as np
 
 from fedlth.params import Layout
 from fedlth.wire import mask_section, values, varint
-from fedlth.wire.codec import BITMAP, F32, FULL, MAGNITUDE, NO_VALUES, PREVIOUS, RAW, REUSE, Codec
+from fedlth.wire.codec import BITMAP, F32, FULL, NO_VALUES, RAW, REUSE, Codec
 from fedlth.wire.errors import PayloadError
-from fedlth.wire.mask_section import USES_MASK
+from fedlth.wire.mask_section import NEEDS_MASK, USES_MAGNITUDES, USES_MASK
 from fedlth.wire.reference import NO_REFERENCE, Reference
 from fedlth.wire.reference import name as name_of
-from fedlth.wire.values import USES_FLOATS
+from fedlth.wire.values import USES_FLOATS, Places
 
 __all__ = ["BITMAP", "F32", "FULL", "HEADER", "NO_VALUES", "REUSE", "Content", "decode", "encode"]
 
@@ -59,7 +59,7 @@ def encode(
     if content.floats is not None and content.ints is not None:
         run = np.concatenate((content.floats[:size][content.mask], content.floats[size:]))
         old = np.concatenate((held.floats[:size][content.mask], held.floats[size:])) if held else None
-        value_mode, coded = values.encode(run, old, codec)
+        value_mode, coded = values.encode(run, old, codec, _places(content.mask, layout))
         whole = content.ints.astype("<i8").tobytes()
         tail = coded + whole if value_mode == F32 else whole + coded
     named = _name(mode, value_mode, known, held)
@@ -123,11 +123,15 @@ def _values(tail: bytes, mode: int, mask: np.ndarray, layout: Layout, held: Refe
     old = None
     if mode in USES_FLOATS and held is not None:
         old = np.concatenate((held.floats[:size][mask], held.floats[size:]))
-    run = values.decode(mode, tail[:first] if mode == F32 else tail[whole:], kept + dense, old)
+    run = values.decode(mode, tail[:first] if mode == F32 else tail[whole:], kept + dense, old, _places(mask, layout))
     floats = np.zeros(layout.num_floats, np.float32)
     floats[:size][mask] = run[:kept]
     floats[size:] = run[kept:]
     return Content(mask, floats, ints)
+
+
+def _places(mask: np.ndarray, layout: Layout) -> Places:
+    return Places(np.concatenate((mask, np.ones(layout.num_floats - mask.size, bool))), layout.floats)
 
 
 def _partial(known: np.ndarray | None) -> np.ndarray | None:
@@ -140,7 +144,7 @@ def _fitting(reference: Reference | None, layout: Layout) -> Reference | None:
 
 
 def _name(mode: int, value_mode: int, known: np.ndarray | None, held: Reference | None) -> bytes:
-    floats = mode == MAGNITUDE or value_mode in USES_FLOATS
+    floats = mode in USES_MAGNITUDES or value_mode in USES_FLOATS
     return name_of(known if mode in USES_MASK else None, held if floats else None)
 
 
@@ -150,8 +154,8 @@ def _check_reference(
     alone = mode not in USES_MASK and value_mode not in USES_FLOATS
     if alone and named != NO_REFERENCE:
         raise PayloadError("a self-contained payload names a reference")
-    lacks = (mode in (REUSE, PREVIOUS) and known is None) or (
-        (mode == MAGNITUDE or value_mode in USES_FLOATS) and held is None
+    lacks = (mode in NEEDS_MASK and known is None) or (
+        (mode in USES_MAGNITUDES or value_mode in USES_FLOATS) and held is None
     )
     if lacks or named != _name(mode, value_mode, known, held):
         raise PayloadError("refers to a mask or values that the receiver does not hold")

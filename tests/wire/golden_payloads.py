@@ -41,6 +41,7 @@ def cases() -> dict[str, tuple[str, Content, dict[str, Any]]]:
     few = np.abs(pseudo(3, SIZE)) > 0.95
     swapped = known ^ (pseudo(5, SIZE) > 0.97)
     rows = np.concatenate((np.repeat(pseudo(4, 24) > 0, 50), np.repeat(pseudo(6, 30) > 0, 9)))
+    fine = near ^ (pseudo(8, SIZE) > 0.99)
     half, both = pseudo(7, SIZE) > 0, {"known_mask": known, "reference": Reference(held)}
 
     def values(mask: np.ndarray) -> Content:
@@ -61,6 +62,8 @@ def cases() -> dict[str, tuple[str, Content, dict[str, Any]]]:
         "bf16": ("bf16", values(near), both),
         "f16": ("f16", values(near), both),
         "step": ("step", values(near), both),
+        "sign": ("sign", values(near), both),
+        "step_alone": ("step", values(near), {}),
     }
 
 
