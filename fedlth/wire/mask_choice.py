@@ -17,9 +17,10 @@ SMALL, WORTH = 1 << 17, 1 / 128
 
 
 def cheapest(
-    mask: np.ndarray, entries: tuple[Entry, ...], known: np.ndarray | None, reference: Reference | None
-) -> tuple[int, Scale | None, bool]:
-    """Return the mode, the scale of MAGNITUDE, and whether MAGNITUDE_BITS has one centre for all tensors."""
+    mask: np.ndarray, entries: tuple[Entry, ...], modes: tuple[int, ...], known: np.ndarray | None,
+    reference: Reference | None,
+) -> tuple[int, Scale | None, bool]:  # fmt: skip
+    """Return the one of `modes`, the scale of MAGNITUDE, and whether MAGNITUDE_BITS has one centre for all tensors."""
     previous = np.zeros(mask.size, bool) if known is None else known
     seen = context.histogram(mask, entries, previous, reference.floats if reference else None)
     by_bit, slow = seen.sum(3), WORTH * mask.size / 8 if mask.size > SMALL else 0.0
@@ -44,7 +45,7 @@ def cheapest(
         found.append((slow + _by_line(mask, entries), LAYERS_BITS, None, False))
     if channels.fit(mask, entries):
         found.append((channels.num_bytes(entries), CHANNELS, None, False))
-    _, mode, chosen, one = min(found, key=lambda f: f[0])
+    _, mode, chosen, one = min((f for f in found if f[1] in modes), key=lambda f: f[0])
     return mode, chosen, one
 
 

@@ -30,9 +30,9 @@ def encode(
         return FULL, b""
     if known is not None and np.array_equal(mask, known):
         return REUSE, b""
-    if LAYERS not in codec.masks:
+    if set(codec.masks) <= {REUSE, BITMAP, FULL}:
         return BITMAP, bitmap.pack(mask)
-    mode, scale, one = cheapest(mask, layout.prunable, known, reference)
+    mode, scale, one = cheapest(mask, layout.prunable, codec.masks, known, reference)
     if mode == CHANNELS:
         return mode, channels.pack(mask, layout.prunable)
     if mode >= BY_BIT:

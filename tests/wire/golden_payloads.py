@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,12 @@ import numpy as np
 
 from fedlth.params import Entry, Layout
 from fedlth.wire import payload
-from fedlth.wire.codec import CODECS
+from fedlth.wire.codec import BITMAP, CODECS, LAYERS, MAGNITUDE, PREVIOUS, TOGETHER
 from fedlth.wire.payload import Content
 from fedlth.wire.reference import Reference
 
 HERE = Path(__file__).parent / "payloads"
-SHAPES = [(24, 50), (30, 3, 3)]
+SHAPES, REST = [(24, 50), (30, 3, 3)], [(40,)]
 LAYOUT = Layout(
     (
         Entry("a", (24, 50), "param", 0, prunable=True),
@@ -41,7 +42,6 @@ def cases() -> dict[str, tuple[str, Content, dict[str, Any]]]:
     few = np.abs(pseudo(3, SIZE)) > 0.95
     swapped = known ^ (pseudo(5, SIZE) > 0.97)
     rows = np.concatenate((np.repeat(pseudo(4, 24) > 0, 50), np.repeat(pseudo(6, 30) > 0, 9)))
-    fine = near ^ (pseudo(8, SIZE) > 0.99)
     half, both = pseudo(7, SIZE) > 0, {"known_mask": known, "reference": Reference(held)}
 
     def values(mask: np.ndarray) -> Content:
@@ -52,6 +52,10 @@ def cases() -> dict[str, tuple[str, Content, dict[str, Any]]]:
     return {
         "raw": ("raw", values(near), {}),
         "layers": ("lossless", values(few), {}),
+        "layers_bits": ("lossless", values(few), {}),
+        "previous_bits": ("lossless", Content(swapped, None, None), {"known_mask": known}),
+        "magnitudes_bits": ("lossless", values(near), both),
+        "together": ("lossless", Content(swapped, None, None), {"known_mask": known}),
         "previous": ("lossless", Content(swapped, None, None), {"known_mask": known}),
         "channels": ("lossless", values(rows), {}),
         "bitmap": ("lossless", Content(half, None, None), {}),
@@ -67,9 +71,16 @@ def cases() -> dict[str, tuple[str, Content, dict[str, Any]]]:
     }
 
 
+# Cases for modes that would not be the cheapest for so small a mask.
+ONLY = {"layers": LAYERS, "previous": PREVIOUS, "together": TOGETHER, "magnitudes": MAGNITUDE, "both": MAGNITUDE}
+
+
 def encoded(name: str) -> bytes:
     codec, content, holds = cases()[name]
-    return payload.encode("values", LAYOUT, content, codec=CODECS[codec], **holds)
+    chosen = CODECS[codec]
+    if name in ONLY:
+        chosen = replace(chosen, masks=(ONLY[name], BITMAP))
+    return payload.encode("values", LAYOUT, content, codec=chosen, **holds)
 
 
 if __name__ == "__main__":
