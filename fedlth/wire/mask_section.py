@@ -15,7 +15,7 @@ from fedlth.wire.context import COARSEST, FINEST, Scale
 from fedlth.wire.errors import PayloadError
 from fedlth.wire.mask_choice import cheapest
 from fedlth.wire.reference import Reference
-from fedlth.wire.segments import Segments, pack, unpack
+from fedlth.wire.segments import Segments, count, pack, unpack
 
 NEEDS_MASK = (REUSE, PREVIOUS, TOGETHER, PREVIOUS_BITS)
 USES_MAGNITUDES = (MAGNITUDE, MAGNITUDE_BITS)
@@ -73,7 +73,7 @@ def _coded(
     scale: Scale | None,
 ) -> bytes:  # fmt: skip
     segments = _segments(mode, layout, known, reference, scale)
-    ones = np.bincount(segments.context[mask], minlength=segments.sizes.size)
+    ones = count(mask, segments.context, segments.sizes.size)
     segments = Segments(segments.context, segments.sizes, ones)
     head = b""
     if scale is not None:

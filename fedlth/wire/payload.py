@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from fedlth.params import Layout
-from fedlth.wire import mask_section, values, varint
+from fedlth.wire import kept, mask_section, values, varint
 from fedlth.wire.codec import BITMAP, F32, FULL, NO_VALUES, RAW, REUSE, Codec
 from fedlth.wire.errors import PayloadError
 from fedlth.wire.mask_section import NEEDS_MASK, USES_MAGNITUDES, USES_MASK
@@ -53,12 +53,13 @@ def encode(
     `known_mask` and `reference` are what the receiver already holds, bit for bit; a codec uses them where that is
     shorter. A mask that the receiver holds is never sent.
     """
-    size, known, held = layout.num_prunable, _partial(known_mask), _fitting(reference, layout)
+    known, held = _partial(known_mask), _fitting(reference, layout)
     mode, section = mask_section.encode(content.mask, layout, codec, known, held)
     value_mode, tail = NO_VALUES, b""
     if content.floats is not None and content.ints is not None:
-        run = np.concatenate((content.floats[:size][content.mask], content.floats[size:]))
-        old = np.concatenate((held.floats[:size][content.mask], held.floats[size:])) if held else None
+        number = int(np.count_nonzero(content.mask))
+        run = kept.take(content.floats, content.mask, number)
+        old = kept.take(held.floats, content.mask, number) if held else None
         value_mode, coded = values.encode(run, old, codec, _places(content.mask, layout))
         whole = content.ints.astype("<i8").tobytes()
         tail = coded + whole if value_mode == F32 else whole + coded
@@ -112,22 +113,19 @@ F32_ONLY = frozenset((F32,))
 
 
 def _values(tail: bytes, mode: int, mask: np.ndarray, layout: Layout, held: Reference | None) -> Content:
-    size, kept, whole = layout.num_prunable, int(np.count_nonzero(mask)), 8 * layout.num_ints
+    size, number, whole = layout.num_prunable, int(np.count_nonzero(mask)), 8 * layout.num_ints
     dense = layout.num_floats - size
-    if len(tail) < whole or (mode == F32 and len(tail) != 4 * (kept + dense) + whole):
-        raise PayloadError(f"{len(tail)} bytes of values, wanted those of {kept} kept and {dense} dense")
+    if len(tail) < whole or (mode == F32 and len(tail) != 4 * (number + dense) + whole):
+        raise PayloadError(f"{len(tail)} bytes of values, wanted those of {number} kept and {dense} dense")
     first = len(tail) - whole if mode == F32 else 0
     ints = np.frombuffer(tail, "<i8", count=layout.num_ints, offset=first).astype(np.int64)
     if ints.size and (ints.min() < -LARGEST_INT or ints.max() > LARGEST_INT):
         raise PayloadError("an integer is beyond 2^53")
     old = None
     if mode in USES_FLOATS and held is not None:
-        old = np.concatenate((held.floats[:size][mask], held.floats[size:]))
-    run = values.decode(mode, tail[:first] if mode == F32 else tail[whole:], kept + dense, old, _places(mask, layout))
-    floats = np.zeros(layout.num_floats, np.float32)
-    floats[:size][mask] = run[:kept]
-    floats[size:] = run[kept:]
-    return Content(mask, floats, ints)
+        old = kept.take(held.floats, mask, number)
+    run = values.decode(mode, tail[:first] if mode == F32 else tail[whole:], number + dense, old, _places(mask, layout))
+    return Content(mask, kept.put(run, mask, number), ints)
 
 
 def _places(mask: np.ndarray, layout: Layout) -> Places:
