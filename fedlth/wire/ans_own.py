@@ -71,8 +71,8 @@ def _unrun(words: Any, counts: Any, tables: Any, symbols: Any) -> Any:
             # The table grows by at least 1 a symbol: at most eight halvings find the symbol.
             low, high = 0, 256
             if long:
-                part = slot >> U(12)
-                low, high = nearest[part], nearest[part + U(1)] + 1
+                near = int(slot >> U(12))
+                low, high = nearest[near], nearest[near + 1] + 1
             while high - low > 1:
                 middle = (low + high) >> 1
                 if tables[s, middle] <= slot:

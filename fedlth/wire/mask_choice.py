@@ -7,7 +7,15 @@ import numpy as np
 from fedlth.params import Entry
 from fedlth.wire import channels, context, counts, mask_bits
 from fedlth.wire.codec import (
-    BITMAP, CHANNELS, LAYERS, LAYERS_BITS, MAGNITUDE, MAGNITUDE_BITS, PREVIOUS, PREVIOUS_BITS, TOGETHER,
+    BITMAP,
+    CHANNELS,
+    LAYERS,
+    LAYERS_BITS,
+    MAGNITUDE,
+    MAGNITUDE_BITS,
+    PREVIOUS,
+    PREVIOUS_BITS,
+    TOGETHER,
 )  # fmt: skip
 from fedlth.wire.context import COARSEST, FINEST, Scale
 from fedlth.wire.reference import Reference
@@ -64,6 +72,9 @@ def _by_line(mask: np.ndarray, entries: tuple[Entry, ...]) -> float:
         lines = mask[e.slice].reshape(mask_bits.rows_of(e), -1)
         total += min(
             counts.learnt(np.array([np.count_nonzero(lines)]), np.array([e.size])),
-            *(counts.learnt(np.count_nonzero(lines, axis=a), np.full(lines.shape[1 - a], lines.shape[a])) for a in (0, 1)),
+            *(
+                counts.learnt(np.count_nonzero(lines, axis=a), np.full(lines.shape[1 - a], lines.shape[a]))
+                for a in (0, 1)
+            ),
         )
     return 1.002 * total

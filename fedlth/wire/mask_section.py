@@ -8,7 +8,17 @@ from fedlth.params import Entry, Layout
 from fedlth.wire import ans, channels, context, counts, mask_bits, varint
 from fedlth.wire import mask as bitmap
 from fedlth.wire.codec import (
-    BITMAP, BY_BIT, CHANNELS, FULL, LAYERS, MAGNITUDE, MAGNITUDE_BITS, PREVIOUS, PREVIOUS_BITS, REUSE, TOGETHER,
+    BITMAP,
+    BY_BIT,
+    CHANNELS,
+    FULL,
+    LAYERS,
+    MAGNITUDE,
+    MAGNITUDE_BITS,
+    PREVIOUS,
+    PREVIOUS_BITS,
+    REUSE,
+    TOGETHER,
     Codec,
 )  # fmt: skip
 from fedlth.wire.context import COARSEST, FINEST, Scale

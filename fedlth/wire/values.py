@@ -41,13 +41,11 @@ def encode(run: np.ndarray, reference: np.ndarray | None, codec: Codec, places: 
         return F16, numbers.compress(np.clip(run, -LARGEST_F16, LARGEST_F16).astype(np.float16))
     if F32_PCO not in codec.values or not run.size:
         return F32, plain
-    lossy = None
-    if reference is not None and SIGN in codec.values:
-        lossy = SIGN, _signs(run, reference, places)
-    elif reference is not None and STEP in codec.values:
-        lossy = STEP, _steps(run, reference, codec.error, places)
-    if lossy is not None and lossy[1] is not None and len(lossy[1]) < len(plain):
-        return lossy
+    lossy, kind = None, SIGN if SIGN in codec.values else STEP
+    if reference is not None and kind in codec.values:
+        lossy = _signs(run, reference, places) if kind == SIGN else _steps(run, reference, codec.error, places)
+    if lossy is not None and len(lossy) < len(plain):
+        return kind, lossy
     if reference is not None and DELTA in codec.values:
         mode, short = DELTA, numbers.compress((ordered(run) - ordered(reference)).view(np.int32))
     else:

@@ -259,7 +259,12 @@ def run_of(
 
 
 def decode(
-    data: bytes, shapes: list[tuple[int, ...]], rest: list[tuple[int, ...]], ints: int, known: np.ndarray | None, ref: np.ndarray | None
+    data: bytes,
+    shapes: list[tuple[int, ...]],
+    rest: list[tuple[int, ...]],
+    ints: int,
+    known: np.ndarray | None,
+    ref: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
     """Return mask, floats and whole numbers; `shapes` are the prunable tensors', `rest` the other float tensors'."""
     dense = sum(math.prod(s) for s in rest)

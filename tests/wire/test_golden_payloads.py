@@ -17,9 +17,7 @@ def test_both_decoders_read_it(name: str) -> None:
     data = (HERE / f"{name}.bin").read_bytes()
     got = payload.decode(data, "values", LAYOUT, codec=CODECS[codec], **holds)
     held = holds["reference"].floats if "reference" in holds else None
-    mask, floats, ints = independent_decoder.decode(
-        data, SHAPES, REST, LAYOUT.num_ints, holds.get("known_mask"), held
-    )
+    mask, floats, ints = independent_decoder.decode(data, SHAPES, REST, LAYOUT.num_ints, holds.get("known_mask"), held)
     np.testing.assert_array_equal(got.mask, content.mask)
     np.testing.assert_array_equal(mask, content.mask)
     if content.floats is None:
