@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,12 @@ import numpy as np
 
 from fedlth.params import Entry, Layout
 from fedlth.wire import payload
-from fedlth.wire.codec import CODECS
+from fedlth.wire.codec import BITMAP, CODECS, LAYERS, MAGNITUDE, PREVIOUS, TOGETHER
 from fedlth.wire.payload import Content
 from fedlth.wire.reference import Reference
 
 HERE = Path(__file__).parent / "payloads"
-SHAPES = [(24, 50), (30, 3, 3)]
+SHAPES, REST = [(24, 50), (30, 3, 3)], [(40,)]
 LAYOUT = Layout(
     (
         Entry("a", (24, 50), "param", 0, prunable=True),
@@ -51,6 +52,10 @@ def cases() -> dict[str, tuple[str, Content, dict[str, Any]]]:
     return {
         "raw": ("raw", values(near), {}),
         "layers": ("lossless", values(few), {}),
+        "layers_bits": ("lossless", values(few), {}),
+        "previous_bits": ("lossless", Content(swapped, None, None), {"known_mask": known}),
+        "magnitudes_bits": ("lossless", values(near), both),
+        "together": ("lossless", Content(swapped, None, None), {"known_mask": known}),
         "previous": ("lossless", Content(swapped, None, None), {"known_mask": known}),
         "channels": ("lossless", values(rows), {}),
         "bitmap": ("lossless", Content(half, None, None), {}),
@@ -61,12 +66,21 @@ def cases() -> dict[str, tuple[str, Content, dict[str, Any]]]:
         "bf16": ("bf16", values(near), both),
         "f16": ("f16", values(near), both),
         "step": ("step", values(near), both),
+        "sign": ("sign", values(near), both),
+        "step_alone": ("step", values(near), {}),
     }
+
+
+# Cases for modes that would not be the cheapest for so small a mask.
+ONLY = {"layers": LAYERS, "previous": PREVIOUS, "together": TOGETHER, "magnitudes": MAGNITUDE, "both": MAGNITUDE}
 
 
 def encoded(name: str) -> bytes:
     codec, content, holds = cases()[name]
-    return payload.encode("values", LAYOUT, content, codec=CODECS[codec], **holds)
+    chosen = CODECS[codec]
+    if name in ONLY:
+        chosen = replace(chosen, masks=(ONLY[name], BITMAP))
+    return payload.encode("values", LAYOUT, content, codec=chosen, **holds)
 
 
 if __name__ == "__main__":
