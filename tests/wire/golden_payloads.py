@@ -15,12 +15,13 @@ from fedlth.wire.payload import Content
 from fedlth.wire.reference import Reference
 
 HERE = Path(__file__).parent / "payloads"
-SHAPES, REST = [(24, 50), (30, 3, 3)], [(40,)]
+SHAPES, REST, BUFFERS = [(24, 50), (30, 3, 3)], [(40,)], [(6,)]
 LAYOUT = Layout(
     (
         Entry("a", (24, 50), "param", 0, prunable=True),
         Entry("b", (30, 3, 3), "param", 1200, prunable=True),
         Entry("c", (40,), "param", 1470),
+        Entry("d", (6,), "buffer", 1510),
         Entry("n", (), "buffer", 0, is_int=True),
     )
 )
