@@ -110,6 +110,9 @@ class DataNetwork:
     def learn(self, weights: np.ndarray, lesson: Lesson, /) -> np.ndarray:
         self.learning(lesson.alive, lesson.epochs)
         first = self.order().uniform(-1, 1, weights.size).astype(np.float32)
+        if lesson.rule != "bernoulli":  # whose scores are log-odds; these have the scale that edge-popup gives weights
+            for e in self.layout.prunable:
+                first[e.slice] /= np.float32(np.sqrt(e.size // e.shape[0]))
         scores, _ = learn(
             self.bound, self._at(weights), first, data=self.data, lesson=lesson, batch_size=self.batch_size,
             order=self.order(), torch_seed=self.torch_seed,
