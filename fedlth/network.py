@@ -126,13 +126,10 @@ class DataNetwork:
 
     def _doubles(self, weights: np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
         """Return every tensor that is no prunable weight, by name, and the prunable weights as one flat tensor."""
-        self.bound.load(self.params)
+        self.bound.load(self.params)  # its integer buffers; all floats are handed in below
         self.bound.module.eval()
-        fixed = {
-            e.name: self.bound.flat[e.slice].view(e.shape).double().clone()
-            for e in self.layout.floats
-            if not e.prunable
-        }
+        floats = torch.from_numpy(self.params.floats.astype(np.float64)).to(self.bound.device)
+        fixed = {e.name: floats[e.slice].view(e.shape) for e in self.layout.floats if not e.prunable}
         flat = torch.from_numpy(weights.astype(np.float64)).to(self.bound.device)
         return fixed, flat
 

@@ -31,11 +31,10 @@ def rewind_for(score: str, rewind: str) -> Any:
 
 
 def compositions() -> list[dict[str, Any]]:
-    """Every schedule x scope x rewind, every score x schedule, and every other part x schedule."""
-    some = [
-        dict(zip(("schedule", "scope", "rewind"), c, strict=True))
-        for c in itertools.product(SCHEDULES, SCOPES, REWINDS)
-    ]
+    """Every pair of schedule, scope and rewind, every score x schedule, and every other part x schedule."""
+    some: list[dict[str, Any]] = [{"schedule": t, "scope": c} for t in SCHEDULES for c in SCOPES]
+    some += [{"schedule": t, "rewind": r} for t in SCHEDULES for r in REWINDS]
+    some += [{"schedule": "shrink", "scope": c, "rewind": r} for c in SCOPES for r in REWINDS]
     some += [{"score": s, "schedule": t, "rewind": rewind_for(s, "init")} for s in SCORES for t in SCHEDULES]
     some = [one for one in some if one.get("score") != "slow_movement" or one["schedule"] not in QUICK]
     for kind in ("granularity", "dead", "gate", "stop"):
