@@ -144,7 +144,7 @@ class Study(_Node):
     refine: Refine = Refine()
     tune: Tune = Tune()
     wire: Literal["raw", "lossless"] = "raw"
-    compute: Literal["auto", "reference", "sparse"] = "reference"
+    compute: Literal["auto", "reference", "tuned", "sparse"] = "reference"
     device: str = "cpu"
     engine: Literal["inprocess", "ray", "flower"] = "inprocess"
     ray: Ray = Ray()

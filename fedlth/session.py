@@ -54,7 +54,9 @@ def backend(study: Study) -> tuple[Study, list[str]]:
         return study, []
     table = open_world(study.science()).table
     if isinstance(table, str):
-        return study.model_copy(update={"compute": "reference"}), [f"compute: reference, because {table}"]
+        return study.model_copy(update={"compute": "tuned"}), [
+            f"compute: tuned, because the kernel cannot run: {table}"
+        ]
     return study.model_copy(update={"compute": "sparse"}), ["compute: sparse, all layers run in the kernel"]
 
 

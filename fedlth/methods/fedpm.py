@@ -70,9 +70,10 @@ class ScoreVisit:
     def _train(self, local: Local, start: np.ndarray, epochs: int) -> tuple[np.ndarray, float]:
         x, y = local.train_part
         layout, bound = local.world.layout, local.world.bound
-        bound.load(frozen_weights(local.world))
+        frozen = frozen_weights(local.world)
+        bound.load(frozen)
         bound.module.train()
-        weights = _by_name(bound.flat.clone(), layout)
+        weights = _by_name(torch.from_numpy(frozen.floats).to(bound.device), layout)
         torch.manual_seed(local.torch_seed("masks"))
         scores = torch.from_numpy(start.copy()).to(bound.device).requires_grad_()
         order, loss_sum = local.rng("order"), 0.0
