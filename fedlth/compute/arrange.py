@@ -104,11 +104,13 @@ def arrange(table: LayerTable, lanes: int) -> Arrangement:
             rims = _rest(maker, table.shapes[maker.source])
         gradients.append(plan.buffer(shape, *rims) if at in trained else None)
     rows = np.zeros((len(table.ops), col.NUM_COLUMNS), np.int64)
-    scales = np.ones(len(table.ops), np.float32)
+    scales = np.array([op.scale for op in table.ops], np.float32)
     for row, op in zip(rows, table.ops, strict=True):
         _common(row, op, table, values, gradients, lanes)
         if op.kind in (col.CONVOLUTION, col.LINEAR):
             _weighted(row, op, plan, values[op.source], gradients[op.source])
+        elif op.kind == col.GROUP_NORM:
+            row[col.STATS] = plan.buffer((2 * op.groups, 1, 1)).place
     packed = (int(r[col.OUT_CHANNELS] * r[col.TAPS]) for r in rows if r[col.KIND] == col.CONVOLUTION)
     scratch = max((16 * lanes, *packed))
     plan.size = -(-plan.size // _ALIGNED) * _ALIGNED
@@ -122,9 +124,6 @@ def arrange(table: LayerTable, lanes: int) -> Arrangement:
             row[need] = source in trained
             row[accumulate] = source in written
             written.add(source)
-    for k, op in enumerate(table.ops):
-        if op.kind == col.AVERAGE_POOL:
-            scales[k] = 1.0 / (op.window[0] * op.window[1])
     inlet = np.zeros(col.NUM_COLUMNS, np.int64)
     _place(inlet, col.X, values[0])
     inlet[[col.CHANNELS, col.HEIGHT, col.WIDTH]] = table.shapes[0]

@@ -5,7 +5,7 @@ Places are element indices into the work array, weights into the compact weight 
 
 from __future__ import annotations
 
-CONVOLUTION, LINEAR, MAX_POOL, AVERAGE_POOL, ADD, COPY = range(6)
+CONVOLUTION, LINEAR, MAX_POOL, AVERAGE_POOL, GLOBAL_MAX, GROUP_NORM, ADD, COPY = range(8)
 
 (
     KIND,
@@ -74,6 +74,7 @@ CONVOLUTION, LINEAR, MAX_POOL, AVERAGE_POOL, ADD, COPY = range(6)
     STRIDE_X,
     PADDING_Y,
     PADDING_X,
+    STATS,  # group normalisation: place of each group's mean and inverse deviation
     PACK,  # place of scratch
     NUM_COLUMNS,
-) = range(68)
+) = range(69)

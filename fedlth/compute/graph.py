@@ -12,7 +12,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedlth.compute.columns import ADD, AVERAGE_POOL, CONVOLUTION, COPY, LINEAR, MAX_POOL
+from fedlth.compute.columns import (
+    ADD,
+    AVERAGE_POOL,
+    CONVOLUTION,
+    COPY,
+    GLOBAL_MAX,
+    GROUP_NORM,
+    LINEAR,
+    MAX_POOL,
+)
 from fedlth.compute.fuse import fuse
 from fedlth.compute.table import LayerTable, Op, Shape
 from fedlth.params import Layout
@@ -83,8 +92,10 @@ class _Reader:
         if type(part) is nn.AvgPool2d:
             more = part.padding, part.ceil_mode, part.count_include_pad, part.divisor_override
             return self.average_pool(x, part.kernel_size, part.stride, *more)
-        if type(part) is nn.AdaptiveAvgPool2d:
-            return self.adaptive(x, part.output_size)
+        if type(part) in (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d):
+            return self.adaptive(x, part.output_size, AVERAGE_POOL if type(part) is nn.AdaptiveAvgPool2d else MAX_POOL)
+        if type(part) is nn.GroupNorm:
+            return self.group_norm(name, part, x)
         if type(part) is nn.Flatten:
             return self.flatten(x, part.start_dim, part.end_dim)
         if type(part) is nn.Identity or (type(part) is nn.Dropout and part.p == 0):
@@ -155,18 +166,41 @@ class _Reader:
             raise _Unsupported("average pooling with padding, ceil_mode or a divisor")
         return self.pool(AVERAGE_POOL, x, _pair(kernel_size), _pair(stride or kernel_size), (0, 0))
 
-    def adaptive(self, x: _Value, output_size: Any) -> _Value:
+    def adaptive(self, x: _Value, output_size: Any, kind: int = AVERAGE_POOL) -> _Value:
         shape = self.image(x, "pooling")
         if output_size not in (1, (1, 1), [1, 1]):
-            raise _Unsupported(f"adaptive average pooling to {output_size}")
-        return self.pool(AVERAGE_POOL, x, shape[1:], (1, 1), (0, 0))
+            raise _Unsupported(f"adaptive pooling to {output_size}")
+        return self.pool(kind, x, shape[1:], (1, 1), (0, 0))
+
+    def whole(self, kind: int, x: _Value, dim: Any, keepdim: bool = False) -> _Value:
+        """Add the mean or the largest value of each map."""
+        shape = self.image(x, "a reduction")
+        if not isinstance(dim, (tuple, list)) or {d % 4 for d in dim} != {2, 3}:
+            raise _Unsupported(f"a reduction over dimensions {dim}")
+        out = self.pool(kind, x, shape[1:], (1, 1), (0, 0))
+        return out if keepdim else _Value(out.at, shape[:1])
+
+    def group_norm(self, name: str, part: nn.GroupNorm, x: _Value) -> _Value:
+        shape = x.shape if len(x.shape) == 1 else self.image(x, "group normalisation")
+        if shape[0] != part.num_channels or part.eps <= 0:
+            raise _Unsupported(f"{name} wants {part.num_channels} channels and eps above 0, got {shape} and {part.eps}")
+        if len(x.shape) == 1 and self.shapes[x.at][0] != shape[0]:
+            raise _Unsupported(f"group normalisation {name} of a flattened map")
+        out = self.value(self.shapes[x.at], x.shape)
+        weight, bias = self.place(f"{name}.weight", part.weight), self.place(f"{name}.bias", part.bias)
+        parts = {"weight": weight, "bias": bias, "groups": part.num_groups, "scale": part.eps}
+        self.ops.append(Op(kind=GROUP_NORM, source=x.at, out=out.at, **parts))
+        return out
 
     def pool(
         self, kind: int, x: _Value, window: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
     ) -> _Value:
         shape = self.image(x, "pooling")
         out = self.value((shape[0], *_size(shape, window, stride, padding)))
-        self.ops.append(Op(kind=kind, source=x.at, out=out.at, window=window, stride=stride, padding=padding))
+        scale = 1.0 / (window[0] * window[1]) if kind == AVERAGE_POOL else 1.0
+        self.ops.append(
+            Op(kind=kind, source=x.at, out=out.at, window=window, stride=stride, padding=padding, scale=scale)
+        )
         return out
 
     def flatten(self, x: _Value, start_dim: int = 0, end_dim: int = -1) -> _Value:
@@ -208,6 +242,9 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.max_pool2d: _Reader.max_pool,
     F.avg_pool2d: _Reader.average_pool,
     F.adaptive_avg_pool2d: _Reader.adaptive,
+    F.adaptive_max_pool2d: lambda reader, x, size: reader.adaptive(x, size, MAX_POOL),
+    torch.amax: lambda reader, x, *args, **named: reader.whole(GLOBAL_MAX, x, *args, **named),
+    torch.mean: lambda reader, x, *args, **named: reader.whole(AVERAGE_POOL, x, *args, **named),
     torch.flatten: _Reader.flatten,
     torch.add: _Reader.add,
     operator.add: _Reader.add,
@@ -217,6 +254,8 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "relu": _Reader.relu,
     "relu_": _Reader.relu,
     "flatten": _Reader.flatten,
+    "amax": lambda reader, x, *args, **named: reader.whole(GLOBAL_MAX, x, *args, **named),
+    "mean": lambda reader, x, *args, **named: reader.whole(AVERAGE_POOL, x, *args, **named),
     "view": _Reader.reshape,
     "reshape": _Reader.reshape,
     "size": _Reader.size,

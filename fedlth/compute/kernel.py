@@ -192,7 +192,7 @@ def _prepare(table: LayerTable, lanes: int, kept: np.ndarray | None) -> _Prepare
     dropped: dict[int, int] = {}
     size, keep = 0, None
     for row, op in zip(rows, table.ops, strict=True):
-        if kept is None or op.weight < 0:
+        if kept is None or op.kind not in SPARSE_BELOW:
             continue
         count = int(row[col.OUT_CHANNELS] * row[col.TAPS])
         if op.weight + count > len(kept):

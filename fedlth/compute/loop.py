@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from fedlth.compute import columns as col
-from fedlth.compute import gather, pointwise, sparse, weights
+from fedlth.compute import gather, norm, pointwise, pools, sparse, weights
 from fedlth.compute.jit import entry, inlined, part, source_stamp
 
 
@@ -92,9 +92,13 @@ def forward(rows: Any, index: Any, lists: Any, scales: Any, work: Any, w: Any, l
             else:
                 _gather(work, index, w, _forward_job(row, lanes), kind)
         elif kind == col.MAX_POOL:
-            pointwise.max_pool(work, row, lanes)
+            pools.max_pool(work, row, lanes)
         elif kind == col.AVERAGE_POOL:
-            pointwise.average_pool(work, scales[at : at + 1], row, lanes)
+            pools.average_pool(work, scales[at : at + 1], row, lanes)
+        elif kind == col.GLOBAL_MAX:
+            pools.global_max(work, row, lanes)
+        elif kind == col.GROUP_NORM:
+            norm.group_norm(work, w, scales[at : at + 1], row, lanes)
         else:
             pointwise.combine(work, row, lanes)
 
@@ -124,9 +128,13 @@ def backward(rows: Any, index: Any, lists: Any, scales: Any, work: Any, w: Any, 
             else:
                 weights.convolution_weights(work, index, grad, row, lanes)
         elif row[col.NEEDS_DX] and kind == col.MAX_POOL:
-            pointwise.max_pool_gradient(work, row, lanes)
+            pools.max_pool_gradient(work, row, lanes)
         elif row[col.NEEDS_DX] and kind == col.AVERAGE_POOL:
-            pointwise.average_pool_gradient(work, scales[at : at + 1], row, lanes)
+            pools.average_pool_gradient(work, scales[at : at + 1], row, lanes)
+        elif row[col.NEEDS_DX] and kind == col.GLOBAL_MAX:
+            pools.global_max_gradient(work, row, lanes)
+        elif kind == col.GROUP_NORM:
+            norm.group_norm_gradient(work, w, grad, row, lanes)
         elif kind == col.COPY or kind == col.ADD:
             if row[col.NEEDS_DX]:
                 places = row[col.DX], row[col.DX_PLANE], row[col.DX_ROW]

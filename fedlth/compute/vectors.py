@@ -17,7 +17,7 @@ from numba.extending import models, register_model
 from fedlth.compute.jit import intrinsic
 
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
-_FUSE = ("contract",)  # lets a multiply and an add become one instruction, and nothing else
+FUSE = ("contract",)  # lets a multiply and an add become one instruction, and nothing else
 
 
 class Tile(types.Type):
@@ -76,7 +76,7 @@ class _Code:
         return self.builder.add(index, ir.Constant(index.type, step))
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
-        return self.builder.fadd(self.builder.fmul(a, b, flags=_FUSE), c, flags=_FUSE)
+        return self.builder.fadd(self.builder.fmul(a, b, flags=FUSE), c, flags=FUSE)
 
     def rows(self, tile: int) -> list[Any]:
         return [self.builder.extract_value(self.args[tile], j) for j in range(self.types[tile].rows)]
@@ -276,6 +276,19 @@ def store(typing, tile, out, start, step):  # type: ignore[no-untyped-def]
             at = c.builder.add(at, c.args[3])
 
     return _intrinsic(body, _nothing)(tile, out, start, step)
+
+
+@intrinsic
+def fold(typing, tile):  # type: ignore[no-untyped-def]
+    """Return the one-row tile of the sums over the rows, added in pairs."""
+
+    def body(c: _Code) -> Any:
+        rows = c.rows(0)
+        while len(rows) > 1:
+            rows = [c.builder.fadd(*pair) for pair in zip(rows[::2], rows[1::2], strict=True)]
+        return c.tile(rows)
+
+    return _intrinsic(body, lambda given: Tile(1, given[0].width))(tile)
 
 
 @intrinsic
