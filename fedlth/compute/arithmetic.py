@@ -8,18 +8,18 @@ from typing import Any
 from llvmlite import ir
 
 from fedlth.compute.jit import intrinsic
-from fedlth.compute.vectors import FUSE, Tile, _Code, _intrinsic, _same
+from fedlth.compute.vectors import FUSE, Code, Tile, made, same
 
 
 def _pairwise(combine: Callable[[Any, list[Any]], Any]) -> Any:
     """Return the intrinsic that makes each row of its result from the same rows of its tiles."""
 
     def answer(*tiles: Any) -> Any:
-        def body(c: _Code) -> Any:
+        def body(c: Code) -> Any:
             columns = [c.rows(k) for k in range(len(tiles))]
             return c.tile([combine(c.builder, list(row)) for row in zip(*columns, strict=True)])
 
-        return _intrinsic(body, _same)(*tiles)
+        return made(body, same)(*tiles)
 
     return answer
 
@@ -115,5 +115,5 @@ def _filled(rows: int, width: int, value: float = 0.0) -> Any:
 
 zeros_6x16, zeros_4x16, zeros_2x16, zeros_1x16 = (_filled(rows, 16) for rows in (6, 4, 2, 1))
 zeros_3x32, zeros_2x32, zeros_1x32 = (_filled(rows, 32) for rows in (3, 2, 1))
-zeros_10x8, zeros_5x8 = _filled(10, 8), _filled(5, 8)
+zeros_10x8, zeros_8x8, zeros_5x8 = (_filled(rows, 8) for rows in (10, 8, 5))
 ones_1x16 = _filled(1, 16, 1.0)

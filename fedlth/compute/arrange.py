@@ -16,6 +16,7 @@ from fedlth.compute import columns as col
 from fedlth.compute.table import LayerTable, Op, Shape
 
 _ALIGNED = 16  # floats: one cache line
+_NEAR_TAPS = 128  # a convolution's taps at a time, whose inputs and packed weights then stay in the nearest cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,8 @@ def arrange(table: LayerTable, lanes: int) -> Arrangement:
             _weighted(row, op, plan, values[op.source], gradients[op.source])
         elif op.kind == col.GROUP_NORM:
             row[col.STATS] = plan.buffer((2 * op.groups, 1, 1)).place
-    packed = (int(r[col.OUT_CHANNELS] * r[col.TAPS]) for r in rows if r[col.KIND] == col.CONVOLUTION)
+    # A linear layer packs only the weights of a sparse one, which are fewer than half.
+    packed = (int(r[col.OUT_CHANNELS] * r[col.TAPS]) for r in rows if r[col.KIND] in (col.CONVOLUTION, col.LINEAR))
     scratch = max((16 * lanes, *packed))
     plan.size = -(-plan.size // _ALIGNED) * _ALIGNED
     rows[:, col.PACK] = plan.size
@@ -169,10 +171,11 @@ def _weighted(row: np.ndarray, op: Op, plan: _Arranger, x: _Buffer | None, dx: _
     spread = dy
     if op.kind == col.LINEAR:
         taps = plan.places(x, shape).reshape(-1)
-        area, back = 1, np.arange(out[0]) * dy.plane
+        area, back, sizes = 1, np.arange(out[0]) * dy.plane, (1, 1)
         back_out = None if dx is None else plan.places(dx, shape)
         row[[col.CHANNELS, col.HEIGHT, col.WIDTH]] = taps.size, 1, 1
         row[[col.TAP_ROW, col.TAP_STEP, col.TAP_GROUP]] = 0
+        chunks = taps.size, out[0]
         row[[col.PIXELS, col.SPAN, col.BACK_ROWS, col.BACK_SPAN]] = 1, lanes, 1, lanes
     else:
         (ky, kx), (sy, sx), (py, px) = op.window, op.stride, op.padding
@@ -189,13 +192,41 @@ def _weighted(row: np.ndarray, op: Op, plan: _Arranger, x: _Buffer | None, dx: _
         row[[col.TAP_ROW, col.TAP_STEP, col.TAP_GROUP]] = sy * x.row, sx * lanes, channels // groups * x.plane
         row[[col.PIXELS, col.SPAN]] = (1, out[2] * lanes) if sx == 1 else (out[2], lanes)
         row[[col.BACK_ROWS, col.BACK_SPAN]] = shape[1], shape[2] * lanes
+        sizes = (out[1] - 1) * sy + 1, (out[2] - 1) * sx + 1
+        chunks = (max(1, _NEAR_TAPS // area),) * 2
     weights = np.arange(out[0] // groups)[:, None] * taps.size + np.arange(area)
     _place(row, col.SPREAD, spread)
     row[[col.TAPS, col.KERNEL_AREA, col.MASK]] = taps.size, area, op.weight
     row[col.TAP_PLACES] = plan.list(taps)
-    row[col.TAP_WEIGHTS] = plan.list(np.arange(taps.size))
+    order, back_order = (
+        _order(n, area, chunk) for n, chunk in zip((taps.size // area, out[0] // groups), chunks, strict=True)
+    )
+    row[col.FORWARD_PLACES], row[col.FORWARD_WEIGHTS] = plan.list(taps.reshape(-1)[order]), plan.list(order)
+    row[[col.FORWARD_CHUNK, col.BACKWARD_CHUNK]] = chunks
     row[col.OUT_PLACES] = plan.list(np.arange(out[0]) * int(row[col.Y_PLANE]))
     row[[col.BACK_TAPS, col.BACK_GROUP]] = weights.size, out[0] // groups * spread.plane
-    row[col.BACK_PLACES], row[col.BACK_WEIGHTS] = plan.list(back), plan.list(weights)
+    row[col.BACK_PLACES] = plan.list(back)
+    row[col.BACKWARD_PLACES] = plan.list(back.reshape(-1)[back_order])
+    row[col.BACKWARD_WEIGHTS] = plan.list(weights.reshape(-1)[back_order])
     if back_out is not None:
         row[col.BACK_OUT_PLACES] = plan.list(back_out)
+    for axis, (top, back_top) in enumerate(((col.TOP, col.BACK_TOP), (col.LEFT, col.BACK_LEFT))):
+        size, taps_along, step, rim = int(row[col.HEIGHT + axis]), op.window[axis], op.stride[axis], op.padding[axis]
+        at, behind = np.arange(int(row[col.OUT_HEIGHT + axis])) * step - rim, np.arange(size) + rim
+        row[top] = plan.list(_inside(-at, size - at, taps_along))
+        row[back_top] = plan.list(_inside(behind - sizes[axis] + 1, behind + 1, taps_along))
+    down = np.arange(int(row[col.OUT_HEIGHT])) * op.stride[0] - op.padding[0]
+    inside = [np.flatnonzero((down + k >= 0) & (down + k < int(row[col.HEIGHT]))) for k in range(op.window[0])]
+    row[col.REACH] = plan.list(np.array([(rows[0], rows[-1] + 1) if rows.size else (0, 0) for rows in inside]))
+
+
+def _order(inputs: int, area: int, chunk: int) -> np.ndarray:
+    """Return taps (inputs, area) by chunk of inputs, then by place in the kernel, then by input."""
+    parts = [np.arange(start, min(start + chunk, inputs)) for start in range(0, inputs, chunk)]
+    return np.concatenate([(part * area + np.arange(area)[:, None]).reshape(-1) for part in parts])
+
+
+def _inside(first: np.ndarray, end: np.ndarray, window: int) -> np.ndarray:
+    """Return (N, 2): from which to which place a kernel is inside the map, for N places of its output."""
+    first = first.clip(0, window)
+    return np.stack([first, end.clip(first, window)], 1)

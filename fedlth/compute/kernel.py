@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -10,10 +11,11 @@ import numpy as np
 
 from fedlth.compute import columns as col
 from fedlth.compute.arrange import Arrangement, arrange
-from fedlth.compute.table import LayerTable
+from fedlth.compute.table import LayerTable, Op
 
 # Measured (benchmarks/kernel.py): below these densities the lists of kept weights beat the dense layer.
 SPARSE_BELOW = {col.CONVOLUTION: 0.5, col.LINEAR: 0.3}
+_NEAR, _TAPS = 5120, 16  # floats of a chunk's inputs (20 of 32 KB), kept weights of a chunk
 
 
 @dataclass(frozen=True)
@@ -204,9 +206,16 @@ def _prepare(table: LayerTable, lanes: int, kept: np.ndarray | None) -> _Prepare
         keep[op.weight : op.weight + count] = kept[op.weight : op.weight + count]
         dropped[op.weight] = count - alive
         row[col.SPARSE] = 1
-        lengths = (int(row[col.OUT_CHANNELS]) + 1, alive, int(row[col.CHANNELS]) + 1, alive, alive)
-        row[col.KEPT_STARTS : col.BACK_KEPT_WEIGHTS + 1] = size + np.cumsum((0, *lengths[:-1]))
-        size += sum(lengths)
+        _cut(row, op, alive / count, lanes)
+        for column, length in (
+            (col.KEPT_STARTS, row[col.OUT_CHANNELS] * row[col.CHUNKS] + 1),
+            (col.KEPT_PLACES, alive),
+            (col.BACK_STARTS, row[col.CHANNELS] * row[col.BACK_CHUNKS] + 1 if op.kind == col.CONVOLUTION else 0),
+            (col.BACK_KEPT_PLACES, alive),
+            (col.BACK_KEPT_WEIGHTS, alive if op.kind == col.CONVOLUTION else 0),
+        ):
+            row[column] = size
+            size += int(length)
     lists = np.zeros(max(size, 1), np.int32)
     if keep is None or kept is None:
         return _Prepared(replace(plan, rows=rows), lists, work, lanes, None)
@@ -216,3 +225,19 @@ def _prepare(table: LayerTable, lanes: int, kept: np.ndarray | None) -> _Prepare
                 row[column] = place - sum(count for offset, count in dropped.items() if offset < place)
     loop.list_layers(rows, plan.index, lists, kept)
     return _Prepared(replace(plan, rows=rows), lists, work, lanes, np.flatnonzero(keep))
+
+
+def _cut(row: np.ndarray, op: Op, density: float, lanes: int) -> None:
+    """Cut the channels that a sum runs over into chunks whose inputs fit the first-level cache beside the rest.
+
+    A chunk has at least _TAPS kept weights an output channel, since its partial sums pass through memory.
+    """
+    pixels = 3 if row[col.SPAN] > lanes else 1
+    values = op.window[0] * (pixels + op.window[1] - 1) * lanes
+    taps = int(row[col.KERNEL_AREA]) * max(density, 1e-9)
+    for size, chunk, chunks in (
+        (row[col.TAPS] // row[col.KERNEL_AREA], col.CHUNK, col.CHUNKS),
+        (row[col.OUT_CHANNELS] // row[col.GROUPS], col.BACK_CHUNK, col.BACK_CHUNKS),
+    ):
+        row[chunk] = min(int(size), max(1, _NEAR // values, math.ceil(_TAPS / taps)))
+        row[chunks] = -(-int(size) // int(row[chunk]))

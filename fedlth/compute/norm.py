@@ -18,7 +18,8 @@ from fedlth.compute.arithmetic import (
 )
 from fedlth.compute.jit import inlined, part
 from fedlth.compute.pointwise import get
-from fedlth.compute.vectors import fold, load, spread, store, sums
+from fedlth.compute.reduce import fold, sums
+from fedlth.compute.vectors import load, spread, store
 
 # Sums go pixel by pixel into a row's, row by row into a map's, map by map into a group's: short sums round less.
 
