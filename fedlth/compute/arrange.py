@@ -13,21 +13,11 @@ from functools import lru_cache
 import numpy as np
 
 from fedlth.compute import columns as col
+from fedlth.compute.places import EXTENTS, Arrangement, check_places
 from fedlth.compute.table import LayerTable, Op, Shape
 
 _ALIGNED = 16  # floats: one cache line
 _NEAR_TAPS = 128  # a convolution's taps at a time, whose inputs and packed weights then stay in the nearest cache
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arrangement:
-    """rows (ops, NUM_COLUMNS) int64, inlet (NUM_COLUMNS,) the input's place, index int32, scales (ops,) float32."""
-
-    rows: np.ndarray
-    inlet: np.ndarray
-    index: np.ndarray
-    scales: np.ndarray
-    work_size: int
 
 
 @dataclass(frozen=True)
@@ -43,6 +33,7 @@ class _Arranger:
     def __init__(self, table: LayerTable, lanes: int) -> None:
         self.table, self.lanes = table, lanes
         self.size = _ALIGNED
+        self.extents: dict[int, tuple[int, int]] = {}
         self.lists: list[np.ndarray] = []
         self.listed = 0
 
@@ -51,6 +42,7 @@ class _Arranger:
         row = (before[1] + width + after[1]) * self.lanes
         plane = (before[0] + height + after[0]) * row
         place = self.size + before[0] * row + before[1] * self.lanes
+        self.extents[place] = (self.size, self.size + channels * plane)
         self.size += channels * plane
         return _Buffer(place, plane, row)
 
@@ -112,12 +104,15 @@ def arrange(table: LayerTable, lanes: int) -> Arrangement:
             _weighted(row, op, plan, values[op.source], gradients[op.source])
         elif op.kind == col.GROUP_NORM:
             row[col.STATS] = plan.buffer((2 * op.groups, 1, 1)).place
-    # A linear layer packs only the weights of a sparse one, which are fewer than half.
-    packed = (int(r[col.OUT_CHANNELS] * r[col.TAPS]) for r in rows if r[col.KIND] in (col.CONVOLUTION, col.LINEAR))
+    packed = (int(r[col.OUT_CHANNELS] * r[col.TAPS]) for r in rows if r[col.KIND] == col.CONVOLUTION)
     scratch = max((16 * lanes, *packed))
     plan.size = -(-plan.size // _ALIGNED) * _ALIGNED
     rows[:, col.PACK] = plan.size
     plan.size += scratch + _ALIGNED
+    extents = np.zeros((len(rows), len(EXTENTS), 2), np.int64)
+    for row, extent in zip(rows, extents, strict=True):
+        for k, column in enumerate(EXTENTS):
+            extent[k] = plan.extents.get(int(row[column]), (0, 0))
     written: set[int] = set()
     for row, op in zip(rows[::-1], table.ops[::-1], strict=True):
         for source, need, accumulate in zip(
@@ -132,7 +127,11 @@ def arrange(table: LayerTable, lanes: int) -> Arrangement:
     index = np.concatenate(plan.lists).astype(np.int32) if plan.lists else np.zeros(1, np.int32)
     if plan.size >= 2**31:
         raise ValueError(f"arrange: a batch of the network must fit 2**31 floats, got {plan.size}")
-    return Arrangement(rows=rows, inlet=inlet, index=index, scales=scales, work_size=plan.size)
+    found = Arrangement(
+        rows=rows, inlet=inlet, index=index, scales=scales, extents=extents, scratch=scratch, work_size=plan.size
+    )
+    check_places(found, lanes, table.num_params)
+    return found
 
 
 def _place(row: np.ndarray, column: int, buffer: _Buffer | None) -> None:

@@ -117,6 +117,8 @@ def backward(rows: Any, index: Any, lists: Any, scales: Any, work: Any, w: Any, 
     for at in range(len(rows) - 1, -1, -1):
         row = rows[at]
         kind = row[col.KIND]
+        if row[col.DY] == 0:  # no weight comes before it
+            continue
         if row[col.RELU] and kind != col.MAX_POOL:
             pointwise.clip_gradient(work, row, lanes)
         if kind == col.CONVOLUTION or kind == col.LINEAR:
