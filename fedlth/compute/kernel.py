@@ -15,8 +15,9 @@ from fedlth.compute.arrange import arrange
 from fedlth.compute.places import Arrangement, stray
 from fedlth.compute.table import LayerTable, Op
 
-# Measured (benchmarks/kernel.py): below these densities the lists of kept weights beat the dense layer.
-SPARSE_BELOW = {col.CONVOLUTION: 0.5, col.LINEAR: 0.3}
+# Below these densities the lists of kept weights beat the dense layer: `python benchmarks/kernel.py --crossover`
+# (5 x 5 and 3 x 3 convolutions .6 to .7, linear layers .4, over two sizes each).
+SPARSE_BELOW = {col.CONVOLUTION: 0.6, col.LINEAR: 0.4}
 _NEAR, _TAPS = 5120, 16  # floats of a chunk's inputs (20 of 32 KB), kept weights of a chunk
 
 
@@ -236,9 +237,9 @@ def _prepare(table: LayerTable, lanes: int, kept: np.ndarray | None) -> _Prepare
         _cut(row, op, alive / count, lanes)
         for column, length in (
             (col.KEPT_STARTS, row[col.OUT_CHANNELS] * row[col.CHUNKS] + 1),
-            (col.KEPT_PLACES, alive),
+            (col.KEPT_PLACES, alive + 1),  # the last place is written, and not read
             (col.BACK_STARTS, row[col.CHANNELS] * row[col.BACK_CHUNKS] + 1 if op.kind == col.CONVOLUTION else 0),
-            (col.BACK_KEPT_PLACES, alive),
+            (col.BACK_KEPT_PLACES, alive + 1),
             (col.BACK_KEPT_WEIGHTS, alive if op.kind == col.CONVOLUTION else 0),
         ):
             row[column] = size

@@ -35,13 +35,11 @@ def list_kept(index: Any, lists: Any, kept: Any, row: Any) -> None:
         for k in range(taps):
             if k % chunk == 0:
                 lists[row[col.KEPT_STARTS] + o * chunks + k // chunk] = count
-            if kept[row[col.MASK] + o * taps + k]:
-                lists[row[col.KEPT_PLACES] + count] = (
-                    index[row[col.TAP_PLACES] + k] + o // channels * row[col.TAP_GROUP]
-                )
-                if linear and row[col.NEEDS_DX]:
-                    lists[row[col.BACK_KEPT_PLACES] + count] = index[row[col.BACK_OUT_PLACES] + k]
-                count += 1
+            # Written for every weight and overwritten by the next kept one: a guess about a mask fails too often.
+            lists[row[col.KEPT_PLACES] + count] = index[row[col.TAP_PLACES] + k] + o // channels * row[col.TAP_GROUP]
+            if linear and row[col.NEEDS_DX]:
+                lists[row[col.BACK_KEPT_PLACES] + count] = index[row[col.BACK_OUT_PLACES] + k]
+            count = count + kept[row[col.MASK] + o * taps + k]
     lists[row[col.KEPT_STARTS] + row[col.OUT_CHANNELS] * chunks] = count
     if linear or not row[col.NEEDS_DX]:
         return
