@@ -107,7 +107,7 @@ def train_epochs(
         raise ValueError(f"kernel: rates must be one a step, {len(batches)}, got {rates.shape}")
     weights, factor = floats[: table.num_params].copy(), _moves(table, mask, moves)
     if mask is not None:
-        weights[: table.num_prunable][~mask] = 0.0
+        np.copyto(weights[: table.num_prunable], 0.0, where=~mask)
     ready = _prepare(table, _lanes(int(np.diff(starts).max())), mask)
     w = weights if ready.keep is None else weights[ready.keep]
     factor = factor if ready.keep is None or not len(factor) else factor[ready.keep]
