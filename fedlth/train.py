@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlth.compute import kernel
+from fedlth.compute import cohort, kernel
+from fedlth.compute.cohort_turns import ASK
 from fedlth.compute.table import LayerTable
 from fedlth.params import Layout, Params
 
@@ -130,6 +131,10 @@ def train(
     epochs = [batches(len(y), plan.batch_size, order) for _ in range(plan.epochs)]
     if bound.table is not None:
         return _checked(_in_kernel(bound.table, start, data, plan, epochs, mask, update, snapshots), plan)
+    if (ask := ASK.get()) is not None:
+        asked = _asked(bound, start, data, plan, epochs, mask, update, snapshots)
+        done = ask(asked)
+        return _checked(Trained(Params(done.floats, start.ints.copy()), done.loss, done.snapshots), plan)
     layout, size = bound.layout, bound.layout.num_prunable
     weights, grad = bound.flat[: layout.num_params], bound.grad
     alive = None if mask is None or mask.all() else torch.from_numpy(mask.astype(np.float32)).to(bound.device)
@@ -191,6 +196,25 @@ def _in_kernel(
     return Trained(Params(done.floats, start.ints.copy()), done.loss, done.snapshots)
 
 
+def _asked(
+    bound: Bound, start: Params, data: tuple[Tensor, Tensor], plan: Plan, epochs: list[list[np.ndarray]],
+    mask: np.ndarray | None, update: np.ndarray | None, snapshots: tuple[int, ...],
+) -> cohort.Training:  # fmt: skip
+    """Return what `train` says as one client's part of a cohort's training."""
+    steps = sum(map(len, epochs))
+    return cohort.Training(
+        model=_model(bound, start), x=data[0], y=data[1], epochs=epochs,
+        rates=np.array([plan.rate(step, steps) for step in range(steps)]), momentum=plan.momentum,
+        weight_decay=plan.weight_decay, mask=mask, update=update, snapshots=snapshots,
+    )  # fmt: skip
+
+
+def _model(bound: Bound, params: Params) -> cohort.Model:
+    return cohort.Model(
+        module=bound.module, layout=bound.layout, device=bound.device, floats=params.floats, ints=params.ints
+    )
+
+
 def evaluate(bound: Bound, params: Params, data: tuple[Tensor, Tensor]) -> tuple[float, float]:
     """Return (accuracy, mean loss) of `params` on data; (0, 0) where there is none."""
     x, y = data
@@ -199,6 +223,9 @@ def evaluate(bound: Bound, params: Params, data: tuple[Tensor, Tensor]) -> tuple
     if bound.table is not None:
         logits = torch.from_numpy(kernel.predict(bound.table, params.floats, x.numpy()))
         return float((logits.argmax(-1) == y).double().mean()), float(loss_of(logits, y))
+    if (ask := ASK.get()) is not None:
+        found: tuple[float, float] = ask(cohort.Evaluation(model=_model(bound, params), x=x, y=y))
+        return found
     bound.load(params)
     bound.module.eval()
     right, loss_sum = 0, 0.0
