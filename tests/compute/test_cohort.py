@@ -72,7 +72,8 @@ def made(factory: Callable[[], nn.Module] = Net, prunable: tuple[str, ...] = ("c
     with torch_stream(0):
         module = factory()
     layout = layout_of(module, prunable)
-    return Bound(module, layout, "cpu"), read(module, layout)
+    start = read(module, layout)
+    return Bound(module, layout, "cpu"), start
 
 
 def data(size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
