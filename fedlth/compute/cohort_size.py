@@ -46,7 +46,10 @@ def decided(study: Study, world: World, *, engine: str) -> tuple[int, list[str]]
         return 1, [f"cohort: 1, because {reason}"]
     if study.cohort != "auto":
         return study.cohort, []
-    size = fitting(*probed(world, _cuda_peak), free=_free_bytes(study, world.device))
+    try:
+        size = fitting(*probed(world, _cuda_peak), free=_free_bytes(study, world.device))
+    except torch.OutOfMemoryError:
+        return 1, [f"cohort: 1, because {PROBED} clients do not fit into the free memory of {world.device}"]
     return size, [f"cohort: {size}, from the free memory of {world.device}"]
 
 
@@ -73,10 +76,10 @@ def obstacle(world: World) -> str | None:
 
     calls = [partial(visit, count, mask) for count, mask in zip((long, short), masks, strict=True)]
     with torch_stream(0), warnings.catch_warnings():
-        alone = [call() for call in calls]
         # vmap does what it has no rule for client by client, slowly, and says so in a warning.
         warnings.filterwarnings("error", message=".*performance drop.*")
         try:
+            alone = [call() for call in calls]
             together = side_by_side(calls, cohort.answer)
         except Exception as error:
             return f"its model cannot be batched over clients: {told(error)[:160]}"
@@ -148,4 +151,6 @@ def _cuda_peak(work: Callable[[], object]) -> int:
     before = torch.cuda.memory_allocated()
     work()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    used = torch.cuda.max_memory_allocated() - before
+    torch.cuda.empty_cache()  # workers of the same GPU are other processes
+    return used

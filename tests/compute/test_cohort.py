@@ -34,7 +34,7 @@ from fedlth.params import Params, layout_of, read
 from fedlth.rng import stream
 from fedlth.runfolder import RunFolder
 from fedlth.train import Bound, Plan, Trained, batches
-from fedlth.world import torch_stream
+from fedlth.world import World, torch_stream
 from tests import tiny
 
 PLANS = {
@@ -392,6 +392,11 @@ class Deciding(Dropped):
 READER = {"data": {"name": "tests.user_model:sentences"}, "model": {"name": "tests.user_model:reader", "options": {}}}
 
 
+@pytest.mark.parametrize("name", ["leaf_cnn", "conv2", "mlp"])
+def test_our_own_models_without_batch_norm_can_be_batched(name: str) -> None:
+    assert cohort_size.obstacle(tiny.world(cohort=3, model={"name": name, "options": {}})) is None
+
+
 @pytest.mark.parametrize(
     ("sections", "reason"),
     [
@@ -428,6 +433,37 @@ def test_the_cohort_of_a_gpu_is_a_power_of_two_that_fits() -> None:
             assert size == 1 or used <= 0.8 * free
             assert size == 64 or fixed + 2 * size * member > 0.8 * free
             assert size & (size - 1) == 0 and 1 <= size <= 64
+
+
+@pytest.mark.parametrize(
+    ("ray", "engine", "size"),
+    [
+        ({}, "inprocess", 32),
+        ({"num_gpus": 0.5}, "inprocess", 32),
+        ({"num_gpus": 0.5}, "ray", 16),
+        ({"num_gpus": 2.0}, "ray", 32),
+        ({"gpu_memory_mb": 10}, "ray", 8),
+    ],
+)
+def test_auto_is_decided_from_a_workers_share_of_the_gpu(
+    ray: dict[str, Any], engine: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is played: a GPU with 40 MiB free, on which a client takes one."""
+    monkeypatch.setattr(World, "device", "cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * 2**20, 80 * 2**20))
+    monkeypatch.setattr(cohort_size, "obstacle", lambda world: None)
+    monkeypatch.setattr(cohort_size, "probed", lambda world, peak: (2**20, cohort_size.PROBED * 2**20))
+    made = tiny.study(cohort="auto", engine=engine, ray=ray)
+    assert session.together(made, engine) == (
+        made.model_copy(update={"cohort": size}), [f"cohort: {size}, from the free memory of cuda"]
+    )  # fmt: skip
+
+    def refused(world: World, peak: object) -> tuple[int, int]:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(cohort_size, "probed", refused)
+    made, notes = session.together(made, engine)
+    assert made.cohort == 1 and "4 clients do not fit" in notes[0]
 
 
 def test_the_memory_probe_trains_and_evaluates_cohorts_of_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
