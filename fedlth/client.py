@@ -43,7 +43,7 @@ def client_step(job: Job) -> Reply:
     """Decode, restore, train, encode. Pure but for its caches: equal jobs give equal replies on every engine."""
     began = time.perf_counter()
     world = open_world(job.study)
-    recipe = in_phase(recipe_of(world.study), job.phase)
+    recipe = in_phase(_recipe(job.study), job.phase)
     state = ClientState.from_bytes(job.state)
     if job.version and job.state is None:
         return _resync(job, began, bytes(8))
@@ -67,6 +67,11 @@ def client_step(job: Job) -> Reply:
         seconds=time.perf_counter() - began,
         device=world.device,
     )
+
+
+@lru_cache(maxsize=2)
+def _recipe(science: str) -> Recipe:
+    return recipe_of(open_world(science).study)
 
 
 def _resync(job: Job, began: float, held: bytes) -> Reply:
@@ -133,6 +138,8 @@ def _personalise(
         rest = world.layout.num_prunable
         values = np.concatenate((kept.params.floats[:rest][kept.mask], kept.params.floats[rest:]))
         state = state.with_(masks={"ticket": kept.mask}, vectors={"ticket": values, "ticket_ints": kept.params.ints})
+        if kept.held:
+            state = state.with_(vectors={"ticket_dead": kept.params.floats[:rest][~kept.mask]})
         if world.study.refine.rounds and job.phase == "personalise":
             state = state.without("owed").with_(masks={"active": kept.mask})
             up = replace(_uplink(job, world, received["theta_g"]), known_mask=None)
@@ -177,7 +184,7 @@ def _kept(world: World, results: list[Result]) -> Result | None:
 def _row(local: Local, result: Result) -> dict[str, Any]:
     """Evaluate one model. Test data is read here, after every decision has been made."""
     world, size = local.world, local.full.size
-    if result.params.floats[:size][~result.mask].any():
+    if not result.held and result.params.floats[:size][~result.mask].any():
         raise AssertionError(f"arm {result.arm}: a dead weight is not zero")
     val_accuracy, val_loss = train.evaluate(world.bound, result.params, local.val_part)
     test = world.part(local.client, "test")

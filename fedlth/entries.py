@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedlth.jobs import Message, Reply
+from fedlth.jobs import Failure, Message, Reply
 from fedlth.ledger import Row, party
 from fedlth.params import Layout
 from fedlth.wire import mask as bitmap
@@ -63,11 +63,11 @@ def up(
     return rows
 
 
-def failed(round: int, phase: str, client: int, kind: str) -> Row:
-    """Return the row of an answer that never came."""
+def failed(round: int, phase: str, failure: Failure) -> Row:
+    """Return the row of an answer that never came; a message may say so, and has a frame."""
     return Row(
-        round=round, phase=phase, sender=party(client), receiver=party(None), kind="none", name="", payload_bytes=0,
-        status=f"failed: {kind}",
+        round=round, phase=phase, sender=party(failure.client), receiver=party(None), kind="none", name="",
+        payload_bytes=0, framed_bytes=failure.framed_up_bytes, status=f"failed: {failure.kind}",
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def party(client: int | None) -> str:
 
 def lines(rows: Iterable[Row | Mapping[str, Any]]) -> bytes:
     """Serialise rows, one compact JSON object a line, keys sorted so that equal rows are equal bytes."""
-    plain = [asdict(r) if isinstance(r, Row) else dict(r) for r in rows]
+    plain = [vars(r) if isinstance(r, Row) else r for r in rows]
     return b"".join(json.dumps(r, sort_keys=True, allow_nan=False).encode() + b"\n" for r in plain)
 
 

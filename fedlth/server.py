@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from fedlth import rng
 from fedlth.jobs import Message, Reply
-from fedlth.methods.aggregate import Contribution
+from fedlth.methods.aggregate import Aggregate, Contribution
 from fedlth.methods.recipe import Recipe
 from fedlth.params import Layout, Params
 from fedlth.wire import metrics, payload
@@ -107,9 +109,13 @@ def _check_record(record: dict[str, Any], client: int) -> None:
 
 
 def aggregate(
-    recipe: Recipe, rule: Callable[..., Params], theta: Params, contributions: Sequence[Contribution], layout: Layout
-) -> Params:
-    """Join in client order; with no valid reply the old state stays."""
-    if not contributions:
-        return theta
-    return rule(theta, sorted(contributions, key=lambda c: c.client), layout)
+    rule: Aggregate, theta: Params, contributions: Iterable[Contribution], layout: Layout
+) -> tuple[Params, bool]:
+    """Join in the order in which they come; with none the old state stays. Says also whether there was none."""
+    stream = iter(contributions)
+    first = next(stream, None)
+    if first is None:
+        return theta, True
+    joined = rule(theta, chain((first,), stream), layout)
+    deque(stream, maxlen=0)  # a rule that stops early must not stop the visits
+    return joined, False

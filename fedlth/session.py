@@ -118,20 +118,23 @@ def _finish(folder: RunFolder, loop: rounds.Loop) -> None:
     away = 0
     study, world = folder.study(), loop.world  # the world knows only what decides numbers, not names
     arm = "refined" if study.refine.rounds else kept_arm(study)
+    states = folder.devices if loop.engine.holds_state else folder.clients
     for client in range(study.clients.count):
         version = loop.progress.versions.get(str(client), "")
         if arm is None or not version:
             continue
-        if not folder.clients.path(client, version).exists():
+        if not states.has(client, version):
             away += 1
             continue
-        state = ClientState.from_bytes(folder.clients.get(client, version))
+        state = ClientState.from_bytes(states.get(client, version))
         if "ticket" not in state.masks:
             continue
         mask, values = state.masks["ticket"], state.vectors["ticket"]
         floats = np.zeros(world.layout.num_floats, np.float32)
         floats[: mask.size][mask] = values[: int(mask.sum())]
         floats[mask.size :] = values[int(mask.sum()) :]
+        if "ticket_dead" in state.vectors:
+            floats[: mask.size][~mask] = state.vectors["ticket_dead"]
         params = Params(floats, state.vectors["ticket_ints"])
         meta = {"study": study.study, "method": recipe_of(study).name, "seed": study.seed, "client": client, "arm": arm}
         path = folder.root / "tickets" / f"client-{client:04d}.safetensors"

@@ -18,10 +18,10 @@ FLOORS: list[set[str]] = [
     {"errors", "__init__"},
     {"rng", "params", "config", "yaml_text", "ledger", "parts", "store", "jobs"},
     {"tickets", "wire"},
-    {"data", "models", "compute", "train", "world"},
+    {"data", "models", "compute", "train", "supermask", "network", "world"},
     {"methods"},
-    {"client", "server", "uplink", "downlink", "entries", "runfolder", "tickets_file"},
-    {"rounds"},
+    {"client", "server", "uplink", "downlink", "entries", "runfolder", "packs", "tickets_file"},
+    {"visits", "rounds", "lab"},
     {"tensorboard", "session"},
     {"engines", "forecast", "tune", "api", "report", "catalogue", "cli", "__main__"},
 ]

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from fedlth.engines.cohort import size_of
 from fedlth.engines.pool import Limits, Lost, Pool
 from fedlth.engines.worker import Worker
-from fedlth.jobs import Failure, Job, Reply
+from fedlth.jobs import AT_ONCE, Failure, Job, Reply
 
 START_S = 300.0
 
@@ -37,6 +37,7 @@ class Forked:
 
     def __init__(self, workers: int, *, job_timeout_s: float | None = None) -> None:
         self.workers, self.limits = workers, Limits(START_S, job_timeout_s)
+        self.at_once = max(AT_ONCE, 4 * workers)
         self._pool: Pool | None = None
 
     def map(self, jobs: Sequence[Job], /) -> list[Reply | Failure]:

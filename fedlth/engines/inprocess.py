@@ -8,7 +8,7 @@ from functools import partial
 
 from fedlth.client import client_step
 from fedlth.engines.cohort import cohorts, side_by_side, size_of
-from fedlth.jobs import Failure, Job, Reply
+from fedlth.jobs import AT_ONCE, Failure, Job, Reply
 
 
 def one_line(error: BaseException) -> str:
@@ -33,6 +33,7 @@ class InProcess:
 
     name: str = "inprocess"
     holds_state: bool = False
+    at_once: int = AT_ONCE
 
     def map(self, jobs: Sequence[Job], /) -> list[Reply | Failure]:
         parts = cohorts(len(jobs), size_of(jobs))

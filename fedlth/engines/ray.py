@@ -14,7 +14,7 @@ from fedlth.engines.cohort import size_of
 from fedlth.engines.pool import Limits, Pool
 from fedlth.engines.ray_placement import count, share_of
 from fedlth.engines.worker import Worker
-from fedlth.jobs import Failure, Job, Reply
+from fedlth.jobs import AT_ONCE, Failure, Job, Reply
 
 if TYPE_CHECKING:
     from fedlth.engines.ray_cluster import Cluster
@@ -41,6 +41,7 @@ class RayEngine:
         start_timeout_s: float = START_S,
     ) -> None:
         self.settings, self.limits = ray, Limits(start_timeout_s, job_timeout_s)
+        self.at_once = max(AT_ONCE, 4 * ray.workers)
         self.share = share_of(ray, device=device, total_memory_mb=_smallest_gpu_mb)
         self._opened: tuple[Cluster, Pool] | None = None
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fedlth.config import Study
 from fedlth.errors import StudyError
 from fedlth.methods.arms import ARMS
 from fedlth.methods.recipe import Recipe
 from fedlth.methods.recipes import METHODS
 from fedlth.parts import make
+from fedlth.tickets.dead import DEADS
 from fedlth.tickets.finder import Finder
-from fedlth.tickets.rewind import REWINDS
+from fedlth.tickets.gate import GATES, STOPS
+from fedlth.tickets.granularity import GRANULARITIES
+from fedlth.tickets.rewind import REWINDS, ToInit
 from fedlth.tickets.schedule import SCHEDULES
 from fedlth.tickets.scope import SCOPES
 from fedlth.tickets.score import SCORES
@@ -33,6 +38,10 @@ def finder_of(study: Study) -> Finder:
         schedule=make(SCHEDULES, f.schedule, "finder.schedule"),
         scope=make(SCOPES, f.scope, "finder.scope"),
         rewind=make(REWINDS, f.rewind, "finder.rewind"),
+        granularity=make(GRANULARITIES, f.granularity, "finder.granularity"),
+        dead=make(DEADS, f.dead, "finder.dead"),
+        gate=make(GATES, f.gate, "finder.gate"),
+        stop=make(STOPS, f.stop, "finder.stop"),
     )
 
 
@@ -76,6 +85,13 @@ def resolve(study: Study) -> tuple[Study, list[str]]:
         )
     if CODECS[study.wire].feedback and not (recipe.federated and recipe.visit.sends == "values"):
         raise StudyError(f"wire: must not be {study.wire} for a method that sends no values up, as {recipe.name}")
+    if study.refine.rounds and (finder.dead.holds or not getattr(finder.rewind, "trains", True)):
+        raise StudyError(
+            "refine.rounds: must be 0 where dead weights are not zero or tickets are frozen: refinement trains "
+            f"survivors among zeros, got {finder.dead} and {finder.rewind}"
+        )
+    if "ticket_0" in arms:
+        replace(finder, rewind=ToInit())  # says so where the finder's other parts forbid it
     _check_counts(study)
     anchor = finder.rewind.anchor
     if anchor and "@" in anchor and int(anchor.partition("@")[2]) > study.federate.rounds:

@@ -204,10 +204,12 @@ def account_text(found: Account) -> str:
         )
         parts.append(f"a dense update through the codec: {found.traffic.dense_up_payload_bytes:,} B, {source}")
     if told.frames:
-        parts.append(
-            f"as the transport framed it: {told.framed_bytes:,} B for {told.payload_bytes:,} B of payload "
+        text = (
+            f"as the transport framed it: up {told.framed_up_bytes:,} B for {told.payload_up_bytes:,} B of payload, "
+            f"down {told.framed_down_bytes:,} B for {told.payload_down_bytes:,} B "
             f"({told.frames} of {told.all_frames} frames told)"
         )
+        parts.append(fill(text, WIDTH))
     if masks.messages:
         parts.append(
             f"{masks.messages} uploads name a sparse mask: {masks.sent_bytes:,} B as sent, "

@@ -31,13 +31,21 @@ class Flow:
 class Frames:
     """What the transport told. A frame carries one visit's messages of one direction, of which one row has its size.
 
-    frames, payload_bytes: those whose size was told, and the payloads in them; all_frames: how many there were.
+    frames: those whose size was told; all_frames: how many there were. framed: bytes of the former as the transport
+    sent them; payload: bytes of the payloads in them.
     """
 
     frames: int
     all_frames: int
-    framed_bytes: int
-    payload_bytes: int
+    framed_up_bytes: int
+    framed_down_bytes: int
+    payload_up_bytes: int
+    payload_down_bytes: int
+
+    @property
+    def framed_bytes(self) -> int:
+        """Return both directions together."""
+        return self.framed_up_bytes + self.framed_down_bytes
 
 
 @dataclass(frozen=True)
@@ -117,11 +125,15 @@ def frames(rows: Iterable[LedgerRow]) -> Frames:
         if row.payload_bytes or row.framed_bytes is not None:
             held.setdefault((row.round, row.phase, row.sender, row.receiver), []).append(row)
     told = [inner for inner in held.values() if any(row.framed_bytes is not None for row in inner)]
+    ups = [row for inner in told for row in inner if row.receiver == SERVER]
+    downs = [row for inner in told for row in inner if row.receiver != SERVER]
     return Frames(
         frames=len(told),
         all_frames=len(held),
-        framed_bytes=sum(row.framed_bytes or 0 for inner in told for row in inner),
-        payload_bytes=sum(row.payload_bytes for inner in told for row in inner),
+        framed_up_bytes=sum(row.framed_bytes or 0 for row in ups),
+        framed_down_bytes=sum(row.framed_bytes or 0 for row in downs),
+        payload_up_bytes=sum(row.payload_bytes for row in ups),
+        payload_down_bytes=sum(row.payload_bytes for row in downs),
     )
 
 

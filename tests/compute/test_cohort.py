@@ -10,7 +10,7 @@ import runpy
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -303,6 +303,37 @@ def test_a_whole_study_equals_one_by_one_and_any_number_of_workers(name: str, tm
         assert tiny.facts(tmp_path / "forked") == tiny.facts(tmp_path / "three")
 
 
+class Parted(InProcess):
+    """Takes few jobs at a time; `forgets` loses every second client's state in round 2, which is then sent again."""
+
+    def __init__(self, at_once: int, *, forgets: bool) -> None:
+        super().__init__(at_once=at_once)
+        object.__setattr__(self, "struck", set[int]() if forgets else set(range(99)))
+
+    def map(self, jobs: Any, /) -> Any:
+        sent = []
+        for job in jobs:
+            strike = job.round == 2 and job.version and job.client % 2 and job.client not in self.struck
+            self.struck.add(job.client) if strike else None
+            sent.append(replace(job, state=None) if strike else job)
+        return super().map(sent)
+
+
+@pytest.mark.parametrize(("cohort", "forgets"), [(3, False), (3, True), (1, True)])
+def test_a_run_is_the_same_however_many_jobs_an_engine_takes_at_once(
+    cohort: int, forgets: bool, tmp_path: Path
+) -> None:
+    made = tiny.of_method(
+        "lotteryfl", cohort=cohort, clients={"count": 8, "unseen": 0.0}, federate={"rounds": 3, "clients_per_round": 8},
+        personalise={"arms": ["own_tuned"], "clients_per_wave": 8},
+    )  # fmt: skip
+    for at_once in (1, 4, 32):
+        out = tmp_path / str(at_once)
+        tiny.run(made, out, engine=Parted(at_once, forgets=forgets))
+        assert tiny.facts(out) == tiny.facts(tmp_path / "1")
+        assert any(r["kind"] == "resync" for r in tiny.rows(out, "ledger")) == forgets
+
+
 def planted(patch: pytest.MonkeyPatch, fault: Callable[[], None]) -> None:
     """Let client 2 meet a fault in its first evaluation, before it trains."""
     real = Local.val_accuracy
@@ -359,6 +390,7 @@ def test_a_runs_cohort_is_recorded_shared_out_and_kept(tmp_path: Path) -> None:
 class Named:
     name: str = "flower"
     holds_state: bool = True
+    at_once: int = 32
 
 
 def test_flower_refuses_a_cohort(tmp_path: Path) -> None:
