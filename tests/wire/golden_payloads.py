@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,18 @@ import numpy as np
 
 from fedlth.params import Entry, Layout
 from fedlth.wire import payload
-from fedlth.wire.codec import CODECS
+from fedlth.wire.codec import BITMAP, CODECS, LAYERS, MAGNITUDE, PREVIOUS, TOGETHER
 from fedlth.wire.payload import Content
 from fedlth.wire.reference import Reference
 
 HERE = Path(__file__).parent / "payloads"
-SHAPES = [(24, 50), (30, 3, 3)]
+SHAPES, REST, BUFFERS = [(24, 50), (30, 3, 3)], [(40,)], [(6,)]
 LAYOUT = Layout(
     (
         Entry("a", (24, 50), "param", 0, prunable=True),
         Entry("b", (30, 3, 3), "param", 1200, prunable=True),
         Entry("c", (40,), "param", 1470),
+        Entry("d", (6,), "buffer", 1510),
         Entry("n", (), "buffer", 0, is_int=True),
     )
 )
@@ -51,6 +53,10 @@ def cases() -> dict[str, tuple[str, Content, dict[str, Any]]]:
     return {
         "raw": ("raw", values(near), {}),
         "layers": ("lossless", values(few), {}),
+        "layers_bits": ("lossless", values(few), {}),
+        "previous_bits": ("lossless", Content(swapped, None, None), {"known_mask": known}),
+        "magnitudes_bits": ("lossless", values(near), both),
+        "together": ("lossless", Content(swapped, None, None), {"known_mask": known}),
         "previous": ("lossless", Content(swapped, None, None), {"known_mask": known}),
         "channels": ("lossless", values(rows), {}),
         "bitmap": ("lossless", Content(half, None, None), {}),
@@ -61,12 +67,21 @@ def cases() -> dict[str, tuple[str, Content, dict[str, Any]]]:
         "bf16": ("bf16", values(near), both),
         "f16": ("f16", values(near), both),
         "step": ("step", values(near), both),
+        "sign": ("sign", values(near), both),
+        "step_alone": ("step", values(near), {}),
     }
+
+
+# Cases for modes that would not be the cheapest for so small a mask.
+ONLY = {"layers": LAYERS, "previous": PREVIOUS, "together": TOGETHER, "magnitudes": MAGNITUDE, "both": MAGNITUDE}
 
 
 def encoded(name: str) -> bytes:
     codec, content, holds = cases()[name]
-    return payload.encode("values", LAYOUT, content, codec=CODECS[codec], **holds)
+    chosen = CODECS[codec]
+    if name in ONLY:
+        chosen = replace(chosen, masks=(ONLY[name], BITMAP))
+    return payload.encode("values", LAYOUT, content, codec=chosen, **holds)
 
 
 if __name__ == "__main__":
