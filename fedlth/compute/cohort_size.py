@@ -40,7 +40,7 @@ def decided(study: Study, world: World, *, engine: str) -> tuple[int, list[str]]
             raise StudyError(f"cohort: must be 1 on engine flower, a client of which is alone, got {study.cohort}")
         return 1, ["cohort: 1, because a client on Flower is alone"]
     if study.cohort == "auto" and world.device == "cpu":
-        return 1, ["cohort: 1, because clients on a CPU train faster one by one"]
+        return 1, ["cohort: 1, because on a CPU a cohort gains little or loses"]
     reason = obstacle(world)
     if reason is not None:
         return 1, [f"cohort: 1, because {reason}"]
