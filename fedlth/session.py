@@ -14,7 +14,7 @@ import numpy as np
 
 from fedlth import __version__, rounds, store, tensorboard, tickets_file
 from fedlth.client import space
-from fedlth.compute import cohort_size
+from fedlth.compute import cohort_size, kernel
 from fedlth.config import Study
 from fedlth.data.split import label_counts
 from fedlth.errors import StudyError
@@ -42,6 +42,8 @@ def start(study: Study, out: Path, engine: Engine, tell: Tell) -> RunFolder:
     world = open_world(study.science())
     for note in notes + why:
         tell(f"note: {note}")
+    if study.compute == "sparse":
+        kernel.warm(tell)
     folder = RunFolder(out)
     with folder.locked():
         folder.create(study)
@@ -56,7 +58,9 @@ def backend(study: Study) -> tuple[Study, list[str]]:
         return study, []
     table = open_world(study.science()).table
     if isinstance(table, str):
-        return study.model_copy(update={"compute": "reference"}), [f"compute: reference, because {table}"]
+        return study.model_copy(update={"compute": "tuned"}), [
+            f"compute: tuned, because the kernel cannot run: {table}"
+        ]
     return study.model_copy(update={"compute": "sparse"}), ["compute: sparse, all layers run in the kernel"]
 
 
@@ -81,6 +85,8 @@ def resume(out: Path, engine: Engine, tell: Tell) -> RunFolder:
             engine.close()
             tell(f"{out}: has ended already")
             return folder
+        if study.compute == "sparse":
+            kernel.warm(tell)
         if not header:
             _write_header(folder, study, world, engine)
         elif (header["data_digest"], header["partition_digest"]) != (world.dataset.digest(), world.splits.digest):

@@ -6,66 +6,20 @@ Shapes: K clients, F floats of a model, P of them parameters, S steps, B example
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, vmap
 from torch.nn import functional
 
-from fedlth.params import Layout
+from fedlth.compute.cohort_asks import Done, Evaluation, Model, Training
 
 Q = TypeVar("Q")
 
 # Examples of one client in a forward pass of evaluation: no more than a usual training batch, which is known to fit.
 EVALUATION_BATCH = 32
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Model:
-    """One client's values for the module that all clients of a cohort share."""
-
-    module: nn.Module
-    layout: Layout
-    device: str
-    floats: np.ndarray
-    ints: np.ndarray
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Training:
-    """One client's training: `epochs` of batches, a learning rate a step; `mask` and `update` as in `train.train`."""
-
-    model: Model
-    x: Tensor
-    y: Tensor
-    epochs: list[list[np.ndarray]]
-    rates: np.ndarray
-    momentum: float
-    weight_decay: float
-    mask: np.ndarray | None
-    update: np.ndarray | None
-    snapshots: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Evaluation:
-    """One client's evaluation, on a part that is not empty."""
-
-    model: Model
-    x: Tensor
-    y: Tensor
-
-
-@dataclass(frozen=True)
-class Done:
-    """Where a training ended: floats (F,), the last epoch's mean loss, floats after the epochs that were asked for."""
-
-    floats: np.ndarray
-    loss: float
-    snapshots: dict[int, np.ndarray] = field(default_factory=dict)
 
 
 def answer(asked: Sequence[Training | Evaluation]) -> list[Any]:
@@ -164,10 +118,10 @@ class _Stack:
     """K models as one: `flat` (K, F) and `grad` (K, P), a row a client."""
 
     def __init__(self, models: Sequence[Model]) -> None:
-        first = models[0]
-        self.module, self.layout, self.device = first.module, first.layout, first.device
-        self.flat = torch.from_numpy(np.stack([m.floats for m in models])).to(self.device)
-        self.ints = torch.from_numpy(np.stack([m.ints for m in models])).to(self.device)
+        bound = models[0].bound
+        self.module, self.layout, self.device = bound.module, bound.layout, bound.device
+        self.flat = torch.from_numpy(np.stack([m.params.floats for m in models])).to(self.device)
+        self.ints = torch.from_numpy(np.stack([m.params.ints for m in models])).to(self.device)
         self.grad = torch.zeros(len(models), self.layout.num_params, device=self.device)
         self.trained = [e for e in self.layout.floats if e.trainable]
         self.dtypes = {n: b.dtype for n, b in self.module.named_buffers()}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedlth import train
 from fedlth.compute import cohort
+from fedlth.compute.cohort_asks import Evaluation, Model, Training
 from fedlth.compute.cohort_turns import side_by_side
 from fedlth.config import Study
 from fedlth.data.factory import told
@@ -99,15 +100,12 @@ def probed(world: World, peak: Peak) -> tuple[int, int]:
     """Return the peak bytes of a cohort of one and of PROBED clients, each as large as the largest."""
     x, y = _largest(world)
     size = min(len(y), world.study.train.batch_size)
-    bound, start = world.bound, world.theta_0
-    model = cohort.Model(
-        module=bound.module, layout=bound.layout, device=bound.device, floats=start.floats, ints=start.ints
-    )
-    training = cohort.Training(
+    model = Model(world.bound, world.theta_0)
+    training = Training(
         model=model, x=x, y=y, epochs=[[np.arange(size)] * 2], rates=np.zeros(2), momentum=0.5, weight_decay=1e-3,
         mask=np.zeros(world.layout.num_prunable, bool), update=None, snapshots=(),
     )  # fmt: skip
-    evaluation = cohort.Evaluation(model=model, x=x, y=y)
+    evaluation = Evaluation(model=model, x=x, y=y)
 
     def work(count: int) -> None:
         cohort.train_together([training] * count)
