@@ -149,6 +149,7 @@ class Study(_Node):
     tune: Tune = Tune()
     wire: Literal["raw", "lossless", "bf16", "f16", "step", "sign"] = "lossless"
     compute: Literal["auto", "reference", "tuned", "sparse"] = "reference"
+    cohort: Literal["auto"] | Count = 1
     device: str = "cpu"
     engine: Literal["inprocess", "ray", "flower"] = "inprocess"
     workers: Literal["auto"] | Count = "auto"

@@ -14,7 +14,7 @@ import numpy as np
 
 from fedlth import __version__, rounds, store, tensorboard, tickets_file
 from fedlth.client import space
-from fedlth.compute import kernel
+from fedlth.compute import cohort_size, kernel
 from fedlth.config import Study
 from fedlth.data.split import label_counts
 from fedlth.errors import StudyError
@@ -37,9 +37,10 @@ def start(study: Study, out: Path, engine: Engine, tell: Tell) -> RunFolder:
         tensorboard.require()
     study, why = backend(study)
     notes += why
+    open_world(study.science()).probe()
+    study, why = together(study, engine.name)
     world = open_world(study.science())
-    world.probe()
-    for note in notes:
+    for note in notes + why:
         tell(f"note: {note}")
     if study.compute == "sparse":
         kernel.warm(tell)
@@ -63,6 +64,15 @@ def backend(study: Study) -> tuple[Study, list[str]]:
     return study.model_copy(update={"compute": "sparse"}), ["compute: sparse, all layers run in the kernel"]
 
 
+def together(study: Study, engine: str) -> tuple[Study, list[str]]:
+    """Return the study with `cohort` decided as a number, and notes that say what was decided and why."""
+    size, notes = cohort_size.decided(study, open_world(study.science()), engine=engine)
+    recipe = recipe_of(study)
+    if size > 1 and recipe.space == "scores":
+        notes.append(f"cohort: method {recipe.name} trains scores one client at a time; other trainings go together")
+    return study.model_copy(update={"cohort": size}), notes
+
+
 def resume(out: Path, engine: Engine, tell: Tell) -> RunFolder:
     """Go on from the last commit of a run; one that has ended stays as it is."""
     folder = RunFolder(out)
@@ -81,6 +91,8 @@ def resume(out: Path, engine: Engine, tell: Tell) -> RunFolder:
             _write_header(folder, study, world, engine)
         elif (header["data_digest"], header["partition_digest"]) != (world.dataset.digest(), world.splits.digest):
             raise StudyError(f"{out}: must go on with the data that it began with, got others")
+        elif header.get("cohort", 1) != study.cohort:
+            raise StudyError(f"{out}: must go on with cohort {header.get('cohort', 1)}, got {study.cohort}")
         elif header["versions"] != versions():
             tell("note: other versions than those the run began with; equal bits are not promised")
         return _go(folder, engine, tell)
@@ -156,6 +168,7 @@ def _write_header(
         "seed": study.seed,
         "engine": engine.name,
         "compute": study.compute,
+        "cohort": study.cohort,
         "versions": versions(),
         "commit": _commit(),
         "partition_digest": world.splits.digest,

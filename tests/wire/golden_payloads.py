@@ -15,7 +15,7 @@ from fedlth.wire.payload import Content
 from fedlth.wire.reference import Reference
 
 HERE = Path(__file__).parent / "payloads"
-SHAPES, REST, BUFFERS = [(24, 50), (30, 3, 3)], [(40,)], [(6,)]
+BUFFERS = {"d"}
 LAYOUT = Layout(
     (
         Entry("a", (24, 50), "param", 0, prunable=True),
@@ -50,6 +50,12 @@ def cases() -> dict[str, tuple[str, Content, dict[str, Any]]]:
         sent[:SIZE][~mask] = 0
         return Content(mask, sent, np.array([11]))
 
+    # One number in a hundred moves a hundred times as far: steps beyond 24, coded by their own rule.
+    leap = held + np.float32(0.001) * pseudo(8, held.size) * np.where(pseudo(9, held.size) > 0.98, 100, 1)
+    leap[:SIZE][~known] = 0
+    far = Content(known, leap.astype(np.float32), np.array([11]))
+    apart = np.concatenate((np.abs(held[:1200]) > 0.9, np.abs(held[1200:SIZE]) > 0.3))
+
     return {
         "raw": ("raw", values(near), {}),
         "layers": ("lossless", values(few), {}),
@@ -69,6 +75,10 @@ def cases() -> dict[str, tuple[str, Content, dict[str, Any]]]:
         "step": ("step", values(near), both),
         "sign": ("sign", values(near), both),
         "step_alone": ("step", values(near), {}),
+        "step_bare": ("step", values(np.ones(SIZE, bool)), {"reference": Reference(held)}),
+        "sign_bare": ("sign", values(np.ones(SIZE, bool)), {"reference": Reference(held)}),
+        "step_far": ("step", far, both),
+        "magnitudes_apart": ("lossless", Content(apart, None, None), {"reference": Reference(held)}),
     }
 
 

@@ -7,8 +7,10 @@ import pytest
 
 from fedlth.wire import payload
 from fedlth.wire.codec import CODECS
-from tests.wire import independent_decoder
-from tests.wire.golden_payloads import HERE, LAYOUT, REST, SHAPES, cases
+from tests.wire import reader
+from tests.wire.golden_payloads import BUFFERS, HERE, LAYOUT, cases
+
+TENSORS = [(e.name, e.shape, e.is_int, e.prunable) for e in LAYOUT.entries]
 
 
 @pytest.mark.parametrize("name", cases())
@@ -17,7 +19,9 @@ def test_both_decoders_read_it(name: str) -> None:
     data = (HERE / f"{name}.bin").read_bytes()
     got = payload.decode(data, "values", LAYOUT, codec=CODECS[codec], **holds)
     held = holds["reference"].floats if "reference" in holds else None
-    mask, floats, ints = independent_decoder.decode(data, SHAPES, REST, LAYOUT.num_ints, holds.get("known_mask"), held)
+    mask, floats, ints = reader.decode(
+        data, kind="values", tensors=TENSORS, buffers=BUFFERS, known_mask=holds.get("known_mask"), reference=held
+    )
     np.testing.assert_array_equal(got.mask, content.mask)
     np.testing.assert_array_equal(mask, content.mask)
     if content.floats is None:
