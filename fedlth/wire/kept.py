@@ -41,7 +41,8 @@ def put(run: np.ndarray, mask: np.ndarray, kept: int) -> np.ndarray:
 def difference(floats: np.ndarray, reference: np.ndarray, mask: np.ndarray, kept: int) -> np.ndarray:
     """Return (kept + dense,) int32: `take` of how many floats lie between `reference` and `floats`, modulo 2^32."""
     if not COMPILED:
-        return (ordered(take(floats, mask, kept)) - ordered(take(reference, mask, kept))).view(np.int32)
+        away = ordered(take(floats, mask, kept)) - ordered(take(reference, mask, kept))
+        return np.asarray(away.view(np.int32))
     size = mask.size
     out = np.empty(kept + floats.size - size, np.uint32)
     _subtract(floats.view(np.uint32), reference.view(np.uint32), mask.view(np.uint8), out)
@@ -49,26 +50,28 @@ def difference(floats: np.ndarray, reference: np.ndarray, mask: np.ndarray, kept
     return out.view(np.int32)
 
 
-def moved(delta: np.ndarray, reference: np.ndarray, mask: np.ndarray, kept: int) -> np.ndarray:
-    """Undo `difference`; zeros where the mask is False."""
+def moved(delta: np.ndarray, reference: np.ndarray, mask: np.ndarray, kept: int) -> tuple[np.ndarray, float]:
+    """Undo `difference`, with zeros where the mask is False; beside it the largest |number|, nan where one is nan."""
     size, step = mask.size, delta.view(np.uint32)
     if not COMPILED or not delta.size:
-        return put(unordered(ordered(take(reference, mask, kept)) + step), mask, kept)
+        out = put(unordered(ordered(take(reference, mask, kept)) + step), mask, kept)
+        return out, float(np.abs(out).max(initial=0))
     out = np.empty(reference.size, np.float32)
-    _add(step, reference.view(np.uint32), mask.view(np.uint8), out.view(np.uint32))
+    most = _add(step, reference.view(np.uint32), mask.view(np.uint8), out.view(np.uint32))
     out[size:] = unordered(ordered(reference[size:]) + step[kept:])
-    return out
+    rest = np.abs(out[size:]).max(initial=0)
+    return out, float(np.maximum(rest, np.uint32(most).view(np.float32)))
 
 
 def ordered(run: np.ndarray) -> np.ndarray:
     """Return uint32 that grow as the floats do: neighbours differ by one, -0.0 lies just below 0.0."""
     bits = run.view(np.uint32)
-    return np.where(bits & TOP, ~bits, bits | TOP)
+    return np.asarray(np.where(bits & TOP, ~bits, bits | TOP))
 
 
 def unordered(numbers: np.ndarray) -> np.ndarray:
     """Undo `ordered`, bit for bit."""
-    return np.where(numbers & TOP, numbers ^ TOP, ~numbers).view(np.float32)
+    return np.asarray(np.where(numbers & TOP, numbers ^ TOP, ~numbers).view(np.float32))
 
 
 def _take_loop(bits: Any, mask: Any, out: Any) -> None:
@@ -96,13 +99,16 @@ def _subtract_loop(new: Any, old: Any, mask: Any, out: Any) -> None:
         at += mask[i]
 
 
-def _add_loop(step: Any, old: Any, mask: Any, out: Any) -> None:
-    at, last = 0, len(step) - 1
+def _add_loop(step: Any, old: Any, mask: Any, out: Any) -> Any:
+    at, last, most = 0, len(step) - 1, np.int64(0)
     for i in range(len(mask)):
         y = np.int64(old[i])
         z = ((y ^ (-(y >> 31) | 0x80000000)) + np.int64(step[min(at, last)])) & 0xFFFFFFFF
-        out[i] = (z ^ (((z >> 31) - 1) | 0x80000000)) & -np.int64(mask[i])
+        z = (z ^ (((z >> 31) - 1) | 0x80000000)) & -np.int64(mask[i]) & 0xFFFFFFFF
+        most = max(most, z & 0x7FFFFFFF)
+        out[i] = z
         at += mask[i]
+    return most
 
 
 _take = compiled(_take_loop)

@@ -55,7 +55,8 @@ def encode(
     """
     known, held = _partial(known_mask), _fitting(reference, layout)
     mode, section = mask_section.encode(content.mask, layout, codec, known, held)
-    value_mode, tail = NO_VALUES, ()
+    value_mode = NO_VALUES
+    tail: tuple[bytes | memoryview, ...] = ()
     if content.floats is not None and content.ints is not None:
         old, places = held.floats if held else None, Places(content.mask, layout)
         value_mode, coded = values.encode(np.ascontiguousarray(content.floats, np.float32), old, codec, places)

@@ -9,14 +9,14 @@ from functools import cached_property
 import numpy as np
 
 from fedlth.params import Entry, Layout
-from fedlth.wire import mask as bitmap
 from fedlth.wire import kept, numbers, step_bits
+from fedlth.wire import mask as bitmap
 from fedlth.wire.codec import BF16, DELTA, F16, F32, F32_PCO, SIGN, STEP, Codec
 from fedlth.wire.errors import PayloadError
 
 USES_FLOATS = (DELTA, STEP, SIGN)
-Buffer = bytes | memoryview
 LARGEST = 1e30  # a trained weight beyond this is damage or attack; float32 sums of it overflow
+BEYOND = "a value is not finite or beyond 1e30"
 LARGEST_F16 = 65504.0
 
 
@@ -57,13 +57,16 @@ class Places:
         return [int(np.count_nonzero(self.kept[e.slice])) for e in self.entries]
 
 
-def encode(floats: np.ndarray, reference: np.ndarray | None, codec: Codec, places: Places) -> tuple[int, Buffer]:
+def encode(
+    floats: np.ndarray, reference: np.ndarray | None, codec: Codec, places: Places
+) -> tuple[int, bytes | memoryview]:
     """Return mode and bytes of the kept ones of (num_floats,) float32; `reference` (num_floats,) is what both hold."""
     whole = 4 * places.size
     kind = SIGN if SIGN in codec.values else STEP
     if reference is not None and DELTA in codec.values and kind not in codec.values and whole:
         # The usual case at once: the run itself is not needed.
-        short = numbers.compress(kept.difference(floats, reference, places.mask, places.number))
+        away = kept.difference(floats, reference, places.mask, places.number)
+        short = numbers.compress_differences(away)
         if len(short) < whole:
             return DELTA, short
     run = kept.take(floats, places.mask, places.number)
@@ -105,7 +108,11 @@ def decode(mode: int, data: bytes | memoryview, reference: np.ndarray | None, pl
     elif reference is None:
         raise PayloadError("values refer to what the receiver does not hold")
     elif mode == DELTA:
-        return _checked(kept.moved(numbers.decompress(data, count, np.int32), reference, places.mask, places.number))
+        delta = numbers.decompress(data, count, np.int32)
+        run, most = kept.moved(delta, reference, places.mask, places.number)
+        if not most <= LARGEST:
+            raise PayloadError(BEYOND)
+        return run
     else:
         # All of it is the reference itself: no copy, since a receiver's memory is bounded.
         full = places.number == places.mask.size
@@ -115,7 +122,7 @@ def decode(mode: int, data: bytes | memoryview, reference: np.ndarray | None, pl
 
 def _checked(run: np.ndarray) -> np.ndarray:
     if run.size and not (float(run.min()) >= -LARGEST and float(run.max()) <= LARGEST):  # nan compares as neither
-        raise PayloadError("a value is not finite or beyond 1e30")
+        raise PayloadError(BEYOND)
     return run
 
 
