@@ -22,7 +22,8 @@ from fedlth.wire.codec import (
 from fedlth.wire.context import COARSEST, FINEST, Scale
 from fedlth.wire.reference import Reference
 
-# Coding bit by bit is some thirty times slower than coding bytes: a large mask must save this share of its bitmap.
+# Coding bit by bit is some thirty times slower than coding bytes: a large mask must save this share of its bitmap, and
+# beside a reference, where an upload's speed counts, MAGNITUDE takes the place of MAGNITUDE_BITS.
 SMALL, WORTH = 1 << 17, 1 / 128
 
 
@@ -63,10 +64,10 @@ def cheapest(
             scale = context.scale_of(seen, shift)
             bins = context.binned(seen, scale)
             add(MAGNITUDE, bins if known is not None else bins[:, :, 0], 1 + 2 * len(entries), scale)
-        for one in (True, False):
+        for one in (True, False) if mask.size <= SMALL else ():
             whole = seen.sum(0, keepdims=True) if one else seen
             bins = context.binned(whole, context.scale_of(whole, FINEST))
-            price = slow + _learnt(bins.sum(0, keepdims=True)) + 1 + 3 * len(whole)
+            price = _learnt(bins.sum(0, keepdims=True)) + 1 + 3 * len(whole)
             found.append((price, Choice(MAGNITUDE_BITS, one=one)))
     if known is None and reference is None:
         found.append((slow + _by_line(mask, entries), Choice(LAYERS_BITS)))

@@ -107,8 +107,8 @@ def _read(
     parts = tally(context, number)
     sizes = parts.sum(0)
     ones, at = counts.get(section, at, sizes)
-    segments = Segments(context, sizes, ones, parts)
-    return unpack(ans.decode(section[at:], segments.counts, ones, segments.sizes), segments)
+    segments = Segments(context, sizes, ones)
+    return unpack(ans.decode(section[at:], segments.counts, ones, segments.sizes), segments, parts)
 
 
 def _contexts(

@@ -11,7 +11,8 @@ import numpy as np
 from fedlth.wire.errors import PayloadError
 from fedlth.wire.jit import COMPILED, compiled
 
-# A loop works at four places of the mask in turn: a step need not wait for the last one of the same segment.
+# Where the sizes of all parts are known, a loop works at four places of the mask in turn: a step need not wait for the
+# last one of the same segment.
 FRONTS = 4
 
 
@@ -20,13 +21,12 @@ class Segments:
     """The coded segments of a mask.
 
     `context` (n,), of the smallest whole numbers that can, names each coordinate's segment. Segments with no ones or
-    no zeros need no bits: only the `coded` ones have symbols. `parts` is its `tally`, where there is one already.
+    no zeros need no bits: only the `coded` ones have symbols.
     """
 
     context: np.ndarray
     sizes: np.ndarray
     ones: np.ndarray
-    parts: np.ndarray | None = None
 
     @cached_property
     def coded(self) -> np.ndarray:
@@ -63,29 +63,31 @@ def pack(mask: np.ndarray, segments: Segments) -> np.ndarray:
     for _, left, fill in segments.padded:
         bits[left] = fill
     if COMPILED:
-        _scatter(mask.view(np.uint8), segments.context, _fronts(segments), segments.coded.view(np.uint8), bits)
+        _scatter(mask.view(np.uint8), segments.context, segments.starts.copy(), segments.coded.view(np.uint8), bits)
     else:
         bits[_places(segments)] = mask
     return np.packbits(bits[:-2])
 
 
-def unpack(symbols: np.ndarray, segments: Segments) -> np.ndarray:
-    """Return the mask (n,) bool; raise PayloadError at wrong padding bits or counts."""
+def unpack(symbols: np.ndarray, segments: Segments, parts: np.ndarray) -> np.ndarray:
+    """Return the mask (n,) bool; raise PayloadError at wrong padding bits or counts. `parts` is the `tally`."""
     bits = np.unpackbits(np.append(symbols, np.uint8(0b01000000)))  # a zero and a one after the end
     ones, coded = np.bitwise_count(symbols).astype(np.int64), segments.coded
     held = np.where(coded, 0, segments.ones)
     if coded.any():
         held[coded] = np.add.reduceat(ones, segments.starts[coded] >> 3)
     for s, left, fill in segments.padded:
-        if (bits[left] != fill).any():
+        number = left.stop - left.start
+        if int(symbols[(left.stop >> 3) - 1]) & ((1 << number) - 1) != fill * ((1 << number) - 1):
             raise PayloadError("bits after a segment's end are not its majority")
-        held[s] -= fill * (left.stop - left.start)
+        held[s] -= fill * number
     if not np.array_equal(held, segments.ones):
         raise PayloadError("a segment does not hold as many ones as it says")
     if not COMPILED:
         return np.asarray(bits[_places(segments)].view(bool))
     mask = np.empty(segments.context.size, np.uint8)
-    _gather(bits, segments.context, _fronts(segments), coded.view(np.uint8), mask)
+    fronts = segments.starts + np.where(coded, np.cumsum(parts, 0) - parts, 0)
+    _gather(bits, segments.context, fronts, coded.view(np.uint8), mask)
     return mask.view(bool)
 
 
@@ -99,12 +101,6 @@ def tally(context: np.ndarray, number: int) -> np.ndarray:
     return out
 
 
-def _fronts(segments: Segments) -> np.ndarray:
-    """Return (FRONTS, S): where the bits of each part of the mask start."""
-    parts = tally(segments.context, segments.sizes.size) if segments.parts is None else segments.parts
-    return np.asarray(segments.starts + np.where(segments.coded, np.cumsum(parts, 0) - parts, 0))
-
-
 def _places(segments: Segments) -> np.ndarray:
     """Return where each coordinate's bit lies."""
     context = segments.context
@@ -112,7 +108,7 @@ def _places(segments: Segments) -> np.ndarray:
     first = np.cumsum(segments.sizes) - segments.sizes
     rank = np.empty(context.size, np.int64)
     rank[order] = np.arange(context.size) - first[context[order]]
-    return segments.starts[context] + np.where(segments.coded[context], rank, 0)
+    return np.asarray(segments.starts[context] + np.where(segments.coded[context], rank, 0))
 
 
 def _tally_loop(context: Any, out: Any) -> None:
@@ -125,17 +121,11 @@ def _tally_loop(context: Any, out: Any) -> None:
 
 
 def _scatter_loop(mask: Any, context: Any, at: Any, step: Any, bits: Any) -> None:
-    part = len(mask) // FRONTS
-    for i in range(part):
-        for f in range(FRONTS):
-            c = context[f * part + i]
-            place = at[f, c]
-            bits[place] = mask[f * part + i]
-            at[f, c] = place + step[c]
-    for i in range(FRONTS * part, len(mask)):
+    for i in range(len(mask)):
         c = context[i]
-        bits[at[FRONTS - 1, c]] = mask[i]
-        at[FRONTS - 1, c] += step[c]
+        place = at[c]
+        bits[place] = mask[i]
+        at[c] = place + step[c]
 
 
 def _gather_loop(bits: Any, context: Any, at: Any, step: Any, mask: Any) -> None:
