@@ -150,6 +150,7 @@ class TestOnOneRay:
         pool = Pool(
             cluster,
             size,
+            name="ray",
             spawn=lambda: cluster.spawn(Clocked, cpus=share.cpus, gpu=share.asked_gpu, path=[*sys.path]),
             given={},
             limits=Limits(100.0, 30.0),
