@@ -129,6 +129,8 @@ class World:
 
     def merge(self, received: Params, own: Params) -> Params:
         """Return whole params: the exchanged part from `received`, the rest (local norms) from `own`."""
+        if self.exchange is self.layout:
+            return received
         floats, ints = own.floats.copy(), own.ints.copy()
         floats[self._floats] = received.floats
         ints[self._ints] = received.ints
@@ -136,6 +138,8 @@ class World:
 
     def shared_part(self, whole: Params) -> Params:
         """Return the exchanged part of whole params, in the exchange layout."""
+        if self.exchange is self.layout:
+            return whole
         return Params(whole.floats[self._floats], whole.ints[self._ints])
 
     @cached_property
