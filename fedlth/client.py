@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from functools import lru_cache
@@ -56,9 +57,12 @@ def client_step(job: Job) -> Reply:
         # A slice is of the client's own mask; one that was sent again brings it back to a client that has lost it.
         state = state.with_(masks={"active": received["theta_g"].mask})
     if job.phase in ("federate", "refine"):
-        state, outbox = _visit(job, world, recipe, received["theta_g"], state)
+        local = Local(world, job.client, job.round, job.phase)
+        state, outbox = _visit(local, job, recipe, received["theta_g"], state)
     else:
-        state, outbox = _personalise(job, world, recipe, received, state)
+        # Streams of step 2 are the client's alone: which wave it is in must not matter.
+        local = Local(world, job.client, 0, job.phase)
+        state, outbox = _personalise(local, job, recipe, received, state)
     return Reply(
         round=job.round,
         client=job.client,
@@ -66,6 +70,7 @@ def client_step(job: Job) -> Reply:
         state=state.to_bytes(),
         seconds=time.perf_counter() - began,
         device=world.device,
+        work=tuple(local.work),
     )
 
 
@@ -112,9 +117,9 @@ def _uplink(job: Job, world: World, received: Content) -> Uplink:
 
 
 def _visit(
-    job: Job, world: World, recipe: Recipe, received: Content, state: ClientState
+    local: Local, job: Job, recipe: Recipe, received: Content, state: ClientState
 ) -> tuple[ClientState, tuple[Message, ...]]:
-    local = Local(world, job.client, job.round, job.phase)
+    world = local.world
     done = recipe.visit(local, received, state)
     sent, kept = _uplink(job, world, received).update(done.kind, space(world, recipe), done.content, done.state)
     record: dict[str, Any] = {"num_examples": local.num_train, **done.metrics}
@@ -122,16 +127,20 @@ def _visit(
 
 
 def _personalise(
-    job: Job, world: World, recipe: Recipe, received: dict[str, Content], state: ClientState
+    local: Local, job: Job, recipe: Recipe, received: dict[str, Content], state: ClientState
 ) -> tuple[ClientState, tuple[Message, ...]]:
-    # Streams of step 2 are the client's alone: which wave it is in must not matter.
-    local = Local(world, job.client, 0, job.phase)
+    world = local.world
     if job.phase == "refined":
         results = [_refined(local, recipe, received["theta_g"], state)]
     else:
         step = _step2(local, recipe, received, state)
         results = [r for name in arms_of(world.study) for r in ARMS[name](step)]
     rows = [_row(local, r) for r in results]
+    local.work.extend(
+        {"arm": r.arm, "target_density": r.target, "cpu_s": r.cpu_s[0], "last_cpu_s": r.cpu_s[1]}
+        for r in results
+        if 0 < r.cpu_s[0] < math.inf
+    )
     outbox = [Message("metrics", "arms", metrics.encode({"rows": rows}))]
     kept = _kept(world, results)
     if kept is not None:

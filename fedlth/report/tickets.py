@@ -69,7 +69,7 @@ def _shown(saved: SavedTicket) -> str:
     except (SafetensorError, OSError) as error:
         raise StudyError(f"{saved.path}: a ticket is wanted, got {error}") from None
     rows, kept_of_all, all_weights = [], 0, 0
-    for name, value in opened(tensors, meta).items():
+    for name, value in sorted(opened(tensors, meta).items()):
         mask = tensors.get(f"{name}_mask")
         kept = value.size if mask is None else int(np.bitwise_count(mask).sum())
         if mask is not None:
