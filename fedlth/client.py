@@ -145,7 +145,7 @@ def _personalise(
     kept = _kept(world, results)
     if kept is not None:
         rest = world.layout.num_prunable
-        values = np.concatenate((kept.params.floats[:rest][kept.mask], kept.params.floats[rest:]))
+        values = np.concatenate((kept.params.floats[np.flatnonzero(kept.mask)], kept.params.floats[rest:]))
         state = state.with_(masks={"ticket": kept.mask}, vectors={"ticket": values, "ticket_ints": kept.params.ints})
         if kept.held:
             state = state.with_(vectors={"ticket_dead": kept.params.floats[:rest][~kept.mask]})
@@ -193,7 +193,7 @@ def _kept(world: World, results: list[Result]) -> Result | None:
 def _row(local: Local, result: Result) -> dict[str, Any]:
     """Evaluate one model. Test data is read here, after every decision has been made."""
     world, size = local.world, local.full.size
-    if not result.held and result.params.floats[:size][~result.mask].any():
+    if not result.held and ((result.params.floats[:size] != 0) & ~result.mask).any():
         raise AssertionError(f"arm {result.arm}: a dead weight is not zero")
     val_accuracy, val_loss = train.evaluate(world.bound, result.params, local.val_part)
     test = world.part(local.client, "test")
@@ -203,7 +203,7 @@ def _row(local: Local, result: Result) -> dict[str, Any]:
         "client": local.client,
         "unseen": local.client in world.splits.unseen,
         "arm": result.arm,
-        "density": float(result.mask.mean()),
+        "density": _share(result.mask),
         "target_density": result.target,
         "start": result.start,
         "epochs": result.epochs,
@@ -218,5 +218,9 @@ def _row(local: Local, result: Result) -> dict[str, Any]:
         "num_val": len(split.val),
         "num_test": len(split.test),
         "ticket": "" if result.mask.all() else bitmap.digest(result.mask),
-        "layer_density": {e.name: float(result.mask[e.slice].mean()) for e in world.layout.prunable},
+        "layer_density": {e.name: _share(result.mask[e.slice]) for e in world.layout.prunable},
     }
+
+
+def _share(mask: np.ndarray) -> float:
+    return int(np.count_nonzero(mask)) / mask.size

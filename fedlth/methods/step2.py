@@ -100,8 +100,11 @@ class Step2:
             last_step=last_step,
         )  # fmt: skip
         start = start if held else start.masked(mask)
-        text = f"{start.digest()}/{plan}/{held}".encode() + np.packbits(mask).tobytes()
-        key = hashlib.blake2b(text, digest_size=16).digest()
+        # sha256, which CPUs have instructions for: three times as fast as blake2b on a whole model.
+        state = hashlib.sha256(f"{plan}/{held}".encode() + np.packbits(mask).tobytes())
+        state.update(start.floats.data)
+        state.update(start.ints.data)
+        key = state.digest()
         window = min(window, plan.epochs)
         if key not in self.known or len(self.known[key].previous) < window:
             self.known[key] = self._walked(start, mask, plan, held, window)
@@ -141,7 +144,7 @@ class Step2:
         """Return training FLOPs (dense, by what is alive): 3 forwards an example, the usual count."""
         world = self.local.world
         dense = float(world.flops[""])
-        dead = sum(world.flops[e.name] * (1 - float(mask[e.slice].mean())) for e in world.layout.prunable)
+        dead = sum(world.flops[e.name] * (1 - _share(mask[e.slice])) for e in world.layout.prunable)
         scale = 3.0 * self.local.num_train * epochs
         return dense * scale, (dense - dead) * scale
 
@@ -149,3 +152,7 @@ class Step2:
         """Sum the log from position `since`."""
         part = self.log[since:]
         return sum(d for d, _, _ in part), sum(e for _, e, _ in part)
+
+
+def _share(mask: np.ndarray) -> float:
+    return int(np.count_nonzero(mask)) / mask.size
