@@ -73,12 +73,14 @@ class Child:
         self.memory = memory_mb(self.process.pid)
 
 
-def child(name: str, script: str, given: dict[str, Any], density: float = 1.0) -> Child:
+def child(
+    name: str, script: str, given: dict[str, Any], density: float = 1.0, python: str | Path = sys.executable
+) -> Child:
     """Start a system and wait until it stands before its first measured round."""
     path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     process = subprocess.Popen(
-        [sys.executable, str(HERE / script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
+        [str(python), str(HERE / script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
         cwd=HERE.parent,
     )  # fmt: skip
     assert process.stdin is not None
@@ -151,6 +153,7 @@ def measure(work: str, args: argparse.Namespace, folder: str) -> None:
             for wire in args.wire.split(",")
             for density in map(float, args.densities.split(","))
         ]  # fmt: skip
+        systems += peers(work, work_a, args) if not evaluated else []
         for one in (base, *systems):
             one.round()  # the first is a warm-up
             one.walls, one.cpus = [], []
@@ -162,10 +165,25 @@ def measure(work: str, args: argparse.Namespace, folder: str) -> None:
         print("| system | client-steps | s | ratio | CPU s | CPU ratio | MB PSS/RSS | must / ambitious |")
         print("|---|---|---|---|---|---|---|---|")
         for one in (base, *systems):
-            limit = LIMITS.get((work, one.density)) if one is not base and args.k == 10 else None
+            limit = LIMITS.get((work, one.density)) if one.name.startswith("fedlth") and args.k == 10 else None
             print(row(one, base, limit), flush=True)
         for one in (base, *systems):
             one.process.communicate("")
+
+
+def peers(work: str, given: dict[str, Any], args: argparse.Namespace) -> list[Child]:
+    """Start the peers that are installed; they run the dense rows of W1 and W2."""
+    folder = Path(args.peers) if args.peers and work in ("W1", "W2") else None
+    found = []
+    for script in sorted((HERE / "peers").glob("*_.py")) if folder else ():
+        name = script.stem.removesuffix("_")
+        python = folder / name / "bin" / "python" if folder else Path()
+        if python.exists():
+            try:
+                found.append(child(name, f"peers/{script.name}", given, python=python))
+            except SystemExit as error:
+                print(f"peer left out: {error}", flush=True)
+    return found
 
 
 def idle(args: argparse.Namespace, folder: str) -> None:
@@ -238,6 +256,7 @@ def main() -> None:
     options.add_argument("--compute", default="auto")
     options.add_argument("--evaluation", action="store_true", help="also with personalised evaluation")
     options.add_argument("--data", help="folder of the Fashion-MNIST idx files; the system's own by default")
+    options.add_argument("--peers", help="folder of benchmarks/peers/install.py")
     options.add_argument("--folder", help="where run folders go; the temporary directory by default")
     args = options.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
