@@ -186,13 +186,18 @@ def peers(work: str, given: dict[str, Any], args: argparse.Namespace) -> list[Ch
     return found
 
 
-def idle(args: argparse.Namespace, folder: str) -> None:
-    """Print rounds of 1,000 clients x 100 KB that train nothing."""
-    tree = {
+def idle_study(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the study of rounds that train nothing."""
+    return {
         "method": {"name": "benchmarks.parts:idle"}, "data": {"name": "fashion_mnist", "root": args.data},
         "clients": {"count": 1000, "test_samples": 10}, "model": {"name": "benchmarks.parts:small"}, "workers": 2,
         "federate": {"rounds": 10_000, "clients_per_round": 1000}, "wire": "raw", "compute": args.compute,
     }  # fmt: skip
+
+
+def idle(args: argparse.Namespace, folder: str) -> None:
+    """Print rounds of 1,000 clients x 100 KB that train nothing."""
+    tree = idle_study(args)
     one = child("idle", "ours.py", {"study": tree, "folder": folder, "skip": 1})
     for _ in range(args.rounds):
         one.round()
