@@ -11,12 +11,12 @@ import numpy as np
 
 from fedlth.params import Layout
 from fedlth.wire import mask_section, values, varint
-from fedlth.wire.codec import BITMAP, F32, FULL, MAGNITUDE, NO_VALUES, PREVIOUS, RAW, REUSE, Codec
+from fedlth.wire.codec import BITMAP, F32, FULL, NO_VALUES, RAW, REUSE, Codec
 from fedlth.wire.errors import PayloadError, ReferenceLost
-from fedlth.wire.mask_section import USES_MASK
+from fedlth.wire.mask_section import NEEDS_MASK, USES_MAGNITUDES, USES_MASK
 from fedlth.wire.reference import NO_REFERENCE, Reference
 from fedlth.wire.reference import name as name_of
-from fedlth.wire.values import USES_FLOATS
+from fedlth.wire.values import USES_FLOATS, Places
 
 __all__ = ["BITMAP", "F32", "FULL", "HEADER", "NO_VALUES", "REUSE", "Content", "decode", "encode"]
 
@@ -55,17 +55,21 @@ def encode(
     """
     known, held = _partial(known_mask), _fitting(reference, layout)
     mode, section = mask_section.encode(content.mask, layout, codec, known, held)
-    value_mode, tail = NO_VALUES, b""
+    value_mode = NO_VALUES
+    tail: tuple[bytes | memoryview, ...] = ()
     if content.floats is not None and content.ints is not None:
-        run = _run(content.floats, content.mask)
-        old = _run(held.floats, content.mask) if held else None
-        value_mode, coded = values.encode(run, old, codec)
+        old, places = held.floats if held else None, Places(content.mask, layout)
+        value_mode, coded = values.encode(np.ascontiguousarray(content.floats, np.float32), old, codec, places)
         whole = content.ints.astype("<i8").tobytes()
-        tail = coded + whole if value_mode == F32 else whole + coded
+        tail = (coded, whole) if value_mode == F32 else (whole, coded)
     named = _name(mode, value_mode, known, held)
     head = HEADER.pack(MAGIC, VERSION, 0, mode, value_mode, layout.digest(kind), named)
-    body = b"".join((head, varint.put(len(section)), varint.put(len(tail)), section, tail))
-    return body + struct.pack("<I", zlib.crc32(body))
+    lengths = varint.put(len(section)) + varint.put(sum(map(len, tail)))
+    parts = (head, lengths, section, *tail)
+    check = 0
+    for part in parts:
+        check = zlib.crc32(part, check)
+    return b"".join((*parts, struct.pack("<I", check)))
 
 
 def decode(
@@ -111,34 +115,16 @@ def decode(
 F32_ONLY = frozenset((F32,))
 
 
-def _run(floats: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Return the kept prunable floats and all others, as they lie in the value section."""
-    if mask.all():
-        return floats
-    # Positions, since indexing by a mask without a pattern is a mispredicted branch a weight.
-    return np.concatenate((floats[np.flatnonzero(mask)], floats[mask.size :]))
-
-
 def _values(tail: memoryview, mode: int, mask: np.ndarray, layout: Layout, held: Reference | None) -> Content:
-    size, kept, whole = layout.num_prunable, int(np.count_nonzero(mask)), 8 * layout.num_ints
-    dense = layout.num_floats - size
-    if len(tail) < whole or (mode == F32 and len(tail) != 4 * (kept + dense) + whole):
-        raise PayloadError(f"{len(tail)} bytes of values, wanted those of {kept} kept and {dense} dense")
+    places, whole = Places(mask, layout), 8 * layout.num_ints
+    if len(tail) < whole or (mode == F32 and len(tail) != 4 * places.size + whole):
+        raise PayloadError(f"{len(tail)} bytes of values, wanted those of {places.size}")
     first = len(tail) - whole if mode == F32 else 0
     ints = np.frombuffer(tail, "<i8", count=layout.num_ints, offset=first).astype(np.int64)
     if ints.size and (ints.min() < -LARGEST_INT or ints.max() > LARGEST_INT):
         raise PayloadError("an integer is beyond 2^53")
-    old = None
-    if mode in USES_FLOATS and held is not None:
-        # All of it is the reference itself: no copy, since a receiver's memory is bounded.
-        old = _run(held.floats, mask)
-    run = values.decode(mode, tail[:first] if mode == F32 else tail[whole:], kept + dense, old)
-    if kept == size:
-        return Content(mask, run, ints)
-    floats = np.zeros(layout.num_floats, np.float32)
-    floats[np.flatnonzero(mask)] = run[:kept]
-    floats[size:] = run[kept:]
-    return Content(mask, floats, ints)
+    old = held.floats if held is not None else None
+    return Content(mask, values.decode(mode, tail[:first] if mode == F32 else tail[whole:], old, places), ints)
 
 
 def _partial(known: np.ndarray | None) -> np.ndarray | None:
@@ -151,7 +137,7 @@ def _fitting(reference: Reference | None, layout: Layout) -> Reference | None:
 
 
 def _name(mode: int, value_mode: int, known: np.ndarray | None, held: Reference | None) -> bytes:
-    floats = mode == MAGNITUDE or value_mode in USES_FLOATS
+    floats = mode in USES_MAGNITUDES or value_mode in USES_FLOATS
     return name_of(known if mode in USES_MASK else None, held if floats else None)
 
 
@@ -161,8 +147,8 @@ def _check_reference(
     alone = mode not in USES_MASK and value_mode not in USES_FLOATS
     if alone and named != NO_REFERENCE:
         raise PayloadError("a self-contained payload names a reference")
-    lacks = (mode in (REUSE, PREVIOUS) and known is None) or (
-        (mode == MAGNITUDE or value_mode in USES_FLOATS) and held is None
+    lacks = (mode in NEEDS_MASK and known is None) or (
+        (mode in USES_MAGNITUDES or value_mode in USES_FLOATS) and held is None
     )
     if lacks or named != _name(mode, value_mode, known, held):
         raise ReferenceLost("refers to a mask or values that the receiver does not hold")
