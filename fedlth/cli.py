@@ -21,9 +21,13 @@ def tell(line: str) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from fedlth.config import load
+    from fedlth.data.sources import begin
+
+    study = load(args.study, args.override)
+    begin(study.data.name, root=study.data.root, options=study.data.options)  # while torch is imported
     from fedlth import api
 
-    study = api.load(args.study, args.override)
     folder = api.run(study, tell=tell)
     _show(folder)
     return 0

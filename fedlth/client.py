@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from functools import lru_cache
@@ -56,9 +57,12 @@ def client_step(job: Job) -> Reply:
         # A slice is of the client's own mask; one that was sent again brings it back to a client that has lost it.
         state = state.with_(masks={"active": received["theta_g"].mask})
     if job.phase in ("federate", "refine"):
-        state, outbox = _visit(job, world, recipe, received["theta_g"], state)
+        local = Local(world, job.client, job.round, job.phase)
+        state, outbox = _visit(local, job, recipe, received["theta_g"], state)
     else:
-        state, outbox = _personalise(job, world, recipe, received, state)
+        # Streams of step 2 are the client's alone: which wave it is in must not matter.
+        local = Local(world, job.client, 0, job.phase)
+        state, outbox = _personalise(local, job, recipe, received, state)
     return Reply(
         round=job.round,
         client=job.client,
@@ -66,6 +70,7 @@ def client_step(job: Job) -> Reply:
         state=state.to_bytes(),
         seconds=time.perf_counter() - began,
         device=world.device,
+        work=tuple(local.work),
     )
 
 
@@ -112,9 +117,9 @@ def _uplink(job: Job, world: World, received: Content) -> Uplink:
 
 
 def _visit(
-    job: Job, world: World, recipe: Recipe, received: Content, state: ClientState
+    local: Local, job: Job, recipe: Recipe, received: Content, state: ClientState
 ) -> tuple[ClientState, tuple[Message, ...]]:
-    local = Local(world, job.client, job.round, job.phase)
+    world = local.world
     done = recipe.visit(local, received, state)
     sent, kept = _uplink(job, world, received).update(done.kind, space(world, recipe), done.content, done.state)
     record: dict[str, Any] = {"num_examples": local.num_train, **done.metrics}
@@ -122,21 +127,25 @@ def _visit(
 
 
 def _personalise(
-    job: Job, world: World, recipe: Recipe, received: dict[str, Content], state: ClientState
+    local: Local, job: Job, recipe: Recipe, received: dict[str, Content], state: ClientState
 ) -> tuple[ClientState, tuple[Message, ...]]:
-    # Streams of step 2 are the client's alone: which wave it is in must not matter.
-    local = Local(world, job.client, 0, job.phase)
+    world = local.world
     if job.phase == "refined":
         results = [_refined(local, recipe, received["theta_g"], state)]
     else:
         step = _step2(local, recipe, received, state)
         results = [r for name in arms_of(world.study) for r in ARMS[name](step)]
     rows = [_row(local, r) for r in results]
+    local.work.extend(
+        {"arm": r.arm, "target_density": r.target, "cpu_s": r.cpu_s[0], "last_cpu_s": r.cpu_s[1]}
+        for r in results
+        if 0 < r.cpu_s[0] < math.inf
+    )
     outbox = [Message("metrics", "arms", metrics.encode({"rows": rows}))]
     kept = _kept(world, results)
     if kept is not None:
         rest = world.layout.num_prunable
-        values = np.concatenate((kept.params.floats[:rest][kept.mask], kept.params.floats[rest:]))
+        values = np.concatenate((kept.params.floats[np.flatnonzero(kept.mask)], kept.params.floats[rest:]))
         state = state.with_(masks={"ticket": kept.mask}, vectors={"ticket": values, "ticket_ints": kept.params.ints})
         if kept.held:
             state = state.with_(vectors={"ticket_dead": kept.params.floats[:rest][~kept.mask]})
@@ -184,7 +193,7 @@ def _kept(world: World, results: list[Result]) -> Result | None:
 def _row(local: Local, result: Result) -> dict[str, Any]:
     """Evaluate one model. Test data is read here, after every decision has been made."""
     world, size = local.world, local.full.size
-    if not result.held and result.params.floats[:size][~result.mask].any():
+    if not result.held and ((result.params.floats[:size] != 0) & ~result.mask).any():
         raise AssertionError(f"arm {result.arm}: a dead weight is not zero")
     val_accuracy, val_loss = train.evaluate(world.bound, result.params, local.val_part)
     test = world.part(local.client, "test")
@@ -194,7 +203,7 @@ def _row(local: Local, result: Result) -> dict[str, Any]:
         "client": local.client,
         "unseen": local.client in world.splits.unseen,
         "arm": result.arm,
-        "density": float(result.mask.mean()),
+        "density": _share(result.mask),
         "target_density": result.target,
         "start": result.start,
         "epochs": result.epochs,
@@ -209,5 +218,9 @@ def _row(local: Local, result: Result) -> dict[str, Any]:
         "num_val": len(split.val),
         "num_test": len(split.test),
         "ticket": "" if result.mask.all() else bitmap.digest(result.mask),
-        "layer_density": {e.name: float(result.mask[e.slice].mean()) for e in world.layout.prunable},
+        "layer_density": {e.name: _share(result.mask[e.slice]) for e in world.layout.prunable},
     }
+
+
+def _share(mask: np.ndarray) -> float:
+    return int(np.count_nonzero(mask)) / mask.size

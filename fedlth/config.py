@@ -156,6 +156,7 @@ class Study(_Node):
     ray: Ray = Ray()
     job_timeout_s: Positive | None = None
     tensorboard: bool = False
+    tickets: Literal["dense", "compact", "none"] = "dense"
     out: str | None = None
 
     def science(self) -> str:
@@ -163,7 +164,18 @@ class Study(_Node):
 
         Engine, placement and folders are left out, so that equal studies are equal on every engine.
         """
-        outside = {"engine", "workers", "ray", "out", "seeds", "job_timeout_s", "tensorboard", "tune", "study"}
+        outside = {
+            "engine",
+            "workers",
+            "ray",
+            "out",
+            "seeds",
+            "job_timeout_s",
+            "tensorboard",
+            "tickets",
+            "tune",
+            "study",
+        }
         return json.dumps(self.model_dump(mode="json", exclude=outside), sort_keys=True)
 
     def given(self, section: str) -> bool:

@@ -72,7 +72,7 @@ def failed(round: int, phase: str, failure: Failure) -> Row:
 
 
 def _density(mask: np.ndarray | None) -> float:
-    return 1.0 if mask is None else float(mask.mean())
+    return 1.0 if mask is None else int(np.count_nonzero(mask)) / mask.size
 
 
 def _ticket(mask: np.ndarray | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 RESYNC = "resync"
 AT_ONCE = 32
@@ -43,7 +43,10 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """One client's answer. `state` is a new version of its state, current only once the round is committed."""
+    """One client's answer. `state` is a new version of its state, current only once the round is committed.
+
+    `work` says what its trainings cost this machine, for times.jsonl: nothing that decides a result.
+    """
 
     round: int
     client: int
@@ -52,6 +55,7 @@ class Reply:
     seconds: float = 0.0
     worker: str = ""
     device: str = ""
+    work: tuple[dict[str, Any], ...] = ()
     framed_down_bytes: int | None = None
     framed_up_bytes: int | None = None
 

@@ -53,6 +53,8 @@ def lines(rows: Iterable[Row | Mapping[str, Any]]) -> bytes:
 
 def append(path: Path, data: bytes) -> int:
     """Append bytes durably and return the file's new length."""
+    if not data and path.exists():
+        return path.stat().st_size  # nothing to flush
     with path.open("ab") as file:
         file.write(data)
         file.flush()

@@ -117,9 +117,11 @@ class Params:
         return state.hexdigest()
 
     def masked(self, mask: np.ndarray) -> Params:
-        """Return a copy whose prunable values are zero where `mask` (num_prunable,) bool is False."""
+        """Return params whose prunable values are zero where `mask` (num_prunable,) bool is False."""
+        if mask.all():
+            return self
         floats = self.floats.copy()
-        floats[: mask.size][~mask] = 0.0
+        floats[: mask.size] = np.where(mask, floats[: mask.size], np.float32(0))
         return replace(self, floats=floats)
 
 

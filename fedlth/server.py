@@ -43,7 +43,7 @@ def slice_for(
 
     `alone` sends the mask too, to a client that has lost it.
     """
-    content, known = Content(mask, theta.masked(mask).floats, theta.ints), None if alone else mask
+    content, known = Content(mask, theta.floats, theta.ints), None if alone else mask
     return Message("values", name, payload.encode("values", layout, content, codec=codec, known_mask=known))
 
 

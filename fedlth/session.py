@@ -10,8 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedlth import __version__, rounds, store, tensorboard, tickets_file
 from fedlth.client import space
 from fedlth.compute import cohort_size, kernel
@@ -21,7 +19,6 @@ from fedlth.errors import StudyError
 from fedlth.jobs import Engine
 from fedlth.methods.resolve import kept_arm, recipe_of, resolve
 from fedlth.methods.state import ClientState
-from fedlth.params import Params
 from fedlth.runfolder import RunFolder
 from fedlth.server import broadcast
 from fedlth.wire.codec import CODECS
@@ -135,16 +132,9 @@ def _finish(folder: RunFolder, loop: rounds.Loop) -> None:
         state = ClientState.from_bytes(states.get(client, version))
         if "ticket" not in state.masks:
             continue
-        mask, values = state.masks["ticket"], state.vectors["ticket"]
-        floats = np.zeros(world.layout.num_floats, np.float32)
-        floats[: mask.size][mask] = values[: int(mask.sum())]
-        floats[mask.size :] = values[int(mask.sum()) :]
-        if "ticket_dead" in state.vectors:
-            floats[: mask.size][~mask] = state.vectors["ticket_dead"]
-        params = Params(floats, state.vectors["ticket_ints"])
         meta = {"study": study.study, "method": recipe_of(study).name, "seed": study.seed, "client": client, "arm": arm}
-        path = folder.root / "tickets" / f"client-{client:04d}.safetensors"
-        digests[str(client)] = tickets_file.write(path, world.layout, params, mask, meta)
+        form, place = study.tickets, folder.root / "tickets"
+        digests[str(client)] = tickets_file.save(place, form, world.layout, state, meta)
     if away:
         loop.tell(f"note: {away} tickets stay with their clients; only their masks' names are here")
     record = {"theta_g": loop.theta.digest(), "tickets": digests}

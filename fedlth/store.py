@@ -39,13 +39,23 @@ def safetensors_bytes(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
 
 def unpack(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return what `pack` was given; raise ValueError at bytes that are not such a state."""
+    arrays, told, digest = _read(data)
+    if digest != _digest(arrays, told):
+        raise ValueError("not a packed state: its digest does not match its content")
+    return arrays, dict(json.loads(told))
+
+
+def unpack_whole(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Do what `unpack` does with bytes whose reader has checked them already."""
+    arrays, told, _ = _read(data)
+    return arrays, dict(json.loads(told))
+
+
+def _read(data: bytes) -> tuple[dict[str, np.ndarray], str, str]:
     try:
         size = int.from_bytes(data[:8], "little")
-        head = json.loads(data[8 : 8 + size])
-        arrays, told = dict(load(data)), head["__metadata__"]["meta"]
-        if head["__metadata__"]["digest"] != _digest(arrays, told):
-            raise ValueError("its digest does not match its content")
-        return arrays, dict(json.loads(told))
+        head = json.loads(data[8 : 8 + size])["__metadata__"]
+        return dict(load(data)), head["meta"], head["digest"]
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"not a packed state: {error}") from error
 

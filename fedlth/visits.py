@@ -180,4 +180,6 @@ def _time_row(stage: Stage, answer: Reply | Failure) -> dict[str, Any]:
     }  # fmt: skip
     if isinstance(answer, Reply):
         row |= {"seconds": answer.seconds, "device": answer.device}
+        if answer.work:
+            row["work"] = list(answer.work)
     return row

@@ -29,8 +29,8 @@ from fedlth.models.prunable import prunable_names
 from fedlth.models.registry import build
 from fedlth.params import Layout, Params, layout_of, read
 from fedlth.parts import make
-from fedlth.rng import torch_seed
-from fedlth.train import Bound
+from fedlth.rng import stream, torch_seed
+from fedlth.train import Bound, Plan, evaluate, train
 
 
 @contextmanager
@@ -102,6 +102,14 @@ class World:
                     )
         _ = self.bound  # a backend that cannot run this model says so
 
+    def warm(self) -> None:
+        """Train and evaluate once, on next to nothing: what is loaded or compiled for it, forked workers then share."""
+        if self.study.compute == "sparse":
+            x, y = inputs(self.dataset, self.splits.clients[0].train[:2], train=True)
+            plan = Plan(epochs=1, batch_size=2, lr=self.study.train.lr)
+            train(self.bound, self.theta_0, data=(x, y), plan=plan, order=stream(0, "warm"), torch_seed=0)
+            evaluate(self.bound, self.theta_0, (x, y))
+
     @property
     def device(self) -> str:
         wanted = self.study.device
@@ -126,6 +134,8 @@ class World:
 
     def merge(self, received: Params, own: Params) -> Params:
         """Return whole params: the exchanged part from `received`, the rest (local norms) from `own`."""
+        if self.exchange is self.layout:
+            return received
         floats, ints = own.floats.copy(), own.ints.copy()
         floats[self._floats] = received.floats
         ints[self._ints] = received.ints
@@ -133,6 +143,8 @@ class World:
 
     def shared_part(self, whole: Params) -> Params:
         """Return the exchanged part of whole params, in the exchange layout."""
+        if self.exchange is self.layout:
+            return whole
         return Params(whole.floats[self._floats], whole.ints[self._ints])
 
     @cached_property
@@ -162,21 +174,30 @@ def _crosses(study: config.Study, layout: Layout) -> Layout:
 
 
 @lru_cache(maxsize=2)
+def _divided(text: str) -> tuple[Dataset, Splits]:
+    """Return the data set and each client's part of it; cached apart: studies that differ elsewhere share it."""
+    given = json.loads(text)
+    data, clients, partition = given["data"], given["clients"], given["partition"]
+    dataset = load(data["name"], root=data["root"], options=data["options"])
+    splits = split_clients(
+        dataset,
+        make(PARTITIONS, {k: v for k, v in partition.items() if k != "seed"}, "partition"),
+        num_clients=clients["count"],
+        validation=clients["validation"],
+        test_samples=clients["test_samples"],
+        unseen=clients["unseen"],
+        seed=partition.get("seed", 0),
+    )
+    return dataset, splits
+
+
+@lru_cache(maxsize=2)
 def open_world(science: str) -> World:
     """Build the world of a study's canonical JSON; cached, since every job of a run names the same one."""
     torch.set_num_threads(1)  # bit equality holds at one thread count; two spinning threads a worker are 5-20 x slower
     study = config.build(json.loads(science))
-    dataset = load(study.data.name, root=study.data.root, options=study.data.options)
-    spec = {k: v for k, v in study.partition.items() if k != "seed"}
-    splits = split_clients(
-        dataset,
-        make(PARTITIONS, spec, "partition"),
-        num_clients=study.clients.count,
-        validation=study.clients.validation,
-        test_samples=study.clients.test_samples,
-        unseen=study.clients.unseen,
-        seed=study.partition.get("seed", 0),
-    )
+    given = study.model_dump(mode="json", include={"data", "partition", "clients"})
+    dataset, splits = _divided(json.dumps(given, sort_keys=True))
     with torch_stream(torch_seed(study.seed, "theta_0")):
         module = _build(study, dataset)
     layout = layout_of(module, prunable_names(module, study.model.prunable))

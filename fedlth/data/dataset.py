@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -38,6 +39,10 @@ class Dataset:
 
     def digest(self) -> str:
         """Return the sha256 hex of every field: equal digests mean equal data, bit by bit."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         state = hashlib.sha256()
         head = [self.name, self.num_classes, list(self.mean), list(self.std)]
         state.update(json.dumps(head).encode())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from threading import Thread
 
 from fedlth.data.characters import characters
 from fedlth.data.cifar import cifar10, cifar100
@@ -23,12 +26,40 @@ SOURCES: dict[str, Callable[..., Dataset]] = {
 }
 
 
+BEGUN: dict[str, Future[Dataset]] = {}
+
+
+def begin(name: str, *, root: str | None, options: Mapping[str, object]) -> None:
+    """Start to read a built-in data set in a thread; `load` then takes what it has read, or its error."""
+    if name not in SOURCES:
+        return  # a user's module must not be imported beside others
+    reading: Future[Dataset] = Future()
+    BEGUN[_key(name, root, options)] = reading
+
+    def read() -> None:
+        try:
+            reading.set_result(_load(name, root, options))
+        except BaseException as error:
+            reading.set_exception(error)
+
+    Thread(target=read, daemon=True).start()
+
+
+def _key(name: str, root: str | None, options: Mapping[str, object]) -> str:
+    return json.dumps([name, root, options], sort_keys=True, default=repr)
+
+
 def load(name: str, *, root: str | None, options: Mapping[str, object]) -> Dataset:
     """Return the checked data set called `name`: one of SOURCES, `hf:<id>`, or a user's `package.module:callable`.
 
     root: folder to read from; None means the usual system places. options: the data set's own settings.
     Raises StudyError for an unknown name or option, a missing or damaged file, or data that break the contract.
     """
+    begun = BEGUN.pop(_key(name, root, options), None)
+    return begun.result() if begun else _load(name, root, options)
+
+
+def _load(name: str, root: str | None, options: Mapping[str, object]) -> Dataset:
     if name in SOURCES:
         source = SOURCES[name]
         return checked(source(**accepted(source, "data", name, {"root": root}, options)))

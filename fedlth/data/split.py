@@ -56,6 +56,7 @@ def split_clients(
     """
     _check(dataset, num_clients, validation, test_samples, unseen)
     owned = _owned(dataset, partition, num_clients, stream(seed, "partition"))
+    labelled = _labelled(dataset)
     clients = []
     for client, indices in enumerate(owned):
         if len(indices) < 2:
@@ -64,7 +65,7 @@ def split_clients(
                 f"got {len(indices)} in all; ask for fewer clients or a larger minimum"
             )
         train, val = _validation(np.asarray(indices, np.int64), validation, stream(seed, "validation", client=client))
-        test = _test(dataset, partition, indices, test_samples, stream(seed, "test", client=client))
+        test = _test(dataset, labelled, partition, indices, test_samples, stream(seed, "test", client=client))
         if len(test) == 0:
             raise StudyError(
                 f"clients.test_samples: client {client} must have at least 1 test example of its labels or key, got 0"
@@ -125,9 +126,18 @@ def _validation(indices: np.ndarray, validation: float, rng: np.random.Generator
     return np.sort(order[count:]), np.sort(order[:count])
 
 
+def _labelled(dataset: Dataset) -> list[np.ndarray]:
+    """Return the positions in x_test of each class; none where labels are not one an example."""
+    if dataset.y_test.ndim != 1:
+        return []
+    order = np.argsort(dataset.y_test, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(dataset.y_test, minlength=dataset.num_classes))[:-1])
+
+
 def _test(
-    dataset: Dataset, partition: Partition, indices: np.ndarray, test_samples: int, rng: np.random.Generator
-) -> np.ndarray:
+    dataset: Dataset, labelled: list[np.ndarray], partition: Partition, indices: np.ndarray, test_samples: int,
+    rng: np.random.Generator,
+) -> np.ndarray:  # fmt: skip
     """Return sorted positions in x_test, at most `test_samples`."""
     if getattr(partition, "by_key", False) and dataset.key_train is not None and dataset.key_test is not None:
         own = np.flatnonzero(np.isin(dataset.key_test, np.unique(dataset.key_train[indices])))
@@ -138,7 +148,7 @@ def _test(
     counts = np.bincount(dataset.y_train[indices], minlength=dataset.num_classes)
     picks = []
     for label, quota in enumerate(_apportion(counts, test_samples)):
-        pool = np.flatnonzero(dataset.y_test == label)
+        pool = labelled[label] if label < len(labelled) else np.zeros(0, np.int64)
         picks.append(rng.choice(pool, min(int(quota), len(pool)), replace=False))
     return np.sort(np.concatenate(picks))
 

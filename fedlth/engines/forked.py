@@ -16,6 +16,7 @@ from fedlth.engines.cohort import size_of
 from fedlth.engines.pool import Limits, Lost, Pool
 from fedlth.engines.worker import Worker
 from fedlth.jobs import AT_ONCE, Failure, Job, Reply
+from fedlth.world import open_world
 
 START_S = 300.0
 
@@ -43,6 +44,7 @@ class Forked:
     def map(self, jobs: Sequence[Job], /) -> list[Reply | Failure]:
         """Run `client_step` on each job; one Reply or Failure a job, in job order."""
         if self._pool is None:
+            open_world(jobs[0].study).warm()
             forks = Forks()
             given = {"path": (), "folder": os.getcwd(), "memory_mb": None}
             self._pool = Pool(forks, self.workers, name="fork", spawn=forks.spawn, given=given, limits=self.limits)
@@ -82,7 +84,6 @@ class Forks:
 
     def spawn(self) -> Child:
         here, there = Pipe()
-        gc.collect()
         gc.freeze()  # a collection in the child would touch, and so copy, every page that holds an object
         pid = os.fork()
         if not pid:

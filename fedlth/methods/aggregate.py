@@ -50,8 +50,9 @@ class FedAvg:
 
     def __call__(self, old: Params, contributions: Iterable[Contribution], layout: Layout, /) -> Params:
         total, examples, ints = np.zeros(layout.num_floats), 0, old.ints
+        weighted = np.empty(layout.num_floats)
         for c in contributions:
-            total += _floats(c.content).astype(np.float64) * c.num_examples
+            total += np.multiply(_floats(c.content), c.num_examples, out=weighted, dtype=np.float64)
             examples += c.num_examples
             ints = _largest(ints, c.content)
         return Params((total / examples).astype(np.float32), ints)
@@ -70,12 +71,18 @@ class CountMean:
 
     def __call__(self, old: Params, contributions: Iterable[Contribution], layout: Layout, /) -> Params:
         total, weight, ints = np.zeros(layout.num_floats), np.zeros(layout.num_floats), old.ints
+        size = layout.num_prunable
         for c in contributions:
             share = float(c.num_examples) if self.weighted else 1.0
-            covered = np.ones(layout.num_floats)
-            covered[: layout.num_prunable] = c.content.mask
-            total += _floats(c.content).astype(np.float64) * covered * share
-            weight += covered * share
+            floats, mask = _floats(c.content), c.content.mask
+            np.add(total[size:], floats[size:].astype(np.float64) * share, out=total[size:])
+            weight[size:] += share
+            if self.weighted:
+                total[:size] += np.where(mask, floats[:size], 0).astype(np.float64) * share
+                weight[:size] += mask * share
+            else:
+                np.add(total[:size], np.where(mask, floats[:size], np.float32(0)), out=total[:size])
+                np.add(weight[:size], mask, out=weight[:size])
             ints = _largest(ints, c.content)
         rest = old.floats.astype(np.float64) if self.uncovered == "keep" else np.zeros(layout.num_floats)
         mean = np.divide(total, weight, out=rest, where=weight > 0)

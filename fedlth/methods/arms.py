@@ -174,6 +174,7 @@ def _found(arm: str, finder: Finder, step: Step2) -> Iterator[Result]:
         yield Result(
             arm=arm, params=found.params, mask=found.mask, target=found.target, start=found.start, epochs=own,
             search_epochs=epochs - own, flops=step.spent(began), held=finder.dead.holds,
+            cpu_s=(sum(step.cpu[began:]), step.cpu[-1] if own else 0.0),
         )  # fmt: skip
         before = len(step.log)
 

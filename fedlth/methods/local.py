@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -25,6 +27,7 @@ class Local:
     client: int
     round: int
     stage: str
+    work: list[dict[str, Any]] = field(default_factory=list, compare=False)
 
     @cached_property
     def train_part(self) -> tuple[Tensor, Tensor]:
@@ -65,10 +68,12 @@ class Local:
         snapshots: tuple[int, ...] = (),
         order: str = "order",
     ) -> Trained:
-        return train.train(
+        data = self.train_part
+        began = time.thread_time()
+        trained = train.train(
             self.world.bound,
             start,
-            data=self.train_part,
+            data=data,
             plan=plan,
             order=self.rng(order),
             torch_seed=self.torch_seed("dropout"),
@@ -76,6 +81,9 @@ class Local:
             update=update,
             snapshots=snapshots,
         )
+        density = 1.0 if mask is None else int(np.count_nonzero(mask)) / mask.size
+        self.work.append({"density": density, "epochs": plan.epochs, "cpu_s": time.thread_time() - began})
+        return trained
 
     def val_accuracy(self, params: Params) -> float:
         """The only accuracy that a decision may look at."""

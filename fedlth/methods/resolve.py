@@ -90,6 +90,8 @@ def resolve(study: Study) -> tuple[Study, list[str]]:
             "refine.rounds: must be 0 where dead weights are not zero or tickets are frozen: refinement trains "
             f"survivors among zeros, got {finder.dead} and {finder.rewind}"
         )
+    if study.tickets == "compact" and finder.dead.holds:
+        raise StudyError(f"tickets: must be dense where dead weights are not zero, as with {finder.dead}")
     if "ticket_0" in arms:
         replace(finder, rewind=ToInit())  # says so where the finder's other parts forbid it
     _check_counts(study)

@@ -41,7 +41,7 @@ class ClientState:
     def from_bytes(data: bytes | None) -> ClientState:
         if data is None:
             return ClientState()
-        arrays, meta = store.unpack(data)
+        arrays, meta = store.unpack_whole(data)  # every store checks what it reads
         sizes: dict[str, int] = meta["sizes"]
         masks = {k: np.unpackbits(arrays[f"mask.{k}"], count=n).astype(bool) for k, n in sizes.items()}
         vectors = {k[len("vector.") :]: v for k, v in arrays.items() if k.startswith("vector.")}

@@ -101,7 +101,11 @@ class MaskedVisit:
         trained = local.train(params, plan=local.plan, mask=mask, snapshots=self.after.snapshots)
         params, mask = self.after(local, trained.params, mask, trained)
         sent = local.world.shared_part(params)
-        metrics = {"loss": trained.loss, "val_accuracy": val_accuracy, "density": float(mask.mean())}
+        metrics = {
+            "loss": trained.loss,
+            "val_accuracy": val_accuracy,
+            "density": int(np.count_nonzero(mask)) / mask.size,
+        }
         new = replace(state, visits=state.visits + 1)
         if not mask.all() or "active" in state.masks:
             new = new.with_(masks={"active": mask})

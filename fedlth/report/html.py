@@ -12,6 +12,7 @@ import numpy as np
 
 from fedlth.report.arms import arm_of
 from fedlth.report.canvas import Picture, rendered
+from fedlth.report.cost import cost_text
 from fedlth.report.facts import Facts
 from fedlth.report.headline import against, done, honest_notes, numbers, overlapping, reached
 from fedlth.report.palette import DARK, LIGHT
@@ -113,6 +114,7 @@ def page(results: Results, *, tables: Mapping[str, Table], figures: Sequence[Dra
         reached=reached(results),
         against=against(results),
         overlapping=overlapping(results),
+        ticket_cost=cost_text(results),
         accuracy=tables["summary"].columns(ACCURACY),
         cost=tables["summary"].columns(COST),
         main_row=chosen.index(results.main) if results.main in chosen else -1,

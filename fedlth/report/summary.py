@@ -5,6 +5,7 @@ from __future__ import annotations
 from textwrap import fill
 
 from fedlth.report.arms import arm_of
+from fedlth.report.cost import cost_text
 from fedlth.report.headline import against, honest_notes, numbers, overlapping, reached
 from fedlth.report.results import Results
 from fedlth.report.tables import Table
@@ -62,7 +63,7 @@ def summary_text(results: Results) -> str:
     rivals = against(results)
     if rivals.rows:
         parts.append(aligned(rivals))
-    parts += [fill(text, WIDTH) for text in [overlapping(results)] if text]
+    parts += [fill(text, WIDTH) for text in (overlapping(results), cost_text(results)) if text]
     notes = honest_notes(results)
     if notes:
         parts.append("\n".join(fill(f"note: {note}", WIDTH, subsequent_indent="      ") for note in notes))

@@ -14,6 +14,7 @@ from fedlth.report.overlap import Overlap, overlap
 from fedlth.report.summary import aligned
 from fedlth.report.tables import Table
 from fedlth.report.units import NOTHING, signed
+from fedlth.tickets_file import opened
 
 MOST_IN_MATRIX = 12
 
@@ -68,9 +69,7 @@ def _shown(saved: SavedTicket) -> str:
     except (SafetensorError, OSError) as error:
         raise StudyError(f"{saved.path}: a ticket is wanted, got {error}") from None
     rows, kept_of_all, all_weights = [], 0, 0
-    for name, value in tensors.items():
-        if name.endswith("_mask") and name.removesuffix("_mask") in tensors:
-            continue
+    for name, value in sorted(opened(tensors, meta).items()):
         mask = tensors.get(f"{name}_mask")
         kept = value.size if mask is None else int(np.bitwise_count(mask).sum())
         if mask is not None:

@@ -47,7 +47,8 @@ def is_tied(score: np.ndarray, mask: np.ndarray, alive: np.ndarray) -> bool:
     dropped = alive & ~mask
     if not mask.any() or not dropped.any():
         return False
-    return bool(score[mask].min() <= score[dropped].max())
+    lowest, highest = np.min(score, initial=np.inf, where=mask), np.max(score, initial=-np.inf, where=dropped)
+    return bool(lowest <= highest)
 
 
 def apportion(total: int, weights: np.ndarray, limits: np.ndarray) -> np.ndarray:

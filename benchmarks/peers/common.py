@@ -1,0 +1,80 @@
+"""What every peer's script shares: the data, the networks, and taking turns with benchmarks/rounds.py.
+
+Runs in the peer's own environment: nothing of fedlth is imported. A script's first line of input is the work.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+TOLD = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # frameworks print as they like; the benchmark listens to TOLD alone
+LR, BATCH = 0.05, 32
+
+
+def read_work() -> dict[str, Any]:
+    torch.set_num_threads(1)
+    found: dict[str, Any] = json.loads(sys.stdin.readline())
+    return found
+
+
+def data(work: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """Return images, labels, and (100, examples) positions: two shards of one label each a client."""
+    root = Path(work["data"] or "/usr/share/datasets/fashion-mnist")
+    with gzip.open(root / "train-images-idx3-ubyte.gz") as file:
+        images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 28, 28)
+    with gzip.open(root / "train-labels-idx1-ubyte.gz") as file:
+        labels = np.frombuffer(file.read(), np.uint8, offset=8).astype(np.int64)
+    shards = np.argsort(labels, kind="stable").reshape(200, 300)[np.random.default_rng(0).permutation(200)]
+    x = (torch.tensor(images, dtype=torch.float32) / 255 - 0.2860) / 0.3530
+    return x, torch.from_numpy(labels), shards.reshape(100, 600)[:, : work["examples"]]
+
+
+def build(model: str) -> nn.Module:
+    torch.manual_seed(0)
+    if model == "leaf_cnn":
+        return nn.Sequential(
+            nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(),
+            nn.MaxPool2d(2), nn.Flatten(), nn.Linear(3136, 512), nn.ReLU(), nn.Linear(512, 10),
+        )  # fmt: skip
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10),
+    )  # fmt: skip
+
+
+def clients(round_: int, work: dict[str, Any]) -> list[int]:
+    return [int(c) for c in np.random.default_rng(round_).permutation(100)[: work["clients"]]]
+
+
+def steps(work: dict[str, Any]) -> int:
+    return int(work["clients"] * work["epochs"] * -(-work["examples"] // BATCH))
+
+
+class Turn:
+    """Waits for the benchmark before each round, and tells it what the round took."""
+
+    def __init__(self, work: dict[str, Any]) -> None:
+        self.work, self.began, self.ready = work, 0.0, False
+
+    def begin(self) -> None:
+        if not self.ready:
+            print("ready", file=TOLD, flush=True)
+            self.ready = True
+        if not sys.stdin.readline():
+            os._exit(0)
+        self.began = time.perf_counter()
+
+    def end(self) -> None:
+        told = {"wall": time.perf_counter() - self.began, "steps": steps(self.work)}
+        print(json.dumps(told), file=TOLD, flush=True)

@@ -1,0 +1,283 @@
+"""Whole federated rounds of fedlth beside plain PyTorch, interleaved: python benchmarks/rounds.py --only W2 --rounds 5.
+
+Work: Fashion-MNIST, 100 clients x 600 of two classes, 10 a round, batch 32, SGD 0.05. Every system is a process that
+runs one round when it is told to; the rest wait. Ratios are medians over limit A (benchmarks/yardsticks/raw_torch.py)
+in the same run: by the clock, and by CPU seconds of the process tree, which other load on the machine changes less.
+
+Of a client's 600 examples one is kept for validation (a study must have one), so both sides train on 599 in 19 steps
+an epoch. Rows with personalised evaluation keep 100 and train on 500, as does their limit A, which evaluates nothing.
+Rows with a density are `refine` rounds: after one federated round every client has drawn a random ticket of exactly
+that density in every layer and trained in it, and is then visited with its own slice. So that they need not be made
+for clients who never come, these rows have as many clients as two rounds visit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from yardsticks.tree import cpu_seconds, memory_mb
+
+HERE = Path(__file__).parent
+WORKS = {  # model, epochs, examples a shard
+    "W1": ("leaf_cnn", 1, 300),
+    "W2": ("lenet5", 5, 300),
+    "ResNet9": ("resnet9", 1, 32),
+    "BatchNorm": ("benchmarks.parts:Normed", 1, 300),
+}
+LIMITS = {  # must, ambitious
+    ("W1", 1.0): (0.80, 0.65), ("W2", 1.0): (0.27, 0.20), ("W1", 0.2): (0.40, 0.30), ("W1", 0.05): (0.20, 0.14),
+    ("W2", 0.2): (0.13, 0.10), ("W2", 0.05): (0.09, 0.07), ("ResNet9", 0.2): (0.60, 0.40),
+    ("BatchNorm", 1.0): (1.05, 0.90),
+}  # fmt: skip
+START, MEMORY_MB, IDLE_S = (2.0, 1.5), (1000, 700), (1.5, 0.5)
+
+
+@dataclass
+class Child:
+    """A system under measurement, and what its rounds took."""
+
+    name: str
+    density: float
+    process: subprocess.Popen[str]
+    walls: list[float] = field(default_factory=list)
+    cpus: list[float] = field(default_factory=list)
+    steps: set[int] = field(default_factory=set)
+    memory: dict[str, float] = field(default_factory=dict)
+
+    def read(self) -> str:
+        line = self.process.stdout.readline() if self.process.stdout else ""
+        if not line:
+            sys.exit(f"{self.name} ended with {self.process.wait()}")
+        return line
+
+    def round(self) -> None:
+        before = cpu_seconds(self.process.pid)
+        assert self.process.stdin is not None
+        self.process.stdin.write("round\n")
+        self.process.stdin.flush()
+        told = json.loads(self.read())
+        self.walls.append(told["wall"])
+        self.cpus.append(cpu_seconds(self.process.pid) - before)
+        self.steps.add(told["steps"])
+        self.memory = memory_mb(self.process.pid)
+
+
+def child(
+    name: str, script: str, given: dict[str, Any], density: float = 1.0, python: str | Path = sys.executable
+) -> Child:
+    """Start a system and wait until it stands before its first measured round."""
+    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    process = subprocess.Popen(
+        [str(python), str(HERE / script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
+        cwd=HERE.parent,
+    )  # fmt: skip
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(given) + "\n")
+    process.stdin.flush()
+    made = Child(name, density, process)
+    if made.read().strip() != "ready":
+        sys.exit(f"{name}: did not say ready")
+    return made
+
+
+def study(work: str, density: float, evaluated: bool, wire: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the study of one row."""
+    model, epochs, shard = WORKS[work]
+    per = 2 * shard
+    tree: dict[str, Any] = {
+        "method": {"name": "fedavg"}, "data": {"name": "fashion_mnist", "root": args.data},
+        "partition": {"name": "shards", "shard_size": shard}, "model": {"name": model},
+        "clients": {"count": 100, "validation": (1 / 6 if evaluated else 1 / per), "test_samples": 10},
+        "train": {"epochs": epochs}, "wire": wire, "compute": args.compute, "workers": 2,
+        "federate": {"rounds": 10_000, "clients_per_round": args.k}, "personalise": {"arms": ["global"]},
+    }  # fmt: skip
+    if density < 1:
+        count = min(100, 2 * args.k)
+        tree["clients"]["count"] = count
+        tree |= {
+            "method": {"name": "two_step"}, "federate": {"rounds": 1, "clients_per_round": 1},
+            "finder": {
+                "score": "random", "schedule": {"name": "rescore", "steps": 1}, "rewind": "init",
+                "densities": [density],
+            },
+            "personalise": {"arms": ["ticket"], "epochs": 1, "clients_per_wave": count},
+            "refine": {"rounds": 10_000, "clients_per_round": args.k},
+        }  # fmt: skip
+    return tree
+
+
+def row(one: Child, base: Child, limit: tuple[float, float] | None) -> str:
+    wall, cpu = (statistics.median(v) for v in (one.walls, one.cpus))
+    ratio = statistics.median(a / b for a, b in zip(one.walls, base.walls, strict=True))
+    by_cpu = cpu / statistics.median(base.cpus)
+    verdict = ""
+    if limit:
+        verdict = f"{limit[0]:.2f} / {limit[1]:.2f} " + ("ok" if ratio <= limit[0] else "MISSED")
+        verdict += f" (by CPU {'ok' if by_cpu <= limit[0] else 'MISSED'})"
+    steps = "/".join(map(str, sorted(one.steps)))
+    memory = f"{one.memory['Pss']:.0f}/{one.memory['Rss']:.0f}"
+    return f"| {one.name} | {steps} | {wall:.2f} | {ratio:.2f} | {cpu:.2f} | {by_cpu:.2f} | {memory} | {verdict} |"
+
+
+def measure(work: str, args: argparse.Namespace, folder: str) -> None:
+    """Print the table of one work."""
+    _, epochs, shard = WORKS[work]
+    for evaluated in (False, True) if args.evaluation else (False,):
+        examples = 2 * shard - (100 if evaluated else 1)
+        work_a = {
+            "model": WORKS[work][0], "epochs": epochs, "examples": examples, "shard": shard, "clients": args.k,
+            "data": args.data,
+        }  # fmt: skip
+        base = child("limit A: raw torch, 2 x 1", "yardsticks/raw_torch.py", work_a)
+        systems = [
+            child(
+                f"fedlth {'dense' if density == 1 else f'density {density:g}'}, {wire}", "ours.py",
+                {
+                    "study": study(work, density, evaluated, wire, args), "folder": folder,
+                    "skip": 0 if density == 1 else 2,
+                },
+                density,
+            )
+            for wire in args.wire.split(",")
+            for density in map(float, args.densities.split(","))
+        ]  # fmt: skip
+        systems += peers(work, work_a, args) if not evaluated else []
+        for one in (base, *systems):
+            one.round()  # the first is a warm-up
+            one.walls, one.cpus = [], []
+        for _ in range(args.rounds):
+            for one in (base, *systems):
+                one.round()
+        print(f"\n**{work}**, {args.k} clients a round{', with personalised evaluation' if evaluated else ''}, "
+              f"{args.rounds} rounds each, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs\n")  # fmt: skip
+        print("| system | client-steps | s | ratio | CPU s | CPU ratio | MB PSS/RSS | must / ambitious |")
+        print("|---|---|---|---|---|---|---|---|")
+        for one in (base, *systems):
+            limit = LIMITS.get((work, one.density)) if one.name.startswith("fedlth") and args.k == 10 else None
+            print(row(one, base, limit), flush=True)
+        for one in (base, *systems):
+            one.process.communicate("")
+
+
+def peers(work: str, given: dict[str, Any], args: argparse.Namespace) -> list[Child]:
+    """Start the peers that are installed; they run the dense rows of W1 and W2."""
+    folder = Path(args.peers) if args.peers and work in ("W1", "W2") else None
+    found = []
+    for script in sorted((HERE / "peers").glob("*_.py")) if folder else ():
+        name = script.stem.removesuffix("_")
+        python = folder / name / "bin" / "python" if folder else Path()
+        if python.exists():
+            try:
+                found.append(child(name, f"peers/{script.name}", given, python=python))
+            except SystemExit as error:
+                print(f"peer left out: {error}", flush=True)
+    return found
+
+
+def idle_study(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the study of rounds that train nothing."""
+    return {
+        "method": {"name": "benchmarks.parts:idle"}, "data": {"name": "fashion_mnist", "root": args.data},
+        "clients": {"count": 1000, "test_samples": 10}, "model": {"name": "benchmarks.parts:small"}, "workers": 2,
+        "federate": {"rounds": 10_000, "clients_per_round": 1000}, "wire": "raw", "compute": args.compute,
+    }  # fmt: skip
+
+
+def idle(args: argparse.Namespace, folder: str) -> None:
+    """Print rounds of 1,000 clients x 100 KB that train nothing."""
+    tree = idle_study(args)
+    one = child("idle", "ours.py", {"study": tree, "folder": folder, "skip": 1})
+    for _ in range(args.rounds):
+        one.round()
+    wall, cpu = statistics.median(one.walls), statistics.median(one.cpus)
+    print(f"\nno-op round, 1,000 clients x 100 KB: {wall:.2f} s, {cpu:.2f} CPU s; must {IDLE_S[0]} s "
+          f"{'ok' if wall <= IDLE_S[0] else 'MISSED'}, ambitious {IDLE_S[1]} s", flush=True)  # fmt: skip
+    one.process.communicate("")
+
+
+FIRST_STEP = """
+import sys, time
+import fedlth.cli
+from fedlth.config import load
+study = load(sys.argv[2])
+from fedlth.data.sources import begin
+begin(study.data.name, root=study.data.root, options=study.data.options)
+import fedlth.train as train
+real = train.train
+def told(*args, **more):
+    if len(more["data"][1]) > 2:  # not the warm-up of the kernel
+        print("first step", time.time() - float(sys.argv[1]), time.process_time(), flush=True)
+    return real(*args, **more)
+train.train = told
+fedlth.cli.main(["run", *sys.argv[2:]])
+"""
+
+
+def start_up(args: argparse.Namespace, folder: str) -> None:
+    """Print the seconds from the start of `fedlth run` to a client's first step, beside limit A's to its first."""
+    import yaml
+
+    file = Path(folder) / "start.yaml"
+    tree = study("W2", 1.0, False, "raw", args)
+    tree["federate"]["rounds"] = 1
+    file.write_text(yaml.safe_dump(tree))
+    ours, theirs = [], []
+    env = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    for i in range(args.rounds + 1):
+        began = time.time()
+        given = {"model": "lenet5", "epochs": 5, "examples": 599, "shard": 300, "clients": 10, "data": args.data}
+        base = child("limit A", "yardsticks/raw_torch.py", given)
+        theirs.append((time.time() - began, cpu_seconds(base.process.pid)))
+        base.process.communicate("")
+        command = [sys.executable, "-c", FIRST_STEP, str(time.time()), str(file), f"out={folder}/start-{i}"]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=HERE.parent)
+        line = next(line for line in done.stdout.splitlines() if line.startswith("first step"))
+        ours.append(float(line.split()[2]))
+    first, base_s = statistics.median(ours[1:]), statistics.median(t[0] for t in theirs[1:])
+    print(f"\nstart to first client step: {first:.2f} s, limit A {base_s:.2f} s, ratio {first / base_s:.2f}; must "
+          f"{START[0]} s {'ok' if first <= START[0] else 'MISSED'}, ambitious {START[1]} s, load "
+          f"{os.getloadavg()[0]:.1f}", flush=True)  # fmt: skip
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--only", default="start,idle,W1,W2,ResNet9,BatchNorm", help="parts, by comma")
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--densities", default="1,0.5,0.2,0.1,0.05")
+    options.add_argument("--wire", default="raw,lossless")
+    options.add_argument("--k", type=int, default=10, help="clients a round")
+    options.add_argument("--compute", default="auto")
+    options.add_argument("--evaluation", action="store_true", help="also with personalised evaluation")
+    options.add_argument("--data", help="folder of the Fashion-MNIST idx files; the system's own by default")
+    options.add_argument("--peers", help="folder of benchmarks/peers/install.py")
+    options.add_argument("--folder", help="where run folders go; the temporary directory by default")
+    args = options.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        for part in args.only.split(","):
+            if part == "start":
+                start_up(args, folder)
+            elif part == "idle":
+                idle(args, folder)
+            elif part == "BatchNorm":
+                dense = argparse.Namespace(**vars(args) | {"densities": "1"})
+                measure(part, dense, folder)
+            elif part in WORKS:
+                measure(part, args, folder)
+            else:
+                options.error(f"--only: must be among start, idle, {', '.join(WORKS)}, got {part}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What a ticket costs to find and saves to train, against its dense twin in the same run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedlth.report.arms import Choice
+from fedlth.report.facts import Facts
+from fedlth.report.results import Results
+from fedlth.report.statistics import rows_of
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One client's mean cost of `unit`: an epoch of its dense twin, an epoch in its ticket, and the search.
+
+    The search is every training before the last one, which any model would need.
+    """
+
+    unit: str
+    dense: float
+    ticket: float
+    search: float
+
+    def rounds(self, epochs: int) -> float:
+        """Return after how many rounds of `epochs` epochs the ticket has paid for its search; inf for never."""
+        saved = (self.dense - self.ticket) * epochs
+        return self.search / saved if saved > 0 else math.inf
+
+
+def costs(results: Results) -> tuple[Cost, ...]:
+    """Return the cost of the run's main arm in CPU seconds, where they were measured, and in FLOPs.
+
+    Empty where the main arm is no sparse model that was searched for.
+    """
+    choice = results.main
+    if choice is None or choice.target_density >= 1:
+        return ()
+    found = (_cpu(results.group, choice), _flops(results, choice))
+    return tuple(cost for cost in found if cost is not None)
+
+
+def cost_text(results: Results) -> str:
+    """Return the costs as sentences, "" where there are none; a round is one of `train.epochs` epochs."""
+    epochs = _round_epochs(results.group[0])
+    parts = []
+    for cost in costs(results):
+        rounds = cost.rounds(epochs)
+        paid = f"has paid for its search after {math.ceil(rounds)} rounds" if math.isfinite(rounds) else "never pays"
+        parts.append(
+            f"An epoch inside the ticket takes {cost.ticket:.3g} {cost.unit} a client, its dense twin "
+            f"{cost.dense:.3g} ({cost.ticket / cost.dense:.2f} of it); the search took {cost.search:.3g}, so a ticket "
+            f"{paid} of {epochs} epoch{'s' if epochs > 1 else ''}."
+        )
+    return " ".join(parts)
+
+
+def _round_epochs(facts: Facts) -> int:
+    import yaml
+
+    study = yaml.safe_load(facts.config) or {}
+    return int(study.get("train", {}).get("epochs", 1))
+
+
+def _work(group: Iterable[Facts]) -> list[dict[str, Any]]:
+    return [one for facts in group for row in facts.times for one in row.get("work", ())]
+
+
+def _cpu(group: tuple[Facts, ...], choice: Choice) -> Cost | None:
+    work = _work(group)
+    trainings = [one for one in work if "density" in one]
+    dense = [one["cpu_s"] / one["epochs"] for one in trainings if one["density"] == 1]
+    inside = [
+        one["cpu_s"] / one["epochs"] for one in trainings if abs(one["density"] / choice.target_density - 1) < 0.05
+    ]
+    searches = [
+        one["cpu_s"] - one["last_cpu_s"]
+        for one in work
+        if one.get("arm") == choice.arm and one["target_density"] == choice.target_density
+    ]
+    if not (dense and inside and searches):
+        return None
+    return Cost("CPU s", float(np.mean(dense)), float(np.mean(inside)), float(np.mean(searches)))
+
+
+def _flops(results: Results, choice: Choice) -> Cost | None:
+    """Count 3 forwards an example, dense for the twin, by what is alive for the ticket."""
+    dense, inside, searches = [], [], []
+    for facts in results.group:
+        forward = facts.header.flops_forward_per_example
+        of = {layer.name: layer.flops_per_example for layer in facts.layers if layer.prunable}
+        for row in rows_of(facts, choice).values():
+            if not forward or not row.epochs or not of.keys() <= row.layer_density.keys():
+                return None
+            alive = forward - sum(cost * (1 - row.layer_density[name]) for name, cost in of.items())
+            dense.append(3 * row.num_train * forward)
+            inside.append(3 * row.num_train * alive)
+            searches.append(row.train_flops_effective - inside[-1] * row.epochs)
+    if not dense or max(searches) <= 0:
+        return None
+    giga = 1e-9
+    return Cost("GFLOP", giga * float(np.mean(dense)), giga * float(np.mean(inside)), giga * float(np.mean(searches)))
