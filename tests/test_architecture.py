@@ -21,7 +21,7 @@ FLOORS: list[set[str]] = [
     {"data", "models", "compute", "train", "world"},
     {"methods"},
     {"client", "server", "runfolder", "tickets_file"},
-    {"rounds"},
+    {"rounds", "lab"},
     {"tensorboard", "session"},
     {"engines", "forecast", "tune", "api", "report", "catalogue", "cli", "__main__"},
 ]
