@@ -1,1 +1,1 @@
-"""The ticket laboratory: one machine, one data set, one model; searches, controls and diagnostics of `fedlth lottery`."""
+"""The ticket laboratory of `fedlth lottery`: one machine, one data set; searches, controls and diagnostics."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,12 @@ from fedlth import ledger, store
 from fedlth.errors import StudyError
 from fedlth.lab import arms, study
 from fedlth.lab.bench import open_bench
+from fedlth.lab.controls import MASKS, STARTS
 from fedlth.lab.probes import PROBES
 from fedlth.lab.search import finder_of
 from fedlth.lab.study import Lottery
 from fedlth.parts import make
+from fedlth.runfolder import RunFolder
 
 Tell = Callable[[str], None]
 STAGES = ("search", "arm", "probe")  # arms need the searches' trainings, probes may use both
@@ -39,8 +41,8 @@ class Task:
 
 def tasks(made: Lottery, stage: str) -> list[Task]:
     """Return a stage's tasks in the order of the result file."""
-    names = {"search": made.searches, "arm": made.arms, "probe": made.probes}[stage]
-    return [Task(stage, name, seed) for name in names for seed in made.seeds]
+    sections: dict[str, Mapping[str, object]] = {"search": made.searches, "arm": made.arms, "probe": made.probes}
+    return [Task(stage, name, seed) for name in sections[stage] for seed in made.seeds]
 
 
 def check(made: Lottery) -> None:
@@ -48,8 +50,8 @@ def check(made: Lottery) -> None:
     for name, search in made.searches.items():
         finder_of(search, f"searches.{name}")
     for name, arm in made.arms.items():
-        make(arms.MASKS, arm.mask, f"arms.{name}.mask")
-        make(arms.STARTS, arm.start, f"arms.{name}.start")
+        make(MASKS, arm.mask, f"arms.{name}.mask")
+        make(STARTS, arm.start, f"arms.{name}.start")
     for name, spec in made.probes.items():
         make(PROBES, spec, f"probes.{name}")
 
@@ -60,6 +62,11 @@ def run(made: Lottery, out: Path, tell: Tell) -> Path:
     Raises StudyError where the folder holds another study. The result depends on neither workers nor stops.
     """
     check(made)
+    with RunFolder(out).locked():
+        return _run(made, out, tell)
+
+
+def _run(made: Lottery, out: Path, tell: Tell) -> Path:
     config_file = out / "config.yaml"
     if config_file.exists():
         if study.load(config_file).science() != made.science():

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from fedlth.errors import StudyError
-from fedlth.lab.bench import Bench
+from fedlth.lab.bench import Bench, open_bench
 from fedlth.lab.recipe import Recipe
-from fedlth.lab.study import Search
+from fedlth.lab.study import Lottery, Search
 from fedlth.lab.training import Run
 from fedlth.params import Params
 from fedlth.parts import make
@@ -33,7 +34,12 @@ class Round:
 
 def finder_of(search: Search, place: str) -> Finder:
     """Build a search's finder; raise StudyError naming the part that is wrong."""
-    tables = {"score": SCORES, "schedule": SCHEDULES, "scope": SCOPES, "rewind": REWINDS}
+    tables: dict[str, Mapping[str, Callable[..., Any]]] = {
+        "score": SCORES,
+        "schedule": SCHEDULES,
+        "scope": SCOPES,
+        "rewind": REWINDS,
+    }
     return Finder(**{part: make(tables[part], getattr(search, part), f"{place}.{part}") for part in tables})
 
 
@@ -74,3 +80,33 @@ def rounds(bench: Bench, name: str) -> Iterator[Round]:
         if number == 1:
             yield Round(0, bench.full, *runs[0])
         yield Round(number, ticket.mask, *runs[-1])
+
+
+def ladder(study: Lottery) -> str:
+    """Return the survivors of every round of every search, all and layer by layer: counts ask for no training."""
+    lines = []
+    for name, search in study.searches.items():
+        bench = open_bench(study.science(), study.seeds[0], None)
+        lines.append(f"{name}: {finder_of(search, f'searches.{name}')}")
+        for number, mask in enumerate(_dry(bench, name)):
+            layers = ", ".join(f"{e.name} {np.count_nonzero(mask[e.slice])}" for e in bench.layout.prunable)
+            kept = np.count_nonzero(mask)
+            lines.append(f"  round {number:2}: {kept:8} of {mask.size} ({100 * kept / mask.size:6.2f} %)  {layers}")
+    return "\n".join(lines)
+
+
+def _dry(bench: Bench, name: str) -> Iterator[np.ndarray]:
+    """Yield the masks of a search whose trainings leave every weight where it is."""
+    yield bench.full
+    for found in find(
+        finder_of(bench.study.searches[name], f"searches.{name}"),
+        start=bench.theta_0,
+        start_name="theta_0",
+        targets=bench.study.searches[name].targets,
+        layout=bench.layout,
+        anchors=lambda anchor: bench.theta_0,
+        train=lambda start, mask, replay_lr: start,
+        gradient=lambda weights: weights,
+        rng=lambda what: bench.rng(f"search/{name}/{what}"),
+    ):
+        yield found.mask
