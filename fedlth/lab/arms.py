@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from fedlth.errors import StudyError
 from fedlth.lab.bench import Bench
-from fedlth.lab.controls import MASKS, STARTS
+from fedlth.lab.controls import MASKS
+from fedlth.lab.recipe import Recipe
 from fedlth.lab.search import Round, rounds
 from fedlth.lab.training import Run
 from fedlth.parts import make
+from fedlth.tickets.dead import DEADS
+from fedlth.tickets.rewind import REWINDS, changed
 
 Row = dict[str, Any]
 
@@ -19,7 +24,7 @@ Row = dict[str, Any]
 def searched(bench: Bench, name: str) -> Iterator[Row]:
     """Yield one row a round of a search."""
     for one in rounds(bench, name):
-        yield _row(bench, name, one.number, one.mask, one.run)
+        yield {**_row(bench, name, one.number, one.mask, one.run), "trainings": one.trainings}
 
 
 def trained(bench: Bench, name: str) -> Iterator[Row]:
@@ -33,13 +38,29 @@ def trained(bench: Bench, name: str) -> Iterator[Row]:
         yield _row(bench, name, one.number, mask, run)
 
 
-def controlled(bench: Bench, name: str, one: Round, recipe: Any) -> tuple[np.ndarray, Run]:
+def controlled(bench: Bench, name: str, one: Round, recipe: Recipe) -> tuple[np.ndarray, Run]:
     """Train an arm at one round of its search; return its mask and the training."""
     arm, place = bench.study.arms[name], f"arms.{name}"
-    # The stream has the round, not the arm: two arms that shuffle see the same shuffle.
+    # The streams have the round, not the arm: two arms that shuffle see the same shuffle.
     mask = make(MASKS, arm.mask, f"{place}.mask")(one.mask, bench.layout, bench.rng("mask", one.number))
-    start = make(STARTS, arm.start, f"{place}.start")(bench, mask, one.start)
-    return mask, bench.trained(start, mask, recipe)
+    rewind = make(REWINDS, arm.start, f"{place}.start")
+    dead = make(DEADS, arm.dead, f"{place}.dead")
+    steps = int(getattr(rewind, "steps", 0))
+    if steps:
+        origin = bench.trained(bench.theta_0, bench.full, replace(recipe, last=steps)).final
+    elif rewind.anchor == "theta_0":
+        origin = bench.theta_0
+    elif rewind.anchor == "reinit":
+        origin = bench.fresh("reinit")
+    else:
+        raise StudyError(f"{place}.start: must go back to theta_0, a step or a new draw, got {rewind}")
+    start = changed(rewind, origin, mask, bench.layout, bench.rng("start", one.number)).masked(mask)
+    if dead.holds:
+        held = dead(origin.floats[: mask.size], one.before.floats[: mask.size])
+        start.floats[: mask.size][~mask] = held[~mask]
+    if not getattr(rewind, "trains", True):
+        return mask, bench.untrained(start, mask)
+    return mask, bench.trained(start, mask, replace(recipe, first=steps), free=dead.holds)
 
 
 def _row(bench: Bench, arm: str, number: int, mask: np.ndarray, run: Run) -> Row:

@@ -24,12 +24,13 @@ from fedlth.data.tensors import inputs
 from fedlth.errors import StudyError
 from fedlth.lab.recipe import Recipe
 from fedlth.lab.study import Data, Lottery, Model, build
-from fedlth.lab.training import Run, packed, train, unpacked
+from fedlth.lab.training import Run, packed, train, unpacked, walk
 from fedlth.models import registry
+from fedlth.models.flops import layer_flops
 from fedlth.models.prunable import prunable_names
 from fedlth.params import Layout, Params, layout_of, read
 from fedlth.rng import stream, torch_seed
-from fedlth.train import Bound, evaluate, gradient
+from fedlth.train import Bound, evaluate
 from fedlth.world import torch_stream
 
 Examples = tuple[Tensor, Tensor]
@@ -104,11 +105,6 @@ class Bench:
     def accuracy(self, params: Params, part: str = "test") -> float:
         return evaluate(self.fast, params, self.parts[part])[0]
 
-    def gradient(self, params: Params, examples: int | None = None) -> np.ndarray:
-        """Return (num_prunable,): the gradient of the mean loss over the first `examples` of the train part."""
-        x, y = self.parts["train"]
-        return gradient(self.bound, params, (x[:examples], y[:examples]))
-
     def trained(
         self,
         start: Params,
@@ -117,24 +113,49 @@ class Bench:
         *,
         free: bool = False,
         data: str = "",
+        window: int = 0,
     ) -> Run:
         """Train from `start` under `mask`; a training that this run's folder holds already is read back.
 
         free: dead weights keep their start value, frozen, in place of zero. data: which task's parts to use.
+        window: how many states before the last, one an evaluation, come with the result.
         The file's name is a digest of everything that decides the result, so nothing stale is ever read.
         """
-        parts = self.parts if not data else {p: self.parts[f"{data}/{p}"] for p in ("train", "validation", "test")}
-        state = hashlib.blake2b(f"{self.seed}/{recipe.text()}/{free}/{data}".encode(), digest_size=16)
+        told = f"{self.seed}/{recipe.text()}/{free}/{data}/{window}"
+        state = hashlib.blake2b(told.encode(), digest_size=16)
         state.update(start.floats.tobytes() + start.ints.tobytes() + np.packbits(mask).tobytes())
         path = None if self.folder is None else self.folder / "trainings" / f"{state.hexdigest()}.safetensors"
         if path is not None and path.exists():
             return unpacked(path.read_bytes(), start, None if free else mask)
-        run = train(self, start, mask, recipe, parts=parts, free=free)
+        run = train(self, start, mask, recipe, parts=self.task(data), free=free, window=window)
         if path is not None:
             own = path.with_suffix(f".{os.getpid()}")  # two workers may come to the same training
             store.write_atomic(own, packed(run, None if free else mask))
             os.replace(own, path)
         return run
+
+    def states(self, start: Params, mask: np.ndarray, recipe: Recipe) -> list[Params]:
+        """Train and return the start and the state at every evaluation; nothing is kept."""
+        begun = start.masked(mask)
+        return [begun, *walk(self, begun, mask, recipe, data=self.parts["train"], free=False)]
+
+    def untrained(self, params: Params, mask: np.ndarray, *, data: str = "") -> Run:
+        """Return the run of no iterations: the weights as they are, evaluated."""
+        nothing = Recipe(train=self.study.train, last=0)
+        return train(self, params, mask, nothing, parts=self.task(data), free=False, window=0)
+
+    def task(self, data: str) -> dict[str, Examples]:
+        """Return the train, validation and test parts of a task; "" is the whole data set."""
+        return {p: self.parts[f"{data}/{p}" if data else p] for p in ("train", "validation", "test")}
+
+    @cached_property
+    def flops(self) -> dict[str, int]:
+        """Forward FLOPs an example of each parameter's layer."""
+        with torch_stream(0):
+            return layer_flops(self.module(), self.parts["train"][0][:2])[0]
+
+    def torch_seed(self, what: str) -> int:
+        return torch_seed(self.seed, what)
 
 
 def glorot(params: Params, layout: Layout, rng: np.random.Generator) -> Params:

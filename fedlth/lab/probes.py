@@ -6,12 +6,22 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from fedlth.lab.bench import Bench
+from fedlth.lab.instability import Instability
+from fedlth.lab.masks import Overlap, Settling
+from fedlth.lab.rewinds import Rewinds
+from fedlth.lab.robustness import Attack
 
 
 class Probe(Protocol):
     def __call__(self, bench: Bench, /) -> Iterator[dict[str, Any]]:
-        """Yield rows of JSON values."""
+        """Yield rows: what was measured as floats, all else (names, counts) as text and integers."""
         ...
 
 
-PROBES: dict[str, Callable[..., Probe]] = {}
+PROBES: dict[str, Callable[..., Probe]] = {
+    "instability": Instability,
+    "overlap": Overlap,
+    "settling": Settling,
+    "rewinds": Rewinds,
+    "attack": Attack,
+}

@@ -15,12 +15,14 @@ from fedlth import ledger, store
 from fedlth.errors import StudyError
 from fedlth.lab import arms, study
 from fedlth.lab.bench import open_bench
-from fedlth.lab.controls import MASKS, STARTS
+from fedlth.lab.controls import MASKS
 from fedlth.lab.probes import PROBES
 from fedlth.lab.search import finder_of
 from fedlth.lab.study import Lottery
 from fedlth.parts import make
 from fedlth.runfolder import RunFolder
+from fedlth.tickets.dead import DEADS
+from fedlth.tickets.rewind import REWINDS
 
 Tell = Callable[[str], None]
 STAGES = ("search", "arm", "probe")  # arms need the searches' trainings, probes may use both
@@ -51,7 +53,8 @@ def check(made: Lottery) -> None:
         finder_of(search, f"searches.{name}")
     for name, arm in made.arms.items():
         make(MASKS, arm.mask, f"arms.{name}.mask")
-        make(STARTS, arm.start, f"arms.{name}.start")
+        make(REWINDS, arm.start, f"arms.{name}.start")
+        make(DEADS, arm.dead, f"arms.{name}.dead")
     for name, spec in made.probes.items():
         make(PROBES, spec, f"probes.{name}")
 

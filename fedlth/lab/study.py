@@ -74,6 +74,10 @@ class Search(_Node):
     scope: Spec = {"name": "layerwise"}
     schedule: Spec = {"name": "shrink"}
     rewind: Spec = {"name": "init"}
+    granularity: Spec = {"name": "element"}
+    dead: Spec = {"name": "zero"}
+    gate: Spec = {"name": "always"}
+    stop: Spec = {"name": "target"}
     rounds: Count | None = None
     rate: Annotated[float, Field(gt=0, lt=1)] = 0.2
     densities: Floats = ()
@@ -87,7 +91,7 @@ class Search(_Node):
 
 
 class Arm(_Node):
-    """What is trained under a search's masks: a control of the mask, where the weights start, what dead weights are.
+    """What is trained under a search's masks: a control of the mask, a rewind to named weights, what the dead hold.
 
     rounds: at which masks of the search (all when empty). train: keys of the train section that differ.
     """

@@ -36,13 +36,17 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """A training: where it ended, where its validation loss was lowest, the curve, test accuracy at both places."""
+    """A training: where it ended, where its validation loss was lowest, the curve, test accuracy at both places.
+
+    previous: the prunable weights at the evaluations before the last, oldest first, as many as were asked for.
+    """
 
     final: Params
     best: Params
     curve: tuple[Point, ...]
     test: float
     test_final: float
+    previous: tuple[np.ndarray, ...] = ()
 
     @property
     def early_stop(self) -> Point:
@@ -58,28 +62,41 @@ def batches(size: int, recipe: Recipe, order: np.random.Generator) -> list[np.nd
 
 
 def train(
-    bench: Bench, start: Params, mask: np.ndarray, recipe: Recipe, *, parts: Mapping[str, Examples], free: bool
+    bench: Bench,
+    start: Params,
+    mask: np.ndarray,
+    recipe: Recipe,
+    *,
+    parts: Mapping[str, Examples],
+    free: bool,
+    window: int,
 ) -> Run:
     """Train and watch; raises FloatingPointError where the weights stop being numbers."""
-    plan = batches(len(parts["train"][1]), recipe, stream(bench.seed, recipe.order))
-    every = recipe.train.evaluate_every
-    chunks = [plan[i : i + every] for i in range(0, len(plan), every)]
     begun = start if free else start.masked(mask)
-    plain = recipe.train.optimiser == "sgd" and not (
-        recipe.train.dropout or recipe.train.attack != "none" or recipe.train.norm_l1
-    )
-    walk = _in_kernel if plain and bench.fast.table is not None else _in_torch
-    states = walk(bench, begun, mask, recipe, chunks, parts["train"], free) if plan else [begun]
-    curve, done = [], recipe.first
-    for chunk, state in zip(chunks or [[]], states, strict=True):
-        done += len(chunk)
+    states = walk(bench, begun, mask, recipe, data=parts["train"], free=free) or [begun]
+    curve = []
+    for number, state in enumerate(states, 1):
+        done = min(recipe.first + number * recipe.train.evaluate_every, recipe.end)
         accuracy, loss = evaluate(bench.fast, state, parts["validation"])
         if not (np.isfinite(state.floats).all() and math.isfinite(loss)):
             raise FloatingPointError(f"training diverged at iteration {done}, learning rate {recipe.train.lr}")
         curve.append(Point(done, loss, accuracy))
     best = min(range(len(curve)), key=lambda i: curve[i].loss)
     tests = {i: evaluate(bench.fast, states[i], parts["test"])[0] for i in {best, len(states) - 1}}
-    return Run(states[-1], states[best], tuple(curve), tests[best], tests[len(states) - 1])
+    older = tuple(state.floats[: mask.size] for state in [begun, *states][-1 - window : -1]) if window else ()
+    return Run(states[-1], states[best], tuple(curve), tests[best], tests[len(states) - 1], older)
+
+
+def walk(bench: Bench, start: Params, mask: np.ndarray, recipe: Recipe, *, data: Examples, free: bool) -> list[Params]:
+    """Train, and return the state at every evaluation; of no iterations, none."""
+    if not recipe.steps:
+        return []
+    plan = batches(len(data[1]), recipe, stream(bench.seed, recipe.order))
+    every, t = recipe.train.evaluate_every, recipe.train
+    chunks = [plan[i : i + every] for i in range(0, len(plan), every)]
+    plain = t.optimiser == "sgd" and not (t.dropout or t.attack != "none" or t.norm_l1)
+    way = _in_kernel if plain and bench.fast.table is not None else _in_torch
+    return way(bench, start, mask, recipe, chunks, data, free)
 
 
 def _in_kernel(
@@ -184,6 +201,7 @@ def packed(run: Run, mask: np.ndarray | None) -> bytes:
     arrays = {"final": values(run.final), "final_ints": run.final.ints}
     if not same:
         arrays |= {"best": values(run.best), "best_ints": run.best.ints}
+    arrays |= {f"previous_{i:03}": old for i, old in enumerate(run.previous)}
     told = {"curve": [asdict(p) for p in run.curve], "test": run.test, "test_final": run.test_final}
     return store.pack(arrays, {"run": json.dumps(told)})
 
@@ -202,6 +220,6 @@ def unpacked(data: bytes, like: Params, mask: np.ndarray | None) -> Run:
         floats[keep] = arrays[which]
         return Params(floats, arrays[f"{which}_ints"])
 
-    return Run(
-        params("final"), params("best"), tuple(Point(**p) for p in told["curve"]), told["test"], told["test_final"]
-    )
+    previous = tuple(arrays[name] for name in sorted(arrays) if name.startswith("previous_"))
+    curve = tuple(Point(**p) for p in told["curve"])
+    return Run(params("final"), params("best"), curve, told["test"], told["test_final"], previous)

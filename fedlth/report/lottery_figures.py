@@ -98,7 +98,7 @@ class Lines:
         groups: dict[str, list[tuple[float, np.ndarray]]] = {}
         for row in self.rows:
             name = ", ".join(str(row[key]) for key in self.by) or self.y
-            groups.setdefault(name, []).append((float(np.mean(row[self.x])), np.atleast_1d(row[self.y])))
+            groups.setdefault(name, []).append((float(row[self.x]), np.atleast_1d(row[self.y])))
         for place, (name, points) in enumerate(groups.items()):
             style, colour = theme.style(look(place)), theme.colour(look(place))
             points.sort(key=lambda point: point[0])
@@ -148,7 +148,22 @@ class Heat:
 
 
 # Which probes have a picture: the drawing, its columns, and how to read it.
-DRAWN: dict[str, tuple[str, tuple[Any, ...], str]] = {}
+DRAWN: dict[str, tuple[str, tuple[Any, ...], str]] = {
+    "instability": (
+        "lines", ("alpha", "error", ("density", "rewind_step")),
+        "Test error on the straight line between two copies trained in different orders: flat means that both lie in "
+        "one basin; a hump is the barrier.",
+    ),
+    "settling": (
+        "heat", ("iteration", "other", "distance"),
+        "Share of weights in which the masks drawn at two iterations differ: once the ticket has settled, the square "
+        "towards the lower right is pale.",
+    ),
+    "attack": (
+        "lines", ("eps", "robust_accuracy", ("network", "attack")),
+        "Accuracy on attacked test images by strength in pixels of [0, 1].",
+    ),
+}  # fmt: skip
 
 
 def lottery_pictures(facts: LotteryFacts) -> tuple[Picture, ...]:
