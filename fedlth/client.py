@@ -131,6 +131,8 @@ def _personalise(
         rest = world.layout.num_prunable
         values = np.concatenate((kept.params.floats[:rest][kept.mask], kept.params.floats[rest:]))
         state = state.with_(masks={"ticket": kept.mask}, vectors={"ticket": values, "ticket_ints": kept.params.ints})
+        if kept.held:
+            state = state.with_(vectors={"ticket_dead": kept.params.floats[:rest][~kept.mask]})
         if world.study.refine.rounds and job.phase == "personalise":
             state = state.with_(masks={"active": kept.mask})
             shared = Shared.of(job, world, received["theta_g"], ClientState())
@@ -175,7 +177,7 @@ def _kept(world: World, results: list[Result]) -> Result | None:
 def _row(local: Local, result: Result) -> dict[str, Any]:
     """Evaluate one model. Test data is read here, after every decision has been made."""
     world, size = local.world, local.full.size
-    if result.params.floats[:size][~result.mask].any():
+    if not result.held and result.params.floats[:size][~result.mask].any():
         raise AssertionError(f"arm {result.arm}: a dead weight is not zero")
     val_accuracy, val_loss = train.evaluate(world.bound, result.params, local.val_part)
     test = world.part(local.client, "test")

@@ -92,12 +92,16 @@ class Personalise(_Node):
 
 
 class Finder(_Node):
-    """How a ticket is found: score x schedule x scope x rewind, down to exact densities; `main` is the one kept."""
+    """How a ticket is found: parts that compose, down to exact densities; `main` is the one kept."""
 
     score: Spec = {"name": "magnitude"}
     schedule: Spec = {"name": "iterative"}
     scope: Spec = {"name": "layerwise"}
     rewind: Spec = {"name": "global"}
+    granularity: Spec = {"name": "element"}
+    dead: Spec = {"name": "zero"}
+    gate: Spec = {"name": "always"}
+    stop: Spec = {"name": "target"}
     densities: Floats = (0.2,)
     main: float | None = None
 

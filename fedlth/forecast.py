@@ -22,11 +22,12 @@ TIMED_STEPS = 5
 
 def trainings(arm: str, study: Study) -> int:
     """Return how many fine-tunings an arm needs beyond those that arms listed before it share with it."""
-    chains = finder_of(study).schedule(study.finder.densities)
-    longest, steps, targets = max(map(len, chains)), sum(map(len, chains)), len(study.finder.densities)
+    finder, targets = finder_of(study), study.finder.densities
+    longest, every = finder.trainings(targets)
+    once = len(targets)
     return {
-        "local": longest + 1, "dense": 1, "dense_total": longest + 1, "ticket": steps + 1, "ticket_0": steps,
-        "one_shot": targets, "global_mask": targets, "random": 3 * targets, "own_tuned": 1, "own_random": 1,
+        "local": longest, "dense": 1, "dense_total": longest, "ticket": every, "ticket_0": every - 1,
+        "one_shot": once, "global_mask": once, "random": 3 * once, "own_tuned": 1, "own_random": 1,
     }.get(arm, 0)  # fmt: skip
 
 

@@ -20,7 +20,8 @@ class Entry:
     """One tensor of a model: where it lies in its flat vector and what may be done with it.
 
     `role` is "param" or "buffer"; integer and bool buffers live in the int64 vector (`is_int`).
-    Tied names are one entry: `name` is the smallest, the others are `aliases`.
+    Tied names are one entry: `name` is the smallest, the others are `aliases`. `place` is the tensor's rank in the
+    module's own order, which names do not tell ("10.weight" sorts before "2.weight").
     """
 
     name: str
@@ -32,6 +33,7 @@ class Entry:
     trainable: bool = True
     norm: bool = False
     aliases: tuple[str, ...] = ()
+    place: int = 0
 
     @property
     def size(self) -> int:
@@ -147,7 +149,7 @@ def layout_of(module: nn.Module, prunable: Iterable[str]) -> Layout:
     for role, name, tensor in pairs:
         tensors.setdefault(id(tensor), (tensor, role, []))[2].append(name)
     entries = []
-    for tensor, role, names in tensors.values():
+    for place, (tensor, role, names) in enumerate(tensors.values()):
         if tensor.dtype.is_complex or (tensor.is_floating_point() and tensor.dtype != torch.float32):
             raise StudyError(f"model: tensor {names[0]} must be float32 or an integer buffer, got {tensor.dtype}")
         first, *rest = sorted(names)
@@ -162,6 +164,7 @@ def layout_of(module: nn.Module, prunable: Iterable[str]) -> Layout:
                 trainable=role == "param" and tensor.requires_grad,
                 norm=id(tensor) in norms,
                 aliases=tuple(rest),
+                place=place,
             )
         )
     return Layout(_number(entries))

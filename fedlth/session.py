@@ -119,6 +119,8 @@ def _finish(folder: RunFolder, loop: rounds.Loop) -> None:
         floats = np.zeros(world.layout.num_floats, np.float32)
         floats[: mask.size][mask] = values[: int(mask.sum())]
         floats[mask.size :] = values[int(mask.sum()) :]
+        if "ticket_dead" in state.vectors:
+            floats[: mask.size][~mask] = state.vectors["ticket_dead"]
         params = Params(floats, state.vectors["ticket_ints"])
         meta = {"study": study.study, "method": recipe_of(study).name, "seed": study.seed, "client": client, "arm": arm}
         path = folder.root / "tickets" / f"client-{client:04d}.safetensors"

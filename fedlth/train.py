@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from fedlth.compute import kernel
 from fedlth.compute.table import LayerTable
+from fedlth.errors import StudyError
 from fedlth.params import Layout, Params
 
 EVALUATION_BATCH = 256
@@ -22,6 +23,7 @@ class Plan:
     """How long and how fast: SGD with momentum; `schedule` is constant or cosine (down to 1 % of `lr`).
 
     With `replay_lr` False the rate stays at the schedule's last value, which is what fine-tuning means.
+    `first_step` and `last_step` cut the run: the steps between them, with the batches and rates that they have in it.
     """
 
     epochs: int
@@ -31,6 +33,8 @@ class Plan:
     weight_decay: float = 0.0
     schedule: str = "constant"
     replay_lr: bool = True
+    first_step: int = 0
+    last_step: int | None = None
 
     def rate(self, step: int, steps: int) -> float:
         """Return the learning rate of step `step` of `steps`."""
@@ -102,6 +106,16 @@ def batches(size: int, batch_size: int, order: np.random.Generator) -> list[np.n
     return np.split(shuffled, cuts)
 
 
+def cut(epochs: list[list[np.ndarray]], first_step: int, last_step: int | None) -> list[list[np.ndarray]]:
+    """Return the batches of the steps first_step, ..., last_step - 1 of a run, by epoch; epochs left empty go."""
+    kept, step = [], 0
+    for parts in epochs:
+        stop = len(parts) if last_step is None else max(0, last_step - step)
+        kept.append(parts[max(0, first_step - step) : stop])
+        step += len(parts)
+    return [parts for parts in kept if parts]
+
+
 def loss_of(logits: Tensor, y: Tensor) -> Tensor:
     """Return mean cross-entropy; logits (N, C) with y (N,), or (N, T, C) with y (N, T)."""
     return functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), y.reshape(-1))
@@ -128,8 +142,14 @@ def train(
     """
     x, y = data
     epochs = [batches(len(y), plan.batch_size, order) for _ in range(plan.epochs)]
+    steps = sum(map(len, epochs))
+    if plan.first_step or plan.last_step is not None:
+        epochs = cut(epochs, plan.first_step, plan.last_step)
+        if not epochs:
+            raise StudyError(f"finder.rewind.step: must lie inside a training's {steps} steps, got {plan.first_step}")
+    rates = [plan.rate(step, steps) for step in range(plan.first_step, min(plan.last_step or steps, steps))]
     if bound.table is not None:
-        return _checked(_in_kernel(bound.table, start, data, plan, epochs, mask, update, snapshots), plan)
+        return _checked(_in_kernel(bound.table, start, data, plan, epochs, rates, mask, update, snapshots), plan)
     layout, size = bound.layout, bound.layout.num_prunable
     weights, grad = bound.flat[: layout.num_params], bound.grad
     alive = None if mask is None or mask.all() else torch.from_numpy(mask.astype(np.float32)).to(bound.device)
@@ -142,7 +162,7 @@ def train(
     if alive is not None:
         weights[:size].mul_(alive)
     momentum = torch.zeros_like(grad) if plan.momentum else None
-    steps, step, loss_sum, kept = sum(map(len, epochs)), 0, 0.0, {}
+    step, loss_sum, kept = 0, 0.0, {}
     bound.module.train()
     for epoch, parts in enumerate(epochs, 1):
         loss_sum = 0.0
@@ -160,11 +180,11 @@ def train(
                 if alive is not None:
                     grad[:size].mul_(alive)
                 direction = grad if momentum is None else momentum.mul_(plan.momentum).add_(grad)
-                weights.add_(direction, alpha=-plan.rate(step, steps))
+                weights.add_(direction, alpha=-rates[step])
             step += 1
         if epoch in snapshots:
             kept[epoch] = bound.flat.cpu().numpy().copy()
-    return _checked(Trained(bound.save(), loss_sum / len(y), kept), plan)
+    return _checked(Trained(bound.save(), loss_sum / sum(map(len, epochs[-1])), kept), plan)
 
 
 def _checked(trained: Trained, plan: Plan) -> Trained:
@@ -175,17 +195,16 @@ def _checked(trained: Trained, plan: Plan) -> Trained:
 
 def _in_kernel(
     table: LayerTable, start: Params, data: tuple[Tensor, Tensor], plan: Plan, epochs: list[list[np.ndarray]],
-    mask: np.ndarray | None, update: np.ndarray | None, snapshots: tuple[int, ...],
+    rates: list[float], mask: np.ndarray | None, update: np.ndarray | None, snapshots: tuple[int, ...],
 ) -> Trained:  # fmt: skip
     """Do what `train` says in the compute kernel."""
-    steps = sum(map(len, epochs))
     moves = None
     if update is not None:
         moves = np.ones(table.num_params, np.float32)
         moves[: update.size] = update
     done = kernel.train_epochs(
         table, start.floats, data[0].numpy(), data[1].numpy(), epochs,
-        rates=np.array([plan.rate(step, steps) for step in range(steps)]), momentum=plan.momentum,
+        rates=np.array(rates), momentum=plan.momentum,
         weight_decay=plan.weight_decay, mask=mask, moves=moves, snapshots=snapshots,
     )  # fmt: skip
     return Trained(Params(done.floats, start.ints.copy()), done.loss, done.snapshots)

@@ -18,7 +18,7 @@ FLOORS: list[set[str]] = [
     {"errors", "__init__"},
     {"rng", "params", "config", "yaml_text", "ledger", "parts", "store", "jobs"},
     {"tickets", "wire"},
-    {"data", "models", "compute", "train", "world"},
+    {"data", "models", "compute", "train", "supermask", "network", "world"},
     {"methods"},
     {"client", "server", "runfolder", "tickets_file"},
     {"rounds", "lab"},

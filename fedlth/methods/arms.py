@@ -10,10 +10,11 @@ import numpy as np
 from fedlth.methods.fedpm import frozen_weights
 from fedlth.methods.step2 import Result, Step2
 from fedlth.params import Params
-from fedlth.tickets.finder import Finder, find
+from fedlth.tickets.controls import shuffled_mask
+from fedlth.tickets.finder import Finder
 from fedlth.tickets.rewind import ToInit
 from fedlth.tickets.schedule import OneShot
-from fedlth.tickets.select import keep_top
+from fedlth.tickets.search import find
 
 Arm = Callable[[Step2], Iterator[Result]]
 
@@ -69,7 +70,7 @@ def global_mask(step: Step2) -> Iterator[Result]:
     size = step.local.full.size
     for target in step.targets:
         at = len(step.log)
-        mask = step.finder.scope(np.abs(step.theta_g.floats[:size]), step.local.full, step.local.world.layout, target)
+        mask = step.finder.pick(np.abs(step.theta_g.floats[:size]), step.local.full, step.local.world.layout, target)
         params = step.train(step.theta_g, mask)
         yield Result(
             arm="global_mask", params=params, mask=mask, target=target, start="theta_g",
@@ -150,38 +151,40 @@ ARMS: Mapping[str, Arm] = {
 
 
 def _found(arm: str, finder: Finder, step: Step2) -> Iterator[Result]:
-    for found in find(
+    began, chain = len(step.log), 0
+    search = find(
         finder,
         start=step.theta_g,
         start_name="theta_g",
         targets=step.targets,
         layout=step.local.world.layout,
         anchors=step.anchor,
-        train=step.train,
-        gradient=lambda prefix: step.local.gradient(step.theta_g, prefix),
+        train=step.walk,
         rng=step.local.rng,
-    ):
-        at = len(step.log) - found.trainings - 1  # this chain's trainings, from its dense one on
+        network=step.network,
+        val_accuracy=step.local.val_accuracy,
+    )
+    before = began
+    for found in search:
+        if found.chain != chain:
+            began, chain = before, found.chain
+        own = step.plan.epochs if getattr(finder.rewind, "trains", True) else 0
+        epochs = sum(e for _, _, e in step.log[began:])
         yield Result(
-            arm=arm, params=found.params, mask=found.mask, target=found.target, start=found.start,
-            epochs=step.plan.epochs, search_epochs=found.trainings * step.plan.epochs, flops=step.spent(at),
+            arm=arm, params=found.params, mask=found.mask, target=found.target, start=found.start, epochs=own,
+            search_epochs=epochs - own, flops=step.spent(began), held=finder.dead.holds,
         )  # fmt: skip
+        before = len(step.log)
 
 
 def _total_epochs(step: Step2) -> int:
     """Return the epochs of the longest search plus its last training."""
-    longest = max(len(chain) for chain in step.finder.schedule(step.targets))
-    return step.plan.epochs * (longest + 1)
+    return step.plan.epochs * max(1, step.finder.trainings(step.targets)[0])
 
 
 def _shuffled(step: Step2, mask: np.ndarray, what: str) -> np.ndarray:
     """Return a random mask with the same count in every layer."""
-    rng = step.local.rng(what)
-    out = np.zeros(mask.size, bool)
-    for e in step.local.world.layout.prunable:
-        here = mask[e.slice]
-        out[e.slice] = keep_top(rng.random(e.size), np.ones(e.size, bool), int(here.sum()))
-    return out
+    return shuffled_mask(mask, step.local.world.layout, step.local.rng(what), step.finder.granularity)
 
 
 def _rescaled(step: Step2, params: Params, mask: np.ndarray) -> Params:

@@ -10,15 +10,14 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from torch.func import functional_call
 
 from fedlth import rng
 from fedlth.methods.local import Local
 from fedlth.methods.state import ClientState
 from fedlth.methods.visit import Own, Visited
-from fedlth.params import Layout, Params
-from fedlth.train import batches, loss_of
+from fedlth.params import Params
+from fedlth.supermask import learn
+from fedlth.tickets.evidence import Lesson
 from fedlth.wire.payload import Content
 from fedlth.world import World
 
@@ -68,40 +67,14 @@ class ScoreVisit:
         return Own(frozen_weights(local.world).masked(mask), mask)
 
     def _train(self, local: Local, start: np.ndarray, epochs: int) -> tuple[np.ndarray, float]:
-        x, y = local.train_part
-        layout, bound = local.world.layout, local.world.bound
-        bound.load(frozen_weights(local.world))
-        bound.module.train()
-        weights = _by_name(bound.flat.clone(), layout)
-        torch.manual_seed(local.torch_seed("masks"))
-        scores = torch.from_numpy(start.copy()).to(bound.device).requires_grad_()
-        order, loss_sum = local.rng("order"), 0.0
-        for _ in range(epochs):
-            loss_sum = 0.0
-            for part in batches(len(y), local.plan.batch_size, order):
-                index = torch.from_numpy(part).to(bound.device)
-                theta = torch.sigmoid(scores)
-                # Forward sees the sampled bits, backward the probabilities: straight-through.
-                bits = torch.bernoulli(theta.detach()) + theta - theta.detach()
-                masks = _by_name(bits, layout, prunable=True)
-                loss = loss_of(
-                    functional_call(bound.module, {n: weights[n] * m for n, m in masks.items()}, x[index]), y[index]
-                )
-                (slope,) = torch.autograd.grad(loss, scores)
-                with torch.no_grad():
-                    scores -= self.lr * slope
-                loss_sum += float(loss.detach()) * len(part)
-        if not math.isfinite(loss_sum):
-            raise FloatingPointError(f"training diverged: loss {loss_sum} at score learning rate {self.lr}")
-        return scores.detach().cpu().numpy(), loss_sum / len(y)
+        lesson = Lesson(rule="bernoulli", alive=local.full, density=1.0, epochs=epochs, lr=self.lr)
+        return learn(
+            local.world.bound, frozen_weights(local.world), start, data=local.train_part, lesson=lesson,
+            batch_size=local.plan.batch_size, order=local.rng("order"), torch_seed=local.torch_seed("masks"),
+        )  # fmt: skip
 
 
 def _scores(received: Content) -> np.ndarray:
     if received.floats is None:
         raise ValueError("scores were wanted, a bare mask came")
     return received.floats
-
-
-def _by_name(flat: torch.Tensor, layout: Layout, *, prunable: bool = False) -> dict[str, torch.Tensor]:
-    entries = layout.prunable if prunable else layout.floats
-    return {e.name: flat[e.slice].view(e.shape) for e in entries}

@@ -72,7 +72,8 @@ class SelectVisit:
         return params, loss
 
     def _grow(self, local: Local, before: Params, after: Params, shared: np.ndarray) -> np.ndarray:
-        score = self.score(local.evidence(start=before, now=after, mask=shared))
+        evidence = local.evidence(start=before, now=after, mask=shared, density=1 - self.limit)
+        score = self.score(evidence)
         grown = shared.copy()
         for e in local.world.layout.prunable:
             here = shared[e.slice]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from torch import Tensor
 
 from fedlth import rng, train
+from fedlth.network import DataNetwork
 from fedlth.params import Params, read
 from fedlth.tickets.evidence import Evidence
 from fedlth.train import Plan, Trained
@@ -79,23 +81,31 @@ class Local:
         """The only accuracy that a decision may look at."""
         return train.evaluate(self.world.bound, params, self.val_part)[0]
 
-    def gradient(self, base: Params, prefix: np.ndarray) -> np.ndarray:
-        """Return the training loss's gradient at `base` with its prunable prefix replaced, (num_prunable,)."""
-        floats = base.floats.copy()
-        floats[: prefix.size] = prefix
-        return train.gradient(self.world.bound, replace(base, floats=floats), self.train_part)
+    def network(
+        self, at: Params, learning: Callable[[np.ndarray, int], None] = lambda alive, epochs: None
+    ) -> DataNetwork:
+        """Return the network at `at` over the client's training data, as scores ask it."""
+        return DataNetwork(
+            bound=self.world.bound, params=at, data=self.train_part, layer_flops=lambda: self.world.flops,
+            order=lambda: self.rng("mask order"), torch_seed=self.torch_seed("mask bits"),
+            batch_size=self.world.study.train.batch_size, learning=learning,
+        )  # fmt: skip
 
-    def evidence(self, *, start: Params, now: Params, mask: np.ndarray) -> Evidence:
-        """Return what a score may look at after a training from `start` to `now`."""
+    def evidence(self, *, start: Params, now: Params, mask: np.ndarray, density: float) -> Evidence:
+        """Return what a score may look at after a training from `start` to `now`, to cut `mask` to `density`."""
         size = mask.size
+        at_start = self.network(start)
         return Evidence(
             layout=self.world.layout,
             init=self.world.theta_0.floats[:size],
             start=start.floats[:size],
             now=now.floats[:size],
             mask=mask,
-            gradient=lambda prefix: self.gradient(now, prefix),
+            gradient=at_start.gradient,
             rng=self.rng("score"),
+            density=density,
+            at_start=at_start,
+            at_now=self.network(now),
         )
 
     def fresh_init(self, what: str) -> Params:

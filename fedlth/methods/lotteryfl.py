@@ -22,7 +22,8 @@ def shrink(
     score: Score, scope: Scope, local: Local, *, start: Params, now: Params, mask: np.ndarray, density: float
 ) -> np.ndarray:
     """Return the mask of exactly `density`, picked among what `mask` holds alive, by `score` at `now`."""
-    return scope(score(local.evidence(start=start, now=now, mask=mask)), mask, local.world.layout, density)
+    evidence = local.evidence(start=start, now=now, mask=mask, density=density)
+    return scope(score(evidence), mask, local.world.layout, density)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,10 @@ from fedlth.methods.arms import ARMS
 from fedlth.methods.recipe import Recipe
 from fedlth.methods.recipes import METHODS
 from fedlth.parts import make
+from fedlth.tickets.dead import DEADS
 from fedlth.tickets.finder import Finder
+from fedlth.tickets.gate import GATES, STOPS
+from fedlth.tickets.granularity import GRANULARITIES
 from fedlth.tickets.rewind import REWINDS
 from fedlth.tickets.schedule import SCHEDULES
 from fedlth.tickets.scope import SCOPES
@@ -32,6 +35,10 @@ def finder_of(study: Study) -> Finder:
         schedule=make(SCHEDULES, f.schedule, "finder.schedule"),
         scope=make(SCOPES, f.scope, "finder.scope"),
         rewind=make(REWINDS, f.rewind, "finder.rewind"),
+        granularity=make(GRANULARITIES, f.granularity, "finder.granularity"),
+        dead=make(DEADS, f.dead, "finder.dead"),
+        gate=make(GATES, f.gate, "finder.gate"),
+        stop=make(STOPS, f.stop, "finder.stop"),
     )
 
 
@@ -72,6 +79,11 @@ def resolve(study: Study) -> tuple[Study, list[str]]:
     if study.refine.rounds and ("ticket" not in arms or not weights):
         raise StudyError(
             "refine.rounds: must be 0 for a method without the arm `ticket` and federated rounds of weights"
+        )
+    if study.refine.rounds and (finder.dead.holds or not getattr(finder.rewind, "trains", True)):
+        raise StudyError(
+            "refine.rounds: must be 0 where dead weights are not zero or tickets are frozen: refinement trains "
+            f"survivors among zeros, got {finder.dead} and {finder.rewind}"
         )
     _check_counts(study)
     anchor = finder.rewind.anchor

@@ -12,9 +12,11 @@ from fedlth.errors import StudyError
 from fedlth.methods.local import Local
 from fedlth.methods.state import ClientState
 from fedlth.methods.visit import Visit
+from fedlth.network import DataNetwork
 from fedlth.params import Params
 from fedlth.tickets.finder import Finder
-from fedlth.train import Plan
+from fedlth.tickets.search import Walked
+from fedlth.train import Plan, batches
 from fedlth.wire.payload import Content
 
 
@@ -23,7 +25,7 @@ class Result:
     """One row of step 2: a model and what it cost.
 
     `target` is the density asked for (1 where the method decides). `flops` are those of all trainings that lead
-    here, forward and backward, counted dense and by what is alive.
+    here, forward and backward, counted dense and by what is alive. `held`: dead weights may be other than zero.
     """
 
     arm: str
@@ -34,6 +36,7 @@ class Result:
     epochs: int = 0
     search_epochs: int = 0
     flops: tuple[float, float] = (0.0, 0.0)
+    held: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class Step2:
     anchors: Mapping[str, Params]
     finder: Finder
     targets: tuple[float, ...]
-    known: dict[bytes, Params] = field(default_factory=dict)
-    log: list[tuple[float, float]] = field(default_factory=list)
+    known: dict[bytes, Walked] = field(default_factory=dict)
+    log: list[tuple[float, float, int]] = field(default_factory=list)
 
     @property
     def plan(self) -> Plan:
@@ -65,19 +68,63 @@ class Step2:
 
     def anchor(self, name: str) -> Params:
         """Return named weights; the round's own must have been sent."""
+        if name == "reinit":
+            return self.local.fresh_init("reinit")
         if name not in self.anchors:
             raise StudyError(f"finder.rewind: no weights named {name}; known: {', '.join(self.anchors)}")
         return self.anchors[name]
 
     def train(self, start: Params, mask: np.ndarray, replay_lr: bool = True, epochs: int | None = None) -> Params:
-        plan = replace(self.plan, replay_lr=replay_lr, epochs=epochs or self.plan.epochs)
-        start = start.masked(mask)
-        text = f"{start.digest()}/{plan}".encode() + np.packbits(mask).tobytes()
+        return self.walk(start, mask, replay_lr=replay_lr, epochs=epochs).params
+
+    def walk(
+        self,
+        start: Params,
+        mask: np.ndarray,
+        /,
+        *,
+        replay_lr: bool,
+        held: bool = False,
+        window: int = 0,
+        first_step: int = 0,
+        last_step: int | None = None,
+        epochs: int | None = None,
+    ) -> Walked:
+        """Train as a search asks; see tickets.search.TrainFn."""
+        plan = replace(
+            self.plan, replay_lr=replay_lr, epochs=epochs or self.plan.epochs, first_step=first_step,
+            last_step=last_step,
+        )  # fmt: skip
+        start = start if held else start.masked(mask)
+        text = f"{start.digest()}/{plan}/{held}".encode() + np.packbits(mask).tobytes()
         key = hashlib.blake2b(text, digest_size=16).digest()
-        if key not in self.known:
-            self.known[key] = self.local.train(start, plan=plan, mask=mask).params
-        self.log.append(self.flops(mask, plan.epochs))
+        window = min(window, plan.epochs)
+        if key not in self.known or len(self.known[key].previous) < window:
+            self.known[key] = self._walked(start, mask, plan, held, window)
+        if last_step is None:  # the first steps of the dense training are paid for there
+            alive = mask | (start.floats[: mask.size] != 0) if held else mask
+            dense, effective = self.flops(alive, plan.epochs)
+            share = 1 - first_step / (plan.epochs * self._steps_an_epoch(plan))
+            self.log.append((share * dense, share * effective, plan.epochs))
         return self.known[key]
+
+    def _walked(self, start: Params, mask: np.ndarray, plan: Plan, held: bool, window: int) -> Walked:
+        epochs = plan.epochs - plan.first_step // self._steps_an_epoch(plan)
+        ends = range(max(0, epochs - window), epochs)
+        asked = tuple(e for e in ends if e)
+        if held:
+            done = self.local.train(start, plan=plan, update=mask, snapshots=asked)
+        else:
+            done = self.local.train(start, plan=plan, mask=mask, snapshots=asked)
+        seen = {0: start.floats, **done.snapshots}
+        return Walked(done.params, tuple(seen[e][: mask.size].copy() for e in ends if e in seen))
+
+    def _steps_an_epoch(self, plan: Plan) -> int:
+        return len(batches(self.local.num_train, plan.batch_size, self.local.rng("steps")))
+
+    def network(self, at: Params) -> DataNetwork:
+        """Return the network at `at`; what it learns is paid for here."""
+        return self.local.network(at, lambda alive, epochs: self.log.append((*self.flops(alive, epochs), epochs)))
 
     def flops(self, mask: np.ndarray, epochs: int) -> tuple[float, float]:
         """Return training FLOPs (dense, by what is alive): 3 forwards an example, the usual count."""
@@ -90,4 +137,4 @@ class Step2:
     def spent(self, since: int) -> tuple[float, float]:
         """Sum the log from position `since`."""
         part = self.log[since:]
-        return sum(d for d, _ in part), sum(e for _, e in part)
+        return sum(d for d, _, _ in part), sum(e for _, e, _ in part)

@@ -1,80 +1,76 @@
-"""A finder is score x schedule x scope x rewind; `find` walks it, given a way to train."""
+"""A finder is a composition of parts, as a value; its repr is its name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from fedlth.params import Layout, Params
-from fedlth.tickets.evidence import Evidence
-from fedlth.tickets.rewind import Anchors, Rewind
+from fedlth.errors import StudyError
+from fedlth.params import Layout
+from fedlth.tickets.dead import Dead, Zero
+from fedlth.tickets.gate import Always, AtTarget, Gate, Stop
+from fedlth.tickets.granularity import Element, Granularity
+from fedlth.tickets.rewind import Rewind
 from fedlth.tickets.schedule import Schedule
 from fedlth.tickets.scope import Scope
 from fedlth.tickets.score import Score
 
-TrainFn = Callable[[Params, np.ndarray, bool], Params]  # (start, mask, replay_lr) -> trained, for the finder's epochs
-
 
 @dataclass(frozen=True)
 class Finder:
-    """A ticket finder as a value; its repr is its name."""
+    """A ticket finder as a value. Raises StudyError where two parts cannot go together."""
 
     score: Score
     schedule: Schedule
     scope: Scope
     rewind: Rewind
+    granularity: Granularity = field(default_factory=Element)
+    dead: Dead = field(default_factory=Zero)
+    gate: Gate = field(default_factory=Always)
+    stop: Stop = field(default_factory=AtTarget)
 
-
-@dataclass(frozen=True)
-class Found:
-    """A ticket at one target density: its mask (num_prunable,), the weights trained under it, what came before.
-
-    `trainings` counts the trainings of the search, the last one (the ticket's own) not included.
-    """
-
-    target: float
-    mask: np.ndarray
-    params: Params
-    start: str
-    trainings: int
-
-
-def find(
-    finder: Finder,
-    *,
-    start: Params,
-    start_name: str,
-    targets: tuple[float, ...],
-    layout: Layout,
-    anchors: Anchors,
-    train: TrainFn,
-    gradient: Callable[[np.ndarray], np.ndarray],
-    rng: Callable[[str], np.random.Generator],
-) -> Iterator[Found]:
-    """Yield a ticket a target density, in the schedule's order. `train` must be a pure function."""
-    size = layout.num_prunable
-    init = anchors("theta_0").floats[:size]
-    full = np.ones(size, bool)
-    for chain in finder.schedule(targets):
-        mask, began = full, start
-        now = train(start, full, True)
-        trainings = 1
-        for density in chain:
-            evidence = Evidence(
-                layout=layout,
-                init=init,
-                start=began.floats[:size],
-                now=now.floats[:size],
-                mask=mask,
-                gradient=gradient,
-                rng=rng(f"score@{density:.6f}"),
+    def __post_init__(self) -> None:
+        if getattr(self.scope, "elements", False) and not isinstance(self.granularity, Element):
+            raise StudyError(
+                f"finder.granularity: must be element under the scope {self.scope}, which counts weights, "
+                f"got {self.granularity}"
             )
-            mask = finder.scope(finder.score(evidence), mask, layout, density)
-            anchor = finder.rewind.anchor
-            began = (now if anchor is None else anchors(anchor)).masked(mask)
-            now = train(began, mask, finder.rewind.replay_lr)
-            if density in targets:
-                yield Found(density, mask, now, anchor or start_name, trainings)
-            trainings += 1
+        learned, kept = getattr(self.score, "weights", None), getattr(self.rewind, "weights", None)
+        if learned is not None and learned != kept:
+            raise StudyError(
+                f"finder.rewind: must be frozen with weights {learned!r}, over which the score {self.score} learns "
+                f"its mask, got {self.rewind}"
+            )
+        if not isinstance(self.gate, Always) and not self.dense_first:
+            raise StudyError(f"finder.gate: must be always under {self.schedule}, which trains nothing before a prune")
+
+    @property
+    def dense_first(self) -> bool:
+        """Say whether a dense training comes before the first prune."""
+        return bool(getattr(self.schedule, "dense_first", True))
+
+    @property
+    def trains(self) -> bool:
+        """Say whether the network trains between two prunes."""
+        return bool(getattr(self.schedule, "trains", True))
+
+    @property
+    def window(self) -> int:
+        """Return how many earlier epochs' weights the score wants to see."""
+        return int(getattr(self.score, "window", 0))
+
+    def trainings(self, targets: tuple[float, ...]) -> tuple[int, int]:
+        """Return how many trainings the longest chain takes, and all chains together, with every gate open.
+
+        A ticket's own last training counts; the dense training counts once a chain.
+        """
+        last = int(bool(getattr(self.rewind, "trains", True)))
+        chains = [self.dense_first + (len(c) - 1 if self.trains else 0) + last for c in self.schedule(targets)]
+        return max(chains), sum(chains)
+
+    def pick(self, score: np.ndarray, alive: np.ndarray, layout: Layout, density: float) -> np.ndarray:
+        """Return the mask (num_prunable,) of what stays of `alive` at `density`, in whole groups."""
+        groups = self.granularity.groups(layout)
+        kept = self.scope(groups.reduced(score), groups.reduced(alive) > 0, groups.layout, density)
+        return groups.spread(kept)

@@ -1,63 +1,60 @@
-"""Scores: one number a weight, higher is kept."""
+"""Scores: one number a weight, higher is kept. A score never sees a threshold."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
 
+from fedlth.tickets.controls import Inverted, Random, Shuffled
+from fedlth.tickets.criteria import (
+    LargeInit,
+    LargeInitLargeFinal,
+    Magnitude,
+    MagnitudeIncrease,
+    Movement,
+    SameSign,
+    SlowMovement,
+    SmallFinal,
+    SmallInit,
+    SmallInitSmallFinal,
+)
 from fedlth.tickets.evidence import Evidence
+from fedlth.tickets.learned import Bernoulli, Biprop, EdgePopup
+from fedlth.tickets.sensitivity import Fisher, Gamma, GradientWeight, Grasp, Snip, SynFlow
+
+__all__ = ["SCORES", "Magnitude", "Movement", "Score"]
 
 
 class Score(Protocol):
+    """An attribute `window` asks for the weights after that many earlier epochs, as `evidence.previous`."""
+
     def __call__(self, evidence: Evidence, /) -> np.ndarray: ...
 
 
-@dataclass(frozen=True)
-class Magnitude:
-    """|w| after training. Frankle & Carbin, The Lottery Ticket Hypothesis, ICLR 2019, arXiv 1803.03635."""
-
-    def __call__(self, evidence: Evidence, /) -> np.ndarray:
-        return np.asarray(np.abs(evidence.now))
-
-
-@dataclass(frozen=True)
-class MagnitudeIncrease:
-    """|w| - |w_0|. Zhou et al., Deconstructing Lottery Tickets, NeurIPS 2019, arXiv 1905.01067."""
-
-    def __call__(self, evidence: Evidence, /) -> np.ndarray:
-        return np.asarray(np.abs(evidence.now) - np.abs(evidence.init))
-
-
-@dataclass(frozen=True)
-class Movement:
-    """|w - w_start|: what moved most in this training stays. Zhou et al., NeurIPS 2019, arXiv 1905.01067."""
-
-    def __call__(self, evidence: Evidence, /) -> np.ndarray:
-        return np.asarray(np.abs(evidence.now - evidence.start))
-
-
-@dataclass(frozen=True)
-class Snip:
-    """|gradient x weight| at the training's start. Lee et al., SNIP, ICLR 2019, arXiv 1810.02340."""
-
-    def __call__(self, evidence: Evidence, /) -> np.ndarray:
-        return np.asarray(np.abs(evidence.gradient(evidence.start) * evidence.start))
-
-
-@dataclass(frozen=True)
-class Random:
-    """A uniform draw: the control for every other score."""
-
-    def __call__(self, evidence: Evidence, /) -> np.ndarray:
-        return evidence.rng.random(evidence.now.size).astype(np.float32)
-
-
-SCORES = {
+SCORES: Mapping[str, Callable[..., Score]] = {
     "magnitude": Magnitude,
+    "large_final": Magnitude,
+    "small_final": SmallFinal,
+    "large_init": LargeInit,
+    "small_init": SmallInit,
+    "large_init_large_final": LargeInitLargeFinal,
+    "small_init_small_final": SmallInitSmallFinal,
     "magnitude_increase": MagnitudeIncrease,
     "movement": Movement,
+    "large_final_same_sign": SameSign,
+    "slow_movement": SlowMovement,
     "snip": Snip,
+    "gradient_weight": GradientWeight,
+    "grasp": Grasp,
+    "synflow": SynFlow,
+    "fisher": Fisher,
+    "gamma": Gamma,
+    "edge_popup": EdgePopup,
+    "biprop": Biprop,
+    "bernoulli": Bernoulli,
     "random": Random,
+    "inverted": Inverted,
+    "shuffled": Shuffled,
 }

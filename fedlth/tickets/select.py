@@ -27,6 +27,29 @@ def keep_top(score: np.ndarray, alive: np.ndarray, kept: int) -> np.ndarray:
     return mask
 
 
+def keep_top_each(score: np.ndarray, alive: np.ndarray, place: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Do what keep_top does in many places at once: `place` (n,) numbers each score's, `kept` is the count of each.
+
+    A score that is not a number raises ValueError.
+    """
+    if np.isnan(score).any():
+        raise ValueError("a score is not a number")
+    where = np.flatnonzero(alive)
+    order = where[np.lexsort((where, -score[where], place[where]))]
+    first = np.searchsorted(place[order], place[order], side="left")
+    mask = np.zeros(score.size, bool)
+    mask[order[np.arange(order.size) - first < kept[place[order]]]] = True
+    return mask
+
+
+def is_tied(score: np.ndarray, mask: np.ndarray, alive: np.ndarray) -> bool:
+    """Say whether a cut falls between equal scores, so that position alone decided it."""
+    dropped = alive & ~mask
+    if not mask.any() or not dropped.any():
+        return False
+    return bool(score[mask].min() <= score[dropped].max())
+
+
 def apportion(total: int, weights: np.ndarray, limits: np.ndarray) -> np.ndarray:
     """Split `total` into integers proportional to `weights`, none above `limits`, summing exactly to `total`.
 
@@ -51,7 +74,6 @@ def apportion(total: int, weights: np.ndarray, limits: np.ndarray) -> np.ndarray
         spare = total - int(np.where(open_, whole, share).sum())
         order = np.argsort(-(exact - whole), kind="stable")
         share = np.where(open_, whole, share)
-        for i in order[open_[order]][:spare]:
-            share[i] += 1
+        share[order[open_[order]][:spare]] += 1
         break
     return share

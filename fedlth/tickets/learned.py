@@ -1,0 +1,121 @@
+"""Scores that are learned: the mask is the optimisation variable, the weights never change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import numpy as np
+
+from fedlth.errors import wrong
+from fedlth.params import Layout
+from fedlth.tickets.evidence import Evidence, Lesson, needed
+
+Frozen = Literal["init", "signed_constant", "binary"]
+
+
+def frozen_values(kind: str, init: np.ndarray, mask: np.ndarray, layout: Layout) -> np.ndarray:
+    """Return the (num_prunable,) float32 values that masks are learned over, or that a learned ticket holds.
+
+    "init" is theta_0; "signed_constant" its signs times the layer's Kaiming constant sqrt(2 / fan_in); "binary" its
+    signs times the mean size of what `mask` keeps of the layer, 1 bit a weight and one number a layer.
+    """
+    if kind == "init":
+        return np.asarray(init)
+    values: np.ndarray = np.sign(init).astype(np.float32)
+    for e in layout.prunable:
+        here = mask[e.slice]
+        constant = np.sqrt(2 / (e.size // e.shape[0]))
+        if kind == "binary":
+            constant = float(np.abs(init[e.slice][here]).mean()) if here.any() else 0.0
+        values[e.slice] *= np.float32(constant)
+    return values
+
+
+@dataclass(frozen=True)
+class EdgePopup:
+    """Trained: each layer's best form a good net of frozen weights. Ramanujan et al., CVPR 2020, arXiv 1911.13299.
+
+    Goes with `schedule: rescore` of one step and `rewind: frozen` of the same `weights`.
+    """
+
+    epochs: int = 3
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    weights: Frozen = "signed_constant"
+    rows: ClassVar[tuple[int, ...]] = (23,)
+
+    def __post_init__(self) -> None:
+        _check(self.epochs, self.lr, self.weights, ("init", "signed_constant"))
+
+    def __call__(self, evidence: Evidence, /) -> np.ndarray:
+        return _learned(self, evidence, "edge_popup", self.momentum, self.weight_decay)
+
+
+@dataclass(frozen=True)
+class Biprop:
+    """Edge-popup over 1-bit weights, sign x mean size. Diffenderfer & Kailkhura, ICLR 2021, arXiv 2103.09377.
+
+    Goes with `schedule: rescore` of one step and `rewind: {name: frozen, weights: binary}`.
+    """
+
+    epochs: int = 3
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    weights: Frozen = "binary"
+    rows: ClassVar[tuple[int, ...]] = (23,)
+
+    def __post_init__(self) -> None:
+        _check(self.epochs, self.lr, self.weights, ("binary",))
+
+    def __call__(self, evidence: Evidence, /) -> np.ndarray:
+        return _learned(self, evidence, "biprop", self.momentum, self.weight_decay)
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    """Log-odds that a weight is there, by sampled masks. Zhou et al., 1905.01067; Isik et al., FedPM, arXiv 2209.15328.
+
+    Goes with `schedule: rescore` of one step and `rewind: frozen` of the same `weights`.
+    """
+
+    epochs: int = 3
+    lr: float = 50.0
+    weights: Frozen = "signed_constant"
+    rows: ClassVar[tuple[int, ...]] = (13, 23, 25)
+
+    def __post_init__(self) -> None:
+        _check(self.epochs, self.lr, self.weights, ("init", "signed_constant"))
+
+    def __call__(self, evidence: Evidence, /) -> np.ndarray:
+        return _learned(self, evidence, "bernoulli", 0.0, 0.0)
+
+
+def _learned(
+    score: EdgePopup | Biprop | Bernoulli, evidence: Evidence, rule: str, momentum: float, weight_decay: float
+) -> np.ndarray:
+    lesson = Lesson(
+        rule=rule, alive=evidence.mask, density=evidence.density, epochs=score.epochs, lr=score.lr, momentum=momentum,
+        weight_decay=weight_decay,
+    )  # fmt: skip
+    # Biprop makes its binary values itself, since their size hangs on the mask of the moment.
+    kind = "init" if rule == "biprop" else score.weights
+    values = frozen_values(kind, evidence.init, evidence.mask, evidence.layout)
+    return needed(evidence.at_start, score).learn(values, lesson)
+
+
+def _check(epochs: int, lr: float, weights: str, allowed: tuple[str, ...]) -> None:
+    if epochs < 1:
+        raise wrong("finder.score.epochs", "at least 1", epochs)
+    if not 0 < lr < np.inf:
+        raise wrong("finder.score.lr", "above 0", lr)
+    if weights not in allowed:
+        raise wrong("finder.score.weights", f"one of {', '.join(allowed)}", weights)
+
+
+def check_frozen(weights: str) -> None:
+    """Raise StudyError at an unknown kind of frozen weights."""
+    if weights not in get_args(Frozen):
+        raise wrong("finder.rewind.weights", f"one of {', '.join(get_args(Frozen))}", weights)
