@@ -52,7 +52,7 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Settling:
-    """How far apart the magnitude masks of a dense training lie, evaluation by evaluation. You et al., arXiv 1909.11957."""
+    """How far apart the magnitude masks of a dense training lie. You et al., ICLR 2020, arXiv 1909.11957."""
 
     density: float = 0.2
     every: int = 1

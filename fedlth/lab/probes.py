@@ -10,6 +10,8 @@ from fedlth.lab.instability import Instability
 from fedlth.lab.masks import Overlap, Settling
 from fedlth.lab.rewinds import Rewinds
 from fedlth.lab.robustness import Attack
+from fedlth.lab.sensitivity import Collapse, Conservation, Exact
+from fedlth.lab.transfer import Pretrained, Transfer
 
 
 class Probe(Protocol):
@@ -24,4 +26,9 @@ PROBES: dict[str, Callable[..., Probe]] = {
     "settling": Settling,
     "rewinds": Rewinds,
     "attack": Attack,
+    "exact": Exact,
+    "conservation": Conservation,
+    "collapse": Collapse,
+    "pretrained": Pretrained,
+    "transfer": Transfer,
 }
