@@ -11,6 +11,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.func import functional_call, hessian
+from torch.func import grad as gradient
 from torch.nn import functional
 
 from fedlth.lab.bench import Bench
@@ -43,7 +44,8 @@ def evidence_of(network: DataNetwork, layout: Layout, rng: np.random.Generator) 
 class Exact:
     """SNIP against |L(w) - L(w without weight i)|, GraSP against an explicit Hessian, on a net of some fifty weights.
 
-    The net, tanh so that no seed's is dead, sees images pooled to 2 x 2. `snip_rank` is a rank correlation, `grasp_error` a relative L2 error.
+    The net, tanh so that none is dead, sees images pooled to 2 x 2. `snip_rank` is a rank correlation, `grasp_error`
+    a relative L2 error.
     """
 
     examples: int = 200
@@ -59,12 +61,12 @@ class Exact:
             )
         layout = layout_of(module, ("0.weight", "2.weight"))
         params = read(module, layout)
+        weights, loss = _loss_of(module, layout, few)  # before the module's tensors become views of a Bound
         network = DataNetwork(
             bound=Bound(module, layout, "cpu"), params=params, data=few, layer_flops=lambda: {},
             order=lambda: bench.rng("exact"), torch_seed=0, batch_size=1,
         )  # fmt: skip
         evidence = evidence_of(network, layout, bench.rng("exact"))
-        weights, loss = _loss_of(module, layout, few)
         removed = []
         for i in range(layout.num_prunable):
             without = weights.clone()
@@ -72,7 +74,7 @@ class Exact:
             removed.append(abs(float(loss(without, 1.0) - loss(weights, 1.0))))
         rank = float(spearmanr(Snip()(evidence), removed).statistic)
         curvature: Any = hessian(lambda w: loss(w, self.temperature))(weights)
-        slope = torch.autograd.functional.jacobian(lambda w: loss(w, self.temperature), weights)  # type: ignore[no-untyped-call]
+        slope = gradient(lambda w: loss(w, self.temperature))(weights)
         wanted = (weights * (curvature @ slope)).numpy()
         found = Grasp(temperature=self.temperature)(evidence)
         error = float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
@@ -81,7 +83,7 @@ class Exact:
 
 def _loss_of(module: nn.Module, layout: Layout, data: tuple[Tensor, Tensor]) -> tuple[Tensor, Any]:
     """Return the prunable weights in float64, and the loss as a function of them and a temperature."""
-    named = {n: p.detach().double() for n, p in module.named_parameters()}
+    named = {n: p.detach().double().clone() for n, p in module.named_parameters()}
     flat = torch.cat([named[e.name].reshape(-1) for e in layout.prunable])
 
     def loss(weights: Tensor, temperature: float) -> Tensor:
