@@ -15,6 +15,9 @@ def _tables() -> dict[str, Mapping[str, Callable[..., Any]]]:
     from fedlth.methods.arms import ARMS
     from fedlth.methods.recipes import METHODS
     from fedlth.models.registry import MODELS
+    from fedlth.tickets.dead import DEADS
+    from fedlth.tickets.gate import GATES, STOPS
+    from fedlth.tickets.granularity import GRANULARITIES
     from fedlth.tickets.rewind import REWINDS
     from fedlth.tickets.schedule import SCHEDULES
     from fedlth.tickets.scope import SCOPES
@@ -29,10 +32,19 @@ def _tables() -> dict[str, Mapping[str, Callable[..., Any]]]:
         "schedules": SCHEDULES,
         "scopes": SCOPES,
         "rewinds": REWINDS,
+        "granularities": GRANULARITIES,
+        "deads": DEADS,
+        "gates": GATES,
+        "stops": STOPS,
         "arms": ARMS,
     }
 
 
+FINDER_KINDS = ("scores", "schedules", "scopes", "rewinds", "granularities", "deads", "gates", "stops")
+FINDER = (
+    "a finder is score x schedule x scope x rewind x granularity x dead x gate x stop, each of which may be your own\n"
+    "package.module:Name; [1, 2] are the rows of the table in docs/finders.md that a part serves"
+)
 ENGINES = {
     "inprocess": "one job after the other, here: what the others must equal",
     "ray": "workers on this machine or a cluster, clients placed on GPUs by fraction or memory",
@@ -50,7 +62,7 @@ def listing(what: str) -> str:
     kinds = [*tables, "finders", "engines"]
     if what and what not in kinds:
         raise StudyError(f"list: must be one of {', '.join(kinds)}, got {what!r}")
-    wanted = [what] if what else kinds
+    wanted = [what] if what else [k for k in kinds if k not in FINDER_KINDS]
     return "\n\n".join(_section(kind, tables) for kind in wanted)
 
 
@@ -58,13 +70,12 @@ def _section(kind: str, tables: Mapping[str, Mapping[str, Callable[..., Any]]]) 
     if kind == "engines":
         return "\n".join(["engines", *(f"  {n:18} {text}" for n, text in ENGINES.items())])
     if kind == "finders":
-        parts = [_section(k, tables) for k in ("scores", "schedules", "scopes", "rewinds")]
-        return "\n".join(["a finder is score x schedule x scope x rewind", *parts])
+        return "\n".join([FINDER, *(_section(k, tables) for k in FINDER_KINDS)])
     if kind == "methods":
         return "\n".join(["methods", *_methods(tables["methods"])])
     lines = [kind]
     for name, part in tables[kind].items():
-        lines.append(f"  {name + _options(part):42} {_first_line(part)}".rstrip())
+        lines.append(f"  {name + _options(part):42} {_first_line(part)}{_rows(part)}".rstrip())
     if kind in OWN_PLACES:
         lines.append(f"  {OWN_PLACES[kind]}")
     return "\n".join(lines)
@@ -90,6 +101,22 @@ def methods_markdown() -> str:
         up = "nothing" if not r.federated else ("mask bits" if r.visit.sends == "mask" else masked)
         lines.append(f"| `{name}` | {r.summary} | {down} | {up} | {', '.join(r.arms)} | {r.paper} |")
     return "\n".join(lines)
+
+
+def finders_markdown(kind: str) -> str:
+    """Return one table of docs/finders.md: the parts of one kind of FINDER_KINDS, their options, source and rows."""
+    lines = ["| name | what it is | rows |", "|---|---|---|"]
+    for name, part in _tables()[kind].items():
+        options = _options(part).strip()
+        text = _first_line(part).replace("|", "\\|")
+        told = f"`{name}`" + (f" `{options}`" if options else "")
+        lines.append(f"| {told} | {text} | {', '.join(map(str, getattr(part, 'rows', ())))} |")
+    return "\n".join(lines)
+
+
+def _rows(part: Callable[..., Any]) -> str:
+    rows = getattr(part, "rows", ())
+    return f" [{', '.join(map(str, rows))}]" if rows else ""
 
 
 def _options(part: Callable[..., Any]) -> str:

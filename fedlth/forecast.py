@@ -26,7 +26,7 @@ def trainings(arm: str, study: Study) -> int:
     longest, every = finder.trainings(targets)
     once = len(targets)
     return {
-        "local": longest, "dense": 1, "dense_total": longest, "ticket": every, "ticket_0": every - 1,
+        "local": longest, "dense": 1, "dense_total": longest, "ticket": every, "ticket_0": every - finder.dense_first,
         "one_shot": once, "global_mask": once, "random": 3 * once, "own_tuned": 1, "own_random": 1,
     }.get(arm, 0)  # fmt: skip
 

@@ -61,9 +61,9 @@ def learn(
                     slope = momentum.mul_(lesson.momentum).add_(slope)
                 learned -= (lesson.lr if sampled else _cosine(lesson.lr, step, steps)) * slope
             loss_sum += float(loss.detach()) * len(part)
+            if not math.isfinite(loss_sum):
+                raise FloatingPointError(f"training diverged: loss {loss_sum} at score learning rate {lesson.lr}")
             step += 1
-    if not math.isfinite(loss_sum):
-        raise FloatingPointError(f"training diverged: loss {loss_sum} at score learning rate {lesson.lr}")
     done = learned.detach() if sampled else learned.detach().abs()
     return done.cpu().numpy(), loss_sum / len(y)
 

@@ -8,7 +8,7 @@ import pytest
 from fedlth import catalogue, config
 from fedlth.cli import parser
 from fedlth.methods.arms import ARMS
-from fedlth.methods.resolve import resolve
+from fedlth.methods.resolve import finder_of, resolve
 from fedlth.yaml_text import parse
 from tests import tiny
 
@@ -61,6 +61,34 @@ def test_every_key_of_a_study_is_documented() -> None:
         for key in inner:
             assert re.search(rf"`{name}\.[^|]*`|`{name}\.{key}`", text) and key in text, f"{name}.{key}"
         assert f"`{name}" in text, name
+
+
+FINDERS = (ROOT / "docs" / "finders.md").read_text()
+
+
+def test_the_tables_of_finders_are_the_registry() -> None:
+    for kind in catalogue.FINDER_KINDS:
+        assert catalogue.finders_markdown(kind) in FINDERS, kind
+
+
+@pytest.mark.parametrize("line", re.findall(r"^\| [^|`]+(?:`[^`]+`[^|]*)? \| `(\{.+\})` \|$", FINDERS, re.M))
+def test_every_composition_with_a_name_is_a_finder(line: str) -> None:
+    study, notes = resolve(tiny.study(finder=parse(line, "finders.md"), federate={"rounds": 5, "clients_per_round": 2}))
+    assert not notes and finder_of(study)
+
+
+def test_the_finder_parts_shown_in_the_docs_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, text = (
+        re.search(rf"```{lang}\n({start}.*?)```", FINDERS.partition("## A part of your own")[2], re.S)
+        for lang, start in (("python", "# my_parts.py"), ("yaml", "finder:"))
+    )
+    assert code and text
+    (tmp_path / "my_parts.py").write_text(code.group(1))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    tiny.run(tiny.study(**parse(text.group(1), "finders.md")), tmp_path / "run")
+    rows = [r for r in tiny.rows(tmp_path / "run", "metrics") if r["arm"] == "ticket"]
+    assert len(rows) == 4 and all(abs(r["density"] - 0.1) < 1e-3 and r["search_epochs"] == 3 for r in rows)
 
 
 def test_the_parts_shown_in_the_docs_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

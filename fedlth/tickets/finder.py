@@ -42,6 +42,11 @@ class Finder:
                 f"finder.rewind: must be frozen with weights {learned!r}, over which the score {self.score} learns "
                 f"its mask, got {self.rewind}"
             )
+        if self.window and not self.dense_first:
+            raise StudyError(
+                f"finder.score: must not look back under {self.schedule}, which trains nothing before a prune, "
+                f"got {self.score}"
+            )
         if not isinstance(self.gate, Always) and not self.dense_first:
             raise StudyError(f"finder.gate: must be always under {self.schedule}, which trains nothing before a prune")
 
@@ -61,13 +66,13 @@ class Finder:
         return int(getattr(self.score, "window", 0))
 
     def trainings(self, targets: tuple[float, ...]) -> tuple[int, int]:
-        """Return how many trainings the longest chain takes, and all chains together, with every gate open.
+        """Return how many trainings the longest chain takes, and how many all of them, with every gate open.
 
-        A ticket's own last training counts; the dense training counts once a chain.
+        A ticket's own last training counts; the dense one counts once, as all chains begin with the same.
         """
         last = int(bool(getattr(self.rewind, "trains", True)))
-        chains = [self.dense_first + (len(c) - 1 if self.trains else 0) + last for c in self.schedule(targets)]
-        return max(chains), sum(chains)
+        after = [(len(chain) - 1 if self.trains and last else 0) + last for chain in self.schedule(targets)]
+        return self.dense_first + max(after), self.dense_first + sum(after)
 
     def pick(self, score: np.ndarray, alive: np.ndarray, layout: Layout, density: float) -> np.ndarray:
         """Return the mask (num_prunable,) of what stays of `alive` at `density`, in whole groups."""

@@ -61,10 +61,10 @@ class Always:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """Before the first prune, train `trainings` times. Frankle & Carbin, ICLR 2019, arXiv 1803.03635."""
+    """Before the first prune, train `trainings` times. Zhu & Gupta, 2017, arXiv 1710.01878."""
 
     trainings: int = 2
-    rows: ClassVar[tuple[int, ...]] = (16,)
+    rows: ClassVar[tuple[int, ...]] = ()
 
     def __post_init__(self) -> None:
         _at_least_one("trainings", self.trainings)

@@ -18,12 +18,14 @@ class Regrow:
     """Move a mask on: of each layer's survivors drop a share, the lowest scores, and bring back as many.
 
     `by` is "gradient" (Evci et al., RigL, ICML 2020, arXiv 1911.11134) or "random" (Mocanu et al., SET, Nature
-    Communications 2018, arXiv 1707.04780). The share falls from `drop` to 0 along a cosine over `rounds`.
+    Communications 2018, arXiv 1707.04780). The share falls from `drop` to 0 along a cosine over `rounds`. `first` says
+    whether the first mask is "random" or the "score"'s.
     """
 
     rounds: int
     drop: float
     by: str
+    first: str
 
     def share(self, round: int) -> float:
         """Return what is dropped at `round` = 0, 1, ..., rounds - 1."""
@@ -47,13 +49,14 @@ class Regrow:
 class Constant:
     """Sparse from the start, the mask moves between trainings: RigL, arXiv 1911.11134 (`by: random`: SET, 1707.04780).
 
-    The first mask is the scope's and score's on the start weights (RigL: `erk`, `random`); no dense training comes
-    before it. With `rewind: none` what comes back starts at zero, as in the papers.
+    No dense training comes before the first mask, which is `first`: "random", as in the papers, or the "score"'s on
+    the start weights. With `rewind: none` what comes back starts at zero, as in the papers.
     """
 
     rounds: int = 5
     drop: float = 0.3
     by: str = "gradient"
+    first: str = "random"
     dense_first: ClassVar[bool] = False
     rows: ClassVar[tuple[int, ...]] = ()
 
@@ -64,10 +67,12 @@ class Constant:
             raise wrong("finder.schedule.drop", "in (0, 1)", self.drop)
         if self.by not in ("gradient", "random"):
             raise wrong("finder.schedule.by", "gradient or random", self.by)
+        if self.first not in ("score", "random"):
+            raise wrong("finder.schedule.first", "score or random", self.first)
 
     @property
     def regrow(self) -> Regrow:
-        return Regrow(self.rounds, self.drop, self.by)
+        return Regrow(self.rounds, self.drop, self.by, self.first)
 
     def __call__(self, targets: tuple[float, ...], /) -> tuple[tuple[float, ...], ...]:
         return tuple((t,) * (self.rounds + 1) for t in targets)

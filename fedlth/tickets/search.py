@@ -112,6 +112,10 @@ class _Search:
     network: Callable[[Params], Network | None]
     val_accuracy: Callable[[Params], float] | None
 
+    @property
+    def _regrow(self) -> Regrow | None:
+        return getattr(self.finder.schedule, "regrow", None)
+
     def descend(
         self, start: Params, start_name: str, chain: tuple[float, ...], targets: tuple[float, ...], number: int
     ) -> Iterator[Found]:
@@ -156,9 +160,8 @@ class _Search:
     def _pruned(self, at: _State, start: Params, density: float, again: int, final: bool) -> tuple[_State, bool]:
         """Prune once, rewind, train; return the new state and whether it was trained."""
         finder = self.finder
-        regrow: Regrow | None = getattr(finder.schedule, "regrow", None)
-        if regrow is not None and again:
-            mask, stayed = self._regrown(at, regrow, density, again)
+        if self._regrow is not None and again:
+            mask, stayed = self._regrown(at, self._regrow, density, again)
         else:
             mask = stayed = self.groups.spread(self._proposal(at, density, again).mask)
         left = at.walked.params.masked(stayed)  # what comes back begins at zero
@@ -191,7 +194,10 @@ class _Search:
 
     def _proposal(self, at: _State, density: float, again: int) -> Proposal:
         """Return what a prune to `density` would keep now, by group."""
-        score = self.groups.reduced(self.finder.score(self._evidence(at, density, again)))
+        if self._regrow is not None and self._regrow.first == "random":
+            score = self.rng(f"first@{density:.6f}").random(self.groups.layout.num_prunable)
+        else:
+            score = self.groups.reduced(self.finder.score(self._evidence(at, density, again)))
         alive = self.groups.reduced(at.mask) > 0
         kept = self.finder.scope(score, alive, self.groups.layout, density)
         return Proposal(kept, is_tied(score, kept, alive))

@@ -39,7 +39,7 @@ class FakeNetwork:
     shift: float = 0.0
 
     def gradient(self, weights: np.ndarray, /) -> np.ndarray:
-        return np.tanh(weights + np.float32(self.shift)) - np.float32(0.1)
+        return np.tanh(weights + np.float32(self.shift)) + np.sin(np.arange(weights.size, dtype=np.float32))
 
     def hessian_gradient(self, weights: np.ndarray, /, *, temperature: float) -> np.ndarray:
         return np.cos(weights.astype(float)) / temperature

@@ -430,6 +430,7 @@ def test_regrow_keeps_every_layers_count_drops_the_worst_and_brings_back_the_bes
         (SCHEDULES, {"name": "constant", "rounds": 0}, "finder.schedule.rounds"),
         (SCHEDULES, {"name": "constant", "drop": 1.0}, "finder.schedule.drop"),
         (SCHEDULES, {"name": "constant", "by": "luck"}, "finder.schedule.by"),
+        (SCHEDULES, {"name": "constant", "first": "luck"}, "finder.schedule.first"),
         (SCOPES, {"name": "global", "floor": -1}, "finder.scope.floor"),
         (SCOPES, {"name": "half_output", "rate": 0.0}, "finder.scope.rate"),
         (SCOPES, {"name": "n_of_m", "m": 1}, "finder.scope.m"),
