@@ -47,7 +47,7 @@ def attacked(bench: Bench, x: Tensor, y: Tensor, kind: str, eps: float, steps: i
     return moved.detach()
 
 
-def robust_accuracy(
+def evaluate_attacked(
     bench: Bench,
     params: Params,
     data: Examples,
@@ -56,10 +56,10 @@ def robust_accuracy(
     eps: float,
     steps: int = 10,
     crafted_on: Params | None = None,
-) -> float:
-    """Return the accuracy of `params` on attacked data; the attack sees `crafted_on`, or `params` itself."""
+) -> tuple[float, float]:
+    """Return (accuracy, mean loss) of `params` on attacked data; the attack sees `crafted_on`, or `params` itself."""
     x, y = data
-    right = 0
+    right, total = 0, 0.0
     for at in range(0, len(y), 500):
         part, labels = x[at : at + 500], y[at : at + 500]
         bench.bound.load(params if crafted_on is None else crafted_on)
@@ -67,5 +67,7 @@ def robust_accuracy(
         bench.bound.load(params)
         bench.bound.module.eval()
         with torch.inference_mode():
-            right += int((bench.bound.module(part).argmax(-1) == labels).sum())
-    return right / len(y)
+            logits = bench.bound.module(part)
+            right += int((logits.argmax(-1) == labels).sum())
+            total += float(loss_of(logits, labels)) * len(labels)
+    return right / len(y), total / len(y)

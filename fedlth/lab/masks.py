@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from fedlth.lab.bench import Bench
-from fedlth.lab.search import rounds
+from fedlth.lab.search import finder_of, network_of, rounds
+from fedlth.lab.sensitivity import evidence_of
 from fedlth.params import Layout
 from fedlth.tickets.gate import mask_distance
-from fedlth.tickets.scope import Layerwise
 
 
 def jaccard(one: np.ndarray, other: np.ndarray) -> float:
@@ -52,16 +52,27 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Settling:
-    """How far apart the magnitude masks of a dense training lie. You et al., ICLR 2020, arXiv 1909.11957."""
+    """How far apart the masks lie that a search's score would draw while the dense network trains.
 
+    At every `every`-th evaluation of a training of `iterations`; distance is the share of groups (weights, or the
+    finder's channels) in which two masks differ. You et al., Early-Bird Tickets, ICLR 2020, arXiv 1909.11957.
+    """
+
+    search: str
     density: float = 0.2
     every: int = 1
+    iterations: int = 0
 
     def __call__(self, bench: Bench, /) -> Iterator[dict[str, Any]]:
-        recipe = bench.recipe()
-        states = bench.states(bench.theta_0, bench.full, recipe)[:: self.every]
-        scope, size = Layerwise(), bench.layout.num_prunable
-        masks = [scope(np.abs(state.floats[:size]), bench.full, bench.layout, self.density) for state in states]
+        search = bench.study.searches[self.search]
+        finder = finder_of(search, f"searches.{self.search}")
+        recipe = bench.recipe({**search.train, **({"iterations": self.iterations} if self.iterations else {})})
+        groups = finder.granularity.groups(bench.layout)
+        masks = []
+        for state in bench.states(bench.theta_0, bench.full, recipe)[:: self.every]:
+            network = network_of(bench, state, "settling")
+            score = finder.score(evidence_of(network, bench.layout, bench.rng("settling")))
+            masks.append(groups.reduced(finder.pick(score, bench.full, bench.layout, self.density)) > 0)
         step = recipe.train.evaluate_every * self.every
         for i, one in enumerate(masks):
             for j, other in enumerate(masks):

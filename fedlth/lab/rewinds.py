@@ -10,13 +10,15 @@ import numpy as np
 
 from fedlth.lab.bench import Bench
 from fedlth.lab.search import finder_of, rounds
+from fedlth.tickets.rewind import ToFrozen, changed
 
 
 @dataclass(frozen=True)
 class Rewinds:
     """Check every round of these searches: survivors start exactly where the rewind says, the dead at zero.
 
-    `furthest` is the largest |start - wanted|, which must be 0; `first_rate` the learning rate of the first step.
+    A strong ticket is checked as it ends, for nothing may have trained it. `furthest` is the largest
+    |start - wanted|, which must be 0; `first_rate` the learning rate of the first step.
     """
 
     searches: tuple[str, ...]
@@ -32,6 +34,8 @@ class Rewinds:
                 wanted = one.before if finder.rewind.anchor is None else bench.theta_0
                 if steps:
                     wanted = bench.trained(bench.theta_0, bench.full, replace(recipe, last=steps)).final
+                if isinstance(finder.rewind, ToFrozen):
+                    wanted = changed(finder.rewind, wanted, one.mask, bench.layout, bench.rng("rewinds"))
                 gap = np.abs(one.start.floats - wanted.masked(one.mask).floats).max()
                 first = replace(recipe, first=steps, constant_lr=not finder.rewind.replay_lr)
                 yield {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedlth.lab.arms import controlled
-from fedlth.lab.attack import robust_accuracy
+from fedlth.lab.attack import evaluate_attacked
 from fedlth.lab.bench import Bench
 from fedlth.lab.search import rounds
 from fedlth.params import Params
@@ -41,9 +41,9 @@ class Attack:
         for name, params in networks.items():
             for kind in ("fgsm", "pgd"):
                 for eps in self.eps:
-                    found = {"robust_accuracy": robust_accuracy(bench, params, data, kind=kind, eps=eps)}
+                    found = {"robust_accuracy": evaluate_attacked(bench, params, data, kind=kind, eps=eps)[0]}
                     if "dense" in networks:
-                        found["from_dense"] = robust_accuracy(
+                        found["from_dense"], _ = evaluate_attacked(
                             bench, params, data, kind=kind, eps=eps, crafted_on=networks["dense"]
                         )
                     yield {"network": name, "attack": kind, "eps": f"{eps:g}", **found}

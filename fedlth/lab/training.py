@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from fedlth import store
 from fedlth.compute import kernel
-from fedlth.lab.attack import attacked
+from fedlth.lab.attack import attacked, evaluate_attacked
 from fedlth.lab.recipe import Recipe
 from fedlth.params import Params
 from fedlth.rng import stream, torch_seed
@@ -77,7 +77,7 @@ def train(
     curve = []
     for number, state in enumerate(states, 1):
         done = min(recipe.first + number * recipe.train.evaluate_every, recipe.end)
-        accuracy, loss = evaluate(bench.fast, state, parts["validation"])
+        accuracy, loss = _watched(bench, state, recipe, parts["validation"])
         if not (np.isfinite(state.floats).all() and math.isfinite(loss)):
             raise FloatingPointError(f"training diverged at iteration {done}, learning rate {recipe.train.lr}")
         curve.append(Point(done, loss, accuracy))
@@ -85,6 +85,14 @@ def train(
     tests = {i: evaluate(bench.fast, states[i], parts["test"])[0] for i in {best, len(states) - 1}}
     older = tuple(state.floats[: mask.size] for state in [begun, *states][-1 - window : -1]) if window else ()
     return Run(states[-1], states[best], tuple(curve), tests[best], tests[len(states) - 1], older)
+
+
+def _watched(bench: Bench, state: Params, recipe: Recipe, data: Examples) -> tuple[float, float]:
+    """Return (accuracy, loss) on validation data; a training on attacked images is watched on PGD's."""
+    t = recipe.train
+    if t.attack == "none":
+        return evaluate(bench.fast, state, data)
+    return evaluate_attacked(bench, state, data, kind="pgd", eps=t.attack_eps, steps=t.attack_steps)
 
 
 def walk(bench: Bench, start: Params, mask: np.ndarray, recipe: Recipe, *, data: Examples, free: bool) -> list[Params]:
