@@ -67,16 +67,10 @@ class DataNetwork:
         x, y = self.data
         x = x.double() if x.is_floating_point() else x
         total = torch.zeros_like(flat)
-        # No batching rule exists for recurrent layers: their examples go one by one.
-        recurrent = any(isinstance(m, nn.RNNBase) for m in self.bound.module.modules())
-        each = EXAMPLES_AT_ONCE if not recurrent else 1
+        each = EXAMPLES_AT_ONCE if _batches(one, flat, x, y) else 1
         for at in range(0, len(y), each):
             part = x[at : at + each], y[at : at + each]
-            slopes = (
-                grad(one)(flat, part[0][0], part[1][0])[None]
-                if recurrent
-                else vmap(grad(one), (None, 0, 0))(flat, *part)
-            )
+            slopes = vmap(grad(one), (None, 0, 0))(flat, *part) if each > 1 else grad(one)(flat, x[at], y[at])[None]
             total += slopes.square().sum(0)
         return (total / len(y)).cpu().numpy()
 
@@ -153,6 +147,15 @@ class DataNetwork:
         for at in range(0, len(y), 256):
             part = x[at : at + 256]
             yield part.double() if part.is_floating_point() else part, y[at : at + 256], len(y[at : at + 256]) / len(y)
+
+
+def _batches(one: Callable[[Tensor, Tensor, Tensor], Tensor], flat: Tensor, x: Tensor, y: Tensor) -> bool:
+    """Say whether torch can batch the examples' own gradients: not through recurrent layers or ifs on values."""
+    try:
+        vmap(grad(one), (None, 0, 0))(flat, x[:2], y[:2])
+    except RuntimeError:
+        return False
+    return True
 
 
 def _positive(name: str, role: str, value: Tensor) -> Tensor:

@@ -236,3 +236,36 @@ def test_finders_of_a_study_are_what_it_says() -> None:
     made = tiny.study(finder={"score": "snip", "granularity": {"name": "block", "height": 2}, "gate": "warm_up"})
     text = repr(finder_of(made))
     assert "Snip()" in text and "Block(height=2, width=4)" in text and "WarmUp(trainings=2)" in text
+
+
+@pytest.mark.parametrize("score", ["slow_movement", "edge_popup", {"name": "inverted", "of": "slow_movement"}])
+def test_a_method_refuses_scores_that_it_cannot_serve(score: Any) -> None:
+    with pytest.raises(StudyError, match=r"method\.score must be one that neither looks back over epochs nor learns"):
+        resolve(tiny.study(method={"name": "lotteryfl", "score": score}))
+
+
+@pytest.mark.parametrize("score", ["fisher", "gradient_weight", "grasp", "synflow", "shuffled"])
+def test_a_method_prunes_by_any_other_score(tmp_path: Path, score: str) -> None:
+    made = tiny.of_method("lotteryfl", federate={"rounds": 2, "clients_per_round": 2})
+    made = made.model_copy(update={"method": {**made.method, "score": score}})
+    tiny.run(made, tmp_path / "r")
+    rows = [r for r in tiny.rows(tmp_path / "r", "ledger") if r["kind"] == "values" and r["receiver"] == "server"]
+    assert min(r["density"] for r in rows) < 1
+
+
+def test_an_arm_that_the_parts_forbid_is_refused_before_the_run() -> None:
+    with pytest.raises(StudyError, match=r"finder\.rewind: must be frozen"):
+        resolve(study("score", "edge_popup", personalise={"arms": ["ticket_0"]}))
+
+
+@pytest.mark.parametrize("parts", [{"dead": "init", "rewind": {"name": "step", "step": 2}}, {"score": "slow_movement"}])
+def test_the_kernel_trains_what_the_reference_trains(parts: dict[str, Any]) -> None:
+    pytest.importorskip("numba")
+    found = []
+    for compute in ("reference", "sparse"):
+        made = tiny.study(finder={**parts, "densities": [0.5]}, compute=compute, personalise={"epochs": 2})
+        found.append(tickets(made)[1][0])
+    # Weights that lie on the cut may change places with the last bit of a training.
+    assert (found[0].mask != found[1].mask).sum() <= 2
+    np.testing.assert_allclose(found[0].params.floats, found[1].params.floats, atol=0.3)
+    assert np.median(np.abs(found[0].params.floats - found[1].params.floats)) < 1e-5

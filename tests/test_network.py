@@ -113,7 +113,6 @@ def test_snip_ranks_weights_as_removing_each_does() -> None:
     assert min(small) > 0.999 and np.median(whole) >= 0.9 and min(whole) > 0.8, (small, whole)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, in hessian
 @pytest.mark.parametrize("temperature", [1.0, 200.0])
 def test_grasp_equals_the_explicit_hessian(temperature: float) -> None:
     net, layout, params = fifty()

@@ -117,7 +117,12 @@ METHODS: Mapping[str, Callable[..., Recipe]] = {
 
 
 def _score(spec: str | dict[str, Any]) -> Any:
-    return make(SCORES, {"name": spec} if isinstance(spec, str) else spec, "method.score")
+    score = make(SCORES, {"name": spec} if isinstance(spec, str) else spec, "method.score")
+    if getattr(score, "window", 0) or hasattr(score, "weights"):
+        raise wrong(
+            "method.score", "one that neither looks back over epochs nor learns a mask of frozen weights", score
+        )
+    return score
 
 
 def _check(rate: float, density: float) -> None:

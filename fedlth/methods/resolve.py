@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fedlth.config import Study
 from fedlth.errors import StudyError
 from fedlth.methods.arms import ARMS
@@ -12,7 +14,7 @@ from fedlth.tickets.dead import DEADS
 from fedlth.tickets.finder import Finder
 from fedlth.tickets.gate import GATES, STOPS
 from fedlth.tickets.granularity import GRANULARITIES
-from fedlth.tickets.rewind import REWINDS
+from fedlth.tickets.rewind import REWINDS, ToInit
 from fedlth.tickets.schedule import SCHEDULES
 from fedlth.tickets.scope import SCOPES
 from fedlth.tickets.score import SCORES
@@ -85,6 +87,8 @@ def resolve(study: Study) -> tuple[Study, list[str]]:
             "refine.rounds: must be 0 where dead weights are not zero or tickets are frozen: refinement trains "
             f"survivors among zeros, got {finder.dead} and {finder.rewind}"
         )
+    if "ticket_0" in arms:
+        replace(finder, rewind=ToInit())  # says so where the finder's other parts forbid it
     _check_counts(study)
     anchor = finder.rewind.anchor
     if anchor and "@" in anchor and int(anchor.partition("@")[2]) > study.federate.rounds:

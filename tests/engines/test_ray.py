@@ -60,6 +60,16 @@ TWO_STEP: dict[str, Any] = {
     "personalise": {"epochs": 1, "clients_per_wave": 3},
     "refine": {"rounds": 1, "clients_per_round": 3},
 }
+PARTS: dict[str, Any] = {
+    "method": "two_step",
+    "federate": {"rounds": 1, "clients_per_round": 2},
+    "finder": {
+        "score": {"name": "shuffled", "of": "fisher"}, "schedule": {"name": "constant", "rounds": 2},
+        "scope": {"name": "global", "floor": 1}, "rewind": {"name": "noise", "sigmas": 0.5}, "dead": "init",
+        "densities": [0.5, 0.2],
+    },
+    "personalise": {"arms": ["ticket", "random"]},
+}  # fmt: skip
 LOTTERY: dict[str, Any] = {"method": "lotteryfl", "federate": {"rounds": 3, "clients_per_round": 3}}
 
 
@@ -82,7 +92,7 @@ def test_in_process_survives_a_client_that_raises(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("shared_ray")
 class TestOnOneRay:
     @pytest.mark.parametrize("workers", [1, 2])
-    @pytest.mark.parametrize("settings", [TWO_STEP, LOTTERY], ids=["two_step", "lotteryfl"])
+    @pytest.mark.parametrize("settings", [TWO_STEP, LOTTERY, PARTS], ids=["two_step", "lotteryfl", "parts"])
     def test_any_number_of_workers_equals_in_process(
         self, settings: dict[str, Any], workers: int, tmp_path: Path
     ) -> None:

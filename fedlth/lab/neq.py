@@ -1,0 +1,159 @@
+"""Neurons at equilibrium: those whose outputs have settled are not updated. A mask on updates, not on weights.
+
+Bragagnolo, Tartaglione, Grangetto. To update or not to update? Neurons at equilibrium in deep models. NeurIPS 2022,
+arXiv 2207.09455. In a federated round a frozen neuron is a row that need not be uploaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedlth.errors import wrong
+from fedlth.models.prunable import CONVOLUTIONS
+from fedlth.params import Layout, Params
+from fedlth.train import Bound, Plan, batches, loss_of
+
+Outputs = dict[str, np.ndarray]  # module name -> (units, numbers) float64
+
+
+@dataclass(frozen=True, eq=False)
+class Equilibrium:
+    """What is remembered between epochs: outputs, their similarity to the epoch before, its velocity. A value."""
+
+    outputs: Outputs = field(default_factory=dict)
+    similarity: Outputs = field(default_factory=dict)
+    velocity: Outputs = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class UpdateGate:
+    """Freeze a unit for the next epoch while |v| < epsilon, v = (change of similarity) - mu x (v before)."""
+
+    mu: float = 0.5
+    epsilon: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mu < 1:
+            raise wrong("neq.mu", "in [0, 1)", self.mu)
+        if not 0 < self.epsilon < np.inf:
+            raise wrong("neq.epsilon", "above 0", self.epsilon)
+
+    def __call__(self, before: Equilibrium, outputs: Outputs, /) -> tuple[Equilibrium, dict[str, np.ndarray]]:
+        """Return what to remember, and which units (units,) bool are frozen next, none before three looks.
+
+        A pure function: asking twice gives the same answer (the released code's velocity changes when it is logged).
+        """
+        similarity = {n: _cosine(before.outputs[n], y) for n, y in outputs.items() if n in before.outputs}
+        velocity, frozen = {}, {}
+        for name, y in outputs.items():
+            frozen[name] = np.zeros(len(y), bool)
+            if name in before.similarity:
+                change = similarity[name] - before.similarity[name]
+                velocity[name] = change - self.mu * before.velocity.get(name, np.zeros(len(y)))
+                frozen[name] = np.abs(velocity[name]) < self.epsilon
+        return Equilibrium(outputs, similarity, velocity), frozen
+
+
+def _cosine(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return the cosine of each unit's outputs then and now; 1 where both are zero, 0 where one is."""
+    norms = np.linalg.norm(one, axis=1), np.linalg.norm(other, axis=1)
+    product = norms[0] * norms[1]
+    both = (norms[0] == 0) & (norms[1] == 0)
+    return np.where(both, 1.0, (one * other).sum(axis=1) / np.where(product == 0, 1.0, product))
+
+
+def unit_outputs(bound: Bound, params: Params, x: Tensor) -> Outputs:
+    """Return the outputs of every linear and convolutional unit on held-out examples x, before any activation."""
+    seen: dict[str, Tensor] = {}
+
+    def look(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def hook(module: nn.Module, args: object, out: Tensor) -> None:
+            seen[name] = out
+
+        return hook
+
+    counted = ((n, m) for n, m in bound.module.named_modules() if isinstance(m, (nn.Linear, *CONVOLUTIONS)))
+    hooks = [module.register_forward_hook(look(name)) for name, module in counted]
+    bound.load(params)
+    bound.module.eval()
+    try:
+        with torch.no_grad():
+            bound.module(x)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return {n: y.transpose(0, 1).reshape(y.shape[1], -1).double().cpu().numpy().copy() for n, y in seen.items()}
+
+
+def moving(layout: Layout, frozen: dict[str, np.ndarray]) -> np.ndarray:
+    """Return (num_params,) bool: the parameters that may move, a frozen unit's row and bias left out."""
+    moves = np.ones(layout.num_params, bool)
+    for e in layout.floats:
+        if e.role != "param":
+            continue
+        stay = frozen.get(e.name.rpartition(".")[0])
+        if not e.trainable:
+            moves[e.slice] = False
+        elif stay is not None and e.shape and e.shape[0] == len(stay):
+            moves[e.slice] = np.repeat(~stay, e.size // e.shape[0])
+    return moves
+
+
+@dataclass(frozen=True, eq=False)
+class Epoch:
+    """One epoch: which parameters could move in it, (num_params,) bool, and where it ended."""
+
+    moves: np.ndarray
+    params: Params
+
+    @property
+    def frozen(self) -> float:
+        """Return the share of parameters that were frozen: the share of an upload that is saved."""
+        return float(1 - self.moves.mean())
+
+
+def train(
+    bound: Bound,
+    start: Params,
+    *,
+    data: tuple[Tensor, Tensor],
+    held_out: Tensor,
+    plan: Plan,
+    gate: UpdateGate,
+    order: np.random.Generator,
+    torch_seed: int,
+) -> tuple[Epoch, ...]:
+    """Train by SGD with momentum, an epoch at a time, freezing what is at equilibrium; return every epoch."""
+    x, y = data
+    layout = bound.layout
+    momentum = torch.zeros(layout.num_params, device=bound.device)
+    state, frozen = gate(Equilibrium(), unit_outputs(bound, start, held_out))
+    parts = [batches(len(y), plan.batch_size, order) for _ in range(plan.epochs)]
+    steps, step, now, epochs = sum(map(len, parts)), 0, start, []
+    torch.manual_seed(torch_seed)
+    for epoch in parts:
+        moves = moving(layout, frozen)
+        alive = torch.from_numpy(moves.astype(np.float32)).to(bound.device)
+        bound.load(now)
+        bound.module.train()
+        weights = bound.flat[: layout.num_params]
+        for part in epoch:
+            index = torch.from_numpy(part)
+            bound.grad.zero_()
+            loss = loss_of(bound.module(x[index]), y[index])
+            loss.backward()  # type: ignore[no-untyped-call]
+            with torch.no_grad():
+                slope = bound.grad.add(weights, alpha=plan.weight_decay)
+                # Before momentum and after it: what a neuron gathered earlier must not move it either.
+                momentum.mul_(plan.momentum).add_(slope.mul_(alive))
+                weights.add_(momentum * alive, alpha=-plan.rate(step, steps))
+            step += 1
+        now = bound.save()
+        epochs.append(Epoch(moves, now))
+        state, frozen = gate(state, unit_outputs(bound, now, held_out))
+    return tuple(epochs)

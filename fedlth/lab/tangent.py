@@ -1,0 +1,116 @@
+"""The network in its tangent space: linear in its weights, around where it starts.
+
+Does linearised training predict training? Wentworth, Updating the Lottery Ticket Hypothesis, LessWrong 2021; Jacot,
+Gabriel, Hongler, Neural Tangent Kernel, NeurIPS 2018, arXiv 1806.07572. Forward-mode: torch.func.jvp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import functional_call, jvp
+
+from fedlth.params import Params
+from fedlth.train import Bound, Plan, batches, loss_of
+
+
+@dataclass(frozen=True, eq=False)
+class Tangent:
+    """f_lin(d; x) = f(theta; x) + J(theta; x) d, over all parameters, buffers fixed, in evaluation mode."""
+
+    bound: Bound
+    theta: Params
+    double: bool = False
+
+    def logits(self, delta: Tensor, x: Tensor) -> Tensor:
+        """Return the linearised logits at theta + delta; delta (num_params,)."""
+        base, fixed = self._split()
+        value, slope = jvp(lambda w: self._call(w, fixed, x), (base,), (delta,))  # type: ignore[misc]
+        logits: Tensor = value + slope
+        return logits
+
+    def exact(self, delta: Tensor, x: Tensor) -> Tensor:
+        """Return the network's own logits at theta + delta."""
+        base, fixed = self._split()
+        with torch.no_grad():
+            return self._call(base + delta, fixed, x)
+
+    def remainder(self, delta: Tensor, x: Tensor) -> float:
+        """Return the norm of what the linearised network misses at theta + delta."""
+        with torch.no_grad():
+            return float(torch.linalg.vector_norm(self.exact(delta, x) - self.logits(delta, x)))
+
+    def zero(self) -> Tensor:
+        """Return a delta of zeros."""
+        return torch.zeros_like(self._split()[0])
+
+    def _split(self) -> tuple[Tensor, dict[str, Tensor]]:
+        layout, size = self.bound.layout, self.bound.layout.num_params
+        flat = torch.from_numpy(self.theta.floats.copy()).to(self.bound.device)
+        flat = flat.double() if self.double else flat
+        fixed = {e.name: flat[e.slice].view(e.shape) for e in layout.floats if e.role == "buffer"}
+        return flat[:size], fixed
+
+    def _call(self, weights: Tensor, fixed: dict[str, Tensor], x: Tensor) -> Tensor:
+        layout = self.bound.layout
+        self.bound.module.eval()
+        named = {e.name: weights[e.slice].view(e.shape) for e in layout.floats if e.role == "param"}
+        out: Tensor = functional_call(self.bound.module, {**named, **fixed}, x)
+        return out
+
+
+def remainders(tangent: Tangent, delta: Tensor, x: Tensor, halvings: int) -> tuple[float, ...]:
+    """Return the remainder at delta, delta / 2, delta / 4, ...: a smooth network's falls by 4 each time."""
+    return tuple(tangent.remainder(delta / 2**i, x) for i in range(halvings + 1))
+
+
+def fine_tune(
+    tangent: Tangent,
+    data: tuple[Tensor, Tensor],
+    *,
+    plan: Plan,
+    order: np.random.Generator,
+    mask: np.ndarray | None = None,
+) -> Tensor:
+    """Train delta by SGD on the loss of the linearised network; return it.
+
+    `mask` (num_prunable,) bool: weights outside keep their value. A loss that is not finite raises FloatingPointError.
+    """
+    x, y = data
+    delta = tangent.zero()
+    moves = torch.ones_like(delta)
+    for e in tangent.bound.layout.floats:
+        if e.role == "param" and not e.trainable:
+            moves[e.slice] = 0
+    if mask is not None:
+        moves[: mask.size] *= torch.from_numpy(mask).to(delta)
+    momentum = torch.zeros_like(delta)
+    epochs = [batches(len(y), plan.batch_size, order) for _ in range(plan.epochs)]
+    steps, step = sum(map(len, epochs)), 0
+    for parts in epochs:
+        for part in parts:
+            index = torch.from_numpy(part)
+            delta.requires_grad_()
+            loss = loss_of(tangent.logits(delta, x[index]), y[index])
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"linearised training diverged: loss {float(loss)} at rate {plan.lr}")
+            (slope,) = torch.autograd.grad(loss, delta)
+            momentum.mul_(plan.momentum).add_(slope * moves)
+            delta = (delta - plan.rate(step, steps) * momentum).detach()
+            step += 1
+    return delta
+
+
+def accuracy(tangent: Tangent, delta: Tensor, data: tuple[Tensor, Tensor], *, linear: bool) -> float:
+    """Return the accuracy at theta + delta of the linearised network, or of the network itself."""
+    x, y = data
+    right = 0
+    for at in range(0, len(y), 256):
+        part = x[at : at + 256]
+        with torch.no_grad():
+            logits = tangent.logits(delta, part) if linear else tangent.exact(delta, part)
+        right += int((logits.argmax(-1) == y[at : at + 256]).sum())
+    return right / len(y)
