@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from fedlth.lab.bench import Bench
+from fedlth.lab.equilibrium import NeuronsAtEquilibrium
 from fedlth.lab.instability import Instability
 from fedlth.lab.masks import Overlap, Settling
 from fedlth.lab.rewinds import Rewinds
 from fedlth.lab.robustness import Attack
 from fedlth.lab.sensitivity import Collapse, Conservation, Exact
+from fedlth.lab.theory import SpectralGap, SubsetSums, TangentSpace
 from fedlth.lab.transfer import Pretrained, Transfer
 
 
@@ -29,6 +31,10 @@ PROBES: dict[str, Callable[..., Probe]] = {
     "exact": Exact,
     "conservation": Conservation,
     "collapse": Collapse,
+    "tangent": TangentSpace,
+    "spectral_gap": SpectralGap,
+    "subset_sums": SubsetSums,
+    "equilibrium": NeuronsAtEquilibrium,
     "pretrained": Pretrained,
     "transfer": Transfer,
 }
