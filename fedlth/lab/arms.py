@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from fedlth.errors import StudyError
 from fedlth.lab.bench import Bench
 from fedlth.lab.controls import MASKS
 from fedlth.lab.recipe import Recipe
@@ -48,12 +47,8 @@ def controlled(bench: Bench, name: str, one: Round, recipe: Recipe) -> tuple[np.
     steps = int(getattr(rewind, "steps", 0))
     if steps:
         origin = bench.trained(bench.theta_0, bench.full, replace(recipe, last=steps)).final
-    elif rewind.anchor == "theta_0":
-        origin = bench.theta_0
-    elif rewind.anchor == "reinit":
-        origin = bench.fresh("reinit")
     else:
-        raise StudyError(f"{place}.start: must go back to theta_0, a step or a new draw, got {rewind}")
+        origin = bench.fresh("reinit") if rewind.anchor == "reinit" else bench.theta_0
     start = changed(rewind, origin, mask, bench.layout, bench.rng("start", one.number)).masked(mask)
     if dead.holds:
         held = dead(origin.floats[: mask.size], one.before.floats[: mask.size])

@@ -126,7 +126,10 @@ class Bench:
         state.update(start.floats.tobytes() + start.ints.tobytes() + np.packbits(mask).tobytes())
         path = None if self.folder is None else self.folder / "trainings" / f"{state.hexdigest()}.safetensors"
         if path is not None and path.exists():
-            return unpacked(path.read_bytes(), start, None if free else mask)
+            try:
+                return unpacked(path.read_bytes(), start, None if free else mask)
+            except ValueError as error:
+                raise StudyError(f"{path}: damaged, delete it to train anew: {error}") from error
         run = train(self, start, mask, recipe, parts=self.task(data), free=free, window=window)
         if path is not None:
             own = path.with_suffix(f".{os.getpid()}")  # two workers may come to the same training

@@ -59,8 +59,9 @@ class Instability:
                 ]
                 ends = copies[0].final, copies[1].final
                 line = [i / (self.alphas - 1) for i in range(self.alphas)]
-                errors = [1 - bench.accuracy(between(*ends, alpha)) for alpha in line]
-                gap = max(abs(1 - errors[0] - copies[0].test_final), abs(1 - errors[-1] - copies[1].test_final))
+                reached = [bench.accuracy(between(*ends, alpha)) for alpha in line]
+                gap = max(abs(reached[0] - copies[0].test_final), abs(reached[-1] - copies[1].test_final))
+                errors = [1 - accuracy for accuracy in reached]
                 worst = barrier(errors)
                 place = {"round": one.number, "density": f"{one.mask.mean():.4f}", "rewind_step": step}
                 for alpha, error in zip(line, errors, strict=True):

@@ -7,9 +7,9 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fedlth import ledger, store
 from fedlth.errors import StudyError
@@ -48,15 +48,34 @@ def tasks(made: Lottery, stage: str) -> list[Task]:
 
 
 def check(made: Lottery) -> None:
-    """Raise StudyError, naming the place, where a part of the study cannot be built."""
+    """Raise StudyError, naming the place, where a part, the data or the model of the study cannot be built."""
     for name, search in made.searches.items():
         finder_of(search, f"searches.{name}")
     for name, arm in made.arms.items():
         make(MASKS, arm.mask, f"arms.{name}.mask")
-        make(REWINDS, arm.start, f"arms.{name}.start")
+        rewind = make(REWINDS, arm.start, f"arms.{name}.start")
+        if rewind.anchor not in ("theta_0", "reinit") and not getattr(rewind, "steps", 0):
+            raise StudyError(f"arms.{name}.start: must go back to theta_0, a step or a new draw, got {rewind}")
         make(DEADS, arm.dead, f"arms.{name}.dead")
     for name, spec in made.probes.items():
-        make(PROBES, spec, f"probes.{name}")
+        _check_names(made, make(PROBES, spec, f"probes.{name}"), f"probes.{name}")
+    _ = open_bench(made.science(), made.seeds[0], None).layout
+
+
+def _check_names(made: Lottery, probe: object, place: str) -> None:
+    """Refuse a probe that names a search, a round or an arm that the study does not have."""
+    told: dict[str, Any] = {f.name: getattr(probe, f.name) for f in fields(cast(Any, probe))}
+    searches = [*told.get("searches", ()), *([told["search"]] if "search" in told else [])]
+    for name in searches:
+        if name not in made.searches:
+            raise StudyError(f"{place}: must name one of the searches {', '.join(made.searches)}, got {name!r}")
+        last = len(made.searches[name].targets)
+        for number in [*told.get("rounds", ()), *([told["round"]] if "round" in told else [])]:
+            if not 0 <= number <= last:
+                raise StudyError(f"{place}: must name rounds of {name} in [0, {last}], got {number}")
+    for name in told.get("arms", ()):
+        if name not in made.arms or made.arms[name].of not in searches:
+            raise StudyError(f"{place}: must name arms of {', '.join(searches)}, got {name!r}")
 
 
 def run(made: Lottery, out: Path, tell: Tell) -> Path:
