@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,3 +126,17 @@ def test_a_wrong_study_is_an_error_that_names_the_place(change: dict[str, object
         tiny.run(tmp_path / "run", **change)
     assert told in str(error.value)
     assert not (tmp_path / "run" / "config.yaml").exists(), json.dumps(change)
+
+
+def test_the_score_shown_in_the_docs_works_in_a_lottery_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    docs = Path(__file__).parents[2] / "docs" / "study.md"
+    code = re.search(r"```python\n(# mine.py.*?)```", docs.read_text(), re.S)
+    assert code
+    (tmp_path / "mine.py").write_text(code.group(1))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("mine", None)
+    one = tiny.run(tmp_path / "run", searches={"own": {"rounds": 2, "score": {"name": "mine:Grown", "power": 2.0}}})
+    other = tiny.run(tmp_path / "plain", searches={"own": {"rounds": 2}})
+    assert [r["layer_kept"] for r in map(json.loads, one.splitlines())]
+    assert one != other
