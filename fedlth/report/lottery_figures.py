@@ -37,7 +37,7 @@ class ByDensity:
         """Draw on an empty figure."""
         axes = figure.add_subplot()
         labels: list[tuple[float, str, str]] = []
-        for place, arm in enumerate(self.facts.arms):
+        for place, arm in enumerate(swept(self.facts, self.key)):
             cells = sorted(self.facts.of(arm), key=lambda cell: -cell.density)
             style, colour = theme.style(look(place)), theme.colour(look(place))
             x = [float(-np.log2(cell.density)) for cell in cells]
@@ -57,6 +57,42 @@ class ByDensity:
         low, high = axes.get_ylim()
         end_labels(axes, labels, gap=(high - low) * 0.055)
         axes.set_ylim(low, high)
+
+
+def swept(facts: LotteryFacts, key: str) -> list[str]:
+    """Return the arms with a line to draw: three densities or more (or all there is), and some number above 0."""
+    lines = [arm for arm in facts.arms if max(cell.values(key).max() for cell in facts.of(arm)) > 0]
+    return [arm for arm in lines if len(facts.of(arm)) >= 3] or lines
+
+
+@dataclass(frozen=True)
+class AtRound:
+    """Every arm at one round: a dot a seed, a bar at the mean, the best on top; the line is the search's own ticket."""
+
+    facts: LotteryFacts
+    search: str
+    round: int
+
+    def __call__(self, figure: Figure, theme: Theme) -> None:
+        """Draw on an empty figure."""
+        axes = figure.add_subplot()
+        cells = sorted(at_round(self.facts, self.search, self.round), key=lambda cell: cell.mean("test_accuracy"))
+        for place, cell in enumerate(cells):
+            colour = theme.gain if cell.arm == self.search else theme.ink
+            values = 100 * cell.values("test_accuracy")
+            axes.plot(values, [place] * len(values), "o", color=colour, markersize=4.5, alpha=0.55, markeredgewidth=0)
+            axes.plot([values.mean()] * 2, [place - 0.32, place + 0.32], color=colour, linewidth=2.2)
+        own = next(cell for cell in cells if cell.arm == self.search)
+        axes.axvline(100 * own.mean("test_accuracy"), color=theme.gain, linewidth=1, linestyle="--", alpha=0.6)
+        axes.set_yticks(range(len(cells)), [cell.arm for cell in cells], fontsize=9)
+        axes.grid(axis="x", visible=True)
+        axes.set_xlabel("test accuracy (%)")
+
+
+def at_round(facts: LotteryFacts, search: str, round: int) -> list[Cell]:
+    """Return the cells of a search and of all arms under its mask at one round."""
+    arms = [name for name, arm in facts.config["arms"].items() if arm["of"] == search]
+    return [cell for name in (search, *arms) if (cell := facts.cell(name, round)) is not None]
 
 
 @dataclass(frozen=True)
@@ -97,7 +133,7 @@ class Lines:
         axes = figure.add_subplot()
         groups: dict[str, list[tuple[float, np.ndarray]]] = {}
         for row in self.rows:
-            name = ", ".join(str(row[key]) for key in self.by) or self.y
+            name = ", ".join(f"{key} {row[key]}".replace("_", " ") for key in self.by) or self.y
             groups.setdefault(name, []).append((float(row[self.x]), np.atleast_1d(row[self.y])))
         for place, (name, points) in enumerate(groups.items()):
             style, colour = theme.style(look(place)), theme.colour(look(place))
@@ -109,7 +145,7 @@ class Lines:
         axes.set_xlabel(self.x.replace("_", " "))
         axes.set_ylabel(self.y.replace("_", " "))
         if len(groups) > 1:
-            figure.legend(loc="outside right upper", fontsize=8)
+            figure.legend(loc="outside upper left", fontsize=8, ncols=4)
 
 
 @dataclass(frozen=True)
@@ -176,6 +212,16 @@ def lottery_pictures(facts: LotteryFacts) -> tuple[Picture, ...]:
             "dense network. Lines are means over seeds, bands reach from the least seed to the most.",
             8.6, 4.6, ByDensity(facts, "test_accuracy", "test accuracy (%)", 100.0),
         ))  # fmt: skip
+        for search in facts.config["searches"]:
+            numbers = [cell.round for cell in facts.of(search) if cell.round]
+            most = max(numbers, key=lambda n: len(at_round(facts, search, n)), default=0)
+            cells = at_round(facts, search, most)
+            if len(cells) > 2:
+                found.append(Picture(
+                    f"controls_{search}", f"{search} and its arms at density {cells[0].density:.3g}",
+                    "A dot is a seed, the bar their mean; the dashed line is the search's own ticket.",
+                    8.6, 1.1 + 0.3 * len(cells), AtRound(facts, search, most),
+                ))  # fmt: skip
         found.append(Picture(
             "early_stop_by_density", "How fast each learns: the early-stop iteration",
             "The iteration of least validation loss, found afterwards; lower is faster.",
