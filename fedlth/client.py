@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from fedlth import train
-from fedlth.jobs import Job, Message, Reply
+from fedlth.jobs import RESYNC, Job, Message, Reply
 from fedlth.methods.arms import ARMS
 from fedlth.methods.fedpm import first_scores
 from fedlth.methods.local import Local
@@ -20,11 +20,12 @@ from fedlth.methods.state import ClientState
 from fedlth.methods.step2 import Result, Step2
 from fedlth.methods.visit import private, received_params
 from fedlth.params import Layout, Params
+from fedlth.uplink import Uplink
 from fedlth.wire import mask as bitmap
 from fedlth.wire import metrics, payload
-from fedlth.wire.codec import CODECS, Codec
+from fedlth.wire.codec import CODECS
+from fedlth.wire.errors import ReferenceLost
 from fedlth.wire.payload import Content
-from fedlth.wire.reference import Reference
 from fedlth.world import World, open_world
 
 
@@ -42,9 +43,18 @@ def client_step(job: Job) -> Reply:
     """Decode, restore, train, encode. Pure but for its caches: equal jobs give equal replies on every engine."""
     began = time.perf_counter()
     world = open_world(job.study)
-    recipe = in_phase(recipe_of(world.study), job.phase)
+    recipe = in_phase(_recipe(job.study), job.phase)
     state = ClientState.from_bytes(job.state)
-    received = _received(job, world, recipe, state)
+    if job.version and job.state is None:
+        return _resync(job, began, bytes(8))
+    try:
+        received = _received(job, world, recipe, state)
+    except ReferenceLost:
+        known = state.masks.get("active")
+        return _resync(job, began, bytes.fromhex(bitmap.digest(known)) if known is not None else b"\1" * 8)
+    if not received["theta_g"].mask.all():
+        # A slice is of the client's own mask; one that was sent again brings it back to a client that has lost it.
+        state = state.with_(masks={"active": received["theta_g"].mask})
     if job.phase in ("federate", "refine"):
         state, outbox = _visit(job, world, recipe, received["theta_g"], state)
     else:
@@ -57,6 +67,17 @@ def client_step(job: Job) -> Reply:
         seconds=time.perf_counter() - began,
         device=world.device,
     )
+
+
+@lru_cache(maxsize=2)
+def _recipe(science: str) -> Recipe:
+    return recipe_of(open_world(science).study)
+
+
+def _resync(job: Job, began: float, held: bytes) -> Reply:
+    """Ask for the same download without references; nothing has changed here."""
+    asked = Message("control", RESYNC, held)
+    return Reply(round=job.round, client=job.client, outbox=(asked,), seconds=time.perf_counter() - began)
 
 
 @lru_cache(maxsize=4)
@@ -84,23 +105,10 @@ def _received(job: Job, world: World, recipe: Recipe, state: ClientState) -> dic
     return got
 
 
-@dataclass(frozen=True)
-class Shared:
-    """What this visit's upload may refer to: the decoded download, and the mask that the server mirrors."""
-
-    codec: Codec
-    known_mask: np.ndarray | None
-    reference: Reference | None
-
-    @staticmethod
-    def of(job: Job, world: World, received: Content, state: ClientState) -> Shared:
-        came = any(m.name == "theta_g" and m.kind != "evaluation" for m in job.inbox)
-        return Shared(CODECS[world.study.wire], state.masks.get("active"), received.reference if came else None)
-
-    def encode(self, kind: str, layout: Layout, content: Content) -> bytes:
-        return payload.encode(
-            kind, layout, content, codec=self.codec, known_mask=self.known_mask, reference=self.reference
-        )
+def _uplink(job: Job, world: World, received: Content) -> Uplink:
+    """Return what this visit's answer may refer to: the download that the server knows it has sent."""
+    codec = CODECS[world.study.wire]
+    return Uplink(codec, received.mask, received.reference if job.inbox and codec.refers else None)
 
 
 def _visit(
@@ -108,10 +116,9 @@ def _visit(
 ) -> tuple[ClientState, tuple[Message, ...]]:
     local = Local(world, job.client, job.round, job.phase)
     done = recipe.visit(local, received, state)
-    shared = Shared.of(job, world, received, state)
-    sent = shared.encode(done.kind, space(world, recipe), done.content)
+    sent, kept = _uplink(job, world, received).update(done.kind, space(world, recipe), done.content, done.state)
     record: dict[str, Any] = {"num_examples": local.num_train, **done.metrics}
-    return done.state, (Message(done.kind, "update", sent), Message("metrics", "visit", metrics.encode(record)))
+    return kept, (Message(done.kind, "update", sent), Message("metrics", "visit", metrics.encode(record)))
 
 
 def _personalise(
@@ -134,9 +141,9 @@ def _personalise(
         if kept.held:
             state = state.with_(vectors={"ticket_dead": kept.params.floats[:rest][~kept.mask]})
         if world.study.refine.rounds and job.phase == "personalise":
-            state = state.with_(masks={"active": kept.mask})
-            shared = Shared.of(job, world, received["theta_g"], ClientState())
-            bare = shared.encode("mask", world.exchange, Content(kept.mask, None, None))
+            state = state.without("owed").with_(masks={"active": kept.mask})
+            up = replace(_uplink(job, world, received["theta_g"]), known_mask=None)
+            bare = up.encode("mask", world.exchange, Content(kept.mask, None, None))
             outbox.append(Message("mask", "ticket", bare))
     return state, tuple(outbox)
 

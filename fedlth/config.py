@@ -150,10 +150,11 @@ class Study(_Node):
     personalise: Personalise = Personalise()
     refine: Refine = Refine()
     tune: Tune = Tune()
-    wire: Literal["raw", "lossless"] = "raw"
+    wire: Literal["raw", "lossless", "bf16", "f16", "step", "sign"] = "lossless"
     compute: Literal["auto", "reference", "sparse"] = "reference"
     device: str = "cpu"
     engine: Literal["inprocess", "ray", "flower"] = "inprocess"
+    workers: Literal["auto"] | Count = "auto"
     ray: Ray = Ray()
     job_timeout_s: Positive | None = None
     tensorboard: bool = False
@@ -164,7 +165,7 @@ class Study(_Node):
 
         Engine, placement and folders are left out, so that equal studies are equal on every engine.
         """
-        outside = {"engine", "ray", "out", "seeds", "job_timeout_s", "tensorboard", "tune", "study"}
+        outside = {"engine", "workers", "ray", "out", "seeds", "job_timeout_s", "tensorboard", "tune", "study"}
         return json.dumps(self.model_dump(mode="json", exclude=outside), sort_keys=True)
 
     def given(self, section: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,13 @@ from fedlth.errors import StudyError
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One message. `payload_bytes` is len() of what was serialised; `framed_bytes` is what the transport tells."""
+    """One message. `payload_bytes` is len() of what was serialised; `framed_bytes` is what the transport tells.
+
+    `kind` is values, mask, scores, metrics or evaluation, as the message says; "install" is a client's first model,
+    "control" a client's request, "resync" what was sent again because of it. `coding` names the mask mode and the
+    value mode; `mask_bytes` and `value_bytes` are those sections (the rest is header and checksum); `iid_bytes` is
+    the sum of n H(k / n) over the mask's layers: a reference beside `mask_bytes`, no minimum.
+    """
 
     round: int
     phase: str
@@ -28,6 +34,10 @@ class Row:
     ticket: str = ""
     broadcast: bool = False
     status: str = "ok"
+    coding: str = ""
+    mask_bytes: int = 0
+    value_bytes: int = 0
+    iid_bytes: float | None = None
 
 
 def party(client: int | None) -> str:
@@ -37,7 +47,7 @@ def party(client: int | None) -> str:
 
 def lines(rows: Iterable[Row | Mapping[str, Any]]) -> bytes:
     """Serialise rows, one compact JSON object a line, keys sorted so that equal rows are equal bytes."""
-    plain = [asdict(r) if isinstance(r, Row) else dict(r) for r in rows]
+    plain = [vars(r) if isinstance(r, Row) else r for r in rows]
     return b"".join(json.dumps(r, sort_keys=True, allow_nan=False).encode() + b"\n" for r in plain)
 
 

@@ -110,6 +110,9 @@ class DataNetwork:
     def learn(self, weights: np.ndarray, lesson: Lesson, /) -> np.ndarray:
         self.learning(lesson.alive, lesson.epochs)
         first = self.order().uniform(-1, 1, weights.size).astype(np.float32)
+        if lesson.rule != "bernoulli":  # whose scores are log-odds; these have the scale that edge-popup gives weights
+            for e in self.layout.prunable:
+                first[e.slice] /= np.float32(np.sqrt(e.size // e.shape[0]))
         scores, _ = learn(
             self.bound, self._at(weights), first, data=self.data, lesson=lesson, batch_size=self.batch_size,
             order=self.order(), torch_seed=self.torch_seed,
@@ -123,13 +126,10 @@ class DataNetwork:
 
     def _doubles(self, weights: np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
         """Return every tensor that is no prunable weight, by name, and the prunable weights as one flat tensor."""
-        self.bound.load(self.params)
+        self.bound.load(self.params)  # its integer buffers; all floats are handed in below
         self.bound.module.eval()
-        fixed = {
-            e.name: self.bound.flat[e.slice].view(e.shape).double().clone()
-            for e in self.layout.floats
-            if not e.prunable
-        }
+        floats = torch.from_numpy(self.params.floats.astype(np.float64)).to(self.bound.device)
+        fixed = {e.name: floats[e.slice].view(e.shape) for e in self.layout.floats if not e.prunable}
         flat = torch.from_numpy(weights.astype(np.float64)).to(self.bound.device)
         return fixed, flat
 

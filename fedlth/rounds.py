@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,15 +12,14 @@ import numpy as np
 
 from fedlth import server
 from fedlth.client import initial, space
+from fedlth.downlink import Downlink
 from fedlth.errors import StudyError
-from fedlth.jobs import Engine, Failure, Job, Message, Reply
-from fedlth.ledger import Row
+from fedlth.jobs import Engine
 from fedlth.methods.recipe import Recipe, in_phase
 from fedlth.methods.resolve import arms_of, finder_of, recipe_of
 from fedlth.runfolder import Progress, RunFolder
+from fedlth.visits import Stage, Visits
 from fedlth.wire.codec import CODECS
-from fedlth.wire.errors import PayloadError
-from fedlth.wire.reference import Reference
 from fedlth.world import World, open_world
 
 EMPTY_ROUNDS_ALLOWED = 3
@@ -81,25 +81,30 @@ class Loop:
     def _step(self, step: Step, index: int, total: int, began: float) -> None:
         recipe = in_phase(self.recipe, step.phase)
         clients = list(step.clients) or self._sampled(step)
-        masks = {c: self._mirror(c) for c in clients} if recipe.down == "slice" else {}
-        jobs = self._jobs(step, clients, recipe, masks)
-        answers = self.engine.map(jobs)
-        sends = recipe.visit.sends if step.phase in ("federate", "refine") else self._sends_mask(step)
-        accepted, rows, failed = self._judge(step, jobs, answers, recipe, sends, masks)
-        version = f"{step.phase}-{step.round}"
-        progress = self._keep(accepted, version)
-        if step.phase in ("federate", "refine"):
-            contributions = [a.contribution for _, a in accepted if a.contribution]
-            self.theta = server.aggregate(recipe, recipe.aggregate, self.theta, contributions, self.layout)
-            empty = 0 if contributions else progress.empty_rounds + 1
-            progress = replace(progress, empty_rounds=empty)
-        summary = self._summary(step, clients, accepted, rows, failed)
-        self._commit(step, index, progress, rows, accepted, summary, answers, began)
+        joins = step.phase in ("federate", "refine")
+        stage = Stage(
+            phase=step.phase, round=step.round, science=self.science, recipe=recipe, layout=self.layout,
+            codec=self.codec, sends=recipe.visit.sends if joins else self._sends_mask(step),
+            mirrors=self.recipe.down == "slice" or self.world.study.refine.rounds > 0,
+        )  # fmt: skip
+        down = self._downlink(step, clients, recipe)
+        visits = Visits(stage, self.folder, self.engine, self.progress, down, clients)
+        came = visits.contributions()
+        if joins:
+            self.theta, empty = server.aggregate(recipe.aggregate, self.theta, came, self.layout)
+            progress = replace(self.progress, empty_rounds=self.progress.empty_rounds + 1 if empty else 0)
+        else:
+            deque(came, maxlen=0)  # a ticket's mask is mirrored, not joined
+            progress = self.progress
+        if visits.resyncs:
+            self.tell(f"note: {visits.resyncs} clients had lost what they held; their download was sent again, whole")
+        summary = _summary(visits)
+        self._commit(step, index, progress, visits, summary, began)
         self.tell(_line(summary, index + 1, total, time.perf_counter() - began))
-        if step.phase in ("federate", "refine") and self.progress.empty_rounds >= EMPTY_ROUNDS_ALLOWED:
-            reason = next((a.reason for a in answers if isinstance(a, Failure)), "every reply was refused")
+        if joins and self.progress.empty_rounds >= EMPTY_ROUNDS_ALLOWED:
+            died = next((f["reason"] for f in visits.failed if f["kind"] != "refused"), "every reply was refused")
             raise StudyError(
-                f"{self.folder.root}: {EMPTY_ROUNDS_ALLOWED} rounds without one usable reply; last: {reason}"
+                f"{self.folder.root}: {EMPTY_ROUNDS_ALLOWED} rounds without one usable reply; last: {died}"
             )
 
     def _sampled(self, step: Step) -> list[int]:
@@ -108,36 +113,14 @@ class Loop:
         seen = [c for c in range(study.clients.count) if c not in self.world.splits.unseen]
         return server.sample(study.seed, step.phase, step.round, clients=seen, count=section.clients_per_round)
 
-    def _mirror(self, client: int) -> np.ndarray | None:
-        return self.folder.mirror(client, self.progress.mirrors.get(str(client), ""), self.layout.num_prunable)
-
-    def _jobs(
-        self, step: Step, clients: Sequence[int], recipe: Recipe, masks: dict[int, np.ndarray | None]
-    ) -> list[Job]:
-        shared = self._broadcasts(step, recipe)
-        jobs = []
-        for client in clients:
-            mask = masks.get(client)
-            inbox = shared
+    def _downlink(self, step: Step, clients: Sequence[int], recipe: Recipe) -> Downlink:
+        masks = {}
+        for client in clients if recipe.down == "slice" else ():
+            mask = self.folder.mirror(client, self.progress.mirrors.get(str(client), ""), self.layout.num_prunable)
             if mask is not None:
-                own = server.slice_for("theta_g", self.theta, self.layout, mask, self.codec)
-                controls = [replace(m, kind="evaluation") for m in shared[:1] if self._needs_whole(step)]
-                inbox = (own, *controls, *shared[1:])
-            version = self.progress.versions.get(str(client), "")
-            state = None if self.engine.holds_state else self.folder.clients.get(client, version)
-            job = Job(study=self.science, phase=step.phase, round=step.round, client=client, inbox=inbox)
-            jobs.append(replace(job, version=version, state=state))
-        return jobs
-
-    def _broadcasts(self, step: Step, recipe: Recipe) -> tuple[Message, ...]:
-        if not recipe.federated:
-            return ()
-        kind = "values" if recipe.space == "weights" else "scores"
-        first = server.broadcast(kind, "theta_g", self.theta, self.layout, self.codec)
-        if step.phase != "personalise":
-            return (first,)
-        loaded = {n: self.folder.load_params(n) for n in self.anchors}
-        return (first, *(server.broadcast("values", n, p, self.layout, self.codec) for n, p in loaded.items()))
+                masks[client] = mask
+        anchors = {n: self.folder.load_params(n) for n in self.anchors} if step.phase == "personalise" else {}
+        return Downlink(recipe, self.layout, self.codec, self.theta, masks, anchors, self._needs_whole(step))
 
     def _needs_whole(self, step: Step) -> bool:
         """Say whether controls need the whole global model beside a client's slice; it is counted as evaluation."""
@@ -146,104 +129,51 @@ class Loop:
     def _sends_mask(self, step: Step) -> str:
         return "mask" if step.phase == "personalise" and self.world.study.refine.rounds else ""
 
-    def _judge(
-        self, step: Step, jobs: Sequence[Job], answers: Sequence[Reply | Failure], recipe: Recipe, sends: str,
-        masks: dict[int, np.ndarray | None],
-    ) -> tuple[list[tuple[Reply, server.Accepted]], list[Row], list[dict[str, Any]]]:  # fmt: skip
-        """Turn answers into accepted replies, ledger rows and failures; each answer stands alone."""
-        accepted, rows, failed = [], [], []
-        whole = Reference(self.theta.floats) if recipe.federated else None
-        for job, answer in zip(jobs, answers, strict=True):
-            framed = answer.framed_down_bytes if isinstance(answer, Reply) else None
-            rows += server.rows_down(step.round, step.phase, job.client, job.inbox, masks.get(job.client), framed)
-            if isinstance(answer, Failure):
-                failed.append({"client": job.client, "kind": answer.kind, "reason": answer.reason})
-                rows.append(server.row_failed(step.round, step.phase, job.client, answer.kind))
-                continue
-            try:
-                if (answer.client, answer.round) != (job.client, job.round):
-                    raise PayloadError(f"client {answer.client} answered for client {job.client}")
-                mask = masks.get(job.client)
-                sent = whole if mask is None or whole is None else Reference(self.theta.masked(mask).floats)
-                # A ticket is sent on its own, not as a change of the mask that step 1 ended with.
-                known = None if step.phase == "personalise" else mask
-                got = server.accept(
-                    answer, recipe=recipe, layout=self.layout, sends=sends, codec=self.codec,
-                    held=server.Held(known, sent),
-                )  # fmt: skip
-            except PayloadError as error:
-                failed.append({"client": job.client, "kind": "refused", "reason": str(error)})
-                rows += server.rows_up(step.round, step.phase, answer, None, f"refused: {error}", sends)
-                continue
-            rows += server.rows_up(step.round, step.phase, answer, got.mask, "ok", sends)
-            accepted.append((answer, got))
-        return accepted, rows, failed
-
-    def _keep(self, accepted: Sequence[tuple[Reply, server.Accepted]], version: str) -> Progress:
-        """Write the new versions of client states and mask mirrors; they are current only after the commit."""
-        versions, mirrors = dict(self.progress.versions), dict(self.progress.mirrors)
-        for reply, got in accepted:
-            versions[str(reply.client)] = version
-            if not self.engine.holds_state and reply.state is not None:
-                self.folder.clients.put(reply.client, version, reply.state)
-            if got.mask is not None and self._mirrors(got):
-                self.folder.put_mirror(reply.client, version, got.mask)
-                mirrors[str(reply.client)] = version
-            elif got.mask is not None and got.mask.all():
-                mirrors.pop(str(reply.client), None)
-        return replace(self.progress, versions=versions, mirrors=mirrors)
-
-    def _mirrors(self, got: server.Accepted) -> bool:
-        """Say whether the server needs this mask again: for slices and for refinement, not for FedPM's samples."""
-        return (self.recipe.down == "slice" or self.world.study.refine.rounds > 0) and not (
-            got.mask is None or got.mask.all()
-        )
-
-    def _summary(
-        self, step: Step, clients: Sequence[int], accepted: Sequence[tuple[Reply, server.Accepted]],
-        rows: Sequence[Row], failed: list[dict[str, Any]],
-    ) -> dict[str, Any]:  # fmt: skip
-        seen = [a.record["val_accuracy"] for _, a in accepted if "val_accuracy" in a.record]
-        return {
-            "round": step.round,
-            "phase": step.phase,
-            "clients": list(clients),
-            "val_accuracy": float(np.mean(seen)) if seen else None,
-            "up_bytes": sum(r.payload_bytes for r in rows if r.receiver == "server"),
-            "down_bytes": sum(r.payload_bytes for r in rows if r.sender == "server"),
-            "failed": failed,
-        }
-
     def _commit(
-        self, step: Step, index: int, progress: Progress, rows: Sequence[Row],
-        accepted: Sequence[tuple[Reply, server.Accepted]], summary: dict[str, Any],
-        answers: Sequence[Reply | Failure], began: float,
-    ) -> None:  # fmt: skip
-        metrics = [row for _, a in accepted for row in a.record.get("rows", [])]
-        times = [_time_row(step, a) for a in answers]
-        times.append({"round": step.round, "phase": step.phase, "client": None, "seconds": time.perf_counter() - began})
+        self, step: Step, index: int, progress: Progress, visits: Visits, summary: dict[str, Any], began: float
+    ) -> None:
+        versions, mirrors = {**progress.versions, **visits.versions}, dict(progress.mirrors)
+        for client, version in visits.mirrors.items():
+            mirrors.pop(client, None)
+            if version is not None:
+                mirrors[client] = version
+        whole = {"round": step.round, "phase": step.phase, "client": None, "seconds": time.perf_counter() - began}
         self.folder.save_params(f"theta-{index}", self.theta)
         if step.phase == "federate" and f"theta_g@{step.round}" in self.anchors:
             self.folder.save_params(f"theta_g@{step.round}", self.theta)
         lengths = {
-            "ledger": self.folder.append("ledger", rows),
+            "ledger": self.folder.append("ledger", visits.rows),
             "rounds": self.folder.append("rounds", [summary]),
-            "metrics": self.folder.append("metrics", metrics),
-            "times": self.folder.append("times", times),
+            "metrics": self.folder.append("metrics", visits.metrics),
+            "times": self.folder.append("times", [*visits.times, whole]),
         }
-        self.progress = replace(progress, step=index + 1, theta=f"theta-{index}", lengths=lengths)
+        self.progress = replace(
+            progress, step=index + 1, theta=f"theta-{index}", lengths=lengths, versions=versions, mirrors=mirrors
+        )
         self.folder.commit(self.progress)
         self.folder.drop_params([self.progress.theta, *self.anchors])
-        for reply, _ in accepted:
-            self.folder.clients.drop_others(reply.client, self.progress.versions[str(reply.client)])
-            self.folder.mirrors.drop_others(reply.client, self.progress.mirrors.get(str(reply.client), ""))
+        self.folder.clients.tidy(_owners(versions))
+        self.folder.mirrors.tidy(_owners(mirrors))
 
 
-def _time_row(step: Step, answer: Reply | Failure) -> dict[str, Any]:
-    row: dict[str, Any] = {"round": step.round, "phase": step.phase, "client": answer.client, "worker": answer.worker}
-    if isinstance(answer, Reply):
-        row |= {"seconds": answer.seconds, "device": answer.device}
-    return row
+def _owners(versions: Mapping[str, str]) -> dict[str, set[int]]:
+    """Return the clients whose current version each version is."""
+    found: dict[str, set[int]] = {}
+    for client, version in versions.items():
+        found.setdefault(version, set()).add(int(client))
+    return found
+
+
+def _summary(visits: Visits) -> dict[str, Any]:
+    return {
+        "round": visits.stage.round,
+        "phase": visits.stage.phase,
+        "clients": list(visits.clients),
+        "val_accuracy": float(np.mean(visits.seen)) if visits.seen else None,
+        "up_bytes": sum(r.payload_bytes for r in visits.rows if r.receiver == "server"),
+        "down_bytes": sum(r.payload_bytes for r in visits.rows if r.sender == "server"),
+        "failed": visits.failed,
+    }
 
 
 def _line(summary: dict[str, Any], done: int, total: int, seconds: float) -> str:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from fedlth import config, ledger, store
 from fedlth.errors import StudyError
+from fedlth.packs import Packs
 from fedlth.params import Params
 
 LOGS = ("ledger", "rounds", "metrics", "times")
@@ -38,13 +40,20 @@ class RunFolder:
 
     root: Path
 
-    @property
-    def clients(self) -> store.Store:
-        return store.Store(self.root / "state")
+    @cached_property
+    def clients(self) -> Packs:
+        """The clients' states, where the driver keeps them."""
+        return Packs(self.root / "state")
 
     @property
-    def mirrors(self) -> store.Store:
-        return store.Store(self.root / "server")
+    def devices(self) -> store.Store:
+        """The states of clients that keep their own, where they share this machine."""
+        return store.Store(self.root / "devices")
+
+    @cached_property
+    def mirrors(self) -> Packs:
+        """The server's copies of the clients' last committed masks."""
+        return Packs(self.root / "server")
 
     def log(self, name: str) -> Path:
         return self.root / f"{name}.jsonl"
@@ -109,8 +118,9 @@ class RunFolder:
             return None
         return np.unpackbits(store.unpack(data)[0]["mask"], count=size).astype(bool)
 
-    def put_mirror(self, client: int, version: str, mask: np.ndarray) -> None:
-        self.mirrors.put(client, version, store.pack({"mask": np.packbits(mask)}))
+    def packed_mask(self, mask: np.ndarray) -> bytes:
+        """Return a mask as `mirror` reads it."""
+        return store.pack({"mask": np.packbits(mask)})
 
     @contextmanager
     def locked(self) -> Iterator[None]:

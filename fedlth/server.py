@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from fedlth import rng
 from fedlth.jobs import Message, Reply
-from fedlth.ledger import Row, party
-from fedlth.methods.aggregate import Contribution
+from fedlth.methods.aggregate import Aggregate, Contribution
 from fedlth.methods.recipe import Recipe
 from fedlth.params import Layout, Params
-from fedlth.wire import mask as bitmap
 from fedlth.wire import metrics, payload
 from fedlth.wire.codec import RAW, Codec
 from fedlth.wire.errors import PayloadError
@@ -36,10 +36,15 @@ def broadcast(kind: str, name: str, theta: Params, layout: Layout, codec: Codec 
     return Message(kind, name, payload.encode(kind, layout, content, codec=codec), broadcast=True)
 
 
-def slice_for(name: str, theta: Params, layout: Layout, mask: np.ndarray, codec: Codec = RAW) -> Message:
-    """Encode what a client's last committed mask holds; the client has that mask, so no bits of it are sent."""
-    content = Content(mask, theta.masked(mask).floats, theta.ints)
-    return Message("values", name, payload.encode("values", layout, content, codec=codec, known_mask=mask))
+def slice_for(
+    name: str, theta: Params, layout: Layout, mask: np.ndarray, codec: Codec = RAW, *, alone: bool = False
+) -> Message:
+    """Encode what a client's last committed mask holds; the client has that mask, so no bits of it are sent.
+
+    `alone` sends the mask too, to a client that has lost it.
+    """
+    content, known = Content(mask, theta.masked(mask).floats, theta.ints), None if alone else mask
+    return Message("values", name, payload.encode("values", layout, content, codec=codec, known_mask=known))
 
 
 @dataclass(frozen=True)
@@ -103,50 +108,14 @@ def _check_record(record: dict[str, Any], client: int) -> None:
         raise PayloadError(f"rows must be records of client {client}")
 
 
-def rows_down(
-    round: int, phase: str, client: int, inbox: Sequence[Message], mask: np.ndarray | None, framed: int | None
-) -> list[Row]:
-    """Return the ledger rows of what a client was sent; the frame's bytes stand on the first.
-
-    `mask` is the one that the client's own slice holds; broadcasts and evaluation copies are dense.
-    """
-    held = 1.0 if mask is None else float(mask.mean())
-    ticket = "" if mask is None or mask.all() else bitmap.digest(mask)
-    return [
-        Row(
-            round=round, phase=phase, sender=party(None), receiver=party(client), kind=m.kind, name=m.name,
-            payload_bytes=len(m.payload), framed_bytes=framed if i == 0 else None, broadcast=m.broadcast,
-            density=1.0 if m.broadcast else held, ticket="" if m.broadcast else ticket,
-        )
-        for i, m in enumerate(inbox)
-    ]  # fmt: skip
-
-
-def rows_up(round: int, phase: str, reply: Reply, mask: np.ndarray | None, status: str, sends: str) -> list[Row]:
-    """Return the ledger rows of what a client sent, with the density and the name of the mask it carried."""
-    return [
-        Row(
-            round=round, phase=phase, sender=party(reply.client), receiver=party(None), kind=m.kind, name=m.name,
-            payload_bytes=len(m.payload), framed_bytes=reply.framed_up_bytes if i == 0 else None, status=status,
-            density=float(mask.mean()) if mask is not None and m.kind == sends else 1.0,
-            ticket="" if mask is None or m.kind != sends or mask.all() else bitmap.digest(mask),
-        )
-        for i, m in enumerate(reply.outbox)
-    ]  # fmt: skip
-
-
-def row_failed(round: int, phase: str, client: int, kind: str) -> Row:
-    """Return the row of an answer that never came."""
-    return Row(
-        round=round, phase=phase, sender=party(client), receiver=party(None), kind="none", name="", payload_bytes=0,
-        status=f"failed: {kind}",
-    )  # fmt: skip
-
-
 def aggregate(
-    recipe: Recipe, rule: Callable[..., Params], theta: Params, contributions: Sequence[Contribution], layout: Layout
-) -> Params:
-    """Join in client order; with no valid reply the old state stays."""
-    if not contributions:
-        return theta
-    return rule(theta, sorted(contributions, key=lambda c: c.client), layout)
+    rule: Aggregate, theta: Params, contributions: Iterable[Contribution], layout: Layout
+) -> tuple[Params, bool]:
+    """Join in the order in which they come; with none the old state stays. Says also whether there was none."""
+    stream = iter(contributions)
+    first = next(stream, None)
+    if first is None:
+        return theta, True
+    joined = rule(theta, chain((first,), stream), layout)
+    deque(stream, maxlen=0)  # a rule that stops early must not stop the visits
+    return joined, False

@@ -44,7 +44,7 @@ def start(study: Study, out: Path, engine: Engine, tell: Tell) -> RunFolder:
     with folder.locked():
         folder.create(study)
         tell(f"run folder: {out}")
-        _write_header(folder, study, world, engine, finished=False)
+        _write_header(folder, study, world, engine)
         return _go(folder, engine, tell)
 
 
@@ -71,7 +71,7 @@ def resume(out: Path, engine: Engine, tell: Tell) -> RunFolder:
             tell(f"{out}: has ended already")
             return folder
         if not header:
-            _write_header(folder, study, world, engine, finished=False)
+            _write_header(folder, study, world, engine)
         elif (header["data_digest"], header["partition_digest"]) != (world.dataset.digest(), world.splits.digest):
             raise StudyError(f"{out}: must go on with the data that it began with, got others")
         elif header["versions"] != versions():
@@ -90,7 +90,7 @@ def _go(folder: RunFolder, engine: Engine, tell: Tell) -> RunFolder:
     _finish(folder, loop)
     if folder.study().tensorboard:
         tensorboard.write(folder.root)
-    _write_header(folder, folder.study(), loop.world, engine, finished=True)
+    _write_header(folder, folder.study(), loop.world, engine, loop)
     return folder
 
 
@@ -105,14 +105,15 @@ def _finish(folder: RunFolder, loop: rounds.Loop) -> None:
     away = 0
     study, world = folder.study(), loop.world  # the world knows only what decides numbers, not names
     arm = "refined" if study.refine.rounds else kept_arm(study)
+    states = folder.devices if loop.engine.holds_state else folder.clients
     for client in range(study.clients.count):
         version = loop.progress.versions.get(str(client), "")
         if arm is None or not version:
             continue
-        if not folder.clients.path(client, version).exists():
+        if not states.has(client, version):
             away += 1
             continue
-        state = ClientState.from_bytes(folder.clients.get(client, version))
+        state = ClientState.from_bytes(states.get(client, version))
         if "ticket" not in state.masks:
             continue
         mask, values = state.masks["ticket"], state.vectors["ticket"]
@@ -131,10 +132,15 @@ def _finish(folder: RunFolder, loop: rounds.Loop) -> None:
     store.write_atomic(folder.root / "digests.json", json.dumps(record, indent=1).encode())
 
 
-def _write_header(folder: RunFolder, study: Study, world: World, engine: Engine, *, finished: bool) -> None:
+def _write_header(
+    folder: RunFolder, study: Study, world: World, engine: Engine, ended: rounds.Loop | None = None
+) -> None:
+    """Write what is true of the whole run; once it has `ended`, a dense download is that of its last global model."""
     recipe = recipe_of(study)
     layout = space(world, recipe)
-    dense = broadcast("values", "", world.shared_part(world.theta_0), world.exchange, CODECS[study.wire])
+    trained = ended is not None and recipe.federated and recipe.space == "weights"
+    theta = ended.theta if ended and trained else world.shared_part(world.theta_0)
+    dense = broadcast("values", "", theta, world.exchange, CODECS[study.wire])
     header: dict[str, Any] = {
         "format": 1,
         "study": study.study,
@@ -168,7 +174,7 @@ def _write_header(folder: RunFolder, study: Study, world: World, engine: Engine,
         "dense_payload_bytes": len(dense.payload),
         "dense_raw_bytes": 4 * world.exchange.num_floats + 8 * world.exchange.num_ints,
         "flops_forward_per_example": world.flops[""],
-        "finished": finished,
+        "finished": ended is not None,
     }
     store.write_atomic(folder.root / "header.json", json.dumps(header, indent=1).encode())
 

@@ -81,6 +81,10 @@ class Store:
     def put(self, client: int, version: str, data: bytes) -> None:
         write_atomic(self.path(client, version), data)
 
+    def has(self, client: int, version: str) -> bool:
+        """Say whether a version of this client's state lies here."""
+        return self.path(client, version).exists()
+
     def get(self, client: int, version: str) -> bytes | None:
         """Return a version's bytes; None for the empty version (no state yet)."""
         if not version:
@@ -94,6 +98,13 @@ class Store:
         except ValueError as error:
             raise StudyError(f"{path}: damaged: {error}") from error
         return data
+
+    def held(self, client: int, version: str) -> bytes | None:
+        """Return a version's bytes, None where a device has lost them: the step then asks for its download anew."""
+        try:
+            return self.get(client, version)
+        except StudyError:
+            return None
 
     def drop_others(self, client: int, keep: str) -> None:
         """Delete every version but the committed one."""

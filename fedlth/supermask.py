@@ -36,7 +36,7 @@ def learn(
     layout, sampled = bound.layout, lesson.rule == "bernoulli"
     bound.load(frozen)
     bound.module.train()
-    weights = _by_name(bound.flat.clone(), layout)
+    weights = _by_name(torch.from_numpy(frozen.floats).to(bound.device), layout)
     alive = None if lesson.alive.all() else torch.from_numpy(lesson.alive.astype(np.float32)).to(bound.device)
     torch.manual_seed(torch_seed)
     learned = torch.from_numpy(scores.copy()).to(bound.device).requires_grad_()

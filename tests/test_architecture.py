@@ -20,8 +20,8 @@ FLOORS: list[set[str]] = [
     {"tickets", "wire"},
     {"data", "models", "compute", "train", "supermask", "network", "world"},
     {"methods"},
-    {"client", "server", "runfolder", "tickets_file"},
-    {"rounds", "lab"},
+    {"client", "server", "uplink", "downlink", "entries", "runfolder", "packs", "tickets_file"},
+    {"visits", "rounds", "lab"},
     {"tensorboard", "session"},
     {"engines", "forecast", "tune", "api", "report", "catalogue", "cli", "__main__"},
 ]

@@ -269,3 +269,30 @@ def test_the_kernel_trains_what_the_reference_trains(parts: dict[str, Any]) -> N
     assert (found[0].mask != found[1].mask).sum() <= 2
     np.testing.assert_allclose(found[0].params.floats, found[1].params.floats, atol=0.3)
     assert np.median(np.abs(found[0].params.floats - found[1].params.floats)) < 1e-5
+
+
+def test_early_bird_draws_whole_channels_once_their_scales_have_settled() -> None:
+    parts = {
+        "score": "gamma", "granularity": "row", "schedule": "one_shot", "scope": "global", "rewind": "none",
+        "gate": {"name": "early_bird", "most": 12}, "densities": [0.67],
+    }  # fmt: skip
+    made = tiny.study(finder=parts, **NORMED)
+    step, (one,) = tickets(made)
+    looks = one.search_epochs  # one epoch a look
+    assert 5 <= looks < 12, "five masks at the least, and not because time was up"
+    rows = one.mask.reshape(3, 9)
+    assert rows.all(axis=1).sum() == 2 and (~rows).all(axis=1).sum() == 1
+    gammas = next(e for e in step.local.world.layout.floats if e.norm and e.name.endswith("weight"))
+    dense = step.theta_g
+    for _ in range(looks):
+        dense = step.local.train(dense, plan=replace(step.plan, replay_lr=False), mask=step.local.full).params
+    scale = np.abs(dense.floats[gammas.slice])
+    assert not rows[int(np.argmin(scale))].any(), "the channel of the smallest scale goes"
+
+
+def test_the_random_control_has_its_dead_at_zero_whatever_the_tickets_hold() -> None:
+    step = step2_of(resolve(study("dead", "init", personalise={"arms": ["ticket", "random"]}))[0])
+    size = step.local.full.size
+    for one in ARMS["random"](step):
+        assert not one.held and not one.params.floats[:size][~one.mask].any()
+    assert all(one.held for one in ARMS["ticket"](step))

@@ -25,7 +25,7 @@ class Counting:
     `lose` gives no answer of a client in a phase, `damage` breaks what a client sends.
     """
 
-    name, holds_state = "inprocess", False
+    name, holds_state, at_once = "inprocess", False, 2
 
     def __init__(self, *, lose: tuple[str, int] = ("", -1), damage: tuple[str, int] = ("", -1)) -> None:
         self.lose, self.damage = lose, damage

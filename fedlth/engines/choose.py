@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from fedlth import session
 from fedlth.config import Study
+from fedlth.engines.forked import Forked, usable_cpus
 from fedlth.engines.inprocess import InProcess
 from fedlth.jobs import Engine
 
@@ -30,4 +32,8 @@ def _engine(study: Study) -> Engine:
         from fedlth.engines.ray import RayEngine
 
         return RayEngine(study.ray, job_timeout_s=study.job_timeout_s, device=study.device)
-    return InProcess()
+    size = usable_cpus() if study.workers == "auto" else study.workers
+    # CUDA does not survive a fork, and only Linux forks a process that has used its libraries safely.
+    if size == 1 or study.device != "cpu" or sys.platform != "linux":
+        return InProcess()
+    return Forked(size, job_timeout_s=study.job_timeout_s)

@@ -21,11 +21,14 @@ for _name, _value in (
 ):
     os.environ.setdefault(_name, _value)
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict  # noqa: E402
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict  # noqa: E402
 from flwr.clientapp import ClientApp  # noqa: E402
 from flwr.serverapp import Grid, ServerApp  # noqa: E402
 from flwr.simulation import run_simulation  # noqa: E402
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects  # noqa: E402
+from flwr.supercore.inflatable.inflatable_object import (  # noqa: E402
+    get_all_nested_objects,
+    no_object_id_recompute,
+)
 
 from fedlth.client import client_step  # noqa: E402
 from fedlth.config import Study  # noqa: E402
@@ -33,7 +36,7 @@ from fedlth.engines import flower_client  # noqa: E402
 from fedlth.engines.flower_client import Step  # noqa: E402
 from fedlth.engines.flower_engine import Back, FlowerEngine, Sent  # noqa: E402
 from fedlth.engines.flower_nodes import Tell  # noqa: E402
-from fedlth.engines.flower_record import BODY, HEAD, View  # noqa: E402
+from fedlth.engines.flower_record import BODY, CHUNKED, HEAD, View  # noqa: E402
 from fedlth.engines.flower_session import Task, interruptible, task_of  # noqa: E402
 from fedlth.errors import StudyError  # noqa: E402
 from fedlth.methods.resolve import resolve  # noqa: E402
@@ -80,15 +83,35 @@ def _back(reply: Message) -> Back:
 
 
 def _framed_bytes(message: Message) -> int:
-    return sum(len(part.deflate()) for part in get_all_nested_objects(message).values())
+    with no_object_id_recompute():  # or each object is serialised and hashed once for every object above it
+        return sum(len(part.deflate()) for part in get_all_nested_objects(message).values())
 
 
-def _content(records: Mapping[str, Mapping[str, Any]]) -> RecordDict:
-    return RecordDict({name: ConfigRecord(dict(record)) for name, record in records.items()})
+STYPE = "fedlth.1"  # no strategy of Flower's reads it, so that none takes a payload for weights
+
+
+def _content(records: View) -> RecordDict:
+    return RecordDict({name: _record(name, record) for name, record in records.items()})
+
+
+def _record(name: str, record: Mapping[str, Any]) -> ConfigRecord | ArrayRecord:
+    if not name.startswith(CHUNKED):
+        return ConfigRecord(dict(record))
+    return ArrayRecord({key: Array("uint8", (len(data),), STYPE, data) for key, data in record.items()})
 
 
 def _records(message: Message) -> dict[str, dict[str, Any]]:
-    return {name: dict(record) for name, record in message.content.config_records.items()}
+    """Return what a message holds as plain values; None stands where an array is none of ours."""
+    return {
+        name: {key: _plain(value) for key, value in dict(record).items()} for name, record in message.content.items()
+    }
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, Array):
+        return value
+    ours = (value.dtype, tuple(value.shape), value.stype) == ("uint8", (len(value.data),), STYPE)
+    return value.data if ours else None
 
 
 def make_client_app(out: str = "", *, restarts: bool = False, step: Step = client_step) -> ClientApp:

@@ -49,7 +49,7 @@ class Place:
         if self.state_dir is not None:
             return Store(self.state_dir / run)
         if self.out is not None and (self.out / "config.yaml").exists():
-            return Store(self.out / "state")
+            return Store(self.out / "devices")
         raise StudyError(
             f"node {self.partition}: the run folder is not on this machine, so the node needs a folder for its state: "
             f"""--node-config 'partition-id={self.partition} state-dir="/path"'"""
@@ -68,9 +68,10 @@ def _serve(order: Order, place: Place, step: Step) -> Reply | Failure:
     try:
         _check(order, place)
         store = place.store(order.run)
-        state = store.get(job.client, job.version)
+        state = store.held(job.client, job.version)
         # Before the step, so that a step that comes late deletes nothing that a later one wrote.
-        store.drop_others(job.client, job.version)
+        if state is not None or not job.version:
+            store.drop_others(job.client, job.version)
     except (ValueError, StudyError, OSError) as error:
         return Failure(round=job.round, client=job.client, kind="raised", reason=one_line(error))
     answer = bounded(step, replace(job, state=state), order.timeout_s)

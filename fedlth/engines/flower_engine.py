@@ -61,6 +61,7 @@ class FlowerEngine:
 
     name = "flower"
     holds_state = True
+    at_once = 256  # nodes answer at their own pace: a part ends with its slowest
 
     def __init__(
         self, transport: Transport, *, study: Study, out: Path, tell: Tell, wait_s: float, stop: threading.Event
@@ -93,17 +94,19 @@ class FlowerEngine:
     def _answer(self, job: Job, sent: Sent | None, back: Back | None) -> Reply | Failure:
         if sent is None:
             return _failure(job, "lost", "no SuperNode serves this client now")
+        answer, up = self._read(job, back)
+        return replace(answer, framed_down_bytes=sent.framed_bytes, framed_up_bytes=up)
+
+    def _read(self, job: Job, back: Back | None) -> tuple[Reply | Failure, int | None]:
+        """Return the answer, and the bytes of the message that brought it."""
         if back is None:
-            return _failure(job, "lost", f"no answer for {self._timeout_s + GRACE_S:g} s")
-        if back.records is None:
-            return _failure(job, _kind(back.code, back.reason), f"Flower error {back.code}: {back.reason}")
+            return _failure(job, "lost", f"no answer for {self._timeout_s + GRACE_S:g} s"), None
+        if back.records is None:  # Flower made this up at our end: nothing came
+            return _failure(job, _kind(back.code, back.reason), f"Flower error {back.code}: {back.reason}"), None
         try:
-            answer = to_answer(back.records, job)
+            return to_answer(back.records, job), back.framed_bytes
         except ValueError as error:
-            return _failure(job, "raised", f"unreadable answer: {error}")
-        if isinstance(answer, Failure):
-            return answer
-        return replace(answer, framed_down_bytes=sent.framed_bytes, framed_up_bytes=back.framed_bytes)
+            return _failure(job, "raised", f"unreadable answer: {error}"), back.framed_bytes
 
     def _exchange(self, sent: Sequence[Sent]) -> dict[str, Back]:
         """Collect until all have answered, or none has for the time that one step may take.

@@ -1,19 +1,26 @@
-"""Jobs and answers as Flower records: one small JSON head, and one record a payload. Nothing here imports Flower."""
+"""Jobs and answers as Flower records: one small JSON head, and the payloads. Nothing here imports Flower."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedlth.jobs import Failure, Job, Message, Reply
 
-# A record of records, as a Flower message carries it. A payload has a record of its own, because Flower stores equal
-# records once: a broadcast then lies on the SuperLink once, whatever the number of clients.
+# A record of records, as a Flower message carries it. Where a payload lies (benchmarks/flower_framing.py measures it):
+# - one client's own in the head's record, which costs 12 to 18 B;
+# - a broadcast in a record of its own ("p0"), 240 B: Flower stores equal objects once, so that it lies on the SuperLink
+#   once for all clients, and from two clients and 500 B on that is less;
+# - a large one as an array ("a0"), 670 B, which Flower cuts into chunks of 5 MiB: a record of that size is encoded in
+#   2 to 10 times the CPU, and takes 6 times its size in memory.
 Records = dict[str, dict[str, str | bytes]]
 View = Mapping[str, Mapping[str, Any]]
-HEAD, BODY = "head", "b"
+HEAD, BODY, OWN, CHUNKED = "head", "b", "p", "a"
+CHUNKED_ABOVE = 1_000_000
+LONGEST_HEAD, MOST_MESSAGES, LONGEST_NAME = 1 << 19, 16, 100
 KINDS = ("raised", "died", "hung", "memory", "lost")
 
 
@@ -43,7 +50,7 @@ def to_order(records: View) -> Order:
         study=_field(head, "study", str), phase=_field(head, "phase", str), round=_field(head, "round", int),
         client=_field(head, "client", int), version=_field(head, "version", str), inbox=inbox,
     )  # fmt: skip
-    return Order(job, _field(head, "run", str), float(_field(head, "timeout_s", (int, float))))
+    return Order(job, _field(head, "run", str), _seconds(head, "timeout_s"))
 
 
 def of_answer(answer: Reply | Failure) -> Records:
@@ -59,36 +66,59 @@ def to_answer(records: View, job: Job) -> Reply | Failure:
     head, outbox = _unpack(records)
     named = _field(head, "round", int), _field(head, "client", int)
     if named != (job.round, job.client):
-        raise ValueError(f"answers round {named[0]} of client {named[1]}, not round {job.round} of {job.client}")
-    worker = _field(head, "worker", str)[:100]
+        raise ValueError(f"answers another job than round {job.round} of client {job.client}")
+    worker = _line(_field(head, "worker", str), 100)
     if "kind" in head:
         kind = _field(head, "kind", str)
         if kind not in KINDS:
-            raise ValueError(f"failure kind must be one of {', '.join(KINDS)}, got {kind[:40]!r}")
-        reason = " ".join(_field(head, "reason", str).split())[:300]
+            raise ValueError(f"failure kind must be one of {', '.join(KINDS)}, got {_line(kind, 40)!r}")
+        reason = _line(_field(head, "reason", str), 300)
         return Failure(round=job.round, client=job.client, kind=kind, reason=reason, worker=worker)
     return Reply(
-        round=job.round, client=job.client, outbox=outbox, worker=worker,
-        seconds=float(_field(head, "seconds", (int, float))), device=_field(head, "device", str)[:100],
+        round=job.round, client=job.client, outbox=outbox, worker=worker, seconds=_seconds(head, "seconds"),
+        device=_line(_field(head, "device", str), 100),
     )  # fmt: skip
 
 
 def _pack(head: Mapping[str, Any], messages: Sequence[Message]) -> Records:
     parts = [[m.kind, m.name, m.broadcast] for m in messages]
     records: Records = {HEAD: {BODY: json.dumps({**head, "messages": parts}, sort_keys=True)}}
-    return records | {f"p{i}": {BODY: m.payload} for i, m in enumerate(messages)}
+    for i, message in enumerate(messages):
+        record, key = _place(i, message)
+        records.setdefault(record, {})[key] = message.payload
+    return records
+
+
+def _place(i: int, message: Message) -> tuple[str, str]:
+    if len(message.payload) > CHUNKED_ABOVE:
+        return f"{CHUNKED}{i}", BODY
+    return (f"{OWN}{i}", BODY) if message.broadcast else (HEAD, str(i))
 
 
 def _unpack(records: View) -> tuple[dict[str, Any], tuple[Message, ...]]:
+    """Return the head and the messages; each payload must lie in one place, and nothing else may come along."""
     try:
-        head = json.loads(_field(records[HEAD], BODY, str))
+        text = _field(records[HEAD], BODY, str)
+        if len(text) > LONGEST_HEAD:
+            raise ValueError(f"a head of {len(text)} characters, at most {LONGEST_HEAD} are read")
+        head = dict(json.loads(text))
+        parts = _field(head, "messages", list)
+        if len(parts) > MOST_MESSAGES:
+            raise ValueError(f"{len(parts)} payloads, at most {MOST_MESSAGES} are read")
+        left = {(record, key) for record, held in records.items() for key in held} - {(HEAD, BODY)}
         messages = []
-        for i, (kind, name, broadcast) in enumerate(head["messages"]):
+        for i, (kind, name, broadcast) in enumerate(parts):
             if (type(kind), type(name), type(broadcast)) != (str, str, bool):
                 raise TypeError("a message's kind and name must be text")
-            messages.append(Message(kind, name, _field(records[f"p{i}"], BODY, bytes), broadcast))
-        return dict(head), tuple(messages)
-    except (KeyError, TypeError, ValueError) as error:
+            if max(len(kind), len(name)) > LONGEST_NAME or not (kind + name).isprintable():
+                raise ValueError("a message's kind or name is no name")
+            (at,) = left & {(HEAD, str(i)), (f"{OWN}{i}", BODY), (f"{CHUNKED}{i}", BODY)}
+            left.remove(at)
+            messages.append(Message(kind, name, _field(records[at[0]], at[1], bytes), broadcast))
+        if left or not all(records.values()):
+            raise ValueError("holds what the head does not name")
+        return head, tuple(messages)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"not a fedlth message: {type(error).__name__}: {error}") from error
 
 
@@ -97,3 +127,16 @@ def _field(of: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> A
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f"{name} is missing or of the wrong type")
     return value
+
+
+def _seconds(head: Mapping[str, Any], name: str) -> float:
+    """Return a finite number: JSON text may say NaN, or a whole number that no float holds."""
+    value = _field(head, name, (int, float))
+    if not (isinstance(value, float) or abs(value) < 2**53) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number")
+    return float(value)
+
+
+def _line(text: str, longest: int) -> str:
+    """Return one line that a terminal or a file takes: no control characters, no half of a surrogate pair."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text[: 4 * longest].split()))[:longest]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fedlth.client import client_step
-from fedlth.jobs import Failure, Job, Reply
+from fedlth.jobs import AT_ONCE, Failure, Job, Reply
 
 
 def one_line(error: BaseException) -> str:
@@ -31,6 +31,7 @@ class InProcess:
 
     name: str = "inprocess"
     holds_state: bool = False
+    at_once: int = AT_ONCE
 
     def map(self, jobs: Sequence[Job], /) -> list[Reply | Failure]:
         return [attempt(client_step, job) for job in jobs]

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlth import config
+from fedlth.engines.pool import Limits, Pool
 from fedlth.engines.ray_placement import count, share_of
-from fedlth.engines.ray_pool import Limits, Pool
-from fedlth.engines.ray_worker import Worker
-from fedlth.jobs import Failure, Job, Reply
+from fedlth.engines.worker import Worker
+from fedlth.jobs import AT_ONCE, Failure, Job, Reply
 
 if TYPE_CHECKING:
     from fedlth.engines.ray_cluster import Cluster
@@ -40,6 +40,7 @@ class RayEngine:
         start_timeout_s: float = START_S,
     ) -> None:
         self.settings, self.limits = ray, Limits(start_timeout_s, job_timeout_s)
+        self.at_once = max(AT_ONCE, 4 * ray.workers)
         self.share = share_of(ray, device=device, total_memory_mb=_smallest_gpu_mb)
         self._opened: tuple[Cluster, Pool] | None = None
 
@@ -78,7 +79,7 @@ class RayEngine:
         def spawn() -> object:
             return cluster.spawn(Worker, cpus=share.cpus, gpu=share.asked_gpu, path=path)
 
-        return cluster, Pool(cluster, size, spawn=spawn, given=given, limits=limits)
+        return cluster, Pool(cluster, size, name="ray", spawn=spawn, given=given, limits=limits)
 
 
 def _own_path() -> list[str]:

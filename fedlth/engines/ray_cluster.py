@@ -17,6 +17,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import ray
 from ray import exceptions
 
+from fedlth.engines.pool import Lost
 from fedlth.errors import StudyError
 
 CONNECT_S = 10.0
@@ -28,14 +29,6 @@ ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-
-
-@dataclass(frozen=True)
-class Lost:
-    """A call that gave no value: kind is died, memory or raised."""
-
-    kind: str
-    reason: str
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,10 @@ class Contribution:
 
 class Aggregate(Protocol):
     def __call__(self, old: Params, contributions: Iterable[Contribution], layout: Layout, /) -> Params:
-        """Return the new global state. `old` and the contents lie in `layout`; sums are float64, cast once."""
+        """Return the new global state. `old` and the contents lie in `layout`; sums are float64, cast once.
+
+        Contributions come one by one, in client order, while clients are still at work: take each once and let it go.
+        """
         ...
 
 
@@ -33,13 +36,9 @@ def _floats(content: Content) -> np.ndarray:
     return content.floats
 
 
-def _ints(old: Params, contributions: list[Contribution]) -> np.ndarray:
+def _largest(ints: np.ndarray, content: Content) -> np.ndarray:
     """Counters (BatchNorm's num_batches_tracked) take the largest: a mean of counts counts nothing."""
-    ints = old.ints
-    for c in contributions:
-        if c.content.ints is not None:
-            ints = np.maximum(ints, c.content.ints)
-    return ints
+    return ints if content.ints is None else np.maximum(ints, content.ints)
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,12 @@ class FedAvg:
     """
 
     def __call__(self, old: Params, contributions: Iterable[Contribution], layout: Layout, /) -> Params:
-        got = list(contributions)
-        total = sum(c.num_examples for c in got)
-        mean = np.zeros(layout.num_floats)
-        for c in got:
-            mean += _floats(c.content).astype(np.float64) * (c.num_examples / total)
-        return Params(mean.astype(np.float32), _ints(old, got))
+        total, examples, ints = np.zeros(layout.num_floats), 0, old.ints
+        for c in contributions:
+            total += _floats(c.content).astype(np.float64) * c.num_examples
+            examples += c.num_examples
+            ints = _largest(ints, c.content)
+        return Params((total / examples).astype(np.float32), ints)
 
 
 @dataclass(frozen=True)
@@ -70,17 +69,17 @@ class CountMean:
     weighted: bool = False
 
     def __call__(self, old: Params, contributions: Iterable[Contribution], layout: Layout, /) -> Params:
-        got = list(contributions)
-        total, weight = np.zeros(layout.num_floats), np.zeros(layout.num_floats)
-        for c in got:
+        total, weight, ints = np.zeros(layout.num_floats), np.zeros(layout.num_floats), old.ints
+        for c in contributions:
             share = float(c.num_examples) if self.weighted else 1.0
             covered = np.ones(layout.num_floats)
             covered[: layout.num_prunable] = c.content.mask
             total += _floats(c.content).astype(np.float64) * covered * share
             weight += covered * share
+            ints = _largest(ints, c.content)
         rest = old.floats.astype(np.float64) if self.uncovered == "keep" else np.zeros(layout.num_floats)
         mean = np.divide(total, weight, out=rest, where=weight > 0)
-        return Params(mean.astype(np.float32), _ints(old, got))
+        return Params(mean.astype(np.float32), ints)
 
 
 @dataclass(frozen=True)
@@ -88,13 +87,15 @@ class Intersection:
     """Mean only where every contributor holds the coordinate; elsewhere the old value stays (Hermes, MobiCom 2021)."""
 
     def __call__(self, old: Params, contributions: Iterable[Contribution], layout: Layout, /) -> Params:
-        got = list(contributions)
         total, everyone = np.zeros(layout.num_floats), np.ones(layout.num_floats, bool)
-        for c in got:
+        count, ints = 0, old.ints
+        for c in contributions:
             total += _floats(c.content)
             everyone[: layout.num_prunable] &= c.content.mask
-        mean = np.where(everyone, total / len(got), old.floats)
-        return Params(mean.astype(np.float32), _ints(old, got))
+            count += 1
+            ints = _largest(ints, c.content)
+        mean = np.where(everyone, total / count, old.floats)
+        return Params(mean.astype(np.float32), ints)
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,9 @@ class MaskMean:
     clamp: float = 0.01
 
     def __call__(self, old: Params, contributions: Iterable[Contribution], layout: Layout, /) -> Params:
-        got = list(contributions)
-        ones = np.zeros(layout.num_prunable)
-        for c in got:
+        ones, count = np.zeros(layout.num_prunable), 0
+        for c in contributions:
             ones += c.content.mask
-        theta = np.clip(ones / len(got), self.clamp, 1 - self.clamp)
+            count += 1
+        theta = np.clip(ones / count, self.clamp, 1 - self.clamp)
         return Params(np.log(theta / (1 - theta)).astype(np.float32), old.ints)

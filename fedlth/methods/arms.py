@@ -93,8 +93,9 @@ def random_ticket(step: Step2) -> Iterator[Result]:
         accuracy = {name: step.local.val_accuracy(params) for name, params in trained.items()}
         best = max(accuracy, key=lambda name: accuracy[name])
         yield replace(
-            found, params=trained[best], mask=mask, start=best, search_epochs=2 * step.plan.epochs, flops=step.spent(at)
-        )
+            found, params=trained[best], mask=mask, start=best, search_epochs=2 * step.plan.epochs,
+            flops=step.spent(at), held=False,
+        )  # fmt: skip
 
 
 def own(step: Step2) -> Iterator[Result]:

@@ -18,6 +18,7 @@ from fedlth.tickets.rewind import REWINDS, ToInit
 from fedlth.tickets.schedule import SCHEDULES
 from fedlth.tickets.scope import SCOPES
 from fedlth.tickets.score import SCORES
+from fedlth.wire.codec import CODECS
 
 SEARCHING = {"local", "ticket", "ticket_0", "one_shot", "global_mask", "random", "dense_total"}
 KEPT_FIRST = ("ticket", "own_tuned", "dense", "local")
@@ -82,6 +83,8 @@ def resolve(study: Study) -> tuple[Study, list[str]]:
         raise StudyError(
             "refine.rounds: must be 0 for a method without the arm `ticket` and federated rounds of weights"
         )
+    if CODECS[study.wire].feedback and not (recipe.federated and recipe.visit.sends == "values"):
+        raise StudyError(f"wire: must not be {study.wire} for a method that sends no values up, as {recipe.name}")
     if study.refine.rounds and (finder.dead.holds or not getattr(finder.rewind, "trains", True)):
         raise StudyError(
             "refine.rounds: must be 0 where dead weights are not zero or tickets are frozen: refinement trains "

@@ -23,6 +23,14 @@ class ClientState:
         """Return a copy with some masks and vectors replaced."""
         return replace(self, masks={**self.masks, **(masks or {})}, vectors={**self.vectors, **(vectors or {})})
 
+    def without(self, name: str) -> ClientState:
+        """Return a copy without the mask and the vector of this name."""
+        return replace(
+            self,
+            masks={k: v for k, v in self.masks.items() if k != name},
+            vectors={k: v for k, v in self.vectors.items() if k != name},
+        )
+
     def to_bytes(self) -> bytes:
         arrays = {f"mask.{k}": np.packbits(v) for k, v in self.masks.items()}
         arrays |= {f"vector.{k}": v for k, v in self.vectors.items()}

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedlth.report.bytes import SERVER, Flow, Frames, Traffic, flow, frames, traffic
 from fedlth.report.facts import Facts
-from fedlth.report.presets import PRESETS, Claim, Preset, entropy, sizes_of
+from fedlth.report.presets import PRESETS, Claim, Preset, sizes_of
 from fedlth.report.rows import LedgerRow
 from fedlth.report.summary import WIDTH, aligned
 from fedlth.report.tables import Table
@@ -27,13 +27,25 @@ class Spread:
 
 @dataclass(frozen=True)
 class Masks:
-    """Uploaded masks: how many, as bitmaps, and n H(p) of each under one density for all layers.
+    """Uploaded sparse masks: how many, as sent, as bitmaps, and the i.i.d. reference: the sum over layers of n H(p).
 
-    The latter is a reference for i.i.d. masks, never a minimum: trained masks, and a receiver's own mask, beat it.
+    The latter is a reference, never a minimum: trained masks, and a receiver's own mask, beat it.
     """
 
     messages: int
+    sent_bytes: int
     bitmap_bytes: int
+    iid_bytes: float
+
+
+@dataclass(frozen=True)
+class Coded:
+    """All messages of one coding: payload, mask section, value section, and the i.i.d. reference of their masks."""
+
+    messages: int
+    payload_bytes: int
+    mask_bytes: int
+    value_bytes: int
     iid_bytes: float
 
 
@@ -46,6 +58,7 @@ class Account:
     frames: Frames
     installs: Flow
     masks: Masks
+    codings: dict[str, Coded]
     dense_raw: Flow
     clients: dict[str, Spread]
     claims: tuple[tuple[Preset, Claim], ...]
@@ -56,24 +69,44 @@ def account(facts: Facts) -> Account:
     found = traffic(facts)
     first: dict[str, LedgerRow] = {}
     for row in facts.ledger:
-        if row.sender == SERVER and row.kind in ("values", "scores"):
+        if row.sender == SERVER and row.kind in ("install", "values", "scores"):
             first.setdefault(row.receiver, row)
     size = sizes_of(facts).prunable
     masked = [row for row in facts.ledger if row.receiver == SERVER and row.ticket]
+    codings: dict[str, list[LedgerRow]] = {}
+    for row in facts.ledger:
+        if row.coding:
+            codings.setdefault(row.coding, []).append(row)
     return Account(
         facts=facts,
         traffic=found,
         frames=frames(facts.ledger),
         installs=flow(first.values()),
-        masks=Masks(len(masked), len(masked) * math.ceil(size / 8), sum(size * entropy(r.density) for r in masked) / 8),
-        dense_raw=_dense(found, facts.header.dense_raw_bytes),
+        masks=Masks(
+            messages=len(masked),
+            sent_bytes=sum(row.mask_bytes for row in masked),
+            bitmap_bytes=len(masked) * math.ceil(size / 8),
+            iid_bytes=sum(row.iid_bytes or 0.0 for row in masked),
+        ),
+        codings={key: _coded(rows) for key, rows in sorted(codings.items())},
+        dense_raw=_dense(found, facts.header.dense_raw_bytes, facts.header.dense_raw_bytes),
         clients={key: _spread(found, key) for key in ("up_bytes", "down_bytes", "total_bytes")},
         claims=tuple((preset, preset(facts)) for preset in PRESETS),
     )
 
 
-def _dense(found: Traffic, size: int) -> Flow:
-    return Flow(found.dense_ups + found.dense_downs, found.dense_ups * size, found.dense_downs * size, 0)
+def _coded(rows: list[LedgerRow]) -> Coded:
+    return Coded(
+        messages=len(rows),
+        payload_bytes=sum(row.payload_bytes for row in rows),
+        mask_bytes=sum(row.mask_bytes for row in rows),
+        value_bytes=sum(row.value_bytes for row in rows),
+        iid_bytes=sum(row.iid_bytes or 0.0 for row in rows),
+    )
+
+
+def _dense(found: Traffic, up: int, down: int) -> Flow:
+    return Flow(found.dense_ups + found.dense_downs, found.dense_ups * up, found.dense_downs * down, 0)
 
 
 def _spread(found: Traffic, key: str) -> Spread:
@@ -101,7 +134,8 @@ def account_json(found: Account) -> dict[str, Any]:
         "by_client": {str(key): told(one) for key, one in wire.by_client.items()},
         "clients": {key: asdict(one) for key, one in found.clients.items()},
         "uploaded_masks": asdict(found.masks),
-        "dense_same_codec": told(_dense(wire, wire.dense_payload_bytes)),
+        "by_coding": {key: asdict(one) for key, one in found.codings.items()},
+        "dense_same_codec": told(_dense(wire, wire.dense_up_payload_bytes, wire.dense_payload_bytes)),
         "dense_raw": told(found.dense_raw),
         "presets": [claimed(preset, claim) for preset, claim in found.claims],
     }  # fmt: skip
@@ -122,10 +156,20 @@ def truth_table(found: Account) -> Table:
     rows += [row(f"kind: {kind}", one) for kind, one in wire.by_kind.items()]
     rows.append(row("of all: each client's first model", found.installs))
     rows.append(row("of all: refused or failed", wire.refused))
-    dense = _dense(wire, wire.dense_payload_bytes)
+    dense = _dense(wire, wire.dense_up_payload_bytes, wire.dense_payload_bytes)
     rows.append(row("dense, same visits, same codec", dense, messages=False))
     rows.append(row("dense, same visits, raw float32", found.dense_raw, messages=False))
     return Table("Bytes in the ledger", ("what", "messages", "up B", "down B", "both B", "% of all"), tuple(rows))
+
+
+def codings_table(found: Account) -> Table:
+    """Return what payloads are made of, by how they were coded; headers and checksums are the rest."""
+    rows = [
+        (key, *(f"{size:,.0f}" for size in (c.messages, c.mask_bytes, c.iid_bytes, c.value_bytes, c.payload_bytes)))
+        for key, c in found.codings.items()
+    ]
+    header = ("coding: mask + values", "messages", "mask B", "i.i.d. B", "values B", "payload B")
+    return Table("What payloads are made of", header, tuple(rows))
 
 
 def clients_table(found: Account) -> Table:
@@ -153,16 +197,25 @@ def account_text(found: Account) -> str:
     header, told, masks = found.facts.header, found.frames, found.masks
     parts = [f"{header.study} · {header.method} · seed {header.seed} · {len(found.traffic.by_client)} clients"]
     parts.append(aligned(truth_table(found)))
+    if found.traffic.dense_ups:
+        seen = found.traffic.dense_seen
+        source = (
+            f"the mean of the {seen} that this run sent" if seen else "as large as a model down: this run sent none"
+        )
+        parts.append(f"a dense update through the codec: {found.traffic.dense_up_payload_bytes:,} B, {source}")
     if told.frames:
-        parts.append(
-            f"as the transport framed it: {told.framed_bytes:,} B for {told.payload_bytes:,} B of payload "
+        text = (
+            f"as the transport framed it: up {told.framed_up_bytes:,} B for {told.payload_up_bytes:,} B of payload, "
+            f"down {told.framed_down_bytes:,} B for {told.payload_down_bytes:,} B "
             f"({told.frames} of {told.all_frames} frames told)"
         )
+        parts.append(fill(text, WIDTH))
     if masks.messages:
         parts.append(
-            f"{masks.messages} uploads name a sparse mask: {masks.bitmap_bytes:,} B as bitmaps, "
-            f"{masks.iid_bytes:,.0f} B i.i.d. reference (n H(p), one density a mask)"
+            f"{masks.messages} uploads name a sparse mask: {masks.sent_bytes:,} B as sent, "
+            f"{masks.bitmap_bytes:,} B as bitmaps, {masks.iid_bytes:,.0f} B i.i.d. reference (n H(p), by layer)"
         )
+    parts.append(aligned(codings_table(found)))
     parts.append(aligned(clients_table(found)))
     parts.append(aligned(claims_table(found)))
     lines = []

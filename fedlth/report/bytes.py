@@ -31,13 +31,21 @@ class Flow:
 class Frames:
     """What the transport told. A frame carries one visit's messages of one direction, of which one row has its size.
 
-    frames, payload_bytes: those whose size was told, and the payloads in them; all_frames: how many there were.
+    frames: those whose size was told; all_frames: how many there were. framed: bytes of the former as the transport
+    sent them; payload: bytes of the payloads in them.
     """
 
     frames: int
     all_frames: int
-    framed_bytes: int
-    payload_bytes: int
+    framed_up_bytes: int
+    framed_down_bytes: int
+    payload_up_bytes: int
+    payload_down_bytes: int
+
+    @property
+    def framed_bytes(self) -> int:
+        """Return both directions together."""
+        return self.framed_up_bytes + self.framed_down_bytes
 
 
 @dataclass(frozen=True)
@@ -56,8 +64,9 @@ class Traffic:
 
     unicast: every message counts. once: a payload broadcast to many receivers counts once a round and sender.
     framed_bytes: as the transport sent it, None unless every frame's size was told. dense_bytes: what dense FedAvg
-    would have moved for the same visits through the same codec: one dense model down and one up for each visit in
-    federated rounds, one down (the final model) for each visit that only personalises.
+    would have moved for the same visits through the same codec: one dense model down and one dense update up for each
+    visit in federated rounds, one down for each visit that only personalises. A dense update is the mean of those
+    that this run did send (dense_seen of them); with none, it counts as much as a dense model down.
     """
 
     unicast: Flow
@@ -71,11 +80,13 @@ class Traffic:
     dense_ups: int
     dense_downs: int
     dense_payload_bytes: int
+    dense_up_payload_bytes: int
+    dense_seen: int
 
     @property
     def dense_up_bytes(self) -> int:
         """Return what dense uploads would have moved."""
-        return self.dense_ups * self.dense_payload_bytes
+        return self.dense_ups * self.dense_up_payload_bytes
 
     @property
     def dense_down_bytes(self) -> int:
@@ -114,11 +125,15 @@ def frames(rows: Iterable[LedgerRow]) -> Frames:
         if row.payload_bytes or row.framed_bytes is not None:
             held.setdefault((row.round, row.phase, row.sender, row.receiver), []).append(row)
     told = [inner for inner in held.values() if any(row.framed_bytes is not None for row in inner)]
+    ups = [row for inner in told for row in inner if row.receiver == SERVER]
+    downs = [row for inner in told for row in inner if row.receiver != SERVER]
     return Frames(
         frames=len(told),
         all_frames=len(held),
-        framed_bytes=sum(row.framed_bytes or 0 for inner in told for row in inner),
-        payload_bytes=sum(row.payload_bytes for inner in told for row in inner),
+        framed_up_bytes=sum(row.framed_bytes or 0 for row in ups),
+        framed_down_bytes=sum(row.framed_bytes or 0 for row in downs),
+        payload_up_bytes=sum(row.payload_bytes for row in ups),
+        payload_down_bytes=sum(row.payload_bytes for row in downs),
     )
 
 
@@ -157,6 +172,7 @@ def traffic(facts: Facts) -> Traffic:
         cumulative += summed.total_bytes
         by_round.append(RoundFlow(inner[0].round, inner[0].phase, summed, cumulative))
     told = frames(rows)
+    seen = [r.payload_bytes for r in rows if r.receiver == SERVER and r.coding.startswith("full ") and r.value_bytes]
     return Traffic(
         unicast=flow(rows),
         once=flow(_once(rows)),
@@ -169,6 +185,8 @@ def traffic(facts: Facts) -> Traffic:
         dense_ups=sum(phase in ROUNDS for _, phase, _ in visits),
         dense_downs=len(visits),
         dense_payload_bytes=facts.header.dense_payload_bytes,
+        dense_up_payload_bytes=round(sum(seen) / len(seen)) if seen else facts.header.dense_payload_bytes,
+        dense_seen=len(seen),
     )
 
 

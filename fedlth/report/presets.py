@@ -12,6 +12,7 @@ from fedlth.report.facts import Facts
 from fedlth.report.rows import LedgerRow
 
 MIB = 2**20
+MODELS = ("values", "install", "resync")  # a model's weights, whatever the occasion
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def lotteryfl_bytes(kept_weights: float, *, rounds: int, clients_per_round: int)
 
 def values_in_rounds(facts: Facts) -> list[LedgerRow]:
     """Return the believed messages of weights in federated rounds: all that any of these papers looks at."""
-    return [row for row in facts.ledger if row.phase in ROUNDS and row.kind == "values" and row.status == "ok"]
+    return [row for row in facts.ledger if row.phase in ROUNDS and row.kind in MODELS and row.status == "ok"]
 
 
 def _up(rows: Sequence[LedgerRow]) -> list[LedgerRow]:
@@ -130,7 +131,7 @@ class FedDST:
             elif id(row) in counted:
                 down += (bits if client in met else 0) + changed * sizes.prunable
                 met.add(client)
-            if row.status == "ok" and row.kind in ("values", "mask"):
+            if row.status == "ok" and row.kind in (*MODELS, "mask"):
                 held[client] = row.ticket
         return Claim(up / 8, down / 8, f"{up:,} bit up, {down:,} bit down")
 

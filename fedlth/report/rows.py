@@ -68,6 +68,10 @@ class LedgerRow:
     ticket: str = ""
     broadcast: bool = False
     status: str = "ok"
+    coding: str = ""
+    mask_bytes: int = 0
+    value_bytes: int = 0
+    iid_bytes: float | None = None
 
 
 @dataclass(frozen=True)

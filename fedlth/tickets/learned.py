@@ -11,24 +11,30 @@ from fedlth.errors import wrong
 from fedlth.params import Layout
 from fedlth.tickets.evidence import Evidence, Lesson, needed
 
-Frozen = Literal["init", "signed_constant", "binary"]
+Frozen = Literal["init", "kaiming", "signed_constant", "binary"]
 
 
 def frozen_values(kind: str, init: np.ndarray, mask: np.ndarray, layout: Layout) -> np.ndarray:
     """Return the (num_prunable,) float32 values that masks are learned over, or that a learned ticket holds.
 
-    "init" is theta_0; "signed_constant" its signs times the layer's Kaiming constant sqrt(2 / fan_in); "binary" its
-    signs times the mean size of what `mask` keeps of the layer, 1 bit a weight and one number a layer.
+    "init" is theta_0; "kaiming" the same, each layer scaled to the standard deviation sqrt(2 / fan_in), since torch's
+    own init is smaller and a signal that nothing trains would die in it; "signed_constant" its signs times that;
+    "binary" its signs times the mean size, in "kaiming", of what `mask` keeps of the layer: 1 bit a weight and one
+    number a layer.
     """
     if kind == "init":
         return np.asarray(init)
-    values: np.ndarray = np.sign(init).astype(np.float32)
+    values = init.astype(np.float32)
     for e in layout.prunable:
-        here = mask[e.slice]
-        constant = np.sqrt(2 / (e.size // e.shape[0]))
-        if kind == "binary":
-            constant = float(np.abs(init[e.slice][here]).mean()) if here.any() else 0.0
-        values[e.slice] *= np.float32(constant)
+        here, constant = values[e.slice], np.sqrt(2 / (e.size // e.shape[0]))
+        spread = float(here.std(dtype=np.float64))
+        scaled = here * np.float32(constant / spread if spread else 1.0)
+        if kind == "signed_constant":
+            scaled = np.sign(here) * np.float32(constant)
+        elif kind == "binary":
+            kept = mask[e.slice]
+            scaled = np.sign(here) * np.float32(np.abs(scaled[kept]).mean() if kept.any() else 0.0)
+        values[e.slice] = scaled
     return values
 
 
@@ -47,7 +53,7 @@ class EdgePopup:
     rows: ClassVar[tuple[int, ...]] = (23,)
 
     def __post_init__(self) -> None:
-        _check(self.epochs, self.lr, self.weights, ("init", "signed_constant"))
+        _check(self.epochs, self.lr, self.weights, ("init", "kaiming", "signed_constant"))
 
     def __call__(self, evidence: Evidence, /) -> np.ndarray:
         return _learned(self, evidence, "edge_popup", self.momentum, self.weight_decay)
@@ -87,7 +93,7 @@ class Bernoulli:
     rows: ClassVar[tuple[int, ...]] = (13, 23, 25)
 
     def __post_init__(self) -> None:
-        _check(self.epochs, self.lr, self.weights, ("init", "signed_constant"))
+        _check(self.epochs, self.lr, self.weights, ("init", "kaiming", "signed_constant"))
 
     def __call__(self, evidence: Evidence, /) -> np.ndarray:
         return _learned(self, evidence, "bernoulli", 0.0, 0.0)
@@ -101,7 +107,7 @@ def _learned(
         weight_decay=weight_decay,
     )  # fmt: skip
     # Biprop makes its binary values itself, since their size hangs on the mask of the moment.
-    kind = "init" if rule == "biprop" else score.weights
+    kind = "kaiming" if rule == "biprop" else score.weights
     values = frozen_values(kind, evidence.init, evidence.mask, evidence.layout)
     return needed(evidence.at_start, score).learn(values, lesson)
 

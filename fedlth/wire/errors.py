@@ -1,5 +1,9 @@
-"""The one exception of the decoder."""
+"""The one error that reading a payload may raise."""
 
 
 class PayloadError(Exception):
-    """A payload that must not be used: too long, damaged, of another schema, or not finite."""
+    """The bytes are not exactly a payload that this receiver can use. Nothing was changed by looking at them."""
+
+
+class ReferenceLost(PayloadError):
+    """The payload is whole, but it refers to a mask or values that this receiver does not hold."""

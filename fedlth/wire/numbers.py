@@ -18,9 +18,9 @@ def compress(values: np.ndarray) -> bytes:
     return bytes(standalone.simple_compress(np.ascontiguousarray(values), ChunkConfig(compression_level=LEVEL)))
 
 
-def decompress(data: bytes, count: int, dtype: type[np.generic]) -> np.ndarray:
+def decompress(data: bytes | memoryview, count: int, dtype: type[np.generic]) -> np.ndarray:
     """Return exactly `count` numbers; raise PayloadError at any other stream, and at bytes after its end."""
-    out = np.zeros(count, dtype)
+    out, data = np.zeros(count, dtype), bytes(data)
     if not count:
         if data:
             raise PayloadError("values where none belong")
@@ -29,8 +29,9 @@ def decompress(data: bytes, count: int, dtype: type[np.generic]) -> np.ndarray:
     if not finished or filled != count:
         raise PayloadError(f"a stream of {filled} values, wanted {count}")
     # pcodec reads up to its end mark and ignores what follows: a stream that also ends without its last byte is padded.
+    data = data[:-1]  # in place of the whole, which is needed no more
     try:
-        padded, _ = _into(data[:-1], np.zeros(count, dtype))
+        padded, _ = _into(data, np.zeros(count, dtype))
     except PayloadError:
         padded = False
     if padded:

@@ -12,7 +12,7 @@ import numpy as np
 from fedlth.params import Layout
 from fedlth.wire import mask_section, values, varint
 from fedlth.wire.codec import BITMAP, F32, FULL, MAGNITUDE, NO_VALUES, PREVIOUS, RAW, REUSE, Codec
-from fedlth.wire.errors import PayloadError
+from fedlth.wire.errors import PayloadError, ReferenceLost
 from fedlth.wire.mask_section import USES_MASK
 from fedlth.wire.reference import NO_REFERENCE, Reference
 from fedlth.wire.reference import name as name_of
@@ -89,7 +89,7 @@ def decode(
         raise PayloadError(f"magic {magic!r} version {version} flags {flags}, wanted {MAGIC!r} {VERSION} 0")
     if mode not in codec.masks or value_mode not in codec.values:
         raise PayloadError(f"unknown mask mode {mode} or value mode {value_mode} for {codec.name}")
-    if struct.unpack("<I", data[-4:])[0] != zlib.crc32(data[:-4]):
+    if struct.unpack("<I", data[-4:])[0] != zlib.crc32(memoryview(data)[:-4]):
         raise PayloadError("checksum does not match")
     if schema != layout.digest(kind):
         raise PayloadError(f"schema {schema.hex()} is not the receiver's {layout.digest(kind).hex()} for {kind}")
@@ -100,7 +100,7 @@ def decode(
     if at + mask_bytes + value_bytes + 4 != len(data):
         raise PayloadError("section lengths do not add up")
     mask = mask_section.decode(mode, data[at : at + mask_bytes], layout, known, held)
-    tail = data[at + mask_bytes : -4]
+    tail = memoryview(data)[at + mask_bytes : -4]
     if value_mode == NO_VALUES:
         if tail:
             raise PayloadError("a bare mask carries values")
@@ -111,7 +111,7 @@ def decode(
 F32_ONLY = frozenset((F32,))
 
 
-def _values(tail: bytes, mode: int, mask: np.ndarray, layout: Layout, held: Reference | None) -> Content:
+def _values(tail: memoryview, mode: int, mask: np.ndarray, layout: Layout, held: Reference | None) -> Content:
     size, kept, whole = layout.num_prunable, int(np.count_nonzero(mask)), 8 * layout.num_ints
     dense = layout.num_floats - size
     if len(tail) < whole or (mode == F32 and len(tail) != 4 * (kept + dense) + whole):
@@ -122,7 +122,8 @@ def _values(tail: bytes, mode: int, mask: np.ndarray, layout: Layout, held: Refe
         raise PayloadError("an integer is beyond 2^53")
     old = None
     if mode in USES_FLOATS and held is not None:
-        old = np.concatenate((held.floats[:size][mask], held.floats[size:]))
+        # All of it is the reference itself: no copy, since a receiver's memory is bounded.
+        old = held.floats if kept == size else np.concatenate((held.floats[:size][mask], held.floats[size:]))
     run = values.decode(mode, tail[:first] if mode == F32 else tail[whole:], kept + dense, old)
     floats = np.zeros(layout.num_floats, np.float32)
     floats[:size][mask] = run[:kept]
@@ -154,4 +155,4 @@ def _check_reference(
         (mode == MAGNITUDE or value_mode in USES_FLOATS) and held is None
     )
     if lacks or named != _name(mode, value_mode, known, held):
-        raise PayloadError("refers to a mask or values that the receiver does not hold")
+        raise ReferenceLost("refers to a mask or values that the receiver does not hold")

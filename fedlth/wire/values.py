@@ -34,7 +34,7 @@ def encode(run: np.ndarray, reference: np.ndarray | None, codec: Codec) -> tuple
     return (mode, short) if len(short) < len(plain) else (F32, plain)
 
 
-def decode(mode: int, data: bytes, count: int, reference: np.ndarray | None) -> np.ndarray:
+def decode(mode: int, data: bytes | memoryview, count: int, reference: np.ndarray | None) -> np.ndarray:
     """Return the run (count,) float32; raise PayloadError at another count and at values that must not be used."""
     if mode == F32:
         if len(data) != 4 * count:
@@ -51,10 +51,10 @@ def decode(mode: int, data: bytes, count: int, reference: np.ndarray | None) -> 
     elif reference is None:
         raise PayloadError("values refer to what the receiver does not hold")
     elif mode == DELTA:
-        run = unordered(ordered(reference) + numbers.decompress(data, count, np.int32).view(np.uint32))
+        run = _moved(numbers.decompress(data, count, np.int32), reference)
     else:
         run = _stepped(data, count, reference)
-    if not np.isfinite(run).all() or (run.size and float(np.abs(run).max()) > LARGEST):
+    if run.size and not (float(run.min()) >= -LARGEST and float(run.max()) <= LARGEST):  # nan compares as neither
         raise PayloadError("a value is not finite or beyond 1e30")
     return run
 
@@ -68,6 +68,18 @@ def ordered(run: np.ndarray) -> np.ndarray:
 def unordered(numbers_: np.ndarray) -> np.ndarray:
     """Undo `ordered`, bit for bit."""
     return np.where(numbers_ & SIGN, numbers_ ^ SIGN, ~numbers_).view(np.float32)
+
+
+BLOCK = 1 << 16  # numbers at a time, so that what is in between never takes the memory of a model
+
+
+def _moved(delta: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return the floats that lie `delta` (m,) int32 away from `reference`, in the memory of `delta`."""
+    run = delta.view(np.float32)
+    for at in range(0, run.size, BLOCK):
+        part = slice(at, at + BLOCK)
+        run[part] = unordered(ordered(reference[part]) + delta[part].view(np.uint32))
+    return run
 
 
 def _bf16(run: np.ndarray) -> np.ndarray:
@@ -93,7 +105,7 @@ def _steps(run: np.ndarray, reference: np.ndarray, share: float) -> bytes:
     return struct.pack("<f", step) + numbers.compress(count)
 
 
-def _stepped(data: bytes, count: int, reference: np.ndarray) -> np.ndarray:
+def _stepped(data: bytes | memoryview, count: int, reference: np.ndarray) -> np.ndarray:
     if len(data) < 4:
         raise PayloadError("values without a step")
     step = struct.unpack_from("<f", data)[0]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedlth.engines.ray_worker import Born, Parcel
+from fedlth.engines.worker import Born, Parcel
 from fedlth.jobs import Reply
 
 FAULTS = ("raise", "exit", "segfault", "hang", "stop", "memory")

@@ -68,6 +68,13 @@ def unruly(job: Job) -> Reply:
     return client_step(job)
 
 
+def unlucky(job: Job) -> Reply:
+    """In step 2, client 1 raises."""
+    if job.phase == "personalise" and job.client == 1:
+        raise RuntimeError("no luck")
+    return client_step(job)
+
+
 def test_the_simulation_equals_the_in_process_run(tmp_path: Path) -> None:
     study = tiny.study()
     tiny.run(study, tmp_path / "inprocess")
@@ -91,6 +98,29 @@ def test_a_client_that_raises_dies_or_hangs_costs_only_itself(tmp_path: Path) ->
     assert [r["failed"] for r in rest] == [[], []]
     assert len(tiny.digests(tmp_path / "run")["tickets"]) == 4
     assert time.monotonic() - began < 300
+
+
+@pytest.mark.parametrize("wire", ["raw", "lossless"])
+def test_the_ledger_is_what_crossed_the_grid(wire: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A meter of its own on Flower's grid: equal for every message, those to clients that fail included."""
+    from benchmarks.meter.meter.grid import Meter
+    from fedlth.engines import flower
+
+    meters: list[Meter] = []
+
+    def metered(grid: Any) -> Any:
+        meters.append(Meter(grid))
+        return transport(meters[-1])
+
+    transport = flower.GridTransport
+    monkeypatch.setattr(flower, "GridTransport", metered)
+    study = tiny.of_method("lotteryfl", wire=wire)
+    run_under_flower(study, tmp_path / "run", step=unlucky)
+    (meter,) = meters
+    lines, equal = meter.compare(tiny.rows(tmp_path / "run", "ledger"))
+    assert equal, "\n".join(lines)
+    assert meter.messages["up"] and meter.messages["down"]
+    assert [len(r["failed"]) for r in tiny.rows(tmp_path / "run", "rounds")].count(1) == 1
 
 
 class Stop(Exception):
@@ -140,11 +170,12 @@ def flwr_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
             os.kill(int(entry.name), signal.SIGTERM)
 
 
-def flwr_run(env: dict[str, str], out: Path, nodes: int) -> str:
-    run_config = f'study="configs/smoke.yaml" out="{out}" overrides="{OVERRIDES}"'
+def flwr_run(env: dict[str, str], out: Path, nodes: int, *, app: Path = ROOT, overrides: str = OVERRIDES) -> str:
+    study = "configs/smoke.yaml" if app == ROOT else ROOT / "configs" / "smoke.yaml"
+    run_config = f'study="{study}" out="{out}" overrides="{overrides}"'
     federation = f"num-supernodes={nodes} client-resources-num-cpus=1"
     command = ["flwr", "run", ".", "--stream", "--run-config", run_config, "--federation-config", federation]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=app, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr  # that of the submission, not of the run
     return done.stdout + done.stderr
 
@@ -161,3 +192,11 @@ def test_flwr_run_with_too_few_supernodes_says_how_many(tmp_path: Path, flwr_hom
     said = flwr_run(flwr_home, tmp_path / "flwr", 2)
     assert "fedlth: error: flower: clients.count = 3 needs as many SuperNodes, got 2" in said
     assert not (tmp_path / "flwr").exists()
+
+
+def test_a_meter_under_flwr_run_equals_the_ledger(tmp_path: Path, flwr_home: dict[str, str]) -> None:
+    """The documented command: an app around fedlth's that serialises every message itself."""
+    said = flwr_run(
+        flwr_home, tmp_path / "flwr", 3, app=ROOT / "benchmarks" / "meter", overrides=f"{OVERRIDES} wire=lossless"
+    )
+    assert "meter: equal in 10 messages by round, client and direction" in said, said

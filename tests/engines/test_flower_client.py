@@ -15,7 +15,7 @@ from fedlth.engines import flower_client
 from fedlth.engines.flower_client import Place, bounded, serve
 from fedlth.engines.flower_record import Order, of_order, to_answer
 from fedlth.errors import StudyError
-from fedlth.jobs import Failure, Job, Reply
+from fedlth.jobs import RESYNC, Failure, Job, Message, Reply
 from fedlth.methods.state import ClientState
 
 RUN = "0123456789abcdef"
@@ -58,10 +58,18 @@ def test_state_grows_by_the_committed_version_alone(place: Place, tmp_path: Path
     assert held(tmp_path) == {"federate-1": 1, "federate-3": 2}
 
 
-def test_a_missing_version_is_said_and_nothing_is_deleted(place: Place, tmp_path: Path) -> None:
+def test_a_device_that_lost_a_version_asks_anew_and_deletes_nothing(place: Place, tmp_path: Path) -> None:
     ask(place, job(1))
-    answer = ask(place, job(5, "federate-4"))
-    assert isinstance(answer, Failure) and answer.kind == "raised" and "federate-4" in answer.reason
+    seen: list[Job] = []
+
+    def asking(one: Job) -> Reply:
+        """What client_step does with a version that it does not have: see tests/test_resync.py."""
+        seen.append(one)
+        return Reply(round=one.round, client=one.client, outbox=(Message("control", RESYNC, bytes(8)),))
+
+    answer = ask(place, job(5, "federate-4"), asking)
+    assert isinstance(answer, Reply) and answer.outbox[0].name == RESYNC
+    assert [(one.version, one.state) for one in seen] == [("federate-4", None)]
     assert held(tmp_path) == {"federate-1": 1}
 
 
@@ -103,7 +111,7 @@ def test_without_a_folder_of_its_own_a_node_uses_the_run_folder_if_it_is_there(t
     assert isinstance(answer, Failure) and "state-dir" in answer.reason
     (tmp_path / "config.yaml").touch()
     assert isinstance(ask(place, job(1)), Reply)
-    assert held(tmp_path, "state") == {"federate-1": 1}
+    assert held(tmp_path, "devices") == {"federate-1": 1}
 
 
 @pytest.mark.parametrize("value", [None, "0", -1, True, 1.0])

@@ -126,6 +126,8 @@ def test_a_fault_costs_only_its_own_job(
     answers = engine_over(transport, tiny.study(job_timeout_s=0.2)).map(jobs())
     assert [type(a) for a in answers] == [Reply, Failure, Reply, Reply]
     assert isinstance(answers[1], Failure) and answers[1].kind == kind
+    came = back is not None and back.records is not None  # else nothing but what was sent has crossed
+    assert (answers[1].framed_down_bytes, answers[1].framed_up_bytes) == (7, 9 if came else None)
 
 
 def test_too_few_nodes_are_named(folder: Path) -> None:

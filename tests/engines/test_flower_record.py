@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from fedlth.engines import flower_record
 from fedlth.engines.flower_record import Order, of_answer, of_order, to_answer, to_order
 from fedlth.jobs import Failure, Job, Message, Reply
 
@@ -20,6 +22,21 @@ REPLY = Reply(round=3, client=2, outbox=(Message("values", "update", b"up"),), s
 def test_an_order_comes_back_equal() -> None:
     order = Order(JOB, "0" * 16, 60.0)
     assert to_order(of_order(order)) == order
+
+
+def test_a_payload_lies_where_it_costs_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client's own in the head, a broadcast apart, and what is above the change-over, but not at it, as chunks."""
+    monkeypatch.setattr(flower_record, "CHUNKED_ABOVE", 4)
+    inbox = (
+        Message("values", "own", b"1234"), Message("values", "all", b"1234", True),
+        Message("values", "own", b"12345"), Message("values", "all", b"54321", True),
+    )  # fmt: skip
+    order = Order(replace(JOB, inbox=inbox), "0" * 16, 60.0)
+    records = of_order(order)
+    assert records["head"]["0"] == b"1234" and {k: v for k, v in records.items() if k != "head"} == {
+        "p1": {"b": b"1234"}, "a2": {"b": b"12345"}, "a3": {"b": b"54321"}
+    }  # fmt: skip
+    assert to_order(records) == order
 
 
 def test_state_never_crosses() -> None:
@@ -48,18 +65,38 @@ def _head(**changes: Any) -> dict[str, dict[str, Any]]:
         {"head": {"b": "not json"}},
         {"head": {"b": "[]"}},
         {"head": {"b": "{}"}},
-        {"head": of_answer(REPLY)["head"]},
-        {**of_answer(REPLY), "p0": {"b": "text"}},
+        {"head": {"b": of_answer(REPLY)["head"]["b"]}},
+        {"head": {**of_answer(REPLY)["head"], "0": "text"}},
+        {"head": {**of_answer(REPLY)["head"], "1": b"more"}},
+        {**of_answer(REPLY), "p0": {"b": b"up"}},  # twice
+        {**of_answer(REPLY), "p1": {"b": b"more"}},
+        {**of_answer(REPLY), "x": {}},
+        {"head": {"b": "[" * 100_000}},
+        {"head": {"b": " " * (1 << 20) + str(of_answer(REPLY)["head"]["b"]), "0": b"up"}},
         _head(client=1),
         _head(round=2),
         _head(client=True),
         _head(seconds="long"),
+        _head(seconds=float("nan")),
+        _head(seconds=10**400),
         _head(kind="odd"),
         _head(messages=[["values", "update"]]),
         _head(messages=[["values", 1, False]]),
+        _head(messages=[["values", "x" * 101, False]]),
+        _head(messages=[["values", "a\x1b[2J", False]]),
+        _head(messages=17 * [["values", "update", False]]),
         _head(messages=7),
     ],
 )
 def test_what_is_not_an_answer_is_refused(records: dict[str, dict[str, Any]]) -> None:
     with pytest.raises(ValueError):
         to_answer(records, JOB)
+
+
+def test_what_a_client_says_of_itself_cannot_leave_its_line() -> None:
+    hostile = "a\nb\x1b[2Jc\ud800" + 1000 * "x"
+    failed = to_answer(of_answer(Failure(round=3, client=2, kind="raised", reason=hostile, worker=hostile)), JOB)
+    assert isinstance(failed, Failure)
+    assert failed.reason.startswith("a b?[2Jc?x") and (len(failed.reason), len(failed.worker)) == (300, 100)
+    answered = to_answer(of_answer(replace(REPLY, device=hostile)), JOB)
+    assert isinstance(answered, Reply) and answered.device.isprintable()

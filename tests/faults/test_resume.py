@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import yaml
 
-from fedlth import cli, ledger, session, store
+from fedlth import cli, ledger, packs, session, store
 from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
 from fedlth.jobs import Failure, Job, Reply
-from fedlth.rounds import Loop, open_loop
+from fedlth.rounds import Loop, open_loop, steps_of
 from fedlth.runfolder import RunFolder
 from fedlth.wire import metrics, payload
 from fedlth.world import World
@@ -102,17 +102,16 @@ def crashing(patch: pytest.MonkeyPatch, place: str, when: int) -> None:
             return file.tell()
 
     places: dict[str, Callable[[], None]] = {
-        "before a state is written": lambda: patch.setattr(store.Store, "put", before(store.Store.put)),
-        "after a state is written": lambda: patch.setattr(store.Store, "put", after(store.Store.put)),
+        "before a state is written": lambda: patch.setattr(packs.Writer, "add", before(packs.Writer.add)),
+        "after a state is written": lambda: patch.setattr(packs.Writer, "add", after(packs.Writer.add)),
         "while any file is written": lambda: patch.setattr(store, "write_atomic", torn),
         "after theta is written": lambda: patch.setattr(RunFolder, "save_params", after(RunFolder.save_params)),
         "in the middle of a log": lambda: patch.setattr(ledger, "append", half),
         "after a log is written": lambda: patch.setattr(ledger, "append", after(ledger.append)),
         "before the checkpoint": lambda: patch.setattr(RunFolder, "commit", before(RunFolder.commit)),
         "after the checkpoint": lambda: patch.setattr(RunFolder, "commit", after(RunFolder.commit)),
-        "while old states are dropped": lambda: patch.setattr(
-            store.Store, "drop_others", before(store.Store.drop_others)
-        ),
+        "before old states are dropped": lambda: patch.setattr(packs.Packs, "tidy", before(packs.Packs.tidy)),
+        "after old states are dropped": lambda: patch.setattr(packs.Packs, "tidy", after(packs.Packs.tidy)),
         "before the tickets": lambda: patch.setattr(session, "_finish", before(session._finish)),
         "before the last header": lambda: patch.setattr(session, "_finish", after(session._finish)),
     }
@@ -125,7 +124,8 @@ PLACES = [
     ("after theta is written", 1), ("after theta is written", 4), ("in the middle of a log", 1),
     ("in the middle of a log", 11), ("after a log is written", 6), ("before the checkpoint", 1),
     ("before the checkpoint", 3), ("after the checkpoint", 1), ("after the checkpoint", 4),
-    ("while old states are dropped", 3), ("before the tickets", 1), ("before the last header", 1),
+    ("before old states are dropped", 3), ("after old states are dropped", 3), ("before the tickets", 1),
+    ("before the last header", 1),
 ]  # fmt: skip
 
 
@@ -226,17 +226,20 @@ def flip(path: Path, at: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "what", ["checkpoint.json", "checkpoints/theta-*.safetensors", "state/*/*.safetensors", "server/*/*.safetensors"]
+    "what", ["checkpoint.json", "checkpoints/theta-*.safetensors", "state/*.pack", "server/*.pack"]
 )
 @pytest.mark.parametrize("damage", ["cut", "flip early", "flip middle", "flip late", "empty", "gone"])
 def test_damage_is_told_with_the_files_name(tmp_path: Path, what: str, damage: str) -> None:
     out = tmp_path / "run"
     stopped(out, after=2)
-    sampled = json.loads((out / "rounds.jsonl").read_bytes().splitlines()[-1])["clients"]
-    clients = [f"{c:06d}" for c in sampled]
+    loop = open_loop(RunFolder(out), InProcess(), tiny.quiet)
+    step = steps_of(loop.world, loop.recipe)[loop.progress.step]
     found = sorted(out.glob(what))
-    file = found[-1] if what.startswith("check") else next(p for p in found if p.parent.name in clients)
-    size = file.stat().st_size
+    file, size = found[-1], found[-1].stat().st_size
+    if file.suffix == ".pack":  # the one that the next step reads first
+        owned = loop.progress.versions if what.startswith("state") else loop.progress.mirrors
+        file = next(file.with_stem(owned[str(c)]) for c in loop._sampled(step) if str(c) in owned)
+        size = min(place[1] for place in packs._read_index(file).values())
     if damage == "gone":
         if what == "checkpoint.json":
             return  # without it the run begins anew, see below
@@ -349,7 +352,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 class Meddling:
     """An in-process engine whose answers a test may change."""
 
-    name, holds_state = "inprocess", False
+    name, holds_state, at_once = "inprocess", False, 2
 
     def __init__(self, meddle: Callable[[Job, Reply | Failure], Reply | Failure]) -> None:
         self.meddle = meddle

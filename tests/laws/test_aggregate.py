@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,6 @@ from hypothesis import strategies as st
 
 from fedlth import server
 from fedlth.methods.aggregate import Contribution, CountMean, FedAvg, Intersection, MaskMean
-from fedlth.methods.recipe import Recipe
-from fedlth.methods.visit import MaskedVisit
 from fedlth.params import Entry, Layout, Params
 from fedlth.wire.payload import Content
 from tests.tiny import small_layout
@@ -84,13 +84,34 @@ def test_a_single_client_returns_itself_where_it_holds(rule: Any) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
-def test_the_order_of_replies_does_not_matter(rule: Any) -> None:
-    got = [contribution(c, 2) for c in range(6)]
-    recipe = Recipe(name="", paper="", summary="", visit=MaskedVisit(), aggregate=rule, arms=())
-    shuffled = [got[i] for i in (3, 0, 5, 1, 4, 2)]
-    one = server.aggregate(recipe, rule, old(), got, LAYOUT)
-    assert server.aggregate(recipe, rule, old(), shuffled, LAYOUT).digest() == one.digest()
-    assert server.aggregate(recipe, rule, old(), [], LAYOUT).digest() == old().digest(), "without a reply, nothing"
+def test_contributions_are_taken_one_by_one(rule: Any) -> None:
+    came: list[weakref.ref[Contribution]] = []
+
+    def stream() -> Iterator[Contribution]:
+        for client in range(6):
+            assert sum(one() is not None for one in came) <= 2, "memory must not grow with the number of clients"
+            one = contribution(client, 2)
+            came.append(weakref.ref(one))
+            yield one
+            del one
+
+    joined, empty = server.aggregate(rule, old(), stream(), LAYOUT)
+    assert not empty and len(came) == 6
+    assert joined.digest() == rule(old(), [contribution(c, 2) for c in range(6)], LAYOUT).digest()
+    kept, empty = server.aggregate(rule, old(), iter(()), LAYOUT)
+    assert empty and kept.digest() == old().digest(), "without a reply, nothing"
+
+
+def test_a_rule_that_stops_early_does_not_stop_the_visits() -> None:
+    came = []
+
+    def stream() -> Iterator[Contribution]:
+        for client in range(3):
+            came.append(client)
+            yield contribution(client, 2)
+
+    server.aggregate(lambda theta, got, layout: theta, old(), stream(), LAYOUT)  # type: ignore[arg-type]
+    assert came == [0, 1, 2]
 
 
 @pytest.mark.parametrize("rule", [*RULES, MaskMean()], ids=repr)

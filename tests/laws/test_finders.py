@@ -31,11 +31,10 @@ def rewind_for(score: str, rewind: str) -> Any:
 
 
 def compositions() -> list[dict[str, Any]]:
-    """Every schedule x scope x rewind, every score x schedule, and every other part x schedule."""
-    some = [
-        dict(zip(("schedule", "scope", "rewind"), c, strict=True))
-        for c in itertools.product(SCHEDULES, SCOPES, REWINDS)
-    ]
+    """Every pair of schedule, scope and rewind, every score x schedule, and every other part x schedule."""
+    some: list[dict[str, Any]] = [{"schedule": t, "scope": c} for t in SCHEDULES for c in SCOPES]
+    some += [{"schedule": t, "rewind": r} for t in SCHEDULES for r in REWINDS]
+    some += [{"schedule": "shrink", "scope": c, "rewind": r} for c in SCOPES for r in REWINDS]
     some += [{"score": s, "schedule": t, "rewind": rewind_for(s, "init")} for s in SCORES for t in SCHEDULES]
     some = [one for one in some if one.get("score") != "slow_movement" or one["schedule"] not in QUICK]
     for kind in ("granularity", "dead", "gate", "stop"):
@@ -184,7 +183,7 @@ def test_noise_is_in_units_of_the_layers_spread(sigmas: float) -> None:
 
 
 def test_frozen_is_never_trained_and_has_the_values_that_it_names() -> None:
-    for weights in ("init", "signed_constant", "binary"):
+    for weights in ("init", "kaiming", "signed_constant", "binary"):
         found, calls = walk(finder(schedule="one_shot", rewind={"name": "frozen", "weights": weights}), (0.3,))
         assert len(calls) == 1 and found[0].trainings == 1, "the dense training for the score, nothing after"
         mask, got = found[0].mask, found[0].params.floats[:SIZE]
@@ -192,10 +191,13 @@ def test_frozen_is_never_trained_and_has_the_values_that_it_names() -> None:
         np.testing.assert_array_equal(np.sign(got[mask]), np.sign(theta_0[mask]))
         for e in LAYOUT.prunable:
             here, values = mask[e.slice], theta_0[e.slice]
+            constant = np.sqrt(2 / (e.size // e.shape[0]))
+            scaled = values * constant / values.std()
             size = {
                 "init": np.abs(values[here]),
-                "signed_constant": np.sqrt(2 / (e.size // e.shape[0])),
-                "binary": np.abs(values[here]).mean(),
+                "kaiming": np.abs(scaled[here]),
+                "signed_constant": constant,
+                "binary": np.abs(scaled[here]).mean(),
             }[weights]
             np.testing.assert_allclose(np.abs(got[e.slice][here]), size, rtol=1e-5)
 

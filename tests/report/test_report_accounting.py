@@ -72,9 +72,9 @@ def test_a_frame_holds_a_visits_messages_of_one_direction(fake: Path) -> None:
         row("server", "client:1", "values", 40), row("server", "client:1", "evaluation", None),
         row("client:1", "server", "values", 35), row("client:1", "server", "metrics", None),
     )  # fmt: skip
-    assert frames(rows) == Frames(2, 2, 75, 40)
+    assert frames(rows) == Frames(2, 2, 35, 40, 20, 20)
     lost = (*rows, row("server", "client:2", "values", None), row("client:2", "server", "none", None, 0))
-    assert frames(lost) == Frames(2, 3, 75, 40)
+    assert frames(lost) == Frames(2, 3, 35, 40, 20, 20)
     assert traffic(replace(read_run(fake), ledger=rows)).framed_bytes == 75
     assert traffic(replace(read_run(fake), ledger=lost)).framed_bytes is None
 

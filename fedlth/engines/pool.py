@@ -8,15 +8,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from fedlth.engines.ray_worker import Born, Parcel
+from fedlth.engines.worker import Born, Parcel
 from fedlth.errors import StudyError
 from fedlth.jobs import Failure, Job, Reply
 
 STARTS = 2  # a place whose worker cannot start twice in a row is given up
 
 
+@dataclass(frozen=True)
+class Lost:
+    """A call that gave no value: kind is died, memory or raised."""
+
+    kind: str
+    reason: str
+
+
 class Seam(Protocol):
-    """What the pool needs of Ray."""
+    """What the pool needs of whatever holds the workers: Ray, or forked processes."""
 
     def put(self, value: object) -> Any: ...
     def call(self, actor: Any, method: str, *args: object, **kwargs: object) -> Any: ...
@@ -58,9 +66,10 @@ class Pool:
     """A fixed number of places. Which of them does a job changes nothing but times."""
 
     def __init__(
-        self, seam: Seam, size: int, *, spawn: Callable[[], Any], given: Mapping[str, object], limits: Limits
-    ) -> None:
-        self.seam, self.spawn, self.given, self.limits = seam, spawn, given, limits
+        self, seam: Seam, size: int, *, name: str, spawn: Callable[[], Any], given: Mapping[str, object],
+        limits: Limits,
+    ) -> None:  # fmt: skip
+        self.seam, self.name, self.spawn, self.given, self.limits = seam, name, spawn, given, limits
         self.places = [Place(number) for number in range(size)]
 
     def map(self, jobs: Sequence[Job]) -> list[Reply | Failure]:
@@ -123,7 +132,7 @@ class _Batch:
                 self.pool.start(place, self._store(self.jobs[self.todo[0]].study))
                 coming += 1
         if not any(place.call is not None for place in self.pool.places):
-            raise StudyError(f"ray: no worker could be started: {self.trouble}")
+            raise StudyError(f"{self.pool.name}: no worker could be started: {self.trouble}")
 
     def _begin(self, place: Place, position: int) -> None:
         job = self.jobs[position]
@@ -151,7 +160,7 @@ class _Batch:
     def _ended(self, place: Place, value: Any) -> None:
         if isinstance(value, Born):
             where = f"@gpu{value.gpu}" if value.gpu else ""
-            place.worker = f"ray:{place.number}{where} {value.host}:{value.pid}"
+            place.worker = f"{self.pool.name}:{place.number}{where} {value.host}:{value.pid}"
             place.call, place.deadline, place.failed_starts = None, None, 0
         elif place.starting:
             self._not_started(place, value.reason)

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from fedlth.engines.ray_cluster import Lost
-from fedlth.engines.ray_pool import STARTS, Limits, Pool
-from fedlth.engines.ray_worker import Born, Parcel
+from fedlth.engines.pool import STARTS, Limits, Lost, Pool
+from fedlth.engines.worker import Born, Parcel
 from fedlth.errors import StudyError
 from fedlth.jobs import Failure, Job, Message, Reply
 
@@ -72,7 +71,7 @@ def answer(job: Job) -> Reply:
 
 
 def pool_of(played: Played, size: int = 2, job_s: float | None = 0.05, start_s: float = 0.05) -> Pool:
-    return Pool(played, size, spawn=played.spawn, given={}, limits=Limits(start_s, job_s))
+    return Pool(played, size, name="ray", spawn=played.spawn, given={}, limits=Limits(start_s, job_s))
 
 
 def only(client: int, value: Any) -> Act:

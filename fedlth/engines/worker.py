@@ -1,4 +1,4 @@
-"""A Ray worker's inside: one process, one torch thread, one memory limit, one job at a time."""
+"""A worker's inside, on Ray or forked: one process, one torch thread, one memory limit, one job at a time."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Counts what fedlth sends through a Flower grid, without asking fedlth."""

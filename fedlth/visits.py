@@ -1,0 +1,177 @@
+"""One step's visits: jobs go out in parts, answers are judged one by one, in client order, and then let go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fedlth import entries, server
+from fedlth.downlink import Downlink
+from fedlth.jobs import RESYNC, Engine, Failure, Job, Message, Reply
+from fedlth.ledger import Row
+from fedlth.methods.aggregate import Contribution
+from fedlth.methods.recipe import Recipe
+from fedlth.packs import Writer
+from fedlth.params import Layout
+from fedlth.runfolder import Progress, RunFolder
+from fedlth.wire.codec import Codec
+from fedlth.wire.errors import PayloadError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is the same for all of a step's visits. `sends` is the kind of message that is wanted back ("" for none).
+
+    `mirrors` says that the server needs the clients' masks again, for slices or refinement.
+    """
+
+    phase: str
+    round: int
+    science: str
+    recipe: Recipe
+    layout: Layout
+    codec: Codec
+    sends: str
+    mirrors: bool
+
+    @property
+    def version(self) -> str:
+        """Name the states that this step makes."""
+        return f"{self.phase}-{self.round}"
+
+
+@dataclass
+class Visits:
+    """A step's visits and what came of them; `contributions` does the work while an aggregation draws from it."""
+
+    stage: Stage
+    folder: RunFolder
+    engine: Engine
+    progress: Progress
+    down: Downlink
+    clients: Sequence[int]
+    rows: list[Row] = field(default_factory=list)
+    failed: list[dict[str, Any]] = field(default_factory=list)
+    times: list[dict[str, Any]] = field(default_factory=list)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    seen: list[float] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    mirrors: dict[str, str | None] = field(default_factory=dict)
+    resyncs: int = 0
+
+    def contributions(self) -> Iterator[Contribution]:
+        """Visit all clients, a part at a time so that memory does not grow with their number; yield what was sent up.
+
+        States and masks are written as they come; they are current only once the step is committed.
+        """
+        with (
+            self.folder.clients.writing(self.stage.version) as states,
+            self.folder.mirrors.writing(self.stage.version) as masks,
+        ):
+            size = self.engine.at_once
+            for i in range(0, len(self.clients), size):
+                yield from self._part(self.clients[i : i + size], states, masks)
+
+    def _part(self, clients: Sequence[int], states: Writer, masks: Writer) -> Iterator[Contribution]:
+        jobs = [self._job(c, self.down.inbox(c)) for c in clients]
+        answers = self.engine.map(jobs)
+        again = self._again(jobs, answers)
+        for job, answer in zip(jobs, answers, strict=True):
+            got = self._judged(job, answer, "resync" if job.client in again else "")
+            if got is None or not isinstance(answer, Reply):
+                continue
+            self._keep(answer, got, states, masks)
+            if got.contribution:
+                yield got.contribution
+
+    def _job(self, client: int, inbox: tuple[Message, ...], *, forget: bool = False) -> Job:
+        version = "" if forget else self.progress.versions.get(str(client), "")
+        state = None if self.engine.holds_state else self.folder.clients.get(client, version)
+        return Job(
+            study=self.stage.science, phase=self.stage.phase, round=self.stage.round, client=client, inbox=inbox,
+            version=version, state=state,
+        )  # fmt: skip
+
+    def _again(self, jobs: list[Job], answers: list[Reply | Failure]) -> set[int]:
+        """Send once more, leaning on nothing, to the clients that have lost what their download referred to.
+
+        Replaces their jobs and answers, and returns who they are. The first try is in the ledger: it was sent too.
+        """
+        lost = []
+        for i, (job, answer) in enumerate(zip(jobs, answers, strict=True)):
+            if isinstance(answer, Reply) and _asks(answer):
+                self.rows += self._rows_down(job, answer)
+                self.rows += self._rows_up(answer, None, "ok", "")
+                forget = not any(answer.outbox[0].payload)
+                jobs[i] = self._job(job.client, self.down.inbox(job.client, alone=True), forget=forget)
+                lost.append(i)
+        if lost:
+            for i, answer in zip(lost, self.engine.map([jobs[i] for i in lost]), strict=True):
+                answers[i] = answer
+        self.resyncs += len(lost)
+        return {jobs[i].client for i in lost}
+
+    def _judged(self, job: Job, answer: Reply | Failure, kind: str) -> server.Accepted | None:
+        """Turn an answer into ledger rows, and into what was accepted; each answer stands alone."""
+        stage = self.stage
+        self.times.append(_time_row(stage, answer))
+        self.rows += self._rows_down(job, answer, kind)
+        if isinstance(answer, Failure):
+            self.failed.append({"client": job.client, "kind": answer.kind, "reason": answer.reason})
+            self.rows.append(entries.failed(stage.round, stage.phase, answer))
+            return None
+        try:
+            if (answer.client, answer.round) != (job.client, job.round):
+                raise PayloadError(f"client {answer.client} answered for client {job.client}")
+            held = self.down.held(job.client, job.inbox if stage.sends else (), mask=stage.phase != "personalise")
+            got = server.accept(
+                answer, recipe=stage.recipe, layout=stage.layout, sends=stage.sends, codec=stage.codec, held=held
+            )
+        except PayloadError as error:
+            self.failed.append({"client": job.client, "kind": "refused", "reason": str(error)})
+            self.rows += self._rows_up(answer, None, f"refused: {error}", stage.sends)
+            return None
+        self.rows += self._rows_up(answer, got.mask, "ok", stage.sends)
+        return got
+
+    def _keep(self, answer: Reply, got: server.Accepted, states: Writer, masks: Writer) -> None:
+        client, version = str(answer.client), self.stage.version
+        self.versions[client] = version
+        if not self.engine.holds_state and answer.state is not None:
+            states.add(answer.client, answer.state)
+        if got.mask is not None and got.mask.all():
+            self.mirrors[client] = None
+        elif got.mask is not None and self.stage.mirrors:
+            masks.add(answer.client, self.folder.packed_mask(got.mask))
+            self.mirrors[client] = version
+        self.metrics += got.record.get("rows", [])
+        if "val_accuracy" in got.record:
+            self.seen.append(got.record["val_accuracy"])
+
+    def _rows_down(self, job: Job, answer: Reply | Failure, kind: str = "") -> list[Row]:
+        first = "install" if str(job.client) not in self.progress.versions else ""
+        return entries.down(
+            self.stage.round, self.stage.phase, job.client, job.inbox, self.down.masks.get(job.client),
+            answer.framed_down_bytes, layout=self.stage.layout, kind=kind or first,
+        )  # fmt: skip
+
+    def _rows_up(self, answer: Reply, mask: np.ndarray | None, status: str, sends: str) -> list[Row]:
+        stage = self.stage
+        return entries.up(stage.round, stage.phase, answer, mask, status, sends, layout=stage.layout)
+
+
+def _asks(answer: Reply) -> bool:
+    """Say whether an answer is nothing but the request to send the download again."""
+    return [(m.kind, m.name, len(m.payload)) for m in answer.outbox] == [("control", RESYNC, 8)]
+
+
+def _time_row(stage: Stage, answer: Reply | Failure) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "round": stage.round, "phase": stage.phase, "client": answer.client, "worker": answer.worker
+    }  # fmt: skip
+    if isinstance(answer, Reply):
+        row |= {"seconds": answer.seconds, "device": answer.device}
+    return row

@@ -1,0 +1,109 @@
+"""Records as real Flower messages: every place that a payload may lie in, what it costs, and what is none of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from fedlth.engines.flower_record import CHUNKED_ABOVE, Order, of_answer, of_order, to_answer, to_order
+from fedlth.jobs import Job, Message, Reply
+
+if TYPE_CHECKING:
+    from flwr.app import Message as FlowerMessage
+
+# typer, which Flower imports, against a newer click.
+pytestmark = pytest.mark.filterwarnings("ignore:'click.utils:DeprecationWarning")
+JOB = Job(study="{}", phase="federate", round=3, client=2, inbox=())
+LARGE = bytes(range(251)) * 25_000  # 6.3 MB, two chunks
+
+
+@pytest.fixture(autouse=True)
+def identity() -> Iterator[None]:
+    """Flower builds messages inside a run only."""
+    from flwr.supercore.task_identity import TaskIdentity
+
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+    yield
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = None
+
+
+def sent(records: Any, node: int = 5) -> FlowerMessage:
+    from flwr.app import Message as FlowerMessage
+
+    from fedlth.engines.flower import _content
+
+    made = FlowerMessage(_content(records), node, "train")
+    made.metadata.created_at = 1.0
+    return made
+
+
+def objects(message: FlowerMessage) -> dict[str, bytes]:
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+
+    return {key: part.deflate() for key, part in get_all_nested_objects(message).items()}
+
+
+def crossed(message: FlowerMessage) -> dict[str, dict[str, Any]]:
+    """Return the records of a message that went through Flower's own serialisation."""
+    from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+
+    from fedlth.engines.flower import _records
+
+    return _records(inflate_object_from_contents(message.object_id, objects(message)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("broadcast", [False, True])
+@pytest.mark.parametrize("size", [0, 1, CHUNKED_ABOVE, CHUNKED_ABOVE + 1, len(LARGE)])
+def test_a_payload_of_any_size_crosses(size: int, broadcast: bool) -> None:
+    inbox = (Message("values", "theta_g", LARGE[:size], broadcast), Message("mask", "m", b"small"))
+    order = Order(Job(study="{}", phase="federate", round=3, client=2, inbox=inbox), "0" * 16, 60.0)
+    message = sent(of_order(order))
+    assert to_order(crossed(message)) == order
+    chunked = [data for data in objects(message).values() if data.startswith(b"ArrayChunk")]
+    assert len(chunked) == (0 if size <= CHUNKED_ABOVE else 1 + (size > 5 * 2**20))
+
+
+def framed(*outbox: Message) -> int:
+    from fedlth.engines.flower import _framed_bytes
+
+    return _framed_bytes(sent(of_answer(Reply(round=3, client=2, outbox=outbox))))
+
+
+@pytest.mark.parametrize("size", [1, 100, 1_000, 100_000, CHUNKED_ABOVE])
+def test_embedding_costs_at_most_21_bytes_while_small(size: int) -> None:
+    described = len('["values", "u", false]')
+    assert framed(Message("values", "u", LARGE[:size])) - framed() - described - size <= 21
+
+
+def test_a_broadcast_is_one_object_for_all_clients() -> None:
+    for size in (1_000, len(LARGE)):
+        inbox = (Message("values", "theta_g", LARGE[:size], True),)
+        held: dict[str, bytes] = {}
+        for client in range(10):
+            job = Job(study="{}", phase="federate", round=3, client=client, inbox=inbox)
+            held |= objects(sent(of_order(Order(job, "0" * 16, 60.0)), client + 1))
+        assert size < sum(map(len, held.values())) < size + 10 * 2_000
+
+
+@pytest.mark.parametrize("changes", [{"stype": "numpy.ndarray"}, {"dtype": "float32"}, {"shape": (2,)}])
+def test_an_array_that_is_none_of_ours_is_refused(changes: dict[str, Any]) -> None:
+    from flwr.app import Array, ArrayRecord
+
+    outbox = (Message("values", "u", LARGE[: CHUNKED_ABOVE + 1]),)
+    message = sent(of_answer(Reply(round=3, client=2, outbox=outbox)))
+    assert isinstance(to_answer(crossed(message), JOB), Reply)
+    given = {"dtype": "uint8", "shape": (CHUNKED_ABOVE + 1,), "stype": "fedlth.1", **changes}
+    message.content["a0"] = ArrayRecord({"b": Array(data=outbox[0].payload, **given)})
+    with pytest.raises(ValueError, match="not a fedlth message"):
+        to_answer(crossed(message), JOB)
+
+
+def test_a_metric_record_is_none_of_ours() -> None:
+    from flwr.app import MetricRecord
+
+    message = sent(of_answer(Reply(round=3, client=2, outbox=())))
+    message.content["m"] = MetricRecord({"loss": 1.0})
+    with pytest.raises(ValueError, match="not a fedlth message"):
+        to_answer(crossed(message), JOB)

@@ -1,0 +1,95 @@
+"""Forked workers equal the in-process engine, whatever their number; what kills one costs one client."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fedlth import session
+from fedlth.engines.forked import Forked
+from fedlth.engines.inprocess import InProcess
+from fedlth.jobs import Failure, Job, Reply
+from tests import tiny
+
+sys.path.insert(0, str(Path(__file__).parent))
+from ray_study import study_of  # noqa: E402
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks are for Linux")
+
+
+@pytest.mark.parametrize("name", ["two_step", "lotteryfl", "fedselect", "fedpm"])
+def test_any_number_of_workers_equals_one_process(name: str, tmp_path: Path) -> None:
+    made = tiny.of_method(name, federate={"rounds": 3, "clients_per_round": 3})
+    tiny.run(made, tmp_path / "one")
+    for workers in (2, 5):
+        out = tmp_path / str(workers)
+        tiny.run(made, out, engine=Forked(workers))
+        assert tiny.facts(out) == tiny.facts(tmp_path / "one")
+        used = {row["worker"] for row in tiny.rows(out, "times") if row["client"] is not None}
+        assert 1 < len(used) <= workers and all(w.startswith("fork:") for w in used)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "reason"),
+    [
+        ("raise", "raised", "RuntimeError: planted"),
+        ("exit", "died", "its process ended with 3"),
+        ("segfault", "died", "its process was ended by SIGSEGV"),
+        ("hang", "hung", "no answer within job_timeout_s = 2 s"),
+    ],
+)
+def test_a_faulty_client_costs_only_itself(fault: str, kind: str, reason: str, tmp_path: Path) -> None:
+    made = study_of(fault=fault, personalise={"arms": ["global"]}, federate={"rounds": 2, "clients_per_round": 4})
+    session.start(made, tmp_path / "r", Forked(2, job_timeout_s=2.0), tiny.quiet)
+    for row in tiny.rows(tmp_path / "r", "rounds"):
+        assert [(f["client"], f["kind"], f["reason"]) for f in row["failed"]] == [(2, kind, reason)]
+
+
+def test_children_leave_with_a_parent_that_is_killed_and_hold_no_lock(tmp_path: Path) -> None:
+    out = tmp_path / "r"
+    code = (
+        "import sys; sys.path.insert(0, '.'); from pathlib import Path; from tests import tiny; "
+        "from fedlth.engines.forked import Forked; "
+        f"tiny.run(tiny.study(federate=dict(rounds=500)), Path({str(out)!r}), engine=Forked(2))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    try:
+        _until(lambda: (out / "checkpoint.json").exists())
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        assert len(children) == 2
+    finally:
+        parent.kill()
+        parent.wait()
+    with pytest.MonkeyPatch.context() as patch:
+        # A lock still held by a child would refuse at once.
+        patch.setattr("fedlth.rounds.Loop.run", lambda self, stop_after=None: (_ for _ in ()).throw(InterruptedError()))
+        with pytest.raises(InterruptedError):
+            session.resume(out, InProcess(), tiny.quiet)
+    _until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+
+
+def test_close_ends_the_workers_and_a_new_map_starts_them() -> None:
+    made = tiny.study()
+    job = Job(study=made.science(), phase="federate", round=1, client=0, inbox=())
+    engine = Forked(2)
+    for _ in range(2):
+        (answer,) = engine.map([job])
+        assert isinstance(answer, Reply | Failure)
+        pids = [place.actor.pid for place in engine._pool.places if place.actor]  # type: ignore[union-attr]
+        assert pids
+        engine.close()
+        for pid in pids:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+
+
+def _until(true: object, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -1,0 +1,82 @@
+"""A client that has lost what its download refers to gets it again, whole; that is counted, and costs nobody else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedlth.engines.inprocess import InProcess
+from fedlth.jobs import Failure, Job, Reply
+from fedlth.methods.state import ClientState
+from tests import tiny
+from tests.test_transport import Counting, check
+
+STUDY: dict[str, Any] = {"federate": {"rounds": 4, "clients_per_round": 3}}
+
+
+class Forgetful(Counting):
+    """Clients whose state is gone (`lost`), or whose mask is another than the server believes (`other`), in a round."""
+
+    def __init__(self, *, how: str, round: int) -> None:
+        super().__init__()
+        self.how, self.round = how, round
+        self.hit: set[int] = set()
+
+    def map(self, jobs: Sequence[Job], /) -> list[Reply | Failure]:
+        return super().map([self._struck(job) for job in jobs])
+
+    def _struck(self, job: Job) -> Job:
+        if (job.phase, job.round) != ("federate", self.round) or job.client in self.hit or not job.version:
+            return job
+        self.hit.add(job.client)
+        if self.how == "lost":
+            return replace(job, state=None)
+        state = ClientState.from_bytes(job.state)
+        return replace(job, state=state.with_(masks={"active": np.roll(state.masks["active"], 1)}).to_bytes())
+
+
+@pytest.mark.parametrize("wire", ["raw", "lossless", "step"])
+@pytest.mark.parametrize("how", ["lost", "other"])
+def test_what_was_lost_is_sent_again_and_counted(
+    how: str, wire: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = Forgetful(how=how, round=3)
+    tiny.run(tiny.of_method("lotteryfl", wire=wire, **STUDY), tmp_path / "r", engine=engine)
+    assert engine.hit
+    rows = tiny.rows(tmp_path / "r", "ledger")
+    again = [r for r in rows if r["kind"] == "resync"]
+    asked = [r for r in rows if r["kind"] == "control"]
+    assert {r["receiver"] for r in again} == {r["sender"] for r in asked} == {f"client:{c}" for c in engine.hit}
+    assert {r["round"] for r in again} == {3} and {r["payload_bytes"] for r in asked} == {8}
+    first = {(r["receiver"], r["ticket"]): r for r in rows if r["kind"] == "values" and r["round"] == 3}
+    for row in again:  # the same mask, this time with its bits
+        assert row["mask_bytes"] > first[row["receiver"], row["ticket"]]["mask_bytes"] == 0
+    assert not any(r["failed"] for r in tiny.rows(tmp_path / "r", "rounds"))
+    check(engine, tmp_path / "r", capsys)
+
+
+def test_a_client_that_lost_its_mask_gets_it_back(tmp_path: Path) -> None:
+    engine = Forgetful(how="other", round=3)
+    tiny.run(tiny.of_method("lotteryfl", **STUDY), tmp_path / "hit", engine=engine)
+    tiny.run(tiny.of_method("lotteryfl", **STUDY), tmp_path / "whole", engine=InProcess())
+    # LotteryFL keeps nothing but its mask: with that back, the run is the one in which nothing was lost.
+    assert tiny.digests(tmp_path / "hit") == tiny.digests(tmp_path / "whole")
+    assert tiny.rows(tmp_path / "hit", "metrics") == tiny.rows(tmp_path / "whole", "metrics")
+
+
+def test_a_client_that_asks_again_and_again_fails_alone(tmp_path: Path) -> None:
+    class Stubborn(InProcess):
+        def map(self, jobs: Sequence[Job], /) -> list[Reply | Failure]:
+            lost = [replace(j, state=None, version="x-1") if (j.client, j.round) == (victim, 2) else j for j in jobs]
+            return InProcess().map(lost)
+
+    made = tiny.of_method("lotteryfl", federate={"rounds": 3, "clients_per_round": 3})
+    victim = next(c for c in range(4) if c not in tiny.open_world(made.science()).splits.unseen)
+    tiny.run(made, tmp_path / "r", engine=Stubborn())
+    failed = [f for r in tiny.rows(tmp_path / "r", "rounds") for f in r["failed"]]
+    assert [(f["client"], f["kind"]) for f in failed] == [(victim, "refused")]
