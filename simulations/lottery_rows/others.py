@@ -81,8 +81,9 @@ def row_17(robust: Facts) -> Outcome:
     dense = np.mean([r["curve"][-1][2] for r in robust.trainings("pgd", 0)])
     return Outcome(
         held,
-        f"passes (find + retrain against dense PGD), by seed: {'; '.join(told)}. PGD-10 validation accuracy at the end: "
-        f"dense {pt(dense)}, ticket by PGD {pt(final['pgd'])}, boosting {pt(final['boosting'])}, its mask with new "
+        f"passes (find + retrain against dense PGD), by seed: {'; '.join(told)}. PGD-10 validation accuracy at "
+        f"the end: dense {pt(dense)}, ticket by PGD {pt(final['pgd'])}, boosting "
+        f"{pt(final['boosting'])}, its mask with new "
         f"weights {pt(final['boosting_reinit'])}",
     )
 
@@ -98,8 +99,9 @@ def row_18(early: Facts) -> Outcome:
     late = np.mean([d for (s, i, j), d in by.items() if (i, j) == (1900, 2000)])
     return Outcome(
         half and metric,
-        f"drawn after epoch {sorted(drawn)} of 20; weights kept {sorted(density)}; distance of epochs 1 and 2 {first:.3f}, of 19 and "
-        f"20 {late:.3f}; accuracy: dense {pt(early.mean('dense', 1))}, drawn early {pt(early.mean('drawn_early', 1))}, "
+        f"drawn after epoch {sorted(drawn)} of 20; weights kept {sorted(density)}; distance of epochs 1 and 2 "
+        f"{first:.3f}, of 19 and 20 {late:.3f}; accuracy: dense {pt(early.mean('dense', 1))}, drawn "
+        f"early {pt(early.mean('drawn_early', 1))}, "
         f"random channels {pt(early.mean('random_channels', 1))}",
     )
 
@@ -160,8 +162,8 @@ def row_22(theory: Facts) -> Outcome:
     mean = {k: np.mean([r[k] for r in tuned]) for k in ("before", "linear", "network")}
     return Outcome(
         least >= 2.3 and zero == 0,
-        f"ReLU, ratios {least:.2f} to {max(r['ratio'] for r in rows):.2f}, at 0 {zero:g}; fine-tuned for an epoch: before "
-        f"{pt(mean['before'])}, linearised {pt(mean['linear'])}, network {pt(mean['network'])}",
+        f"ReLU, ratios {least:.2f} to {max(r['ratio'] for r in rows):.2f}, at 0 {zero:g}; fine-tuned for an epoch: "
+        f"before {pt(mean['before'])}, linearised {pt(mean['linear'])}, network {pt(mean['network'])}",
     )
 
 
@@ -177,9 +179,10 @@ def row_23(strong: Facts) -> Outcome:
     others = ", ".join(f"{d} % {pt(strong.mean('edge_popup', n))}" for n, d in ((1, 70), (2, 50), (3, 30), (4, 10)))
     return Outcome(
         best >= 0.8 and dense <= 0.2 and gap == 0 and exact,
-        f"edge-popup kept {others}; biprop {pt(strong.mean('biprop', 1))}, Bernoulli {pt(strong.mean('bernoulli', 1))}; "
-        f"untrained: dense {pt(dense)}, random half {pt(strong.mean('untrained_random', 2))}; weights moved by {gap:g}; "
-        f"trained from the same constants {pt(strong.mean('fine_tuned', 2))}",
+        f"edge-popup kept {others}; biprop {pt(strong.mean('biprop', 1))}, Bernoulli "
+        f"{pt(strong.mean('bernoulli', 1))}; untrained: dense {pt(dense)}, random half "
+        f"{pt(strong.mean('untrained_random', 2))}; weights moved by {gap:g}; trained from the same "
+        f"constants {pt(strong.mean('fine_tuned', 2))}",
     )
 
 
@@ -190,8 +193,8 @@ def row_24(theory: Facts) -> Outcome:
     few, many = needed(3, "0.01"), needed(3, "0.001")
     held = all(13 <= n <= 24 for n in few) and all(b > a for a, b in zip(few, many, strict=True))
     held &= all(r["needed"] >= r["bound"] for r in theory.probe("subset_sums"))
-    return Outcome(held, f"n* by seed: k = 3, error .01: {few}; .001: {many}; bounds {needed(3, '0.01', 'bound')[0]:.1f}, "
-                   f"{needed(3, '0.001', 'bound')[0]:.1f}")  # fmt: skip
+    least = ", ".join(f"{needed(3, error, 'bound')[0]:.1f}" for error in ("0.01", "0.001"))
+    return Outcome(held, f"n* by seed: k = 3, error .01: {few}; .001: {many}; bounds {least}")
 
 
 def row_26(theory: Facts) -> Outcome:
@@ -254,18 +257,19 @@ def row_29(transfer: Facts) -> Outcome:
     itself = np.mean([r["accuracy"] for r in rows if r["source"] == "theta_0 itself"])
     return Outcome(
         found.statistic < 0 and union >= clients,
-        f"Spearman of label shift and accuracy change {found.statistic:+.2f} over {len(pairs)} pairs (p {found.pvalue:.2f}); mean "
-        f"accuracy with masks of all data {pt(union)}, of clients {pt(clients)}, of theta_0 itself {pt(itself)}",
+        f"Spearman of label shift and accuracy change {found.statistic:+.2f} over {len(pairs)} pairs "
+        f"(p {found.pvalue:.2f}); mean accuracy with masks of all data {pt(union)}, of clients "
+        f"{pt(clients)}, of theta_0 itself {pt(itself)}",
     )
 
 
 ROWS = (
-    (14, "BERT-Tickets", "kept 90, 80, ..., 10 % of the original +- 1 weight; at the sparsest ticket within 1 sd of full, "
-     "random is >= 3 sd below", ("pretrained",), row_14),
+    (14, "BERT-Tickets", "kept 90, 80, ..., 10 % of the original +- 1 weight; at the sparsest ticket within "
+     "1 sd of full, random is >= 3 sd below", ("pretrained",), row_14),
     (15, "universality", "dark cells of the mask of all data >= of any client's; diagonal dark", ("transfer",), row_15),
     (16, "boosting", "es(boosting) < es(winning) < es(full), accuracies within 0.3 pt", ("boosting",), row_16),
-    (17, "boosting, adversarial", "find + retrain to R costs fewer passes than dense PGD to R = its PGD accuracy - 1 pt, "
-     "every seed", ("robust",), row_17),
+    (17, "boosting, adversarial", "find + retrain to R costs fewer passes than dense PGD to R = its PGD accuracy "
+     "- 1 pt, every seed", ("robust",), row_17),
     (18, "Early-Bird", "drawn after 5 looks and before half of the epochs; distance in [0, 1], symmetric, 0 to itself",
      ("early_bird",), row_18),
     (19, "SNIP, GraSP", "SNIP's rank correlation with |L(w) - L(w without i)| >= 0.9; GraSP against explicit H < 1e-4",
@@ -278,9 +282,11 @@ ROWS = (
     (23, "strong tickets", "edge-popup at 50 % >= 80 %, untrained dense <= 20 %, weights never move, exact density",
      ("strong",), row_23),
     (24, "subset sums", "n*(3, .01) in [13, 24], n*(3, .001) above it, n* >= the bound", ("theory",), row_24),
-    (26, "spectral gap (reconstruction)", "eigenvalues ascend; ticket >= random with as many a layer", ("theory",), row_26),
+    (26, "spectral gap (reconstruction)", "eigenvalues ascend; ticket >= random with as many a layer", ("theory",),
+     row_26),
     (27, "neurons at equilibrium", "none frozen in epoch 1, more later, the frozen never move, >= baseline - 0.5 pt, "
      "bytes = (1 - frozen) x full", ("theory",), row_27),
     (28, "attack", "robust(0) = clean; no rise with eps; PGD <= FGSM", ("imp",), row_28),
-    (29, "label shift", "Spearman(shift, accuracy change) < 0; masks of all data >= mean of clients'", ("transfer",), row_29),
+    (29, "label shift", "Spearman(shift, accuracy change) < 0; masks of all data >= mean of clients'", ("transfer",),
+     row_29),
 )  # fmt: skip

@@ -34,7 +34,8 @@ ROWS = (
     Row(1, "IMP ladder", "survivors equal the ladder 266200, 213060, ..., 7650", ("imp",), tickets.row_1),
     Row(2, "winning ticket against reinit", "at round 7, 8 or 9 (medians): ticket >= reinit + 0.2 pt, stops earlier, "
         ">= dense - 0.3 pt", ("imp",), tickets.row_2),
-    Row(3, "speed", "least es(ticket) / es(dense) over rounds 4 to 7 <= 0.85, and es(16) > es(7)", ("imp",), tickets.row_3),
+    Row(3, "speed", "least es(ticket) / es(dense) over rounds 4 to 7 <= 0.85, and es(16) > es(7)", ("imp",),
+        tickets.row_3),
     Row(4, "one-shot against iterative", "at 3.6 % iterative > one-shot; at 51 % they differ by <= 0.3 pt", ("imp",),
         tickets.row_4),
     Row(5, "rearranged", "shuffled mask < ticket at every round from 11 on", ("imp",), tickets.row_5),
@@ -48,7 +49,8 @@ ROWS = (
         ("imp",), tickets.row_10),
     Row(11, "masking criterion", "large_final, magnitude_increase, movement >= random + 1 pt, small_final <= random, "
         "slow_movement >= random", ("criteria",), tickets.row_11),
-    Row(12, "mask-0, mask-1", "dead zero >= frozen at init; signed constant >= reinit + 0.2 pt", ("imp",), tickets.row_12),
+    Row(12, "mask-0, mask-1", "dead zero >= frozen at init; signed constant >= reinit + 0.2 pt", ("imp",),
+        tickets.row_12),
     Row(13, "supermask by criterion", "untrained same-sign mask >= 30 %, untrained dense <= 20 %", ("criteria",),
         tickets.row_13),
 )  # fmt: skip

@@ -127,8 +127,8 @@ def row_12(imp: Facts) -> Outcome:
         signed, reinit, reshuffle = (imp.mean(arm, n) for arm in ("signed_constant", "reinit", "reshuffle"))
         held &= zero >= frozen and signed >= reinit + 0.002
         told.append(
-            f"round {n}: dead zero {pt(zero)}, frozen at init {pt(frozen)}, zero if shrunk {pt(shrunk)}; signed constant "
-            f"{pt(signed)}, reshuffled {pt(reshuffle)}, reinit {pt(reinit)}"
+            f"round {n}: dead zero {pt(zero)}, frozen at init {pt(frozen)}, zero if shrunk {pt(shrunk)}; signed "
+            f"constant {pt(signed)}, reshuffled {pt(reshuffle)}, reinit {pt(reinit)}"
         )
     return Outcome(held, "; ".join(told))
 
@@ -140,6 +140,7 @@ def row_13(criteria: Facts) -> Outcome:
     plain, random = criteria.mean("supermask_large_final", 1), criteria.mean("supermask_random", 1)
     return Outcome(
         mask >= 0.3 and dense <= 0.2,
-        f"nothing trained: dense {pt(dense)}; same-sign mask {pt(mask)} at {100 * first['kept'] / first['size']:.0f} %; "
-        f"large_final mask {pt(plain)} and random mask {pt(random)} at 21 %",
+        f"nothing trained: dense {pt(dense)}; same-sign mask {pt(mask)} at "
+        f"{100 * first['kept'] / first['size']:.0f} %; large_final mask {pt(plain)} and random mask "
+        f"{pt(random)} at 21 %",
     )
