@@ -7,6 +7,7 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
@@ -119,8 +120,12 @@ def _done(made: Lottery, out: Path, todo: list[Task], tell: Tell) -> Iterator[Ta
             for job in as_completed(jobs):
                 job.result()
                 yield jobs[job]
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():  # else leaving waits for the tasks that run
+                child.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise StudyError(f"{out}: a worker was killed; the same command with out={out} goes on") from error
             raise
 
 

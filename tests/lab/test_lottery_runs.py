@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +22,7 @@ ARMS = {
     "shuffle": {"of": "imp", "mask": "shuffle", "rounds": [2]},
     "dropped": {"of": "imp", "rounds": [2], "train": {"dropout": 0.5}},
 }
+ROOT = Path(__file__).parents[2]
 PROBES = {
     "instability": {"name": "instability", "search": "imp", "rounds": [1], "steps": [0, 10], "alphas": 3},
     "attack": {"name": "attack", "search": "imp", "round": 2, "arms": ["shuffle"], "eps": [0.0, 0.1], "examples": 40},
@@ -140,3 +144,31 @@ def test_the_score_shown_in_the_docs_works_in_a_lottery_study(tmp_path: Path, mo
     other = tiny.run(tmp_path / "plain", searches={"own": {"rounds": 2}})
     assert [r["layer_kept"] for r in map(json.loads, one.splitlines())]
     assert one != other
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", ["main", "worker"])
+def test_a_stopped_command_ends_soon_says_how_to_go_on_and_does(tmp_path: Path, stop: str) -> None:
+    sections = {"seeds": [0, 1], "workers": 2, "searches": {"imp": {"rounds": 3}}}
+    long = tiny.tree(**sections, train={"iterations": 3000, "batch_size": 16, "lr": 0.05, "evaluate_every": 500})
+    whole, out, file = tmp_path / "whole", tmp_path / "out", tmp_path / "study.yaml"
+    file.write_text(json.dumps(long))
+    command = [sys.executable, "-m", "fedlth", "lottery", str(file), f"out={out}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as running:
+        assert running.stderr is not None
+        while "round 0" not in (line := running.stderr.readline()):
+            assert line, "ended before it was stopped"
+        if stop == "main":
+            running.send_signal(signal.SIGINT)
+        else:
+            children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+            workers = [c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+            os.kill(int(workers[-1]), signal.SIGKILL)
+        told = running.stderr.read()
+        assert running.wait(60) == (130 if stop == "main" else 2), told
+    assert f"out={out}" in told
+    assert not (out / "results.jsonl").exists()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    runner.run(study.build({**long, "workers": 1}), whole, tiny.quiet)
+    assert (out / "results.jsonl").read_bytes() == (whole / "results.jsonl").read_bytes()
