@@ -57,10 +57,27 @@ def words(facts: LotteryFacts) -> list[str]:
     return told or ["What the probes of this study measured stands below."]
 
 
+def alarms(facts: LotteryFacts) -> list[str]:
+    """Say where a mask leaves a layer empty (the network is then cut in two), and how sparse any mask could be."""
+    told = []
+    for arm in facts.arms:
+        for cell in facts.of(arm):
+            kept = [row["layer_kept"] for row in cell.rows]
+            empty = [name for name in kept[0] if any(one[name] == 0 for one in kept)]
+            if empty:
+                most = cell.rows[0]["size"] / len(kept[0])
+                told.append(
+                    f"Layer collapse: {arm} at density {cell.density:.3g} has nothing left in {', '.join(empty)}; up to "
+                    f"a compression of {most:.0f} (weights / layers) a mask can do without."
+                )
+                break
+    return told
+
+
 def lottery_text(run: Path) -> str:
     """Return what the terminal shows: the sentences and the table of arms."""
     facts = read_lottery(run)
-    parts = ["\n".join(words(facts))]
+    parts = ["\n".join([*words(facts), *alarms(facts)])]
     tables = [arms_table(facts)] if facts.cells else []
     for table in [*tables, *(probe_table(facts, probe) for probe in facts.probes)]:
         parts.append(f"{table.title}\n{_columns(table)}")
@@ -94,6 +111,7 @@ def _page(facts: LotteryFacts, arms: Table, probes: list[Table], figures: list[d
         data=config["data"]["name"],
         model=config["model"]["name"],
         words=words(facts),
+        alarms=alarms(facts),
         figures=figures,
         arms=arms,
         probes=probes,

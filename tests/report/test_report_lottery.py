@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fedlth.errors import StudyError
-from fedlth.report.lottery import lottery_text, words, write_lottery
+from fedlth.report.lottery import alarms, lottery_text, words, write_lottery
 from fedlth.report.lottery_facts import over_seeds, read_lottery
 from fedlth.report.lottery_tables import arms_table, probe_table
 
@@ -99,3 +99,15 @@ def test_an_unfinished_study_is_an_error_that_names_the_file(tmp_path: Path) -> 
     (tmp_path / "config.yaml").write_text(CONFIG)
     with pytest.raises(StudyError, match="results.jsonl"):
         write_lottery(tmp_path)
+
+
+def test_an_empty_layer_raises_the_alarm_once_an_arm(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    assert alarms(read_lottery(run)) == []
+    rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row.get("round", 0) >= 1 and row["arm"] == "imp":
+            row["layer_kept"] = {"a": row["kept"], "b": int(row["seed"] == 0)}
+    (run / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (told,) = alarms(read_lottery(run))
+    assert "imp at density 0.8 has nothing left in b" in told and "compression of 50 " in told
