@@ -67,8 +67,8 @@ def alarms(facts: LotteryFacts) -> list[str]:
             if empty:
                 most = cell.rows[0]["size"] / len(kept[0])
                 told.append(
-                    f"Layer collapse: {arm} at density {cell.density:.3g} has nothing left in {', '.join(empty)}; up to "
-                    f"a compression of {most:.0f} (weights / layers) a mask can do without."
+                    f"Layer collapse: {arm} at density {cell.density:.3g} has nothing left in {', '.join(empty)}; a "
+                    f"mask can do without up to a compression of {most:.0f} (weights / layers)."
                 )
                 break
     return told
