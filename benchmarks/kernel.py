@@ -1,24 +1,46 @@
-"""CPU milliseconds a training step of the kernel against eager torch, one thread: python benchmarks/kernel.py."""
+"""Thread-CPU milliseconds a training step of our backends against raw torch, one thread, interleaved.
+
+python benchmarks/kernel.py              ratios beside their limits, ok or MISSED (--quick: fewer repeats)
+python benchmarks/kernel.py --crossover  dense and sparse by density and kind of layer; kernel.SPARSE_BELOW is from here
+python benchmarks/kernel.py --threads    one thread against two that train two clients at once
+"""
 
 from __future__ import annotations
 
+import copy
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
+from torch.nn import functional as F
 
+from fedlth.compute import columns as col
 from fedlth.compute import kernel
 from fedlth.compute.graph import compile_layers
 from fedlth.compute.table import LayerTable
+from fedlth.compute.tuned import tune
 from fedlth.models.prunable import prunable_names
 from fedlth.models.registry import build
 from fedlth.params import layout_of, read
 from fedlth.train import Bound, Plan, batches, train
 
-DENSITIES = (1.0, 0.5, 0.2, 0.1, 0.05)
-EXAMPLES, BATCH, SHAPE = 600, 32, (1, 28, 28)
+BATCH = 32
+# Ratios to raw torch that a row must reach, by model and density; the last of each is torch, tuned.
+LIMITS: dict[str, dict[float | str, float]] = {
+    "lenet5": {1.0: 0.27, 0.5: 0.27, 0.2: 0.13, 0.1: 0.13, 0.05: 0.09, "tuned": 1.05},
+    "leaf_cnn": {1.0: 0.80, 0.5: 0.80, 0.2: 0.40, 0.1: 0.40, 0.05: 0.20, "tuned": 1.05},
+    "resnet9": {1.0: 1.0, 0.2: 0.60, "tuned": 1.05},
+    "conv2": {"tuned": 1.05},
+    "char_lstm": {"tuned": 1.05},
+    "mlp": {"tuned": 1.05},
+}
+SHAPES = {"resnet9": (3, 32, 32), "conv2": (3, 32, 32), "char_lstm": (20,)}
+EXAMPLES = {"resnet9": 64, "conv2": 64, "char_lstm": 128}
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:
@@ -28,43 +50,149 @@ def cpu_seconds(work: Callable[[], object]) -> float:
     return time.thread_time() - start
 
 
-def measure(name: str, epochs: int, repeats: int) -> None:
-    """Print one line a density; each measurement is the least of interleaved repeats."""
+@dataclass(frozen=True)
+class Work:
+    """One model with its data, and an epoch of it in each backend."""
+
+    module: nn.Module
+    shape: tuple[int, ...]
+    x: torch.Tensor
+    y: torch.Tensor
+
+    @property
+    def steps(self) -> int:
+        return -(-len(self.x) // BATCH)
+
+    def raw(self) -> Callable[[], object]:
+        """Plain torch: no framework, no flat buffers, torch.optim.SGD."""
+        module = copy.deepcopy(self.module)
+        optimiser = torch.optim.SGD(module.parameters(), lr=0.05)
+
+        def run() -> None:
+            order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(0))
+            for index in order.split(BATCH):
+                optimiser.zero_grad(set_to_none=True)
+                logits = module(self.x[index])
+                F.cross_entropy(logits.reshape(-1, logits.shape[-1]), self.y[index].reshape(-1)).backward()
+                optimiser.step()
+
+        return run
+
+    def tuned(self) -> Callable[[], object]:
+        module = copy.deepcopy(self.module)
+        layout = layout_of(module, prunable_names(module, None))
+        start = read(module, layout)
+        bound = Bound(module, layout, "cpu", None, tune(module, self.x[:3]))
+        plan, data = Plan(epochs=1, batch_size=BATCH, lr=0.05), (self.x, self.y)
+        return lambda: train(bound, start, data=data, plan=plan, order=np.random.default_rng(1), torch_seed=0)
+
+    def kernel(self, density: float) -> Callable[[], object]:
+        layout = layout_of(self.module, prunable_names(self.module, None))
+        start, table = read(self.module, layout), compile_layers(self.module, layout, self.shape)
+        assert isinstance(table, LayerTable), table
+        mask = np.random.default_rng(0).random(layout.num_prunable) < density if density < 1 else None
+        parts = [batches(len(self.x), BATCH, np.random.default_rng(1))]
+        given = {"rates": np.full(self.steps, 0.05), "mask": mask}
+        run = lambda: kernel.train_epochs(table, start.floats, self.x.numpy(), self.y.numpy(), parts, **given)  # noqa: E731
+        run()  # compiled, and the memory touched
+        return run
+
+
+def work(name: str, module: nn.Module | None = None, shape: tuple[int, ...] | None = None, size: int = 0) -> Work:
+    """Return a built-in model, or one's own, with random data."""
     torch.manual_seed(0)
-    module = build(name, num_classes=10, input_shape=SHAPE, options={})
-    layout = layout_of(module, prunable_names(module, None))
-    start, table = read(module, layout), compile_layers(module, layout, SHAPE)
-    assert isinstance(table, LayerTable), table
-    rng = np.random.default_rng(0)
-    x = torch.from_numpy(rng.standard_normal((EXAMPLES, *SHAPE)).astype(np.float32))
-    y = torch.from_numpy(rng.integers(0, 10, EXAMPLES))
-    plan, bound = Plan(epochs=epochs, batch_size=BATCH, lr=0.05), Bound(module, layout, "cpu")
-    parts = [batches(EXAMPLES, BATCH, np.random.default_rng(1)) for _ in range(epochs)]
-    steps = sum(map(len, parts))
-    masks = {d: rng.random(layout.num_prunable) < d if d < 1 else None for d in DENSITIES}
+    shape = shape or SHAPES.get(name, (1, 28, 28))
+    module = module or build(name, num_classes=10, input_shape=shape, options={})
+    size = size or EXAMPLES.get(name, 608)
+    x = torch.randint(0, 10, (size, *shape)) if name == "char_lstm" else torch.randn(size, *shape)
+    classes = module(x[:2]).shape
+    return Work(module, shape, x, torch.randint(0, classes[-1], (size, *classes[1:-1])))
 
-    def fast(mask: np.ndarray | None) -> object:
-        rates = np.full(steps, plan.lr)
-        return kernel.train_epochs(table, start.floats, x.numpy(), y.numpy(), parts, rates=rates, mask=mask)
 
-    def eager() -> object:
-        return train(bound, start, data=(x, y), plan=plan, order=np.random.default_rng(1), torch_seed=0)
-
-    fast(None)
-    fast(masks[0.5])
-    best: dict[float, float] = dict.fromkeys((0.0, *DENSITIES), float("inf"))
+def interleaved(runs: dict[float | str, Callable[[], object]], repeats: int) -> dict[float | str, float]:
+    """Return the least CPU seconds of each, taken in turns."""
+    best: dict[float | str, float] = dict.fromkeys(runs, float("inf"))
     for _ in range(repeats):
-        best[0.0] = min(best[0.0], cpu_seconds(eager))
-        for density, mask in masks.items():
-            best[density] = min(best[density], cpu_seconds(lambda mask=mask: fast(mask)))  # type: ignore[misc]
-    print(f"{name}: eager torch {best[0.0] / steps * 1e3:.2f} ms a step")
-    for density in DENSITIES:
-        ms, ratio = best[density] / steps * 1e3, best[density] / best[0.0]
-        print(f"  density {density:<4}: {ms:6.2f} ms, {ratio:.3f} of eager, {1 / ratio:4.1f} times as fast", flush=True)
+        for key, run in runs.items():
+            best[key] = min(best[key], cpu_seconds(run))
+    return best
+
+
+def ratios(name: str, repeats: int) -> bool:
+    """Print one line a backend; return whether all are within their limits."""
+    given = work(name)
+    runs: dict[float | str, Callable[[], object]] = {"raw": given.raw()}
+    for key in LIMITS[name]:
+        runs[key] = given.kernel(key) if isinstance(key, float) else given.tuned()
+    best, good = interleaved(runs, repeats), True
+    print(f"{name}: raw torch {best['raw'] / given.steps * 1e3:.2f} ms a step")
+    for key, limit in LIMITS[name].items():
+        ratio = best[key] / best["raw"]
+        good &= ratio <= limit
+        what = f"density {key}" if isinstance(key, float) else "torch, tuned"
+        verdict = "ok" if ratio <= limit else "MISSED"
+        ms = best[key] / given.steps * 1e3
+        print(f"  {what:12} {ms:8.2f} ms, {ratio:.3f} of raw torch (limit {limit:.2f}) {verdict}", flush=True)
+    return good
+
+
+def crossover(densities: Iterable[float]) -> None:
+    """Print a step of nets that are nearly one layer, dense and sparse, and where the two lines meet."""
+    nets: dict[str, tuple[int, tuple[int, ...], nn.Module]] = {
+        "convolution 5 x 5, 32 -> 64": (col.CONVOLUTION, (32, 14, 14), nn.Conv2d(32, 64, 5, padding=2)),
+        "convolution 3 x 3, 64 -> 64": (col.CONVOLUTION, (64, 14, 14), nn.Conv2d(64, 64, 3, padding=1)),
+        "convolution 5 x 5, 6 -> 16": (col.CONVOLUTION, (6, 14, 14), nn.Conv2d(6, 16, 5, padding=2)),
+        "linear 3136 -> 512": (col.LINEAR, (3136, 1, 1), nn.Linear(3136, 512)),
+        "linear 400 -> 120": (col.LINEAR, (400, 1, 1), nn.Linear(400, 120)),
+    }
+    before = dict(kernel.SPARSE_BELOW)
+    for title, (kind, shape, layer) in nets.items():
+        # A norm before it, so that the gradient of its input is wanted; the rest is small.
+        if isinstance(layer, nn.Linear):
+            parts = [nn.Flatten(), layer, nn.Linear(layer.out_features, 2)]
+        else:
+            parts = [layer, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(int(layer.out_channels), 2)]
+        given, lines = work(title, nn.Sequential(nn.GroupNorm(1, shape[0]), *parts), shape, 608), []
+        for density in densities:
+            best = {}
+            for below in (0.0, 2.0):
+                kernel.SPARSE_BELOW[kind] = below
+                run = given.kernel(density)
+                best[below] = min(cpu_seconds(run) for _ in range(3)) / given.steps * 1e3
+            lines.append((density, best[0.0], best[2.0]))
+            print(f"{title}: density {density:.2f}: dense {best[0.0]:7.3f} ms, sparse {best[2.0]:7.3f} ms", flush=True)
+        kernel.SPARSE_BELOW.update(before)
+        meet = [d for d, dense, sparse in lines if sparse < dense]
+        print(f"{title}: sparse is faster up to density {max(meet, default=0.0):.2f}")
+
+
+def threads() -> None:
+    """Print how much more two threads do than one, in clock time; a busy machine shows less."""
+    given = work("lenet5", size=1216)
+    for density in (1.0, 0.2):
+        runs = [given.kernel(density) for _ in range(2)]
+
+        def clock(count: int, runs: list[Callable[[], object]] = runs) -> float:
+            workers = [threading.Thread(target=run) for run in runs[:count]]
+            start = time.perf_counter()
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+            return time.perf_counter() - start
+
+        one = min(clock(1) for _ in range(7))
+        two = min(clock(2) for _ in range(7))
+        print(f"lenet5 density {density}: two threads do {2 * one / two:.2f} times the work of one")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    few = "--quick" in sys.argv
-    measure("lenet5", epochs=1, repeats=2 if few else 7)
-    measure("leaf_cnn", epochs=1, repeats=1 if few else 3)
+    if "--crossover" in sys.argv:
+        crossover((0.2, 0.3, 0.4, 0.5, 0.6, 0.7))
+    elif "--threads" in sys.argv:
+        threads()
+    else:
+        few = "--quick" in sys.argv
+        met = [ratios(name, 3 if few or name in ("resnet9", "conv2") else 7) for name in LIMITS]
+        sys.exit(0 if all(met) else 1)

@@ -151,7 +151,8 @@ class Study(_Node):
     refine: Refine = Refine()
     tune: Tune = Tune()
     wire: Literal["raw", "lossless", "bf16", "f16", "step", "sign"] = "lossless"
-    compute: Literal["auto", "reference", "sparse"] = "reference"
+    compute: Literal["auto", "reference", "tuned", "sparse"] = "reference"
+    cohort: Literal["auto"] | Count = 1
     device: str = "cpu"
     engine: Literal["inprocess", "ray", "flower"] = "inprocess"
     workers: Literal["auto"] | Count = "auto"

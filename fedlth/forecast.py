@@ -14,7 +14,7 @@ from fedlth.methods.recipe import Recipe
 from fedlth.methods.resolve import arms_of, finder_of, recipe_of, resolve
 from fedlth.rounds import CONTROLS, steps_of
 from fedlth.server import broadcast
-from fedlth.session import backend
+from fedlth.session import backend, together
 from fedlth.world import World, open_world
 
 TIMED_STEPS = 5
@@ -41,6 +41,8 @@ def forecast(study: Study) -> str:
     notes += why
     world = open_world(study.science())
     world.probe()
+    study, why = together(study, study.engine)
+    notes += why
     recipe = recipe_of(study)
     step_s = _step_seconds(world)
     sizes = [len(c.train) for c in world.splits.clients]
@@ -60,7 +62,8 @@ def forecast(study: Study) -> str:
         f"train examples {min(sizes)}-{max(sizes)}, partition {world.splits.digest[:16]}",
         f"model: {study.model.name}, {world.layout.num_params:,} parameters, {world.layout.num_prunable:,} prunable",
         *(_tensor_line(world, e.name) for e in world.layout.floats if e.role == "param"),
-        *_kernel_lines(world),
+        *_compute_lines(world),
+        f"cohort: {study.cohort} clients train as one" if study.cohort != 1 else "cohort: 1, clients train one by one",
         f"bytes: down {down / 1e6:,.2f} MB, up {up / 1e6:,.2f} MB"
         + ("" if recipe.down == "broadcast" and recipe.space == "weights" else " (upper bound: masks only save)"),
         f"training: {steps:,.0f} steps, {steps * per_step / 1e12:,.2f} TFLOP (dense), at {1e3 * step_s:.2f} ms a step "
@@ -122,11 +125,15 @@ def _disk_mb(world: World, recipe: Recipe) -> float:
     return float(2 * tickets + 3 * whole + (count * whole if recipe.name == "fedselect" else 0)) / 1e6
 
 
-def _kernel_lines(world: World) -> list[str]:
-    """Say which layers the compute kernel runs, or why it cannot."""
+def _compute_lines(world: World) -> list[str]:
+    """Say what computes this study, and which layers the kernel runs or why it cannot."""
+    lines = [f"compute: {world.study.compute}"]
+    if world.study.compute == "tuned":
+        lines.append(f"  torch, {world.bound.forward.note}")
     if isinstance(world.table, str):
-        return [f"compute: {world.study.compute}; the kernel cannot run this study: {world.table}"]
-    return [f"compute: {world.study.compute}; the kernel's layers:", *(f"  {line}" for line in world.table.describe())]
+        return [*lines, f"  the kernel cannot run this study: {world.table}"]
+    runs = "runs" if world.study.compute == "sparse" else "could run (compute: sparse)"
+    return [*lines, f"  the kernel {runs} every layer:", *(f"    {line}" for line in world.table.describe())]
 
 
 def _tensor_line(world: World, name: str) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 
 from fedlth import __version__, rounds, store, tensorboard, tickets_file
 from fedlth.client import space
+from fedlth.compute import cohort_size, kernel
 from fedlth.config import Study
 from fedlth.data.split import label_counts
 from fedlth.errors import StudyError
@@ -36,10 +37,13 @@ def start(study: Study, out: Path, engine: Engine, tell: Tell) -> RunFolder:
         tensorboard.require()
     study, why = backend(study)
     notes += why
+    open_world(study.science()).probe()
+    study, why = together(study, engine.name)
     world = open_world(study.science())
-    world.probe()
-    for note in notes:
+    for note in notes + why:
         tell(f"note: {note}")
+    if study.compute == "sparse":
+        kernel.warm(tell)
     folder = RunFolder(out)
     with folder.locked():
         folder.create(study)
@@ -54,8 +58,19 @@ def backend(study: Study) -> tuple[Study, list[str]]:
         return study, []
     table = open_world(study.science()).table
     if isinstance(table, str):
-        return study.model_copy(update={"compute": "reference"}), [f"compute: reference, because {table}"]
+        return study.model_copy(update={"compute": "tuned"}), [
+            f"compute: tuned, because the kernel cannot run: {table}"
+        ]
     return study.model_copy(update={"compute": "sparse"}), ["compute: sparse, all layers run in the kernel"]
+
+
+def together(study: Study, engine: str) -> tuple[Study, list[str]]:
+    """Return the study with `cohort` decided as a number, and notes that say what was decided and why."""
+    size, notes = cohort_size.decided(study, open_world(study.science()), engine=engine)
+    recipe = recipe_of(study)
+    if size > 1 and recipe.space == "scores":
+        notes.append(f"cohort: method {recipe.name} trains scores one client at a time; other trainings go together")
+    return study.model_copy(update={"cohort": size}), notes
 
 
 def resume(out: Path, engine: Engine, tell: Tell) -> RunFolder:
@@ -70,10 +85,14 @@ def resume(out: Path, engine: Engine, tell: Tell) -> RunFolder:
             engine.close()
             tell(f"{out}: has ended already")
             return folder
+        if study.compute == "sparse":
+            kernel.warm(tell)
         if not header:
             _write_header(folder, study, world, engine)
         elif (header["data_digest"], header["partition_digest"]) != (world.dataset.digest(), world.splits.digest):
             raise StudyError(f"{out}: must go on with the data that it began with, got others")
+        elif header.get("cohort", 1) != study.cohort:
+            raise StudyError(f"{out}: must go on with cohort {header.get('cohort', 1)}, got {study.cohort}")
         elif header["versions"] != versions():
             tell("note: other versions than those the run began with; equal bits are not promised")
         return _go(folder, engine, tell)
@@ -149,6 +168,7 @@ def _write_header(
         "seed": study.seed,
         "engine": engine.name,
         "compute": study.compute,
+        "cohort": study.cohort,
         "versions": versions(),
         "commit": _commit(),
         "partition_digest": world.splits.digest,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlth.compute import kernel
+from fedlth.compute import cohort_asks, kernel
 from fedlth.compute.table import LayerTable
+from fedlth.compute.tuned import Tuned
 from fedlth.errors import StudyError
-from fedlth.params import Layout, Params
+from fedlth.params import Entry, Layout, Params
 
 EVALUATION_BATCH = 256
 
@@ -56,12 +58,23 @@ class Trained:
 class Bound:
     """A module whose parameters and float buffers are views into one flat tensor, so that a step is five calls.
 
-    With a `table`, training and evaluation run in the compute kernel instead, equal up to float32 rounding.
+    With a `table`, training and evaluation run in the compute kernel instead; with `tuned` they take its forwards of
+    the module and its memory format. All are equal up to float32 rounding. Of one Bound, the kernel's training and
+    evaluation may run in many threads at once; whatever needs the module holds `lock`.
     """
 
-    def __init__(self, module: nn.Module, layout: Layout, device: str, table: LayerTable | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        layout: Layout,
+        device: str,
+        table: LayerTable | None = None,
+        tuned: Tuned | None = None,
+    ) -> None:
         self.table = table
         self.module = module.to(device)
+        self.forward = tuned or Tuned(self.module, self.module, False, "as written")
+        self.lock = threading.RLock()
         self.layout = layout
         self.device = device
         self.flat = torch.zeros(layout.num_floats, device=device)
@@ -72,9 +85,9 @@ class Bound:
         self.buffers = {e.name: named[e.name] for e in layout.entries if e.role == "buffer"}
         for e in layout.floats:
             tensor = named[e.name]
-            tensor.data = self.flat[e.slice].view(e.shape)
+            tensor.data = self._view(self.flat, e)
             if e.trainable:
-                tensor.grad = self.grad[e.slice].view(e.shape)
+                tensor.grad = self._view(self.grad, e)
         moves = np.zeros(layout.num_params, np.float32)
         for e in layout.floats:
             if e.trainable:
@@ -82,8 +95,36 @@ class Bound:
         # Weight decay must not reach a frozen part: its gradient is zero, its decay would not be.
         self.moves = None if moves.all() else torch.from_numpy(moves).to(device)
 
+    def _moved(self, e: Entry) -> bool:
+        return self.forward.channels_last and e.role == "param" and len(e.shape) == 4
+
+    def _view(self, flat: Tensor, e: Entry) -> Tensor:
+        """Return an entry of a flat tensor in the module's memory format, as the entry's shape."""
+        if not self._moved(e):
+            return flat[e.slice].view(e.shape)
+        outputs, inputs, height, width = e.shape
+        return flat[e.slice].view(outputs, height, width, inputs).permute(0, 3, 1, 2)
+
+    def arranged(self, values: np.ndarray) -> Tensor:
+        """Return a prefix of the flat vector, given in the layout's order, in the order of the module's memory."""
+        out = torch.from_numpy(values)
+        if any(map(self._moved, self.layout.floats)):
+            given, out = out, out.clone()
+            for e in self.layout.floats:
+                if self._moved(e) and e.slice.stop <= len(out):
+                    self._view(out, e).copy_(given[e.slice].view(e.shape))
+        return out.to(self.device)
+
+    def in_order(self, values: Tensor) -> np.ndarray:
+        """Return a copy of a prefix of a flat tensor in the layout's order: the inverse of `arranged`."""
+        out: np.ndarray = values.cpu().numpy().copy()
+        for e in self.layout.floats:
+            if self._moved(e) and e.slice.stop <= len(out):
+                out[e.slice] = self._view(values, e).cpu().numpy().reshape(-1)
+        return out
+
     def load(self, params: Params) -> None:
-        self.flat.copy_(torch.from_numpy(params.floats))
+        self.flat.copy_(self.arranged(params.floats))
         for e, tensor in self.ints:
             tensor.copy_(torch.from_numpy(params.ints[e.slice].reshape(e.shape)))
 
@@ -94,7 +135,7 @@ class Bound:
         ints = np.zeros(self.layout.num_ints, np.int64)
         for e, tensor in self.ints:
             ints[e.slice] = tensor.detach().cpu().reshape(-1).numpy()
-        return Params(self.flat.cpu().numpy().copy(), ints)
+        return Params(self.in_order(self.flat), ints)
 
 
 def batches(size: int, batch_size: int, order: np.random.Generator) -> list[np.ndarray]:
@@ -150,14 +191,33 @@ def train(
     rates = [plan.rate(step, steps) for step in range(plan.first_step, min(plan.last_step or steps, steps))]
     if bound.table is not None:
         return _checked(_in_kernel(bound.table, start, data, plan, epochs, rates, mask, update, snapshots), plan)
+    done = cohort_asks.trained(bound, start, data, plan, epochs, rates, mask, update, snapshots)
+    if done is not None:
+        return _checked(Trained(Params(done.floats, start.ints.copy()), done.loss, done.snapshots), plan)
+    with bound.lock:
+        torch.manual_seed(torch_seed)
+        return _checked(_in_torch(bound, start, data, plan, epochs, rates, mask, update, snapshots), plan)
+
+
+def _checked(trained: Trained, plan: Plan) -> Trained:
+    if not math.isfinite(trained.loss):
+        raise FloatingPointError(f"training diverged: loss {trained.loss} at learning rate {plan.lr}")
+    return trained
+
+
+def _in_torch(
+    bound: Bound, start: Params, data: tuple[Tensor, Tensor], plan: Plan, epochs: list[list[np.ndarray]],
+    rates: list[float], mask: np.ndarray | None, update: np.ndarray | None, snapshots: tuple[int, ...],
+) -> Trained:  # fmt: skip
+    """Do what `train` says in torch, five calls a step."""
+    x, y = bound.forward.images(data[0]), data[1]
     layout, size = bound.layout, bound.layout.num_prunable
     weights, grad = bound.flat[: layout.num_params], bound.grad
-    alive = None if mask is None or mask.all() else torch.from_numpy(mask.astype(np.float32)).to(bound.device)
+    alive = None if mask is None or mask.all() else bound.arranged(mask.astype(np.float32))
     moves = bound.moves
     if update is not None:
         moves = torch.ones(layout.num_params, device=bound.device) if moves is None else moves.clone()
-        moves[:size] *= torch.from_numpy(update.astype(np.float32)).to(bound.device)
-    torch.manual_seed(torch_seed)
+        moves[:size] *= bound.arranged(update.astype(np.float32))
     bound.load(start)
     if alive is not None:
         weights[:size].mul_(alive)
@@ -169,7 +229,7 @@ def train(
         for part in parts:
             index = torch.from_numpy(part).to(bound.device)
             grad.zero_()
-            loss = loss_of(bound.module(x[index]), y[index])
+            loss = loss_of(bound.forward.train(x[index]), y[index])
             loss.backward()  # type: ignore[no-untyped-call]
             loss_sum += float(loss.detach()) * len(part)
             with torch.no_grad():
@@ -183,14 +243,8 @@ def train(
                 weights.add_(direction, alpha=-rates[step])
             step += 1
         if epoch in snapshots:
-            kept[epoch] = bound.flat.cpu().numpy().copy()
-    return _checked(Trained(bound.save(), loss_sum / sum(map(len, epochs[-1])), kept), plan)
-
-
-def _checked(trained: Trained, plan: Plan) -> Trained:
-    if not math.isfinite(trained.loss):
-        raise FloatingPointError(f"training diverged: loss {trained.loss} at learning rate {plan.lr}")
-    return trained
+            kept[epoch] = bound.in_order(bound.flat)
+    return Trained(bound.save(), loss_sum / sum(map(len, epochs[-1])), kept)
 
 
 def _in_kernel(
@@ -218,12 +272,14 @@ def evaluate(bound: Bound, params: Params, data: tuple[Tensor, Tensor]) -> tuple
     if bound.table is not None:
         logits = torch.from_numpy(kernel.predict(bound.table, params.floats, x.numpy()))
         return float((logits.argmax(-1) == y).double().mean()), float(loss_of(logits, y))
-    bound.load(params)
-    bound.module.eval()
-    right, loss_sum = 0, 0.0
-    with torch.inference_mode():
+    if (found := cohort_asks.evaluated(bound, params, data)) is not None:
+        return found
+    with bound.lock, torch.inference_mode():
+        bound.load(params)
+        bound.module.eval()
+        x, right, loss_sum = bound.forward.images(x), 0, 0.0
         for at in range(0, len(y), EVALUATION_BATCH):
-            logits, target = bound.module(x[at : at + EVALUATION_BATCH]), y[at : at + EVALUATION_BATCH]
+            logits, target = bound.forward.evaluate(x[at : at + EVALUATION_BATCH]), y[at : at + EVALUATION_BATCH]
             right += int((logits.argmax(-1) == target).sum())
             loss_sum += float(loss_of(logits, target)) * len(target)
     return right / y.numel(), loss_sum / len(y)
@@ -231,12 +287,14 @@ def evaluate(bound: Bound, params: Params, data: tuple[Tensor, Tensor]) -> tuple
 
 def gradient(bound: Bound, params: Params, data: tuple[Tensor, Tensor]) -> np.ndarray:
     """Return (num_prunable,) float32: the gradient of the mean loss over all of `data`, in evaluation mode."""
-    x, y = data
-    bound.load(params)
-    bound.module.eval()
-    bound.grad.zero_()
-    for at in range(0, len(y), EVALUATION_BATCH):
-        target = y[at : at + EVALUATION_BATCH]
-        loss = loss_of(bound.module(x[at : at + EVALUATION_BATCH]), target) * (len(target) / len(y))
-        loss.backward()  # type: ignore[no-untyped-call]
-    return bound.grad[: bound.layout.num_prunable].cpu().numpy().copy()
+    x, y = bound.forward.images(data[0]), data[1]
+    with bound.lock:
+        bound.load(params)
+        bound.module.eval()
+        bound.grad.zero_()
+        for at in range(0, len(y), EVALUATION_BATCH):
+            target = y[at : at + EVALUATION_BATCH]
+            logits = bound.forward.evaluate(x[at : at + EVALUATION_BATCH])
+            loss = loss_of(logits, target) * (len(target) / len(y))
+            loss.backward()  # type: ignore[no-untyped-call]
+        return bound.in_order(bound.grad[: bound.layout.num_prunable])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ class Stage:
     codec: Codec
     sends: str
     mirrors: bool
+    cohort: int
 
     @property
     def version(self) -> str:
@@ -71,7 +73,9 @@ class Visits:
             self.folder.clients.writing(self.stage.version) as states,
             self.folder.mirrors.writing(self.stage.version) as masks,
         ):
-            size = self.engine.at_once
+            # Parts are whole cohorts, so that these are the same on every engine. What is meant for four clients in
+            # turn is one cohort's place, or too few cohorts would be out for all workers to have one.
+            size = self.stage.cohort * -(-self.engine.at_once // min(self.stage.cohort, 4))
             for i in range(0, len(self.clients), size):
                 yield from self._part(self.clients[i : i + size], states, masks)
 
@@ -80,6 +84,7 @@ class Visits:
         answers = self.engine.map(jobs)
         again = self._again(jobs, answers)
         for job, answer in zip(jobs, answers, strict=True):
+            self.rows += again.get(job.client, [])
             got = self._judged(job, answer, "resync" if job.client in again else "")
             if got is None or not isinstance(answer, Reply):
                 continue
@@ -95,24 +100,25 @@ class Visits:
             version=version, state=state,
         )  # fmt: skip
 
-    def _again(self, jobs: list[Job], answers: list[Reply | Failure]) -> set[int]:
+    def _again(self, jobs: list[Job], answers: list[Reply | Failure]) -> dict[int, list[Row]]:
         """Send once more, leaning on nothing, to the clients that have lost what their download referred to.
 
-        Replaces their jobs and answers, and returns who they are. The first try is in the ledger: it was sent too.
+        Replaces their jobs and answers, and returns the rows of their first tries, which were sent too, by client.
         """
-        lost = []
+        lost, tries = [], dict[int, list[Row]]()
         for i, (job, answer) in enumerate(zip(jobs, answers, strict=True)):
             if isinstance(answer, Reply) and _asks(answer):
-                self.rows += self._rows_down(job, answer)
-                self.rows += self._rows_up(answer, None, "ok", "")
+                tries[job.client] = self._rows_down(job, answer) + self._rows_up(answer, None, "ok", "")
                 forget = not any(answer.outbox[0].payload)
                 jobs[i] = self._job(job.client, self.down.inbox(job.client, alone=True), forget=forget)
                 lost.append(i)
-        if lost:
-            for i, answer in zip(lost, self.engine.map([jobs[i] for i in lost]), strict=True):
+        # All at once, but for cohorts: who else has lost something must not change a cohort's bits on another engine.
+        for _, part in groupby(lost, key=lambda i: i // self.stage.cohort if self.stage.cohort > 1 else 0):
+            again = list(part)
+            for i, answer in zip(again, self.engine.map([jobs[i] for i in again]), strict=True):
                 answers[i] = answer
         self.resyncs += len(lost)
-        return {jobs[i].client for i in lost}
+        return tries
 
     def _judged(self, job: Job, answer: Reply | Failure, kind: str) -> server.Accepted | None:
         """Turn an answer into ledger rows, and into what was accepted; each answer stands alone."""

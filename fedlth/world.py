@@ -16,6 +16,7 @@ from fedlth import config
 from fedlth.compute import kernel
 from fedlth.compute.graph import compile_layers
 from fedlth.compute.table import LayerTable
+from fedlth.compute.tuned import tune
 from fedlth.data.dataset import Dataset
 from fedlth.data.factory import told
 from fedlth.data.partition import PARTITIONS
@@ -60,8 +61,12 @@ class World:
         """The one module of this process, bound to flat buffers."""
         table = self.table if self.study.compute == "sparse" else None
         if isinstance(table, str):
-            raise StudyError(f"compute: must be reference for this study, the kernel cannot run it: {table}")
-        return Bound(self.module(), self.layout, self.device, table)
+            raise StudyError(f"compute: must be tuned or reference for this study, the kernel cannot run it: {table}")
+        module, tuned = self.module().to(self.device), None
+        if self.study.compute == "tuned":
+            x, _ = inputs(self.dataset, np.arange(min(3, len(self.dataset.y_train))), train=True)
+            tuned = tune(module, x.to(self.device))
+        return Bound(module, self.layout, self.device, table, tuned)
 
     @cached_property
     def table(self) -> LayerTable | str:

@@ -8,18 +8,18 @@ from typing import Any
 from llvmlite import ir
 
 from fedlth.compute.jit import intrinsic
-from fedlth.compute.vectors import Tile, _Code, _intrinsic, _same
+from fedlth.compute.vectors import FUSE, Code, Tile, made, same
 
 
 def _pairwise(combine: Callable[[Any, list[Any]], Any]) -> Any:
     """Return the intrinsic that makes each row of its result from the same rows of its tiles."""
 
     def answer(*tiles: Any) -> Any:
-        def body(c: _Code) -> Any:
+        def body(c: Code) -> Any:
             columns = [c.rows(k) for k in range(len(tiles))]
             return c.tile([combine(c.builder, list(row)) for row in zip(*columns, strict=True)])
 
-        return _intrinsic(body, _same)(*tiles)
+        return made(body, same)(*tiles)
 
     return answer
 
@@ -71,6 +71,22 @@ def multiply(typing, a, b):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def divide(typing, a, b):  # type: ignore[no-untyped-def]
+    """Return a / b."""
+    return _pairwise(lambda builder, rows: builder.fdiv(*rows))(a, b)
+
+
+@intrinsic
+def multiply_add(typing, a, b, c):  # type: ignore[no-untyped-def]
+    """Return a * b + c, in one rounding where the machine can."""
+
+    def combine(builder: Any, rows: list[Any]) -> Any:
+        return builder.fadd(builder.fmul(rows[0], rows[1], flags=FUSE), rows[2], flags=FUSE)
+
+    return _pairwise(combine)(a, b, c)
+
+
+@intrinsic
 def keep_positive(typing, a, g):  # type: ignore[no-untyped-def]
     """Return g where a > 0, else 0."""
     combine = _keep(">")
@@ -83,19 +99,21 @@ def keep_equal(typing, a, b, g):  # type: ignore[no-untyped-def]
     return _pairwise(_keep("=="))(a, b, g)
 
 
-def _zeros(rows: int, width: int) -> Any:
+def _filled(rows: int, width: int, value: float = 0.0) -> Any:
     @intrinsic
-    def zeros(typing):  # type: ignore[no-untyped-def]
+    def filled(typing):  # type: ignore[no-untyped-def]
         tile = Tile(rows, width)
 
         def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return ir.Constant(context.get_value_type(tile), None)
+            row = ir.Constant(ir.VectorType(ir.FloatType(), width), [value] * width)
+            return ir.Constant(context.get_value_type(tile), [row] * rows)
 
         return tile(), code
 
-    return zeros
+    return filled
 
 
-zeros_6x16, zeros_4x16, zeros_2x16, zeros_1x16 = (_zeros(rows, 16) for rows in (6, 4, 2, 1))
-zeros_3x32, zeros_2x32, zeros_1x32 = (_zeros(rows, 32) for rows in (3, 2, 1))
-zeros_10x8, zeros_5x8 = _zeros(10, 8), _zeros(5, 8)
+zeros_6x16, zeros_4x16, zeros_2x16, zeros_1x16 = (_filled(rows, 16) for rows in (6, 4, 2, 1))
+zeros_3x32, zeros_2x32, zeros_1x32 = (_filled(rows, 32) for rows in (3, 2, 1))
+zeros_10x8, zeros_8x8, zeros_5x8 = (_filled(rows, 8) for rows in (10, 8, 5))
+ones_1x16 = _filled(1, 16, 1.0)

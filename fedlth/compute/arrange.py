@@ -13,20 +13,11 @@ from functools import lru_cache
 import numpy as np
 
 from fedlth.compute import columns as col
+from fedlth.compute.places import EXTENTS, Arrangement, check_places
 from fedlth.compute.table import LayerTable, Op, Shape
 
 _ALIGNED = 16  # floats: one cache line
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arrangement:
-    """rows (ops, NUM_COLUMNS) int64, inlet (NUM_COLUMNS,) the input's place, index int32, scales (ops,) float32."""
-
-    rows: np.ndarray
-    inlet: np.ndarray
-    index: np.ndarray
-    scales: np.ndarray
-    work_size: int
+_NEAR_TAPS = 128  # a convolution's taps at a time, whose inputs and packed weights then stay in the nearest cache
 
 
 @dataclass(frozen=True)
@@ -42,6 +33,7 @@ class _Arranger:
     def __init__(self, table: LayerTable, lanes: int) -> None:
         self.table, self.lanes = table, lanes
         self.size = _ALIGNED
+        self.extents: dict[int, tuple[int, int]] = {}
         self.lists: list[np.ndarray] = []
         self.listed = 0
 
@@ -50,6 +42,7 @@ class _Arranger:
         row = (before[1] + width + after[1]) * self.lanes
         plane = (before[0] + height + after[0]) * row
         place = self.size + before[0] * row + before[1] * self.lanes
+        self.extents[place] = (self.size, self.size + channels * plane)
         self.size += channels * plane
         return _Buffer(place, plane, row)
 
@@ -104,16 +97,22 @@ def arrange(table: LayerTable, lanes: int) -> Arrangement:
             rims = _rest(maker, table.shapes[maker.source])
         gradients.append(plan.buffer(shape, *rims) if at in trained else None)
     rows = np.zeros((len(table.ops), col.NUM_COLUMNS), np.int64)
-    scales = np.ones(len(table.ops), np.float32)
+    scales = np.array([op.scale for op in table.ops], np.float32)
     for row, op in zip(rows, table.ops, strict=True):
         _common(row, op, table, values, gradients, lanes)
         if op.kind in (col.CONVOLUTION, col.LINEAR):
             _weighted(row, op, plan, values[op.source], gradients[op.source])
+        elif op.kind == col.GROUP_NORM:
+            row[col.STATS] = plan.buffer((2 * op.groups, 1, 1)).place
     packed = (int(r[col.OUT_CHANNELS] * r[col.TAPS]) for r in rows if r[col.KIND] == col.CONVOLUTION)
     scratch = max((16 * lanes, *packed))
     plan.size = -(-plan.size // _ALIGNED) * _ALIGNED
     rows[:, col.PACK] = plan.size
     plan.size += scratch + _ALIGNED
+    extents = np.zeros((len(rows), len(EXTENTS), 2), np.int64)
+    for row, extent in zip(rows, extents, strict=True):
+        for k, column in enumerate(EXTENTS):
+            extent[k] = plan.extents.get(int(row[column]), (0, 0))
     written: set[int] = set()
     for row, op in zip(rows[::-1], table.ops[::-1], strict=True):
         for source, need, accumulate in zip(
@@ -122,16 +121,17 @@ def arrange(table: LayerTable, lanes: int) -> Arrangement:
             row[need] = source in trained
             row[accumulate] = source in written
             written.add(source)
-    for k, op in enumerate(table.ops):
-        if op.kind == col.AVERAGE_POOL:
-            scales[k] = 1.0 / (op.window[0] * op.window[1])
     inlet = np.zeros(col.NUM_COLUMNS, np.int64)
     _place(inlet, col.X, values[0])
     inlet[[col.CHANNELS, col.HEIGHT, col.WIDTH]] = table.shapes[0]
     index = np.concatenate(plan.lists).astype(np.int32) if plan.lists else np.zeros(1, np.int32)
     if plan.size >= 2**31:
         raise ValueError(f"arrange: a batch of the network must fit 2**31 floats, got {plan.size}")
-    return Arrangement(rows=rows, inlet=inlet, index=index, scales=scales, work_size=plan.size)
+    found = Arrangement(
+        rows=rows, inlet=inlet, index=index, scales=scales, extents=extents, scratch=scratch, work_size=plan.size
+    )
+    check_places(found, lanes, table.num_params)
+    return found
 
 
 def _place(row: np.ndarray, column: int, buffer: _Buffer | None) -> None:
@@ -170,10 +170,11 @@ def _weighted(row: np.ndarray, op: Op, plan: _Arranger, x: _Buffer | None, dx: _
     spread = dy
     if op.kind == col.LINEAR:
         taps = plan.places(x, shape).reshape(-1)
-        area, back = 1, np.arange(out[0]) * dy.plane
+        area, back, sizes = 1, np.arange(out[0]) * dy.plane, (1, 1)
         back_out = None if dx is None else plan.places(dx, shape)
         row[[col.CHANNELS, col.HEIGHT, col.WIDTH]] = taps.size, 1, 1
         row[[col.TAP_ROW, col.TAP_STEP, col.TAP_GROUP]] = 0
+        chunks = taps.size, out[0]
         row[[col.PIXELS, col.SPAN, col.BACK_ROWS, col.BACK_SPAN]] = 1, lanes, 1, lanes
     else:
         (ky, kx), (sy, sx), (py, px) = op.window, op.stride, op.padding
@@ -190,13 +191,41 @@ def _weighted(row: np.ndarray, op: Op, plan: _Arranger, x: _Buffer | None, dx: _
         row[[col.TAP_ROW, col.TAP_STEP, col.TAP_GROUP]] = sy * x.row, sx * lanes, channels // groups * x.plane
         row[[col.PIXELS, col.SPAN]] = (1, out[2] * lanes) if sx == 1 else (out[2], lanes)
         row[[col.BACK_ROWS, col.BACK_SPAN]] = shape[1], shape[2] * lanes
+        sizes = (out[1] - 1) * sy + 1, (out[2] - 1) * sx + 1
+        chunks = (max(1, _NEAR_TAPS // area),) * 2
     weights = np.arange(out[0] // groups)[:, None] * taps.size + np.arange(area)
     _place(row, col.SPREAD, spread)
     row[[col.TAPS, col.KERNEL_AREA, col.MASK]] = taps.size, area, op.weight
     row[col.TAP_PLACES] = plan.list(taps)
-    row[col.TAP_WEIGHTS] = plan.list(np.arange(taps.size))
+    order, back_order = (
+        _order(n, area, chunk) for n, chunk in zip((taps.size // area, out[0] // groups), chunks, strict=True)
+    )
+    row[col.FORWARD_PLACES], row[col.FORWARD_WEIGHTS] = plan.list(taps.reshape(-1)[order]), plan.list(order)
+    row[[col.FORWARD_CHUNK, col.BACKWARD_CHUNK]] = chunks
     row[col.OUT_PLACES] = plan.list(np.arange(out[0]) * int(row[col.Y_PLANE]))
     row[[col.BACK_TAPS, col.BACK_GROUP]] = weights.size, out[0] // groups * spread.plane
-    row[col.BACK_PLACES], row[col.BACK_WEIGHTS] = plan.list(back), plan.list(weights)
+    row[col.BACK_PLACES] = plan.list(back)
+    row[col.BACKWARD_PLACES] = plan.list(back.reshape(-1)[back_order])
+    row[col.BACKWARD_WEIGHTS] = plan.list(weights.reshape(-1)[back_order])
     if back_out is not None:
         row[col.BACK_OUT_PLACES] = plan.list(back_out)
+    for axis, (top, back_top) in enumerate(((col.TOP, col.BACK_TOP), (col.LEFT, col.BACK_LEFT))):
+        size, taps_along, step, rim = int(row[col.HEIGHT + axis]), op.window[axis], op.stride[axis], op.padding[axis]
+        at, behind = np.arange(int(row[col.OUT_HEIGHT + axis])) * step - rim, np.arange(size) + rim
+        row[top] = plan.list(_inside(-at, size - at, taps_along))
+        row[back_top] = plan.list(_inside(behind - sizes[axis] + 1, behind + 1, taps_along))
+    down = np.arange(int(row[col.OUT_HEIGHT])) * op.stride[0] - op.padding[0]
+    inside = [np.flatnonzero((down + k >= 0) & (down + k < int(row[col.HEIGHT]))) for k in range(op.window[0])]
+    row[col.REACH] = plan.list(np.array([(rows[0], rows[-1] + 1) if rows.size else (0, 0) for rows in inside]))
+
+
+def _order(inputs: int, area: int, chunk: int) -> np.ndarray:
+    """Return taps (inputs, area) by chunk of inputs, then by place in the kernel, then by input."""
+    parts = [np.arange(start, min(start + chunk, inputs)) for start in range(0, inputs, chunk)]
+    return np.concatenate([(part * area + np.arange(area)[:, None]).reshape(-1) for part in parts])
+
+
+def _inside(first: np.ndarray, end: np.ndarray, window: int) -> np.ndarray:
+    """Return (N, 2): from which to which place a kernel is inside the map, for N places of its output."""
+    first = first.clip(0, window)
+    return np.stack([first, end.clip(first, window)], 1)

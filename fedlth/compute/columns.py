@@ -5,7 +5,7 @@ Places are element indices into the work array, weights into the compact weight 
 
 from __future__ import annotations
 
-CONVOLUTION, LINEAR, MAX_POOL, AVERAGE_POOL, ADD, COPY = range(6)
+CONVOLUTION, LINEAR, MAX_POOL, AVERAGE_POOL, GLOBAL_MAX, GROUP_NORM, ADD, COPY = range(8)
 
 (
     KIND,
@@ -47,7 +47,12 @@ CONVOLUTION, LINEAR, MAX_POOL, AVERAGE_POOL, ADD, COPY = range(6)
     SPREAD_ROW,
     TAPS,  # number of weights that an output sums over
     TAP_PLACES,  # list: where their inputs lie, from X
-    TAP_WEIGHTS,  # list 0, 1, 2 ...
+    FORWARD_PLACES,  # lists in the order of a dense sum: the taps' places, and their weights from the channel's first
+    FORWARD_WEIGHTS,
+    FORWARD_CHUNK,  # input channels at a time
+    TOP,  # lists of first and end: the kernel rows inside the input by output row, ...
+    LEFT,  # the kernel columns inside it by output pixel, ...
+    REACH,  # and the output rows that a kernel row reaches
     TAP_ROW,  # input distance of two output rows, of two output pixels, of two groups
     TAP_STEP,
     TAP_GROUP,
@@ -56,24 +61,33 @@ CONVOLUTION, LINEAR, MAX_POOL, AVERAGE_POOL, ADD, COPY = range(6)
     SPAN,
     BACK_TAPS,  # number of weights that an input's gradient sums over
     BACK_PLACES,  # list: where their output gradients lie, from SPREAD
-    BACK_WEIGHTS,  # list: where the weights lie, from the channel's first
+    BACKWARD_PLACES,  # the same as forward, for the input's gradient
+    BACKWARD_WEIGHTS,
+    BACKWARD_CHUNK,
+    BACK_TOP,
+    BACK_LEFT,
     BACK_GROUP,
     BACK_OUT_PLACES,  # list: where the input channels lie, from DX
     BACK_ROWS,
     BACK_SPAN,
     KERNEL_AREA,  # weights a channel pair
     MASK,  # place of the layer's part in the mask over all parameters
-    KEPT_STARTS,  # lists of the kept weights by output channel
+    KEPT_STARTS,  # lists of the kept weights by output channel and chunk of input channels
     KEPT_PLACES,
-    BACK_STARTS,  # ... and by input channel
+    CHUNK,  # input channels a chunk, and how many chunks a group has
+    CHUNKS,
+    BACK_STARTS,  # ... and by input channel and chunk of output channels
     BACK_KEPT_PLACES,
     BACK_KEPT_WEIGHTS,
+    BACK_CHUNK,
+    BACK_CHUNKS,
     WINDOW_Y,  # pooling
     WINDOW_X,
     STRIDE_Y,
     STRIDE_X,
     PADDING_Y,
     PADDING_X,
+    STATS,  # group normalisation: place of each group's mean and inverse deviation
     PACK,  # place of scratch
     NUM_COLUMNS,
-) = range(68)
+) = range(82)

@@ -2,231 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from fedlth.compute.columns import ADD, AVERAGE_POOL, CONVOLUTION, COPY, LINEAR, MAX_POOL
 from fedlth.compute.fuse import fuse
-from fedlth.compute.table import LayerTable, Op, Shape
+from fedlth.compute.reader import FUNCTIONS, METHODS, Reader, Unsupported, Value
+from fedlth.compute.table import LayerTable
 from fedlth.params import Layout
 
 
-class _Unsupported(Exception):
-    """The reason, as the user reads it."""
-
-
-@dataclass(frozen=True)
-class _Value:
-    """A node's result: which value it is, and its shape for torch without the batch: (C, H, W) or flat (F,)."""
-
-    at: int
-    shape: tuple[int, ...]
-
-
-class _Batch:
-    """What x.size(0) gives; only good for reshaping."""
-
-
-_BATCH = _Batch()
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
-
-
-class _Reader:
-    """Walks the graph and collects layers."""
-
-    def __init__(self, module: nn.Module, layout: Layout, input_shape: tuple[int, ...]) -> None:
-        self.ops: list[Op] = []
-        self.shapes: list[Shape] = []
-        self.places = {name: e.offset for e in layout.floats if e.role == "param" for name in (e.name, *e.aliases)}
-        self.module = module
-        self.input = self.value(input_shape if len(input_shape) == 3 else (math.prod(input_shape), 1, 1), input_shape)
-
-    def value(self, buffer: tuple[int, ...], shape: tuple[int, ...] | None = None) -> _Value:
-        self.shapes.append((buffer[0], buffer[1], buffer[2]))
-        return _Value(len(self.shapes) - 1, buffer if shape is None else shape)
-
-    def image(self, x: _Value, what: str) -> Shape:
-        if len(x.shape) != 3:
-            raise _Unsupported(f"{what} on an input of shape {x.shape}")
-        return x.shape[0], x.shape[1], x.shape[2]
-
-    def place(self, name: str, tensor: torch.Tensor | None) -> int:
-        if tensor is None:
-            return -1
-        if name not in self.places:
-            raise _Unsupported(f"parameter {name} is not in the layout")
-        return self.places[name]
-
-    def layer(self, name: str, part: nn.Module, x: _Value) -> _Value:
-        """Add the layer of a leaf module. Exact types only: a subclass may compute something else."""
-        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
-            raise _Unsupported(f"{name} has hooks")
-        if type(part) is nn.Conv2d:
-            return self.convolution(name, part, x)
-        if type(part) is nn.Linear:
-            return self.linear(name, part, x)
-        if type(part) is nn.ReLU:
-            return self.relu(x, part.inplace)
-        if type(part) is nn.MaxPool2d:
-            options = part.padding, part.dilation, part.ceil_mode, part.return_indices
-            return self.max_pool(x, part.kernel_size, part.stride, *options)
-        if type(part) is nn.AvgPool2d:
-            more = part.padding, part.ceil_mode, part.count_include_pad, part.divisor_override
-            return self.average_pool(x, part.kernel_size, part.stride, *more)
-        if type(part) is nn.AdaptiveAvgPool2d:
-            return self.adaptive(x, part.output_size)
-        if type(part) is nn.Flatten:
-            return self.flatten(x, part.start_dim, part.end_dim)
-        if type(part) is nn.Identity or (type(part) is nn.Dropout and part.p == 0):
-            return x
-        raise _Unsupported(f"layer {name} is a {type(part).__name__}")
-
-    def convolution(self, name: str, part: nn.Conv2d, x: _Value) -> _Value:
-        shape = self.image(x, "a convolution")
-        if part.padding_mode != "zeros" or part.dilation != (1, 1) or isinstance(part.padding, str):
-            raise _Unsupported(f"convolution {name} has dilation, or padding other than a number of zeros")
-        if shape[0] != part.in_channels:
-            raise _Unsupported(f"convolution {name} wants {part.in_channels} channels, its input has {shape[0]}")
-        window, stride, padding = _pair(part.kernel_size), _pair(part.stride), _pair(part.padding)
-        out = self.value((part.out_channels, *_size(shape, window, stride, padding)))
-        self.ops.append(
-            Op(
-                kind=CONVOLUTION,
-                source=x.at,
-                out=out.at,
-                weight=self.place(f"{name}.weight", part.weight),
-                bias=self.place(f"{name}.bias", part.bias),
-                window=window,
-                stride=stride,
-                padding=padding,
-                groups=part.groups,
-            )
-        )
-        return out
-
-    def linear(self, name: str, part: nn.Linear, x: _Value) -> _Value:
-        if x.shape != (part.in_features,):
-            raise _Unsupported(f"linear layer {name} wants ({part.in_features},), its input is {x.shape}")
-        out = self.value((part.out_features, 1, 1), (part.out_features,))
-        weight, bias = self.place(f"{name}.weight", part.weight), self.place(f"{name}.bias", part.bias)
-        self.ops.append(Op(kind=LINEAR, source=x.at, out=out.at, weight=weight, bias=bias))
-        return out
-
-    def relu(self, x: _Value, inplace: bool = False) -> _Value:
-        out = self.value(self.shapes[x.at], x.shape)
-        self.ops.append(Op(kind=COPY, source=x.at, out=out.at, relu=True))
-        return out
-
-    def max_pool(
-        self,
-        x: _Value,
-        kernel_size: Any,
-        stride: Any = None,
-        padding: Any = 0,
-        dilation: Any = 1,
-        ceil_mode: bool = False,
-        return_indices: bool = False,
-    ) -> _Value:
-        if _pair(dilation) != (1, 1) or ceil_mode or return_indices:
-            raise _Unsupported("max pooling with dilation, ceil_mode or indices")
-        return self.pool(MAX_POOL, x, _pair(kernel_size), _pair(stride or kernel_size), _pair(padding))
-
-    def average_pool(
-        self,
-        x: _Value,
-        kernel_size: Any,
-        stride: Any = None,
-        padding: Any = 0,
-        ceil_mode: bool = False,
-        count_include_pad: bool = True,
-        divisor_override: int | None = None,
-    ) -> _Value:
-        if _pair(padding) != (0, 0) or ceil_mode or divisor_override is not None:
-            raise _Unsupported("average pooling with padding, ceil_mode or a divisor")
-        return self.pool(AVERAGE_POOL, x, _pair(kernel_size), _pair(stride or kernel_size), (0, 0))
-
-    def adaptive(self, x: _Value, output_size: Any) -> _Value:
-        shape = self.image(x, "pooling")
-        if output_size not in (1, (1, 1), [1, 1]):
-            raise _Unsupported(f"adaptive average pooling to {output_size}")
-        return self.pool(AVERAGE_POOL, x, shape[1:], (1, 1), (0, 0))
-
-    def pool(
-        self, kind: int, x: _Value, window: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
-    ) -> _Value:
-        shape = self.image(x, "pooling")
-        out = self.value((shape[0], *_size(shape, window, stride, padding)))
-        self.ops.append(Op(kind=kind, source=x.at, out=out.at, window=window, stride=stride, padding=padding))
-        return out
-
-    def flatten(self, x: _Value, start_dim: int = 0, end_dim: int = -1) -> _Value:
-        if start_dim != 1 or end_dim not in (-1, len(x.shape)):
-            raise _Unsupported("a flatten that is not flatten(1)")
-        return _Value(x.at, (math.prod(x.shape),))
-
-    def reshape(self, x: _Value, *sizes: Any) -> _Value:
-        first, *rest = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
-        size, flat = math.prod(x.shape), len(rest) == 1
-        if flat and (rest[0] == size or (isinstance(first, _Batch) and rest[0] == -1)) and first in (-1, _BATCH):
-            return _Value(x.at, (size,))
-        raise _Unsupported("a reshape that is not (batch, -1)")
-
-    def size(self, x: _Value, dim: int | None = None) -> Any:
-        sizes = (_BATCH, *x.shape)
-        return sizes if dim is None else sizes[dim]
-
-    def add(self, x: Any, y: Any, alpha: Any = 1) -> _Value:
-        same = isinstance(x, _Value) and isinstance(y, _Value) and x.shape == y.shape
-        if not same or self.shapes[x.at] != self.shapes[y.at] or alpha != 1:
-            raise _Unsupported("an addition of other than two values of one shape")
-        out = self.value(self.shapes[x.at], x.shape)
-        self.ops.append(Op(kind=ADD, source=x.at, source_2=y.at, out=out.at))
-        return out
-
-
-def _size(shape: Shape, window: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> tuple[int, int]:
-    sizes = [(n + 2 * p - k) // s + 1 for n, k, s, p in zip(shape[1:], window, stride, padding, strict=True)]
-    if min(sizes) < 1:
-        raise _Unsupported(f"a window {window} larger than its input {shape[1:]}")
-    return sizes[0], sizes[1]
-
-
-_FUNCTIONS: dict[Any, Callable[..., Any]] = {
-    F.relu: _Reader.relu,
-    torch.relu: _Reader.relu,
-    F.max_pool2d: _Reader.max_pool,
-    torch.max_pool2d: _Reader.max_pool,
-    F.avg_pool2d: _Reader.average_pool,
-    F.adaptive_avg_pool2d: _Reader.adaptive,
-    torch.flatten: _Reader.flatten,
-    torch.add: _Reader.add,
-    operator.add: _Reader.add,
-    operator.iadd: _Reader.add,
-}
-_METHODS: dict[str, Callable[..., Any]] = {
-    "relu": _Reader.relu,
-    "relu_": _Reader.relu,
-    "flatten": _Reader.flatten,
-    "view": _Reader.reshape,
-    "reshape": _Reader.reshape,
-    "size": _Reader.size,
-    "add": _Reader.add,
-    "add_": _Reader.add,
-    "contiguous": lambda reader, x: x,
-}
-
-
-def _run(reader: _Reader, graph: torch.fx.Graph) -> _Value:
+def _run(reader: Reader, graph: torch.fx.Graph) -> Value:
     known: dict[torch.fx.Node, Any] = {}
 
     def arguments(given: Any) -> Any:
@@ -238,27 +26,27 @@ def _run(reader: _Reader, graph: torch.fx.Graph) -> _Value:
         if node.op == "call_module":
             changes = changes or getattr(reader.module.get_submodule(node.target), "inplace", False)
         if changes and len(node.args[0].users) > 1:
-            raise _Unsupported(f"{node.name} changes a value in place that is read again")
+            raise Unsupported(f"{node.name} changes a value in place that is read again")
         if node.op == "placeholder":
             if known:
-                raise _Unsupported("a forward with more than one input")
+                raise Unsupported("a forward with more than one input")
             known[node] = reader.input
         elif node.op == "output":
-            if not isinstance(args[0], _Value):
-                raise _Unsupported("a forward that returns other than one tensor")
-            found: _Value = args[0]
+            if not isinstance(args[0], Value):
+                raise Unsupported("a forward that returns other than one tensor")
+            found: Value = args[0]
         elif node.op == "call_module":
             known[node] = reader.layer(node.target, reader.module.get_submodule(node.target), *args, **kwargs)
-        elif node.op == "call_function" and node.target in _FUNCTIONS:
-            known[node] = _FUNCTIONS[node.target](reader, *args, **kwargs)
-        elif node.op == "call_method" and node.target in _METHODS:
-            known[node] = _METHODS[node.target](reader, *args, **kwargs)
+        elif node.op == "call_function" and node.target in FUNCTIONS:
+            known[node] = FUNCTIONS[node.target](reader, *args, **kwargs)
+        elif node.op == "call_method" and node.target in METHODS:
+            known[node] = METHODS[node.target](reader, *args, **kwargs)
         elif node.target is getattr and args[1] == "shape":
             known[node] = reader.size(args[0])
         elif node.target is operator.getitem and isinstance(args[0], tuple):
             known[node] = args[0][args[1]]
         else:
-            raise _Unsupported(f"{node.op} {getattr(node.target, '__name__', node.target)}")
+            raise Unsupported(f"{node.op} {getattr(node.target, '__name__', node.target)}")
     return found
 
 
@@ -269,13 +57,13 @@ def compile_layers(module: nn.Module, layout: Layout, input_shape: tuple[int, ..
     """
     try:
         if module._forward_hooks or module._forward_pre_hooks:
-            raise _Unsupported("the model has hooks")
+            raise Unsupported("the model has hooks")
         graph = torch.fx.symbolic_trace(module).graph
-        reader = _Reader(module, layout, tuple(input_shape))
+        reader = Reader(module, layout, tuple(input_shape))
         logits = _run(reader, graph)
         if len(logits.shape) != 1 or reader.shapes[logits.at][1:] != (1, 1):
-            raise _Unsupported(f"logits of shape {logits.shape}")
-    except _Unsupported as reason:
+            raise Unsupported(f"logits of shape {logits.shape}")
+    except Unsupported as reason:
         return str(reason)
     except Exception as error:  # torch.fx runs the user's forward on proxies, which may raise anything
         return f"torch.fx cannot trace the model: {str(error).splitlines()[0] if str(error) else type(error).__name__}"

@@ -17,7 +17,20 @@ _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 # A part is only called by compiled code: no wrappers for Python, and nothing that it could allocate to count.
 _PART: dict[str, Any] = {**_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "_nrt": False}
 
-_COMPILED = ("arithmetic", "columns", "gather", "jit", "loop", "pointwise", "sparse", "vectors", "weights")
+_COMPILED = (
+    "arithmetic",
+    "columns",
+    "gather",
+    "jit",
+    "loop",
+    "norm",
+    "pointwise",
+    "pools",
+    "reduce",
+    "sparse",
+    "vectors",
+    "weights",
+)
 
 
 def part(function: _Function) -> _Function:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import math
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from fedlth.compute import columns as col
-from fedlth.compute.arrange import Arrangement, arrange
-from fedlth.compute.table import LayerTable
+from fedlth.compute.arrange import arrange
+from fedlth.compute.places import Arrangement, stray
+from fedlth.compute.table import LayerTable, Op
 
-# Measured (benchmarks/kernel.py): below these densities the lists of kept weights beat the dense layer.
-SPARSE_BELOW = {col.CONVOLUTION: 0.5, col.LINEAR: 0.3}
+# Below these densities the lists of kept weights beat the dense layer: `python benchmarks/kernel.py --crossover`
+# (5 x 5 and 3 x 3 convolutions .6 to .7, linear layers .4, over two sizes each).
+SPARSE_BELOW = {col.CONVOLUTION: 0.6, col.LINEAR: 0.4}
+_LARGE_BYTES = 64 << 20
+_NEAR, _TAPS = 5120, 16  # floats of a chunk's inputs (20 of 32 KB), kept weights of a chunk
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,27 @@ class Outcome:
     floats: np.ndarray
     loss: float
     snapshots: dict[int, np.ndarray] = field(default_factory=dict)
+
+
+def warm(tell: Callable[[str], None], *, patience_s: float = 3.0) -> None:
+    """Load the compiled kernel, or compile it once for this machine, before workers that would each do so.
+
+    What takes longer than `patience_s` is no load, and is told.
+    """
+    told = threading.Timer(patience_s, tell, ["note: compiling the kernel once for this machine, about 45 s of CPU"])
+    told.daemon = True
+    told.start()
+    try:
+        op = Op(kind=col.LINEAR, source=0, out=1, weight=0, bias=6)
+        table = LayerTable(
+            ops=(op,), shapes=((3, 1, 1), (2, 1, 1)), output=1, num_floats=8, num_params=8, num_prunable=6
+        )
+        floats, x = np.zeros(8, np.float32), np.zeros((1, 3), np.float32)
+        mask = np.array([True, False, False, False, False, False])
+        train_epochs(table, floats, x, np.zeros(1, np.int64), [[np.zeros(1, np.int64)]], rates=np.ones(1), mask=mask)
+        predict(table, floats, x)
+    finally:
+        told.cancel()
 
 
 @dataclass(frozen=True)
@@ -55,13 +82,15 @@ def train_epochs(
     mask: np.ndarray | None = None,
     moves: np.ndarray | None = None,
     snapshots: tuple[int, ...] = (),
+    debug: bool = False,
 ) -> Outcome:
     """Train from `floats` (num_floats,) float32, which is not changed.
 
     x (N, ...) float32, y (N,) int64 in [0, num_classes). epochs: batches of positions in x, by epoch, of any size.
     rates: (steps,) learning rate of each step. mask (num_prunable,) bool: weights outside are zero from the first
     forward on. moves (num_params,) float32: a factor on each parameter's step. The GIL is released; the result
-    depends on neither threads nor repeats. Raises ValueError on arrays that do not fit the table.
+    depends on neither threads nor repeats. Raises ValueError on arrays that do not fit the table. `debug` looks
+    afterwards for values where no layer may write, and raises RuntimeError.
     """
     from fedlth.compute import loop
 
@@ -79,8 +108,8 @@ def train_epochs(
         raise ValueError(f"kernel: rates must be one a step, {len(batches)}, got {rates.shape}")
     weights, factor = floats[: table.num_params].copy(), _moves(table, mask, moves)
     if mask is not None:
-        weights[: table.num_prunable][~mask] = 0.0
-    ready = _prepare(table, _lanes(int(np.diff(starts).max())), mask)
+        np.copyto(weights[: table.num_prunable], 0.0, where=~mask)
+    ready = _prepare(table, _lanes(table, int(np.diff(starts).max())), mask)
     w = weights if ready.keep is None else weights[ready.keep]
     factor = factor if ready.keep is None or not len(factor) else factor[ready.keep]
     factor = factor[:0] if (factor == 1).all() else factor
@@ -123,6 +152,8 @@ def train_epochs(
         at = end
         if epoch in snapshots:
             kept[epoch] = state()
+    if debug and (strays := stray(ready.plan, ready.work, ready.lanes)):
+        raise RuntimeError(f"kernel: {strays} values were written where no layer may write")
     last = len(epochs[-1])
     return Outcome(state(), float(losses[-last:].sum() / (starts[-1] - starts[-1 - last])), kept)
 
@@ -134,7 +165,7 @@ def predict(table: LayerTable, floats: np.ndarray, x: np.ndarray) -> np.ndarray:
     x = _examples(table, x)
     _check(table, floats, None, None)
     weights = floats[: table.num_params]
-    ready = _prepare(table, _lanes(len(x)), weights != 0)
+    ready = _prepare(table, _lanes(table, len(x)), weights != 0)
     w = weights if ready.keep is None else weights[ready.keep]
     logits = np.empty((len(x), table.num_classes), np.float32)
     order = np.arange(len(x))
@@ -145,8 +176,14 @@ def predict(table: LayerTable, floats: np.ndarray, x: np.ndarray) -> np.ndarray:
     return logits
 
 
-def _lanes(largest: int) -> int:
-    """Return how many examples go side by side: the fewest wasted, and the most where that is equal."""
+def _lanes(table: LayerTable, largest: int) -> int:
+    """Return how many examples go side by side: the fewest wasted, and the most where that is equal.
+
+    Few where the maps of many would leave the last-level cache: ResNet-9 at 32 x 32 takes 1.09 s a step with 16 (129
+    MB) and 1.50 s with 32 (249 MB), on one thread of a machine with 32 MB that others used too.
+    """
+    if 4 * arrange(table, 32).work_size > _LARGE_BYTES:
+        return 16
     return min((32, 16), key=lambda lanes: -(-largest // lanes) * lanes)
 
 
@@ -192,9 +229,9 @@ def _prepare(table: LayerTable, lanes: int, kept: np.ndarray | None) -> _Prepare
     dropped: dict[int, int] = {}
     size, keep = 0, None
     for row, op in zip(rows, table.ops, strict=True):
-        if kept is None or op.weight < 0:
+        if kept is None or op.kind not in SPARSE_BELOW:
             continue
-        count = int(row[col.OUT_CHANNELS] * row[col.TAPS])
+        count = _count(row, op)
         if op.weight + count > len(kept):
             continue
         alive = int(np.count_nonzero(kept[op.weight : op.weight + count]))
@@ -204,9 +241,16 @@ def _prepare(table: LayerTable, lanes: int, kept: np.ndarray | None) -> _Prepare
         keep[op.weight : op.weight + count] = kept[op.weight : op.weight + count]
         dropped[op.weight] = count - alive
         row[col.SPARSE] = 1
-        lengths = (int(row[col.OUT_CHANNELS]) + 1, alive, int(row[col.CHANNELS]) + 1, alive, alive)
-        row[col.KEPT_STARTS : col.BACK_KEPT_WEIGHTS + 1] = size + np.cumsum((0, *lengths[:-1]))
-        size += sum(lengths)
+        _cut(row, op, alive / count, lanes)
+        for column, length in (
+            (col.KEPT_STARTS, row[col.OUT_CHANNELS] * row[col.CHUNKS] + 1),
+            (col.KEPT_PLACES, alive + 1),  # the last place is written, and not read
+            (col.BACK_STARTS, row[col.CHANNELS] * row[col.BACK_CHUNKS] + 1 if op.kind == col.CONVOLUTION else 0),
+            (col.BACK_KEPT_PLACES, alive + 1),
+            (col.BACK_KEPT_WEIGHTS, alive if op.kind == col.CONVOLUTION else 0),
+        ):
+            row[column] = size
+            size += int(length)
     lists = np.zeros(max(size, 1), np.int32)
     if keep is None or kept is None:
         return _Prepared(replace(plan, rows=rows), lists, work, lanes, None)
@@ -214,5 +258,32 @@ def _prepare(table: LayerTable, lanes: int, kept: np.ndarray | None) -> _Prepare
         for column, place in ((col.WEIGHT, op.weight), (col.BIAS, op.bias)):
             if place >= 0:
                 row[column] = place - sum(count for offset, count in dropped.items() if offset < place)
+    most = [
+        int(row[col.WEIGHT]) + int(np.count_nonzero(keep[op.weight : op.weight + _count(row, op)]))
+        for row, op in zip(rows, table.ops, strict=True)
+        if op.weight >= 0
+    ]
+    if max(most) > np.count_nonzero(keep) or (rows[:, [col.WEIGHT, col.BIAS]] < -1).any():
+        raise ValueError("kernel: a layer would reach outside the kept parameters")
     loop.list_layers(rows, plan.index, lists, kept)
     return _Prepared(replace(plan, rows=rows), lists, work, lanes, np.flatnonzero(keep))
+
+
+def _count(row: np.ndarray, op: Op) -> int:
+    return int(row[col.OUT_CHANNELS]) * (int(row[col.TAPS]) if op.kind in SPARSE_BELOW else 1)
+
+
+def _cut(row: np.ndarray, op: Op, density: float, lanes: int) -> None:
+    """Cut the channels that a sum runs over into chunks whose inputs fit the first-level cache beside the rest.
+
+    A chunk has at least _TAPS kept weights an output channel, since its partial sums pass through memory.
+    """
+    pixels = 3 if row[col.SPAN] > lanes else 1
+    values = op.window[0] * (pixels + op.window[1] - 1) * lanes
+    taps = int(row[col.KERNEL_AREA]) * max(density, 1e-9)
+    for size, chunk, chunks in (
+        (row[col.TAPS] // row[col.KERNEL_AREA], col.CHUNK, col.CHUNKS),
+        (row[col.OUT_CHANNELS] // row[col.GROUPS], col.BACK_CHUNK, col.BACK_CHUNKS),
+    ):
+        row[chunk] = min(int(size), max(1, _NEAR // values, math.ceil(_TAPS / taps)))
+        row[chunks] = -(-int(size) // int(row[chunk]))

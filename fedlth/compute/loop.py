@@ -1,6 +1,6 @@
 """The compiled loops: forward, loss, backward and the step of every batch of a training; and prediction.
 
-Compiled once for every network, since the layer table is data: 25 to 35 s of CPU at the first use on a machine, then
+Compiled once for every network, since the layer table is data: about 45 s of CPU at the first use on a machine, then
 read from numba's disk cache.
 """
 
@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from fedlth.compute import columns as col
-from fedlth.compute import gather, pointwise, sparse, weights
+from fedlth.compute import gather, norm, pointwise, pools, sparse, weights
 from fedlth.compute.jit import entry, inlined, part, source_stamp
 
 
@@ -21,12 +21,17 @@ def _forward_job(row: Any, lanes: int) -> gather.Gather:
         row[col.TAP_ROW],
         row[col.TAP_STEP],
         row[col.TAP_GROUP],
-        row[col.TAPS],
-        row[col.TAP_PLACES],
+        row[col.TAPS] // row[col.KERNEL_AREA],
+        row[col.FORWARD_CHUNK],
+        row[col.WINDOW_Y],
+        row[col.WINDOW_X],
+        row[col.FORWARD_PLACES],
+        row[col.TOP],
+        row[col.LEFT],
         row[col.WEIGHT],
         row[col.TAPS],
         row[col.TAPS] * (row[col.OUT_CHANNELS] // row[col.GROUPS]),
-        row[col.TAP_WEIGHTS],
+        row[col.FORWARD_WEIGHTS],
         row[col.BIAS],
         row[col.GROUPS],
         row[col.OUT_CHANNELS] // row[col.GROUPS],
@@ -34,8 +39,7 @@ def _forward_job(row: Any, lanes: int) -> gather.Gather:
         row[col.OUT_PLACES],
         row[col.Y_ROW],
         row[col.OUT_HEIGHT],
-        row[col.PIXELS],
-        row[col.SPAN],
+        row[col.OUT_WIDTH],
         lanes,
         row[col.RELU] != 0,
         False,
@@ -50,21 +54,25 @@ def _backward_job(row: Any, lanes: int) -> gather.Gather:
         row[col.SPREAD_ROW],
         lanes,
         row[col.BACK_GROUP],
-        row[col.BACK_TAPS],
-        row[col.BACK_PLACES],
+        row[col.OUT_CHANNELS] // row[col.GROUPS],
+        row[col.BACKWARD_CHUNK],
+        row[col.WINDOW_Y],
+        row[col.WINDOW_X],
+        row[col.BACKWARD_PLACES],
+        row[col.BACK_TOP],
+        row[col.BACK_LEFT],
         row[col.WEIGHT],
         row[col.KERNEL_AREA],
         row[col.TAPS] * (row[col.OUT_CHANNELS] // row[col.GROUPS]),
-        row[col.BACK_WEIGHTS],
+        row[col.BACKWARD_WEIGHTS],
         -1,
         row[col.GROUPS],
         row[col.CHANNELS] // row[col.GROUPS],
         row[col.DX],
         row[col.BACK_OUT_PLACES],
         row[col.DX_ROW],
-        row[col.BACK_ROWS],
-        1,
-        row[col.BACK_SPAN],
+        row[col.HEIGHT],
+        row[col.WIDTH],
         lanes,
         False,
         row[col.ACCUMULATE] != 0,
@@ -92,9 +100,13 @@ def forward(rows: Any, index: Any, lists: Any, scales: Any, work: Any, w: Any, l
             else:
                 _gather(work, index, w, _forward_job(row, lanes), kind)
         elif kind == col.MAX_POOL:
-            pointwise.max_pool(work, row, lanes)
+            pools.max_pool(work, row, lanes)
         elif kind == col.AVERAGE_POOL:
-            pointwise.average_pool(work, scales[at : at + 1], row, lanes)
+            pools.average_pool(work, scales[at : at + 1], row, lanes)
+        elif kind == col.GLOBAL_MAX:
+            pools.global_max(work, row, lanes)
+        elif kind == col.GROUP_NORM:
+            norm.group_norm(work, w, scales[at : at + 1], row, lanes)
         else:
             pointwise.combine(work, row, lanes)
 
@@ -105,28 +117,38 @@ def backward(rows: Any, index: Any, lists: Any, scales: Any, work: Any, w: Any, 
     for at in range(len(rows) - 1, -1, -1):
         row = rows[at]
         kind = row[col.KIND]
+        if row[col.DY] == 0:  # no weight comes before it
+            continue
         if row[col.RELU] and kind != col.MAX_POOL:
             pointwise.clip_gradient(work, row, lanes)
         if kind == col.CONVOLUTION or kind == col.LINEAR:
             if row[col.NEEDS_DX]:
                 if row[col.SPREAD] != row[col.DY]:
                     pointwise.spread_gradient(work, row, lanes)
-                if row[col.SPARSE]:
-                    sparse.input_gradient(work, index, lists, w, row)
+                if row[col.SPARSE] and kind == col.LINEAR:
+                    sparse.linear_input_gradient(work, index, lists, w, row, lanes)
+                elif row[col.SPARSE]:
+                    sparse.input_gradient(work, index, lists, w, row, lanes)
                 else:
                     _gather(work, index, w, _backward_job(row, lanes), kind)
             if row[col.BIAS] >= 0:
                 weights.biases(work, grad, row, lanes)
-            if row[col.SPARSE]:
+            if row[col.SPARSE] and kind == col.LINEAR:
+                sparse.linear_weights(work, lists, grad, row, lanes)
+            elif row[col.SPARSE]:
                 sparse.weights(work, lists, grad, row, lanes)
             elif kind == col.LINEAR:
                 weights.linear_weights(work, index, grad, row, lanes)
             else:
                 weights.convolution_weights(work, index, grad, row, lanes)
         elif row[col.NEEDS_DX] and kind == col.MAX_POOL:
-            pointwise.max_pool_gradient(work, row, lanes)
+            pools.max_pool_gradient(work, row, lanes)
         elif row[col.NEEDS_DX] and kind == col.AVERAGE_POOL:
-            pointwise.average_pool_gradient(work, scales[at : at + 1], row, lanes)
+            pools.average_pool_gradient(work, scales[at : at + 1], row, lanes)
+        elif row[col.NEEDS_DX] and kind == col.GLOBAL_MAX:
+            pools.global_max_gradient(work, row, lanes)
+        elif kind == col.GROUP_NORM:
+            norm.group_norm_gradient(work, w, grad, row, lanes)
         elif kind == col.COPY or kind == col.ADD:
             if row[col.NEEDS_DX]:
                 places = row[col.DX], row[col.DX_PLANE], row[col.DX_ROW]

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedlth.compute import columns as col
-from fedlth.compute.arithmetic import add, relu, zeros_1x16, zeros_1x32, zeros_3x32, zeros_4x16
+from fedlth.compute.arithmetic import (
+    multiply_add,
+    relu,
+    zeros_1x16,
+    zeros_1x32,
+    zeros_2x16,
+    zeros_3x32,
+    zeros_4x16,
+    zeros_8x8,
+)
 from fedlth.compute.jit import inlined, part
-from fedlth.compute.vectors import add_sums, along, load, number, spread, store, sums
+from fedlth.compute.reduce import add_eight, add_sums, sums
+from fedlth.compute.vectors import along, dots, load, number, spread, store
 from fedlth.compute.weights import correlate
 
 
@@ -15,137 +25,257 @@ from fedlth.compute.weights import correlate
 def list_kept(index: Any, lists: Any, kept: Any, row: Any) -> None:
     """Write the lists of one layer's kept weights by output channel and, where it is needed, by input channel.
 
+    Both are cut into chunks of the channels that are summed over, so that a chunk's inputs fit the first-level cache.
     kept: bool over all parameters, or whatever `row[col.MASK]` counts in.
     """
-    taps, area = row[col.TAPS], row[col.KERNEL_AREA]
+    taps, area, linear = row[col.TAPS], row[col.KERNEL_AREA], row[col.KIND] == col.LINEAR
     channels, inputs = row[col.OUT_CHANNELS] // row[col.GROUPS], row[col.CHANNELS] // row[col.GROUPS]
-    count = 0
-    back = row[col.BACK_STARTS]
-    if row[col.NEEDS_DX]:
-        for c in range(row[col.CHANNELS] + 1):
-            lists[back + c] = 0
+    count, chunks, chunk = 0, row[col.CHUNKS], row[col.CHUNK] * area
     for o in range(row[col.OUT_CHANNELS]):
-        lists[row[col.KEPT_STARTS] + o] = count
-        group = o // channels
         for k in range(taps):
-            if kept[row[col.MASK] + o * taps + k]:
-                lists[row[col.KEPT_PLACES] + count] = index[row[col.TAP_PLACES] + k] + group * row[col.TAP_GROUP]
-                if row[col.NEEDS_DX]:
-                    lists[back + group * inputs + k // area + 1] += 1
-                count += 1
-    lists[row[col.KEPT_STARTS] + row[col.OUT_CHANNELS]] = count
-    if not row[col.NEEDS_DX]:
+            if k % chunk == 0:
+                lists[row[col.KEPT_STARTS] + o * chunks + k // chunk] = count
+            # Written for every weight and overwritten by the next kept one: a guess about a mask fails too often.
+            lists[row[col.KEPT_PLACES] + count] = index[row[col.TAP_PLACES] + k] + o // channels * row[col.TAP_GROUP]
+            if linear and row[col.NEEDS_DX]:
+                lists[row[col.BACK_KEPT_PLACES] + count] = index[row[col.BACK_OUT_PLACES] + k]
+            count = count + kept[row[col.MASK] + o * taps + k]
+    lists[row[col.KEPT_STARTS] + row[col.OUT_CHANNELS] * chunks] = count
+    if linear or not row[col.NEEDS_DX]:
         return
-    for c in range(row[col.CHANNELS]):
-        lists[back + c + 1] += lists[back + c]
-    count = 0
+    back, chunks, ends, count = row[col.BACK_STARTS], row[col.BACK_CHUNKS], row[col.CHANNELS] * row[col.BACK_CHUNKS], 0
+    for start in range(ends + 1):
+        lists[back + start] = 0
     for o in range(row[col.OUT_CHANNELS]):
-        group = o // channels
+        group, among = o // channels, o % channels // row[col.BACK_CHUNK]
         for k in range(taps):
             if kept[row[col.MASK] + o * taps + k]:
-                channel = group * inputs + k // area
-                at = lists[back + channel]
-                lists[back + channel] = at + 1
-                place = index[row[col.BACK_PLACES] + (o - group * channels) * area + k % area]
+                lists[back + (group * inputs + k // area) * chunks + among + 1] += 1
+    for start in range(ends):
+        lists[back + start + 1] += lists[back + start]
+    for o in range(row[col.OUT_CHANNELS]):
+        group, among = o // channels, o % channels // row[col.BACK_CHUNK]
+        for k in range(taps):
+            if kept[row[col.MASK] + o * taps + k]:
+                start = back + (group * inputs + k // area) * chunks + among
+                at = lists[start]
+                lists[start] = at + 1
+                place = index[row[col.BACK_PLACES] + o % channels * area + k % area]
                 lists[row[col.BACK_KEPT_PLACES] + at] = place + group * row[col.BACK_GROUP]
                 lists[row[col.BACK_KEPT_WEIGHTS] + at] = count
                 count += 1
-    for c in range(row[col.CHANNELS], 0, -1):
-        lists[back + c] = lists[back + c - 1]
+    for start in range(ends, 0, -1):
+        lists[back + start] = lists[back + start - 1]
     lists[back] = 0
 
 
+class Kept(NamedTuple):
+    """A sum over kept weights for every output channel and pixel: a layer forward, or its input's gradient."""
+
+    source: int  # place of the input, distance of two output rows, of two pixels
+    source_row: int
+    source_step: int
+    starts: int  # lists: where a channel's chunk begins, and the inputs' places from the source
+    places: int
+    chunks: int
+    weight: int  # place of the first weight; they lie in the order of the list
+    bias: int  # -1 for none
+    channels: int
+    out: int  # place of the output, list of the channels' places from it, distance of two rows
+    out_places: int
+    out_row: int
+    rows: int
+    pixels: int
+    span: int
+    lanes: int
+    relu: bool
+    accumulate: bool
+
+
 @inlined
-def _forward(
-    zero: Any, channel: int, work: Any, w: Any, lists: Any, first: int, last: int, start: int, row: Any
-) -> Any:
+def _sum(
+    zero: Any, work: Any, lists: Any, values: Any, w: Any, channel: int, chunk: int, start: int, out: int, job: Kept
+) -> None:
+    """Add one chunk's taps to one channel of a few pixels."""
+    at = job.starts + channel * job.chunks + chunk
+    first, last = number(lists, at), number(lists, at + 1)
     tile = zero
-    if row[col.BIAS] >= 0:
-        tile = spread(zero, w, row[col.BIAS] + channel, 0)
+    if chunk > 0 or job.accumulate:
+        tile = load(zero, work, out, 32)
+    elif job.bias >= 0:
+        tile = spread(zero, w, job.bias + channel, 0)
     for k in range(first, last):
-        tile = along(tile, w, row[col.WEIGHT] + k, work, start + number(lists, row[col.KEPT_PLACES] + k))
-    if row[col.RELU]:
+        tile = along(tile, values, job.weight + k, work, start + number(lists, job.places + k))
+    if job.relu and chunk == job.chunks - 1:
         tile = relu(tile)
-    return tile
+    store(tile, work, out, 32)
+
+
+@part
+def run(work: Any, index: Any, lists: Any, values: Any, w: Any, job: Kept) -> None:
+    """Run a job, three vectors of 32 values at a time; `values` holds the weights, `w` the biases."""
+    for y in range(job.rows):
+        for pixel in range(job.pixels):
+            p = 0
+            while p < job.span:
+                start = job.source + y * job.source_row + pixel * job.source_step + p
+                to = job.out + y * job.out_row + pixel * job.lanes + p
+                width = 96 if p + 96 <= job.span else 32 if p + 32 <= job.span else 16
+                for chunk in range(job.chunks):
+                    for c in range(job.channels):
+                        out = to + number(index, job.out_places + c)
+                        if width == 96:
+                            _sum(zeros_3x32(), work, lists, values, w, c, chunk, start, out, job)
+                        elif width == 32:
+                            _sum(zeros_1x32(), work, lists, values, w, c, chunk, start, out, job)
+                        else:
+                            _sum(zeros_1x16(), work, lists, values, w, c, chunk, start, out, job)
+                p += width
 
 
 @part
 def forward(work: Any, index: Any, lists: Any, w: Any, row: Any, lanes: int) -> None:
-    """Compute the layer's output from its kept weights, three vectors of 32 values at a time."""
-    for y in range(row[col.OUT_HEIGHT]):
-        for o in range(row[col.OUT_CHANNELS]):
-            first, last = number(lists, row[col.KEPT_STARTS] + o), number(lists, row[col.KEPT_STARTS] + o + 1)
-            for pixel in range(row[col.PIXELS]):
-                start = row[col.X] + y * row[col.TAP_ROW] + pixel * row[col.TAP_STEP]
-                out = row[col.Y] + number(index, row[col.OUT_PLACES] + o) + y * row[col.Y_ROW] + pixel * lanes
-                p = 0
-                while p + 96 <= row[col.SPAN]:
-                    store(_forward(zeros_3x32(), o, work, w, lists, first, last, start + p, row), work, out + p, 32)
-                    p += 96
-                while p + 32 <= row[col.SPAN]:
-                    store(_forward(zeros_1x32(), o, work, w, lists, first, last, start + p, row), work, out + p, 0)
-                    p += 32
-                while p < row[col.SPAN]:
-                    store(_forward(zeros_1x16(), o, work, w, lists, first, last, start + p, row), work, out + p, 0)
-                    p += 16
-
-
-@inlined
-def _backward(zero: Any, work: Any, w: Any, lists: Any, first: int, last: int, start: int, row: Any) -> Any:
-    tile = zero
-    for k in range(first, last):
-        weight = row[col.WEIGHT] + number(lists, row[col.BACK_KEPT_WEIGHTS] + k)
-        tile = along(tile, w, weight, work, start + number(lists, row[col.BACK_KEPT_PLACES] + k))
-    return tile
+    """Compute the layer's output from its kept weights."""
+    job = Kept(
+        row[col.X],
+        row[col.TAP_ROW],
+        row[col.TAP_STEP],
+        row[col.KEPT_STARTS],
+        row[col.KEPT_PLACES],
+        row[col.CHUNKS],
+        row[col.WEIGHT],
+        row[col.BIAS],
+        row[col.OUT_CHANNELS],
+        row[col.Y],
+        row[col.OUT_PLACES],
+        row[col.Y_ROW],
+        row[col.OUT_HEIGHT],
+        row[col.PIXELS],
+        row[col.SPAN],
+        lanes,
+        row[col.RELU] != 0,
+        False,
+    )
+    run(work, index, lists, w, w, job)
 
 
 @part
-def input_gradient(work: Any, index: Any, lists: Any, w: Any, row: Any) -> None:
-    """Compute the gradient of the layer's input from its kept weights."""
-    for y in range(row[col.BACK_ROWS]):
-        for c in range(row[col.CHANNELS]):
-            first, last = number(lists, row[col.BACK_STARTS] + c), number(lists, row[col.BACK_STARTS] + c + 1)
-            start = row[col.SPREAD] + y * row[col.SPREAD_ROW]
-            out = row[col.DX] + number(index, row[col.BACK_OUT_PLACES] + c) + y * row[col.DX_ROW]
-            p = 0
-            while p < row[col.BACK_SPAN]:
-                if p + 96 <= row[col.BACK_SPAN]:
-                    three = _backward(zeros_3x32(), work, w, lists, first, last, start + p, row)
-                    if row[col.ACCUMULATE]:
-                        three = add(three, load(three, work, out + p, 32))
-                    store(three, work, out + p, 32)
-                    p += 96
-                elif p + 32 <= row[col.BACK_SPAN]:
-                    wide = _backward(zeros_1x32(), work, w, lists, first, last, start + p, row)
-                    if row[col.ACCUMULATE]:
-                        wide = add(wide, load(wide, work, out + p, 0))
-                    store(wide, work, out + p, 0)
-                    p += 32
-                else:
-                    narrow = _backward(zeros_1x16(), work, w, lists, first, last, start + p, row)
-                    if row[col.ACCUMULATE]:
-                        narrow = add(narrow, load(narrow, work, out + p, 0))
-                    store(narrow, work, out + p, 0)
-                    p += 16
+def input_gradient(work: Any, index: Any, lists: Any, w: Any, row: Any, lanes: int) -> None:
+    """Compute the gradient of the layer's input from its kept weights, first laid out in the order of their use."""
+    count = number(lists, row[col.BACK_STARTS] + row[col.CHANNELS] * row[col.BACK_CHUNKS])
+    for k in range(count):
+        work[row[col.PACK] + k] = w[row[col.WEIGHT] + number(lists, row[col.BACK_KEPT_WEIGHTS] + k)]
+    job = Kept(
+        row[col.SPREAD],
+        row[col.SPREAD_ROW],
+        lanes,
+        row[col.BACK_STARTS],
+        row[col.BACK_KEPT_PLACES],
+        row[col.BACK_CHUNKS],
+        row[col.PACK],
+        -1,
+        row[col.CHANNELS],
+        row[col.DX],
+        row[col.BACK_OUT_PLACES],
+        row[col.DX_ROW],
+        row[col.BACK_ROWS],
+        1,
+        row[col.BACK_SPAN],
+        lanes,
+        False,
+        row[col.ACCUMULATE] != 0,
+    )
+    run(work, index, lists, work, w, job)
+
+
+_BLOCK = 64  # vectors of 16 values that a sum runs over at least: fewer, and adding up its lanes costs as much
 
 
 @part
 def weights(work: Any, lists: Any, grad: Any, row: Any, lanes: int) -> None:
-    """Add the gradient of the kept weights, four at a time."""
+    """Add the gradient of the kept weights, four at a time, over a few rows of a chunk's channels at a time."""
+    height, chunks = row[col.OUT_HEIGHT], row[col.CHUNKS]
+    rows = min(height, 1 + _BLOCK * 16 // (row[col.PIXELS] * row[col.SPAN]))
+    for chunk in range(chunks):
+        for y in range(0, height, rows):
+            end = min(y + rows, height)
+            for o in range(row[col.OUT_CHANNELS]):
+                at = row[col.KEPT_STARTS] + o * chunks + chunk
+                k, last = number(lists, at), number(lists, at + 1)
+                start = (row[col.DY] + o * row[col.DY_PLANE],)
+                while k < last:
+                    t, most = row[col.KEPT_PLACES], last - 1
+                    places = (
+                        row[col.X] + number(lists, t + k),
+                        row[col.X] + number(lists, t + min(k + 1, most)),
+                        row[col.X] + number(lists, t + min(k + 2, most)),
+                        row[col.X] + number(lists, t + min(k + 3, most)),
+                    )
+                    four = correlate(zeros_4x16(), 16, start, places, work, row, lanes, y, end)
+                    if k + 4 <= last:
+                        add_sums(four, grad, row[col.WEIGHT] + k)
+                    else:
+                        rest = sums(four)
+                        for j in range(last - k):
+                            grad[row[col.WEIGHT] + k + j] += rest[j]
+                    k += 4
+
+
+@inlined
+def _share(zero: Any, chunk: int, p: int, work: Any, lists: Any, w: Any, row: Any) -> None:
+    """Add what a chunk's kept weights pass back to the lanes from `p` on."""
     for o in range(row[col.OUT_CHANNELS]):
-        k, last = number(lists, row[col.KEPT_STARTS] + o), number(lists, row[col.KEPT_STARTS] + o + 1)
-        start = (row[col.DY] + o * row[col.DY_PLANE],)
-        while k + 4 <= last:
-            t = row[col.KEPT_PLACES] + k
-            places = (
-                row[col.X] + number(lists, t),
-                row[col.X] + number(lists, t + 1),
-                row[col.X] + number(lists, t + 2),
-                row[col.X] + number(lists, t + 3),
-            )
-            add_sums(correlate(zeros_4x16(), 16, start, places, work, row, lanes), grad, row[col.WEIGHT] + k)
-            k += 4
-        while k < last:
-            place = (row[col.X] + number(lists, row[col.KEPT_PLACES] + k),)
-            grad[row[col.WEIGHT] + k] += sums(correlate(zeros_1x16(), 16, start, place, work, row, lanes))[0]
-            k += 1
+        at = row[col.KEPT_STARTS] + o * row[col.CHUNKS] + chunk
+        slope = load(zero, work, row[col.DY] + o * row[col.DY_PLANE] + p, 16)
+        for k in range(number(lists, at), number(lists, at + 1)):
+            place = row[col.DX] + number(lists, row[col.BACK_KEPT_PLACES] + k) + p
+            weight = spread(slope, w, row[col.WEIGHT] + k, 0)
+            store(multiply_add(weight, slope, load(slope, work, place, 16)), work, place, 16)
+
+
+@part
+def linear_input_gradient(work: Any, index: Any, lists: Any, w: Any, row: Any, lanes: int) -> None:
+    """Compute a linear layer's input gradient in the order of its weights, each of which adds its share to an input."""
+    if not row[col.ACCUMULATE]:
+        for c in range(row[col.CHANNELS]):
+            at = row[col.DX] + number(index, row[col.BACK_OUT_PLACES] + c)
+            work[at : at + lanes] = 0
+    for chunk in range(row[col.CHUNKS]):
+        if lanes % 32 == 0:
+            for p in range(0, lanes, 32):
+                _share(zeros_2x16(), chunk, p, work, lists, w, row)
+        else:
+            for p in range(0, lanes, 16):
+                _share(zeros_1x16(), chunk, p, work, lists, w, row)
+
+
+@part
+def linear_weights(work: Any, lists: Any, grad: Any, row: Any, lanes: int) -> None:
+    """Add the gradient of a linear layer's kept weights, eight at a time."""
+    for chunk in range(row[col.CHUNKS]):
+        for o in range(row[col.OUT_CHANNELS]):
+            at = row[col.KEPT_STARTS] + o * row[col.CHUNKS] + chunk
+            k, last = number(lists, at), number(lists, at + 1)
+            start = (row[col.DY] + o * row[col.DY_PLANE],)
+            while k < last:
+                t, most = row[col.KEPT_PLACES], last - 1
+                places = (
+                    number(lists, t + k),
+                    number(lists, t + min(k + 1, most)),
+                    number(lists, t + min(k + 2, most)),
+                    number(lists, t + min(k + 3, most)),
+                    number(lists, t + min(k + 4, most)),
+                    number(lists, t + min(k + 5, most)),
+                    number(lists, t + min(k + 6, most)),
+                    number(lists, t + min(k + 7, most)),
+                )
+                eight = zeros_8x8()
+                for p in range(0, lanes, 8):
+                    eight = dots(eight, work, start, p, work, places, row[col.X] + p)
+                if k + 8 <= last:
+                    add_eight(eight, grad, row[col.WEIGHT] + k)
+                else:
+                    rest = sums(eight)
+                    for j in range(last - k):
+                        grad[row[col.WEIGHT] + k + j] += rest[j]
+                k += 8

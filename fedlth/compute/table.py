@@ -11,7 +11,8 @@ Shape = tuple[int, int, int]
 class Op:
     """One layer. `source`, `source_2` and `out` number the values that it reads and writes; `kind` is in columns.py.
 
-    weight and bias: places in the flat vector, -1 for none. window, stride and padding are (y, x).
+    weight and bias: places in the flat vector, -1 for none; of a group normalisation they are gain and shift.
+    window, stride and padding are (y, x); scale is a pool's factor or a norm's epsilon.
     """
 
     kind: int
@@ -25,6 +26,7 @@ class Op:
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     groups: int = 1
+    scale: float = 1.0
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -52,7 +54,7 @@ class LayerTable:
 
     def describe(self) -> tuple[str, ...]:
         """Return one line a layer: what runs in the kernel."""
-        names = ("convolution", "linear", "max pool", "average pool", "add", "copy")
+        names = "convolution", "linear", "max pool", "average pool", "global max", "group norm", "add", "copy"
         lines = []
         for op in self.ops:
             wide, out = "x".join(map(str, self.shapes[op.source])), "x".join(map(str, self.shapes[op.out]))

@@ -16,8 +16,8 @@ from numba.extending import models, register_model
 
 from fedlth.compute.jit import intrinsic
 
-_FLOAT, _INT = ir.FloatType(), ir.IntType(32)
-_FUSE = ("contract",)  # lets a multiply and an add become one instruction, and nothing else
+_FLOAT, INT = ir.FloatType(), ir.IntType(32)
+FUSE = ("contract",)  # lets a multiply and an add become one instruction, and nothing else
 
 
 class Tile(types.Type):
@@ -42,11 +42,11 @@ def _vector(width: int) -> ir.VectorType:
 
 def _splat(builder: Any, scalar: Any, width: int) -> Any:
     empty = ir.Constant(_vector(width), ir.Undefined)
-    first = builder.insert_element(empty, scalar, ir.Constant(_INT, 0))
-    return builder.shuffle_vector(first, empty, ir.Constant(ir.VectorType(_INT, width), [0] * width))
+    first = builder.insert_element(empty, scalar, ir.Constant(INT, 0))
+    return builder.shuffle_vector(first, empty, ir.Constant(ir.VectorType(INT, width), [0] * width))
 
 
-class _Code:
+class Code:
     """What the bodies below share: typed access to the arguments of one intrinsic call."""
 
     def __init__(self, context: Any, builder: Any, signature: Any, args: Any) -> None:
@@ -76,7 +76,7 @@ class _Code:
         return self.builder.add(index, ir.Constant(index.type, step))
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
-        return self.builder.fadd(self.builder.fmul(a, b, flags=_FUSE), c, flags=_FUSE)
+        return self.builder.fadd(self.builder.fmul(a, b, flags=FUSE), c, flags=FUSE)
 
     def rows(self, tile: int) -> list[Any]:
         return [self.builder.extract_value(self.args[tile], j) for j in range(self.types[tile].rows)]
@@ -88,7 +88,7 @@ class _Code:
         return value
 
 
-def _intrinsic(body: Callable[[_Code], Any], result: Callable[[Any], Any]) -> Callable[..., Any]:
+def made(body: Callable[[Code], Any], result: Callable[[Any], Any]) -> Callable[..., Any]:
     """Return a typing function's answer: arguments as they are, indices as int64."""
 
     def answer(*given: Any) -> Any:
@@ -98,7 +98,7 @@ def _intrinsic(body: Callable[[_Code], Any], result: Callable[[Any], Any]) -> Ca
         wanted = [types.int64 if isinstance(one, types.Integer) else one for one in given]
 
         def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            value = body(_Code(context, builder, signature, args))
+            value = body(Code(context, builder, signature, args))
             return context.get_dummy_value() if value is None else value
 
         return result(wanted)(*wanted), code
@@ -106,11 +106,11 @@ def _intrinsic(body: Callable[[_Code], Any], result: Callable[[Any], Any]) -> Ca
     return answer
 
 
-def _same(given: Any) -> Any:
+def same(given: Any) -> Any:
     return given[0]
 
 
-def _nothing(given: Any) -> Any:
+def nothing(given: Any) -> Any:
     return types.void
 
 
@@ -118,7 +118,7 @@ def _nothing(given: Any) -> Any:
 def outer(typing, tile, w, at, step, x, start):  # type: ignore[no-untyped-def]
     """Return tile[j] + w[at + j * step] * x[start : start + width]."""
 
-    def body(c: _Code) -> Any:
+    def body(c: Code) -> Any:
         width = c.types[0].width
         vector = c.load(4, c.args[5], width)
         rows, at = [], c.args[2]
@@ -127,27 +127,27 @@ def outer(typing, tile, w, at, step, x, start):  # type: ignore[no-untyped-def]
             at = c.builder.add(at, c.args[3])
         return c.tile(rows)
 
-    return _intrinsic(body, _same)(tile, w, at, step, x, start)
+    return made(body, same)(tile, w, at, step, x, start)
 
 
 @intrinsic
 def along(typing, tile, w, at, x, start):  # type: ignore[no-untyped-def]
     """Return tile[j] + w[at] * x[start + j * width : ...]."""
 
-    def body(c: _Code) -> Any:
+    def body(c: Code) -> Any:
         width = c.types[0].width
         scalar = c.spread(1, c.args[2], width)
         rows = c.rows(0)
         return c.tile([c.fma(scalar, c.load(3, c.plus(c.args[4], j * width), width), r) for j, r in enumerate(rows)])
 
-    return _intrinsic(body, _same)(tile, w, at, x, start)
+    return made(body, same)(tile, w, at, x, start)
 
 
 @intrinsic
 def dots(typing, tile, g, starts, start, x, places, place):  # type: ignore[no-untyped-def]
     """Return tile[i * b + k] + g[starts[i] + start : ...] * x[places[k] + place : ...], for tuples of a and of b."""
 
-    def body(c: _Code) -> Any:
+    def body(c: Code) -> Any:
         width, extract = c.types[0].width, c.builder.extract_value
 
         def vectors(array: int, places: int, by: int) -> list[Any]:
@@ -159,130 +159,81 @@ def dots(typing, tile, g, starts, start, x, places, place):  # type: ignore[no-u
             [c.fma(a, b, rows[i * len(rights) + k]) for i, a in enumerate(lefts) for k, b in enumerate(rights)]
         )
 
-    return _intrinsic(body, _same)(tile, g, starts, start, x, places, place)
-
-
-def _halves(c: _Code, vector: Any) -> Any:
-    while vector.type.count > 4:
-        half = vector.type.count // 2
-        empty = ir.Constant(vector.type, ir.Undefined)
-        parts = [
-            c.builder.shuffle_vector(vector, empty, ir.Constant(ir.VectorType(_INT, half), list(range(o, o + half))))
-            for o in (0, half)
-        ]
-        vector = c.builder.fadd(*parts)
-    return vector
-
-
-@intrinsic
-def sums(typing, tile):  # type: ignore[no-untyped-def]
-    """Return the tuple of each row's sum, added in a fixed order."""
-
-    def body(c: _Code) -> Any:
-        values = []
-        for row in c.rows(0):
-            four = _halves(c, row)
-            parts = [c.builder.extract_element(four, ir.Constant(_INT, k)) for k in range(4)]
-            pairs = c.builder.fadd(parts[0], parts[1]), c.builder.fadd(parts[2], parts[3])
-            values.append(c.builder.fadd(*pairs))
-        kind = types.UniTuple(types.float32, len(values))  # type: ignore[no-untyped-call]
-        return c.context.make_tuple(c.builder, kind, values)
-
-    def result(given: Any) -> Any:
-        return types.UniTuple(types.float32, given[0].rows)  # type: ignore[no-untyped-call]
-
-    return _intrinsic(body, result)(tile)
-
-
-@intrinsic
-def add_sums(typing, tile, out, at):  # type: ignore[no-untyped-def]
-    """Add the sums of a tile's four rows to out[at : at + 4]; the transposed adds cost a third of four sums."""
-
-    def body(c: _Code) -> Any:
-        def mix(a: Any, b: Any, places: list[int]) -> Any:
-            return c.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT, 4), places))
-
-        a, b, d, e = (_halves(c, row) for row in c.rows(0))
-        left = c.builder.fadd(mix(a, b, [0, 4, 2, 6]), mix(a, b, [1, 5, 3, 7]))
-        right = c.builder.fadd(mix(d, e, [0, 4, 2, 6]), mix(d, e, [1, 5, 3, 7]))
-        total = c.builder.fadd(mix(left, right, [0, 1, 4, 5]), mix(left, right, [2, 3, 6, 7]))
-        c.store(1, c.args[2], c.builder.fadd(c.load(1, c.args[2], 4), total))
-
-    return _intrinsic(body, _nothing)(tile, out, at)
+    return made(body, same)(tile, g, starts, start, x, places, place)
 
 
 @intrinsic
 def spread(typing, tile, w, at, step):  # type: ignore[no-untyped-def]
     """Return the tile whose row j is w[at + j * step] everywhere (step 0: all rows the same)."""
 
-    def body(c: _Code) -> Any:
+    def body(c: Code) -> Any:
         rows, at = [], c.args[2]
         for _ in c.rows(0):
             rows.append(c.spread(1, at, c.types[0].width))
             at = c.builder.add(at, c.args[3])
         return c.tile(rows)
 
-    return _intrinsic(body, _same)(tile, w, at, step)
+    return made(body, same)(tile, w, at, step)
 
 
 @intrinsic
 def scatter(typing, tile, out, index, at, base):  # type: ignore[no-untyped-def]
     """Store row j at out[base + index[at + j] : ...]."""
 
-    def body(c: _Code) -> Any:
+    def body(c: Code) -> Any:
         for j, row in enumerate(c.rows(0)):
             place = c.builder.sext(c.scalar(2, c.plus(c.args[3], j)), ir.IntType(64))
             c.store(1, c.builder.add(c.args[4], place), row)
 
-    return _intrinsic(body, _nothing)(tile, out, index, at, base)
+    return made(body, nothing)(tile, out, index, at, base)
 
 
 @intrinsic
 def collect(typing, tile, out, index, at, base):  # type: ignore[no-untyped-def]
     """Return tile[j] + out[base + index[at + j] : ...]."""
 
-    def body(c: _Code) -> Any:
+    def body(c: Code) -> Any:
         rows = []
         for j, row in enumerate(c.rows(0)):
             place = c.builder.sext(c.scalar(2, c.plus(c.args[3], j)), ir.IntType(64))
             rows.append(c.builder.fadd(row, c.load(1, c.builder.add(c.args[4], place), c.types[0].width)))
         return c.tile(rows)
 
-    return _intrinsic(body, _same)(tile, out, index, at, base)
+    return made(body, same)(tile, out, index, at, base)
 
 
 @intrinsic
 def load(typing, tile, x, start, step):  # type: ignore[no-untyped-def]
     """Return the tile of rows x[start + j * step : ...]; the argument `tile` only says the shape."""
 
-    def body(c: _Code) -> Any:
+    def body(c: Code) -> Any:
         rows, at = [], c.args[2]
         for _ in range(c.types[0].rows):
             rows.append(c.load(1, at, c.types[0].width))
             at = c.builder.add(at, c.args[3])
         return c.tile(rows)
 
-    return _intrinsic(body, _same)(tile, x, start, step)
+    return made(body, same)(tile, x, start, step)
 
 
 @intrinsic
 def store(typing, tile, out, start, step):  # type: ignore[no-untyped-def]
     """Store row j at out[start + j * step : ...]."""
 
-    def body(c: _Code) -> Any:
+    def body(c: Code) -> Any:
         at = c.args[2]
         for row in c.rows(0):
             c.store(1, at, row)
             at = c.builder.add(at, c.args[3])
 
-    return _intrinsic(body, _nothing)(tile, out, start, step)
+    return made(body, nothing)(tile, out, start, step)
 
 
 @intrinsic
 def number(typing, index, at):  # type: ignore[no-untyped-def]
     """Return index[at] of an int32 array as int64, without numba's test for a negative `at`."""
 
-    def body(c: _Code) -> Any:
+    def body(c: Code) -> Any:
         return c.builder.sext(c.scalar(0, c.args[1]), ir.IntType(64))
 
-    return _intrinsic(body, lambda given: types.int64)(index, at)
+    return made(body, lambda given: types.int64)(index, at)

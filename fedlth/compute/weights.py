@@ -15,14 +15,17 @@ from fedlth.compute.arithmetic import (
     zeros_10x8,
 )
 from fedlth.compute.jit import inlined, part
-from fedlth.compute.vectors import add_sums, dots, load, number, outer, store, sums
+from fedlth.compute.reduce import add_sums, sums
+from fedlth.compute.vectors import dots, load, number, outer, store
 
 
 @inlined
-def correlate(zero: Any, width: int, starts: Any, places: Any, work: Any, row: Any, lanes: int) -> Any:
-    """Return the tile of sums over the whole map: output gradient at `starts` times input at `places`."""
+def correlate(
+    zero: Any, width: int, starts: Any, places: Any, work: Any, row: Any, lanes: int, first: int, last: int
+) -> Any:
+    """Return the tile of sums over rows `first` to `last`: output gradient at `starts` times input at `places`."""
     tile = zero
-    for y in range(row[col.OUT_HEIGHT]):
+    for y in range(first, last):
         for pixel in range(row[col.PIXELS]):
             at = y * row[col.DY_ROW] + pixel * lanes
             source = y * row[col.TAP_ROW] + pixel * row[col.TAP_STEP]
@@ -33,7 +36,7 @@ def correlate(zero: Any, width: int, starts: Any, places: Any, work: Any, row: A
 
 @part
 def convolution_weights(work: Any, index: Any, grad: Any, row: Any, lanes: int) -> None:
-    """Two output channels times five taps stay in registers while the map streams past."""
+    """Two output channels times five taps stay in registers while the rows that they reach stream past."""
     taps, plane = row[col.TAPS], row[col.DY_PLANE]
     channels = row[col.OUT_CHANNELS] // row[col.GROUPS]
     for group in range(row[col.GROUPS]):
@@ -44,35 +47,44 @@ def convolution_weights(work: Any, index: Any, grad: Any, row: Any, lanes: int) 
             start = row[col.DY] + channel * plane
             weight = row[col.WEIGHT] + channel * taps
             k = 0
-            while k + 5 <= taps:
-                t = row[col.TAP_PLACES] + k
-                places = (
-                    source + number(index, t),
-                    source + number(index, t + 1),
-                    source + number(index, t + 2),
-                    source + number(index, t + 3),
-                    source + number(index, t + 4),
-                )
-                if both:
-                    ten = sums(correlate(zeros_10x8(), 8, (start, start + plane), places, work, row, lanes))
-                    for j in range(5):
-                        grad[weight + k + j] += ten[j]
-                        grad[weight + k + j + taps] += ten[j + 5]
-                else:
-                    five = sums(correlate(zeros_5x8(), 8, (start,), places, work, row, lanes))
-                    for j in range(5):
-                        grad[weight + k + j] += five[j]
-                k += 5
             while k < taps:
-                place = (source + number(index, row[col.TAP_PLACES] + k),)
-                if both:
-                    two = sums(correlate(zeros_2x16(), 16, (start, start + plane), place, work, row, lanes))
-                    grad[weight + k] += two[0]
-                    grad[weight + k + taps] += two[1]
+                t, count = row[col.TAP_PLACES] + k, min(5, taps - k)
+                first, last = row[col.OUT_HEIGHT], 0
+                for j in range(k, k + count):
+                    reach = row[col.REACH] + 2 * (j // row[col.WINDOW_X] % row[col.WINDOW_Y])
+                    first, last = min(first, number(index, reach)), max(last, number(index, reach + 1))
+                if count == 5:
+                    places = (
+                        source + number(index, t),
+                        source + number(index, t + 1),
+                        source + number(index, t + 2),
+                        source + number(index, t + 3),
+                        source + number(index, t + 4),
+                    )
+                    if both:
+                        ten = sums(
+                            correlate(zeros_10x8(), 8, (start, start + plane), places, work, row, lanes, first, last)
+                        )
+                        for j in range(5):
+                            grad[weight + k + j] += ten[j]
+                            grad[weight + k + j + taps] += ten[j + 5]
+                    else:
+                        five = sums(correlate(zeros_5x8(), 8, (start,), places, work, row, lanes, first, last))
+                        for j in range(5):
+                            grad[weight + k + j] += five[j]
+                    k += 5
                 else:
-                    one = sums(correlate(zeros_1x16(), 16, (start,), place, work, row, lanes))
-                    grad[weight + k] += one[0]
-                k += 1
+                    place = (source + number(index, t),)
+                    if both:
+                        two = sums(
+                            correlate(zeros_2x16(), 16, (start, start + plane), place, work, row, lanes, first, last)
+                        )
+                        grad[weight + k] += two[0]
+                        grad[weight + k + taps] += two[1]
+                    else:
+                        one = sums(correlate(zeros_1x16(), 16, (start,), place, work, row, lanes, first, last))
+                        grad[weight + k] += one[0]
+                    k += 1
 
 
 @inlined

@@ -12,6 +12,7 @@ from itertools import count
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, NoReturn
 
+from fedlth.engines.cohort import size_of
 from fedlth.engines.pool import Limits, Lost, Pool
 from fedlth.engines.worker import Worker
 from fedlth.jobs import AT_ONCE, Failure, Job, Reply
@@ -45,7 +46,7 @@ class Forked:
             forks = Forks()
             given = {"path": (), "folder": os.getcwd(), "memory_mb": None}
             self._pool = Pool(forks, self.workers, name="fork", spawn=forks.spawn, given=given, limits=self.limits)
-        return self._pool.map(jobs)
+        return self._pool.map(jobs, cohort=size_of(jobs))
 
     def close(self) -> None:
         if self._pool is not None:

@@ -1,11 +1,13 @@
-"""The in-process engine: one job after the other, in this process. What every other engine must equal."""
+"""The in-process engine: one cohort after the other, in this process. What every other engine must equal."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from fedlth.client import client_step
+from fedlth.engines.cohort import cohorts, side_by_side, size_of
 from fedlth.jobs import AT_ONCE, Failure, Job, Reply
 
 
@@ -34,7 +36,8 @@ class InProcess:
     at_once: int = AT_ONCE
 
     def map(self, jobs: Sequence[Job], /) -> list[Reply | Failure]:
-        return [attempt(client_step, job) for job in jobs]
+        parts = cohorts(len(jobs), size_of(jobs))
+        return [a for part in parts for a in side_by_side([partial(attempt, client_step, jobs[i]) for i in part])]
 
     def close(self) -> None:
         pass

@@ -1,4 +1,4 @@
-"""The workers: one job in flight each, a deadline on everything, and a fresh one for each that is lost."""
+"""The workers: one cohort of jobs in flight each, a deadline on everything, and a fresh one for each that is lost."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from fedlth.engines.cohort import cohorts
 from fedlth.engines.worker import Born, Parcel
 from fedlth.errors import StudyError
 from fedlth.jobs import Failure, Job, Reply
@@ -35,19 +36,19 @@ class Seam(Protocol):
 
 @dataclass
 class Place:
-    """Room for one worker. `call` is its start, or the job at `position`; None while it waits."""
+    """Room for one worker. `call` is its start, or the jobs at `positions`; None while it waits."""
 
     number: int
     actor: Any = None
     call: Any = None
-    position: int = -1
+    positions: tuple[int, ...] = ()
     deadline: float | None = None
     failed_starts: int = 0
     worker: str = ""
 
     @property
     def starting(self) -> bool:
-        return self.call is not None and self.position < 0
+        return self.call is not None and not self.positions
 
     @property
     def idle(self) -> bool:
@@ -56,7 +57,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds: for a worker to start, and for a job from the moment an idle worker gets it (None: no limit)."""
+    """Seconds: for a worker to start, and for each job from the moment an idle worker gets it (None: no limit)."""
 
     start_s: float
     job_s: float | None
@@ -72,15 +73,18 @@ class Pool:
         self.seam, self.name, self.spawn, self.given, self.limits = seam, name, spawn, given, limits
         self.places = [Place(number) for number in range(size)]
 
-    def map(self, jobs: Sequence[Job]) -> list[Reply | Failure]:
-        """Run every job; answers stand in job order. Raises StudyError when no worker can be started."""
-        batch = _Batch(self, jobs)
+    def map(self, jobs: Sequence[Job], *, cohort: int = 1) -> list[Reply | Failure]:
+        """Run every job, `cohort` consecutive ones a call; answers stand in job order.
+
+        The cohorts are the same for any number of workers. Raises StudyError when no worker can be started.
+        """
+        batch = _Batch(self, jobs, cohort)
         try:
             return batch.run()
         finally:
             # Only after an error is one still at work: its answer would be taken for another job's.
             for place in self.places:
-                if place.position >= 0:
+                if place.positions:
                     self.drop(place)
 
     def start(self, place: Place, study: Any) -> None:
@@ -92,7 +96,7 @@ class Pool:
         """End a place's worker; a new one is started when there is work for it."""
         if place.actor is not None:
             self.seam.kill(place.actor)
-        place.actor, place.call, place.position, place.deadline = None, None, -1, None
+        place.actor, place.call, place.positions, place.deadline = None, None, (), None
 
     def close(self) -> None:
         for place in self.places:
@@ -102,9 +106,9 @@ class Pool:
 class _Batch:
     """One map: what is still to do, and what has come back."""
 
-    def __init__(self, pool: Pool, jobs: Sequence[Job]) -> None:
+    def __init__(self, pool: Pool, jobs: Sequence[Job], cohort: int) -> None:
         self.pool, self.jobs = pool, jobs
-        self.todo = deque(range(len(jobs)))
+        self.todo = deque(cohorts(len(jobs), cohort))
         self.answers: dict[int, Reply | Failure] = {}
         self.stored: dict[bytes | str, Any] = {}
         self.trouble = ""
@@ -122,27 +126,31 @@ class _Batch:
         return self.stored[value]
 
     def _hand_out(self) -> None:
-        """Give idle workers a job each, then start as many workers as there are jobs left for."""
+        """Give idle workers a cohort each, then start as many workers as there are cohorts left for."""
         for place in self.pool.places:
             if self.todo and place.idle:
                 self._begin(place, self.todo.popleft())
         coming = sum(place.starting for place in self.pool.places)
         for place in self.pool.places:
             if coming < len(self.todo) and place.actor is None and place.failed_starts < STARTS:
-                self.pool.start(place, self._store(self.jobs[self.todo[0]].study))
+                self.pool.start(place, self._store(self.jobs[self.todo[0][0]].study))
                 coming += 1
         if not any(place.call is not None for place in self.pool.places):
             raise StudyError(f"{self.pool.name}: no worker could be started: {self.trouble}")
 
-    def _begin(self, place: Place, position: int) -> None:
-        job = self.jobs[position]
-        shared = tuple(i for i, m in enumerate(job.inbox) if m.broadcast)
-        light = tuple(replace(m, payload=b"") if m.broadcast else m for m in job.inbox)
-        payloads = [self._store(job.inbox[i].payload) for i in shared]
-        parcel = Parcel(replace(job, study="", inbox=light), shared)
-        place.position = position
-        place.call = self.pool.seam.call(place.actor, "step", parcel, self._store(job.study), *payloads)
-        place.deadline = None if self.pool.limits.job_s is None else time.monotonic() + self.pool.limits.job_s
+    def _begin(self, place: Place, positions: tuple[int, ...]) -> None:
+        numbers: dict[bytes, int] = {}
+        parcels = []
+        for job in (self.jobs[i] for i in positions):
+            sent = [(at, m.payload) for at, m in enumerate(job.inbox) if m.broadcast]
+            shared = tuple((at, numbers.setdefault(payload, len(numbers))) for at, payload in sent)
+            light = tuple(replace(m, payload=b"") if m.broadcast else m for m in job.inbox)
+            parcels.append(Parcel(replace(job, study="", inbox=light), shared))
+        stored = [self._store(self.jobs[positions[0]].study), *map(self._store, numbers)]
+        place.positions = positions
+        place.call = self.pool.seam.call(place.actor, "step", parcels, *stored)
+        limit = self.pool.limits.job_s
+        place.deadline = None if limit is None else time.monotonic() + limit * len(positions)
 
     def _collect(self) -> None:
         """Wait for the first answer or the first deadline."""
@@ -164,10 +172,11 @@ class _Batch:
             place.call, place.deadline, place.failed_starts = None, None, 0
         elif place.starting:
             self._not_started(place, value.reason)
-        elif isinstance(value, Reply | Failure):
-            self.answers[place.position] = replace(value, worker=place.worker)
-            place.call, place.position, place.deadline = None, -1, None
-            if isinstance(value, Failure) and value.kind == "memory":
+        elif isinstance(value, list):
+            for position, answer in zip(place.positions, value, strict=True):
+                self.answers[position] = replace(answer, worker=place.worker)
+            place.call, place.positions, place.deadline = None, (), None
+            if any(isinstance(answer, Failure) and answer.kind == "memory" for answer in value):
                 self.pool.drop(place)  # what was refused may have left the process half done
         else:
             self._fail(place, value.kind, value.reason)
@@ -184,8 +193,13 @@ class _Batch:
         self.pool.drop(place)
 
     def _fail(self, place: Place, kind: str, reason: str) -> None:
-        job = self.jobs[place.position]
-        self.answers[place.position] = Failure(
-            round=job.round, client=job.client, kind=kind, reason=reason, worker=place.worker
-        )
+        if len(place.positions) > 1:
+            # One of them did it, nobody can say which: each goes again alone, so that it costs only itself.
+            self.todo.extendleft((position,) for position in reversed(place.positions))
+        else:
+            (position,) = place.positions
+            job = self.jobs[position]
+            self.answers[position] = Failure(
+                round=job.round, client=job.client, kind=kind, reason=reason, worker=place.worker
+            )
         self.pool.drop(place)

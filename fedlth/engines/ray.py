@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlth import config
+from fedlth.engines.cohort import size_of
 from fedlth.engines.pool import Limits, Pool
 from fedlth.engines.ray_placement import count, share_of
 from fedlth.engines.worker import Worker
@@ -50,7 +51,7 @@ class RayEngine:
             return []
         if self._opened is None:
             self._opened = self._open()
-        return self._opened[1].map(jobs)
+        return self._opened[1].map(jobs, cohort=size_of(jobs))
 
     def close(self) -> None:
         """End the workers, and Ray itself where it was started here."""

@@ -1,4 +1,4 @@
-"""A worker's inside, on Ray or forked: one process, one torch thread, one memory limit, one job at a time."""
+"""A worker's inside, on Ray or forked: one process, one torch thread, one memory limit, one cohort at a time."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from fedlth.jobs import Failure, Job, Message, Reply
@@ -18,16 +19,19 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Parcel:
-    """A job without what the object store holds: the study's text and, at `shared`, the broadcast payloads."""
+    """A job without what the object store holds: the study's text and the broadcast payloads.
+
+    `shared` says which message's payload is which of those that are stored.
+    """
 
     job: Job
-    shared: tuple[int, ...]
+    shared: tuple[tuple[int, int], ...]
 
     def whole(self, study: str, payloads: Sequence[bytes]) -> Job:
         """Return the job again."""
         inbox: list[Message] = list(self.job.inbox)
-        for at, payload in zip(self.shared, payloads, strict=True):
-            inbox[at] = replace(inbox[at], payload=payload)
+        for at, number in self.shared:
+            inbox[at] = replace(inbox[at], payload=payloads[number])
         return replace(self.job, study=study, inbox=tuple(inbox))
 
 
@@ -64,12 +68,14 @@ class Worker:
             open_world(study)
         return Born(os.getpid(), platform.node(), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
-    def step(self, parcel: Parcel, study: str, *payloads: bytes) -> Reply | Failure:
-        """Do one job."""
+    def step(self, parcels: Sequence[Parcel], study: str, *payloads: bytes) -> list[Reply | Failure]:
+        """Do one cohort's jobs."""
         from fedlth.client import client_step
+        from fedlth.engines.cohort import side_by_side
         from fedlth.engines.inprocess import attempt
 
-        return attempt(client_step, parcel.whole(study, [self._same(i, p) for i, p in enumerate(payloads)]))
+        same = [self._same(i, p) for i, p in enumerate(payloads)]
+        return side_by_side([partial(attempt, client_step, parcel.whole(study, same)) for parcel in parcels])
 
     def _same(self, at: int, payload: bytes) -> bytes:
         """Return the object that came last time where it is equal: its hash is known, so its decoding is found."""

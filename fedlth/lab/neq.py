@@ -138,7 +138,7 @@ def train(
     torch.manual_seed(torch_seed)
     for epoch in parts:
         moves = moving(layout, frozen)
-        alive = torch.from_numpy(moves.astype(np.float32)).to(bound.device)
+        alive = bound.arranged(moves.astype(np.float32))
         bound.load(now)
         bound.module.train()
         weights = bound.flat[: layout.num_params]

@@ -53,13 +53,26 @@ def _unrun(words: Any, counts: Any, tables: Any, symbols: Any) -> Any:
         if left > 0:
             left -= 1
             state = (state << U(32)) | U(words[left])
+    nearest = np.zeros(4097, np.int64)
     for s in range(len(counts)):
         if counts[s] == 0:
             continue
+        # A longer run pays for a table of each 4096th part's first and last symbol.
+        long = counts[s] > 1024
+        if long:
+            low = 0
+            for part in range(4096):
+                while tables[s, low + 1] <= U(part << 12):
+                    low += 1
+                nearest[part] = low
+            nearest[4096] = 255
         for _ in range(counts[s]):
             slot = state & U(0xFFFFFF)
-            # The table grows by at least 1 a symbol: eight halvings find the symbol.
+            # The table grows by at least 1 a symbol: at most eight halvings find the symbol.
             low, high = 0, 256
+            if long:
+                near = int(slot >> U(12))
+                low, high = nearest[near], nearest[near + 1] + 1
             while high - low > 1:
                 middle = (low + high) >> 1
                 if tables[s, middle] <= slot:

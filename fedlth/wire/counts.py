@@ -28,8 +28,18 @@ def get(data: bytes, at: int, sizes: np.ndarray) -> tuple[np.ndarray, int]:
 
 def cost(ones: np.ndarray, sizes: np.ndarray) -> float:
     """Estimate the bytes of a mask with these segments: entropy, counts, half a byte of padding, the state."""
+    code = 2 * np.minimum(ones, sizes - ones)[sizes > 0]
+    return entropy(ones, sizes) + int((1 + (code > 127) + (code > 16383)).sum()) + 4
+
+
+def learnt(ones: np.ndarray, sizes: np.ndarray) -> float:
+    """Estimate the bytes of bits whose chances are learnt on the way: entropy, and log2(size) / 2 bits a chance."""
+    return entropy(ones, sizes) + float(np.log2(sizes[sizes > 0] + 1.0).sum()) / 16
+
+
+def entropy(ones: np.ndarray, sizes: np.ndarray) -> float:
+    """Return the sum of n H(k / n), in bytes."""
     k, n = ones.astype(np.float64), sizes.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         bits = np.nan_to_num(k * np.log2(n / k)) + np.nan_to_num((n - k) * np.log2(n / (n - k)))
-    code = 2 * np.minimum(ones, sizes - ones)[sizes > 0]
-    return float(bits.sum()) / 8 + int((1 + (code > 127) + (code > 16383)).sum()) + 4
+    return float(bits.sum()) / 8

@@ -1,19 +1,35 @@
-"""The mask section: the cheapest of seven modes, chosen from counts alone."""
+"""The mask section: read in every mode; written in the mode that mask_choice finds the cheapest."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from fedlth.params import Layout
-from fedlth.wire import ans, channels, context, counts, varint
+from fedlth.params import Entry, Layout
+from fedlth.wire import ans, channels, context, counts, mask_bits, varint
 from fedlth.wire import mask as bitmap
-from fedlth.wire.codec import BITMAP, CHANNELS, FULL, LAYERS, MAGNITUDE, PREVIOUS, REUSE, Codec
+from fedlth.wire.codec import (
+    BITMAP,
+    BY_BIT,
+    CHANNELS,
+    FULL,
+    LAYERS,
+    MAGNITUDE,
+    MAGNITUDE_BITS,
+    PREVIOUS,
+    PREVIOUS_BITS,
+    REUSE,
+    TOGETHER,
+    Codec,
+)  # fmt: skip
 from fedlth.wire.context import COARSEST, FINEST, Scale
 from fedlth.wire.errors import PayloadError
+from fedlth.wire.mask_choice import cheapest
 from fedlth.wire.reference import Reference
-from fedlth.wire.segments import Segments, pack, unpack
+from fedlth.wire.segments import Segments, count, pack, unpack
 
-USES_MASK = (REUSE, PREVIOUS, MAGNITUDE)
+NEEDS_MASK = (REUSE, PREVIOUS, TOGETHER, PREVIOUS_BITS)
+USES_MAGNITUDES = (MAGNITUDE, MAGNITUDE_BITS)
+USES_MASK = (*NEEDS_MASK, *USES_MAGNITUDES)
 
 
 def encode(
@@ -24,15 +40,17 @@ def encode(
         return FULL, b""
     if known is not None and np.array_equal(mask, known):
         return REUSE, b""
-    if LAYERS not in codec.masks:
+    if set(codec.masks) <= {REUSE, BITMAP, FULL}:
         return BITMAP, bitmap.pack(mask)
-    mode, scale = _cheapest(mask, layout, known, reference)
+    mode, scale, one = cheapest(mask, layout.prunable, codec.masks, known, reference)
     if mode == CHANNELS:
         return mode, channels.pack(mask, layout.prunable)
-    if mode != BITMAP:
+    if mode >= BY_BIT:
+        section = _by_bit(mode, mask, layout, known, reference, one)
+    elif mode != BITMAP:
         section = _coded(mode, mask, layout, known, reference, scale)
-        if len(section) < (mask.size + 7) // 8:
-            return mode, section
+    if mode != BITMAP and section is not None and len(section) < (mask.size + 7) // 8:
+        return mode, section
     return BITMAP, bitmap.pack(mask)
 
 
@@ -51,6 +69,8 @@ def decode(
         raise PayloadError("a coded mask is no shorter than its bitmap")
     elif mode == CHANNELS:
         mask = channels.unpack(section, layout.prunable, size)
+    elif mode >= BY_BIT:
+        mask = _read_bits(mode, section, layout, known, reference)
     else:
         mask = _read(mode, section, layout, known, reference)
     if mask.all():
@@ -58,35 +78,12 @@ def decode(
     return mask
 
 
-def _cheapest(
-    mask: np.ndarray, layout: Layout, known: np.ndarray | None, reference: Reference | None
-) -> tuple[int, Scale | None]:
-    entries = layout.prunable
-    previous = np.zeros(mask.size, bool) if known is None else known
-    seen = context.histogram(mask, entries, previous, reference.floats if reference else None)
-    by_bit = seen.sum(3)
-    found: list[tuple[float, int, Scale | None]] = [((mask.size + 7) // 8, BITMAP, None)]
-    found.append((counts.cost(by_bit[:, 1].sum(1), by_bit.sum((1, 2))), LAYERS, None))
-    if known is not None:
-        found.append((counts.cost(by_bit[:, 1].ravel(), by_bit.sum(1).ravel()), PREVIOUS, None))
-    if reference is not None:
-        for shift in range(FINEST, COARSEST + 1):
-            scale = context.scale_of(seen, shift)
-            bins = context.binned(seen, scale)
-            price = counts.cost(bins[:, 1].ravel(), bins.sum(1).ravel()) + 1 + 2 * len(entries)
-            found.append((price, MAGNITUDE, scale))
-    if channels.fit(mask, entries):
-        found.append((channels.num_bytes(entries), CHANNELS, None))
-    _, mode, chosen = min(found, key=lambda f: f[0])
-    return mode, chosen
-
-
 def _coded(
     mode: int, mask: np.ndarray, layout: Layout, known: np.ndarray | None, reference: Reference | None,
     scale: Scale | None,
 ) -> bytes:  # fmt: skip
     segments = _segments(mode, layout, known, reference, scale)
-    ones = np.bincount(segments.context[mask], minlength=segments.sizes.size)
+    ones = count(mask, segments.context, segments.sizes.size)
     segments = Segments(segments.context, segments.sizes, ones)
     head = b""
     if scale is not None:
@@ -103,12 +100,7 @@ def _read(
         shift, at = section[0] if section else 0, 1
         if not FINEST <= shift <= COARSEST:
             raise PayloadError(f"bins of shift {shift}")
-        centres = []
-        for _ in layout.prunable:
-            centre, at = varint.get(section, at, len(section))
-            if centre >= 1 << (31 - shift):
-                raise PayloadError(f"bins are centred at {centre}")
-            centres.append(centre)
+        centres, at = _centres(section, at, len(layout.prunable), shift)
         scale = Scale(shift, tuple(centres))
     segments = _segments(mode, layout, known, reference, scale)
     ones, at = counts.get(section, at, segments.sizes)
@@ -121,6 +113,48 @@ def _segments(
 ) -> Segments:
     previous = known if mode != LAYERS else None
     floats = reference.floats if reference is not None and scale is not None else None
-    made, number = context.contexts(layout.num_prunable, layout.prunable, previous, scale, floats)
+    size = layout.num_prunable
+    tensors = (Entry("all", (size,), "param", 0),) if mode == TOGETHER else layout.prunable
+    made, number = context.contexts(size, tensors, previous, scale, floats)
     sizes = np.bincount(made, minlength=number)
     return Segments(made, sizes, np.zeros(number, np.int64))
+
+
+def _centres(section: bytes, at: int, number: int, shift: int) -> tuple[list[int], int]:
+    centres = []
+    for _ in range(number):
+        centre, at = varint.get(section, at, len(section))
+        if centre >= 1 << (31 - shift):
+            raise PayloadError(f"bins are centred at {centre}")
+        centres.append(centre)
+    return centres, at
+
+
+def _by_bit(
+    mode: int, mask: np.ndarray, layout: Layout, known: np.ndarray | None, reference: Reference | None, one: bool
+) -> bytes | None:
+    head, centres, floats = b"", None, None
+    if mode == MAGNITUDE_BITS and reference is not None:
+        floats = reference.floats[: mask.size]
+        spans = [slice(0, mask.size)] if one else [e.slice for e in layout.prunable]
+        found = [mask_bits.centre(floats[s], int(np.count_nonzero(mask[s]))) for s in spans]
+        head = bytes((int(one),)) + b"".join(varint.put(c) for c in found)
+        centres = tuple(found * len(layout.prunable)) if one else tuple(found)
+    previous = known if mode in USES_MASK else None
+    coded = mask_bits.encode(mask, layout.prunable, previous, centres, floats, (mask.size + 7) // 8)
+    return None if coded is None else head + coded
+
+
+def _read_bits(
+    mode: int, section: bytes, layout: Layout, known: np.ndarray | None, reference: Reference | None
+) -> np.ndarray:
+    at, centres, floats, number = 0, None, None, len(layout.prunable)
+    if mode == MAGNITUDE_BITS and reference is not None:
+        one, at = section[0] if section else 2, 1
+        if one > 1:
+            raise PayloadError(f"{one} says neither one centre nor one a tensor")
+        found, at = _centres(section, at, 1 if one else number, mask_bits.CENTRE_SHIFT)
+        centres = tuple(found * number) if one else tuple(found)
+        floats = reference.floats[: layout.num_prunable]
+    previous: np.ndarray | None = known if mode in USES_MASK else None
+    return mask_bits.decode(section[at:], layout.num_prunable, layout.prunable, previous, centres, floats)

@@ -10,13 +10,13 @@ from functools import cached_property
 import numpy as np
 
 from fedlth.params import Layout
-from fedlth.wire import mask_section, values, varint
-from fedlth.wire.codec import BITMAP, F32, FULL, MAGNITUDE, NO_VALUES, PREVIOUS, RAW, REUSE, Codec
+from fedlth.wire import kept, mask_section, values, varint
+from fedlth.wire.codec import BITMAP, F32, FULL, NO_VALUES, RAW, REUSE, Codec
 from fedlth.wire.errors import PayloadError, ReferenceLost
-from fedlth.wire.mask_section import USES_MASK
+from fedlth.wire.mask_section import NEEDS_MASK, USES_MAGNITUDES, USES_MASK
 from fedlth.wire.reference import NO_REFERENCE, Reference
 from fedlth.wire.reference import name as name_of
-from fedlth.wire.values import USES_FLOATS
+from fedlth.wire.values import USES_FLOATS, Places
 
 __all__ = ["BITMAP", "F32", "FULL", "HEADER", "NO_VALUES", "REUSE", "Content", "decode", "encode"]
 
@@ -53,13 +53,14 @@ def encode(
     `known_mask` and `reference` are what the receiver already holds, bit for bit; a codec uses them where that is
     shorter. A mask that the receiver holds is never sent.
     """
-    size, known, held = layout.num_prunable, _partial(known_mask), _fitting(reference, layout)
+    known, held = _partial(known_mask), _fitting(reference, layout)
     mode, section = mask_section.encode(content.mask, layout, codec, known, held)
     value_mode, tail = NO_VALUES, b""
     if content.floats is not None and content.ints is not None:
-        run = np.concatenate((content.floats[:size][content.mask], content.floats[size:]))
-        old = np.concatenate((held.floats[:size][content.mask], held.floats[size:])) if held else None
-        value_mode, coded = values.encode(run, old, codec)
+        number = int(np.count_nonzero(content.mask))
+        run = kept.take(content.floats, content.mask, number)
+        old = kept.take(held.floats, content.mask, number) if held else None
+        value_mode, coded = values.encode(run, old, codec, Places(content.mask, layout))
         whole = content.ints.astype("<i8").tobytes()
         tail = coded + whole if value_mode == F32 else whole + coded
     named = _name(mode, value_mode, known, held)
@@ -112,10 +113,10 @@ F32_ONLY = frozenset((F32,))
 
 
 def _values(tail: memoryview, mode: int, mask: np.ndarray, layout: Layout, held: Reference | None) -> Content:
-    size, kept, whole = layout.num_prunable, int(np.count_nonzero(mask)), 8 * layout.num_ints
+    size, number, whole = layout.num_prunable, int(np.count_nonzero(mask)), 8 * layout.num_ints
     dense = layout.num_floats - size
-    if len(tail) < whole or (mode == F32 and len(tail) != 4 * (kept + dense) + whole):
-        raise PayloadError(f"{len(tail)} bytes of values, wanted those of {kept} kept and {dense} dense")
+    if len(tail) < whole or (mode == F32 and len(tail) != 4 * (number + dense) + whole):
+        raise PayloadError(f"{len(tail)} bytes of values, wanted those of {number} kept and {dense} dense")
     first = len(tail) - whole if mode == F32 else 0
     ints = np.frombuffer(tail, "<i8", count=layout.num_ints, offset=first).astype(np.int64)
     if ints.size and (ints.min() < -LARGEST_INT or ints.max() > LARGEST_INT):
@@ -123,12 +124,9 @@ def _values(tail: memoryview, mode: int, mask: np.ndarray, layout: Layout, held:
     old = None
     if mode in USES_FLOATS and held is not None:
         # All of it is the reference itself: no copy, since a receiver's memory is bounded.
-        old = held.floats if kept == size else np.concatenate((held.floats[:size][mask], held.floats[size:]))
-    run = values.decode(mode, tail[:first] if mode == F32 else tail[whole:], kept + dense, old)
-    floats = np.zeros(layout.num_floats, np.float32)
-    floats[:size][mask] = run[:kept]
-    floats[size:] = run[kept:]
-    return Content(mask, floats, ints)
+        old = held.floats if number == size else kept.take(held.floats, mask, number)
+    run = values.decode(mode, tail[:first] if mode == F32 else tail[whole:], number + dense, old, Places(mask, layout))
+    return Content(mask, run if number == size else kept.put(run, mask, number), ints)
 
 
 def _partial(known: np.ndarray | None) -> np.ndarray | None:
@@ -141,7 +139,7 @@ def _fitting(reference: Reference | None, layout: Layout) -> Reference | None:
 
 
 def _name(mode: int, value_mode: int, known: np.ndarray | None, held: Reference | None) -> bytes:
-    floats = mode == MAGNITUDE or value_mode in USES_FLOATS
+    floats = mode in USES_MAGNITUDES or value_mode in USES_FLOATS
     return name_of(known if mode in USES_MASK else None, held if floats else None)
 
 
@@ -151,8 +149,8 @@ def _check_reference(
     alone = mode not in USES_MASK and value_mode not in USES_FLOATS
     if alone and named != NO_REFERENCE:
         raise PayloadError("a self-contained payload names a reference")
-    lacks = (mode in (REUSE, PREVIOUS) and known is None) or (
-        (mode == MAGNITUDE or value_mode in USES_FLOATS) and held is None
+    lacks = (mode in NEEDS_MASK and known is None) or (
+        (mode in USES_MAGNITUDES or value_mode in USES_FLOATS) and held is None
     )
     if lacks or named != _name(mode, value_mode, known, held):
         raise ReferenceLost("refers to a mask or values that the receiver does not hold")

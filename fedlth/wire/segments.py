@@ -66,9 +66,18 @@ def unpack(symbols: np.ndarray, segments: Segments) -> np.ndarray:
     else:
         place, coded = _places(segments)
         mask = np.where(coded, bits[np.where(coded, place, 0)] if bits.size else False, place == -2)
-    if not np.array_equal(np.bincount(segments.context[mask], minlength=segments.ones.size), segments.ones):
+    if not np.array_equal(count(mask, segments.context, segments.ones.size), segments.ones):
         raise PayloadError("a segment does not hold as many ones as it says")
     return mask
+
+
+def count(mask: np.ndarray, context: np.ndarray, number: int) -> np.ndarray:
+    """Return how many ones each of `number` contexts has."""
+    if not COMPILED:
+        return np.bincount(context[mask], minlength=number)
+    out = np.zeros(number, np.int64)
+    _count(mask, context, out)
+    return out
 
 
 def _padding(segments: Segments) -> list[tuple[slice, bool]]:
@@ -90,6 +99,11 @@ def _places(segments: Segments) -> tuple[np.ndarray, np.ndarray]:
     return np.where(start >= 0, start + rank, start), start >= 0
 
 
+def _count_loop(mask: Any, context: Any, out: Any) -> None:
+    for i in range(len(mask)):
+        out[context[i]] += int(mask[i])
+
+
 def _scatter_loop(mask: Any, context: Any, at: Any, bits: Any) -> None:
     for i in range(len(mask)):
         c = context[i]
@@ -108,5 +122,6 @@ def _gather_loop(bits: Any, context: Any, at: Any, mask: Any) -> None:
             mask[i] = at[c] == -2
 
 
+_count = compiled(_count_loop)
 _scatter = compiled(_scatter_loop)
 _gather = compiled(_gather_loop)

@@ -19,7 +19,7 @@ from fedlth.train import Bound, Plan, batches, train
 
 
 class Residual(nn.Module):
-    """A strided block with a shortcut, a depthwise convolution and a global mean."""
+    """A strided block with a shortcut, a depthwise convolution, group normalisation and a global mean."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,13 +27,14 @@ class Residual(nn.Module):
         self.down = nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False)
         self.side = nn.Conv2d(4, 6, 1, stride=2)
         self.deep = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.norm = nn.GroupNorm(3, 6)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.head = nn.Linear(6, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.relu(self.stem(x))
         x = F.relu(self.down(x) + self.side(x))
-        x = x + self.deep(x)
+        x = x + F.relu(self.norm(self.deep(x)))
         logits: torch.Tensor = self.head(self.pool(x).view(x.size(0), -1))
         return logits
 
@@ -99,7 +100,7 @@ class Case:
         )
         return done.params.floats, done.loss
 
-    def kernel(self, snapshots: tuple[int, ...] = ()) -> kernel.Outcome:
+    def kernel(self, snapshots: tuple[int, ...] = (), *, debug: bool = False) -> kernel.Outcome:
         moves = None
         if self.update is not None:
             moves = np.ones(self.layout.num_params, np.float32)
@@ -116,6 +117,7 @@ class Case:
             mask=self.mask,
             moves=moves,
             snapshots=snapshots,
+            debug=debug,
         )
 
     def judge(self) -> np.ndarray:

@@ -75,8 +75,8 @@ class Clocked:
     def start(self, study: str) -> Born:
         return Born(os.getpid(), "host", os.environ["CUDA_VISIBLE_DEVICES"])
 
-    def step(self, parcel: Parcel, study: str, *payloads: bytes) -> Reply:
+    def step(self, parcels: list[Parcel], study: str, *payloads: bytes) -> list[Reply]:
         began = time.monotonic()
         time.sleep(0.2)
         seconds = time.monotonic() - began
-        return Reply(round=1, client=parcel.job.client, outbox=(), seconds=seconds, device=repr(began))
+        return [Reply(round=1, client=p.job.client, outbox=(), seconds=seconds, device=repr(began)) for p in parcels]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ class Played:
         self.calls: dict[int, Any] = {}
         self.put_values: list[Any] = []
         self.actors, self.killed, self.begun = 0, list[int](), list[int]()
+        self.cohorts: list[list[int]] = []
 
     def spawn(self) -> int:
         self.actors += 1
@@ -39,11 +41,14 @@ class Played:
         if method == "start":
             self.calls[call] = self.born(actor)
         else:
-            parcel, study, *payloads = args
-            assert isinstance(parcel, Parcel)
+            parcels, study, *payloads = args
+            assert all(isinstance(parcel, Parcel) for parcel in parcels)
             assert actor not in self.killed
-            self.begun.append(parcel.job.client)
-            self.calls[call] = self.act(parcel.whole(study, payloads))
+            self.begun += [parcel.job.client for parcel in parcels]
+            self.cohorts.append([parcel.job.client for parcel in parcels])
+            answers = [self.act(parcel.whole(study, payloads)) for parcel in parcels]
+            lost = [a for a in answers if a is HANGS or isinstance(a, Lost)]
+            self.calls[call] = lost[0] if lost else answers
         return call
 
     def wait(self, calls: Sequence[Any], *, timeout_s: float | None) -> list[Any]:
@@ -107,6 +112,36 @@ def test_a_lost_worker_costs_its_own_job_and_is_replaced(value: Any, kind: str) 
     assert [a.kind for a in answers if isinstance(a, Failure)] == [kind]
     assert isinstance(answers[2], Failure) and answers[2].client == 2 and answers[2].worker.startswith("ray:")
     assert len(played.killed) == 1 and sorted(played.begun) == list(range(6))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_cohorts_are_the_same_for_any_number_of_workers(size: int) -> None:
+    played = Played(answer)
+    answers = pool_of(played, size=size).map(jobs_of(7), cohort=3)
+    assert [a.client for a in answers] == list(range(7))
+    assert sorted(played.cohorts) == [[0, 1, 2], [3, 4, 5], [6]] and played.actors <= 3
+    assert sorted(map(str, played.put_values)) == ["b'theta'", "study"]
+
+
+@pytest.mark.parametrize(("value", "kind"), [(HANGS, "hung"), (Lost("died", "x"), "died")])
+def test_who_kills_a_cohort_is_found_by_letting_each_go_alone(value: Any, kind: str) -> None:
+    played = Played(only(4, value))
+    answers = pool_of(played).map(jobs_of(7), cohort=3)
+    assert [(a.client, a.kind) for a in answers if isinstance(a, Failure)] == [(4, kind)]
+    assert sorted(played.cohorts) == [[0, 1, 2], [3], [3, 4, 5], [4], [5], [6]] and len(played.killed) == 2
+
+
+def test_a_broadcast_at_another_place_of_the_inbox_is_the_same_payload() -> None:
+    jobs = jobs_of(2)
+    jobs[1] = replace(jobs[1], inbox=tuple(reversed(jobs[1].inbox)))
+    seen: list[list[bytes]] = []
+
+    def act(job: Job) -> Any:
+        seen.append([m.payload for m in job.inbox])
+        return Reply(round=job.round, client=job.client, outbox=())
+
+    pool_of(Played(act)).map(jobs, cohort=2)
+    assert seen == [[b"own", b"theta"], [b"theta", b"own"]]
 
 
 def test_every_client_lost_still_ends() -> None:

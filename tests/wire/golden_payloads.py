@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,18 @@ import numpy as np
 
 from fedlth.params import Entry, Layout
 from fedlth.wire import payload
-from fedlth.wire.codec import CODECS
+from fedlth.wire.codec import BITMAP, CODECS, LAYERS, MAGNITUDE, PREVIOUS, TOGETHER
 from fedlth.wire.payload import Content
 from fedlth.wire.reference import Reference
 
 HERE = Path(__file__).parent / "payloads"
-SHAPES = [(24, 50), (30, 3, 3)]
+BUFFERS = {"d"}
 LAYOUT = Layout(
     (
         Entry("a", (24, 50), "param", 0, prunable=True),
         Entry("b", (30, 3, 3), "param", 1200, prunable=True),
         Entry("c", (40,), "param", 1470),
+        Entry("d", (6,), "buffer", 1510),
         Entry("n", (), "buffer", 0, is_int=True),
     )
 )
@@ -48,9 +50,19 @@ def cases() -> dict[str, tuple[str, Content, dict[str, Any]]]:
         sent[:SIZE][~mask] = 0
         return Content(mask, sent, np.array([11]))
 
+    # One number in a hundred moves a hundred times as far: steps beyond 24, coded by their own rule.
+    leap = held + np.float32(0.001) * pseudo(8, held.size) * np.where(pseudo(9, held.size) > 0.98, 100, 1)
+    leap[:SIZE][~known] = 0
+    far = Content(known, leap.astype(np.float32), np.array([11]))
+    apart = np.concatenate((np.abs(held[:1200]) > 0.9, np.abs(held[1200:SIZE]) > 0.3))
+
     return {
         "raw": ("raw", values(near), {}),
         "layers": ("lossless", values(few), {}),
+        "layers_bits": ("lossless", values(few), {}),
+        "previous_bits": ("lossless", Content(swapped, None, None), {"known_mask": known}),
+        "magnitudes_bits": ("lossless", values(near), both),
+        "together": ("lossless", Content(swapped, None, None), {"known_mask": known}),
         "previous": ("lossless", Content(swapped, None, None), {"known_mask": known}),
         "channels": ("lossless", values(rows), {}),
         "bitmap": ("lossless", Content(half, None, None), {}),
@@ -61,12 +73,25 @@ def cases() -> dict[str, tuple[str, Content, dict[str, Any]]]:
         "bf16": ("bf16", values(near), both),
         "f16": ("f16", values(near), both),
         "step": ("step", values(near), both),
+        "sign": ("sign", values(near), both),
+        "step_alone": ("step", values(near), {}),
+        "step_bare": ("step", values(np.ones(SIZE, bool)), {"reference": Reference(held)}),
+        "sign_bare": ("sign", values(np.ones(SIZE, bool)), {"reference": Reference(held)}),
+        "step_far": ("step", far, both),
+        "magnitudes_apart": ("lossless", Content(apart, None, None), {"reference": Reference(held)}),
     }
+
+
+# Cases for modes that would not be the cheapest for so small a mask.
+ONLY = {"layers": LAYERS, "previous": PREVIOUS, "together": TOGETHER, "magnitudes": MAGNITUDE, "both": MAGNITUDE}
 
 
 def encoded(name: str) -> bytes:
     codec, content, holds = cases()[name]
-    return payload.encode("values", LAYOUT, content, codec=CODECS[codec], **holds)
+    chosen = CODECS[codec]
+    if name in ONLY:
+        chosen = replace(chosen, masks=(ONLY[name], BITMAP))
+    return payload.encode("values", LAYOUT, content, codec=chosen, **holds)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -125,11 +126,15 @@ def test_the_cheapest_mask_mode_is_chosen() -> None:
     assert mode_of(np.ones(SIZE, bool)) == codec.FULL
     assert mode_of(sent.mask, sent.mask) == codec.REUSE
     assert mode_of(draw.random(SIZE) < 0.5) == codec.BITMAP
-    assert mode_of(draw.random(SIZE) < 0.05) == codec.LAYERS
+    wide = Layout((Entry("w", (400, 500), "param", 0, prunable=True),))
+    thin = Content(draw.random(200_000) < 0.05, None, None)
+    assert payload.encode("mask", wide, thin, codec=LOSSLESS)[6] == codec.LAYERS
+    striped = Content(thin.mask & np.tile(np.repeat([True, False], 250), 400), None, None)
+    assert payload.encode("mask", wide, striped, codec=LOSSLESS)[6] == codec.LAYERS_BITS
     swapped = known.copy()
     swapped[draw.choice(SIZE, 30, replace=False)] ^= True
-    assert mode_of(swapped, known) == codec.PREVIOUS
-    assert mode_of(sent.mask, None, reference) == codec.MAGNITUDE
+    assert mode_of(swapped, known) == codec.PREVIOUS_BITS
+    assert mode_of(sent.mask, None, reference) == codec.MAGNITUDE_BITS
     rows = np.concatenate((np.repeat(draw.random(24) < 0.5, 50), np.repeat(draw.random(30) < 0.5, 9)))
     assert mode_of(rows) == codec.CHANNELS
     got = payload.decode(
@@ -166,7 +171,7 @@ def read(data: bytes, known: np.ndarray | None = KNOWN, reference: Reference | N
 
 
 def test_another_reference_is_refused() -> None:
-    assert DATA[6] in (codec.PREVIOUS, codec.MAGNITUDE) and DATA[7] == codec.DELTA
+    assert DATA[6] == codec.MAGNITUDE_BITS and DATA[7] == codec.DELTA
     other = REFERENCE.floats.copy()
     other[0] += 1
     with pytest.raises(PayloadError, match="does not hold"):
@@ -193,7 +198,8 @@ def test_bytes_after_the_values_are_refused() -> None:
 
 def test_hostile_mask_sections_are_refused() -> None:
     mask = np.random.default_rng(0).random(SIZE) < 0.05
-    mode, section = mask_section.encode(mask, LAYOUT, LOSSLESS, None, None)
+    bytewise = replace(LOSSLESS, masks=(codec.LAYERS, codec.BITMAP))
+    mode, section = mask_section.encode(mask, LAYOUT, bytewise, None, None)
     assert mode == codec.LAYERS
     cases = {
         "cut off": section[:-1],

@@ -1,0 +1,83 @@
+"""What a client of a cohort asks for, a training or an evaluation, and how it asks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from fedlth.compute.cohort_turns import ASK
+
+if TYPE_CHECKING:
+    from fedlth.params import Params
+    from fedlth.train import Bound, Plan
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """One client's values for the module that all clients of a cohort share."""
+
+    bound: Bound
+    params: Params
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Training:
+    """One client's training: `epochs` of batches, a learning rate a step; `mask` and `update` as in `train.train`."""
+
+    model: Model
+    x: Tensor
+    y: Tensor
+    epochs: list[list[np.ndarray]]
+    rates: np.ndarray
+    momentum: float
+    weight_decay: float
+    mask: np.ndarray | None
+    update: np.ndarray | None
+    snapshots: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evaluation:
+    """One client's evaluation, on a part that is not empty."""
+
+    model: Model
+    x: Tensor
+    y: Tensor
+
+
+@dataclass(frozen=True)
+class Done:
+    """Where a training ended: floats (F,), the last epoch's mean loss, floats after the epochs that were asked for."""
+
+    floats: np.ndarray
+    loss: float
+    snapshots: dict[int, np.ndarray] = field(default_factory=dict)
+
+
+def trained(
+    bound: Bound, start: Params, data: tuple[Tensor, Tensor], plan: Plan, epochs: list[list[np.ndarray]],
+    rates: Sequence[float], mask: np.ndarray | None, update: np.ndarray | None, snapshots: tuple[int, ...],
+) -> Done | None:  # fmt: skip
+    """Ask for a training with those of the cohort that this call is in; None outside one."""
+    ask = ASK.get()
+    if ask is None:
+        return None
+    asked = Training(
+        model=Model(bound, start), x=data[0], y=data[1], epochs=epochs, rates=np.array(rates), momentum=plan.momentum,
+        weight_decay=plan.weight_decay, mask=mask, update=update, snapshots=snapshots,
+    )  # fmt: skip
+    done: Done = ask(asked)
+    return done
+
+
+def evaluated(bound: Bound, params: Params, data: tuple[Tensor, Tensor]) -> tuple[float, float] | None:
+    """Ask for an evaluation with those of the cohort that this call is in; None outside one."""
+    ask = ASK.get()
+    if ask is None:
+        return None
+    found: tuple[float, float] = ask(Evaluation(model=Model(bound, params), x=data[0], y=data[1]))
+    return found

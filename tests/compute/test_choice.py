@@ -1,0 +1,105 @@
+"""What computes a study: `compute: auto`, what check says of it, and short studies equal in every backend."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import nn
+
+pytest.importorskip("numba")
+pytestmark = pytest.mark.timeout(600)  # the first use on a machine compiles
+
+from fedlth import session  # noqa: E402
+from fedlth.compute import kernel  # noqa: E402
+from fedlth.errors import StudyError  # noqa: E402
+from fedlth.forecast import forecast  # noqa: E402
+from fedlth.methods.resolve import resolve  # noqa: E402
+from tests import tiny  # noqa: E402
+from tests.tiny import Small  # noqa: E402
+
+
+def batch_norm(num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+    return Small(num_classes)
+
+
+def group_norm(num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+    layers = (
+        nn.Conv2d(1, 4, 3),
+        nn.GroupNorm(2, 4),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(36, num_classes),
+    )
+    return nn.Sequential(*layers)
+
+
+def study(model: str, compute: str) -> Any:
+    made = tiny.study(model={"name": f"tests.compute.test_choice:{model}", "options": {}, "buffers": "aggregate"})
+    return resolve(made.model_copy(update={"compute": compute}))[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "chosen", "why"), [("batch_norm", "tuned", "BatchNorm2d"), ("group_norm", "sparse", "all layers")]
+)
+def test_auto_is_sparse_where_the_kernel_can_and_else_tuned(model: str, chosen: str, why: str) -> None:
+    made, notes = session.backend(study(model, "auto"))
+    assert made.compute == chosen
+    assert any(chosen in note and why in note for note in notes)
+
+
+def test_the_kernel_is_not_forced_on_what_it_cannot_run(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="tuned or reference"):
+        tiny.run(study("batch_norm", "sparse"), tmp_path / "run")
+
+
+def test_check_says_what_runs_where() -> None:
+    tuned, sparse = forecast(study("batch_norm", "tuned")), forecast(study("group_norm", "sparse"))
+    assert "torch, channels_last" in tuned and "cannot run this study" in tuned and "BatchNorm2d" in tuned
+    assert "the kernel runs every layer" in sparse and "group norm" in sparse
+    assert "could run" in forecast(study("group_norm", "tuned"))
+
+
+@pytest.mark.parametrize("backend", ["tuned", "sparse"])
+def test_a_short_study_ends_as_the_reference_does(tmp_path: Path, backend: str) -> None:
+    """Weights and evaluation; a ticket near a tie may differ in a weight, so tickets are compared by their size."""
+    found = {}
+    for compute in ("reference", backend):
+        tiny.run(study("group_norm", compute), tmp_path / compute)
+        found[compute] = tiny.rows(tmp_path / compute, "metrics")
+    for one, other in zip(found["reference"], found[backend], strict=True):
+        assert one.keys() == other.keys()
+        for key in one:
+            if isinstance(one[key], float):
+                assert one[key] == pytest.approx(other[key], rel=0.02, abs=0.05), key
+
+
+def test_warming_tells_only_of_a_compilation() -> None:
+    told: list[str] = []
+    kernel.warm(told.append)
+    kernel.warm(told.append)  # now it is loaded at the latest
+    assert len(told) <= 1
+    told.clear()
+    kernel.warm(told.append, patience_s=60.0)
+    assert not told
+
+
+def test_warming_tells_of_what_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    event = threading.Event()
+
+    def slow(*_: Any, **__: Any) -> None:
+        event.wait(5.0)
+
+    def tell(line: str) -> None:
+        told.append(line)
+        event.set()
+
+    monkeypatch.setattr(kernel, "train_epochs", slow)
+    monkeypatch.setattr(kernel, "predict", lambda *_: np.zeros(1))
+    kernel.warm(tell, patience_s=0.01)
+    assert len(told) == 1 and "once for this machine" in told[0]

@@ -1,0 +1,165 @@
+"""Tuned torch equals fedlth.train to float32 rounding, and leaves alone what it would change."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fedlth.compute.tuned import Tuned, tune
+from fedlth.params import Params, layout_of, read
+from fedlth.train import Bound, Plan, evaluate, gradient, train
+from tests.tiny import Small
+
+
+class Net(nn.Module):
+    """Convolutions, norms and pools written the usual ways; `way` picks how the maps are flattened."""
+
+    def __init__(self, way: str = "flatten") -> None:
+        super().__init__()
+        self.way = way
+        self.a, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.b = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.relu, self.pool = nn.ReLU(), nn.MaxPool2d(2)
+        self.head = nn.Linear(6 * 2 * 3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.pool(self.relu(self.norm(self.a(x))))
+        x = F.max_pool2d(F.relu(self.b(x), inplace=True), 2)
+        x = F.dropout(x.flatten(1) if self.way == "flatten" else x.view(x.size(0), -1), 0.3, self.training)
+        logits: torch.Tensor = self.head(x)
+        return logits
+
+
+def images(size: int = 21) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(size, 3, 8, 12, generator=generator), torch.randint(0, 4, (size,), generator=generator)
+
+
+def seeded(factory: object) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module: nn.Module = factory()  # type: ignore[operator]
+        return module
+
+
+def two(module: nn.Module, x: torch.Tensor) -> tuple[Bound, Bound, Params, Tuned]:
+    layout = layout_of(module, [n for n, p in module.named_parameters() if p.dim() > 1])
+    start, other = read(module, layout), copy.deepcopy(module)
+    tuned = tune(other, x[:3])
+    return Bound(module, layout, "cpu"), Bound(other, layout, "cpu", None, tuned), start, tuned
+
+
+@pytest.mark.parametrize("way", ["flatten", "view"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_training_evaluation_and_gradient_equal_the_reference(way: str, masked: bool) -> None:
+    x, y = images()
+    plain, quick, start, tuned = two(seeded(lambda: Net(way)), x)
+    assert tuned.note == "channels_last, 2 max pools before relu"
+    assert quick.module.a.weight.is_contiguous(memory_format=torch.channels_last)
+    draw = np.random.default_rng(0)
+    mask = draw.random(plain.layout.num_prunable) < 0.5 if masked else None
+    update = draw.random(plain.layout.num_prunable) < 0.5 if masked else None
+    plan, found = Plan(epochs=2, batch_size=8, lr=0.05, momentum=0.9, weight_decay=0.01), []
+    for bound in (plain, quick):
+        with torch.random.fork_rng(devices=[]):
+            done = train(
+                bound, start, data=(x, y), plan=plan, order=np.random.default_rng(1), torch_seed=3,
+                mask=mask, update=update, snapshots=(1,),
+            )  # fmt: skip
+            part = gradient(bound, done.params, (x, y))
+            found.append((done, evaluate(bound, done.params, (x, y)), part))
+    (a, seen, slope), (b, seen_2, slope_2) = found
+    assert np.abs(a.params.floats - b.params.floats).max() < 1e-5 and (a.params.ints == b.params.ints).all()
+    assert np.abs(a.snapshots[1] - b.snapshots[1]).max() < 1e-5
+    assert a.loss == pytest.approx(b.loss, rel=1e-4) and seen == pytest.approx(seen_2, rel=1e-4)
+    assert np.abs(slope - slope_2).max() < 1e-4 * np.abs(slope).max()
+    if mask is not None:
+        assert not b.params.floats[: mask.size][~mask].any()
+
+
+def test_loaded_values_come_back_in_order() -> None:
+    _, quick, start, _ = two(seeded(Net), images()[0])
+    quick.load(start)
+    assert (quick.save().floats == start.floats).all()
+    named = dict(quick.module.named_parameters())
+    for e in quick.layout.floats:
+        if e.role == "param":
+            assert (named[e.name].detach().numpy().reshape(-1) == start.floats[e.slice]).all()
+
+
+class Viewed(nn.Module):
+    """Asks for a view of a map under control flow: neither channels_last nor a trace can be used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4 * 6 * 10, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x)
+        if float(x.detach().sum()) > 1e9:
+            x = x * 2
+        logits: torch.Tensor = self.head(x.view(x.size(0), -1))
+        return logits
+
+
+class Fading(nn.Module):
+    """Changes with every call, in Python: a trace would freeze it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.a, self.head = 1.0, nn.Conv2d(3, 4, 3), nn.Linear(4 * 3 * 5, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        x = F.max_pool2d(F.relu(self.a(x) * self.calls), 2)
+        logits: torch.Tensor = self.head(x.flatten(1))
+        return logits
+
+
+def hooked() -> nn.Module:
+    net = Net()
+    net.relu.register_forward_hook(lambda *_: None)
+    return net
+
+
+@pytest.mark.parametrize("factory", [Viewed, Fading, hooked])
+def test_what_a_change_would_break_stays_as_it_is_written(factory: object) -> None:
+    module = seeded(factory)
+    module.eval()
+    tuned = tune(module, images()[0][:3])
+    assert tuned.train is module and tuned.evaluate is module and not module.training
+    assert tuned.channels_last is (factory is hooked)
+
+
+def test_relu_stays_where_others_read_it() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = F.relu(self.a(x))
+            logits: torch.Tensor = self.head(F.max_pool2d(x, 2).amax((2, 3)) + x.amax((2, 3)))
+            return logits
+
+    assert tune(seeded(Twice), images()[0][:3]).note == "channels_last"
+
+
+def test_no_images_nothing_to_do() -> None:
+    module = seeded(lambda: nn.Linear(4, 2))
+    assert tune(module, torch.randn(3, 4)).train is module
+    assert tune(seeded(Small), torch.randn(3, 1, 8, 8)).channels_last
+
+
+def test_tuning_leaves_no_trace() -> None:
+    module = seeded(Net)
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    before = torch.random.get_rng_state()
+    tune(module, images()[0][:3])
+    assert (torch.random.get_rng_state() == before).all() and module.training
+    assert all((module.state_dict()[name] == tensor).all() for name, tensor in state.items())
