@@ -94,11 +94,11 @@ def row_18(early: Facts) -> Outcome:
     metric = all(0 <= d <= 1 and by[s, j, i] == d and (i != j or d == 0) for (s, i, j), d in by.items())
     half = all(5 <= d < 10 for d in drawn)
     first = np.mean([d for (s, i, j), d in by.items() if (i, j) == (100, 200)])
-    late = np.mean([d for (s, i, j), d in by.items() if (i, j) == (1900, 2000)])
+    late = np.mean([d for (s, i, j), d in by.items() if (i, j) == (900, 1000)])
     return Outcome(
         half and metric and all(abs(count - 40) <= 1 for count in channels),
         f"drawn after epoch {sorted(drawn)} of 20; channels kept {[f'{c:g}' for c in channels]} of 80; distance of "
-        f"epochs 1 and 2 {first:.3f}, of 19 and 20 {late:.3f}; accuracy: dense {pt(early.mean('dense', 1))}, drawn "
+        f"epochs 1 and 2 {first:.3f}, of 9 and 10 {late:.3f}; accuracy: dense {pt(early.mean('dense', 1))}, drawn "
         f"early {pt(early.mean('drawn_early', 1))}, random channels {pt(early.mean('random_channels', 1))}",
     )
 
