@@ -40,7 +40,7 @@ Examples = tuple[Tensor, Tensor]
 class Bench:
     """One seed of a lottery study. Tensors are (n, ...) float32 and (n,) int64, on the CPU.
 
-    `tasks` names the data that trainings may use: "" is all of it; probes add their own.
+    `parts` holds "train", "validation" and "test"; a probe puts its tasks beside them, as "client0/train" and so on.
     """
 
     study: Lottery

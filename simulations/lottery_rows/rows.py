@@ -60,15 +60,15 @@ ROWS += tuple(Row(*one) for one in others.ROWS)
 def main() -> int:
     """Run what the rows asked for need, then judge them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="+", help="all, or numbers of rows")
+    parser.add_argument("rows", nargs="+", help="all, or numbers of rows; then key=value overrides of every study")
     parser.add_argument("--out", type=Path, default=Path("runs/lottery_rows"))
-    parser.add_argument("override", nargs="*", default=[], metavar="key=value")
-    args, extra = parser.parse_known_args()
-    asked = [r for r in [*args.rows, *extra] if "=" not in r]
-    overrides = [r for r in [*args.rows, *extra] if "=" in r]
-    wanted = [row for row in ROWS if "all" in asked or str(row.number) in asked]
+    parser.add_argument("--judge", action="store_true", help="run nothing; judge the rows whose runs are there")
+    args = parser.parse_args()
+    asked = [r for r in args.rows if "=" not in r]
+    overrides = [r for r in args.rows if "=" in r]
+    wanted = sorted((r for r in ROWS if "all" in asked or str(r.number) in asked), key=lambda row: row.number)
     for study in dict.fromkeys(study for row in wanted for study in row.studies):
-        if not (args.out / study / "report.html").exists():
+        if not args.judge and not (args.out / study / "report.html").exists():
             command = [
                 sys.executable,
                 "-m",
@@ -80,6 +80,9 @@ def main() -> int:
             subprocess.run([*command, *overrides], check=True)
     lines = ["| row | system | relation | outcome | figures |", "|---|---|---|---|---|"]
     for row in wanted:
+        if not all((args.out / study / "results.jsonl").exists() for study in row.studies):
+            lines.append(f"| {row.number} | {row.system} | {row.relation} | not run | |")
+            continue
         outcome = row.decide(*(Facts.read(args.out / study) for study in row.studies))
         told = "held" if outcome.held else "**not held**"
         lines.append(f"| {row.number} | {row.system} | {row.relation} | {told} | {outcome.figures} |")
