@@ -84,8 +84,9 @@ def main() -> int:
             lines.append(f"| {row.number} | {row.system} | {row.relation} | not run | |")
             continue
         outcome = row.decide(*(Facts.read(args.out / study) for study in row.studies))
+        relation = row.relation.replace("|", "\\|")  # a cell's own bars would end it
         told = "held" if outcome.held else "**not held**"
-        lines.append(f"| {row.number} | {row.system} | {row.relation} | {told} | {outcome.figures} |")
+        lines.append(f"| {row.number} | {row.system} | {relation} | {told} | {outcome.figures} |")
     text = "\n".join(lines) + "\n"
     if "all" in asked:
         (HERE / "results.md").write_text(text)
