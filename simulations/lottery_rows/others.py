@@ -136,14 +136,15 @@ def row_21(pai: Facts, imp: Facts) -> Outcome:
     for density, number, rung in (("21 %", 1, 7), ("8.6 %", 2, 11)):
         own, shuffled, reinit = (pai.mean(a, number) for a in ("synflow", "synflow_shuffled", "synflow_reinit"))
         ticket, moved = imp.mean("imp", rung), imp.mean("shuffle", rung)
-        held &= shuffled >= own - 0.005 and moved < ticket
+        here = shuffled >= own - 0.005 and moved < ticket
+        held &= here
         scores = ", ".join(
             f"{s} {pt(pai.mean(s, number))} (shuffled {pt(pai.mean(s + '_shuffled', number))}, reinit "
             f"{pt(pai.mean(s + '_reinit', number))})"
             for s in ("snip", "grasp")
         )
         told.append(
-            f"{density}: SynFlow {pt(own)} (shuffled {pt(shuffled)}, reinit {pt(reinit)}), {scores}, magnitude "
+            f"{density} ({'held' if here else 'not held'}): SynFlow {pt(own)} (shuffled {pt(shuffled)}, reinit {pt(reinit)}), {scores}, magnitude "
             f"{pt(pai.mean('magnitude', number))}, random {pt(pai.mean('random', number))}; IMP {pt(ticket)} "
             f"(shuffled {pt(moved)})"
         )
