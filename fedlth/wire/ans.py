@@ -18,7 +18,8 @@ FEW = 4096
 
 def encode(symbols: np.ndarray, counts: np.ndarray, ones: np.ndarray, sizes: np.ndarray) -> bytes:
     """Code runs of counts[s] symbols (uint8, N), each under the table of (ones[s], sizes[s]); u32 words, head last."""
-    table = weights(ones, sizes)
+    live = counts > 0
+    counts, table = counts[live], weights(ones[live], sizes[live])
     if _own(len(symbols), len(counts)):
         words = ans_own.encode(symbols, counts, cumulative(table))
     else:
@@ -33,7 +34,8 @@ def decode(data: bytes, counts: np.ndarray, ones: np.ndarray, sizes: np.ndarray)
     words = np.frombuffer(data, "<u4").astype(np.uint32)
     if words.size and words[-1] == 0:
         raise PayloadError("the mask's last word is zero")
-    table = weights(ones, sizes)
+    live = counts > 0
+    counts, table = counts[live], weights(ones[live], sizes[live])
     if _own(int(counts.sum()), len(counts)):
         symbols, clean = ans_own.decode(words, counts, cumulative(table))
     else:

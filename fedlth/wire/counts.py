@@ -40,6 +40,6 @@ def learnt(ones: np.ndarray, sizes: np.ndarray) -> float:
 def entropy(ones: np.ndarray, sizes: np.ndarray) -> float:
     """Return the sum of n H(k / n), in bytes."""
     k, n = ones.astype(np.float64), sizes.astype(np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        bits = np.nan_to_num(k * np.log2(n / k)) + np.nan_to_num((n - k) * np.log2(n / (n - k)))
+    most = np.maximum(n, 1)
+    bits = k * np.log2(most / np.maximum(k, 1)) + (n - k) * np.log2(most / np.maximum(n - k, 1))
     return float(bits.sum()) / 8

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from fedlth.params import Entry
@@ -20,41 +22,58 @@ from fedlth.wire.codec import (
 from fedlth.wire.context import COARSEST, FINEST, Scale
 from fedlth.wire.reference import Reference
 
-# Coding bit by bit is some thirty times slower than coding bytes: a large mask must save this share of its bitmap.
+# Coding bit by bit is some thirty times slower than coding bytes: a large mask must save this share of its bitmap, and
+# beside a reference, where an upload's speed counts, MAGNITUDE takes the place of MAGNITUDE_BITS.
 SMALL, WORTH = 1 << 17, 1 / 128
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A mode and what it needs: MAGNITUDE a scale, MAGNITUDE_BITS whether one centre serves all tensors.
+
+    `counts` (2, segments), of the modes with segments: how many zeros and ones each has.
+    """
+
+    mode: int
+    scale: Scale | None = None
+    one: bool = False
+    counts: np.ndarray | None = None
 
 
 def cheapest(
     mask: np.ndarray, entries: tuple[Entry, ...], modes: tuple[int, ...], known: np.ndarray | None,
     reference: Reference | None,
-) -> tuple[int, Scale | None, bool]:  # fmt: skip
-    """Return the one of `modes`, the scale of MAGNITUDE, and whether MAGNITUDE_BITS has one centre for all tensors."""
+) -> Choice:  # fmt: skip
+    """Return the cheapest of `modes`."""
     previous = np.zeros(mask.size, bool) if known is None else known
     seen = context.histogram(mask, entries, previous, reference.floats if reference else None)
-    by_bit, slow = seen.sum(3), WORTH * mask.size / 8 if mask.size > SMALL else 0.0
-    found: list[tuple[float, int, Scale | None, bool]] = [((mask.size + 7) // 8, BITMAP, None, False)]
-    found.append((counts.cost(by_bit[:, 1].sum(1), by_bit.sum((1, 2))), LAYERS, None, False))
+    by_bit, slow = seen[:, :, :, -1:], WORTH * mask.size / 8 if mask.size > SMALL else 0.0
+    found: list[tuple[float, Choice]] = [((mask.size + 7) // 8, Choice(BITMAP))]
+
+    def add(mode: int, tally: np.ndarray, more: float = 0.0, scale: Scale | None = None) -> None:
+        both = tally.swapaxes(0, 1).reshape(2, -1)
+        found.append((counts.cost(both[1], both.sum(0)) + more, Choice(mode, scale, counts=both)))
+
+    add(LAYERS, by_bit.sum(2))
     if known is not None:
-        found.append((counts.cost(by_bit[:, 1].ravel(), by_bit.sum(1).ravel()), PREVIOUS, None, False))
-        pooled = by_bit.sum(0)
-        found.append((counts.cost(pooled[1], pooled.sum(0)), TOGETHER, None, False))
-        found.append((slow + _learnt(by_bit), PREVIOUS_BITS, None, False))
+        add(PREVIOUS, by_bit)
+        add(TOGETHER, by_bit.sum(0, keepdims=True))
+        found.append((slow + _learnt(by_bit), Choice(PREVIOUS_BITS)))
     if reference is not None:
         for shift in range(FINEST, COARSEST + 1):
             scale = context.scale_of(seen, shift)
             bins = context.binned(seen, scale)
-            price = counts.cost(bins[:, 1].ravel(), bins.sum(1).ravel()) + 1 + 2 * len(entries)
-            found.append((price, MAGNITUDE, scale, False))
-        for one in (True, False):
+            add(MAGNITUDE, bins if known is not None else bins[:, :, 0], 1 + 2 * len(entries), scale)
+        for one in (True, False) if mask.size <= SMALL else ():
             whole = seen.sum(0, keepdims=True) if one else seen
             bins = context.binned(whole, context.scale_of(whole, FINEST))
-            found.append((slow + _learnt(bins.sum(0, keepdims=True)) + 1 + 3 * len(whole), MAGNITUDE_BITS, None, one))
+            price = _learnt(bins.sum(0, keepdims=True)) + 1 + 3 * len(whole)
+            found.append((price, Choice(MAGNITUDE_BITS, one=one)))
     if known is None and reference is None:
-        found.append((slow + _by_line(mask, entries), LAYERS_BITS, None, False))
+        found.append((slow + _by_line(mask, entries), Choice(LAYERS_BITS)))
     if channels.fit(mask, entries):
-        found.append((channels.num_bytes(entries), CHANNELS, None, False))
-    _, mode, chosen, one = min((f for f in found if f[1] in modes), key=lambda f: f[0])
-    return mode, chosen, one
+        found.append((channels.num_bytes(entries), Choice(CHANNELS)))
+    return min((f for f in found if f[1].mode in modes), key=lambda f: f[0])[1]
 
 
 def _learnt(seen: np.ndarray) -> float:

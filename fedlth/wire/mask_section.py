@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fedlth.params import Entry, Layout
-from fedlth.wire import ans, channels, context, counts, mask_bits, varint
+from fedlth.wire import ans, channels, counts, mask_bits, varint
 from fedlth.wire import mask as bitmap
 from fedlth.wire.codec import (
     BITMAP,
@@ -21,11 +21,11 @@ from fedlth.wire.codec import (
     TOGETHER,
     Codec,
 )  # fmt: skip
-from fedlth.wire.context import COARSEST, FINEST, Scale
+from fedlth.wire.context import COARSEST, FINEST, Scale, contexts
 from fedlth.wire.errors import PayloadError
-from fedlth.wire.mask_choice import cheapest
+from fedlth.wire.mask_choice import Choice, cheapest
 from fedlth.wire.reference import Reference
-from fedlth.wire.segments import Segments, count, pack, unpack
+from fedlth.wire.segments import Segments, pack, tally, unpack
 
 NEEDS_MASK = (REUSE, PREVIOUS, TOGETHER, PREVIOUS_BITS)
 USES_MAGNITUDES = (MAGNITUDE, MAGNITUDE_BITS)
@@ -42,13 +42,14 @@ def encode(
         return REUSE, b""
     if set(codec.masks) <= {REUSE, BITMAP, FULL}:
         return BITMAP, bitmap.pack(mask)
-    mode, scale, one = cheapest(mask, layout.prunable, codec.masks, known, reference)
+    choice = cheapest(mask, layout.prunable, codec.masks, known, reference)
+    mode = choice.mode
     if mode == CHANNELS:
         return mode, channels.pack(mask, layout.prunable)
     if mode >= BY_BIT:
-        section = _by_bit(mode, mask, layout, known, reference, one)
+        section = _by_bit(mode, mask, layout, known, reference, choice.one)
     elif mode != BITMAP:
-        section = _coded(mode, mask, layout, known, reference, scale)
+        section = _coded(choice, mask, layout, known, reference)
     if mode != BITMAP and section is not None and len(section) < (mask.size + 7) // 8:
         return mode, section
     return BITMAP, bitmap.pack(mask)
@@ -79,12 +80,12 @@ def decode(
 
 
 def _coded(
-    mode: int, mask: np.ndarray, layout: Layout, known: np.ndarray | None, reference: Reference | None,
-    scale: Scale | None,
-) -> bytes:  # fmt: skip
-    segments = _segments(mode, layout, known, reference, scale)
-    ones = count(mask, segments.context, segments.sizes.size)
-    segments = Segments(segments.context, segments.sizes, ones)
+    choice: Choice, mask: np.ndarray, layout: Layout, known: np.ndarray | None, reference: Reference | None
+) -> bytes:
+    scale, counted = choice.scale, np.zeros((2, 0), np.int64) if choice.counts is None else choice.counts
+    context, _ = _contexts(choice.mode, layout, known, reference, scale)
+    segments = Segments(context, counted.sum(0), counted[1])
+    ones = segments.ones
     head = b""
     if scale is not None:
         head = bytes((scale.shift,)) + b"".join(varint.put(c) for c in scale.centres)
@@ -102,22 +103,22 @@ def _read(
             raise PayloadError(f"bins of shift {shift}")
         centres, at = _centres(section, at, len(layout.prunable), shift)
         scale = Scale(shift, tuple(centres))
-    segments = _segments(mode, layout, known, reference, scale)
-    ones, at = counts.get(section, at, segments.sizes)
-    segments = Segments(segments.context, segments.sizes, ones)
-    return unpack(ans.decode(section[at:], segments.counts, ones, segments.sizes), segments)
+    context, number = _contexts(mode, layout, known, reference, scale)
+    parts = tally(context, number)
+    sizes = parts.sum(0)
+    ones, at = counts.get(section, at, sizes)
+    segments = Segments(context, sizes, ones)
+    return unpack(ans.decode(section[at:], segments.counts, ones, segments.sizes), segments, parts)
 
 
-def _segments(
+def _contexts(
     mode: int, layout: Layout, known: np.ndarray | None, reference: Reference | None, scale: Scale | None
-) -> Segments:
+) -> tuple[np.ndarray, int]:
     previous = known if mode != LAYERS else None
     floats = reference.floats if reference is not None and scale is not None else None
     size = layout.num_prunable
     tensors = (Entry("all", (size,), "param", 0),) if mode == TOGETHER else layout.prunable
-    made, number = context.contexts(size, tensors, previous, scale, floats)
-    sizes = np.bincount(made, minlength=number)
-    return Segments(made, sizes, np.zeros(number, np.int64))
+    return contexts(size, tensors, previous, scale, floats)
 
 
 def _centres(section: bytes, at: int, number: int, shift: int) -> tuple[list[int], int]:

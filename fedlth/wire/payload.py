@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from fedlth.params import Layout
-from fedlth.wire import kept, mask_section, values, varint
+from fedlth.wire import mask_section, values, varint
 from fedlth.wire.codec import BITMAP, F32, FULL, NO_VALUES, RAW, REUSE, Codec
 from fedlth.wire.errors import PayloadError, ReferenceLost
 from fedlth.wire.mask_section import NEEDS_MASK, USES_MAGNITUDES, USES_MASK
@@ -55,18 +55,21 @@ def encode(
     """
     known, held = _partial(known_mask), _fitting(reference, layout)
     mode, section = mask_section.encode(content.mask, layout, codec, known, held)
-    value_mode, tail = NO_VALUES, b""
+    value_mode = NO_VALUES
+    tail: tuple[bytes | memoryview, ...] = ()
     if content.floats is not None and content.ints is not None:
-        number = int(np.count_nonzero(content.mask))
-        run = kept.take(content.floats, content.mask, number)
-        old = kept.take(held.floats, content.mask, number) if held else None
-        value_mode, coded = values.encode(run, old, codec, Places(content.mask, layout))
+        old, places = held.floats if held else None, Places(content.mask, layout)
+        value_mode, coded = values.encode(np.ascontiguousarray(content.floats, np.float32), old, codec, places)
         whole = content.ints.astype("<i8").tobytes()
-        tail = coded + whole if value_mode == F32 else whole + coded
+        tail = (coded, whole) if value_mode == F32 else (whole, coded)
     named = _name(mode, value_mode, known, held)
     head = HEADER.pack(MAGIC, VERSION, 0, mode, value_mode, layout.digest(kind), named)
-    body = b"".join((head, varint.put(len(section)), varint.put(len(tail)), section, tail))
-    return body + struct.pack("<I", zlib.crc32(body))
+    lengths = varint.put(len(section)) + varint.put(sum(map(len, tail)))
+    parts = (head, lengths, section, *tail)
+    check = 0
+    for part in parts:
+        check = zlib.crc32(part, check)
+    return b"".join((*parts, struct.pack("<I", check)))
 
 
 def decode(
@@ -113,20 +116,15 @@ F32_ONLY = frozenset((F32,))
 
 
 def _values(tail: memoryview, mode: int, mask: np.ndarray, layout: Layout, held: Reference | None) -> Content:
-    size, number, whole = layout.num_prunable, int(np.count_nonzero(mask)), 8 * layout.num_ints
-    dense = layout.num_floats - size
-    if len(tail) < whole or (mode == F32 and len(tail) != 4 * (number + dense) + whole):
-        raise PayloadError(f"{len(tail)} bytes of values, wanted those of {number} kept and {dense} dense")
+    places, whole = Places(mask, layout), 8 * layout.num_ints
+    if len(tail) < whole or (mode == F32 and len(tail) != 4 * places.size + whole):
+        raise PayloadError(f"{len(tail)} bytes of values, wanted those of {places.size}")
     first = len(tail) - whole if mode == F32 else 0
     ints = np.frombuffer(tail, "<i8", count=layout.num_ints, offset=first).astype(np.int64)
     if ints.size and (ints.min() < -LARGEST_INT or ints.max() > LARGEST_INT):
         raise PayloadError("an integer is beyond 2^53")
-    old = None
-    if mode in USES_FLOATS and held is not None:
-        # All of it is the reference itself: no copy, since a receiver's memory is bounded.
-        old = held.floats if number == size else kept.take(held.floats, mask, number)
-    run = values.decode(mode, tail[:first] if mode == F32 else tail[whole:], number + dense, old, Places(mask, layout))
-    return Content(mask, run if number == size else kept.put(run, mask, number), ints)
+    old = held.floats if held is not None else None
+    return Content(mask, values.decode(mode, tail[:first] if mode == F32 else tail[whole:], old, places), ints)
 
 
 def _partial(known: np.ndarray | None) -> np.ndarray | None:

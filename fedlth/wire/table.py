@@ -6,7 +6,6 @@ import numpy as np
 
 PRECISION = 24
 FREE = float((1 << PRECISION) - 256)
-BYTES = np.arange(256)
 
 
 def weights(ones: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -14,11 +13,11 @@ def weights(ones: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
     Multiplications one after the other: every IEEE 754 machine gets the same doubles. No pow, no BLAS.
     """
-    p = ((ones + 0.5) / (sizes + 1.0))[:, None]
-    q = 1.0 - p
-    out = np.ones((len(ones), 256))
-    for bit in range(7, -1, -1):
-        out *= np.where((BYTES >> bit) & 1 == 1, p, q)
+    p = (ones + 0.5) / (sizes + 1.0)
+    share = np.stack((1.0 - p, p), 1)[:, None]
+    out = np.ones((len(ones), 1))
+    for _ in range(8):  # bytes with the same highest bits share the product of those
+        out = (out[:, :, None] * share).reshape(len(ones), 2 * out.shape[1])
     return out
 
 

@@ -9,15 +9,15 @@ from functools import cached_property
 import numpy as np
 
 from fedlth.params import Entry, Layout
+from fedlth.wire import kept, numbers, step_bits
 from fedlth.wire import mask as bitmap
-from fedlth.wire import numbers, step_bits
 from fedlth.wire.codec import BF16, DELTA, F16, F32, F32_PCO, SIGN, STEP, Codec
 from fedlth.wire.errors import PayloadError
 
 USES_FLOATS = (DELTA, STEP, SIGN)
 LARGEST = 1e30  # a trained weight beyond this is damage or attack; float32 sums of it overflow
+BEYOND = "a value is not finite or beyond 1e30"
 LARGEST_F16 = 65504.0
-TOP = np.uint32(0x80000000)
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,16 @@ class Places:
 
     mask: np.ndarray
     layout: Layout
+
+    @cached_property
+    def number(self) -> int:
+        """How many of the mask's coordinates are kept."""
+        return int(np.count_nonzero(self.mask))
+
+    @property
+    def size(self) -> int:
+        """How many numbers the run has."""
+        return self.number + self.layout.num_floats - self.mask.size
 
     @property
     def exact(self) -> int:
@@ -47,32 +57,42 @@ class Places:
         return [int(np.count_nonzero(self.kept[e.slice])) for e in self.entries]
 
 
-def encode(run: np.ndarray, reference: np.ndarray | None, codec: Codec, places: Places) -> tuple[int, bytes]:
-    """Return mode and bytes of a run (m,) float32; `reference` (m,) float32 are the same places of what both hold."""
-    plain = run.astype("<f4").tobytes()
+def encode(
+    floats: np.ndarray, reference: np.ndarray | None, codec: Codec, places: Places
+) -> tuple[int, bytes | memoryview]:
+    """Return mode and bytes of the kept ones of (num_floats,) float32; `reference` (num_floats,) is what both hold."""
+    whole = 4 * places.size
+    kind = SIGN if SIGN in codec.values else STEP
+    if reference is not None and DELTA in codec.values and kind not in codec.values and whole:
+        # The usual case at once: the run itself is not needed.
+        away = kept.difference(floats, reference, places.mask, places.number)
+        short = numbers.compress_differences(away)
+        if len(short) < whole:
+            return DELTA, short
+    run = kept.take(floats, places.mask, places.number)
     if BF16 in codec.values:
         return BF16, numbers.compress(_ordered16(_bf16(run)))
     if F16 in codec.values:
         return F16, numbers.compress(np.clip(run, -LARGEST_F16, LARGEST_F16).astype(np.float16))
+    plain = run.astype("<f4", copy=False)
     if F32_PCO not in codec.values or not run.size:
-        return F32, plain
-    lossy, kind = None, SIGN if SIGN in codec.values else STEP
+        return F32, plain.data.cast("B")
     cut = run.size - places.exact
     if reference is not None and kind in codec.values and cut:
-        new, old = run[:cut], reference[:cut]
+        new, old = run[:cut], kept.take(reference, places.mask, places.number)[:cut]
         lossy = _signs(new, old, places) if kind == SIGN else _steps(new, old, codec.error, places)
-        lossy = None if lossy is None else plain[4 * cut :] + lossy
-    if lossy is not None and len(lossy) < len(plain):
-        return kind, lossy
-    if reference is not None and DELTA in codec.values:
-        mode, short = DELTA, numbers.compress((ordered(run) - ordered(reference)).view(np.int32))
-    else:
-        mode, short = F32_PCO, numbers.compress(run)
-    return (mode, short) if len(short) < len(plain) else (F32, plain)
+        if lossy is not None and len(lossy) < 4 * cut:
+            return kind, plain[cut:].tobytes() + lossy
+    if reference is None or DELTA not in codec.values:
+        short = numbers.compress(run)
+        if len(short) < whole:
+            return F32_PCO, short
+    return F32, plain.data.cast("B")
 
 
-def decode(mode: int, data: bytes | memoryview, count: int, reference: np.ndarray | None, places: Places) -> np.ndarray:
-    """Return the run (count,) float32; raise PayloadError at another count and at values that must not be used."""
+def decode(mode: int, data: bytes | memoryview, reference: np.ndarray | None, places: Places) -> np.ndarray:
+    """Return (num_floats,) float32, zero where the mask is; raise PayloadError at another count and at wrong values."""
+    count = places.size
     if mode == F32:
         if len(data) != 4 * count:
             raise PayloadError(f"{len(data)} bytes of values, wanted those of {count}")
@@ -88,11 +108,21 @@ def decode(mode: int, data: bytes | memoryview, count: int, reference: np.ndarra
     elif reference is None:
         raise PayloadError("values refer to what the receiver does not hold")
     elif mode == DELTA:
-        run = _moved(numbers.decompress(data, count, np.int32), reference)
+        delta = numbers.decompress(data, count, np.int32)
+        run, most = kept.moved(delta, reference, places.mask, places.number)
+        if not most <= LARGEST:
+            raise PayloadError(BEYOND)
+        return run
     else:
-        run = _lossy(mode, data, reference, places)
+        # All of it is the reference itself: no copy, since a receiver's memory is bounded.
+        full = places.number == places.mask.size
+        run = _lossy(mode, data, reference if full else kept.take(reference, places.mask, places.number), places)
+    return kept.put(_checked(run), places.mask, places.number)
+
+
+def _checked(run: np.ndarray) -> np.ndarray:
     if run.size and not (float(run.min()) >= -LARGEST and float(run.max()) <= LARGEST):  # nan compares as neither
-        raise PayloadError("a value is not finite or beyond 1e30")
+        raise PayloadError(BEYOND)
     return run
 
 
@@ -105,27 +135,7 @@ def _lossy(mode: int, data: bytes | memoryview, reference: np.ndarray, places: P
     return np.concatenate((params, np.frombuffer(data, "<f4", count=places.exact))) if whole else params
 
 
-def ordered(run: np.ndarray) -> np.ndarray:
-    """Return uint32 that grow as the floats do: neighbours differ by one, -0.0 lies just below 0.0."""
-    bits = run.view(np.uint32)
-    return np.where(bits & TOP, ~bits, bits | TOP)
-
-
-def unordered(numbers_: np.ndarray) -> np.ndarray:
-    """Undo `ordered`, bit for bit."""
-    return np.where(numbers_ & TOP, numbers_ ^ TOP, ~numbers_).view(np.float32)
-
-
 BLOCK = 1 << 16  # numbers at a time, so that what is in between never takes the memory of a model
-
-
-def _moved(delta: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Return the floats that lie `delta` (m,) int32 away from `reference`, in the memory of `delta`."""
-    run = delta.view(np.float32)
-    for at in range(0, run.size, BLOCK):
-        part = slice(at, at + BLOCK)
-        run[part] = unordered(ordered(reference[part]) + delta[part].view(np.uint32))
-    return run
 
 
 def _bf16(run: np.ndarray) -> np.ndarray:

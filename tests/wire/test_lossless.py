@@ -15,6 +15,7 @@ from fedlth.params import Entry, Layout
 from fedlth.wire import ans, ans_own, codec, context, mask_section, numbers, payload, segments
 from fedlth.wire.codec import CODECS, LOSSLESS, LOSSY_BF16, LOSSY_F16, LOSSY_STEP
 from fedlth.wire.errors import PayloadError
+from fedlth.wire.mask_choice import cheapest
 from fedlth.wire.payload import Content
 from fedlth.wire.reference import Reference
 from fedlth.wire.table import cumulative, weights
@@ -80,19 +81,20 @@ def test_each_coded_mode_by_both_coders_and_both_partitions(
 ) -> None:
     reference, old, sent = ends(3, 0.2)
     held = old if known else None
-    seen = context.histogram(sent.mask, LAYOUT.prunable, old if known else np.zeros(SIZE, bool), reference.floats)
-    scale = context.scale_of(seen, 20) if mode == codec.MAGNITUDE else None
+    previous = old if known else np.zeros(SIZE, bool)
+    seen = context.histogram(sent.mask, LAYOUT.prunable, previous, reference.floats)
+    choice = cheapest(sent.mask, LAYOUT.prunable, (mode,), held, reference)
     made = set()
     for compiled in (True, False):
         for library in (True, False):
             monkeypatch.setattr(segments, "COMPILED", compiled)
             monkeypatch.setattr(context, "COMPILED", compiled)
             monkeypatch.setattr(ans, "_own", lambda *_, library=library: not library)
-            section = mask_section._coded(mode, sent.mask, LAYOUT, held, reference, scale)
+            section = mask_section._coded(choice, sent.mask, LAYOUT, held, reference)
             np.testing.assert_array_equal(mask_section._read(mode, section, LAYOUT, held, reference), sent.mask)
             made.add(section)
     assert len(made) == 1
-    again = context.histogram(sent.mask, LAYOUT.prunable, old if known else np.zeros(SIZE, bool), reference.floats)
+    again = context.histogram(sent.mask, LAYOUT.prunable, previous, reference.floats)
     np.testing.assert_array_equal(again, seen)
 
 
