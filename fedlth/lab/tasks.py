@@ -7,24 +7,30 @@ import numpy as np
 from fedlth.data.partition import PARTITIONS
 from fedlth.lab.bench import Bench
 from fedlth.parts import make
+from fedlth.rng import stream
 
 
 def deal(bench: Bench, clients: int, alpha: float, most: int | None) -> list[np.ndarray]:
     """Put the parts of `clients` Dirichlet(alpha) clients on the bench as tasks "client0", ...; return label shares.
 
     A client trains on at most `most` of its examples. Its validation and test parts are the bench's, drawn by the
-    client's label shares, as many as fit without drawing one twice.
+    client's label shares, as many as fit without drawing one twice. All seeds of a study have the same clients, so that
+    a spread over seeds is that of the training and not of the tasks.
     """
+
+    def draw(what: str, client: int = -1) -> np.random.Generator:
+        return stream(bench.study.data.seed, what, client=client)
+
     x, y = bench.parts["train"]
     partition = make(PARTITIONS, {"name": "dirichlet", "alpha": alpha}, "partition")
-    owned = partition(y.numpy(), None, clients, bench.rng("clients"))
+    owned = partition(y.numpy(), None, clients, draw("clients"))
     shares = []
     for client, positions in enumerate(owned):
-        chosen = bench.rng("client", client).permutation(positions)[:most]
+        chosen = draw("client", client).permutation(positions)[:most]
         share = np.bincount(y[chosen].numpy(), minlength=bench.dataset.num_classes) / len(chosen)
         bench.parts[f"client{client}/train"] = x[np.sort(chosen)], y[np.sort(chosen)]
         for part in ("validation", "test"):
-            picked = _drawn(bench.parts[part][1].numpy(), share, bench.rng(f"client/{part}", client))
+            picked = _drawn(bench.parts[part][1].numpy(), share, draw(f"client/{part}", client))
             bench.parts[f"client{client}/{part}"] = bench.parts[part][0][picked], bench.parts[part][1][picked]
         shares.append(share)
     return shares

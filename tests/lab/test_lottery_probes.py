@@ -191,3 +191,11 @@ def test_a_pooled_bench_is_small_and_its_own() -> None:
     assert small.layout.num_prunable == 4 * 3 + 3 * 4
     assert bench.layout.num_prunable != small.layout.num_prunable
     assert torch.allclose(small.parts["test"][0].mean((1, 2, 3)), bench.parts["test"][0].mean((1, 2, 3)), atol=1e-5)
+
+
+def test_clients_are_the_same_for_every_seed() -> None:
+    one, other = tiny.bench(seed=0), tiny.bench(seed=1)
+    deal(one, 3, 0.5, most=20)
+    deal(other, 3, 0.5, most=20)
+    for name, (x, y) in one.parts.items():
+        assert torch.equal(x, other.parts[name][0]) and torch.equal(y, other.parts[name][1])
