@@ -31,7 +31,7 @@ def run(study: Study, *, tell: Tell = _quiet) -> Path:
 
     Raises StudyError, before anything is written, where the study cannot be run.
     """
-    out = Path(study.out) if study.out else _free(Path("runs"), study.study)
+    out = Path(study.out) if study.out else free_folder(Path("runs"), study.study)
     if (out / "config.yaml").exists() or (out / ASKED).exists():
         raise StudyError(f"{out}: holds a run already; `fedlth resume {out}`, or give another out=")
     if study.seeds or study.tune.lr:
@@ -72,7 +72,7 @@ def _one(study: Study, out: Path, tell: Tell) -> None:
         raise
 
 
-def _free(parent: Path, name: str) -> Path:
+def free_folder(parent: Path, name: str) -> Path:
     """Return a folder that does not exist yet: nothing is ever overwritten."""
     number = 1
     while (parent / f"{name}-{number}").exists():

@@ -12,6 +12,8 @@ from fedlth.errors import StudyError
 def _tables() -> dict[str, Mapping[str, Callable[..., Any]]]:
     from fedlth.data.partition import PARTITIONS
     from fedlth.data.sources import SOURCES
+    from fedlth.lab.controls import MASKS
+    from fedlth.lab.probes import PROBES
     from fedlth.methods.arms import ARMS
     from fedlth.methods.recipes import METHODS
     from fedlth.models.registry import MODELS
@@ -37,6 +39,8 @@ def _tables() -> dict[str, Mapping[str, Callable[..., Any]]]:
         "gates": GATES,
         "stops": STOPS,
         "arms": ARMS,
+        "mask_controls": MASKS,
+        "probes": PROBES,
     }
 
 

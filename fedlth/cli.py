@@ -100,6 +100,28 @@ def check(args: argparse.Namespace) -> int:
     return 0
 
 
+def lottery(args: argparse.Namespace) -> int:
+    from fedlth.api import free_folder
+    from fedlth.lab import runner, study
+    from fedlth.lab.search import ladder
+    from fedlth.report.lottery import lottery_text, write_lottery
+
+    made = study.load(args.study, args.override)
+    if args.dry_count:
+        print(ladder(made))
+        return 0
+    out = Path(made.out) if made.out else free_folder(Path("runs"), made.lottery)
+    try:
+        runner.run(made, out, tell)
+    except KeyboardInterrupt:
+        tell(f"stopped; to go on: the same command with out={out}")
+        raise
+    path = write_lottery(out)
+    print(lottery_text(out))
+    print(f"\nreport: {path}")
+    return 0
+
+
 def _show(run_folder: Path) -> None:
     from fedlth.report.build import read_results, write_report
     from fedlth.report.summary import summary_text
@@ -179,6 +201,15 @@ def parser() -> argparse.ArgumentParser:
     sub = command("check", check, "validate a study and forecast its cost", text + study_text)
     sub.add_argument("study", type=Path, metavar="STUDY.yaml")
     sub.add_argument("override", nargs="*", metavar="key=value")
+
+    text = (
+        "STUDY.yaml names searches for tickets, control arms and probes (docs/lottery.md). Every training is kept in\n"
+        "the run's folder: the same command with out=RUN goes on after a stop, to the same bytes.\n"
+    )
+    sub = command("lottery", lottery, "search tickets on one machine, with controls and diagnostics", text)
+    sub.add_argument("study", type=Path, metavar="STUDY.yaml")
+    sub.add_argument("override", nargs="*", metavar="key=value")
+    sub.add_argument("--dry-count", action="store_true", help="print the survivors of every round; train nothing")
     return top
 
 

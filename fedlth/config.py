@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -29,6 +29,9 @@ Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(_tuple)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
+
+
+T = TypeVar("T", bound=BaseModel)
 
 
 class _Node(BaseModel):
@@ -202,20 +205,23 @@ def _override(tree: dict[str, Any], assignment: str) -> None:
     node[last] = parse(text, f"override {assignment!r}")
 
 
-def _known(location: tuple[Any, ...]) -> list[str]:
+def _known(location: tuple[Any, ...], root: type[BaseModel]) -> list[str]:
     """Return the keys that are allowed where an unknown one was found."""
-    node: Any = Study
+    node: Any = root
     for step in location[:-1]:
+        if get_origin(node) is dict:  # a section whose keys are the user's names
+            node = get_args(node)[1]
+            continue
         field = node.model_fields.get(step) if hasattr(node, "model_fields") else None
         node = field.annotation if field else None
     return list(node.model_fields) if hasattr(node, "model_fields") else []
 
 
-def _explain(error: ValidationError, where: str) -> StudyError:
+def _explain(error: ValidationError, where: str, root: type[BaseModel]) -> StudyError:
     first = error.errors(include_url=False)[0]
     place = ".".join(str(p) for p in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = _known(first["loc"])
+        known = _known(first["loc"], root)
         close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         return StudyError(f"{where}: {place}: unknown key; {hint}")
@@ -225,14 +231,19 @@ def _explain(error: ValidationError, where: str) -> StudyError:
     return StudyError(f"{where}: {place}: {wanted}, got {first['input']!r}")
 
 
-def build(tree: Any, where: str = "study") -> Study:
-    """Validate a plain tree; raise StudyError with `where: place: what was wanted, got`."""
+def validated(kind: type[T], tree: Any, where: str) -> T:
+    """Return the plain tree as a `kind`; raise StudyError with `where: place: what was wanted, got`."""
     if not isinstance(tree, dict):
         raise StudyError(f"{where}: must be a mapping of sections, got {type(tree).__name__}")
     try:
-        study = Study.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise _explain(error, where) from error
+        raise _explain(error, where, kind) from error
+
+
+def build(tree: Any, where: str = "study") -> Study:
+    """Validate a plain tree; raise StudyError with `where: place: what was wanted, got`."""
+    study = validated(Study, tree, where)
     _cross_check(study, where)
     return study
 
@@ -258,6 +269,11 @@ def _cross_check(study: Study, where: str) -> None:
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Study:
     """Read a study file, apply `key=value` overrides with dotted keys, validate."""
+    return build(read_tree(path, overrides), str(path))
+
+
+def read_tree(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Return a YAML file's sections as a plain tree, `key=value` overrides with dotted keys applied."""
     file = Path(path)
     if not file.is_file():
         raise StudyError(f"{file}: no such study file")
@@ -270,7 +286,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Study:
         raise StudyError(f"{file}: must be a mapping of sections, got {type(tree).__name__}")
     for assignment in overrides or []:
         _override(tree, assignment)
-    return build(tree, str(file))
+    return tree
 
 
 def dump(study: Study) -> str:

@@ -127,7 +127,7 @@ def test_help_is_light_and_quick() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    for command in ("run", "resume", "report", "compare", "diff", "list", "check", "bytes", "tickets"):
+    for command in ("run", "resume", "report", "compare", "diff", "list", "check", "bytes", "tickets", "lottery"):
         assert f"    {command}" in done.stdout
 
 

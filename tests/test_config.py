@@ -127,7 +127,8 @@ def test_the_committed_studies_are_valid() -> None:
     files = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
     assert files
     for file in files:
-        resolve(config.load(file))
+        if "lottery" not in config.read_tree(file):  # those are lottery studies, checked in test_docs.py
+            resolve(config.load(file))
 
 
 def test_science_is_what_decides_the_numbers() -> None:

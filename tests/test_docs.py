@@ -7,6 +7,10 @@ import pytest
 
 from fedlth import catalogue, config
 from fedlth.cli import parser
+from fedlth.lab import runner
+from fedlth.lab import study as lottery
+from fedlth.lab.controls import MASKS
+from fedlth.lab.probes import PROBES
 from fedlth.methods.arms import ARMS
 from fedlth.methods.resolve import finder_of, resolve
 from fedlth.yaml_text import parse
@@ -41,7 +45,18 @@ def test_links_point_at_files() -> None:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("**/*.yaml")), ids=lambda p: p.name)
+CONFIGS = sorted((ROOT / "configs").glob("**/*.yaml"))
+LOTTERIES = [path for path in CONFIGS if "lottery" in config.read_tree(path)]
+
+
+@pytest.mark.parametrize("path", LOTTERIES, ids=lambda p: p.name)
+def test_every_lottery_config_is_one(path: Path) -> None:
+    made = lottery.load(path)
+    runner.check(made)
+    assert lottery.build(parse(lottery.dump(made), "dump")) == made
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in LOTTERIES], ids=lambda p: p.name)
 def test_every_config_is_a_study_without_dead_sections(path: Path) -> None:
     study, notes = resolve(config.load(path))
     assert not notes
@@ -102,3 +117,15 @@ def test_the_parts_shown_in_the_docs_work(tmp_path: Path, monkeypatch: pytest.Mo
     )
     run = tiny.run(study, tmp_path / "run")
     assert (run.root / "digests.json").exists()
+
+
+def test_every_key_and_probe_of_a_lottery_study_is_documented() -> None:
+    text = (ROOT / "docs" / "lottery.md").read_text()
+    for section, node in (("data", lottery.Data), ("model", lottery.Model), ("train", lottery.Train)):
+        for key in node.model_fields:
+            assert f"`{section}.{key}`" in text, f"{section}.{key}"
+    for node in (lottery.Search, lottery.Arm):
+        for key in node.model_fields:
+            assert f"`{key}`" in text, key
+    for name in [*PROBES, *MASKS]:
+        assert f"`{name}`" in text, name

@@ -29,16 +29,16 @@ def write_report(run: Path) -> Path:
     html = page(results, tables=tables, figures=figures)
     for name, table in tables.items():
         for ending, render in RENDERERS.items():
-            _write(run / "tables" / f"{name}.{ending}", render(table).encode())
+            write_file(run / "tables" / f"{name}.{ending}", render(table).encode())
     for one in figures:
-        _write(run / "figures" / f"{one.picture.name}.png", one.png)
-    _write(run / "report.html", html.encode())
+        write_file(run / "figures" / f"{one.picture.name}.png", one.png)
+    write_file(run / "report.html", html.encode())
     return run / "report.html"
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
+    """Write a report's file; a reader never meets half of it."""
     path.parent.mkdir(exist_ok=True)
-    # a reader never meets half a file
     part = path.with_name(f".{path.name}.part")
     part.write_bytes(content)
     os.replace(part, path)

@@ -44,7 +44,7 @@ def drawn(picture: Picture) -> Drawn:
     return Drawn(picture, light["svg"], rendered(picture, theme=DARK, kinds=("svg",))["svg"], light["png"])
 
 
-def _embedded(one: Drawn) -> dict[str, str]:
+def embedded(one: Drawn) -> dict[str, str]:
     uris = (f"data:image/svg+xml;base64,{base64.b64encode(data).decode()}" for data in (one.light, one.dark))
     return {"title": one.picture.title, "guide": one.picture.guide, **dict(zip(("light", "dark"), uris, strict=True))}
 
@@ -119,7 +119,7 @@ def page(results: Results, *, tables: Mapping[str, Table], figures: Sequence[Dra
         cost=tables["summary"].columns(COST),
         main_row=chosen.index(results.main) if results.main in chosen else -1,
         main_label=arm_of(results.main.arm).label if results.main else "nothing evaluated",
-        figures=[_embedded(one) for one in figures],
+        figures=[embedded(one) for one in figures],
         dense_payload=scaled(header.dense_payload_bytes, "B"),
         dense_raw=scaled(header.dense_raw_bytes, "B"),
         framed=_framed(results),

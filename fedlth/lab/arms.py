@@ -1,0 +1,78 @@
+"""What a study trains: its searches round by round, and its arms under the searches' masks, as rows of facts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fedlth.lab.bench import Bench
+from fedlth.lab.controls import MASKS
+from fedlth.lab.recipe import Recipe
+from fedlth.lab.search import Round, rounds
+from fedlth.lab.training import Run
+from fedlth.parts import make
+from fedlth.tickets.dead import DEADS
+from fedlth.tickets.rewind import REWINDS, changed
+
+Row = dict[str, Any]
+
+
+def searched(bench: Bench, name: str) -> Iterator[Row]:
+    """Yield one row a round of a search."""
+    for one in rounds(bench, name):
+        yield {**_row(bench, name, one.number, one.mask, one.run), "trainings": one.trainings}
+
+
+def trained(bench: Bench, name: str) -> Iterator[Row]:
+    """Yield one row a round of an arm."""
+    arm = bench.study.arms[name]
+    recipe = bench.recipe(dict(arm.train))
+    for one in rounds(bench, arm.of):
+        if arm.rounds and one.number not in arm.rounds:
+            continue
+        mask, run = controlled(bench, name, one, recipe)
+        yield _row(bench, name, one.number, mask, run)
+
+
+def controlled(bench: Bench, name: str, one: Round, recipe: Recipe) -> tuple[np.ndarray, Run]:
+    """Train an arm at one round of its search; return its mask and the training."""
+    arm, place = bench.study.arms[name], f"arms.{name}"
+    # The streams have the round, not the arm: two arms that shuffle see the same shuffle.
+    mask = make(MASKS, arm.mask, f"{place}.mask")(one.mask, bench.layout, bench.rng("mask", one.number))
+    rewind = make(REWINDS, arm.start, f"{place}.start")
+    dead = make(DEADS, arm.dead, f"{place}.dead")
+    steps = int(getattr(rewind, "steps", 0))
+    if steps:
+        origin = bench.trained(bench.theta_0, bench.full, replace(recipe, last=steps)).final
+    else:
+        origin = bench.fresh("reinit") if rewind.anchor == "reinit" else bench.theta_0
+    start = changed(rewind, origin, mask, bench.layout, bench.rng("start", one.number)).masked(mask)
+    if dead.holds:
+        held = dead(origin.floats[: mask.size], one.before.floats[: mask.size])
+        start.floats[: mask.size][~mask] = held[~mask]
+    if not getattr(rewind, "trains", True):
+        return mask, bench.untrained(start, mask)
+    return mask, bench.trained(start, mask, replace(recipe, first=steps), free=dead.holds)
+
+
+def _row(bench: Bench, arm: str, number: int, mask: np.ndarray, run: Run) -> Row:
+    stop = run.early_stop
+    return {
+        "kind": "training",
+        "arm": arm,
+        "seed": bench.seed,
+        "round": number,
+        "kept": int(np.count_nonzero(mask)),
+        "size": int(mask.size),
+        "layer_kept": {e.name: int(np.count_nonzero(mask[e.slice])) for e in bench.layout.prunable},
+        "early_stop": stop.iteration,
+        "validation_loss": stop.loss,
+        "validation_accuracy": stop.accuracy,
+        "test_accuracy": run.test,
+        "final_validation_accuracy": run.curve[-1].accuracy,
+        "final_test_accuracy": run.test_final,
+        "curve": [[p.iteration, p.loss, p.accuracy] for p in run.curve],
+    }

@@ -1,0 +1,211 @@
+"""The bench of one seed: data, network, theta_0, and trainings that are done once and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedlth import store
+from fedlth.compute import kernel
+from fedlth.compute.graph import compile_layers
+from fedlth.compute.table import LayerTable
+from fedlth.data.dataset import Dataset
+from fedlth.data.sources import load
+from fedlth.data.tensors import inputs
+from fedlth.errors import StudyError
+from fedlth.lab.recipe import Recipe
+from fedlth.lab.study import Data, Lottery, Model, build
+from fedlth.lab.training import Run, packed, train, unpacked, walk
+from fedlth.models import registry
+from fedlth.models.flops import layer_flops
+from fedlth.models.prunable import prunable_names
+from fedlth.params import Layout, Params, layout_of, read
+from fedlth.rng import stream, torch_seed
+from fedlth.train import Bound, evaluate
+from fedlth.world import torch_stream
+
+Examples = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """One seed of a lottery study. Tensors are (n, ...) float32 and (n,) int64, on the CPU.
+
+    `parts` holds "train", "validation" and "test"; a probe puts its tasks beside them, as "client0/train" and so on.
+    """
+
+    study: Lottery
+    seed: int
+    folder: Path | None
+    dataset: Dataset
+    parts: dict[str, Examples]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.dataset.input_shape)
+
+    def module(self) -> nn.Module:
+        """Return a fresh module; its values are whatever torch's generator drew."""
+        return module_of(self.study.model, self.dataset)
+
+    @cached_property
+    def layout(self) -> Layout:
+        with torch_stream(0):
+            module = self.module()
+        return layout_of(module, prunable_names(module, self.study.model.prunable))
+
+    @cached_property
+    def theta_0(self) -> Params:
+        return self.fresh("theta_0")
+
+    def fresh(self, what: str) -> Params:
+        """Draw initial weights from the stream that `what` names."""
+        with torch_stream(torch_seed(self.seed, what)):
+            params = read(self.module(), self.layout)
+        return glorot(params, self.layout, self.rng(what)) if self.study.model.init == "glorot_normal" else params
+
+    def rng(self, what: str, number: int = 0) -> np.random.Generator:
+        return stream(self.seed, what, number)
+
+    @cached_property
+    def table(self) -> LayerTable | str:
+        """Return the network as the compute kernel sees it, or why the kernel cannot run it."""
+        if self.dataset.x_train.dtype.kind == "i":
+            return "the inputs are tokens"
+        with torch_stream(0):
+            return kernel.available() or compile_layers(self.module(), self.layout, self.shape)
+
+    @cached_property
+    def bound(self) -> Bound:
+        """The one module of this process in plain torch."""
+        return Bound(self.module(), self.layout, "cpu")
+
+    @cached_property
+    def fast(self) -> Bound:
+        """The same in the compute kernel where it can run the network."""
+        return Bound(self.module(), self.layout, "cpu", None if isinstance(self.table, str) else self.table)
+
+    @property
+    def full(self) -> np.ndarray:
+        return np.ones(self.layout.num_prunable, bool)
+
+    def recipe(self, changes: dict[str, object] | None = None) -> Recipe:
+        """Return the study's way to train, some keys of its train section changed."""
+        return Recipe(train=self.study.train.model_validate({**self.study.train.model_dump(), **(changes or {})}))
+
+    def accuracy(self, params: Params, part: str = "test") -> float:
+        return evaluate(self.fast, params, self.parts[part])[0]
+
+    def trained(
+        self,
+        start: Params,
+        mask: np.ndarray,
+        recipe: Recipe,
+        *,
+        free: bool = False,
+        data: str = "",
+        window: int = 0,
+    ) -> Run:
+        """Train from `start` under `mask`; a training that this run's folder holds already is read back.
+
+        free: dead weights keep their start value, frozen, in place of zero. data: which task's parts to use.
+        window: how many states before the last, one an evaluation, come with the result.
+        The file's name is a digest of everything that decides the result, so nothing stale is ever read.
+        """
+        told = f"{self.seed}/{recipe.text()}/{free}/{data}/{window}"
+        state = hashlib.blake2b(told.encode(), digest_size=16)
+        state.update(start.floats.tobytes() + start.ints.tobytes() + np.packbits(mask).tobytes())
+        path = None if self.folder is None else self.folder / "trainings" / f"{state.hexdigest()}.safetensors"
+        if path is not None and path.exists():
+            try:
+                return unpacked(path.read_bytes(), start, None if free else mask)
+            except ValueError as error:
+                raise StudyError(f"{path}: damaged, delete it to train anew: {error}") from error
+        run = train(self, start, mask, recipe, parts=self.task(data), free=free, window=window)
+        if path is not None:
+            own = path.with_suffix(f".{os.getpid()}")  # two workers may come to the same training
+            store.write_atomic(own, packed(run, None if free else mask))
+            os.replace(own, path)
+        return run
+
+    def states(self, start: Params, mask: np.ndarray, recipe: Recipe) -> list[Params]:
+        """Train and return the start and the state at every evaluation; nothing is kept."""
+        begun = start.masked(mask)
+        return [begun, *walk(self, begun, mask, recipe, data=self.parts["train"], free=False)]
+
+    def untrained(self, params: Params, mask: np.ndarray, *, data: str = "") -> Run:
+        """Return the run of no iterations: the weights as they are, evaluated."""
+        nothing = Recipe(train=self.study.train, last=0)
+        return train(self, params, mask, nothing, parts=self.task(data), free=False, window=0)
+
+    def task(self, data: str) -> dict[str, Examples]:
+        """Return the train, validation and test parts of a task; "" is the whole data set."""
+        return {p: self.parts[f"{data}/{p}" if data else p] for p in ("train", "validation", "test")}
+
+    @cached_property
+    def flops(self) -> dict[str, int]:
+        """Forward FLOPs an example of each parameter's layer."""
+        with torch_stream(0):
+            return layer_flops(self.module(), self.parts["train"][0][:2])[0]
+
+    def torch_seed(self, what: str) -> int:
+        return torch_seed(self.seed, what)
+
+
+def glorot(params: Params, layout: Layout, rng: np.random.Generator) -> Params:
+    """Return params with prunable tensors drawn from N(0, 2 / (fan_in + fan_out)) and all biases zero."""
+    floats = params.floats.copy()
+    for e in layout.floats:
+        if e.norm or e.role == "buffer":
+            continue
+        if len(e.shape) < 2:
+            floats[e.slice] = 0.0
+            continue
+        field = math.prod(e.shape[2:])
+        std = math.sqrt(2.0 / ((e.shape[0] + e.shape[1]) * field))
+        floats[e.slice] = rng.normal(0.0, std, e.size).astype(np.float32)
+    return Params(floats, params.ints)
+
+
+def module_of(model: Model, dataset: Dataset) -> nn.Module:
+    """Build the study's network for the data's shape."""
+    return registry.build(
+        model.name, num_classes=dataset.num_classes, input_shape=tuple(dataset.input_shape), options=model.options
+    )
+
+
+@lru_cache(maxsize=2)
+def _loaded(data: str) -> tuple[Dataset, dict[str, Examples]]:
+    """Load the data and cut it into train, validation and test parts, the same for every seed of the run."""
+    spec = Data.model_validate_json(data)
+    dataset = load(spec.name, root=spec.root, options=spec.options)
+    order = stream(spec.seed, "split").permutation(len(dataset.y_train))
+    if len(order) <= spec.validation + (spec.train or 0) - (spec.train is not None):
+        raise StudyError(
+            f"data: train and validation must fit into {len(order)} examples, got {spec.train} and {spec.validation}"
+        )
+    chosen = order[spec.validation :][: spec.train]
+    tested = stream(spec.seed, "test").permutation(len(dataset.y_test))[: spec.test]
+    return dataset, {
+        "train": inputs(dataset, np.sort(chosen), train=True),
+        "validation": inputs(dataset, np.sort(order[: spec.validation]), train=True),
+        "test": inputs(dataset, np.sort(tested), train=False),
+    }
+
+
+@lru_cache(maxsize=4)
+def open_bench(science: str, seed: int, folder: str | None) -> Bench:
+    """Return the bench of one seed of a study's canonical JSON."""
+    torch.set_num_threads(1)  # bit equality holds at one thread count
+    study = build(json.loads(science))
+    dataset, parts = _loaded(study.data.model_dump_json())
+    return Bench(study, seed, None if folder is None else Path(folder), dataset, dict(parts))

@@ -1,0 +1,54 @@
+"""A probe of neurons at equilibrium: what may rest, epoch by epoch, and what that costs and saves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedlth.lab import neq
+from fedlth.lab.bench import Bench
+from fedlth.train import Plan, evaluate, train
+
+
+@dataclass(frozen=True)
+class NeuronsAtEquilibrium:
+    """Train with settled neurons frozen, and the same training without. Bragagnolo et al., NeurIPS 2022, 2207.09455.
+
+    `moved` counts frozen parameters that changed in the epoch, which must be 0; `upload_bytes` are four a parameter
+    that may move. Both trainings see the same batches.
+    """
+
+    epochs: int = 10
+    examples: int = 5000
+    held_out: int = 200
+    lr: float = 0.05
+    momentum: float = 0.0
+    epsilon: float = 1e-3
+
+    def __call__(self, bench: Bench, /) -> Iterator[dict[str, Any]]:
+        x, y = bench.parts["train"]
+        data, test = (x[: self.examples], y[: self.examples]), bench.parts["test"]
+        plan = Plan(epochs=self.epochs, batch_size=bench.study.train.batch_size, lr=self.lr, momentum=self.momentum)
+        epochs = neq.train(
+            bench.bound, bench.theta_0, data=data, held_out=bench.parts["validation"][0][: self.held_out], plan=plan,
+            gate=neq.UpdateGate(epsilon=self.epsilon), order=bench.rng("neq"), torch_seed=0,
+        )  # fmt: skip
+        plain = train(
+            bench.bound, bench.theta_0, data=data, plan=plan, order=bench.rng("neq"), torch_seed=0,
+            snapshots=tuple(range(1, self.epochs + 1)),
+        )  # fmt: skip
+        before, size = bench.theta_0.floats, bench.layout.num_params
+        for number, one in enumerate(epochs, 1):
+            rested = ~one.moves
+            moved = np.count_nonzero(before[:size][rested] != one.params.floats[:size][rested])
+            baseline = type(one.params)(plain.snapshots[number], one.params.ints)
+            yield {
+                "epoch": number, "parameters": size, "frozen": one.frozen, "moved": float(moved),
+                "upload_bytes": float(4 * np.count_nonzero(one.moves)),
+                "accuracy": evaluate(bench.bound, one.params, test)[0],
+                "baseline": evaluate(bench.bound, baseline, test)[0],
+            }  # fmt: skip
+            before = one.params.floats

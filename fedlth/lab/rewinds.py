@@ -1,0 +1,44 @@
+"""Is a rewind a rewind: the weights that a search trains next, bit by bit, and the first learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fedlth.lab.bench import Bench
+from fedlth.lab.search import finder_of, rounds
+from fedlth.tickets.rewind import ToFrozen, changed
+
+
+@dataclass(frozen=True)
+class Rewinds:
+    """Check every round of these searches: survivors start exactly where the rewind says, the dead at zero.
+
+    A strong ticket is checked as it ends, for nothing may have trained it. `furthest` is the largest
+    |start - wanted|, which must be 0; `first_rate` the learning rate of the first step.
+    """
+
+    searches: tuple[str, ...]
+
+    def __call__(self, bench: Bench, /) -> Iterator[dict[str, Any]]:
+        for name in self.searches:
+            search = bench.study.searches[name]
+            finder, recipe = finder_of(search, f"searches.{name}"), bench.recipe(dict(search.train))
+            steps = int(getattr(finder.rewind, "steps", 0))
+            for one in rounds(bench, name):
+                if one.number == 0:
+                    continue
+                wanted = one.before if finder.rewind.anchor is None else bench.theta_0
+                if steps:
+                    wanted = bench.trained(bench.theta_0, bench.full, replace(recipe, last=steps)).final
+                if isinstance(finder.rewind, ToFrozen):
+                    wanted = changed(finder.rewind, wanted, one.mask, bench.layout, bench.rng("rewinds"))
+                gap = np.abs(one.start.floats - wanted.masked(one.mask).floats).max()
+                first = replace(recipe, first=steps, constant_lr=not finder.rewind.replay_lr)
+                yield {
+                    "search": name, "round": one.number, "rewind": str(finder.rewind), "furthest": float(gap),
+                    "first_rate": first.rate(steps), "schedule_there": recipe.rate(steps),
+                }  # fmt: skip

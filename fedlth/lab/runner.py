@@ -1,0 +1,160 @@
+"""`fedlth lottery`: every search, arm and probe of every seed, on some workers, resumable at each training."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+from fedlth import ledger, store
+from fedlth.errors import StudyError
+from fedlth.lab import arms, study
+from fedlth.lab.bench import open_bench
+from fedlth.lab.controls import MASKS
+from fedlth.lab.probes import PROBES
+from fedlth.lab.search import finder_of
+from fedlth.lab.study import Lottery
+from fedlth.parts import make
+from fedlth.runfolder import RunFolder
+from fedlth.tickets.dead import DEADS
+from fedlth.tickets.rewind import REWINDS
+
+Tell = Callable[[str], None]
+STAGES = ("search", "arm", "probe")  # arms need the searches' trainings, probes may use both
+
+
+@dataclass(frozen=True)
+class Task:
+    """One seed of one search, arm or probe: what a worker does at a time, and one file of rows."""
+
+    stage: str
+    name: str
+    seed: int
+
+    @property
+    def file(self) -> str:
+        return f"rows/{self.stage}-{self.name}-{self.seed}.jsonl"
+
+
+def tasks(made: Lottery, stage: str) -> list[Task]:
+    """Return a stage's tasks in the order of the result file."""
+    sections: dict[str, Mapping[str, object]] = {"search": made.searches, "arm": made.arms, "probe": made.probes}
+    return [Task(stage, name, seed) for name in sections[stage] for seed in made.seeds]
+
+
+def check(made: Lottery) -> None:
+    """Raise StudyError, naming the place, where a part, the data or the model of the study cannot be built."""
+    for name, search in made.searches.items():
+        finder_of(search, f"searches.{name}")
+    for name, arm in made.arms.items():
+        make(MASKS, arm.mask, f"arms.{name}.mask")
+        rewind = make(REWINDS, arm.start, f"arms.{name}.start")
+        if rewind.anchor not in ("theta_0", "reinit") and not getattr(rewind, "steps", 0):
+            raise StudyError(f"arms.{name}.start: must go back to theta_0, a step or a new draw, got {rewind}")
+        make(DEADS, arm.dead, f"arms.{name}.dead")
+    for name, spec in made.probes.items():
+        _check_names(made, make(PROBES, spec, f"probes.{name}"), f"probes.{name}")
+    _ = open_bench(made.science(), made.seeds[0], None).layout
+
+
+def _check_names(made: Lottery, probe: object, place: str) -> None:
+    """Refuse a probe that names a search, a round or an arm that the study does not have."""
+    told: dict[str, Any] = {f.name: getattr(probe, f.name) for f in fields(cast(Any, probe))}
+    searches = [*told.get("searches", ()), *([told["search"]] if "search" in told else [])]
+    for name in searches:
+        if name not in made.searches:
+            raise StudyError(f"{place}: must name one of the searches {', '.join(made.searches)}, got {name!r}")
+        last = len(made.searches[name].targets)
+        for number in [*told.get("rounds", ()), *([told["round"]] if "round" in told else [])]:
+            if not 0 <= number <= last:
+                raise StudyError(f"{place}: must name rounds of {name} in [0, {last}], got {number}")
+    for name in told.get("arms", ()):
+        if name not in made.arms or made.arms[name].of not in searches:
+            raise StudyError(f"{place}: must name arms of {', '.join(searches)}, got {name!r}")
+
+
+def run(made: Lottery, out: Path, tell: Tell) -> Path:
+    """Do all of a study that the folder does not hold yet; write results.jsonl; return the folder.
+
+    Raises StudyError where the folder holds another study. The result depends on neither workers nor stops.
+    """
+    check(made)
+    with RunFolder(out).locked():
+        return _run(made, out, tell)
+
+
+def _run(made: Lottery, out: Path, tell: Tell) -> Path:
+    config_file = out / "config.yaml"
+    if config_file.exists():
+        if study.load(config_file).science() != made.science():
+            raise StudyError(f"{out}: holds another study; give another out=")
+    else:
+        store.write_atomic(config_file, study.dump(made).encode())
+    for stage in STAGES:
+        todo = [task for task in tasks(made, stage) if not (out / task.file).exists()]
+        for task in _done(made, out, todo, tell):
+            tell(f"{task.stage} {task.name}, seed {task.seed}: done")
+    text = b"".join((out / task.file).read_bytes() for stage in STAGES for task in tasks(made, stage))
+    store.write_atomic(out / "results.jsonl", text)
+    return out
+
+
+def _done(made: Lottery, out: Path, todo: list[Task], tell: Tell) -> Iterator[Task]:
+    """Do tasks and yield each when it is done."""
+    if made.workers == 1 or len(todo) < 2:
+        for task in todo:
+            do(made.science(), str(out), task, tell)
+            yield task
+        return
+    # Spawned, not forked: torch's and numba's threads do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(made.workers, len(todo)), mp_context=context) as pool:
+        jobs = {pool.submit(do, made.science(), str(out), task, _aloud): task for task in todo}
+        try:
+            for job in as_completed(jobs):
+                job.result()
+                yield jobs[job]
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():  # else leaving waits for the tasks that run
+                child.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise StudyError(f"{out}: a worker was killed; the same command with out={out} goes on") from error
+            raise
+
+
+def do(science: str, out: str, task: Task, tell: Tell) -> None:
+    """Do one task and write its rows."""
+    bench = open_bench(science, task.seed, out)
+    rows: list[dict[str, Any]] = []
+    if task.stage == "probe":
+        probe = make(PROBES, bench.study.probes[task.name], f"probes.{task.name}")
+        for row in probe(bench):
+            rows.append({"kind": "probe", "probe": task.name, "seed": task.seed, **row})
+    else:
+        walk = arms.searched if task.stage == "search" else arms.trained
+        for row in walk(bench, task.name):
+            rows.append(row)
+            tell(
+                f"{task.name}, seed {task.seed}, round {row['round']}: density {row['kept'] / row['size']:.4f}, early "
+                f"stop at {row['early_stop']}, validation accuracy {row['validation_accuracy']:.4f}"
+            )
+    store.write_atomic(Path(out) / task.file, ledger.lines(rows))
+
+
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    """Return the rows of a finished run."""
+    file = out / "results.jsonl"
+    if not file.is_file():
+        raise StudyError(f"{out}: no finished lottery study here (results.jsonl is missing)")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def _aloud(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,168 @@
+"""A search on the bench: the finder of fedlth.tickets, given a way to train; the masks of every round come out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from fedlth.errors import StudyError
+from fedlth.lab.bench import Bench, open_bench
+from fedlth.lab.recipe import Recipe
+from fedlth.lab.study import Lottery, Search
+from fedlth.lab.training import Run
+from fedlth.network import DataNetwork
+from fedlth.params import Params
+from fedlth.parts import make
+from fedlth.tickets.dead import DEADS
+from fedlth.tickets.finder import Finder
+from fedlth.tickets.gate import GATES, STOPS
+from fedlth.tickets.granularity import GRANULARITIES
+from fedlth.tickets.rewind import REWINDS
+from fedlth.tickets.schedule import SCHEDULES
+from fedlth.tickets.scope import SCOPES
+from fedlth.tickets.score import SCORES
+from fedlth.tickets.search import Walked, find
+
+TABLES: Mapping[str, Mapping[str, Callable[..., Any]]] = {
+    "score": SCORES,
+    "schedule": SCHEDULES,
+    "scope": SCOPES,
+    "rewind": REWINDS,
+    "granularity": GRANULARITIES,
+    "dead": DEADS,
+    "gate": GATES,
+    "stop": STOPS,
+}
+EXAMPLES_A_CLASS = 100  # of what a score that asks for gradients sees; a mask that is learned sees all
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of a search: its mask (num_prunable,), where the ticket's training began, how it went.
+
+    `before` is what was scored to find the mask; `trainings` counts those that the search took until then.
+    """
+
+    number: int
+    mask: np.ndarray
+    start: Params
+    run: Run
+    before: Params
+    trainings: int
+
+
+@dataclass
+class Trainer:
+    """The way to train that `find` is given: it remembers its trainings, newest last."""
+
+    bench: Bench
+    recipe: Recipe
+    data: str = ""
+    done: list[tuple[Params, Run]] = field(default_factory=list)
+
+    def __call__(
+        self, start: Params, mask: np.ndarray, /, *, replay_lr: bool, held: bool = False, window: int = 0,
+        first_step: int = 0, last_step: int | None = None,
+    ) -> Walked:  # fmt: skip
+        how = replace(self.recipe, first=first_step, last=last_step, constant_lr=not replay_lr)
+        run = self.bench.trained(start, mask, how, free=held, data=self.data, window=window)
+        self.done.append((start, run))
+        return Walked(run.final, run.previous)
+
+
+def finder_of(search: Search, place: str) -> Finder:
+    """Build a search's finder; raise StudyError naming the part that is wrong."""
+    return Finder(**{part: make(table, getattr(search, part), f"{place}.{part}") for part, table in TABLES.items()})
+
+
+def rounds(bench: Bench, name: str) -> Iterator[Round]:
+    """Yield the rounds of the search called `name`; round 0 is the dense network, trained. Done trainings are read."""
+    search = bench.study.searches[name]
+    finder = finder_of(search, f"searches.{name}")
+    yield from walked(bench, finder, search.targets, bench.recipe(dict(search.train)), what=f"search/{name}")
+
+
+def walked(
+    bench: Bench, finder: Finder, targets: tuple[float, ...], recipe: Recipe, *, what: str, data: str = "",
+    start: Params | None = None,
+) -> Iterator[Round]:  # fmt: skip
+    """Yield the rounds of a finder from `start` (theta_0) on one task's data; `what` names its random streams."""
+    theta_0 = bench.theta_0 if start is None else start
+    trainer = Trainer(bench, recipe, data)
+
+    def anchors(anchor: str) -> Params:
+        if anchor == "theta_0":
+            return theta_0
+        if anchor == "reinit":
+            return bench.fresh("reinit")
+        raise StudyError(f"{what}.rewind: the laboratory has no weights called {anchor!r}")
+
+    def network(at: Params) -> DataNetwork:
+        few = None if hasattr(finder.score, "epochs") else EXAMPLES_A_CLASS * bench.dataset.num_classes
+        return network_of(bench, at, what, data, few)
+
+    found = find(
+        finder, start=theta_0, start_name="theta_0", targets=targets, layout=bench.layout, anchors=anchors,
+        train=trainer, rng=lambda part: bench.rng(f"{what}/{part}"), network=network,
+        val_accuracy=lambda params: bench.accuracy(params, f"{data}/validation" if data else "validation"),
+    )  # fmt: skip
+    if finder.dense_first:
+        trainer(theta_0, bench.full, replay_lr=True, window=finder.window)  # kept on disk: find's own is read back
+        yield Round(0, bench.full, *trainer.done[0], theta_0, 0)
+    seen: set[float] = set()
+    for ticket in found:
+        if ticket.target in seen:  # a chain to a sparser target came through here as well
+            continue
+        seen.add(ticket.target)
+        number = targets.index(ticket.target) + 1
+        if trainer.done and trainer.done[-1][1].final is ticket.params:
+            start_at, run = trainer.done[-1]
+            before = trainer.done[-2][1].final if len(trainer.done) > 1 else theta_0
+        else:  # a strong ticket: nothing of it was trained
+            start_at, run = ticket.params, bench.untrained(ticket.params, ticket.mask, data=data)
+            before = theta_0
+        yield Round(number, ticket.mask, start_at, run, before, ticket.trainings)
+
+
+def network_of(bench: Bench, at: Params, what: str, data: str = "", few: int | None = None) -> DataNetwork:
+    """Return the network at `at` over the first `few` training examples, or all, as scores ask it."""
+    x, y = bench.task(data)["train"]
+    return DataNetwork(
+        bound=bench.bound, params=at, data=(x[:few], y[:few]), layer_flops=lambda: bench.flops,
+        order=lambda: bench.rng(f"{what}/mask order"), torch_seed=bench.torch_seed(f"{what}/mask bits"),
+        batch_size=bench.study.train.batch_size,
+    )  # fmt: skip
+
+
+def ladder(study: Lottery) -> str:
+    """Return the survivors of every round of every search, all and layer by layer: counts ask for no training."""
+    lines = []
+    for name, search in study.searches.items():
+        bench = open_bench(study.science(), study.seeds[0], None)
+        finder = finder_of(search, f"searches.{name}")
+        lines.append(f"{name}: {finder}")
+        for number, mask in enumerate(dry(bench, finder, search.targets)):
+            layers = ", ".join(f"{e.name} {np.count_nonzero(mask[e.slice])}" for e in bench.layout.prunable)
+            kept = np.count_nonzero(mask)
+            lines.append(f"  round {number:2}: {kept:8} of {mask.size} ({100 * kept / mask.size:6.2f} %)  {layers}")
+    return "\n".join(lines)
+
+
+def dry(bench: Bench, finder: Finder, targets: tuple[float, ...], *, part: str = "train") -> Iterator[np.ndarray]:
+    """Yield the masks of a search whose trainings leave every weight where it is; scores see ten examples a class."""
+    few = 10 * bench.dataset.num_classes
+    x, y = bench.parts[part]
+
+    def stay(start: Params, mask: np.ndarray, /, **_: Any) -> Walked:
+        return Walked(start, (start.floats[: mask.size],) * finder.window)
+
+    yield bench.full
+    for found in find(
+        finder, start=bench.theta_0, start_name="theta_0", targets=targets, layout=bench.layout,
+        anchors=lambda anchor: bench.theta_0, train=stay, rng=bench.rng, val_accuracy=lambda params: 1.0,
+        network=lambda at: replace(network_of(bench, at, "dry"), data=(x[:few], y[:few])),
+    ):  # fmt: skip
+        yield found.mask

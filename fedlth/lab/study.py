@@ -1,0 +1,166 @@
+"""The tree of a lottery study: what `fedlth lottery STUDY.yaml` reads, validated as strictly as a federated study."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from fedlth import config
+from fedlth.config import Count, Floats, Names, Positive, Spec
+from fedlth.errors import StudyError
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+Whole = Annotated[int, Field(ge=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Rounds = Annotated[tuple[Whole, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+
+
+class _Node(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class Data(_Node):
+    """Which data set, and how many of its examples train, validate (from the train split) and test. None: the rest."""
+
+    name: str = "fashion_slice"
+    root: str | None = None
+    options: dict[str, Any] = {}
+    train: Count | None = None
+    validation: Count = 1000
+    test: Count | None = None
+    seed: Whole = 0
+
+
+class Model(_Node):
+    """Which network, which tensors are prunable, how theta_0 is drawn."""
+
+    name: str = "lenet300"
+    options: dict[str, Any] = {}
+    prunable: Names | None = None
+    init: Literal["default", "glorot_normal"] = "default"
+
+
+class Train(_Node):
+    """How a training goes. warmup: iterations from `warmup_lr` up to `lr`; milestones: shares of the training where
+    the rate falls to a tenth; attack: train on images attacked with this strength, in pixels of [0, 1]."""
+
+    iterations: Count = 1000
+    batch_size: Count = 60
+    optimiser: Literal["sgd", "adam"] = "sgd"
+    lr: Positive = 0.1
+    momentum: Share = 0.0
+    weight_decay: NotNegative = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: Whole = 0
+    warmup_lr: NotNegative = 0.0
+    milestones: Floats = ()
+    evaluate_every: Count = 100
+    dropout: Share = 0.0
+    attack: Literal["none", "fgsm", "pgd"] = "none"
+    attack_eps: NotNegative = 0.0
+    attack_steps: Count = 10
+    norm_l1: NotNegative = 0.0
+
+
+class Search(_Node):
+    """How masks are found: a finder of fedlth.tickets, down `rounds` steps that each remove `rate` of the survivors,
+    or down the given densities. train: keys of the study's train section that differ in the search."""
+
+    score: Spec = {"name": "magnitude"}
+    scope: Spec = {"name": "layerwise"}
+    schedule: Spec = {"name": "shrink"}
+    rewind: Spec = {"name": "init"}
+    granularity: Spec = {"name": "element"}
+    dead: Spec = {"name": "zero"}
+    gate: Spec = {"name": "always"}
+    stop: Spec = {"name": "target"}
+    rounds: Count | None = None
+    rate: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    densities: Floats = ()
+    train: dict[str, Any] = {}
+
+    @property
+    def targets(self) -> tuple[float, ...]:
+        if self.rounds is None:
+            return self.densities
+        return tuple((1 - self.rate) ** n for n in range(1, self.rounds + 1))
+
+
+class Arm(_Node):
+    """What is trained under a search's masks: a control of the mask, a rewind to named weights, what the dead hold.
+
+    rounds: at which masks of the search (all when empty). train: keys of the train section that differ.
+    """
+
+    of: str
+    rounds: Rounds = ()
+    mask: Spec = {"name": "keep"}
+    start: Spec = {"name": "init"}
+    dead: Spec = {"name": "zero"}
+    train: dict[str, Any] = {}
+
+
+class Lottery(_Node):
+    """A whole lottery study."""
+
+    lottery: str = "lottery"
+    seeds: Annotated[tuple[Whole, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = (0, 1, 2)
+    data: Annotated[Data, BeforeValidator(lambda v: {"name": v} if isinstance(v, str) else v)] = Data()
+    model: Annotated[Model, BeforeValidator(lambda v: {"name": v} if isinstance(v, str) else v)] = Model()
+    train: Train = Train()
+    searches: dict[str, Search] = {}
+    arms: dict[str, Arm] = {}
+    probes: dict[str, Spec] = {}
+    workers: Count = 2
+    out: str | None = None
+
+    def science(self) -> str:
+        """Return canonical JSON of everything that decides the numbers."""
+        return json.dumps(self.model_dump(mode="json", exclude={"workers", "out"}), sort_keys=True)
+
+
+def build(tree: Any, where: str = "lottery") -> Lottery:
+    """Validate a plain tree; raise StudyError with `where: place: what was wanted, got`."""
+    study = config.validated(Lottery, tree, where)
+    if not study.seeds or len(set(study.seeds)) != len(study.seeds):
+        raise StudyError(f"{where}: seeds: must be one or more, each once, got {list(study.seeds)}")
+    if not study.searches and not study.probes:
+        raise StudyError(f"{where}: searches: at least one search, or a probe, must be there")
+    for name, search in study.searches.items():
+        place = f"{where}: searches.{name}"
+        if (search.rounds is None) == (not search.densities):
+            raise StudyError(f"{place}: must have either rounds or densities")
+        falling = sorted(set(search.densities), reverse=True)
+        if list(search.densities) != falling or any(not 0 < d <= 1 for d in falling):
+            raise StudyError(f"{place}.densities: must fall within (0, 1], got {list(search.densities)}")
+        override(study.train, search.train, f"{place}.train")
+    for name, arm in study.arms.items():
+        place = f"{where}: arms.{name}"
+        if name in study.searches:
+            raise StudyError(f"{place}: a search has this name already")
+        if arm.of not in study.searches:
+            raise StudyError(f"{place}.of: must be one of {', '.join(study.searches) or 'no search'}, got {arm.of!r}")
+        last = len(study.searches[arm.of].targets)
+        if any(r > last for r in arm.rounds):
+            raise StudyError(f"{place}.rounds: must be in [0, {last}], got {list(arm.rounds)}")
+        override(study.train, arm.train, f"{place}.train")
+    return study
+
+
+def override(train: Train, changes: dict[str, Any], where: str) -> Train:
+    """Return the train section with some keys changed; raise StudyError at an unknown one."""
+    return config.validated(Train, {**train.model_dump(), **changes}, where)
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Lottery:
+    """Read a lottery study, apply `key=value` overrides with dotted keys, validate."""
+    return build(config.read_tree(path, overrides), str(path))
+
+
+def dump(study: Lottery) -> str:
+    """Return the resolved study as YAML; loading it gives an equal study."""
+    return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,105 @@
+"""Probes of three theories of tickets: the tangent space, the spectral gap, subset sums."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedlth.lab import imc, subset_sum, tangent
+from fedlth.lab.bench import Bench
+from fedlth.lab.controls import Shuffle
+from fedlth.lab.pooled import pooled
+from fedlth.train import Plan, evaluate, train
+
+
+@dataclass(frozen=True)
+class TangentSpace:
+    """How well the linearised network stands for the real one: the remainder as a training's path is halved.
+
+    The direction is where `iterations` of training led. A `ratio` of 4 is a smooth function, 2 would be a first-order
+    miss; `at_zero` must be 0. Then both are fine-tuned alike from there. Wentworth, LessWrong, 2021.
+    """
+
+    iterations: int = 100
+    halvings: int = 4
+    examples: int = 200
+    lr: float = 0.01
+
+    def __call__(self, bench: Bench, /) -> Iterator[dict[str, Any]]:
+        recipe = replace(bench.recipe(), last=self.iterations)
+        moved = bench.trained(bench.theta_0, bench.full, recipe).final
+        size = bench.layout.num_params
+        delta = torch.from_numpy(moved.floats[:size].astype(np.float64) - bench.theta_0.floats[:size])
+        x = bench.parts["test"][0][: self.examples].double()
+        path = tangent.Tangent(bench.bound, bench.theta_0, double=True)
+        missed = tangent.remainders(path, delta, x, self.halvings)
+        zero = path.remainder(torch.zeros_like(delta), x)
+        for i, (before, after) in enumerate(zip(missed, missed[1:], strict=False)):
+            yield {
+                "step": f"1/{2**i} to 1/{2 ** (i + 1)}",
+                "remainder": before,
+                "ratio": before / after,
+                "at_zero": zero,
+            }
+        plan = Plan(epochs=1, batch_size=recipe.train.batch_size, lr=self.lr)
+        there = tangent.Tangent(bench.bound, moved)
+        data, (x, y) = bench.parts["train"], bench.parts["test"]
+        test = x[:2000], y[:2000]
+        learned = tangent.fine_tune(there, data, plan=plan, order=bench.rng("tangent"))
+        real = train(bench.bound, moved, data=data, plan=plan, order=bench.rng("tangent"), torch_seed=0).params
+        yield {
+            "step": "fine-tuned", "before": evaluate(bench.bound, moved, test)[0],
+            "linear": tangent.accuracy(there, learned, test, linear=True),
+            "linear_weights_in_the_network": tangent.accuracy(there, learned, test, linear=False),
+            "network": evaluate(bench.bound, real, test)[0],
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SpectralGap:
+    """Prune once at the gap of the Hessian's spectrum, on a net of a few hundred weights; a labelled reconstruction.
+
+    `kept`, at most a share `most`, is random's count too (mean of `draws` masks with the same count a layer). See
+    fedlth.lab.imc.
+    """
+
+    side: int = 5
+    hidden: int = 12
+    steps: int = 10
+    examples: int = 1000
+    draws: int = 5
+    most: float = 0.9
+
+    def __call__(self, bench: Bench, /) -> Iterator[dict[str, Any]]:
+        small = pooled(bench, side=self.side, hidden=self.hidden)
+        recipe, size = small.recipe(), small.layout.num_prunable
+        near = small.trained(small.theta_0, small.full, replace(recipe, last=self.steps)).final
+        x, y = small.parts["train"]
+        values, vectors = imc.spectrum(small.bound, near, (x[: self.examples], y[: self.examples]))
+        cut = imc.split(values, vectors, near.floats[:size], most=self.most)
+        rng = small.rng("spectral gap")
+        masks = [Shuffle()(cut.mask, small.layout, rng) for _ in range(self.draws)]
+        random = [small.trained(near.masked(mask), mask, recipe).test for mask in masks]
+        yield {
+            "weights": size, "kept": int(cut.mask.sum()), "ascending": str(bool((np.diff(values) >= 0).all())),
+            "gap": cut.gap, "dense": small.trained(near, small.full, recipe).test,
+            "ticket": small.trained(near.masked(cut.mask), cut.mask, recipe).test, "random": float(np.mean(random)),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SubsetSums:
+    """How many random numbers it takes until some k of them sum to any target. Natale et al., arXiv 2410.14754."""
+
+    k: tuple[int, ...] = (3, 3, 5)
+    errors: tuple[float, ...] = (0.01, 0.001, 0.01)
+    draws: int = 5
+
+    def __call__(self, bench: Bench, /) -> Iterator[dict[str, Any]]:
+        for k, error in zip(self.k, self.errors, strict=True):
+            found = subset_sum.needed(k, error, draws=self.draws, seed=bench.seed)
+            yield {"k": k, "error": f"{error:g}", "needed": float(found.median), "bound": found.bound}

@@ -1,0 +1,119 @@
+"""The report of a lottery study: tables, figures and one self-contained page, written into its folder."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from fedlth.report.build import write_file
+from fedlth.report.html import drawn, embedded
+from fedlth.report.lottery_facts import LotteryFacts, read_lottery
+from fedlth.report.lottery_figures import lottery_pictures
+from fedlth.report.lottery_tables import arms_table, probe_table
+from fedlth.report.tables import RENDERERS, Table
+from fedlth.report.units import percent
+
+
+def write_lottery(run: Path) -> Path:
+    """Write tables/, figures/ and report.html into a lottery study's folder; return the page's path.
+
+    Equal facts give an equal report. Raises StudyError naming what is missing or corrupt.
+    """
+    facts = read_lottery(run)
+    probes = {probe: probe_table(facts, probe) for probe in facts.probes}
+    tables = {"arms": arms_table(facts), **{f"probe_{probe}": table for probe, table in probes.items()}}
+    figures = [drawn(picture) for picture in lottery_pictures(facts)]
+    html = _page(facts, tables["arms"], list(probes.values()), [embedded(one) for one in figures], run)
+    for name, table in tables.items():
+        for ending, render in RENDERERS.items():
+            write_file(run / "tables" / f"{name}.{ending}", render(table).encode())
+    for one in figures:
+        write_file(run / "figures" / f"{one.picture.name}.png", one.png)
+    write_file(run / "report.html", html.encode())
+    return run / "report.html"
+
+
+def words(facts: LotteryFacts) -> list[str]:
+    """Say in sentences what the searches found, against the dense network of the same seeds."""
+    told = []
+    for name in facts.config["searches"]:
+        cells = facts.of(name)
+        if len(cells) < 2:
+            continue
+        dense, tickets = cells[0], cells[1:]
+        best = max(tickets, key=lambda cell: cell.mean("test_accuracy"))
+        level = dense.mean("test_accuracy")
+        as_good = [cell for cell in tickets if cell.mean("test_accuracy") >= level]
+        last = (
+            f"the sparsest ticket not below it keeps {percent(as_good[-1].density)} %"
+            if as_good
+            else "no ticket reaches it"
+        )
+        told.append(
+            f"{name}: the dense network has {percent(level, digits=2)} % and stops at iteration "
+            f"{dense.mean('early_stop'):.0f}; the best ticket has {percent(best.mean('test_accuracy'), digits=2)} % at "
+            f"{percent(best.density)} % of the weights and stops at {best.mean('early_stop'):.0f}; {last}."
+        )
+    return told or ["What the probes of this study measured stands below."]
+
+
+def alarms(facts: LotteryFacts) -> list[str]:
+    """Say where a mask leaves a layer empty (the network is then cut in two), and how sparse any mask could be."""
+    told = []
+    for arm in facts.arms:
+        for cell in facts.of(arm):
+            kept = [row["layer_kept"] for row in cell.rows]
+            empty = [name for name in kept[0] if any(one[name] == 0 for one in kept)]
+            if empty:
+                most = cell.rows[0]["size"] / len(kept[0])
+                told.append(
+                    f"Layer collapse: {arm} at density {cell.density:.3g} has nothing left in {', '.join(empty)}; a "
+                    f"mask can do without up to a compression of {most:.0f} (weights / layers)."
+                )
+                break
+    return told
+
+
+def lottery_text(run: Path) -> str:
+    """Return what the terminal shows: the sentences and the table of arms."""
+    facts = read_lottery(run)
+    parts = ["\n".join([*words(facts), *alarms(facts)])]
+    tables = [arms_table(facts)] if facts.cells else []
+    for table in [*tables, *(probe_table(facts, probe) for probe in facts.probes)]:
+        parts.append(f"{table.title}\n{_columns(table)}")
+    return "\n\n".join(parts)
+
+
+def _columns(table: Table) -> str:
+    widths = [max(len(row[i]) for row in (table.header, *table.rows)) for i in range(len(table.header))]
+    lines = []
+    for row in (table.header, *table.rows):
+        cells = (
+            cell.ljust(width) if i < table.left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _page(facts: LotteryFacts, arms: Table, probes: list[Table], figures: list[dict[str, str]], run: Path) -> str:
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    folder = files("fedlth.report")
+    source = folder.joinpath("lottery.html.j2").read_text(encoding="utf-8")
+    css = folder.joinpath("page.css").read_text(encoding="utf-8")
+    config = facts.config
+    return Environment(autoescape=True, undefined=StrictUndefined).from_string(source).render(
+        css=Markup(css),  # ours, never the user's
+        study=config["lottery"],
+        seeds=", ".join(map(str, config["seeds"])),
+        data=config["data"]["name"],
+        model=config["model"]["name"],
+        words=words(facts),
+        alarms=alarms(facts),
+        figures=figures,
+        arms=arms,
+        probes=probes,
+        config=(run / "config.yaml").read_text(encoding="utf-8"),
+    )  # fmt: skip

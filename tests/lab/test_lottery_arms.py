@@ -1,0 +1,130 @@
+"""Every control acts, and changes nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fedlth.lab import arms
+from fedlth.lab.bench import Bench
+from fedlth.lab.controls import MASKS
+from fedlth.lab.recipe import Recipe
+from fedlth.lab.search import Round, rounds
+from fedlth.params import Params
+from tests.lab import tiny_lottery as tiny
+
+
+def seen(monkeypatch: pytest.MonkeyPatch, **arm: object) -> tuple[Bench, Round, Params, np.ndarray, Recipe, bool]:
+    """Return what an arm hands to its training, beside the round whose mask it wears."""
+    bench = tiny.bench(arms={"arm": {"of": "imp", "rounds": [2], **arm}})
+    one = next(r for r in rounds(bench, "imp") if r.number == 2)
+    told: list[tuple[Params, np.ndarray, Recipe, bool]] = []
+    real = Bench.trained
+
+    def trained(self: Bench, start: Params, mask: np.ndarray, recipe: Recipe, *, free: bool = False, **named: object):
+        told.append((start, mask, recipe, free))
+        return real(self, start, mask, recipe, free=free)
+
+    monkeypatch.setattr(Bench, "trained", trained)
+    recipe = bench.recipe(dict(bench.study.arms["arm"].train))
+    arms.controlled(bench, "arm", one, recipe)
+    return (bench, one, *told[-1])
+
+
+def alive(params: Params, mask: np.ndarray) -> np.ndarray:
+    return params.floats[: mask.size][mask]
+
+
+def counts(bench: Bench, mask: np.ndarray) -> list[int]:
+    return [int(mask[e.slice].sum()) for e in bench.layout.prunable]
+
+
+def test_the_plain_arm_is_the_ticket(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, one, start, mask, recipe, free = seen(monkeypatch)
+    assert np.array_equal(mask, one.mask)
+    assert np.array_equal(start.floats, one.start.floats)
+    assert (recipe, free) == (bench.recipe(), False)
+    assert bench.trained(start, mask, recipe).final.digest() == one.run.final.digest()
+
+
+def test_reinit_changes_every_weight_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, one, start, mask, recipe, _ = seen(monkeypatch, start="reinit")
+    assert np.array_equal(mask, one.mask) and recipe == bench.recipe()
+    assert (alive(start, mask) != alive(bench.theta_0, mask)).all()
+
+
+@pytest.mark.parametrize("name", ["shuffle", "random"])
+def test_a_mask_control_keeps_counts_and_theta_0(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    bench, one, start, mask, recipe, _ = seen(monkeypatch, mask=name)
+    assert not np.array_equal(mask, one.mask)
+    assert mask.sum() == one.mask.sum() and recipe == bench.recipe()
+    assert np.array_equal(alive(start, mask), alive(bench.theta_0, mask))
+    assert not start.floats[: mask.size][~mask].any()
+    if name == "shuffle":
+        assert counts(bench, mask) == counts(bench, one.mask)
+
+
+def test_noise_moves_survivors_by_so_many_sigmas(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, _, start, mask, _, _ = seen(monkeypatch, start={"name": "noise", "sigmas": 2.0})
+    for e in bench.layout.prunable[:1]:
+        here = mask[e.slice]
+        moved = (start.floats[e.slice] - bench.theta_0.floats[e.slice])[here]
+        assert 1.6 < moved.std() / bench.theta_0.floats[e.slice].std() < 2.4
+    assert np.array_equal(start.floats[mask.size :], bench.theta_0.floats[mask.size :])
+
+
+def test_dead_weights_at_init_stay_there_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, one, start, mask, recipe, free = seen(monkeypatch, dead="init")
+    assert free and np.array_equal(mask, one.mask)
+    assert np.array_equal(start.floats, bench.theta_0.floats)
+    end = bench.trained(start, mask, recipe, free=True).final
+    assert np.array_equal(end.floats[: mask.size][~mask], bench.theta_0.floats[: mask.size][~mask])
+    assert (alive(end, mask) != alive(start, mask)).mean() > 0.9
+
+
+def test_a_late_start_goes_on_where_the_dense_training_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, _, start, mask, recipe, _ = seen(monkeypatch, start={"name": "step", "step": 10})
+    dense = bench.trained(bench.theta_0, bench.full, replace(bench.recipe(), last=10)).final
+    assert np.array_equal(start.floats, dense.masked(mask).floats)
+    assert recipe.first == 10
+
+
+def test_an_arm_trains_its_own_way_and_only_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, one, start, mask, recipe, _ = seen(monkeypatch, train={"lr": 0.01, "warmup": 5})
+    assert np.array_equal(start.floats, one.start.floats) and np.array_equal(mask, one.mask)
+    assert recipe.train == bench.study.train.model_copy(update={"lr": 0.01, "warmup": 5})
+
+
+def test_an_untrained_arm_is_not_trained() -> None:
+    arm = {"of": "imp", "rounds": [2], "start": {"name": "frozen", "weights": "init"}}
+    bench = tiny.bench(arms={"arm": arm})
+    one = next(r for r in rounds(bench, "imp") if r.number == 2)
+    mask, run = arms.controlled(bench, "arm", one, bench.recipe())
+    assert run.final.digest() == bench.theta_0.masked(mask).digest()
+    assert [p.iteration for p in run.curve] == [0]
+
+
+def test_a_round_is_the_ladder_and_rewinds_exactly() -> None:
+    bench = tiny.bench()
+    found = list(rounds(bench, "imp"))
+    assert [r.number for r in found] == [0, 1, 2, 3]
+    size = bench.layout.num_prunable
+    for before, after in zip(found, found[1:], strict=False):
+        assert not (after.mask & ~before.mask).any()
+        assert after.mask.sum() == round(0.8**after.number * size)
+        assert np.array_equal(after.start.floats, bench.theta_0.masked(after.mask).floats)
+        assert not after.run.final.floats[:size][~after.mask].any()
+        assert after.before.digest() == before.run.final.digest()
+
+
+def test_masks_draw_from_the_generator_alone() -> None:
+    bench = tiny.bench()
+    state = torch.random.get_rng_state()
+    mask = np.arange(bench.layout.num_prunable) % 3 == 0
+    for make in MASKS.values():
+        one, two = (make()(mask, bench.layout, bench.rng("x")) for _ in range(2))
+        assert np.array_equal(one, two)
+    assert torch.equal(state, torch.random.get_rng_state())

@@ -1,0 +1,174 @@
+"""The same study gives the same bytes: run twice, stopped and resumed, on one worker or two; another seed does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedlth.errors import StudyError
+from fedlth.lab import bench as bench_module
+from fedlth.lab import runner, study
+from tests.lab import tiny_lottery as tiny
+
+ARMS = {
+    "reinit": {"of": "imp", "start": "reinit"},
+    "shuffle": {"of": "imp", "mask": "shuffle", "rounds": [2]},
+    "dropped": {"of": "imp", "rounds": [2], "train": {"dropout": 0.5}},
+}
+ROOT = Path(__file__).parents[2]
+PROBES = {
+    "instability": {"name": "instability", "search": "imp", "rounds": [1], "steps": [0, 10], "alphas": 3},
+    "attack": {"name": "attack", "search": "imp", "round": 2, "arms": ["shuffle"], "eps": [0.0, 0.1], "examples": 40},
+}
+
+
+def test_twice_gives_the_same_bytes_and_another_seed_does_not(tmp_path: Path) -> None:
+    sections = {"arms": ARMS, "probes": PROBES}
+    one = tiny.run(tmp_path / "one", **sections)
+    assert one == tiny.run(tmp_path / "two", **sections)
+    assert one != tiny.run(tmp_path / "three", **sections, seeds=[1])
+    assert one == tiny.run(tmp_path / "one", **sections)  # and a finished run is left as it is
+
+
+def test_two_workers_give_what_one_gives(tmp_path: Path) -> None:
+    one = tiny.run(tmp_path / "one", arms={"reinit": ARMS["reinit"]}, seeds=[0, 1])
+    two = tiny.run(tmp_path / "two", arms={"reinit": ARMS["reinit"]}, seeds=[0, 1], workers=2)
+    assert one == two
+
+
+def test_a_stop_at_any_training_ends_as_if_it_had_not_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tiny.run(tmp_path / "whole", arms=ARMS)
+    real, left = bench_module.train, [0]
+
+    def stopping(*args: object, **named: object) -> object:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return real(*args, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bench_module, "train", stopping)
+    out, stops = tmp_path / "stopped", 0
+    while not (out / "results.jsonl").exists():
+        left[0] = 3
+        try:
+            tiny.run(out, arms=ARMS)
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops >= 2
+    assert (out / "results.jsonl").read_bytes() == whole
+
+
+def test_a_damaged_training_is_an_error_that_names_it_not_a_result(tmp_path: Path) -> None:
+    tiny.run(tmp_path / "run")
+    (tmp_path / "run" / "results.jsonl").unlink()
+    for rows in (tmp_path / "run" / "rows").iterdir():
+        rows.unlink()
+    victim = sorted((tmp_path / "run" / "trainings").iterdir())[0]
+    data = bytearray(victim.read_bytes())
+    data[-5] ^= 1
+    victim.write_bytes(bytes(data))
+    with pytest.raises(StudyError, match=victim.name):
+        tiny.run(tmp_path / "run")
+
+
+def test_a_folder_of_another_study_is_refused(tmp_path: Path) -> None:
+    tiny.run(tmp_path / "run")
+    with pytest.raises(StudyError, match="another study"):
+        tiny.run(tmp_path / "run", seeds=[3])
+
+
+def test_every_row_says_what_it_is(tmp_path: Path) -> None:
+    tiny.run(tmp_path / "run", arms=ARMS, probes=PROBES)
+    rows = runner.read_rows(tmp_path / "run")
+    trainings = [r for r in rows if r["kind"] == "training"]
+    assert [r["round"] for r in trainings if r["arm"] == "imp"] == [0, 1, 2, 3]
+    assert [r["round"] for r in trainings if r["arm"] == "shuffle"] == [2]
+    for row in trainings:
+        iterations, losses, _ = zip(*row["curve"], strict=True)
+        assert row["early_stop"] == iterations[losses.index(min(losses))]
+        assert sum(row["layer_kept"].values()) == row["kept"]
+    assert len(trainings[0]["curve"]) == 4
+
+
+def test_a_study_survives_its_own_dump(tmp_path: Path) -> None:
+    made = tiny.made(arms=ARMS, probes=PROBES)
+    file = tmp_path / "study.yaml"
+    file.write_text(study.dump(made))
+    assert study.load(file) == made
+    assert study.load(file, ["train.lr=0.2"]).train.lr == 0.2
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"train": {"lrr": 1}}, "train.lrr: unknown key; did you mean lr"),
+        ({"searches": {"imp": {"rounds": 2, "scor": "x"}}}, "searches.imp.scor: unknown key; did you mean score"),
+        ({"searches": {"imp": {"rounds": 2, "train": {"steps": 3}}}}, "searches.imp.train: steps: unknown key"),
+        ({"searches": {"imp": {}}}, "searches.imp: must have either rounds or densities"),
+        ({"searches": {"imp": {"densities": [0.2, 0.5]}}}, "searches.imp.densities: must fall"),
+        ({"searches": {"imp": {"rounds": 2, "score": "nothing"}}}, "searches.imp.score.name: must be one of"),
+        ({"arms": {"a": {"of": "nowhere"}}}, "arms.a.of: must be one of imp"),
+        ({"arms": {"a": {"of": "imp", "rounds": [9]}}}, "arms.a.rounds: must be in"),
+        ({"arms": {"a": {"of": "imp", "mask": "upside_down"}}}, "arms.a.mask.name: must be one of"),
+        ({"arms": {"a": {"of": "imp", "start": "none"}}}, "arms.a.start: must go back to"),
+        ({"probes": {"p": {"name": "attack", "search": "imp"}}}, "probes.p.round: required"),
+        ({"probes": {"p": {"name": "attack", "search": "imp", "round": 1, "arms": ["x"]}}}, "probes.p"),
+        ({"probes": {"p": {"name": "overlap", "searches": ["imp", "x"], "rounds": [1]}}}, "probes.p"),
+        ({"seeds": []}, "seeds: must be one or more"),
+        ({"data": {"name": "tests.tiny:images", "validation": 60, "train": 1000}}, "data: train and validation"),
+    ],
+)
+def test_a_wrong_study_is_an_error_that_names_the_place(change: dict[str, object], told: str, tmp_path: Path) -> None:
+    with pytest.raises(StudyError) as error:
+        tiny.run(tmp_path / "run", **change)
+    assert told in str(error.value)
+    assert not (tmp_path / "run" / "config.yaml").exists(), json.dumps(change)
+
+
+def test_the_score_shown_in_the_docs_works_in_a_lottery_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    docs = Path(__file__).parents[2] / "docs" / "study.md"
+    code = re.search(r"```python\n(# mine.py.*?)```", docs.read_text(), re.S)
+    assert code
+    (tmp_path / "mine.py").write_text(code.group(1))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("mine", None)
+    one = tiny.run(tmp_path / "run", searches={"own": {"rounds": 2, "score": {"name": "mine:Grown", "power": 2.0}}})
+    other = tiny.run(tmp_path / "plain", searches={"own": {"rounds": 2}})
+    assert [r["layer_kept"] for r in map(json.loads, one.splitlines())]
+    assert one != other
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", ["main", "worker"])
+def test_a_stopped_command_ends_soon_says_how_to_go_on_and_does(tmp_path: Path, stop: str) -> None:
+    sections = {"seeds": [0, 1], "workers": 2, "searches": {"imp": {"rounds": 3}}}
+    long = tiny.tree(**sections, train={"iterations": 3000, "batch_size": 16, "lr": 0.05, "evaluate_every": 500})
+    whole, out, file = tmp_path / "whole", tmp_path / "out", tmp_path / "study.yaml"
+    file.write_text(json.dumps(long))
+    command = [sys.executable, "-m", "fedlth", "lottery", str(file), f"out={out}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as running:
+        assert running.stderr is not None
+        while "round 0" not in (line := running.stderr.readline()):
+            assert line, "ended before it was stopped"
+        if stop == "main":
+            running.send_signal(signal.SIGINT)
+        else:
+            children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+            workers = [c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+            os.kill(int(workers[-1]), signal.SIGKILL)
+        told = running.stderr.read()
+        assert running.wait(60) == (130 if stop == "main" else 2), told
+    assert f"out={out}" in told
+    assert not (out / "results.jsonl").exists()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    runner.run(study.build({**long, "workers": 1}), whole, tiny.quiet)
+    assert (out / "results.jsonl").read_bytes() == (whole / "results.jsonl").read_bytes()

@@ -1,0 +1,122 @@
+"""A laboratory training: rates, batches, optimisers, early stop, what is kept on disk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fedlth.lab.recipe import Recipe
+from fedlth.lab.study import Train
+from fedlth.lab.training import Point, Run, batches, packed, unpacked
+from fedlth.params import Params
+from fedlth.rng import stream
+from tests.lab import tiny_lottery as tiny
+
+
+def test_rates_warm_up_then_fall_at_milestones() -> None:
+    recipe = Recipe(train=Train(iterations=100, lr=1.0, warmup=10, warmup_lr=0.1, milestones=(0.5, 0.75)))
+    assert recipe.rate(0) == pytest.approx(0.1 + 0.9 / 10)
+    assert recipe.rate(9) == recipe.rate(10) == recipe.rate(49) == pytest.approx(1.0)
+    assert recipe.rate(50) == pytest.approx(0.1) and recipe.rate(99) == pytest.approx(0.01)
+    assert replace(recipe, constant_lr=True).rate(0) == pytest.approx(0.01)
+    assert Recipe(train=Train(iterations=100, schedule="cosine")).rate(99) == pytest.approx(0.001)
+
+
+def test_a_training_from_step_k_has_the_batches_of_step_k() -> None:
+    whole = Recipe(train=Train(iterations=30, batch_size=7))
+    late = batches(40, replace(whole, first=12), stream(0, "order"))
+    for one, other in zip(batches(40, whole, stream(0, "order"))[12:], late, strict=True):
+        assert np.array_equal(one, other)
+    first = np.concatenate(batches(40, whole, stream(0, "order")))[:40]
+    assert np.array_equal(np.sort(first), np.arange(40))  # an epoch has every example once
+
+
+def test_two_halves_are_the_whole() -> None:
+    bench = tiny.bench()
+    recipe = bench.recipe()
+    whole = bench.trained(bench.theta_0, bench.full, recipe)
+    half = bench.trained(bench.theta_0, bench.full, replace(recipe, last=10))
+    rest = bench.trained(half.final, bench.full, replace(recipe, first=10))
+    assert rest.final.digest() == whole.final.digest()
+    assert half.curve + rest.curve == whole.curve
+
+
+@pytest.mark.parametrize("train", [{"optimiser": "adam", "lr": 0.01}, {"momentum": 0.9, "weight_decay": 1e-3}])
+def test_torch_and_ours_take_the_same_steps(train: dict[str, float]) -> None:
+    bench = tiny.bench()
+    recipe = replace(bench.recipe({**train, "dropout": 1e-12}), last=5)  # dropout: the plain torch way
+    ours = bench.trained(bench.theta_0, bench.full, recipe).final
+    module, layout = bench.module(), bench.layout
+    named = dict(module.named_parameters())
+    with torch.no_grad():
+        for e in layout.floats:
+            named[e.name].copy_(torch.from_numpy(bench.theta_0.floats[e.slice].reshape(e.shape)))
+    t = recipe.train
+    if t.optimiser == "adam":
+        optimiser: torch.optim.Optimizer = torch.optim.Adam(module.parameters(), lr=t.lr)
+    else:
+        optimiser = torch.optim.SGD(module.parameters(), lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay)
+    x, y = bench.parts["train"]
+    for part in batches(len(y), recipe, stream(bench.seed, "order")):
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(module(x[part]), y[part]).backward()
+        optimiser.step()
+    for e in layout.floats:
+        got, wanted = ours.floats[e.slice], named[e.name].detach().reshape(-1).numpy()
+        np.testing.assert_allclose(got, wanted, atol=2e-6)
+
+
+@pytest.mark.parametrize("train", [{"optimiser": "adam"}, {"momentum": 0.9, "dropout": 0.3}, {"momentum": 0.9}])
+def test_the_dead_stay_dead_under_every_optimiser(train: dict[str, object]) -> None:
+    bench = tiny.bench()
+    mask = bench.rng("mask").random(bench.layout.num_prunable) < 0.3
+    end = bench.trained(bench.theta_0, mask, bench.recipe(train)).final
+    assert not end.floats[: mask.size][~mask].any()
+    assert (end.floats[: mask.size][mask] != bench.theta_0.floats[: mask.size][mask]).any()
+
+
+def test_the_early_stop_is_the_first_least_loss() -> None:
+    nothing = Params(np.zeros(1, np.float32), np.zeros(0, np.int64))
+    curve = tuple(Point(i, loss, 0.5) for i, loss in ((10, 0.9), (20, 0.4), (30, 0.4), (40, 0.7)))
+    assert Run(nothing, nothing, curve, 0.0, 0.0).early_stop.iteration == 20
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_what_is_kept_on_disk_comes_back(masked: bool) -> None:
+    bench = tiny.bench()
+    mask = bench.rng("mask").random(bench.layout.num_prunable) < 0.2 if masked else bench.full
+    run = bench.trained(bench.theta_0, mask, bench.recipe(), window=2)
+    back = unpacked(packed(run, mask), bench.theta_0, mask)
+    assert back.final.digest() == run.final.digest() and back.best.digest() == run.best.digest()
+    assert (back.curve, back.test, back.test_final) == (run.curve, run.test, run.test_final)
+    assert len(back.previous) == 2
+    assert all(np.array_equal(a, b) for a, b in zip(back.previous, run.previous, strict=True))
+
+
+def test_a_training_is_done_once(tmp_path: Path) -> None:
+    bench = tiny.bench(tmp_path)
+    one = bench.trained(bench.theta_0, bench.full, bench.recipe())
+    assert len(list((tmp_path / "trainings").iterdir())) == 1
+    assert bench.trained(bench.theta_0, bench.full, bench.recipe()).final.digest() == one.final.digest()
+    bench.trained(bench.theta_0, bench.full, bench.recipe({"lr": 0.2}))
+    assert len(list((tmp_path / "trainings").iterdir())) == 2
+
+
+def test_a_diverging_training_is_an_error() -> None:
+    bench = tiny.bench()
+    with pytest.raises(FloatingPointError, match="diverged"):
+        bench.trained(bench.theta_0, bench.full, bench.recipe({"lr": 1e30}))
+
+
+def test_glorot_has_its_variance_and_no_bias() -> None:
+    bench = tiny.bench(model={"name": "lenet300", "init": "glorot_normal"})
+    for e in bench.layout.floats:
+        values = bench.theta_0.floats[e.slice]
+        if len(e.shape) == 1:
+            assert not values.any()
+        elif e.size > 1000:
+            assert values.std() == pytest.approx((2 / sum(e.shape)) ** 0.5, rel=0.1)

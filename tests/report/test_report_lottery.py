@@ -1,0 +1,113 @@
+"""The report of a lottery study: means over seeds, pairs by seed, every probe a table, the same bytes twice."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedlth.errors import StudyError
+from fedlth.report.lottery import alarms, lottery_text, words, write_lottery
+from fedlth.report.lottery_facts import over_seeds, read_lottery
+from fedlth.report.lottery_tables import arms_table, probe_table
+
+CONFIG = """
+lottery: made <up>
+seeds: [0, 1]
+data: {name: nothing}
+model: {name: none}
+searches: {imp: {rounds: 2}}
+arms: {reinit: {of: imp}}
+probes: {shake: {name: instability}, other: {name: mine}}
+"""
+
+
+def training(arm: str, seed: int, number: int, kept: int, test: float, stop: int) -> dict[str, Any]:
+    return {
+        "kind": "training", "arm": arm, "seed": seed, "round": number, "kept": kept, "size": 100,
+        "layer_kept": {"a": kept}, "early_stop": stop, "validation_loss": 0.5, "validation_accuracy": test,
+        "test_accuracy": test, "final_validation_accuracy": test, "final_test_accuracy": test - 0.01,
+        "curve": [[10, 0.7, 0.5], [20, 0.5, test]],
+    }  # fmt: skip
+
+
+def folder(tmp_path: Path) -> Path:
+    rows = []
+    for seed in (0, 1):
+        for number, (kept, test, stop) in enumerate(((100, 0.80, 20), (80, 0.82, 10), (64, 0.79, 10))):
+            rows.append(training("imp", seed, number, kept, test + 0.02 * seed, stop))
+        rows.append(training("reinit", seed, 1, 80, 0.79 + 0.03 * seed, 20))
+    for seed in (0, 1):
+        for alpha in ("0.00", "0.50", "1.00"):
+            rows.append({"kind": "probe", "probe": "shake", "seed": seed, "alpha": alpha, "density": "1",
+                         "rewind_step": 0, "error": 0.1 + seed, "barrier": 0.0})  # fmt: skip
+        rows.append({"kind": "probe", "probe": "other", "seed": seed, "what": "<b>", "size": 3 + seed, "much": 1.5})
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_cells_are_means_over_seeds_and_differences_are_paired(tmp_path: Path) -> None:
+    facts = read_lottery(folder(tmp_path))
+    assert facts.arms == ("imp", "reinit")
+    cell = facts.cell("imp", 1)
+    assert cell is not None and cell.density == 0.8 and cell.mean("test_accuracy") == pytest.approx(0.83)
+    row = {r[0] + r[1]: r for r in arms_table(facts).rows}["reinit1"]
+    # 79 - 82 and 82 - 84: the mean of the seeds' own differences
+    assert row[-1] == "−2.5" and row[3] == "20" and row[4] == "80.50"
+    assert arms_table(facts).rows[0][-1] == "–"
+
+
+def test_probes_merge_what_was_asked_and_average_what_was_measured(tmp_path: Path) -> None:
+    facts = read_lottery(folder(tmp_path))
+    merged = over_seeds(facts.probes["shake"])
+    assert [row["alpha"] for row in merged] == ["0.00", "0.50", "1.00"]
+    assert all(np.array_equal(row["error"], [0.1, 1.1]) for row in merged)
+    table = probe_table(facts, "shake")
+    assert "0.6 ± 0.71" in table.rows[0]
+    # a count that differs by seed keeps the seeds apart
+    assert len(probe_table(facts, "other").rows) == 2
+
+
+def test_the_words_say_where_the_search_ends(tmp_path: Path) -> None:
+    (told,) = words(read_lottery(folder(tmp_path)))
+    assert "dense network has 81.00 %" in told
+    assert "best ticket has 83.00 % at 80.0 %" in told
+    assert "sparsest ticket not below it keeps 80.0 %" in told
+
+
+def test_the_page_is_whole_escaped_and_the_same_twice(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    page = write_lottery(run).read_text()
+    assert "made &lt;up&gt;" in page and "made <up>" not in page
+    assert "&lt;b&gt;" in page and "<td><b></td>" not in page
+    assert not re.search(r'(?:src|href)="https?:', page)
+    assert page.count("<figure>") == 4
+    before = {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    write_lottery(run)
+    assert before == {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    assert (run / "figures" / "accuracy_by_density.png").read_bytes()[:4] == b"\x89PNG"
+    assert (run / "tables" / "arms.csv").read_text().startswith("arm,round,density")
+    assert "reinit" in lottery_text(run) and "shake: instability" in lottery_text(run)
+
+
+def test_an_unfinished_study_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    with pytest.raises(StudyError, match="results.jsonl"):
+        write_lottery(tmp_path)
+
+
+def test_an_empty_layer_raises_the_alarm_once_an_arm(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    assert alarms(read_lottery(run)) == []
+    rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row.get("round", 0) >= 1 and row["arm"] == "imp":
+            row["layer_kept"] = {"a": row["kept"], "b": int(row["seed"] == 0)}
+    (run / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (told,) = alarms(read_lottery(run))
+    assert "imp at density 0.8 has nothing left in b" in told and "compression of 50 " in told
