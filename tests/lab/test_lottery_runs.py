@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -154,7 +155,9 @@ def test_a_stopped_command_ends_soon_says_how_to_go_on_and_does(tmp_path: Path, 
     whole, out, file = tmp_path / "whole", tmp_path / "out", tmp_path / "study.yaml"
     file.write_text(json.dumps(long))
     command = [sys.executable, "-m", "fedlth", "lottery", str(file), f"out={out}"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as running:
+    # A test run in the background inherits an ignored SIGINT.
+    heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=heard) as running:
         assert running.stderr is not None
         while "round 0" not in (line := running.stderr.readline()):
             assert line, "ended before it was stopped"
