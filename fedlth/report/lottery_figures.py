@@ -145,7 +145,7 @@ class Lines:
         axes.set_xlabel(self.x.replace("_", " "))
         axes.set_ylabel(self.y.replace("_", " "))
         if len(groups) > 1:
-            figure.legend(loc="outside upper left", fontsize=8, ncols=4)
+            figure.legend(loc="outside upper left", fontsize=8, ncols=3)
 
 
 @dataclass(frozen=True)
