@@ -34,11 +34,13 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
 T = TypeVar("T", bound=BaseModel)
 
 
-class _Node(BaseModel):
+class Node(BaseModel):
+    """A section of a study file: frozen, strict, and no key that it does not know."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False)
 
 
-class Data(_Node):
+class Data(Node):
     """Which data set: a name of `fedlth list datasets`, `hf:ID`, or your own `package.module:callable`."""
 
     name: str = "fashion_slice"
@@ -46,7 +48,7 @@ class Data(_Node):
     options: dict[str, Any] = {}
 
 
-class Clients(_Node):
+class Clients(Node):
     """How many clients, and how each one's examples are split."""
 
     count: Count
@@ -55,7 +57,7 @@ class Clients(_Node):
     test_samples: Count = 100
 
 
-class Model(_Node):
+class Model(Node):
     """Which network, which of its tensors are prunable (glob patterns), and what happens to norm buffers."""
 
     name: str = "lenet5"
@@ -64,7 +66,7 @@ class Model(_Node):
     buffers: Literal["aggregate", "local_statistics", "local_all"] = "aggregate"
 
 
-class Train(_Node):
+class Train(Node):
     """Local SGD."""
 
     epochs: Count = 1
@@ -74,14 +76,14 @@ class Train(_Node):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
 
 
-class Federate(_Node):
+class Federate(Node):
     """Step 1: rounds over sampled clients."""
 
     rounds: Annotated[int, Field(ge=0)] = 10
     clients_per_round: Count = 5
 
 
-class Personalise(_Node):
+class Personalise(Node):
     """Step 2: every client's own training; `clients_per_wave` of them are committed at once."""
 
     epochs: Count = 2
@@ -91,7 +93,7 @@ class Personalise(_Node):
     clients_per_wave: Count = 10
 
 
-class Finder(_Node):
+class Finder(Node):
     """How a ticket is found: parts that compose, down to exact densities; `main` is the one kept."""
 
     score: Spec = {"name": "magnitude"}
@@ -106,21 +108,21 @@ class Finder(_Node):
     main: float | None = None
 
 
-class Refine(_Node):
+class Refine(Node):
     """Further federated rounds inside the tickets."""
 
     rounds: Annotated[int, Field(ge=0)] = 0
     clients_per_round: Count = 5
 
 
-class Tune(_Node):
+class Tune(Node):
     """Learning rates to try before the run; validation accuracy after `rounds` rounds chooses."""
 
     lr: Annotated[tuple[Positive, ...], BeforeValidator(_tuple)] = ()
     rounds: Count = 5
 
 
-class Ray(_Node):
+class Ray(Node):
     """The Ray engine: workers, where they run, and what each may use."""
 
     address: str | None = None
@@ -133,7 +135,7 @@ class Ray(_Node):
     memory_mb: Count | None = None
 
 
-class Study(_Node):
+class Study(Node):
     """A whole study. `science()` is the part that decides its numbers."""
 
     study: str = "study"

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from fedlth import config
-from fedlth.config import Count, Floats, Names, Positive, Spec
+from fedlth.config import Count, Floats, Names, Node, Positive, Spec
 from fedlth.errors import StudyError
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -19,11 +19,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Rounds = Annotated[tuple[Whole, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 
 
-class _Node(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False)
-
-
-class Data(_Node):
+class Data(Node):
     """Which data set, and how many of its examples train, validate (from the train split) and test. None: the rest."""
 
     name: str = "fashion_slice"
@@ -35,7 +31,7 @@ class Data(_Node):
     seed: Whole = 0
 
 
-class Model(_Node):
+class Model(Node):
     """Which network, which tensors are prunable, how theta_0 is drawn."""
 
     name: str = "lenet300"
@@ -44,7 +40,7 @@ class Model(_Node):
     init: Literal["default", "glorot_normal"] = "default"
 
 
-class Train(_Node):
+class Train(Node):
     """How a training goes. warmup: iterations from `warmup_lr` up to `lr`; milestones: shares of the training where
     the rate falls to a tenth; attack: train on images attacked with this strength, in pixels of [0, 1]."""
 
@@ -66,7 +62,7 @@ class Train(_Node):
     norm_l1: NotNegative = 0.0
 
 
-class Search(_Node):
+class Search(Node):
     """How masks are found: a finder of fedlth.tickets, down `rounds` steps that each remove `rate` of the survivors,
     or down the given densities. train: keys of the study's train section that differ in the search."""
 
@@ -90,7 +86,7 @@ class Search(_Node):
         return tuple((1 - self.rate) ** n for n in range(1, self.rounds + 1))
 
 
-class Arm(_Node):
+class Arm(Node):
     """What is trained under a search's masks: a control of the mask, a rewind to named weights, what the dead hold.
 
     rounds: at which masks of the search (all when empty). train: keys of the train section that differ.
@@ -104,7 +100,7 @@ class Arm(_Node):
     train: dict[str, Any] = {}
 
 
-class Lottery(_Node):
+class Lottery(Node):
     """A whole lottery study."""
 
     lottery: str = "lottery"

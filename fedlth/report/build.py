@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedlth.report.facts import read_group
 from fedlth.report.figures import pictures
-from fedlth.report.html import drawn, page
+from fedlth.report.html import Drawn, drawn, page
 from fedlth.report.results import Results, results_of
-from fedlth.report.tables import RENDERERS, bytes_table, clients_table, summary_table
+from fedlth.report.tables import RENDERERS, Table, bytes_table, clients_table, summary_table
 
 
 def read_results(run: Path) -> Results:
@@ -27,6 +28,11 @@ def write_report(run: Path) -> Path:
     tables = {"summary": summary_table(results), "clients": clients_table(results), "bytes": bytes_table(results)}
     figures = [drawn(picture) for picture in pictures(results)]
     html = page(results, tables=tables, figures=figures)
+    return write_files(run, tables=tables, figures=figures, html=html)
+
+
+def write_files(run: Path, *, tables: Mapping[str, Table], figures: Sequence[Drawn], html: str) -> Path:
+    """Write a report's tables, its figures, and last its page, whose path it returns."""
     for name, table in tables.items():
         for ending, render in RENDERERS.items():
             write_file(run / "tables" / f"{name}.{ending}", render(table).encode())

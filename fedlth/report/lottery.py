@@ -5,12 +5,12 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from fedlth.report.build import write_file
+from fedlth.report.build import write_files
 from fedlth.report.html import drawn, embedded
 from fedlth.report.lottery_facts import LotteryFacts, read_lottery
 from fedlth.report.lottery_figures import lottery_pictures
 from fedlth.report.lottery_tables import arms_table, probe_table
-from fedlth.report.tables import RENDERERS, Table
+from fedlth.report.tables import Table
 from fedlth.report.units import percent
 
 
@@ -24,13 +24,7 @@ def write_lottery(run: Path) -> Path:
     tables = {"arms": arms_table(facts), **{f"probe_{probe}": table for probe, table in probes.items()}}
     figures = [drawn(picture) for picture in lottery_pictures(facts)]
     html = _page(facts, tables["arms"], list(probes.values()), [embedded(one) for one in figures], run)
-    for name, table in tables.items():
-        for ending, render in RENDERERS.items():
-            write_file(run / "tables" / f"{name}.{ending}", render(table).encode())
-    for one in figures:
-        write_file(run / "figures" / f"{one.picture.name}.png", one.png)
-    write_file(run / "report.html", html.encode())
-    return run / "report.html"
+    return write_files(run, tables=tables, figures=figures, html=html)
 
 
 def words(facts: LotteryFacts) -> list[str]:
