@@ -30,11 +30,11 @@ from fedlth.models.flops import layer_flops
 from fedlth.models.prunable import prunable_names
 from fedlth.models.registry import build
 from fedlth.params import Layout, Params, layout_of, read
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 from fedlth.parts import make
 from fedlth.rng import stream, torch_seed
 from fedlth.train import Bound, Plan, evaluate, train
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
 
 @contextmanager
