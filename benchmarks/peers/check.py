@@ -1,8 +1,9 @@
 """Show that each peer learns and how much it trains: python benchmarks/peers/check.py FOLDER [NAME ...] --work W2.
 
-After each round of the peer alone: its client steps, and loss and accuracy of its global model on images of all classes.
+After each round of the peer alone: its client steps, loss and accuracy of its global model on images of all classes.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import argparse
@@ -39,8 +40,9 @@ def main() -> None:
         try:
             for number in range(args.rounds):
                 told = one.round()
-                print(f"{name} round {number + 1}: {told['steps']} client steps, loss {told['loss']:.3f}, accuracy "
-                      f"{told['accuracy']:.3f}, {told['wall']:.2f} s, {one.cpus[-1]:.2f} CPU s", flush=True)  # fmt: skip
+                learnt = f"loss {told['loss']:.3f}, accuracy {told['accuracy']:.3f}"
+                took = f"{told['wall']:.2f} s, {one.cpus[-1]:.2f} CPU s"
+                print(f"{name} round {number + 1}: {told['steps']} client steps, {learnt}, {took}", flush=True)
         except Gone as error:
             print(error, flush=True)
         finally:

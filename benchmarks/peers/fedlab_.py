@@ -1,5 +1,6 @@
 """FedLab 1.3.0, standalone: SGDSerialClientTrainer and SyncServerHandler, one client at a time."""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import logging

@@ -1,5 +1,6 @@
 """fluke 0.8.1, FedAVG, one client at a time."""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import sys

@@ -3,6 +3,7 @@
 As torchrun would start it: each process trains half of a round's users, and gloo adds up what they learnt.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import json
@@ -29,7 +30,9 @@ if "RANK" not in os.environ:
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0",
     }  # fmt: skip
     for rank in range(1, WORKERS):
-        other = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, env=os.environ | {"RANK": str(rank)})
+        other = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, env=os.environ | {"RANK": str(rank)}
+        )
         assert other.stdin is not None
         other.stdin.write((json.dumps(work) + "\n").encode())
         other.stdin.flush()

@@ -13,7 +13,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -100,21 +102,18 @@ class Child:
     def end(self) -> None:
         """End the system and all it started."""
         self.signal(signal.SIGCONT)
-        try:
+        with suppress(subprocess.TimeoutExpired, BrokenPipeError):
             self.process.communicate("", timeout=10)
-        except (subprocess.TimeoutExpired, BrokenPipeError):
-            pass
         while pids := self.pids():
             for pid in pids:
                 _kill(pid, signal.SIGKILL)
             self.process.poll()
+            time.sleep(0.05)
 
 
 def _kill(pid: int, what: int) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, what)
-    except ProcessLookupError:
-        pass
 
 
 def child(
@@ -125,7 +124,7 @@ def child(
     path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     mark = uuid.uuid4().hex
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", MARK: mark}
-    log = tempfile.TemporaryFile("w+", errors="replace") if python else None
+    log = tempfile.TemporaryFile("w+", errors="replace") if python else None  # noqa: SIM115, it lives as the child
     process = subprocess.Popen(
         [str(python or sys.executable), str(HERE / script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
         text=True, env=env, cwd=HERE.parent, start_new_session=True,
