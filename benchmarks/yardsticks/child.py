@@ -1,4 +1,4 @@
-"""A system under measurement: a process of a session of its own that runs one round when it is told to.
+"""A system under measurement: a process that runs one round when it is told to.
 
 A peer that says nothing for PATIENCE_S, ends, or trains other work than it was given is `Gone`. Whatever a system
 started carries its mark in the environment, daemons too, and goes with it.
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from yardsticks.tree import cpu_seconds, memory_mb
+from yardsticks.tree import cpu_seconds, memory_mb, same_priority
 
 HERE = Path(__file__).parents[1]
 PATIENCE_S = 240.0
@@ -68,6 +68,8 @@ class Child:
     def round(self) -> dict[str, Any]:
         """Run one round, keep what it took, and return what the system said."""
         self.signal(signal.SIGCONT)
+        if self.pauses:
+            same_priority(self.pids())
         before = cpu_seconds(self.process.pid)
         assert self.process.stdin is not None
         try:
@@ -127,7 +129,7 @@ def child(
     log = tempfile.TemporaryFile("w+", errors="replace") if python else None  # noqa: SIM115, it lives as the child
     process = subprocess.Popen(
         [str(python or sys.executable), str(HERE / script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-        text=True, env=env, cwd=HERE.parent, start_new_session=True,
+        text=True, env=env, cwd=HERE.parent,
     )  # fmt: skip
     made = Child(name, density, process, mark, log, pauses)
     try:
