@@ -1,6 +1,6 @@
 """A system under measurement: a process that runs one round when it is told to.
 
-A peer that says nothing for PATIENCE_S, ends, or trains other work than it was given is `Gone`. Whatever a system
+One that ends is `Gone`, and so is a peer that says nothing for PATIENCE_S a round of ten clients. Whatever a system
 started carries its mark in the environment, daemons too, and goes with it.
 """
 
@@ -41,6 +41,7 @@ class Child:
     mark: str
     log: IO[str] | None = None  # a peer's chatter; of ours, standard error is shown
     pauses: bool = False
+    patience_s: float | None = None
     walls: list[float] = field(default_factory=list)
     cpus: list[float] = field(default_factory=list)
     steps: set[int] = field(default_factory=set)
@@ -50,8 +51,8 @@ class Child:
         """Return the next line; raise `Gone` if none comes."""
         out = self.process.stdout
         assert out is not None
-        if not select.select([out], [], [], PATIENCE_S)[0]:
-            raise Gone(f"{self.name}: no word in {PATIENCE_S:.0f} s")
+        if not select.select([out], [], [], self.patience_s)[0]:
+            raise Gone(f"{self.name}: no word in {self.patience_s:.0f} s")
         line = out.readline()
         if not line:
             raise self.ended()
@@ -131,7 +132,8 @@ def child(
         [str(python or sys.executable), str(HERE / script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
         text=True, env=env, cwd=HERE.parent,
     )  # fmt: skip
-    made = Child(name, density, process, mark, log, pauses)
+    patience_s = PATIENCE_S * max(1, given["clients"] / 10) if python else None
+    made = Child(name, density, process, mark, log, pauses, patience_s)
     try:
         assert process.stdin is not None
         process.stdin.write(json.dumps(given) + "\n")
