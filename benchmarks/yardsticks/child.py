@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from yardsticks.tree import cpu_seconds, memory_mb, same_priority
+from yardsticks.tree import cpu_seconds, memory_mb, tree
 
 HERE = Path(__file__).parents[1]
 PATIENCE_S = 240.0
@@ -69,8 +69,6 @@ class Child:
     def round(self) -> dict[str, Any]:
         """Run one round, keep what it took, and return what the system said."""
         self.signal(signal.SIGCONT)
-        if self.pauses:
-            same_priority(self.pids())
         before = cpu_seconds(self.process.pid)
         assert self.process.stdin is not None
         try:
@@ -87,19 +85,19 @@ class Child:
         return told
 
     def signal(self, what: int) -> None:
-        """Stop or continue a system whose daemons would use the CPUs in the turns of others."""
-        for pid in self.pids() if self.pauses else ():
-            _kill(pid, what)
+        """Stop or continue a peer, whose daemons would use the CPUs in the turns of others."""
+        if self.pauses and self.process.poll() is None:
+            # Ray's agents write their title over their environment, and with it the mark.
+            for pid in {*tree(self.process.pid), *self.marked()}:
+                _kill(pid, what)
 
-    def pids(self) -> list[int]:
-        """Return the processes that carry this system's mark."""
+    def marked(self) -> list[int]:
+        """Return the living processes that this system started, and itself."""
         found = []
         for place in Path("/proc").glob("[0-9]*/environ"):
-            try:
+            with suppress(OSError):  # ended meanwhile, or another user's
                 if self.mark.encode() in place.read_bytes():
                     found.append(int(place.parent.name))
-            except OSError:
-                continue  # ended meanwhile, or another user's
         return found
 
     def end(self) -> None:
@@ -107,7 +105,7 @@ class Child:
         self.signal(signal.SIGCONT)
         with suppress(subprocess.TimeoutExpired, BrokenPipeError):
             self.process.communicate("", timeout=10)
-        while pids := self.pids():
+        while pids := self.marked():
             for pid in pids:
                 _kill(pid, signal.SIGKILL)
             self.process.poll()

@@ -1,9 +1,8 @@
-"""CPU seconds, memory and priority of a process and all its descendants, from /proc."""
+"""CPU seconds and memory of a process and all its descendants, from /proc."""
 
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
 
 TICK = os.sysconf("SC_CLK_TCK")
@@ -36,17 +35,3 @@ def memory_mb(pid: int) -> dict[str, float]:
             if name in found:
                 found[name] += int(line.split()[1])
     return {name: kb / 1024 for name, kb in found.items()}
-
-
-def same_priority(pids: list[int]) -> None:
-    """Give the sessions that some processes made for themselves (Ray's workers do) the priority of this one.
-
-    Linux shares the CPUs by session; without this a raised benchmark would leave such processes behind.
-    """
-    with suppress(OSError):
-        mine = Path("/proc/self/autogroup").read_text().split()
-        for pid in pids:
-            with suppress(OSError):
-                file = Path(f"/proc/{pid}/autogroup")
-                if file.read_text().split() != mine:
-                    file.write_text(mine[-1])
