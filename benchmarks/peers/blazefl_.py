@@ -1,4 +1,4 @@
-"""BlazeFL 3.0.0, FedAvg, two threads of one torch thread each (its processes are slower; this Python has the GIL)."""
+"""BlazeFL 3.0.0, FedAvg, two threads of one torch thread each, under the GIL."""
 
 from __future__ import annotations
 
