@@ -1,4 +1,4 @@
-"""`fedlth run`, and a line when the first client trains: python benchmarks/first_step.py "$(date +%s.%N)" STUDY.yaml out=...
+"""`fedlth run`, and a line when its first client trains: python benchmarks/first_step.py $(date +%s.%N) STUDY.yaml
 
 The line has the seconds since the moment given, and the CPU seconds of the process that trains. Nothing of the product
 is imported before its own command line imports it: what is measured is the order and the state that a user's run has.
