@@ -5,13 +5,12 @@ from __future__ import annotations
 import gzip
 import os
 import pickle
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fedlth.data.idx import Gunzip, read_idx
+from fedlth.data.idx import read_idx
 from fedlth.data.sources import load
 from fedlth.errors import StudyError
 
@@ -76,17 +75,6 @@ def test_truncated_gzip_is_named(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(idx_bytes(np.arange(250, dtype=np.uint8)))[:-20])
     with pytest.raises(StudyError, match="cannot be read"):
         read_idx(path)
-
-
-@pytest.mark.parametrize("padding", [b"", b"\0" * 5])
-def test_joined_gzip_files_read_as_gzip_reads_them(tmp_path: Path, padding: bytes) -> None:
-    path = tmp_path / "file.gz"
-    path.write_bytes(gzip.compress(b"ab") + gzip.compress(b"") + padding + gzip.compress(b"cde" * 1000) + padding)
-    with gzip.open(path) as file:
-        wanted = file.read()
-    for size in (1, 2, 3, 1000, len(wanted), len(wanted) + 1):
-        with Gunzip(path) as opened:
-            assert b"".join(iter(partial(opened.read, size), b"")) == wanted
 
 
 @pytest.mark.parametrize("place", [-1, -5, 30])
