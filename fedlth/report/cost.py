@@ -75,7 +75,7 @@ def _evaluation(results: Results) -> list[str]:
         ]
         evaluated = sum(one["cpu_s"] for one in work if "evaluated" in one)
         whole = evaluated + sum(one["cpu_s"] for one in work if "density" in one)
-        if whole:
+        if evaluated:
             shares.append(f"{100 * evaluated / whole:.1f} % {name}")
     return [f"Of the CPU time of training and evaluation, evaluation takes {', '.join(shares)}."] if shares else []
 

@@ -117,6 +117,9 @@ def _overlap(results: Results) -> str:
     values = [float(one.pairs(one.jaccard).mean()) for one in results.overlaps]
     fair = [float(one.pairs(one.chance).mean()) for one in results.overlaps]
     text = f"Two clients' tickets overlap by {np.mean(values):.2f} (Jaccard), chance alone gives {np.mean(fair):.2f}"
+    first = results.overlaps[0]
+    if first.saved > len(first.clients):
+        text += f" ({len(first.clients)} drawn of {first.saved:,} clients)"
     # several seeds: the least clear one is told, which cannot flatter
     test = max((one.test for one in results.overlaps), key=lambda one: one.p_value if one.permutations else 2)
     if not test.permutations:

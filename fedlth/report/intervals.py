@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from fedlth.rng import stream
 
 RESAMPLES = 9_999
+AT_ONCE = 10**7  # draws held at a time
 CONFIDENCE = 0.95
 
 
@@ -54,8 +55,9 @@ def _over_clients(values: NDArray[np.float64], rng: np.random.Generator) -> Inte
     # the jackknife behind BCa needs more than two values to have a skewness
     method: Literal["BCa", "percentile"] = "BCa" if len(values) > 2 else "percentile"
     found = bootstrap(
-        (values,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method=method, rng=rng
-    ).confidence_interval
+        (values,), np.mean, n_resamples=RESAMPLES, batch=max(1, AT_ONCE // len(values)), confidence_level=CONFIDENCE,
+        method=method, rng=rng,
+    ).confidence_interval  # fmt: skip
     return Interval(float(found.low), float(found.high))
 
 
@@ -65,7 +67,9 @@ def _over_seeds(samples: Sequence[NDArray[np.float64]], rng: np.random.Generator
     means = np.empty((RESAMPLES, seeds))
     for seed, values in enumerate(samples):
         places = picked == seed
-        draws = rng.integers(0, len(values), size=(int(places.sum()), len(values)))
-        means[places] = values[draws].mean(axis=1)
+        part = max(1, AT_ONCE // len(values))
+        counts = [min(part, int(places.sum()) - at) for at in range(0, int(places.sum()), part)]
+        draws = (rng.integers(0, len(values), size=(count, len(values))) for count in counts)
+        means[places] = np.concatenate([values[drawn].mean(axis=1) for drawn in draws] or [np.zeros(0)])
     averaged: NDArray[np.float64] = means.mean(axis=1)
     return averaged

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedlth.errors import StudyError
-from fedlth.report.facts import Facts
+from fedlth.report.facts import Facts, SavedTicket
 from fedlth.rng import stream
 
 PERMUTATIONS = 9_999
+MOST_CLIENTS = 200  # pairs grow with their square: of more, this many are drawn
 Matrix = NDArray[np.float64]
 
 
@@ -131,9 +132,13 @@ def mantel(overlap: Matrix, similarity: Matrix, *, permutations: int = PERMUTATI
 
 @dataclass(frozen=True)
 class Overlap:
-    """All of it for one run: (K, K) matrices over `clients`, density a layer and client, and the test."""
+    """All of it for one run: (K, K) matrices over `clients`, density a layer and client, and the test.
+
+    `saved` is how many tickets there are; of more than MOST_CLIENTS that many were drawn.
+    """
 
     clients: tuple[int, ...]
+    saved: int
     jaccard: Matrix
     chance: Matrix
     similarity: Matrix
@@ -155,7 +160,7 @@ def overlap(facts: Facts) -> Overlap | None:
     """Return the overlap of a run's saved tickets, or None where fewer than two were saved, or none is sparse."""
     if len(facts.tickets) < 2 or not facts.header.client_labels:
         return None
-    masks = read_masks(facts)
+    masks = read_masks(replace(facts, tickets=_drawn(facts.tickets)))
     if not masks.packed or all((count == masks.sizes[name]).all() for name, count in masks.kept().items()):
         return None  # dense models have no mask to compare
     shared = jaccard(masks)
@@ -165,6 +170,7 @@ def overlap(facts: Facts) -> Overlap | None:
     order = [layer.name for layer in facts.layers if layer.name in kept] or sorted(kept)
     return Overlap(
         clients=masks.clients,
+        saved=len(facts.tickets),
         jaccard=shared,
         chance=chance(masks),
         similarity=alike,
@@ -172,3 +178,10 @@ def overlap(facts: Facts) -> Overlap | None:
         density=float(np.mean(np.sum(list(kept.values()), axis=0)) / total),
         test=mantel(shared, alike),
     )
+
+
+def _drawn(tickets: tuple[SavedTicket, ...]) -> tuple[SavedTicket, ...]:
+    if len(tickets) <= MOST_CLIENTS:
+        return tickets
+    picked = stream(0, "report/overlap").choice(len(tickets), MOST_CLIENTS, replace=False)
+    return tuple(tickets[i] for i in sorted(picked))

@@ -9,8 +9,10 @@ import pytest
 from fake_run import write_run
 
 from fedlth.errors import StudyError
-from fedlth.report.facts import read_run
+from fedlth.report.facts import read_group, read_run
+from fedlth.report.headline import overlapping
 from fedlth.report.overlap import Masks, chance, jaccard, label_similarity, mantel, overlap
+from fedlth.report.results import results_of
 
 
 def masks(*rows: list[int], clients: int) -> Masks:
@@ -106,3 +108,13 @@ def test_fewer_than_two_tickets_have_no_overlap(tmp_path: Path) -> None:
     for path in sorted((run / "tickets").iterdir())[1:]:
         path.unlink()
     assert overlap(read_run(run)) is None
+
+
+def test_of_many_tickets_some_are_drawn_and_it_is_said(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedlth.report.overlap.MOST_CLIENTS", 6)
+    found = overlap(read_run(fake))
+    again = overlap(read_run(fake))
+    assert found is not None and again is not None
+    assert found.saved == 20 and len(set(found.clients)) == 6 and found.clients == again.clients
+    assert found.jaccard.shape == found.similarity.shape == (6, 6)
+    assert "(6 drawn of 20 clients)" in overlapping(results_of(read_group(fake)))
