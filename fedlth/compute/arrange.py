@@ -169,9 +169,10 @@ def _weighted(row: np.ndarray, op: Op, plan: _Arranger, x: _Buffer | None, dx: _
     dy = _Buffer(*(int(n) for n in row[col.DY : col.DY + 3]))
     spread = dy
     if op.kind == col.LINEAR:
-        taps = plan.places(x, shape).reshape(-1)
+        picks = np.array(op.picks) if op.picks else slice(None)
+        taps = plan.places(x, shape).reshape(-1)[picks]
         area, back, sizes = 1, np.arange(out[0]) * dy.plane, (1, 1)
-        back_out = None if dx is None else plan.places(dx, shape)
+        back_out = None if dx is None else plan.places(dx, shape).reshape(-1)[picks]
         row[[col.CHANNELS, col.HEIGHT, col.WIDTH]] = taps.size, 1, 1
         row[[col.TAP_ROW, col.TAP_STEP, col.TAP_GROUP]] = 0
         chunks = taps.size, out[0]

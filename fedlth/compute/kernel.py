@@ -13,6 +13,7 @@ import numpy as np
 from fedlth.compute import columns as col
 from fedlth.compute.arrange import arrange
 from fedlth.compute.places import Arrangement, stray
+from fedlth.compute.shrink import shrink
 from fedlth.compute.table import LayerTable, Op
 
 # Below these densities the lists of kept weights beat the dense layer: `python benchmarks/kernel.py --crossover`
@@ -54,13 +55,31 @@ def warm(tell: Callable[[str], None], *, patience_s: float = 3.0) -> None:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """An arrangement whose sparse layers have their lists; keep: which parameters are in the compact vector."""
+    """An arrangement whose sparse layers have their lists; keep: which parameters are in the compact vector.
+
+    Behind the parameters, keep counts a zero and a one.
+    """
 
     plan: Arrangement
     lists: np.ndarray
     work: np.ndarray
     lanes: int
     keep: np.ndarray | None
+
+    def taken(self, values: np.ndarray, one: float) -> np.ndarray:
+        """Return the compact vector of values (num_params,)."""
+        if self.keep is None:
+            return values
+        compact: np.ndarray = np.concatenate([values, np.array([0.0, one], np.float32)])[self.keep]
+        return compact
+
+    def given(self, compact: np.ndarray, num_params: int) -> np.ndarray:
+        """Return the inverse, zero where a parameter is not kept."""
+        if self.keep is None:
+            return compact
+        values = np.zeros(num_params + 2, np.float32)
+        values[self.keep] = compact
+        return values[:num_params]
 
 
 def available() -> str:
@@ -110,8 +129,8 @@ def train_epochs(
     if mask is not None:
         np.copyto(weights[: table.num_prunable], 0.0, where=~mask)
     ready = _prepare(table, _lanes(table, int(np.diff(starts).max())), mask)
-    w = weights if ready.keep is None else weights[ready.keep]
-    factor = factor if ready.keep is None or not len(factor) else factor[ready.keep]
+    w = ready.taken(weights, 1.0)
+    factor = ready.taken(factor, 0.0) if len(factor) else factor
     factor = factor[:0] if (factor == 1).all() else factor
     grad, losses = np.zeros_like(w), np.zeros(len(batches))
     velocity = np.zeros_like(w) if momentum else np.zeros(0, np.float32)
@@ -119,8 +138,7 @@ def train_epochs(
 
     def state() -> np.ndarray:
         out = floats.copy()
-        out[: table.num_params] = 0.0
-        out[: table.num_params][slice(None) if ready.keep is None else ready.keep] = w
+        out[: table.num_params] = ready.given(w, table.num_params)
         return out
 
     ends = np.cumsum([len(parts) for parts in epochs])
@@ -166,7 +184,7 @@ def predict(table: LayerTable, floats: np.ndarray, x: np.ndarray) -> np.ndarray:
     _check(table, floats, None, None)
     weights = floats[: table.num_params]
     ready = _prepare(table, _lanes(table, len(x)), weights != 0)
-    w = weights if ready.keep is None else weights[ready.keep]
+    w = ready.taken(weights, 1.0)
     logits = np.empty((len(x), table.num_classes), np.float32)
     order = np.arange(len(x))
     plan = ready.plan
@@ -218,6 +236,17 @@ def _moves(table: LayerTable, mask: np.ndarray | None, moves: np.ndarray | None)
 
 
 def _prepare(table: LayerTable, lanes: int, kept: np.ndarray | None) -> _Prepared:
+    """Arrange the network, or the smaller one that is all that a structured ticket leaves of it."""
+    small = None if kept is None else shrink(table, kept, SPARSE_BELOW)
+    if small is None:
+        return _arranged(table, lanes, kept)
+    inner = _arranged(small.table, lanes, small.kept)
+    rows, lists = small.folded(inner.plan.rows, inner.lists, inner.keep)
+    keep = small.places if inner.keep is None else small.places[inner.keep]
+    return replace(inner, plan=replace(inner.plan, rows=rows), lists=lists, keep=keep)
+
+
+def _arranged(table: LayerTable, lanes: int, kept: np.ndarray | None) -> _Prepared:
     """Choose sparse layers by their density, and give every weight its place in the compact vector."""
     from fedlth.compute import loop
 

@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from fedlth.compute import columns as col
-from fedlth.compute import gather, norm, pointwise, pools, sparse, weights
+from fedlth.compute import constants, gather, norm, pointwise, pools, sparse, weights
 from fedlth.compute.jit import entry, inlined, part, source_stamp
 
 
@@ -258,6 +258,7 @@ def _make_entries(stamp: int) -> tuple[Any, Any, Any]:
         last = rows[len(rows) - 1]
         for s in range(len(starts) - 1):
             size, total = starts[s + 1] - starts[s], 0.0
+            constants.fold(rows, lists, w)
             for start in range(starts[s], starts[s + 1], lanes):
                 count = min(lanes, starts[s + 1] - start)
                 load_batch(inlet, work, x, order, start, count, lanes)
@@ -265,6 +266,7 @@ def _make_entries(stamp: int) -> tuple[Any, Any, Any]:
                 total += cross_entropy(last, work, y, order, start, count, size, lanes)
                 backward(rows, index, lists, scales, work, w, grad, lanes)
             losses[s] = total
+            constants.unfold(rows, lists, w, grad)
             step(w, grad, velocity, moves, rates[s], momentum, decay)
         return stamp
 
@@ -283,6 +285,7 @@ def _make_entries(stamp: int) -> tuple[Any, Any, Any]:
     ) -> int:
         """Write the last layer's output for every example of x to logits (N, classes)."""
         last = rows[len(rows) - 1]
+        constants.fold(rows, lists, w)
         for start in range(0, len(order), lanes):
             count = min(lanes, len(order) - start)
             load_batch(inlet, work, x, order, start, count, lanes)

@@ -12,7 +12,8 @@ class Op:
     """One layer. `source`, `source_2` and `out` number the values that it reads and writes; `kind` is in columns.py.
 
     weight and bias: places in the flat vector, -1 for none; of a group normalisation they are gain and shift.
-    window, stride and padding are (y, x); scale is a pool's factor or a norm's epsilon.
+    window, stride and padding are (y, x); scale is a pool's factor or a norm's epsilon. picks: the features that a
+    linear layer reads, empty for all; other layers must not read its source then.
     """
 
     kind: int
@@ -27,6 +28,7 @@ class Op:
     padding: tuple[int, int] = (0, 0)
     groups: int = 1
     scale: float = 1.0
+    picks: tuple[int, ...] = ()
 
     @property
     def reads(self) -> tuple[int, ...]:
