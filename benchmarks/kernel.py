@@ -2,6 +2,7 @@
 
 python benchmarks/kernel.py              ratios beside their limits, ok or MISSED (--quick: fewer repeats)
 python benchmarks/kernel.py --crossover  dense and sparse by density and kind of layer; kernel.SPARSE_BELOW is from here
+python benchmarks/kernel.py --structured tickets of whole rows or channels beside narrow networks and single weights
 python benchmarks/kernel.py --threads    one thread against two that train two clients at once
 """
 
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ from fedlth.compute.table import LayerTable
 from fedlth.compute.tuned import tune
 from fedlth.models.prunable import prunable_names
 from fedlth.models.registry import build
-from fedlth.params import layout_of, read
+from fedlth.params import Layout, layout_of, read
+from fedlth.tickets.granularity import GRANULARITIES
 from fedlth.train import Bound, Plan, batches, train
 
 BATCH = 32
@@ -86,16 +88,43 @@ class Work:
         plan, data = Plan(epochs=1, batch_size=BATCH, lr=0.05), (self.x, self.y)
         return lambda: train(bound, start, data=data, plan=plan, order=np.random.default_rng(1), torch_seed=0)
 
-    def kernel(self, density: float) -> Callable[[], object]:
+    def kernel(self, density: float, granularity: str = "element") -> Callable[[], object]:
         layout = layout_of(self.module, prunable_names(self.module, None))
         start, table = read(self.module, layout), compile_layers(self.module, layout, self.shape)
         assert isinstance(table, LayerTable), table
-        mask = np.random.default_rng(0).random(layout.num_prunable) < density if density < 1 else None
+        mask = ticket(layout, density, granularity) if density < 1 else None
         parts = [batches(len(self.x), BATCH, np.random.default_rng(1))]
         given = {"rates": np.full(self.steps, 0.05), "mask": mask}
         run = lambda: kernel.train_epochs(table, start.floats, self.x.numpy(), self.y.numpy(), parts, **given)  # noqa: E731
         run()  # compiled, and the memory touched
         return run
+
+
+def ticket(layout: Layout, density: float, granularity: str) -> np.ndarray:
+    """Return a random ticket that keeps a share of each layer's groups, at least one."""
+    groups, rng = GRANULARITIES[granularity]().groups(layout), np.random.default_rng(0)
+    kept = np.zeros(groups.layout.num_prunable, bool)
+    for e in groups.layout.prunable:
+        kept[e.offset + rng.permutation(e.size)[: max(1, round(density * e.size))]] = True
+    return groups.spread(kept)
+
+
+def narrow(module: nn.Module, share: float) -> nn.Module:
+    """Return a chain of convolutions and linear layers with a share of the channels between them."""
+    module = copy.deepcopy(module)
+    layers = [part for part in module.modules() if isinstance(part, (nn.Conv2d, nn.Linear))]
+    for layer in layers:
+        outputs, inputs = layer.weight.shape[:2]
+        outputs = outputs if layer is layers[-1] else round(outputs * share)
+        inputs = inputs if layer is layers[0] else round(inputs * share)
+        assert layer.bias is not None
+        layer.weight = nn.Parameter(layer.weight[:outputs, :inputs].detach().clone())
+        layer.bias = nn.Parameter(layer.bias[:outputs].detach().clone())
+        if isinstance(layer, nn.Linear):
+            layer.out_features, layer.in_features = outputs, inputs
+        else:
+            layer.out_channels, layer.in_channels = outputs, inputs
+    return module
 
 
 def work(name: str, module: nn.Module | None = None, shape: tuple[int, ...] | None = None, size: int = 0) -> Work:
@@ -166,6 +195,23 @@ def crossover(densities: Iterable[float]) -> None:
         print(f"{title}: sparse is faster up to density {max(meet, default=0.0):.2f}")
 
 
+def structured(repeats: int) -> None:
+    """Print a step inside tickets of whole rows and whole channels, beside what else could train as much or little."""
+    for name in ("leaf_cnn", "lenet5"):
+        given = work(name)
+        runs: dict[float | str, Callable[[], object]] = {"raw torch": given.raw(), "kernel": given.kernel(1.0)}
+        for share in (0.5, 0.25):
+            small = replace(given, module=narrow(given.module, share))
+            runs[f"{share} raw torch, narrow"] = small.raw()
+            runs[f"{share} kernel, narrow"] = small.kernel(1.0)
+            for granularity in ("row", "channel", "element"):
+                runs[f"{share} ticket by {granularity}"] = given.kernel(share, granularity)
+        best = interleaved(runs, repeats)
+        print(f"{name}: raw torch {best['raw torch'] / given.steps * 1e3:.2f} ms a step")
+        for key, seconds in best.items():
+            print(f"  {key:24} {seconds / given.steps * 1e3:7.3f} ms, {seconds / best['raw torch']:.3f} of raw torch")
+
+
 def threads() -> None:
     """Print how much more two threads do than one, in clock time; a busy machine shows less."""
     given = work("lenet5", size=1216)
@@ -190,6 +236,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if "--crossover" in sys.argv:
         crossover((0.2, 0.3, 0.4, 0.5, 0.6, 0.7))
+    elif "--structured" in sys.argv:
+        structured(3 if "--quick" in sys.argv else 5)
     elif "--threads" in sys.argv:
         threads()
     else:

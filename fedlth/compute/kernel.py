@@ -13,7 +13,7 @@ import numpy as np
 from fedlth.compute import columns as col
 from fedlth.compute.arrange import arrange
 from fedlth.compute.places import Arrangement, stray
-from fedlth.compute.shrink import shrink
+from fedlth.compute.shrink import give, shrink, take
 from fedlth.compute.table import LayerTable, Op
 
 # Below these densities the lists of kept weights beat the dense layer: `python benchmarks/kernel.py --crossover`
@@ -55,31 +55,13 @@ def warm(tell: Callable[[str], None], *, patience_s: float = 3.0) -> None:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """An arrangement whose sparse layers have their lists; keep: which parameters are in the compact vector.
-
-    Behind the parameters, keep counts a zero and a one.
-    """
+    """An arrangement whose sparse layers have their lists; keep: which parameters are in the compact vector."""
 
     plan: Arrangement
     lists: np.ndarray
     work: np.ndarray
     lanes: int
     keep: np.ndarray | None
-
-    def taken(self, values: np.ndarray, one: float) -> np.ndarray:
-        """Return the compact vector of values (num_params,)."""
-        if self.keep is None:
-            return values
-        compact: np.ndarray = np.concatenate([values, np.array([0.0, one], np.float32)])[self.keep]
-        return compact
-
-    def given(self, compact: np.ndarray, num_params: int) -> np.ndarray:
-        """Return the inverse, zero where a parameter is not kept."""
-        if self.keep is None:
-            return compact
-        values = np.zeros(num_params + 2, np.float32)
-        values[self.keep] = compact
-        return values[:num_params]
 
 
 def available() -> str:
@@ -129,8 +111,8 @@ def train_epochs(
     if mask is not None:
         np.copyto(weights[: table.num_prunable], 0.0, where=~mask)
     ready = _prepare(table, _lanes(table, int(np.diff(starts).max())), mask)
-    w = ready.taken(weights, 1.0)
-    factor = ready.taken(factor, 0.0) if len(factor) else factor
+    w = take(weights, ready.keep, 1.0)
+    factor = take(factor, ready.keep, 0.0) if len(factor) else factor
     factor = factor[:0] if (factor == 1).all() else factor
     grad, losses = np.zeros_like(w), np.zeros(len(batches))
     velocity = np.zeros_like(w) if momentum else np.zeros(0, np.float32)
@@ -138,7 +120,7 @@ def train_epochs(
 
     def state() -> np.ndarray:
         out = floats.copy()
-        out[: table.num_params] = ready.given(w, table.num_params)
+        out[: table.num_params] = give(w, ready.keep, table.num_params)
         return out
 
     ends = np.cumsum([len(parts) for parts in epochs])
@@ -184,7 +166,7 @@ def predict(table: LayerTable, floats: np.ndarray, x: np.ndarray) -> np.ndarray:
     _check(table, floats, None, None)
     weights = floats[: table.num_params]
     ready = _prepare(table, _lanes(table, len(x)), weights != 0)
-    w = ready.taken(weights, 1.0)
+    w = take(weights, ready.keep, 1.0)
     logits = np.empty((len(x), table.num_classes), np.float32)
     order = np.arange(len(x))
     plan = ready.plan

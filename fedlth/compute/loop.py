@@ -1,7 +1,6 @@
 """The compiled loops: forward, loss, backward and the step of every batch of a training; and prediction.
 
-Compiled once for every network, since the layer table is data: about 45 s of CPU at the first use on a machine, then
-read from numba's disk cache.
+Compiled once for every network, since the layer table is data: about 45 s of CPU, then read from numba's disk cache.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ input and the logits, all channels stay: what is one channel there depends on ot
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,11 +18,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedlth.compute import columns as col
+from fedlth.compute.left import WEIGHTED, Layer, costs, layers_left, owners
 from fedlth.compute.places import check_folds
-from fedlth.compute.table import LayerTable, Op
+from fedlth.compute.table import LayerTable
 
-_WORTH = 0.9  # of the multiply-adds at most; above, arranging the smaller network costs what it gains
-_WEIGHTED = col.CONVOLUTION, col.LINEAR
+# Of the multiply-adds at most. Arranging the smaller network takes 5 ms (LeNet-5) to 10 ms (LEAF CNN) a training, which
+# a tenth of one does not always bring back: 19 steps of LeNet-5 are 20 ms.
+_WORTH = 0.8
 
 
 @dataclass(frozen=True)
@@ -71,52 +72,8 @@ class Shrunk:
         return rows, lists
 
 
-@dataclass(frozen=True)
-class _Channels:
-    """What is left of the channels of a value: those computed, and those that are read but constant."""
-
-    computed: np.ndarray
-    constant: np.ndarray
-
-    @property
-    def count(self) -> int:
-        return len(self.computed) + bool(len(self.constant))
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """One weighted layer: its matrix of kept weights (outputs, taps), and the part of it that is left."""
-
-    op: Op
-    kept: np.ndarray
-    area: int  # taps a channel pair
-    source: _Channels
-    out: _Channels
-    columns: np.ndarray
-    picks: tuple[int, ...]
-
-    @property
-    def ones(self) -> int:
-        return self.area if len(self.source.constant) else 0
-
-    @property
-    def block(self) -> np.ndarray:
-        return _block(self.kept, self.out.computed, self.columns)
-
-    def size(self) -> tuple[int, int]:
-        """Return how many weights the smaller layer has, and how many of them are kept."""
-        outputs = len(self.out.computed)
-        whole = self.out.count * (len(self.columns) + self.ones)
-        return whole, int(np.count_nonzero(self.block)) + outputs * self.ones
-
-
 def _sixteens(count: int) -> int:
     return -(-count // 16) * 16
-
-
-def _block(kept: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    some = kept if len(rows) == kept.shape[0] else kept[rows]
-    return some if len(columns) == kept.shape[1] else some[:, columns]
 
 
 def shrink(table: LayerTable, kept: np.ndarray, sparse_below: Mapping[int, float]) -> Shrunk | None:
@@ -128,89 +85,26 @@ def shrink(table: LayerTable, kept: np.ndarray, sparse_below: Mapping[int, float
     places = Counter(place for op in table.ops for place in (op.weight, op.bias) if place >= 0)
     if max(places.values()) > 1:
         return None  # two layers share their weights, and may keep different channels
-    layers = _layers(table, kept)
+    layers = layers_left(table, kept)
     before, after = costs(table, kept, sparse_below, layers)
     return _built(table, kept, layers) if after < _WORTH * before else None
 
 
-def costs(
-    table: LayerTable, kept: np.ndarray, sparse_below: Mapping[int, float], layers: list[_Layer] | None = None
-) -> tuple[float, float]:
-    """Return the multiply-adds of an example's forward before and after; one on a list costs more, by its kind."""
-    before = after = 0.0
-    for layer in _layers(table, kept) if layers is None else layers:
-        pixels, below = math.prod(table.shapes[layer.op.out][1:]), sparse_below[layer.op.kind]
-        before += pixels * min(layer.kept.size, int(np.count_nonzero(layer.kept)) / below)
-        size, alive = layer.size()
-        after += pixels * min(size, alive / below)
-    return before, after
+def take(values: np.ndarray, keep: np.ndarray | None, one: float) -> np.ndarray:
+    """Return the compact vector of values (num_params,); behind them, keep counts a zero and a `one`."""
+    if keep is None:
+        return values
+    compact: np.ndarray = np.concatenate([values, np.array([0.0, one], np.float32)])[keep]
+    return compact
 
 
-def _layers(table: LayerTable, kept: np.ndarray) -> list[_Layer]:
-    """Find what is left of every weighted layer."""
-    owner, whole = _owners(table)
-    matrices: dict[int, tuple[np.ndarray, int]] = {}
-    read = {at: np.full(table.shapes[at][0], at in whole) for at in set(owner.values())}
-    alive: dict[int, np.ndarray] = {}
-    for op in reversed(table.ops):
-        if op.kind not in _WEIGHTED:
-            continue
-        shape = table.shapes[op.source]
-        area = math.prod(op.window if op.kind == col.CONVOLUTION else shape[1:])
-        outputs, taps = table.shapes[op.out][0], shape[0] // op.groups * area
-        mine = kept[op.weight : op.weight + outputs * taps]
-        matrix = mine if len(mine) == outputs * taps else np.ones(outputs * taps, bool)
-        matrix = matrix.reshape(outputs, taps)
-        matrices[op.out] = matrix, area
-        alive[op.out] = matrix.any(axis=1)
-        if owner[op.source] not in whole:
-            rows = np.flatnonzero(alive[op.out] & read[owner[op.out]])
-            found = _block(matrix, rows, np.arange(taps)).any(axis=0).reshape(-1, area).any(axis=1)
-            read[owner[op.source]][np.flatnonzero(found)] = True
-    makers = {op.out: op for op in table.ops}
-    channels = {
-        at: _Channels(np.arange(len(wanted)), np.zeros(0, np.int64))
-        if at in whole
-        else _left(wanted, alive[at], makers[at])
-        for at, wanted in read.items()
-    }
-    readers = Counter(value for op in table.ops for value in op.reads)
-    return [
-        _layer(op, *matrices[op.out], channels[owner[op.source]], channels[owner[op.out]], readers[op.source] == 1)
-        for op in table.ops
-        if op.kind in _WEIGHTED
-    ]
-
-
-def _owners(table: LayerTable) -> tuple[dict[int, int], set[int]]:
-    """Return for each value the one whose channels it has, and those of which all channels stay."""
-    owner, whole = {0: 0}, {0}
-    for op in table.ops:
-        through = op.kind in (col.MAX_POOL, col.AVERAGE_POOL, col.GLOBAL_MAX, col.COPY)
-        owner[op.out] = owner[op.source] if through else op.out
-        if op.kind in (col.ADD, col.GROUP_NORM) or op.groups > 1:
-            whole.update(owner[value] for value in (*op.reads, op.out))
-    return owner, whole | {owner[table.output]}
-
-
-def _left(read: np.ndarray, alive: np.ndarray, maker: Op) -> _Channels:
-    computed, constant = np.flatnonzero(read & alive), np.flatnonzero(read & ~alive)
-    if maker.bias < 0:  # constants of zero do nothing
-        constant = constant[:0]
-    return _Channels(computed if len(computed) or len(constant) else np.arange(1), constant)
-
-
-def _layer(op: Op, kept: np.ndarray, area: int, source: _Channels, out: _Channels, alone: bool) -> _Layer:
-    if op.groups > 1:
-        return _Layer(op, kept, area, source, out, np.arange(kept.shape[1]), ())
-    columns = (source.computed[:, None] * area + np.arange(area)).reshape(-1)
-    if op.kind == col.LINEAR and alone:
-        live = np.flatnonzero(_block(kept, out.computed, columns).any(axis=0))
-        if len(live) < len(columns):
-            live = live if len(live) or len(source.constant) else np.arange(1)
-            ones = np.arange(area if len(source.constant) else 0) + len(columns)
-            return _Layer(op, kept, area, source, out, columns[live], tuple(np.append(live, ones).tolist()))
-    return _Layer(op, kept, area, source, out, columns, ())
+def give(compact: np.ndarray, keep: np.ndarray | None, num_params: int) -> np.ndarray:
+    """Return the inverse: values (num_params,), zero where they are not kept."""
+    if keep is None:
+        return compact
+    values = np.zeros(num_params + 2, np.float32)
+    values[keep] = compact
+    return values[:num_params]
 
 
 class _Vector:
@@ -228,7 +122,7 @@ class _Vector:
         return self.add(np.full(count, self.zero))
 
 
-def _built(table: LayerTable, kept: np.ndarray, layers: list[_Layer]) -> Shrunk:
+def _built(table: LayerTable, kept: np.ndarray, layers: list[Layer]) -> Shrunk:
     vector, zero, one = _Vector(table.num_params), table.num_params, table.num_params + 1
     masks, weights, ops = [], {}, []
     for layer in layers:
@@ -243,7 +137,7 @@ def _built(table: LayerTable, kept: np.ndarray, layers: list[_Layer]) -> Shrunk:
     num_prunable = vector.size
     by_out = {layer.op.out: layer for layer in layers}
     shapes, biases = list(table.shapes), {}
-    owner, _ = _owners(table)
+    owner, _ = owners(table)
     for op in table.ops:
         made = by_out.get(owner[op.out])
         if made is not None:
@@ -278,7 +172,7 @@ def _built(table: LayerTable, kept: np.ndarray, layers: list[_Layer]) -> Shrunk:
     return Shrunk(small, np.concatenate(vector.parts), np.concatenate(masks), folds)
 
 
-def _folded(at: int, layer: _Layer, vector: _Vector, weight: int, taps: int, bias: int, relu: bool) -> _Fold:
+def _folded(at: int, layer: Layer, vector: _Vector, weight: int, taps: int, bias: int, relu: bool) -> _Fold:
     """Give a layer's weights on constants their places in the small vector."""
     rows, constant, area = layer.out.computed[:, None], layer.source.constant, layer.area
     block = np.full((len(constant), _sixteens(len(rows) * area)), vector.zero)
@@ -296,4 +190,4 @@ def _clipped(table: LayerTable, value: int) -> bool:
     """Return whether a value has been clipped since the layer that made its channels."""
     makers = {op.out: op for op in table.ops}
     op = makers[value]
-    return op.relu or (op.kind not in _WEIGHTED and _clipped(table, op.source))
+    return op.relu or (op.kind not in WEIGHTED and _clipped(table, op.source))
