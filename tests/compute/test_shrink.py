@@ -1,4 +1,4 @@
-"""A ticket that drops whole channels trains as the smaller network that it leaves, and ends where the whole one would."""
+"""A ticket that drops whole channels trains as the smaller network that it leaves, and ends as the whole one does."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fedlth.models.registry import build  # noqa: E402
 from fedlth.params import Layout  # noqa: E402
 from fedlth.tickets.granularity import GRANULARITIES  # noqa: E402
 from tests.compute.nets import Case, Residual, case, small  # noqa: E402
-from tests.compute.test_backends import agrees, networks  # noqa: E402
+from tests.compute.test_backends import FACTOR, ROUNDING, networks  # noqa: E402
 
 KINDS = ("row", "channel", "both", "row and weights")
 
@@ -54,6 +54,19 @@ def network(name: str = "lenet5", **options: float) -> Case:
     torch.manual_seed(0)
     module = build(name, num_classes=10, input_shape=(1, 28, 28), options={})
     return case(module, (1, 28, 28), **{"examples": 40, "momentum": 0.9, "weight_decay": 0.01, **options})  # type: ignore[arg-type]
+
+
+def agrees(found: Case) -> None:
+    """Assert that training ends as near to float64 as torch float32 and the whole network in the kernel do."""
+    reference, loss = found.reference()
+    outcome, truth = found.kernel(debug=True), found.judge()
+    with mock.patch.object(kernel, "shrink", lambda *_: None):
+        whole = found.kernel().floats
+    # The whole one too: a norm over a constant channel enlarges whatever rounding its order of addition leaves.
+    allowed = max(np.abs(reference - truth).max(), np.abs(whole - truth).max())
+    assert np.abs(outcome.floats - truth).max() <= FACTOR * allowed + ROUNDING
+    assert outcome.loss == pytest.approx(loss, rel=1e-4, abs=1e-6)
+    assert found.mask is not None and not outcome.floats[: found.mask.size][~found.mask].any()
 
 
 def predicts(found: Case) -> None:
