@@ -1,7 +1,7 @@
 """Thread-CPU milliseconds a training step of our backends against raw torch, one thread, interleaved.
 
 python benchmarks/kernel.py              ratios beside their limits, ok or MISSED (--quick: fewer repeats)
-python benchmarks/kernel.py --crossover  dense and sparse by density and kind of layer; kernel.SPARSE_BELOW is from here
+python benchmarks/kernel.py --crossover  dense and sparse by density and kind of layer: whence compact.SPARSE_BELOW
 python benchmarks/kernel.py --structured tickets of whole rows or channels beside narrow networks and single weights
 python benchmarks/kernel.py --threads    one thread against two that train two clients at once
 """
@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedlth.compute import columns as col
-from fedlth.compute import kernel
+from fedlth.compute import compact, kernel
 from fedlth.compute.graph import compile_layers
 from fedlth.compute.table import LayerTable
 from fedlth.compute.tuned import tune
@@ -174,7 +174,7 @@ def crossover(densities: Iterable[float]) -> None:
         "linear 3136 -> 512": (col.LINEAR, (3136, 1, 1), nn.Linear(3136, 512)),
         "linear 400 -> 120": (col.LINEAR, (400, 1, 1), nn.Linear(400, 120)),
     }
-    before = dict(kernel.SPARSE_BELOW)
+    before = dict(compact.SPARSE_BELOW)
     for title, (kind, shape, layer) in nets.items():
         # A norm before it, so that the gradient of its input is wanted; the rest is small.
         if isinstance(layer, nn.Linear):
@@ -185,12 +185,12 @@ def crossover(densities: Iterable[float]) -> None:
         for density in densities:
             best = {}
             for below in (0.0, 2.0):
-                kernel.SPARSE_BELOW[kind] = below
+                compact.SPARSE_BELOW[kind] = below
                 run = given.kernel(density)
                 best[below] = min(cpu_seconds(run) for _ in range(3)) / given.steps * 1e3
             lines.append((density, best[0.0], best[2.0]))
             print(f"{title}: density {density:.2f}: dense {best[0.0]:7.3f} ms, sparse {best[2.0]:7.3f} ms", flush=True)
-        kernel.SPARSE_BELOW.update(before)
+        compact.SPARSE_BELOW.update(before)
         meet = [d for d, dense, sparse in lines if sparse < dense]
         print(f"{title}: sparse is faster up to density {max(meet, default=0.0):.2f}")
 

@@ -196,7 +196,7 @@ def _weighted(row: np.ndarray, op: Op, plan: _Arranger, x: _Buffer | None, dx: _
         chunks = (max(1, _NEAR_TAPS // area),) * 2
     weights = np.arange(out[0] // groups)[:, None] * taps.size + np.arange(area)
     _place(row, col.SPREAD, spread)
-    row[[col.TAPS, col.KERNEL_AREA, col.MASK]] = taps.size, area, op.weight
+    row[[col.TAPS, col.KERNEL_AREA]] = taps.size, area
     row[col.TAP_PLACES] = plan.list(taps)
     order, back_order = (
         _order(n, area, chunk) for n, chunk in zip((taps.size // area, out[0] // groups), chunks, strict=True)

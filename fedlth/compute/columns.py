@@ -71,7 +71,8 @@ CONVOLUTION, LINEAR, MAX_POOL, AVERAGE_POOL, GLOBAL_MAX, GROUP_NORM, ADD, COPY =
     BACK_ROWS,
     BACK_SPAN,
     KERNEL_AREA,  # weights a channel pair
-    MASK,  # place of the layer's part in the mask over all parameters
+    KEPT,  # the layer's part of the list of all kept weights: first and end
+    KEPT_END,
     KEPT_STARTS,  # lists of the kept weights by output channel and chunk of input channels
     KEPT_PLACES,
     CHUNK,  # input channels a chunk, and how many chunks a group has
@@ -99,4 +100,4 @@ CONVOLUTION, LINEAR, MAX_POOL, AVERAGE_POOL, GLOBAL_MAX, GROUP_NORM, ADD, COPY =
     FOLD_BIASES,
     FOLD_RELU,  # the constants are biases clipped at zero
     NUM_COLUMNS,
-) = range(91)
+) = range(92)

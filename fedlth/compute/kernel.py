@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from fedlth.compute import columns as col
 from fedlth.compute.arrange import arrange
-from fedlth.compute.places import Arrangement, stray
-from fedlth.compute.shrink import give, shrink, take
+from fedlth.compute.compact import prepare
+from fedlth.compute.places import stray
 from fedlth.compute.table import LayerTable, Op
 
-# Below these densities the lists of kept weights beat the dense layer: `python benchmarks/kernel.py --crossover`
-# (5 x 5 and 3 x 3 convolutions .6 to .7, linear layers .4, over two sizes each).
-SPARSE_BELOW = {col.CONVOLUTION: 0.6, col.LINEAR: 0.4}
 _LARGE_BYTES = 64 << 20
-_NEAR, _TAPS = 5120, 16  # floats of a chunk's inputs (20 of 32 KB), kept weights of a chunk
 
 
 @dataclass(frozen=True)
@@ -51,17 +46,6 @@ def warm(tell: Callable[[str], None], *, patience_s: float = 3.0) -> None:
         predict(table, floats, x)
     finally:
         told.cancel()
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """An arrangement whose sparse layers have their lists; keep: which parameters are in the compact vector."""
-
-    plan: Arrangement
-    lists: np.ndarray
-    work: np.ndarray
-    lanes: int
-    keep: np.ndarray | None
 
 
 def available() -> str:
@@ -107,21 +91,18 @@ def train_epochs(
         raise ValueError(f"kernel: batches must be positions in [0, {len(x)}), at least one each")
     if rates.shape != (len(batches),):
         raise ValueError(f"kernel: rates must be one a step, {len(batches)}, got {rates.shape}")
-    weights, factor = floats[: table.num_params].copy(), _moves(table, mask, moves)
-    if mask is not None:
-        np.copyto(weights[: table.num_prunable], 0.0, where=~mask)
-    ready = _prepare(table, _lanes(table, int(np.diff(starts).max())), mask)
-    w = take(weights, ready.keep, 1.0)
-    factor = take(factor, ready.keep, 0.0) if len(factor) else factor
-    factor = factor[:0] if (factor == 1).all() else factor
+    ready = prepare(table, _lanes(table, int(np.diff(starts).max())), mask)
+    w, still = _compact(table, floats, ready.keep, mask)
+    factor = _moves(table, moves, ready.keep, still)
     grad, losses = np.zeros_like(w), np.zeros(len(batches))
     velocity = np.zeros_like(w) if momentum else np.zeros(0, np.float32)
     kept: dict[int, np.ndarray] = {}
 
     def state() -> np.ndarray:
-        out = floats.copy()
-        out[: table.num_params] = give(w, ready.keep, table.num_params)
-        return out
+        out = np.zeros(len(floats) + 2, np.float32)  # with places for the zero and the one of `keep`
+        out[slice(table.num_params) if ready.keep is None else ready.keep] = w
+        out[table.num_params : len(floats)] = floats[table.num_params :]
+        return out[: len(floats)]
 
     ends = np.cumsum([len(parts) for parts in epochs])
     at = 0
@@ -164,9 +145,8 @@ def predict(table: LayerTable, floats: np.ndarray, x: np.ndarray) -> np.ndarray:
 
     x = _examples(table, x)
     _check(table, floats, None, None)
-    weights = floats[: table.num_params]
-    ready = _prepare(table, _lanes(table, len(x)), weights != 0)
-    w = take(weights, ready.keep, 1.0)
+    ready = prepare(table, _lanes(table, len(x)), floats[: table.num_params] != 0)
+    w, _ = _compact(table, floats, ready.keep, None)
     logits = np.empty((len(x), table.num_classes), np.float32)
     order = np.arange(len(x))
     plan = ready.plan
@@ -205,96 +185,30 @@ def _check(table: LayerTable, floats: np.ndarray, mask: np.ndarray | None, moves
             raise ValueError(f"kernel: {name} must be ({size},) {np.dtype(kind)}, got {array.shape} {array.dtype}")
 
 
-def _moves(table: LayerTable, mask: np.ndarray | None, moves: np.ndarray | None) -> np.ndarray:
-    """Return the factor on each parameter's step; empty where all move alike."""
-    if mask is None and moves is None and not table.frozen:
+def _compact(
+    table: LayerTable, floats: np.ndarray, keep: np.ndarray | None, mask: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a copy of the parameters that are kept, inside the mask, and the places in it that must not move."""
+    if keep is None:
+        w, still = floats[: table.num_params].copy(), np.zeros(0, bool) if mask is None else ~mask
+    else:
+        w, still = floats.take(keep, mode="clip"), keep >= table.num_params
+        if mask is not None:
+            still |= ~mask.take(keep, mode="clip") & (keep < len(mask))
+    places = np.flatnonzero(still)
+    w[places] = 0.0
+    if keep is not None:
+        w[keep == table.num_params + 1] = 1.0
+    return w, places
+
+
+def _moves(table: LayerTable, moves: np.ndarray | None, keep: np.ndarray | None, still: np.ndarray) -> np.ndarray:
+    """Return the factor on each step of the compact vector, none at `still` places; empty where all move alike."""
+    if not still.size and moves is None and not table.frozen:
         return np.zeros(0, np.float32)
     factor = np.ones(table.num_params, np.float32) if moves is None else moves.copy()
-    if mask is not None:
-        factor[: table.num_prunable] *= mask
     for start, end in table.frozen:
         factor[start:end] = 0.0
-    return factor
-
-
-def _prepare(table: LayerTable, lanes: int, kept: np.ndarray | None) -> _Prepared:
-    """Arrange the network, or the smaller one that is all that a structured ticket leaves of it."""
-    small = None if kept is None else shrink(table, kept, SPARSE_BELOW)
-    if small is None:
-        return _arranged(table, lanes, kept)
-    inner = _arranged(small.table, lanes, small.kept)
-    rows, lists = small.folded(inner.plan.rows, inner.lists, inner.keep)
-    keep = small.places if inner.keep is None else small.places[inner.keep]
-    return replace(inner, plan=replace(inner.plan, rows=rows), lists=lists, keep=keep)
-
-
-def _arranged(table: LayerTable, lanes: int, kept: np.ndarray | None) -> _Prepared:
-    """Choose sparse layers by their density, and give every weight its place in the compact vector."""
-    from fedlth.compute import loop
-
-    plan = arrange(table, lanes)
-    rows = plan.rows.copy()
-    work = np.zeros(plan.work_size + 16, np.float32)
-    start = -(work.ctypes.data // 4) % 16
-    work = work[start : start + plan.work_size]
-    dropped: dict[int, int] = {}
-    size, keep = 0, None
-    for row, op in zip(rows, table.ops, strict=True):
-        if kept is None or op.kind not in SPARSE_BELOW:
-            continue
-        count = _count(row, op)
-        if op.weight + count > len(kept):
-            continue
-        alive = int(np.count_nonzero(kept[op.weight : op.weight + count]))
-        if alive >= SPARSE_BELOW[op.kind] * count:
-            continue
-        keep = np.ones(table.num_params, bool) if keep is None else keep
-        keep[op.weight : op.weight + count] = kept[op.weight : op.weight + count]
-        dropped[op.weight] = count - alive
-        row[col.SPARSE] = 1
-        _cut(row, op, alive / count, lanes)
-        for column, length in (
-            (col.KEPT_STARTS, row[col.OUT_CHANNELS] * row[col.CHUNKS] + 1),
-            (col.KEPT_PLACES, alive + 1),  # the last place is written, and not read
-            (col.BACK_STARTS, row[col.CHANNELS] * row[col.BACK_CHUNKS] + 1 if op.kind == col.CONVOLUTION else 0),
-            (col.BACK_KEPT_PLACES, alive + 1),
-            (col.BACK_KEPT_WEIGHTS, alive if op.kind == col.CONVOLUTION else 0),
-        ):
-            row[column] = size
-            size += int(length)
-    lists = np.zeros(max(size, 1), np.int32)
-    if keep is None or kept is None:
-        return _Prepared(replace(plan, rows=rows), lists, work, lanes, None)
-    for row, op in zip(rows, table.ops, strict=True):
-        for column, place in ((col.WEIGHT, op.weight), (col.BIAS, op.bias)):
-            if place >= 0:
-                row[column] = place - sum(count for offset, count in dropped.items() if offset < place)
-    most = [
-        int(row[col.WEIGHT]) + int(np.count_nonzero(keep[op.weight : op.weight + _count(row, op)]))
-        for row, op in zip(rows, table.ops, strict=True)
-        if op.weight >= 0
-    ]
-    if max(most) > np.count_nonzero(keep) or (rows[:, [col.WEIGHT, col.BIAS]] < -1).any():
-        raise ValueError("kernel: a layer would reach outside the kept parameters")
-    loop.list_layers(rows, plan.index, lists, kept)
-    return _Prepared(replace(plan, rows=rows), lists, work, lanes, np.flatnonzero(keep))
-
-
-def _count(row: np.ndarray, op: Op) -> int:
-    return int(row[col.OUT_CHANNELS]) * (int(row[col.TAPS]) if op.kind in SPARSE_BELOW else 1)
-
-
-def _cut(row: np.ndarray, op: Op, density: float, lanes: int) -> None:
-    """Cut the channels that a sum runs over into chunks whose inputs fit the first-level cache beside the rest.
-
-    A chunk has at least _TAPS kept weights an output channel, since its partial sums pass through memory.
-    """
-    pixels = 3 if row[col.SPAN] > lanes else 1
-    values = op.window[0] * (pixels + op.window[1] - 1) * lanes
-    taps = int(row[col.KERNEL_AREA]) * max(density, 1e-9)
-    for size, chunk, chunks in (
-        (row[col.TAPS] // row[col.KERNEL_AREA], col.CHUNK, col.CHUNKS),
-        (row[col.OUT_CHANNELS] // row[col.GROUPS], col.BACK_CHUNK, col.BACK_CHUNKS),
-    ):
-        row[chunk] = min(int(size), max(1, _NEAR // values, math.ceil(_TAPS / taps)))
-        row[chunks] = -(-int(size) // int(row[chunk]))
+    factor = factor if keep is None else factor.take(keep, mode="clip")
+    factor[still] = 0.0
+    return factor[:0] if (factor == 1).all() else factor

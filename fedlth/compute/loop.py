@@ -226,7 +226,7 @@ def step(w: Any, grad: Any, velocity: Any, moves: Any, rate: Any, momentum: Any,
 
 def _make_entries(stamp: int) -> tuple[Any, Any, Any]:
     def list_layers(rows: Any, index: Any, lists: Any, kept: Any) -> int:
-        """Write the lists of the kept weights of the sparse layers."""
+        """Write the lists of the kept weights of the sparse layers; kept: their places, layer after layer."""
         for at in range(len(rows)):
             if rows[at, col.SPARSE]:
                 sparse.list_kept(index, lists, kept, rows[at])

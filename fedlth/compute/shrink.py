@@ -90,23 +90,6 @@ def shrink(table: LayerTable, kept: np.ndarray, sparse_below: Mapping[int, float
     return _built(table, kept, layers) if after < _WORTH * before else None
 
 
-def take(values: np.ndarray, keep: np.ndarray | None, one: float) -> np.ndarray:
-    """Return the compact vector of values (num_params,); behind them, keep counts a zero and a `one`."""
-    if keep is None:
-        return values
-    compact: np.ndarray = np.concatenate([values, np.array([0.0, one], np.float32)])[keep]
-    return compact
-
-
-def give(compact: np.ndarray, keep: np.ndarray | None, num_params: int) -> np.ndarray:
-    """Return the inverse: values (num_params,), zero where they are not kept."""
-    if keep is None:
-        return compact
-    values = np.zeros(num_params + 2, np.float32)
-    values[keep] = compact
-    return values[:num_params]
-
-
 class _Vector:
     """The small network's parameters, part by part."""
 

@@ -26,44 +26,44 @@ def list_kept(index: Any, lists: Any, kept: Any, row: Any) -> None:
     """Write the lists of one layer's kept weights by output channel and, where it is needed, by input channel.
 
     Both are cut into chunks of the channels that are summed over, so that a chunk's inputs fit the first-level cache.
-    kept: bool over all parameters, or whatever `row[col.MASK]` counts in.
+    kept: int64, ascending; this layer's, counted from its first weight, at `row[col.KEPT]` to `row[col.KEPT_END]`.
     """
     taps, area, linear = row[col.TAPS], row[col.KERNEL_AREA], row[col.KIND] == col.LINEAR
     channels, inputs = row[col.OUT_CHANNELS] // row[col.GROUPS], row[col.CHANNELS] // row[col.GROUPS]
-    count, chunks, chunk = 0, row[col.CHUNKS], row[col.CHUNK] * area
+    first, end, chunks, chunk = row[col.KEPT], row[col.KEPT_END], row[col.CHUNKS], row[col.CHUNK] * area
+    at = first
     for o in range(row[col.OUT_CHANNELS]):
-        for k in range(taps):
-            if k % chunk == 0:
-                lists[row[col.KEPT_STARTS] + o * chunks + k // chunk] = count
-            # Written for every weight and overwritten by the next kept one: a guess about a mask fails too often.
-            lists[row[col.KEPT_PLACES] + count] = index[row[col.TAP_PLACES] + k] + o // channels * row[col.TAP_GROUP]
-            if linear and row[col.NEEDS_DX]:
-                lists[row[col.BACK_KEPT_PLACES] + count] = index[row[col.BACK_OUT_PLACES] + k]
-            count = count + kept[row[col.MASK] + o * taps + k]
-    lists[row[col.KEPT_STARTS] + row[col.OUT_CHANNELS] * chunks] = count
+        group = o // channels * row[col.TAP_GROUP]
+        for c in range(chunks):
+            lists[row[col.KEPT_STARTS] + o * chunks + c] = at - first
+            last = o * taps + min((c + 1) * chunk, taps)
+            while at < end and kept[at] < last:
+                k = kept[at] - o * taps
+                lists[row[col.KEPT_PLACES] + at - first] = index[row[col.TAP_PLACES] + k] + group
+                if linear and row[col.NEEDS_DX]:
+                    lists[row[col.BACK_KEPT_PLACES] + at - first] = index[row[col.BACK_OUT_PLACES] + k]
+                at += 1
+    lists[row[col.KEPT_STARTS] + row[col.OUT_CHANNELS] * chunks] = end - first
     if linear or not row[col.NEEDS_DX]:
         return
-    back, chunks, ends, count = row[col.BACK_STARTS], row[col.BACK_CHUNKS], row[col.CHANNELS] * row[col.BACK_CHUNKS], 0
+    back, chunks, ends = row[col.BACK_STARTS], row[col.BACK_CHUNKS], row[col.CHANNELS] * row[col.BACK_CHUNKS]
     for start in range(ends + 1):
         lists[back + start] = 0
-    for o in range(row[col.OUT_CHANNELS]):
-        group, among = o // channels, o % channels // row[col.BACK_CHUNK]
-        for k in range(taps):
-            if kept[row[col.MASK] + o * taps + k]:
-                lists[back + (group * inputs + k // area) * chunks + among + 1] += 1
+    for at in range(first, end):
+        o, k = kept[at] // taps, kept[at] % taps
+        among = o % channels // row[col.BACK_CHUNK]
+        lists[back + (o // channels * inputs + k // area) * chunks + among + 1] += 1
     for start in range(ends):
         lists[back + start + 1] += lists[back + start]
-    for o in range(row[col.OUT_CHANNELS]):
+    for at in range(first, end):
+        o, k = kept[at] // taps, kept[at] % taps
         group, among = o // channels, o % channels // row[col.BACK_CHUNK]
-        for k in range(taps):
-            if kept[row[col.MASK] + o * taps + k]:
-                start = back + (group * inputs + k // area) * chunks + among
-                at = lists[start]
-                lists[start] = at + 1
-                place = index[row[col.BACK_PLACES] + o % channels * area + k % area]
-                lists[row[col.BACK_KEPT_PLACES] + at] = place + group * row[col.BACK_GROUP]
-                lists[row[col.BACK_KEPT_WEIGHTS] + at] = count
-                count += 1
+        start = back + (group * inputs + k // area) * chunks + among
+        to = lists[start]
+        lists[start] = to + 1
+        place = index[row[col.BACK_PLACES] + o % channels * area + k % area]
+        lists[row[col.BACK_KEPT_PLACES] + to] = place + group * row[col.BACK_GROUP]
+        lists[row[col.BACK_KEPT_WEIGHTS] + to] = at - first
     for start in range(ends, 0, -1):
         lists[back + start] = lists[back + start - 1]
     lists[back] = 0

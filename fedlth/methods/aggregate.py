@@ -70,19 +70,14 @@ class CountMean:
     weighted: bool = False
 
     def __call__(self, old: Params, contributions: Iterable[Contribution], layout: Layout, /) -> Params:
-        total, weight, ints = np.zeros(layout.num_floats), np.zeros(layout.num_floats), old.ints
+        total, ints = np.zeros(layout.num_floats), old.ints
+        weight = np.zeros(layout.num_floats, np.float64 if self.weighted else np.int32)
         size = layout.num_prunable
         for c in contributions:
-            share = float(c.num_examples) if self.weighted else 1.0
-            floats, mask = _floats(c.content), c.content.mask
-            np.add(total[size:], floats[size:].astype(np.float64) * share, out=total[size:])
+            share, floats = c.num_examples if self.weighted else 1, _floats(c.content)  # zero where the mask is False
+            total += floats if share == 1 else floats.astype(np.float64) * share
+            weight[:size] += c.content.mask if share == 1 else c.content.mask * share
             weight[size:] += share
-            if self.weighted:
-                total[:size] += np.where(mask, floats[:size], 0).astype(np.float64) * share
-                weight[:size] += mask * share
-            else:
-                np.add(total[:size], np.where(mask, floats[:size], np.float32(0)), out=total[:size])
-                np.add(weight[:size], mask, out=weight[:size])
             ints = _largest(ints, c.content)
         rest = old.floats.astype(np.float64) if self.uncovered == "keep" else np.zeros(layout.num_floats)
         mean = np.divide(total, weight, out=rest, where=weight > 0)

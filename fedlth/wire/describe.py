@@ -36,7 +36,7 @@ def iid_bytes(mask: np.ndarray, layout: Layout) -> float:
     """
     total = 0.0
     for e in layout.prunable:
-        share = float(mask[e.slice].mean())
+        share = int(np.count_nonzero(mask[e.slice])) / e.size
         if 0 < share < 1:
             total -= e.size * (share * np.log2(share) + (1 - share) * np.log2(1 - share)) / 8
     return float(total)

@@ -17,7 +17,8 @@ pytest.importorskip("numba")
 pytestmark = pytest.mark.timeout(600)  # the first use on a machine compiles
 
 from fedlth.compute import columns as col  # noqa: E402
-from fedlth.compute import kernel, shrink  # noqa: E402
+from fedlth.compute import compact, kernel, shrink  # noqa: E402
+from fedlth.compute.compact import SPARSE_BELOW  # noqa: E402
 from fedlth.compute.left import costs  # noqa: E402
 from fedlth.compute.places import check_folds  # noqa: E402
 from fedlth.models.registry import build  # noqa: E402
@@ -47,7 +48,7 @@ def structured(found: Case, kind: str, density: float, seed: int = 0) -> Case:
 
 def shrunk(found: Case) -> shrink.Shrunk | None:
     assert found.mask is not None
-    return shrink.shrink(found.table, found.mask, kernel.SPARSE_BELOW)
+    return shrink.shrink(found.table, found.mask, SPARSE_BELOW)
 
 
 def network(name: str = "lenet5", **options: float) -> Case:
@@ -60,7 +61,7 @@ def agrees(found: Case) -> None:
     """Assert that training ends as near to float64 as torch float32 and the whole network in the kernel do."""
     reference, loss = found.reference()
     outcome, truth = found.kernel(debug=True), found.judge()
-    with mock.patch.object(kernel, "shrink", lambda *_: None):
+    with mock.patch.object(compact, "shrink", lambda *_: None):
         whole = found.kernel().floats
     # The whole one too: a norm over a constant channel enlarges whatever rounding its order of addition leaves.
     allowed = max(np.abs(reference - truth).max(), np.abs(whole - truth).max())
@@ -193,11 +194,11 @@ def test_half_the_rows_need_far_less_than_half_the_work_of_single_weights(
 ) -> None:
     """Multiply-adds, of which the kernel does as many in the same time; unstructured tickets of the density need 1."""
     found = network(name)
-    before, after = costs(found.table, ticket(found.layout, "row", density), kernel.SPARSE_BELOW)
+    before, after = costs(found.table, ticket(found.layout, "row", density), SPARSE_BELOW)
     assert after <= most * before
     single = np.random.default_rng(0).random(found.layout.num_prunable) < density
-    before, after = costs(found.table, single, kernel.SPARSE_BELOW)
-    assert after >= 0.95 * before and shrink.shrink(found.table, single, kernel.SPARSE_BELOW) is None
+    before, after = costs(found.table, single, SPARSE_BELOW)
+    assert after >= 0.95 * before and shrink.shrink(found.table, single, SPARSE_BELOW) is None
 
 
 def test_shared_weights_stay_whole() -> None:
