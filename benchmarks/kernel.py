@@ -27,7 +27,7 @@ from fedlth.compute.table import LayerTable
 from fedlth.compute.tuned import tune
 from fedlth.models.prunable import prunable_names
 from fedlth.models.registry import build
-from fedlth.params import Layout, layout_of, read
+from fedlth.params import layout_of, read
 from fedlth.tickets.granularity import GRANULARITIES
 from fedlth.train import Bound, Plan, batches, train
 
@@ -92,7 +92,7 @@ class Work:
         layout = layout_of(self.module, prunable_names(self.module, None))
         start, table = read(self.module, layout), compile_layers(self.module, layout, self.shape)
         assert isinstance(table, LayerTable), table
-        mask = ticket(layout, density, granularity) if density < 1 else None
+        mask = ticket(self.module, density, granularity) if density < 1 else None
         parts = [batches(len(self.x), BATCH, np.random.default_rng(1))]
         given = {"rates": np.full(self.steps, 0.05), "mask": mask}
         run = lambda: kernel.train_epochs(table, start.floats, self.x.numpy(), self.y.numpy(), parts, **given)  # noqa: E731
@@ -100,23 +100,40 @@ class Work:
         return run
 
 
-def ticket(layout: Layout, density: float, granularity: str) -> np.ndarray:
-    """Return a random ticket that keeps a share of each layer's groups, at least one."""
-    groups, rng = GRANULARITIES[granularity]().groups(layout), np.random.default_rng(0)
+def ticket(module: nn.Module, density: float, granularity: str) -> np.ndarray:
+    """Return a mask that keeps a share of each layer's groups, at least one.
+
+    "narrow" keeps the rows and, behind them, the columns that a network with that share of the channels has.
+    """
+    layout, rng = layout_of(module, prunable_names(module, None)), np.random.default_rng(0)
+    if granularity == "narrow":
+        names = {part: f"{name}.weight" for name, part in module.named_modules()}
+        kept, of = np.zeros(layout.num_prunable, bool), {e.name: e for e in layout.prunable}
+        for layer, outputs, inputs in widths(module, density):
+            e = of[names[layer]]
+            kept[e.slice].reshape(e.shape)[:outputs, :inputs] = True
+        return kept
+    groups = GRANULARITIES[granularity]().groups(layout)
     kept = np.zeros(groups.layout.num_prunable, bool)
     for e in groups.layout.prunable:
         kept[e.offset + rng.permutation(e.size)[: max(1, round(density * e.size))]] = True
     return groups.spread(kept)
 
 
+def widths(module: nn.Module, share: float) -> list[tuple[nn.Conv2d | nn.Linear, int, int]]:
+    """Return each layer of a chain, and how many outputs and inputs it has with a share of the channels between."""
+    layers = [part for part in module.modules() if isinstance(part, (nn.Conv2d, nn.Linear))]
+    shapes = [layer.weight.shape for layer in layers]
+    return [
+        (layer, n if layer is layers[-1] else round(n * share), m if layer is layers[0] else round(m * share))
+        for layer, (n, m, *_) in zip(layers, shapes, strict=True)
+    ]
+
+
 def narrow(module: nn.Module, share: float) -> nn.Module:
     """Return a chain of convolutions and linear layers with a share of the channels between them."""
     module = copy.deepcopy(module)
-    layers = [part for part in module.modules() if isinstance(part, (nn.Conv2d, nn.Linear))]
-    for layer in layers:
-        outputs, inputs = layer.weight.shape[:2]
-        outputs = outputs if layer is layers[-1] else round(outputs * share)
-        inputs = inputs if layer is layers[0] else round(inputs * share)
+    for layer, outputs, inputs in widths(module, share):
         assert layer.bias is not None
         layer.weight = nn.Parameter(layer.weight[:outputs, :inputs].detach().clone())
         layer.bias = nn.Parameter(layer.bias[:outputs].detach().clone())
@@ -204,7 +221,7 @@ def structured(repeats: int) -> None:
             small = replace(given, module=narrow(given.module, share))
             runs[f"{share} raw torch, narrow"] = small.raw()
             runs[f"{share} kernel, narrow"] = small.kernel(1.0)
-            for granularity in ("row", "channel", "element"):
+            for granularity in ("narrow", "row", "channel", "element"):
                 runs[f"{share} ticket by {granularity}"] = given.kernel(share, granularity)
         best = interleaved(runs, repeats)
         print(f"{name}: raw torch {best['raw torch'] / given.steps * 1e3:.2f} ms a step")
