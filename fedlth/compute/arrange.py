@@ -102,6 +102,8 @@ def arrange(table: LayerTable, lanes: int) -> Arrangement:
         _common(row, op, table, values, gradients, lanes)
         if op.kind in (col.CONVOLUTION, col.LINEAR):
             _weighted(row, op, plan, values[op.source], gradients[op.source])
+        elif op.kind == col.CHOOSE:
+            row[col.CHOICE] = plan.list(np.array(op.picks))
         elif op.kind == col.GROUP_NORM:
             row[col.STATS] = plan.buffer((2 * op.groups, 1, 1)).place
     packed = (int(r[col.OUT_CHANNELS] * r[col.TAPS]) for r in rows if r[col.KIND] == col.CONVOLUTION)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from fedlth.compute import columns as col
 from fedlth.compute.table import LayerTable, Op
 
 WEIGHTED = col.CONVOLUTION, col.LINEAR
+_FEWER = 0.8  # of the channels at most, where choosing some costs a copy
+_COPY = 10  # multiply-adds that copying a value forward costs, at most
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,10 @@ class Channels:
 
 @dataclass(frozen=True)
 class Layer:
-    """One weighted layer: its matrix of kept weights (outputs, taps), and the part of it that is left."""
+    """One weighted layer: its matrix of kept weights (outputs, taps), and the part of it that is left.
+
+    gathers, scatters: all channels of its input and of its output stay, and it chooses among them.
+    """
 
     op: Op
     kept: np.ndarray
@@ -37,7 +42,9 @@ class Layer:
     source: Channels
     out: Channels
     columns: np.ndarray
-    picks: tuple[int, ...]
+    picks: tuple[int, ...] = ()
+    gathers: bool = False
+    scatters: bool = False
 
     @property
     def ones(self) -> int:
@@ -64,10 +71,11 @@ def costs(
 ) -> tuple[float, float]:
     """Return the multiply-adds of an example's forward before and after; one on a list costs more, by its kind."""
     before = after = 0.0
-    for layer in layers_left(table, kept) if layers is None else layers:
+    for layer in layers_left(table, kept, sparse_below) if layers is None else layers:
         pixels, below = math.prod(table.shapes[layer.op.out][1:]), sparse_below[layer.op.kind]
         before += pixels * _cost(layer.kept.size, int(np.count_nonzero(layer.kept)), below)
         after += pixels * _cost(*layer.size(), below)
+        after += _COPY * pixels * (layer.gathers * layer.source.count + layer.scatters * layer.kept.shape[0])
     return before, after
 
 
@@ -75,7 +83,7 @@ def _cost(size: int, alive: int, below: float) -> float:
     return size if alive >= below * size else alive / below
 
 
-def layers_left(table: LayerTable, kept: np.ndarray) -> list[Layer]:
+def layers_left(table: LayerTable, kept: np.ndarray, sparse_below: Mapping[int, float]) -> list[Layer]:
     """Find what is left of every weighted layer."""
     owner, whole = owners(table)
     matrices: dict[int, tuple[np.ndarray, int]] = {}
@@ -104,11 +112,31 @@ def layers_left(table: LayerTable, kept: np.ndarray) -> list[Layer]:
         for at, wanted in read.items()
     }
     readers = Counter(value for op in table.ops for value in op.reads)
-    return [
-        _one(op, *matrices[op.out], channels[owner[op.source]], channels[owner[op.out]], readers[op.source] == 1)
-        for op in table.ops
-        if op.kind in WEIGHTED
-    ]
+    layers = []
+    for op in table.ops:
+        if op.kind in WEIGHTED:
+            ends, (matrix, area) = (channels[owner[op.source]], channels[owner[op.out]]), matrices[op.out]
+            one = _one(op, matrix, area, *ends, readers[op.source] == 1)
+            fixed = owner[op.source] in whole, owner[op.out] in whole
+            layers.append(_choosing(one, *fixed, sparse_below[op.kind]))
+    return layers
+
+
+def _choosing(layer: Layer, source: bool, out: bool, below: float) -> Layer:
+    """Let a convolution between maps of which all channels stay choose among these, where its dense part is smaller."""
+    if layer.op.kind != col.CONVOLUTION or layer.op.groups > 1:
+        return layer
+    none, found = np.zeros(0, np.int64), layer
+    rows = np.flatnonzero(layer.kept.any(axis=1)) if out else none
+    if out and len(rows) <= _FEWER * layer.out.count:
+        found = replace(found, out=Channels(rows if len(rows) else np.arange(1), none), scatters=True)
+    inputs = np.flatnonzero(layer.kept.reshape(len(layer.kept), -1, layer.area).any(axis=(0, 2))) if source else none
+    if source and len(inputs) <= _FEWER * layer.source.count:
+        inputs = inputs if len(inputs) else np.arange(1)
+        columns = (inputs[:, None] * layer.area + np.arange(layer.area)).reshape(-1)
+        found = replace(found, source=Channels(inputs, none), columns=columns, gathers=True)
+    size, alive = found.size()
+    return found if alive >= below * size else layer  # a list passes over dead channels at no cost
 
 
 def owners(table: LayerTable) -> tuple[dict[int, int], set[int]]:
@@ -131,7 +159,7 @@ def _left(read: np.ndarray, alive: np.ndarray, maker: Op) -> Channels:
 
 def _one(op: Op, kept: np.ndarray, area: int, source: Channels, out: Channels, alone: bool) -> Layer:
     if op.groups > 1:
-        return Layer(op, kept, area, source, out, np.arange(kept.shape[1]), ())
+        return Layer(op, kept, area, source, out, np.arange(kept.shape[1]))
     columns = (source.computed[:, None] * area + np.arange(area)).reshape(-1)
     if op.kind == col.LINEAR and alone:
         live = np.flatnonzero(_block(kept, out.computed, columns).any(axis=0))
@@ -139,4 +167,4 @@ def _one(op: Op, kept: np.ndarray, area: int, source: Channels, out: Channels, a
             live = live if len(live) or len(source.constant) else np.arange(1)
             ones = np.arange(area if len(source.constant) else 0) + len(columns)
             return Layer(op, kept, area, source, out, columns[live], tuple(np.append(live, ones).tolist()))
-    return Layer(op, kept, area, source, out, columns, ())
+    return Layer(op, kept, area, source, out, columns)

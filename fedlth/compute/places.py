@@ -93,6 +93,10 @@ def check_places(plan: Arrangement, lanes: int, num_params: int) -> None:
         elif row[col.KIND] in (col.ADD, col.COPY, col.GROUP_NORM):
             same = row[col.CHANNELS : col.WIDTH + 1] == row[col.OUT_CHANNELS : col.OUT_WIDTH + 1]
             layer.want(same, "map")
+        elif row[col.KIND] == col.CHOOSE:
+            layer.want(row[col.HEIGHT : col.WIDTH + 1] == row[col.OUT_HEIGHT : col.OUT_WIDTH + 1], "map")
+            chosen = layer.list(col.CHOICE, row[col.OUT_CHANNELS])
+            layer.want(bool(chosen.min() >= -1 and chosen.max() < row[col.CHANNELS]), "map")
         else:
             _check_windows(layer)
         if row[col.KIND] == col.GROUP_NORM:

@@ -6,7 +6,8 @@
 - A linear layer leaves out single features that it does not read.
 
 Channels keep their number through pools and relu. Around additions, group norms and grouped convolutions, and of the
-input and the logits, all channels stay: what is one channel there depends on others, or must keep its place.
+input and the logits, all channels stay: what is one channel there depends on others, or must keep its place. A
+convolution between such maps is a dense one over copies of the channels that it needs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 from fedlth.compute import columns as col
 from fedlth.compute.left import WEIGHTED, Layer, costs, layers_left, owners
 from fedlth.compute.places import check_folds
-from fedlth.compute.table import LayerTable
+from fedlth.compute.table import LayerTable, Op
 
 # Of the multiply-adds at most. Arranging the smaller network takes 5 ms (LeNet-5) to 10 ms (LEAF CNN) a training, which
 # a tenth of one does not always bring back: 19 steps of LeNet-5 are 20 ms.
@@ -85,7 +86,7 @@ def shrink(table: LayerTable, kept: np.ndarray, sparse_below: Mapping[int, float
     places = Counter(place for op in table.ops for place in (op.weight, op.bias) if place >= 0)
     if max(places.values()) > 1:
         return None  # two layers share their weights, and may keep different channels
-    layers = layers_left(table, kept)
+    layers = layers_left(table, kept, sparse_below)
     before, after = costs(table, kept, sparse_below, layers)
     return _built(table, kept, layers) if after < _WORTH * before else None
 
@@ -119,32 +120,41 @@ def _built(table: LayerTable, kept: np.ndarray, layers: list[Layer]) -> Shrunk:
         masks.append(mask.reshape(-1))
     num_prunable = vector.size
     by_out = {layer.op.out: layer for layer in layers}
-    shapes, biases = list(table.shapes), {}
-    owner, _ = owners(table)
+    shapes, biases, folds = list(table.shapes), {}, []
+    owner, whole = owners(table)
     for op in table.ops:
         made = by_out.get(owner[op.out])
-        if made is not None:
+        if made is not None and owner[op.out] not in whole:
             shapes[op.out] = (made.out.count, *table.shapes[op.out][1:])
         if op.out not in by_out:
             bias = op.bias if op.bias < 0 else vector.add(op.bias + np.arange(shapes[op.out][0]))
             weight = op.weight if op.weight < 0 else vector.add(op.weight + np.arange(shapes[op.out][0]))
             ops.append(replace(op, weight=weight, bias=bias))
             continue
-        layer = by_out[op.out]
+        layer, (weight, taps) = by_out[op.out], weights[op.out]
         ones = np.full(layer.out.count - len(layer.out.computed), one)
         bias = op.bias if op.bias < 0 else vector.add(np.append(op.bias + layer.out.computed, ones))
         biases[op.out] = vector.add(op.bias + layer.out.constant)
-        ops.append(replace(op, weight=weights[op.out][0], bias=bias, picks=layer.picks))
-    folds = tuple(
-        _folded(at, by_out[op.out], vector, *weights[op.out], biases[owner[op.source]], _clipped(table, op.source))
-        for at, op in enumerate(table.ops)
-        if op.out in by_out and by_out[op.out].ones
-    )
+        small = replace(op, weight=weight, bias=bias, picks=layer.picks)
+        if layer.gathers:
+            shapes.append((layer.source.count, *table.shapes[op.source][1:]))
+            small = replace(small, source=len(shapes) - 1)
+            picks = tuple(layer.source.computed.tolist())
+            ops.append(Op(kind=col.CHOOSE, source=op.source, out=small.source, picks=picks))
+        if layer.ones:
+            clipped = _clipped(table, op.source)
+            folds.append(_folded(len(ops), layer, vector, weight, taps, biases[owner[op.source]], clipped))
+        if layer.scatters:
+            shapes.append((layer.out.count, *table.shapes[op.out][1:]))
+            small = replace(small, out=len(shapes) - 1, relu=False)
+        ops.append(small)
+        if layer.scatters:
+            ops.append(_scattered(layer, small.out, vector))
     idle = np.ones(table.num_params + 2, bool)
     idle[: len(kept)] = kept
     idle[np.concatenate(vector.parts)] = False
     vector.add(np.flatnonzero(idle[: table.num_params]))  # only weight decay changes these
-    small = LayerTable(
+    left = LayerTable(
         ops=tuple(ops),
         shapes=tuple(shapes),
         output=table.output,
@@ -152,7 +162,7 @@ def _built(table: LayerTable, kept: np.ndarray, layers: list[Layer]) -> Shrunk:
         num_params=vector.size,
         num_prunable=num_prunable,
     )
-    return Shrunk(small, np.concatenate(vector.parts), np.concatenate(masks), folds)
+    return Shrunk(left, np.concatenate(vector.parts), np.concatenate(masks), tuple(folds))
 
 
 def _folded(at: int, layer: Layer, vector: _Vector, weight: int, taps: int, bias: int, relu: bool) -> _Fold:
@@ -167,6 +177,15 @@ def _folded(at: int, layer: Layer, vector: _Vector, weight: int, taps: int, bias
     start = vector.add(block)
     total, values = vector.zeros(block.shape[1]), vector.zeros(len(constant))
     return _Fold(at, start, total, values, ones.reshape(-1), bias + np.arange(len(constant)), relu)
+
+
+def _scattered(layer: Layer, source: int, vector: _Vector) -> Op:
+    """Return the layer that puts the computed channels among those that are constant."""
+    op, rows, outputs = layer.op, layer.out.computed, layer.kept.shape[0]
+    choice, bias = np.full(outputs, -1), op.bias + np.arange(outputs)
+    choice[rows], bias[rows] = np.arange(len(rows)), vector.zero
+    place = -1 if op.bias < 0 else vector.add(bias)
+    return Op(kind=col.CHOOSE, source=source, out=op.out, bias=place, relu=op.relu, picks=tuple(choice.tolist()))
 
 
 def _clipped(table: LayerTable, value: int) -> bool:
