@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 RESYNC = "resync"
-AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -76,11 +75,18 @@ class Failure:
     framed_up_bytes: int | None = None
 
 
+Again = Callable[[Job, Reply], Job | None]
+Answers = Generator[tuple[Job, Reply | Failure], None, None]
+
+
+def never(job: Job, reply: Reply) -> None:
+    """Ask for nothing again."""
+
+
 class Engine(Protocol):
     """A transport: the in-process engine is the definition, the others must equal it.
 
-    `holds_state` says that clients keep their own state: the driver then neither sends nor stores it. `at_once` is
-    how many jobs it wants in one map: enough for all its workers, few enough for their answers to fit in memory.
+    `holds_state` says that clients keep their own state: the driver then neither sends nor stores it.
     """
 
     @property
@@ -89,11 +95,12 @@ class Engine(Protocol):
     @property
     def holds_state(self) -> bool: ...
 
-    @property
-    def at_once(self) -> int: ...
+    def map(self, jobs: Iterable[Job], /, *, again: Again = never) -> Answers:
+        """Run `client_step` on each job; yield each with its Reply or Failure, in job order, while others are at work.
 
-    def map(self, jobs: Sequence[Job], /) -> list[Reply | Failure]:
-        """Run `client_step` on each job; one Reply or Failure a job, in job order."""
+        Jobs are drawn as workers come free, a few ahead of the answers, so that memory does not grow with their number.
+        A job that `again` returns for a reply is run in the place of the first; those of one cohort together.
+        """
         ...
 
     def close(self) -> None: ...

@@ -86,7 +86,6 @@ class Loop:
             phase=step.phase, round=step.round, science=self.science, recipe=recipe, layout=self.layout,
             codec=self.codec, sends=recipe.visit.sends if joins else self._sends_mask(step),
             mirrors=self.recipe.down == "slice" or self.world.study.refine.rounds > 0,
-            cohort=int(self.world.study.cohort),
         )  # fmt: skip
         down = self._downlink(step, clients, recipe)
         visits = Visits(stage, self.folder, self.engine, self.progress, down, clients)

@@ -1,10 +1,10 @@
-"""One step's visits: jobs go out in parts, answers are judged one by one, in client order, and then let go."""
+"""One step's visits: jobs go out as workers come free, answers are judged one by one, in client order, and let go."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,6 @@ class Stage:
     codec: Codec
     sends: str
     mirrors: bool
-    cohort: int
 
     @property
     def version(self) -> str:
@@ -63,34 +62,27 @@ class Visits:
     versions: dict[str, str] = field(default_factory=dict)
     mirrors: dict[str, str | None] = field(default_factory=dict)
     resyncs: int = 0
+    _tries: dict[int, list[Row]] = field(default_factory=dict)
 
     def contributions(self) -> Iterator[Contribution]:
-        """Visit all clients, a part at a time so that memory does not grow with their number; yield what was sent up.
+        """Visit all clients, judging answers while others are at work; yield what was sent up.
 
         States and masks are written as they come; they are current only once the step is committed.
         """
+        jobs = (self._job(c, self.down.inbox(c)) for c in self.clients)
         with (
             self.folder.clients.writing(self.stage.version) as states,
             self.folder.mirrors.writing(self.stage.version) as masks,
+            closing(self.engine.map(jobs, again=self._again)) as answers,
         ):
-            # Parts are whole cohorts, so that these are the same on every engine. What is meant for four clients in
-            # turn is one cohort's place, or too few cohorts would be out for all workers to have one.
-            size = self.stage.cohort * -(-self.engine.at_once // min(self.stage.cohort, 4))
-            for i in range(0, len(self.clients), size):
-                yield from self._part(self.clients[i : i + size], states, masks)
-
-    def _part(self, clients: Sequence[int], states: Writer, masks: Writer) -> Iterator[Contribution]:
-        jobs = [self._job(c, self.down.inbox(c)) for c in clients]
-        answers = self.engine.map(jobs)
-        again = self._again(jobs, answers)
-        for job, answer in zip(jobs, answers, strict=True):
-            self.rows += again.get(job.client, [])
-            got = self._judged(job, answer, "resync" if job.client in again else "")
-            if got is None or not isinstance(answer, Reply):
-                continue
-            self._keep(answer, got, states, masks)
-            if got.contribution:
-                yield got.contribution
+            for job, answer in answers:
+                self.rows += self._tries.get(job.client, [])
+                got = self._judged(job, answer, "resync" if job.client in self._tries else "")
+                if got is None or not isinstance(answer, Reply):
+                    continue
+                self._keep(answer, got, states, masks)
+                if got.contribution:
+                    yield got.contribution
 
     def _job(self, client: int, inbox: tuple[Message, ...], *, forget: bool = False) -> Job:
         version = "" if forget else self.progress.versions.get(str(client), "")
@@ -100,25 +92,17 @@ class Visits:
             version=version, state=state,
         )  # fmt: skip
 
-    def _again(self, jobs: list[Job], answers: list[Reply | Failure]) -> dict[int, list[Row]]:
-        """Send once more, leaning on nothing, to the clients that have lost what their download referred to.
+    def _again(self, job: Job, answer: Reply) -> Job | None:
+        """Return a job that leans on nothing, once, for a client that has lost what its download referred to.
 
-        Replaces their jobs and answers, and returns the rows of their first tries, which were sent too, by client.
+        Notes the rows of the first try, which was sent too.
         """
-        lost, tries = [], dict[int, list[Row]]()
-        for i, (job, answer) in enumerate(zip(jobs, answers, strict=True)):
-            if isinstance(answer, Reply) and _asks(answer):
-                tries[job.client] = self._rows_down(job, answer) + self._rows_up(answer, None, "ok", "")
-                forget = not any(answer.outbox[0].payload)
-                jobs[i] = self._job(job.client, self.down.inbox(job.client, alone=True), forget=forget)
-                lost.append(i)
-        # All at once, but for cohorts: who else has lost something must not change a cohort's bits on another engine.
-        for _, part in groupby(lost, key=lambda i: i // self.stage.cohort if self.stage.cohort > 1 else 0):
-            again = list(part)
-            for i, answer in zip(again, self.engine.map([jobs[i] for i in again]), strict=True):
-                answers[i] = answer
-        self.resyncs += len(lost)
-        return tries
+        if not _asks(answer) or job.client in self._tries:
+            return None
+        self._tries[job.client] = self._rows_down(job, answer) + self._rows_up(answer, None, "ok", "")
+        self.resyncs += 1
+        forget = not any(answer.outbox[0].payload)
+        return self._job(job.client, self.down.inbox(job.client, alone=True), forget=forget)
 
     def _judged(self, job: Job, answer: Reply | Failure, kind: str) -> server.Accepted | None:
         """Turn an answer into ledger rows, and into what was accepted; each answer stands alone."""

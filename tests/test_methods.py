@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 
 from fedlth import server, train
 from fedlth.client import client_step, initial, space
-from fedlth.engines.inprocess import InProcess
 from fedlth.jobs import Failure, Job, Reply
 from fedlth.methods.aggregate import Contribution, CountMean
 from fedlth.methods.arms import ARMS
@@ -437,23 +435,18 @@ def test_rewind_to_the_last_round_by_name_is_rewind_to_theta_g(tmp_path: Path) -
     assert tiny.digests(tmp_path / "a") == tiny.digests(tmp_path / "b")
 
 
-class Dropping:
+class Dropping(tiny.Lists):
     """An engine that loses some clients in some steps."""
-
-    name, holds_state, at_once = "inprocess", False, 2
 
     def __init__(self, lose: set[tuple[str, int]]) -> None:
         self.lose = lose
 
-    def map(self, jobs: Sequence[Job], /) -> list[Reply | Failure]:
+    def run(self, jobs: list[Job]) -> list[Reply | Failure]:
         kept = [j for j in jobs if (j.phase, j.client) not in self.lose]
-        answers = iter(InProcess().map(kept))
+        answers = super().run(kept)
         lost = [Failure(round=j.round, client=j.client, kind="died", reason="gone") for j in jobs if j not in kept]
         by_client = {a.client: a for a in (*answers, *lost)}
         return [by_client[j.client] for j in jobs]
-
-    def close(self) -> None:
-        pass
 
 
 @pytest.mark.parametrize("name", ["two_step", "lotteryfl", "sub_fedavg", "fedselect"])
@@ -493,9 +486,9 @@ def test_a_ticket_that_is_dense_replaces_an_older_mask(tmp_path: Path) -> None:
 
 def test_slices_after_a_lost_visit_use_the_committed_mask(tmp_path: Path) -> None:
     class Flaky(Dropping):
-        def map(self, jobs: Sequence[Job], /) -> list[Reply | Failure]:
+        def run(self, jobs: list[Job]) -> list[Reply | Failure]:
             self.lose = {("federate", j.client) for j in jobs[:1] if j.round % 2 == 0}
-            return super().map(jobs)
+            return super().run(jobs)
 
     made = tiny.of_method("lotteryfl", federate={"rounds": 6, "clients_per_round": 2})
     tiny.run(made, tmp_path / "r", engine=Flaky(set()))

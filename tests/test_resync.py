@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,8 @@ class Forgetful(Counting):
         self.how, self.round = how, round
         self.hit: set[int] = set()
 
-    def map(self, jobs: Sequence[Job], /) -> list[Reply | Failure]:
-        return super().map([self._struck(job) for job in jobs])
+    def run(self, jobs: list[Job]) -> list[Reply | Failure]:
+        return super().run([self._struck(job) for job in jobs])
 
     def _struck(self, job: Job) -> Job:
         if (job.phase, job.round) != ("federate", self.round) or job.client in self.hit or not job.version:
@@ -70,10 +69,10 @@ def test_a_client_that_lost_its_mask_gets_it_back(tmp_path: Path) -> None:
 
 
 def test_a_client_that_asks_again_and_again_fails_alone(tmp_path: Path) -> None:
-    class Stubborn(InProcess):
-        def map(self, jobs: Sequence[Job], /) -> list[Reply | Failure]:
+    class Stubborn(tiny.Lists):
+        def run(self, jobs: list[Job]) -> list[Reply | Failure]:
             lost = [replace(j, state=None, version="x-1") if (j.client, j.round) == (victim, 2) else j for j in jobs]
-            return InProcess().map(lost)
+            return super().run(lost)
 
     made = tiny.of_method("lotteryfl", federate={"rounds": 3, "clients_per_round": 3})
     victim = next(c for c in range(4) if c not in tiny.open_world(made.science()).splits.unseen)

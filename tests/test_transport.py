@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from fedlth import cli
-from fedlth.engines.inprocess import InProcess
 from fedlth.jobs import Failure, Job, Message, Reply
 from tests import tiny
 
@@ -19,13 +18,11 @@ REFINED = ("two_step", "lotteryfl", "sub_fedavg", "fedselect")
 CASES = [*((name, False) for name in tiny.METHODS), *((name, True) for name in REFINED)]
 
 
-class Counting:
+class Counting(tiny.Lists):
     """The in-process engine with a meter on both directions; it knows nothing of ledgers.
 
     `lose` gives no answer of a client in a phase, `damage` breaks what a client sends.
     """
-
-    name, holds_state, at_once = "inprocess", False, 2
 
     def __init__(self, *, lose: tuple[str, int] = ("", -1), damage: tuple[str, int] = ("", -1)) -> None:
         self.lose, self.damage = lose, damage
@@ -37,14 +34,14 @@ class Counting:
         totals[client] = totals.get(client, 0) + sum(len(message.payload) for message in box)
         self.messages += len(box)
 
-    def map(self, jobs: Sequence[Job], /) -> list[Reply | Failure]:
+    def run(self, jobs: list[Job]) -> list[Reply | Failure]:
         answers: list[Reply | Failure] = []
         for job in jobs:
             self._meter(self.down, job.client, job.inbox)
             if (job.phase, job.client) == self.lose:
                 answers.append(Failure(round=job.round, client=job.client, kind="died", reason="gone"))
                 continue
-            (answer,) = InProcess().map([job])
+            (answer,) = super().run([job])
             assert isinstance(answer, Reply), answer
             if (job.phase, job.client) == self.damage:
                 first, *rest = answer.outbox
@@ -52,9 +49,6 @@ class Counting:
             self._meter(self.up, job.client, answer.outbox)
             answers.append(answer)
         return answers
-
-    def close(self) -> None:
-        pass
 
 
 def told(out: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:

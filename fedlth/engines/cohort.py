@@ -4,22 +4,44 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain, islice
 
-from fedlth.jobs import Failure, Job, Reply
+from fedlth.jobs import Again, Failure, Job, Reply
 
 Call = Callable[[], Reply | Failure]
 
 
-def size_of(jobs: Sequence[Job]) -> int:
-    """Return the cohort size of a map's jobs; they are of one study."""
-    return int(json.loads(jobs[0].study)["cohort"]) if jobs else 1
+def peeked(jobs: Iterable[Job]) -> tuple[Job | None, Iterator[Job]]:
+    """Return the first job, None where there is none, and all of them."""
+    source = iter(jobs)
+    first = next(source, None)
+    return first, chain(() if first is None else (first,), source)
 
 
-def cohorts(count: int, size: int) -> list[tuple[int, ...]]:
-    """Return positions 0 to `count` in tuples of `size`: they hang on nothing but the order of the jobs."""
-    return [tuple(range(at, min(at + size, count))) for at in range(0, count, size)]
+def cohorts(jobs: Iterable[Job]) -> Iterator[list[Job]]:
+    """Draw jobs of one study in cohorts, which hang on nothing but the order of the jobs."""
+    first, source = peeked(jobs)
+    size = size_of(first) if first else 1
+    while part := list(islice(source, size)):
+        yield part
+
+
+def answered(
+    part: list[Job], run: Callable[[list[Job]], list[Reply | Failure]], again: Again
+) -> Iterator[tuple[Job, Reply | Failure]]:
+    """Run one part of the jobs; those that are to run again do so together, in the place of the first."""
+    answers = run(part)
+    asked = {i: job for i, a in enumerate(answers) if isinstance(a, Reply) and (job := again(part[i], a)) is not None}
+    for i, answer in zip(asked, run(list(asked.values())) if asked else (), strict=True):
+        part[i], answers[i] = asked[i], answer
+    return zip(part, answers, strict=True)
+
+
+def size_of(job: Job) -> int:
+    """Return the cohort size of a job's study."""
+    return int(json.loads(job.study)["cohort"])
 
 
 def side_by_side(calls: Sequence[Call]) -> list[Reply | Failure]:

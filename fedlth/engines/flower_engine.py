@@ -8,18 +8,21 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
 from fedlth import store
 from fedlth.config import Study
+from fedlth.engines.cohort import answered
 from fedlth.engines.flower_nodes import Roll, Tell
 from fedlth.engines.flower_record import BODY, HEAD, Order, Records, View, of_order, to_answer
-from fedlth.jobs import Failure, Job, Reply
+from fedlth.jobs import Again, Answers, Failure, Job, Reply, never
 
 DEFAULT_TIMEOUT_S = 3600.0
 GRACE_S = 120.0  # Ray's workers, or a device's process, need up to half a minute before the first step begins
 RUN_NAME = "flower-run"
+AT_ONCE = 256  # nodes answer at their own pace: a part ends with its slowest
 # Flower's codes (flwr.common.constant.ErrorCode) by what they mean here; code 0 is any exception of its backend.
 RAISED, CRASHED = (1, 2, 6, 7), 8
 RAY_DEATH = re.compile("ActorDied|ActorUnavailable|WorkerCrashed")
@@ -61,7 +64,6 @@ class FlowerEngine:
 
     name = "flower"
     holds_state = True
-    at_once = 256  # nodes answer at their own pace: a part ends with its slowest
 
     def __init__(
         self, transport: Transport, *, study: Study, out: Path, tell: Tell, wait_s: float, stop: threading.Event
@@ -73,7 +75,12 @@ class FlowerEngine:
             wait_s=wait_s,
         )  # fmt: skip
 
-    def map(self, jobs: Sequence[Job], /) -> list[Reply | Failure]:
+    def map(self, jobs: Iterable[Job], /, *, again: Again = never) -> Answers:
+        source = iter(jobs)
+        while part := list(islice(source, AT_ONCE)):
+            yield from answered(part, self._part, again)
+
+    def _part(self, jobs: Sequence[Job]) -> list[Reply | Failure]:
         nodes, run = self._roll.nodes(), self._run_name()
         sent = [self._send(job, nodes.get(job.client), run) for job in jobs]
         backs = self._exchange([s for s in sent if s is not None])

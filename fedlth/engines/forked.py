@@ -5,17 +5,17 @@ from __future__ import annotations
 import gc
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, NoReturn
 
-from fedlth.engines.cohort import size_of
+from fedlth.engines.cohort import peeked, size_of
 from fedlth.engines.pool import Limits, Lost, Pool
 from fedlth.engines.worker import Worker
-from fedlth.jobs import AT_ONCE, Failure, Job, Reply
+from fedlth.jobs import Again, Answers, Job, never
 from fedlth.world import open_world
 
 START_S = 300.0
@@ -38,17 +38,18 @@ class Forked:
 
     def __init__(self, workers: int, *, job_timeout_s: float | None = None) -> None:
         self.workers, self.limits = workers, Limits(START_S, job_timeout_s)
-        self.at_once = max(AT_ONCE, 4 * workers)
         self._pool: Pool | None = None
 
-    def map(self, jobs: Sequence[Job], /) -> list[Reply | Failure]:
-        """Run `client_step` on each job; one Reply or Failure a job, in job order."""
+    def map(self, jobs: Iterable[Job], /, *, again: Again = never) -> Answers:
+        first, jobs = peeked(jobs)
+        if first is None:
+            return
         if self._pool is None:
-            open_world(jobs[0].study).warm()
+            open_world(first.study).warm()
             forks = Forks()
             given = {"path": (), "folder": os.getcwd(), "memory_mb": None}
             self._pool = Pool(forks, self.workers, name="fork", spawn=forks.spawn, given=given, limits=self.limits)
-        return self._pool.map(jobs, cohort=size_of(jobs))
+        yield from self._pool.map(jobs, cohort=size_of(first), again=again)
 
     def close(self) -> None:
         if self._pool is not None:

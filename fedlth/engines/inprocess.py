@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from fedlth.client import client_step
-from fedlth.engines.cohort import cohorts, side_by_side, size_of
-from fedlth.jobs import AT_ONCE, Failure, Job, Reply
+from fedlth.engines.cohort import answered, cohorts, side_by_side
+from fedlth.jobs import Again, Answers, Failure, Job, Reply, never
 
 
 def one_line(error: BaseException) -> str:
@@ -33,11 +33,14 @@ class InProcess:
 
     name: str = "inprocess"
     holds_state: bool = False
-    at_once: int = AT_ONCE
 
-    def map(self, jobs: Sequence[Job], /) -> list[Reply | Failure]:
-        parts = cohorts(len(jobs), size_of(jobs))
-        return [a for part in parts for a in side_by_side([partial(attempt, client_step, jobs[i]) for i in part])]
+    def map(self, jobs: Iterable[Job], /, *, again: Again = never) -> Answers:
+        for part in cohorts(jobs):
+            yield from answered(part, _together, again)
 
     def close(self) -> None:
         pass
+
+
+def _together(jobs: Sequence[Job]) -> list[Reply | Failure]:
+    return side_by_side([partial(attempt, client_step, job) for job in jobs])

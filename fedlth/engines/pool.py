@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Protocol
 
-from fedlth.engines.cohort import cohorts
 from fedlth.engines.worker import Born, Parcel
 from fedlth.errors import StudyError
-from fedlth.jobs import Failure, Job, Reply
+from fedlth.jobs import Again, Answers, Failure, Job, Reply, never
 
+AHEAD = 8  # cohorts a worker that may be drawn before the answer that is to be given next
 STARTS = 2  # a place whose worker cannot start twice in a row is given up
 
 
@@ -73,16 +74,15 @@ class Pool:
         self.seam, self.name, self.spawn, self.given, self.limits = seam, name, spawn, given, limits
         self.places = [Place(number) for number in range(size)]
 
-    def map(self, jobs: Sequence[Job], *, cohort: int = 1) -> list[Reply | Failure]:
-        """Run every job, `cohort` consecutive ones a call; answers stand in job order.
+    def map(self, jobs: Iterable[Job], *, cohort: int = 1, again: Again = never) -> Answers:
+        """Run every job, `cohort` consecutive ones a call; yield them with their answers, in job order.
 
         The cohorts are the same for any number of workers. Raises StudyError when no worker can be started.
         """
-        batch = _Batch(self, jobs, cohort)
         try:
-            return batch.run()
+            yield from _Batch(self, iter(jobs), cohort, again).run()
         finally:
-            # Only after an error is one still at work: its answer would be taken for another job's.
+            # Only after an error, or a reader's, is one still at work: its answer would be taken for another job's.
             for place in self.places:
                 if place.positions:
                     self.drop(place)
@@ -104,20 +104,36 @@ class Pool:
 
 
 class _Batch:
-    """One map: what is still to do, and what has come back."""
+    """One map: what is still to do, and what has come back. Positions count the jobs; those given out are let go."""
 
-    def __init__(self, pool: Pool, jobs: Sequence[Job], cohort: int) -> None:
-        self.pool, self.jobs = pool, jobs
-        self.todo = deque(cohorts(len(jobs), cohort))
+    def __init__(self, pool: Pool, source: Iterator[Job], cohort: int, again: Again) -> None:
+        self.pool, self.source, self.cohort, self.again = pool, source, cohort, again
+        self.todo = deque[tuple[int, ...]]()
+        self.jobs: dict[int, Job] = {}
         self.answers: dict[int, Reply | Failure] = {}
+        self.drawn = self.given = 0
         self.stored: dict[bytes | str, Any] = {}
         self.trouble = ""
 
-    def run(self) -> list[Reply | Failure]:
-        while len(self.answers) < len(self.jobs):
+    def run(self) -> Answers:
+        self._hand_out()
+        while self.given < self.drawn:
+            if self.given in self.answers:
+                answer = self.jobs.pop(self.given), self.answers.pop(self.given)
+                self.given += 1
+                yield answer
+                self._collect(wait=False)
+            else:
+                self._collect()
             self._hand_out()
-            self._collect()
-        return [self.answers[i] for i in range(len(self.jobs))]
+
+    def _draw(self) -> None:
+        """Draw one more cohort, unless the answer that is to be given next lies too far behind."""
+        if self.drawn - self.given < AHEAD * len(self.pool.places) * self.cohort:
+            drawn = dict(enumerate(islice(self.source, self.cohort), self.drawn))
+            self.jobs |= drawn
+            self.drawn += len(drawn)
+            self.todo.extend([tuple(drawn)] if drawn else [])
 
     def _store(self, value: bytes | str) -> Any:
         """Put a value into the object store, once."""
@@ -126,16 +142,20 @@ class _Batch:
         return self.stored[value]
 
     def _hand_out(self) -> None:
-        """Give idle workers a cohort each, then start as many workers as there are cohorts left for."""
+        """Give idle workers a cohort each, draw the next ones, and start as many workers as there are cohorts for."""
         for place in self.pool.places:
-            if self.todo and place.idle:
+            if place.idle and not self.todo:
+                self._draw()
+            if place.idle and self.todo:
                 self._begin(place, self.todo.popleft())
+        for _ in range(len(self.pool.places) - len(self.todo)):
+            self._draw()
         coming = sum(place.starting for place in self.pool.places)
         for place in self.pool.places:
             if coming < len(self.todo) and place.actor is None and place.failed_starts < STARTS:
                 self.pool.start(place, self._store(self.jobs[self.todo[0][0]].study))
                 coming += 1
-        if not any(place.call is not None for place in self.pool.places):
+        if self.todo and not any(place.call is not None for place in self.pool.places):
             raise StudyError(f"{self.pool.name}: no worker could be started: {self.trouble}")
 
     def _begin(self, place: Place, positions: tuple[int, ...]) -> None:
@@ -152,12 +172,12 @@ class _Batch:
         limit = self.pool.limits.job_s
         place.deadline = None if limit is None else time.monotonic() + limit * len(positions)
 
-    def _collect(self) -> None:
-        """Wait for the first answer or the first deadline."""
+    def _collect(self, *, wait: bool = True) -> None:
+        """Take what has ended; wait for the first answer or the first deadline."""
         busy = [place for place in self.pool.places if place.call is not None]
         deadlines = [place.deadline for place in busy if place.deadline is not None]
         patience = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
-        ended = self.pool.seam.wait([place.call for place in busy], timeout_s=patience)
+        ended = self.pool.seam.wait([place.call for place in busy], timeout_s=patience if wait else 0.0) if busy else []
         now = time.monotonic()
         for place in busy:
             if place.call in ended:
@@ -173,8 +193,15 @@ class _Batch:
         elif place.starting:
             self._not_started(place, value.reason)
         elif isinstance(value, list):
+            redo = []
             for position, answer in zip(place.positions, value, strict=True):
-                self.answers[position] = replace(answer, worker=place.worker)
+                job = self.again(self.jobs[position], answer) if isinstance(answer, Reply) else None
+                if job is None:
+                    self.answers[position] = replace(answer, worker=place.worker)
+                else:
+                    self.jobs[position] = job
+                    redo.append(position)
+            self.todo.extendleft([tuple(redo)] if redo else [])
             place.call, place.positions, place.deadline = None, (), None
             if any(isinstance(answer, Failure) and answer.kind == "memory" for answer in value):
                 self.pool.drop(place)  # what was refused may have left the process half done

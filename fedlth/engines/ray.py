@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlth import config
-from fedlth.engines.cohort import size_of
+from fedlth.engines.cohort import peeked, size_of
 from fedlth.engines.pool import Limits, Pool
 from fedlth.engines.ray_placement import count, share_of
 from fedlth.engines.worker import Worker
-from fedlth.jobs import AT_ONCE, Failure, Job, Reply
+from fedlth.jobs import Again, Answers, Job, never
 
 if TYPE_CHECKING:
     from fedlth.engines.ray_cluster import Cluster
@@ -41,17 +41,16 @@ class RayEngine:
         start_timeout_s: float = START_S,
     ) -> None:
         self.settings, self.limits = ray, Limits(start_timeout_s, job_timeout_s)
-        self.at_once = max(AT_ONCE, 4 * ray.workers)
         self.share = share_of(ray, device=device, total_memory_mb=_smallest_gpu_mb)
         self._opened: tuple[Cluster, Pool] | None = None
 
-    def map(self, jobs: Sequence[Job], /) -> list[Reply | Failure]:
-        """Run `client_step` on each job; one Reply or Failure a job, in job order."""
-        if not jobs:
-            return []
+    def map(self, jobs: Iterable[Job], /, *, again: Again = never) -> Answers:
+        first, jobs = peeked(jobs)
+        if first is None:
+            return
         if self._opened is None:
             self._opened = self._open()
-        return self._opened[1].map(jobs, cohort=size_of(jobs))
+        yield from self._opened[1].map(jobs, cohort=size_of(first), again=again)
 
     def close(self) -> None:
         """End the workers, and Ray itself where it was started here."""

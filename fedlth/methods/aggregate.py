@@ -71,7 +71,7 @@ class CountMean:
 
     def __call__(self, old: Params, contributions: Iterable[Contribution], layout: Layout, /) -> Params:
         total, ints = np.zeros(layout.num_floats), old.ints
-        weight = np.zeros(layout.num_floats, np.float64 if self.weighted else np.int32)
+        weight: np.ndarray = np.zeros(layout.num_floats, np.float64 if self.weighted else np.int32)
         size = layout.num_prunable
         for c in contributions:
             share, floats = c.num_examples if self.weighted else 1, _floats(c.content)  # zero where the mask is False

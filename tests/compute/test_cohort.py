@@ -29,6 +29,7 @@ from fedlth.engines.forked import Forked
 from fedlth.engines.inprocess import InProcess
 from fedlth.engines.ray import RayEngine
 from fedlth.errors import StudyError
+from fedlth.jobs import Engine, Job
 from fedlth.methods.local import Local
 from fedlth.params import Params, layout_of, read
 from fedlth.rng import stream
@@ -307,35 +308,31 @@ def test_a_whole_study_equals_one_by_one_and_any_number_of_workers(name: str, tm
         assert tiny.facts(tmp_path / "forked") == tiny.facts(tmp_path / "three")
 
 
-class Parted(InProcess):
-    """Takes few jobs at a time; `forgets` loses every second client's state in round 2, which is then sent again."""
+class Forgets:
+    """Clients on another engine; every second one has lost its state in round 2, and asks for its download again."""
 
-    def __init__(self, at_once: int, *, forgets: bool) -> None:
-        super().__init__(at_once=at_once)
-        object.__setattr__(self, "struck", set[int]() if forgets else set(range(99)))
+    name, holds_state = "inprocess", False
 
-    def map(self, jobs: Any, /) -> Any:
-        sent = []
-        for job in jobs:
-            strike = job.round == 2 and job.version and job.client % 2 and job.client not in self.struck
-            self.struck.add(job.client) if strike else None
-            sent.append(replace(job, state=None) if strike else job)
-        return super().map(sent)
+    def __init__(self, engine: Engine) -> None:
+        self.map = lambda jobs, again: engine.map(map(self.struck, jobs), again=again)
+        self.close = engine.close
+
+    def struck(self, job: Job) -> Job:
+        return replace(job, state=None) if job.round == 2 and job.version and job.client % 2 else job
 
 
-@pytest.mark.parametrize(("cohort", "forgets"), [(3, False), (3, True), (1, True)])
-def test_a_run_is_the_same_however_many_jobs_an_engine_takes_at_once(
-    cohort: int, forgets: bool, tmp_path: Path
-) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+@pytest.mark.parametrize("cohort", [3, 1])
+def test_who_asks_again_does_so_in_the_same_cohort_on_every_engine(cohort: int, tmp_path: Path) -> None:
     made = tiny.of_method(
         "lotteryfl", cohort=cohort, clients={"count": 7, "unseen": 0.0}, federate={"rounds": 2, "clients_per_round": 7},
         personalise={"arms": ["own"], "clients_per_wave": 7},
     )  # fmt: skip
-    for at_once in (1, 32):
-        out = tmp_path / str(at_once)
-        tiny.run(made, out, engine=Parted(at_once, forgets=forgets))
-        assert tiny.facts(out) == tiny.facts(tmp_path / "1")
-        assert any(r["kind"] == "resync" for r in tiny.rows(out, "ledger")) == forgets
+    for name, engine in (("here", InProcess()), ("forked", Forked(2))):
+        out = tmp_path / name
+        tiny.run(made, out, engine=Forgets(engine))
+        assert tiny.facts(out) == tiny.facts(tmp_path / "here")
+        assert any(r["kind"] == "resync" for r in tiny.rows(out, "ledger"))
 
 
 def planted(patch: pytest.MonkeyPatch, fault: Callable[[], None]) -> None:
@@ -394,7 +391,6 @@ def test_a_runs_cohort_is_recorded_shared_out_and_kept(tmp_path: Path) -> None:
 class Named:
     name: str = "flower"
     holds_state: bool = True
-    at_once: int = 32
 
 
 def test_flower_refuses_a_cohort(tmp_path: Path) -> None:

@@ -46,6 +46,6 @@ def map_one(study: Study, engine: RayEngine | None = None) -> None:
     """Map one empty job and close."""
     engine = engine or engine_of(study)
     try:
-        engine.map([Job(study=study.science(), phase="federate", round=1, client=0, inbox=())])
+        list(engine.map([Job(study=study.science(), phase="federate", round=1, client=0, inbox=())]))
     finally:
         engine.close()

@@ -99,7 +99,7 @@ def test_a_run_equals_the_in_process_run(tmp_path: Path, method: str) -> None:
 
 
 def test_answers_are_in_job_order_whatever_order_they_came_in(folder: Path) -> None:
-    answers = engine_over(Loopback(folder, NODES, echo)).map(jobs()[::-1])
+    answers = tiny.answers(engine_over(Loopback(folder, NODES, echo)), jobs()[::-1])
     assert [a.client for a in answers] == [3, 2, 1, 0]
     assert all(isinstance(a, Reply) and (a.framed_down_bytes, a.framed_up_bytes) == (7, 9) for a in answers)
 
@@ -123,7 +123,7 @@ def test_a_fault_costs_only_its_own_job(
     monkeypatch.setattr("fedlth.engines.flower_engine.GRACE_S", 0.0)
     transport = Loopback(folder, NODES, echo)
     transport.faults[1] = back
-    answers = engine_over(transport, tiny.study(job_timeout_s=0.2)).map(jobs())
+    answers = tiny.answers(engine_over(transport, tiny.study(job_timeout_s=0.2)), jobs())
     assert [type(a) for a in answers] == [Reply, Failure, Reply, Reply]
     assert isinstance(answers[1], Failure) and answers[1].kind == kind
     came = back is not None and back.records is not None  # else nothing but what was sent has crossed
@@ -147,21 +147,21 @@ def test_partitions_must_be_served_once_each(folder: Path, partitions: dict[int,
 def test_nodes_are_asked_once_and_one_that_comes_back_takes_over(folder: Path) -> None:
     transport = Loopback(folder, NODES, echo)
     engine = engine_over(transport)
-    engine.map(jobs())
+    tiny.answers(engine, jobs())
     assert sorted(transport.asked) == sorted(NODES)
     del transport.partitions[13]
-    answers = engine.map(jobs())
+    answers = tiny.answers(engine, jobs())
     assert isinstance(answers[1], Failure) and answers[1].kind == "lost"
     transport.partitions[14] = 1
-    assert all(isinstance(a, Reply) for a in engine.map(jobs()))
+    assert all(isinstance(a, Reply) for a in tiny.answers(engine, jobs()))
     assert sorted(transport.asked) == sorted([*NODES, 14])
 
 
 def test_the_run_keeps_its_name_on_the_devices(folder: Path) -> None:
     first = engine_over(Loopback(folder, NODES, echo))
-    first.map(jobs())
+    tiny.answers(first, jobs())
     name = (folder / "flower-run").read_text()
-    engine_over(Loopback(folder, NODES, echo)).map(jobs())
+    tiny.answers(engine_over(Loopback(folder, NODES, echo)), jobs())
     assert (folder / "flower-run").read_text() == name
 
 
@@ -171,4 +171,4 @@ def test_a_stop_ends_the_wait(folder: Path) -> None:
     engine = FlowerEngine(transport, study=tiny.study(), out=folder, tell=tiny.quiet, wait_s=1.0, stop=stop)
     stop.set()
     with pytest.raises(KeyboardInterrupt):
-        engine.map(jobs())
+        tiny.answers(engine, jobs())

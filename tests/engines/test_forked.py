@@ -78,7 +78,7 @@ def test_close_ends_the_workers_and_a_new_map_starts_them() -> None:
     job = Job(study=made.science(), phase="federate", round=1, client=0, inbox=())
     engine = Forked(2)
     for _ in range(2):
-        (answer,) = engine.map([job])
+        ((_, answer),) = engine.map([job])
         assert isinstance(answer, Reply | Failure)
         pids = [place.actor.pid for place in engine._pool.places if place.actor]  # type: ignore[union-attr]
         assert pids

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from fedlth.engines.pool import STARTS, Limits, Lost, Pool
+from fedlth.engines.pool import AHEAD, STARTS, Limits, Lost, Pool
 from fedlth.engines.worker import Born, Parcel
 from fedlth.errors import StudyError
-from fedlth.jobs import Failure, Job, Message, Reply
+from fedlth.jobs import Answers, Failure, Job, Message, Reply
 
 Act = Callable[[Job], Any]
 HANGS = object()
@@ -70,6 +70,10 @@ def jobs_of(count: int) -> list[Job]:
     return [Job(study="study", phase="federate", round=1, client=c, inbox=(own, shared)) for c in range(count)]
 
 
+def all_of(pairs: Answers) -> list[Reply | Failure]:
+    return [found for _, found in pairs]
+
+
 def answer(job: Job) -> Reply:
     assert job.study == "study" and [m.payload for m in job.inbox] == [b"own", b"theta"]
     return Reply(round=job.round, client=job.client, outbox=())
@@ -85,7 +89,7 @@ def only(client: int, value: Any) -> Act:
 
 def test_answers_stand_in_job_order_and_name_their_worker() -> None:
     played = Played(answer)
-    answers = pool_of(played).map(jobs_of(7))
+    answers = all_of(pool_of(played).map(jobs_of(7)))
     assert [a.client for a in answers] == list(range(7)) and all(isinstance(a, Reply) for a in answers)
     assert {a.worker for a in answers} <= {"ray:0 host:1", "ray:1 host:2"}
     assert played.actors == 2 and not played.killed
@@ -93,13 +97,13 @@ def test_answers_stand_in_job_order_and_name_their_worker() -> None:
 
 def test_a_broadcast_is_stored_once_a_map() -> None:
     played = Played(answer)
-    pool_of(played).map(jobs_of(7))
+    all_of(pool_of(played).map(jobs_of(7)))
     assert sorted(map(str, played.put_values)) == ["b'theta'", "study"]
 
 
 def test_no_more_workers_than_jobs() -> None:
     played = Played(answer)
-    pool_of(played, size=4).map(jobs_of(1))
+    all_of(pool_of(played, size=4).map(jobs_of(1)))
     assert played.actors == 1
 
 
@@ -108,7 +112,7 @@ def test_no_more_workers_than_jobs() -> None:
 )
 def test_a_lost_worker_costs_its_own_job_and_is_replaced(value: Any, kind: str) -> None:
     played = Played(only(2, value))
-    answers = pool_of(played).map(jobs_of(6))
+    answers = all_of(pool_of(played).map(jobs_of(6)))
     assert [a.kind for a in answers if isinstance(a, Failure)] == [kind]
     assert isinstance(answers[2], Failure) and answers[2].client == 2 and answers[2].worker.startswith("ray:")
     assert len(played.killed) == 1 and sorted(played.begun) == list(range(6))
@@ -117,7 +121,7 @@ def test_a_lost_worker_costs_its_own_job_and_is_replaced(value: Any, kind: str) 
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_cohorts_are_the_same_for_any_number_of_workers(size: int) -> None:
     played = Played(answer)
-    answers = pool_of(played, size=size).map(jobs_of(7), cohort=3)
+    answers = all_of(pool_of(played, size=size).map(jobs_of(7), cohort=3))
     assert [a.client for a in answers] == list(range(7))
     assert sorted(played.cohorts) == [[0, 1, 2], [3, 4, 5], [6]] and played.actors <= 3
     assert sorted(map(str, played.put_values)) == ["b'theta'", "study"]
@@ -126,7 +130,7 @@ def test_cohorts_are_the_same_for_any_number_of_workers(size: int) -> None:
 @pytest.mark.parametrize(("value", "kind"), [(HANGS, "hung"), (Lost("died", "x"), "died")])
 def test_who_kills_a_cohort_is_found_by_letting_each_go_alone(value: Any, kind: str) -> None:
     played = Played(only(4, value))
-    answers = pool_of(played).map(jobs_of(7), cohort=3)
+    answers = all_of(pool_of(played).map(jobs_of(7), cohort=3))
     assert [(a.client, a.kind) for a in answers if isinstance(a, Failure)] == [(4, kind)]
     assert sorted(played.cohorts) == [[0, 1, 2], [3], [3, 4, 5], [4], [5], [6]] and len(played.killed) == 2
 
@@ -140,13 +144,13 @@ def test_a_broadcast_at_another_place_of_the_inbox_is_the_same_payload() -> None
         seen.append([m.payload for m in job.inbox])
         return Reply(round=job.round, client=job.client, outbox=())
 
-    pool_of(Played(act)).map(jobs, cohort=2)
+    all_of(pool_of(Played(act)).map(jobs, cohort=2))
     assert seen == [[b"own", b"theta"], [b"theta", b"own"]]
 
 
 def test_every_client_lost_still_ends() -> None:
     played = Played(lambda job: HANGS)
-    answers = pool_of(played).map(jobs_of(5))
+    answers = all_of(pool_of(played).map(jobs_of(5)))
     assert [a.kind for a in answers if isinstance(a, Failure)] == ["hung"] * 5
 
 
@@ -154,7 +158,7 @@ def test_every_client_lost_still_ends() -> None:
 def test_a_worker_goes_on_after_an_error_but_not_after_a_refused_allocation(kind: str, killed: int) -> None:
     failure = Failure(round=1, client=1, kind=kind, reason="r")
     played = Played(only(1, failure))
-    answers = pool_of(played).map(jobs_of(4))
+    answers = all_of(pool_of(played).map(jobs_of(4)))
     assert isinstance(answers[1], Failure) and answers[1].kind == kind
     assert len(played.killed) == killed
 
@@ -163,13 +167,13 @@ def test_a_worker_goes_on_after_an_error_but_not_after_a_refused_allocation(kind
 def test_workers_that_never_start_end_the_run(born: Any) -> None:
     played = Played(answer, born=lambda n: born)
     with pytest.raises(StudyError, match="no worker could be started: (it took more than 0.05 s|no such module)"):
-        pool_of(played).map(jobs_of(3))
+        all_of(pool_of(played).map(jobs_of(3)))
     assert played.actors == len(played.killed) == 2 * STARTS
 
 
 def test_one_place_that_cannot_start_leaves_the_work_to_the_other() -> None:
     played = Played(answer, born=lambda n: Born(n, "host", "0") if n == 1 else Lost("died", "x"))
-    answers = pool_of(played).map(jobs_of(6))
+    answers = all_of(pool_of(played).map(jobs_of(6)))
     assert all(isinstance(a, Reply) and a.worker == "ray:0@gpu0 host:1" for a in answers)
 
 
@@ -184,14 +188,55 @@ def test_after_an_interrupt_no_old_answer_is_taken_for_a_new_one() -> None:
     played = Played(act)
     pool = pool_of(played, job_s=5.0)
     with pytest.raises(KeyboardInterrupt):
-        pool.map(jobs_of(3))
+        all_of(pool.map(jobs_of(3)))
     assert played.killed
-    assert [a.client for a in pool.map(jobs_of(3)) if isinstance(a, Reply)] == [0, 1, 2]
+    assert [a.client for a in all_of(pool.map(jobs_of(3))) if isinstance(a, Reply)] == [0, 1, 2]
 
 
 def test_closing_ends_every_worker() -> None:
     played = Played(answer)
     pool = pool_of(played)
-    pool.map(jobs_of(5))
+    all_of(pool.map(jobs_of(5)))
     pool.close()
     assert sorted(played.killed) == [1, 2]
+
+
+def test_jobs_are_drawn_a_few_ahead_of_the_answers() -> None:
+    def draw() -> Iterator[Job]:
+        for job in jobs_of(200):
+            drawn.append(job.client)
+            yield job
+
+    drawn: list[int] = []
+    answers = pool_of(Played(answer)).map(draw())
+    for given, (job, _) in enumerate(answers):
+        assert job.client == given and len(drawn) <= given + 2 * AHEAD + 1
+    assert drawn == list(range(200))
+
+
+def test_one_slow_job_does_not_let_answers_pile_up() -> None:
+    played = Played(only(0, HANGS))
+    pairs = pool_of(played).map(iter(jobs_of(200)))
+    _, first = next(pairs)
+    assert isinstance(first, Failure) and first.kind == "hung"
+    assert len(played.begun) <= 2 * AHEAD
+    assert [a.client for _, a in pairs] == list(range(1, 200))
+
+
+def test_who_is_asked_again_answers_in_the_place_of_the_first() -> None:
+    def again(job: Job, reply: Reply) -> Job | None:
+        return replace(job, version="again") if job.client in (1, 2, 5) and not job.version else None
+
+    played = Played(lambda job: replace(answer(job), device=job.version))
+    pairs = list(pool_of(played).map(jobs_of(7), cohort=3, again=again))
+    assert [a.device for _, a in pairs if isinstance(a, Reply)] == ["", "again", "again", "", "", "again", ""]
+    assert [job.version for job, _ in pairs] == ["", "again", "again", "", "", "again", ""]
+    assert sorted(played.cohorts) == [[0, 1, 2], [1, 2], [3, 4, 5], [5], [6]], "those of one cohort together"
+
+
+def test_a_reader_that_stops_leaves_no_answer_behind() -> None:
+    pool = pool_of(Played(answer))
+    pairs = pool.map(jobs_of(9))
+    assert next(pairs)[1].client == 0
+    pairs.close()
+    assert [a.client for a in all_of(pool.map(jobs_of(4)))] == [0, 1, 2, 3]

@@ -157,7 +157,7 @@ class TestOnOneRay:
         )
         jobs = [Job(study="", phase="federate", round=1, client=c, inbox=()) for c in range(20 * size)]
         try:
-            answers = pool.map(jobs)
+            answers = [answer for _, answer in pool.map(jobs)]
         finally:
             pool.close()
         assert [a.client for a in answers] == list(range(20 * size))

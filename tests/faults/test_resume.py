@@ -349,19 +349,14 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 # Clients
 
 
-class Meddling:
+class Meddling(tiny.Lists):
     """An in-process engine whose answers a test may change."""
-
-    name, holds_state, at_once = "inprocess", False, 2
 
     def __init__(self, meddle: Callable[[Job, Reply | Failure], Reply | Failure]) -> None:
         self.meddle = meddle
 
-    def map(self, jobs: Any, /) -> list[Reply | Failure]:
-        return [self.meddle(j, a) for j, a in zip(jobs, InProcess().map(jobs), strict=True)]
-
-    def close(self) -> None:
-        pass
+    def run(self, jobs: list[Job]) -> list[Reply | Failure]:
+        return [self.meddle(j, a) for j, a in zip(jobs, super().run(jobs), strict=True)]
 
 
 def test_a_client_that_raises_costs_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
