@@ -88,14 +88,18 @@ class Work:
         plan, data = Plan(epochs=1, batch_size=BATCH, lr=0.05), (self.x, self.y)
         return lambda: train(bound, start, data=data, plan=plan, order=np.random.default_rng(1), torch_seed=0)
 
-    def kernel(self, density: float, granularity: str = "element") -> Callable[[], object]:
+    def kernel(self, density: float, granularity: str = "element", *, predict: bool = False) -> Callable[[], object]:
         layout = layout_of(self.module, prunable_names(self.module, None))
         start, table = read(self.module, layout), compile_layers(self.module, layout, self.shape)
         assert isinstance(table, LayerTable), table
         mask = ticket(self.module, density, granularity) if density < 1 else None
         parts = [batches(len(self.x), BATCH, np.random.default_rng(1))]
         given = {"rates": np.full(self.steps, 0.05), "mask": mask}
-        run = lambda: kernel.train_epochs(table, start.floats, self.x.numpy(), self.y.numpy(), parts, **given)  # noqa: E731
+        x, y = self.x.numpy(), self.y.numpy()
+        run: Callable[[], object] = lambda: kernel.train_epochs(table, start.floats, x, y, parts, **given)  # noqa: E731
+        if predict:
+            floats = start.floats if mask is None else start.masked(mask).floats
+            run = lambda: kernel.predict(table, floats, x)  # noqa: E731
         run()  # compiled, and the memory touched
         return run
 
@@ -214,16 +218,22 @@ def crossover(densities: Iterable[float]) -> None:
 
 def structured(repeats: int) -> None:
     """Print a step inside tickets of whole rows and whole channels, beside what else could train as much or little."""
-    for name in ("leaf_cnn", "lenet5"):
+    for name in ("leaf_cnn", "lenet5", "resnet9"):
         given = work(name)
         runs: dict[float | str, Callable[[], object]] = {"raw torch": given.raw(), "kernel": given.kernel(1.0)}
         for share in (0.5, 0.25):
-            small = replace(given, module=narrow(given.module, share))
-            runs[f"{share} raw torch, narrow"] = small.raw()
-            runs[f"{share} kernel, narrow"] = small.kernel(1.0)
-            for granularity in ("narrow", "row", "channel", "element"):
-                runs[f"{share} ticket by {granularity}"] = given.kernel(share, granularity)
-        best = interleaved(runs, repeats)
+            kinds = ["row", "channel", "element"]
+            if name != "resnet9":  # whose channels go around by additions: no chain
+                small = replace(given, module=narrow(given.module, share))
+                runs[f"{share} raw torch, narrow"] = small.raw()
+                runs[f"{share} kernel, narrow"] = small.kernel(1.0)
+                kinds.insert(0, "narrow")
+            for kind in kinds:
+                runs[f"{share} ticket by {kind}"] = given.kernel(share, kind)
+        for share, kind in ((1.0, "element"), (0.5, "narrow"), (0.5, "row"), (0.5, "element")):
+            if name == "leaf_cnn":
+                runs[f"{share} {kind}, evaluation"] = given.kernel(share, kind, predict=True)
+        best = interleaved(runs, 2 if name == "resnet9" else repeats)
         print(f"{name}: raw torch {best['raw torch'] / given.steps * 1e3:.2f} ms a step")
         for key, seconds in best.items():
             print(f"  {key:24} {seconds / given.steps * 1e3:7.3f} ms, {seconds / best['raw torch']:.3f} of raw torch")

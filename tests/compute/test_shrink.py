@@ -18,9 +18,10 @@ pytestmark = pytest.mark.timeout(600)  # the first use on a machine compiles
 
 from fedlth.compute import columns as col  # noqa: E402
 from fedlth.compute import compact, kernel, shrink  # noqa: E402
+from fedlth.compute.arrange import arrange  # noqa: E402
 from fedlth.compute.compact import SPARSE_BELOW  # noqa: E402
 from fedlth.compute.left import costs  # noqa: E402
-from fedlth.compute.places import check_folds  # noqa: E402
+from fedlth.compute.places import check_folds, check_places  # noqa: E402
 from fedlth.models.registry import build  # noqa: E402
 from fedlth.params import Layout  # noqa: E402
 from fedlth.tickets.granularity import GRANULARITIES  # noqa: E402
@@ -153,6 +154,50 @@ def test_two_layers_that_read_one_value_and_an_addition(kind: str) -> None:
     assert small_one is not None
     kept = [op for op in found.table.ops if op.kind in (col.ADD, col.GROUP_NORM)]
     assert all(small_one.table.shapes[op.out] == found.table.shapes[op.out] for op in kept)
+
+
+class Around(nn.Module):
+    """Convolutions between maps of which every channel stays: of the input, norms and an addition."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(4, 8, 3, padding=1, bias=bias)
+        self.first, self.second = (nn.Conv2d(8, 8, 3, padding=1, bias=bias) for _ in range(2))
+        self.norm = nn.GroupNorm(2, 8)
+        self.head = nn.Conv2d(8, 5, 7, stride=2, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(torch.relu(self.stem(x)))
+        x = torch.relu(self.first(x)) + self.second(x) + x
+        return self.head(x).flatten(1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_convolutions_choose_among_channels_that_stay(kind: str, bias: bool) -> None:
+    torch.manual_seed(0)
+    found = case(Around(bias), (4, 7, 7), movable=0.7, momentum=0.9, weight_decay=0.01)
+    found = structured(found, kind, 0.5)
+    with mock.patch.object(shrink, "_WORTH", math.inf):
+        small_one = shrunk(found)
+        agrees(found)
+        predicts(found)
+    assert small_one is not None
+    chosen = [op for op in small_one.table.ops if op.kind == col.CHOOSE]
+    # By rows each of the four puts its outputs in place, by channels it picks its inputs, and by both it does both.
+    assert len(chosen) == (8 if kind == "both" else 4)
+    plan = arrange(small_one.table, 16)
+    for column, by in ((col.CHOICE, 10**6), (col.X, 10**7), (col.DX, -(10**7)), (col.BIAS, 10**7)):
+        rows = plan.rows.copy()
+        used = (rows[:, col.KIND] == col.CHOOSE) & (rows[:, column] != -1)
+        rows[used, column] += by
+        if used.any() and (column != col.DX or rows[used, col.NEEDS_DX].any()):
+            with pytest.raises(ValueError, match="would reach outside"):
+                check_places(replace(plan, rows=rows), 16, small_one.table.num_params)
+    index = plan.index.copy()
+    index[plan.rows[plan.rows[:, col.KIND] == col.CHOOSE, col.CHOICE][0]] = 8
+    with pytest.raises(ValueError, match="would reach outside its map"):
+        check_places(replace(plan, index=index), 16, small_one.table.num_params)
 
 
 @pytest.mark.parametrize("bias", [True, False])
