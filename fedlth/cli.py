@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedlth import __version__
@@ -20,13 +22,25 @@ def tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def run(args: argparse.Namespace) -> int:
-    from fedlth.config import load
-    from fedlth.data.sources import begin
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import without the garbage collector, which finds nothing then; saves 0.5 of a start's 2.8 CPU s."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()  # what is imported stays: later collections need not walk it either
+        gc.enable()
 
-    study = load(args.study, args.override)
-    begin(study.data.name, root=study.data.root, options=study.data.options)  # while torch is imported
-    from fedlth import api
+
+def run(args: argparse.Namespace) -> int:
+    with importing():
+        from fedlth.config import load
+        from fedlth.data.sources import begin
+
+        study = load(args.study, args.override)
+        begin(study.data.name, root=study.data.root, options=study.data.options)  # while torch is imported
+        from fedlth import api
 
     folder = api.run(study, tell=tell)
     _show(folder)
@@ -34,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def resume(args: argparse.Namespace) -> int:
-    from fedlth import api
+    with importing():
+        from fedlth import api
 
     _show(api.resume(args.run, tell=tell))
     return 0

@@ -10,7 +10,11 @@ from typing import Any, TypeVar, cast
 import numba.extending
 from numba import njit
 
+from fedlth.wire.jit import load_numba
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+
+load_numba()
 
 # "numpy": a division by zero gives inf, as torch does, and costs no test.
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}

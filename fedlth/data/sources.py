@@ -38,7 +38,9 @@ def begin(name: str, *, root: str | None, options: Mapping[str, object]) -> None
 
     def read() -> None:
         try:
-            reading.set_result(_load(name, root, options))
+            dataset = _load(name, root, options)
+            dataset.digest()  # every run asks for it; here its 0.04 s are beside an import
+            reading.set_result(dataset)
         except BaseException as error:
             reading.set_exception(error)
 

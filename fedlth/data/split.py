@@ -109,13 +109,14 @@ def _owned(dataset: Dataset, partition: Partition, num_clients: int, rng: np.ran
     if len(owned) != num_clients:
         raise StudyError(f"partition: must return {num_clients} clients, got {len(owned)}")
     size = len(dataset.y_train)
+    taken = np.zeros(size, bool)
     for client, part in enumerate(owned):
         if part.ndim != 1 or (part.size and (part.dtype.kind not in "iu" or part.min() < 0 or part.max() >= size)):
             raise StudyError(
                 f"partition: client {client} must get positions in [0, {size}), got {part.dtype} {part.shape}"
             )
-    everything = np.concatenate(owned)
-    if len(np.unique(everything)) != len(everything):
+        taken[part.astype(np.int64)] = True
+    if np.count_nonzero(taken) != sum(map(len, owned)):
         raise StudyError("partition: clients must not share training examples, got some twice")
     return owned
 

@@ -14,6 +14,8 @@ TOP = np.uint32(0x80000000)
 def take(floats: np.ndarray, mask: np.ndarray, kept: int) -> np.ndarray:
     """Return (kept + dense,) float32: the numbers under the mask's ones, then all that lie after the mask."""
     size = mask.size
+    if kept == size:
+        return floats.astype(np.float32)
     out = np.empty(kept + floats.size - size, np.float32)
     if COMPILED:
         _take(floats.view(np.uint32), mask.view(np.uint8), out.view(np.uint32))
