@@ -8,25 +8,27 @@ Of a client's 600 examples one is kept for validation (a study must have one), s
 an epoch. Rows with personalised evaluation keep 100 and train on 500, as does their limit A, which evaluates nothing.
 Rows with a density are `refine` rounds: after one federated round every client has drawn a random ticket of exactly
 that density in every layer and trained in it, and is then visited with its own slice. So that they need not be made
-for clients who never come, these rows have as many clients as two rounds visit.
+for clients who never come, these rows have as many clients as two rounds visit, at most 100.
+Peers, with --peers, run the dense work of W1 and W2 on the 599 examples too (benchmarks/peers), their own way to use
+two cores. Between their turns they are stopped; one that fails, hangs or trains other work is left out, in one line.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from yardsticks.tree import cpu_seconds, memory_mb
+from yardsticks.child import Child, Gone, child
+from yardsticks.tree import cpu_seconds
 
 HERE = Path(__file__).parent
 WORKS = {  # model, epochs, examples a shard
@@ -41,55 +43,6 @@ LIMITS = {  # must, ambitious
     ("BatchNorm", 1.0): (1.05, 0.90),
 }  # fmt: skip
 START, MEMORY_MB, IDLE_S = (2.0, 1.5), (1000, 700), (1.5, 0.5)
-
-
-@dataclass
-class Child:
-    """A system under measurement, and what its rounds took."""
-
-    name: str
-    density: float
-    process: subprocess.Popen[str]
-    walls: list[float] = field(default_factory=list)
-    cpus: list[float] = field(default_factory=list)
-    steps: set[int] = field(default_factory=set)
-    memory: dict[str, float] = field(default_factory=dict)
-
-    def read(self) -> str:
-        line = self.process.stdout.readline() if self.process.stdout else ""
-        if not line:
-            sys.exit(f"{self.name} ended with {self.process.wait()}")
-        return line
-
-    def round(self) -> None:
-        before = cpu_seconds(self.process.pid)
-        assert self.process.stdin is not None
-        self.process.stdin.write("round\n")
-        self.process.stdin.flush()
-        told = json.loads(self.read())
-        self.walls.append(told["wall"])
-        self.cpus.append(cpu_seconds(self.process.pid) - before)
-        self.steps.add(told["steps"])
-        self.memory = memory_mb(self.process.pid)
-
-
-def child(
-    name: str, script: str, given: dict[str, Any], density: float = 1.0, python: str | Path = sys.executable
-) -> Child:
-    """Start a system and wait until it stands before its first measured round."""
-    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    process = subprocess.Popen(
-        [str(python), str(HERE / script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
-        cwd=HERE.parent,
-    )  # fmt: skip
-    assert process.stdin is not None
-    process.stdin.write(json.dumps(given) + "\n")
-    process.stdin.flush()
-    made = Child(name, density, process)
-    if made.read().strip() != "ready":
-        sys.exit(f"{name}: did not say ready")
-    return made
 
 
 def study(work: str, density: float, evaluated: bool, wire: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -140,49 +93,70 @@ def measure(work: str, args: argparse.Namespace, folder: str) -> None:
             "model": WORKS[work][0], "epochs": epochs, "examples": examples, "shard": shard, "clients": args.k,
             "data": args.data,
         }  # fmt: skip
-        base = child("limit A: raw torch, 2 x 1", "yardsticks/raw_torch.py", work_a)
-        systems = [
-            child(
-                f"fedlth {'dense' if density == 1 else f'density {density:g}'}, {wire}", "ours.py",
-                {
-                    "study": study(work, density, evaluated, wire, args), "folder": folder,
-                    "skip": 0 if density == 1 else 2,
-                },
-                density,
-            )
-            for wire in args.wire.split(",")
-            for density in map(float, args.densities.split(","))
-        ]  # fmt: skip
-        systems += peers(work, work_a, args) if not evaluated else []
-        for one in (base, *systems):
-            one.round()  # the first is a warm-up
-            one.walls, one.cpus = [], []
-        for _ in range(args.rounds):
-            for one in (base, *systems):
-                one.round()
+        systems: list[Child] = []
+        try:
+            systems.append(child("limit A: raw torch, 2 x 1", "yardsticks/raw_torch.py", work_a))
+            systems += [
+                child(
+                    f"fedlth {'dense' if density == 1 else f'density {density:g}'}, {wire}", "ours.py",
+                    {
+                        "study": study(work, density, evaluated, wire, args), "folder": folder,
+                        "skip": 0 if density == 1 else 2,
+                    },
+                    density,
+                )
+                for wire in args.wire.split(",")
+                for density in map(float, args.densities.split(","))
+            ]  # fmt: skip
+            systems += peers(work, work_a, args) if not evaluated else []
+            for number in range(args.rounds + 1):
+                take_turns(systems, work_a)
+                if not number:  # a warm-up
+                    for one in systems:
+                        one.walls, one.cpus = [], []
+        finally:
+            for one in systems:
+                one.end()
         print(f"\n**{work}**, {args.k} clients a round{', with personalised evaluation' if evaluated else ''}, "
               f"{args.rounds} rounds each, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs\n")  # fmt: skip
         print("| system | client-steps | s | ratio | CPU s | CPU ratio | MB PSS/RSS | must / ambitious |")
         print("|---|---|---|---|---|---|---|---|")
-        for one in (base, *systems):
+        for one in systems:
             limit = LIMITS.get((work, one.density)) if one.name.startswith("fedlth") and args.k == 10 else None
-            print(row(one, base, limit), flush=True)
-        for one in (base, *systems):
-            one.process.communicate("")
+            print(row(one, systems[0], limit), flush=True)
+
+
+def take_turns(systems: list[Child], work: dict[str, Any]) -> None:
+    """Run a round of each; a peer that does not is ended and taken off the list."""
+    steps = work["clients"] * work["epochs"] * -(-work["examples"] // 32)
+    for one in tuple(systems):
+        try:
+            told = one.round()
+            if one.density == 1 and told["steps"] != steps:
+                raise Gone(f"{one.name} trained {told['steps']} client steps of {steps}")
+        except Gone as error:
+            if not one.pauses:  # it is ours, or limit A
+                raise
+            print(f"peer left out: {error}", flush=True)
+            systems.remove(one)
+            one.end()
 
 
 def peers(work: str, given: dict[str, Any], args: argparse.Namespace) -> list[Child]:
     """Start the peers that are installed; they run the dense rows of W1 and W2."""
-    folder = Path(args.peers) if args.peers and work in ("W1", "W2") else None
+    if not args.peers or work not in ("W1", "W2"):
+        return []
     found = []
-    for script in sorted((HERE / "peers").glob("*_.py")) if folder else ():
+    for script in sorted((HERE / "peers").glob("*_.py")):
         name = script.stem.removesuffix("_")
-        python = folder / name / "bin" / "python" if folder else Path()
-        if python.exists():
-            try:
-                found.append(child(name, f"peers/{script.name}", given, python=python))
-            except SystemExit as error:
-                print(f"peer left out: {error}", flush=True)
+        place = Path(args.peers) / name
+        if not (place / "ready").exists():
+            print(f"peer left out: {name} is not installed", flush=True)
+            continue
+        try:
+            found.append(child(name, f"peers/{script.name}", given, python=place / "bin" / "python", pauses=True))
+        except Gone as error:
+            print(f"peer left out: {error}", flush=True)
     return found
 
 
@@ -199,12 +173,14 @@ def idle(args: argparse.Namespace, folder: str) -> None:
     """Print rounds of 1,000 clients x 100 KB that train nothing."""
     tree = idle_study(args)
     one = child("idle", "ours.py", {"study": tree, "folder": folder, "skip": 1})
-    for _ in range(args.rounds):
-        one.round()
+    try:
+        for _ in range(args.rounds):
+            one.round()
+    finally:
+        one.end()
     wall, cpu = statistics.median(one.walls), statistics.median(one.cpus)
     print(f"\nno-op round, 1,000 clients x 100 KB: {wall:.2f} s, {cpu:.2f} CPU s; must {IDLE_S[0]} s "
           f"{'ok' if wall <= IDLE_S[0] else 'MISSED'}, ambitious {IDLE_S[1]} s", flush=True)  # fmt: skip
-    one.process.communicate("")
 
 
 FIRST_STEP = """
@@ -240,7 +216,7 @@ def start_up(args: argparse.Namespace, folder: str) -> None:
         given = {"model": "lenet5", "epochs": 5, "examples": 599, "shard": 300, "clients": 10, "data": args.data}
         base = child("limit A", "yardsticks/raw_torch.py", given)
         theirs.append((time.time() - began, cpu_seconds(base.process.pid)))
-        base.process.communicate("")
+        base.end()
         command = [sys.executable, "-c", FIRST_STEP, str(time.time()), str(file), f"out={folder}/start-{i}"]
         done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=HERE.parent)
         line = next(line for line in done.stdout.splitlines() if line.startswith("first step"))
@@ -264,6 +240,7 @@ def main() -> None:
     options.add_argument("--peers", help="folder of benchmarks/peers/install.py")
     options.add_argument("--folder", help="where run folders go; the temporary directory by default")
     args = options.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for part in args.only.split(","):
             if part == "start":

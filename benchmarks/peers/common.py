@@ -1,6 +1,7 @@
 """What every peer's script shares: the data, the networks, and taking turns with benchmarks/rounds.py.
 
-Runs in the peer's own environment: nothing of fedlth is imported. A script's first line of input is the work.
+Runs in the peer's own environment: nothing of fedlth is imported. A script's first line of input is the work. Client
+steps are counted where they happen, in the optimiser. benchmarks/peers/check.py shows that the loss falls.
 """
 
 from __future__ import annotations
@@ -10,20 +11,35 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 TOLD = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # frameworks print as they like; the benchmark listens to TOLD alone
 LR, BATCH = 0.05, 32
 
 
-def read_work() -> dict[str, Any]:
-    torch.set_num_threads(1)
+STEPS: list[int] = []  # grows by one a client step; a list, since appending is safe among threads
+
+
+def _count(optimiser: torch.optim.Optimizer, *_: Any) -> None:
+    if optimiser.param_groups[0]["lr"] == LR:  # a server's optimiser has another
+        STEPS.append(1)
+
+
+register_optimizer_step_post_hook(_count)
+
+
+def read_work(*, threads: int) -> dict[str, Any]:
+    """Return the work; `threads` is torch's, for a framework that trains one client at a time the number of cores."""
+    torch.set_num_threads(threads)
     found: dict[str, Any] = json.loads(sys.stdin.readline())
     return found
 
@@ -57,8 +73,12 @@ def clients(round_: int, work: dict[str, Any]) -> list[int]:
     return [int(c) for c in np.random.default_rng(round_).permutation(100)[: work["clients"]]]
 
 
-def steps(work: dict[str, Any]) -> int:
-    return int(work["clients"] * work["epochs"] * -(-work["examples"] // BATCH))
+def torchvision_without_operators() -> torch.library.Library:
+    """Let torchvision be imported whose operators are for another build of torch (CUDA's beside a CPU torch)."""
+    named = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        named.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return named
 
 
 class Turn:
@@ -73,8 +93,22 @@ class Turn:
             self.ready = True
         if not sys.stdin.readline():
             os._exit(0)
+        STEPS.clear()
         self.began = time.perf_counter()
 
-    def end(self) -> None:
-        told = {"wall": time.perf_counter() - self.began, "steps": steps(self.work)}
+    def end(self, model: Callable[[], nn.Module], steps: int | None = None) -> None:
+        """Tell the seconds and the client steps, by default those of this process; `model` is the global one."""
+        told = {"wall": time.perf_counter() - self.began, "steps": len(STEPS) if steps is None else steps}
+        if self.work.get("check"):
+            told |= quality(model(), self.work)
         print(json.dumps(told), file=TOLD, flush=True)
+
+
+@torch.no_grad()
+def quality(model: nn.Module, work: dict[str, Any]) -> dict[str, float]:
+    """Return loss and accuracy over 2,000 images of all classes."""
+    x, y, _ = data(work)
+    chosen = torch.from_numpy(np.random.default_rng(1).permutation(len(y))[:2000])
+    logits = model(x[chosen])
+    accuracy = (logits.argmax(1) == y[chosen]).float().mean()
+    return {"loss": float(functional.cross_entropy(logits, y[chosen])), "accuracy": float(accuracy)}

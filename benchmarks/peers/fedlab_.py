@@ -1,5 +1,6 @@
-"""FedLab 1.3.0, standalone: SGDSerialClientTrainer and SyncServerHandler."""
+"""FedLab 1.3.0, standalone: SGDSerialClientTrainer and SyncServerHandler, one client at a time."""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import logging
@@ -9,13 +10,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import common
+
+NAMED = common.torchvision_without_operators()
+
 from fedlab.contrib.algorithm.basic_client import SGDSerialClientTrainer
 from fedlab.contrib.algorithm.basic_server import SyncServerHandler
 from fedlab.core.standalone import StandalonePipeline
 from torch.utils.data import DataLoader, TensorDataset
 
 logging.disable(logging.CRITICAL)
-work = common.read_work()
+work = common.read_work(threads=2)
 x, y, owned = common.data(work)
 turn = common.Turn(work)
 
@@ -27,7 +31,7 @@ class Data:
 
 class Pipeline(StandalonePipeline):
     def evaluate(self) -> None:
-        turn.end()
+        turn.end(lambda: server.model)
 
 
 def sampled() -> list[int]:

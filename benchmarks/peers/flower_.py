@@ -22,7 +22,7 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 from torch.nn import functional
 
-WORK = common.read_work()
+WORK = common.read_work(threads=1)
 client, server = ClientApp(), ServerApp()
 
 
@@ -38,13 +38,15 @@ def train(message: Any, context: Any, WORK: Any = WORK) -> Any:
     part = torch.from_numpy(owned[int(context.node_config["partition-id"])])
     model = held["model"]
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    before = len(common.STEPS)
     optimiser = torch.optim.SGD(model.parameters(), lr=common.LR)
     for _ in range(WORK["epochs"]):
         for chosen in part[torch.randperm(len(part))].split(common.BATCH):
             optimiser.zero_grad()
             functional.cross_entropy(model(x[chosen]), y[chosen]).backward()
             optimiser.step()
-    content = {"arrays": ArrayRecord(model.state_dict()), "metrics": MetricRecord({"num-examples": len(part)})}
+    told = MetricRecord({"num-examples": len(part), "steps": len(common.STEPS) - before})
+    content = {"arrays": ArrayRecord(model.state_dict()), "metrics": told}
     return Message(content=RecordDict(content), reply_to=message)
 
 
@@ -55,10 +57,17 @@ class Timed(FedAvg):
         self.turn.begin()
         return super().configure_train(*args, **more)
 
-    def aggregate_train(self, *args: Any, **more: Any) -> Any:
-        joined = super().aggregate_train(*args, **more)
-        self.turn.end()
-        return joined
+    def aggregate_train(self, server_round: int, replies: Any) -> Any:
+        replies = list(replies)
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        self.turn.end(lambda: filled(arrays), sum(reply.content["metrics"]["steps"] for reply in replies))
+        return arrays, metrics
+
+
+def filled(arrays: Any) -> torch.nn.Module:
+    model = common.build(WORK["model"])
+    model.load_state_dict(arrays.to_torch_state_dict())
+    return model
 
 
 @server.main()

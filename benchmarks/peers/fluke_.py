@@ -1,5 +1,6 @@
-"""fluke 0.8.1, FedAVG."""
+"""fluke 0.8.1, FedAVG, one client at a time."""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import sys
@@ -8,11 +9,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import common
+
+NAMED = common.torchvision_without_operators()
+
 from fluke import DDict
 from fluke.algorithms.fedavg import FedAVG
 from fluke.data import DataSplitter, DummyDataContainer, FastDataLoader
 
-work = common.read_work()
+work = common.read_work(threads=2)
 x, y, owned = common.data(work)
 loaders = [FastDataLoader(x[i], y[i], num_labels=10, batch_size=common.BATCH, shuffle=True) for i in owned]
 settings = DDict(
@@ -37,7 +41,7 @@ def eligible(share: float) -> list[Any]:
 
 def aggregate(*args: Any, **more: Any) -> None:
     joined(*args, **more)
-    turn.end()
+    turn.end(lambda: server.model)
 
 
 server.get_eligible_clients, server.aggregate = eligible, aggregate

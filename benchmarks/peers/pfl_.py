@@ -1,16 +1,43 @@
-"""pfl 0.6.0 (apple/pfl-research): SimulatedBackend, FederatedAveraging."""
+"""pfl 0.6.0 (apple/pfl-research): SimulatedBackend, FederatedAveraging, two processes of torch.distributed.
 
+As torchrun would start it: each process trains half of a round's users, and gloo adds up what they learnt.
+"""
+
+# ruff: noqa: E402
 from __future__ import annotations
 
+import json
 import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("PFL_PYTORCH_DEVICE", "cpu")
+WORKERS = 2
 sys.path.insert(0, str(Path(__file__).parent))
 import common
+import numpy as np
 import torch
+
+work = common.read_work(threads=1)
+if "RANK" not in os.environ:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {
+        "PFL_PYTORCH_DEVICE": "cpu", "TORCHELASTIC_RUN_ID": "benchmark", "WORLD_SIZE": str(WORKERS),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0",
+    }  # fmt: skip
+    for rank in range(1, WORKERS):
+        other = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, env=os.environ | {"RANK": str(rank)}
+        )
+        assert other.stdin is not None
+        other.stdin.write((json.dumps(work) + "\n").encode())
+        other.stdin.flush()
+FIRST = os.environ["RANK"] == "0"
+
 from pfl.aggregate.simulate import SimulatedBackend
 from pfl.algorithm.base import NNAlgorithmParams
 from pfl.algorithm.federated_averaging import FederatedAveraging
@@ -22,7 +49,6 @@ from pfl.metrics import Metrics, Weighted
 from pfl.model.pytorch import PyTorchModel
 from torch.nn import functional
 
-work = common.read_work()
 x, y, owned = common.data(work)
 turn = common.Turn(work)
 order = iter(c for round_ in range(10_000) for c in common.clients(round_, work))
@@ -46,17 +72,29 @@ class Net(torch.nn.Module):
 
 
 class Turns(TrainingProcessCallback):
+    """The first process takes turns with the benchmark; the others wait for it."""
+
     def on_train_begin(self, *, model: Any) -> Any:
-        turn.begin()
+        if FIRST:
+            turn.begin()
+        torch.distributed.barrier()
         return Metrics()
 
     def after_central_iteration(self, aggregate_metrics: Any, model: Any, *, central_iteration: int) -> Any:
-        turn.end()
-        turn.begin()
-        return False, Metrics()
+        steps = torch.tensor(len(common.STEPS))
+        torch.distributed.all_reduce(steps)
+        common.STEPS.clear()
+        if FIRST:
+            turn.end(lambda: net, int(steps))
+        return False, self.on_train_begin(model=model)
 
 
-users = FederatedDataset(lambda u: Dataset([x[owned[u]], y[owned[u]]], user_id=str(u)), lambda: next(order))
+def user(client: int) -> Dataset:
+    part = owned[client][np.random.permutation(len(owned[client]))]  # a Dataset hands out its examples in order
+    return Dataset([x[part], y[part]], user_id=str(client))
+
+
+users = FederatedDataset(user, lambda: next(order))
 net = Net()
 FederatedAveraging().run(
     algorithm_params=NNAlgorithmParams(

@@ -26,11 +26,12 @@ WORKERS = 2
 
 def train(
     model: torch.nn.Module, start: torch.Tensor, x: torch.Tensor, y: torch.Tensor, work: dict[str, Any], seed: Any
-) -> torch.Tensor:
-    """Return the flat weights after `epochs` of SGD from `start`."""
+) -> tuple[torch.Tensor, int]:
+    """Return the flat weights after `epochs` of SGD from `start`, and the steps taken."""
     weights = list(model.parameters())
     torch.nn.utils.vector_to_parameters(start.clone(), weights)
     optimiser = torch.optim.SGD(weights, lr=0.05)
+    steps = 0
     order = np.random.default_rng(seed)
     for _ in range(work["epochs"]):
         shuffled = torch.from_numpy(order.permutation(len(y)))
@@ -39,7 +40,8 @@ def train(
             optimiser.zero_grad(set_to_none=True)
             functional.cross_entropy(model(x[part]), y[part]).backward()
             optimiser.step()
-    return torch.cat([w.detach().reshape(-1) for w in weights])
+            steps += 1
+    return torch.cat([w.detach().reshape(-1) for w in weights]), steps
 
 
 def main() -> None:
@@ -63,21 +65,19 @@ def main() -> None:
         while (task := todo.get()) is not None:
             place, client, round_ = task
             part = torch.from_numpy(owned[client])
-            out[place] = train(model, theta, images[part], labels[part], work, (round_, client))
-            done.put(place)
+            out[place], steps = train(model, theta, images[part], labels[part], work, (round_, client))
+            done.put(steps)
 
     workers = [context.Process(target=live, daemon=True) for _ in range(WORKERS)]
     for worker in workers:
         worker.start()
-    steps = work["clients"] * work["epochs"] * -(-work["examples"] // 32)
     print("ready", flush=True)
     for round_, _ in enumerate(sys.stdin):
         clients = np.random.default_rng(round_).permutation(100)[: work["clients"]]
         began = time.perf_counter()
         for place, client in enumerate(clients):
             todo.put((place, int(client), round_))
-        for _ in clients:
-            done.get()
+        steps = sum(done.get() for _ in clients)
         theta.copy_(out.mean(0))
         print(json.dumps({"wall": time.perf_counter() - began, "steps": steps}), flush=True)
     for _ in workers:
