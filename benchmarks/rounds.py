@@ -183,24 +183,6 @@ def idle(args: argparse.Namespace, folder: str) -> None:
           f"{'ok' if wall <= IDLE_S[0] else 'MISSED'}, ambitious {IDLE_S[1]} s", flush=True)  # fmt: skip
 
 
-FIRST_STEP = """
-import sys, time
-import fedlth.cli
-from fedlth.config import load
-study = load(sys.argv[2])
-from fedlth.data.sources import begin
-begin(study.data.name, root=study.data.root, options=study.data.options)
-import fedlth.train as train
-real = train.train
-def told(*args, **more):
-    if len(more["data"][1]) > 2:  # not the warm-up of the kernel
-        print("first step", time.time() - float(sys.argv[1]), time.process_time(), flush=True)
-    return real(*args, **more)
-train.train = told
-fedlth.cli.main(["run", *sys.argv[2:]])
-"""
-
-
 def start_up(args: argparse.Namespace, folder: str) -> None:
     """Print the seconds from the start of `fedlth run` to a client's first step, beside limit A's to its first."""
     import yaml
@@ -211,13 +193,16 @@ def start_up(args: argparse.Namespace, folder: str) -> None:
     file.write_text(yaml.safe_dump(tree))
     ours, theirs = [], []
     env = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is not compiled at every start
     for i in range(args.rounds + 1):
         began = time.time()
         given = {"model": "lenet5", "epochs": 5, "examples": 599, "shard": 300, "clients": 10, "data": args.data}
         base = child("limit A", "yardsticks/raw_torch.py", given)
         theirs.append((time.time() - began, cpu_seconds(base.process.pid)))
         base.end()
-        command = [sys.executable, "-c", FIRST_STEP, str(time.time()), str(file), f"out={folder}/start-{i}"]
+        command = [
+            sys.executable, str(HERE / "first_step.py"), str(time.time()), str(file), f"out={folder}/start-{i}"
+        ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=HERE.parent)
         line = next(line for line in done.stdout.splitlines() if line.startswith("first step"))
         ours.append(float(line.split()[2]))

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from fedlth import train
 from fedlth.jobs import RESYNC, Job, Message, Reply
 from fedlth.methods.arms import ARMS
 from fedlth.methods.fedpm import first_scores
@@ -195,9 +194,9 @@ def _row(local: Local, result: Result) -> dict[str, Any]:
     world, size = local.world, local.full.size
     if not result.held and ((result.params.floats[:size] != 0) & ~result.mask).any():
         raise AssertionError(f"arm {result.arm}: a dead weight is not zero")
-    val_accuracy, val_loss = train.evaluate(world.bound, result.params, local.val_part)
+    val_accuracy, val_loss = local.evaluate(result.params, local.val_part)
     test = world.part(local.client, "test")
-    test_accuracy, test_loss = train.evaluate(world.bound, result.params, test)
+    test_accuracy, test_loss = local.evaluate(result.params, test)
     split = world.splits.clients[local.client]
     return {
         "client": local.client,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import zlib
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -24,43 +26,12 @@ def mnist(root: str | None) -> Dataset:
     return _mnist_like("mnist", root, ("mnist", "MNIST/raw"), 0.1307, 0.3081)
 
 
-class Gunzip:
-    """A gzip file's plain bytes, as gzip.open gives them, each `read` in one call of zlib.
-
-    gzip.open makes a call every 8 KB, and after each the thread that reads waits for Python's lock, which the main
-    thread holds while it imports: up to 0.3 s of a run's start.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._rest, self._member = path.read_bytes(), zlib.decompressobj(wbits=31)
-
-    def __enter__(self) -> Gunzip:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def read(self, count: int) -> bytes:
-        """Return `count` bytes, fewer at the end; raise EOFError or zlib.error where the file is cut or damaged."""
-        out = b""
-        while len(out) < count:
-            if self._member.eof:
-                self._rest = self._member.unused_data.lstrip(b"\0")  # files may be joined, or filled up with zeros
-                if not self._rest:
-                    break
-                self._member = zlib.decompressobj(wbits=31)
-            part = self._member.decompress(self._rest, count - len(out))
-            self._rest = self._member.unconsumed_tail
-            if not part and not self._rest and not self._member.eof:
-                raise EOFError("the file ends inside its compressed data")
-            out += part
-        return out
-
-
 def read_idx(path: Path) -> np.ndarray:
     """Return the uint8 array of one idx file; raise StudyError when the file is not exactly one."""
     try:
-        with Gunzip(path) if path.suffix == ".gz" else path.open("rb") as file:
+        # One call of zlib: gzip.open makes one every 8 KB, and waits for Python's lock after each, up to 0.3 s of a
+        # run's start, since the main thread is importing.
+        with BytesIO(gzip.decompress(path.read_bytes())) if path.suffix == ".gz" else path.open("rb") as file:
             head = file.read(4)
             if len(head) < 4 or head[:3] != b"\0\0\x08" or not 1 <= head[3] <= 4:
                 raise StudyError(f"{path}: must be an idx file of unsigned bytes, got header {head.hex()}")

@@ -87,7 +87,14 @@ class Local:
 
     def val_accuracy(self, params: Params) -> float:
         """The only accuracy that a decision may look at."""
-        return train.evaluate(self.world.bound, params, self.val_part)[0]
+        return self.evaluate(params, self.val_part)[0]
+
+    def evaluate(self, params: Params, part: tuple[Tensor, Tensor]) -> tuple[float, float]:
+        """Return (accuracy, mean loss) on a part of the client's data."""
+        began = time.thread_time()
+        found = train.evaluate(self.world.bound, params, part)
+        self.work.append({"evaluated": len(part[1]), "cpu_s": time.thread_time() - began})
+        return found
 
     def network(
         self, at: Params, learning: Callable[[np.ndarray, int], None] = lambda alive, epochs: None

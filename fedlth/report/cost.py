@@ -14,6 +14,8 @@ from fedlth.report.facts import Facts
 from fedlth.report.results import Results
 from fedlth.report.statistics import rows_of
 
+PHASES = {"federate": "in step 1", "personalise": "in step 2", "refine": "in refinement"}
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -46,7 +48,7 @@ def costs(results: Results) -> tuple[Cost, ...]:
 
 
 def cost_text(results: Results) -> str:
-    """Return the costs as sentences, "" where there are none; a round is one of `train.epochs` epochs."""
+    """Return the costs as sentences, "" where nothing was measured; a round is one of `train.epochs` epochs."""
     epochs = _round_epochs(results.group[0])
     parts = []
     for cost in costs(results):
@@ -57,7 +59,25 @@ def cost_text(results: Results) -> str:
             f"{cost.dense:.3g} ({cost.ticket / cost.dense:.2f} of it); the search took {cost.search:.3g}, so a ticket "
             f"{paid} of {epochs} epoch{'s' if epochs > 1 else ''}."
         )
-    return " ".join(parts)
+    return " ".join([*parts, *_evaluation(results)])
+
+
+def _evaluation(results: Results) -> list[str]:
+    """Say how much of the clients' CPU time evaluation takes, by phase."""
+    shares = []
+    for phase, name in PHASES.items():
+        work = [
+            one
+            for facts in results.group
+            for row in facts.times
+            if row["phase"] == phase
+            for one in row.get("work", ())
+        ]
+        evaluated = sum(one["cpu_s"] for one in work if "evaluated" in one)
+        whole = evaluated + sum(one["cpu_s"] for one in work if "density" in one)
+        if whole:
+            shares.append(f"{100 * evaluated / whole:.1f} % {name}")
+    return [f"Of the CPU time of training and evaluation, evaluation takes {', '.join(shares)}."] if shares else []
 
 
 def _round_epochs(facts: Facts) -> int:

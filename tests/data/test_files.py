@@ -77,6 +77,16 @@ def test_truncated_gzip_is_named(tmp_path: Path) -> None:
         read_idx(path)
 
 
+@pytest.mark.parametrize("place", [-1, -5, 30])
+def test_damaged_gzip_is_named(tmp_path: Path, place: int) -> None:
+    path = tmp_path / "file.gz"
+    data = bytearray(gzip.compress(idx_bytes(np.arange(250, dtype=np.uint8))))
+    data[place] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StudyError, match="cannot be read|must"):
+        read_idx(path)
+
+
 @pytest.mark.parametrize("name", ["fashion_mnist", "mnist", "cifar10", "cifar100"])
 def test_missing_files_name_the_places(tmp_path: Path, name: str) -> None:
     with pytest.raises(StudyError, match=rf"data.root: no files of {name} .* looked in {tmp_path}"):

@@ -42,6 +42,13 @@ def test_without_times_only_flops_are_told(tmp_path: Path) -> None:
     assert [cost.unit for cost in costs(results_of(group))] == ["GFLOP"]
 
 
-def test_a_dense_run_has_no_ticket_to_pay_for(tmp_path: Path) -> None:
+def test_a_dense_run_has_no_ticket_to_pay_for_but_evaluations(tmp_path: Path) -> None:
     tiny.run(tiny.of_method("fedavg_ft", personalise={"epochs": 1}), tmp_path / "r")
-    assert cost_text(results_of(read_group(tmp_path / "r"))) == ""
+    group = read_group(tmp_path / "r")
+    work = [one for row in group[0].times if row["phase"] == "federate" for one in row.get("work", ())]
+    evaluated = sum(one["cpu_s"] for one in work if "evaluated" in one)
+    share = 100 * evaluated / sum(one["cpu_s"] for one in work)
+    assert 0 < share < 100
+    text = cost_text(results_of(group))
+    assert text.startswith("Of the CPU time") and f"evaluation takes {share:.1f} % in step 1, " in text
+    assert cost_text(results_of(tuple(replace(facts, times=()) for facts in group))) == ""
