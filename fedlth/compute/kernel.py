@@ -41,7 +41,7 @@ def warm(tell: Callable[[str], None], *, patience_s: float = 3.0) -> None:
             ops=(op,), shapes=((3, 1, 1), (3, 1, 1)), output=1, num_floats=12, num_params=12, num_prunable=9
         )
         floats, x = np.zeros(12, np.float32), np.zeros((1, 3), np.float32)
-        # Thin, and no row or column without a weight: a layer on a list, which must be compiled too, and not a smaller one.
+        # Thin, and no row or column without a weight: a list, which must be compiled too, and no smaller layer.
         mask = np.eye(3, dtype=bool).reshape(-1)
         train_epochs(table, floats, x, np.zeros(1, np.int64), [[np.zeros(1, np.int64)]], rates=np.ones(1), mask=mask)
         predict(table, floats, x)
