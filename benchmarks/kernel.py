@@ -2,6 +2,7 @@
 
 python benchmarks/kernel.py              ratios beside their limits, ok or MISSED (--quick: fewer repeats)
 python benchmarks/kernel.py --crossover  dense and sparse by density and kind of layer: whence compact.SPARSE_BELOW
+python benchmarks/kernel.py --structured tickets of whole rows or channels beside narrow networks and single weights
 python benchmarks/kernel.py --threads    one thread against two that train two clients at once
 """
 
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from fedlth.compute.tuned import tune
 from fedlth.models.prunable import prunable_names
 from fedlth.models.registry import build
 from fedlth.params import layout_of, read
+from fedlth.tickets.granularity import GRANULARITIES
 from fedlth.train import Bound, Plan, batches, train
 
 BATCH = 32
@@ -86,16 +88,64 @@ class Work:
         plan, data = Plan(epochs=1, batch_size=BATCH, lr=0.05), (self.x, self.y)
         return lambda: train(bound, start, data=data, plan=plan, order=np.random.default_rng(1), torch_seed=0)
 
-    def kernel(self, density: float) -> Callable[[], object]:
+    def kernel(self, density: float, granularity: str = "element", *, predict: bool = False) -> Callable[[], object]:
         layout = layout_of(self.module, prunable_names(self.module, None))
         start, table = read(self.module, layout), compile_layers(self.module, layout, self.shape)
         assert isinstance(table, LayerTable), table
-        mask = np.random.default_rng(0).random(layout.num_prunable) < density if density < 1 else None
+        mask = ticket(self.module, density, granularity) if density < 1 else None
         parts = [batches(len(self.x), BATCH, np.random.default_rng(1))]
         given = {"rates": np.full(self.steps, 0.05), "mask": mask}
-        run = lambda: kernel.train_epochs(table, start.floats, self.x.numpy(), self.y.numpy(), parts, **given)  # noqa: E731
+        x, y = self.x.numpy(), self.y.numpy()
+        run: Callable[[], object] = lambda: kernel.train_epochs(table, start.floats, x, y, parts, **given)  # noqa: E731
+        if predict:
+            floats = start.floats if mask is None else start.masked(mask).floats
+            run = lambda: kernel.predict(table, floats, x)  # noqa: E731
         run()  # compiled, and the memory touched
         return run
+
+
+def ticket(module: nn.Module, density: float, granularity: str) -> np.ndarray:
+    """Return a mask that keeps a share of each layer's groups, at least one.
+
+    "narrow" keeps the rows and, behind them, the columns that a network with that share of the channels has.
+    """
+    layout, rng = layout_of(module, prunable_names(module, None)), np.random.default_rng(0)
+    if granularity == "narrow":
+        names = {part: f"{name}.weight" for name, part in module.named_modules()}
+        kept, of = np.zeros(layout.num_prunable, bool), {e.name: e for e in layout.prunable}
+        for layer, outputs, inputs in widths(module, density):
+            e = of[names[layer]]
+            kept[e.slice].reshape(e.shape)[:outputs, :inputs] = True
+        return kept
+    groups = GRANULARITIES[granularity]().groups(layout)
+    kept = np.zeros(groups.layout.num_prunable, bool)
+    for e in groups.layout.prunable:
+        kept[e.offset + rng.permutation(e.size)[: max(1, round(density * e.size))]] = True
+    return groups.spread(kept)
+
+
+def widths(module: nn.Module, share: float) -> list[tuple[nn.Conv2d | nn.Linear, int, int]]:
+    """Return each layer of a chain, and how many outputs and inputs it has with a share of the channels between."""
+    layers = [part for part in module.modules() if isinstance(part, (nn.Conv2d, nn.Linear))]
+    shapes = [layer.weight.shape for layer in layers]
+    return [
+        (layer, n if layer is layers[-1] else round(n * share), m if layer is layers[0] else round(m * share))
+        for layer, (n, m, *_) in zip(layers, shapes, strict=True)
+    ]
+
+
+def narrow(module: nn.Module, share: float) -> nn.Module:
+    """Return a chain of convolutions and linear layers with a share of the channels between them."""
+    module = copy.deepcopy(module)
+    for layer, outputs, inputs in widths(module, share):
+        assert layer.bias is not None
+        layer.weight = nn.Parameter(layer.weight[:outputs, :inputs].detach().clone())
+        layer.bias = nn.Parameter(layer.bias[:outputs].detach().clone())
+        if isinstance(layer, nn.Linear):
+            layer.out_features, layer.in_features = outputs, inputs
+        else:
+            layer.out_channels, layer.in_channels = outputs, inputs
+    return module
 
 
 def work(name: str, module: nn.Module | None = None, shape: tuple[int, ...] | None = None, size: int = 0) -> Work:
@@ -166,6 +216,29 @@ def crossover(densities: Iterable[float]) -> None:
         print(f"{title}: sparse is faster up to density {max(meet, default=0.0):.2f}")
 
 
+def structured(repeats: int) -> None:
+    """Print a step inside tickets of whole rows and whole channels, beside what else could train as much or little."""
+    for name in ("leaf_cnn", "lenet5", "resnet9"):
+        given = work(name)
+        runs: dict[float | str, Callable[[], object]] = {"raw torch": given.raw(), "kernel": given.kernel(1.0)}
+        for share in (0.5, 0.25):
+            kinds = ["row", "channel", "element"]
+            if name != "resnet9":  # whose channels go around by additions: no chain
+                small = replace(given, module=narrow(given.module, share))
+                runs[f"{share} raw torch, narrow"] = small.raw()
+                runs[f"{share} kernel, narrow"] = small.kernel(1.0)
+                kinds.insert(0, "narrow")
+            for kind in kinds:
+                runs[f"{share} ticket by {kind}"] = given.kernel(share, kind)
+        for share, kind in ((1.0, "element"), (0.5, "narrow"), (0.5, "row"), (0.5, "element")):
+            if name == "leaf_cnn":
+                runs[f"{share} {kind}, evaluation"] = given.kernel(share, kind, predict=True)
+        best = interleaved(runs, 2 if name == "resnet9" else repeats)
+        print(f"{name}: raw torch {best['raw torch'] / given.steps * 1e3:.2f} ms a step")
+        for key, seconds in best.items():
+            print(f"  {key:24} {seconds / given.steps * 1e3:7.3f} ms, {seconds / best['raw torch']:.3f} of raw torch")
+
+
 def threads() -> None:
     """Print how much more two threads do than one, in clock time; a busy machine shows less."""
     given = work("lenet5", size=1216)
@@ -190,6 +263,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if "--crossover" in sys.argv:
         crossover((0.2, 0.3, 0.4, 0.5, 0.6, 0.7))
+    elif "--structured" in sys.argv:
+        structured(3 if "--quick" in sys.argv else 5)
     elif "--threads" in sys.argv:
         threads()
     else:

@@ -102,6 +102,8 @@ def arrange(table: LayerTable, lanes: int) -> Arrangement:
         _common(row, op, table, values, gradients, lanes)
         if op.kind in (col.CONVOLUTION, col.LINEAR):
             _weighted(row, op, plan, values[op.source], gradients[op.source])
+        elif op.kind == col.CHOOSE:
+            row[col.CHOICE] = plan.list(np.array(op.picks))
         elif op.kind == col.GROUP_NORM:
             row[col.STATS] = plan.buffer((2 * op.groups, 1, 1)).place
     packed = (int(r[col.OUT_CHANNELS] * r[col.TAPS]) for r in rows if r[col.KIND] == col.CONVOLUTION)
@@ -169,9 +171,10 @@ def _weighted(row: np.ndarray, op: Op, plan: _Arranger, x: _Buffer | None, dx: _
     dy = _Buffer(*(int(n) for n in row[col.DY : col.DY + 3]))
     spread = dy
     if op.kind == col.LINEAR:
-        taps = plan.places(x, shape).reshape(-1)
+        picks = np.array(op.picks) if op.picks else slice(None)
+        taps = plan.places(x, shape).reshape(-1)[picks]
         area, back, sizes = 1, np.arange(out[0]) * dy.plane, (1, 1)
-        back_out = None if dx is None else plan.places(dx, shape)
+        back_out = None if dx is None else plan.places(dx, shape).reshape(-1)[picks]
         row[[col.CHANNELS, col.HEIGHT, col.WIDTH]] = taps.size, 1, 1
         row[[col.TAP_ROW, col.TAP_STEP, col.TAP_GROUP]] = 0
         chunks = taps.size, out[0]

@@ -5,7 +5,7 @@ Places are element indices into the work array, weights into the compact weight 
 
 from __future__ import annotations
 
-CONVOLUTION, LINEAR, MAX_POOL, AVERAGE_POOL, GLOBAL_MAX, GROUP_NORM, ADD, COPY = range(8)
+CONVOLUTION, LINEAR, MAX_POOL, AVERAGE_POOL, GLOBAL_MAX, GROUP_NORM, ADD, COPY, CHOOSE = range(9)
 
 (
     KIND,
@@ -90,5 +90,15 @@ CONVOLUTION, LINEAR, MAX_POOL, AVERAGE_POOL, GLOBAL_MAX, GROUP_NORM, ADD, COPY =
     PADDING_X,
     STATS,  # group normalisation: place of each group's mean and inverse deviation
     PACK,  # place of scratch
+    CHOICE,  # list: the input channel of each output channel, -1 where it is a bias
+    CONSTANTS,  # how many input channels are constant and folded (constants.py)
+    FOLD_SIZE,  # weights on a constant: how many, up to a multiple of 16, and how many without what fills up
+    FOLD_COUNT,
+    FOLD_BLOCK,  # place of the weights by constant, of their sum times the constants, of the constants' values
+    FOLD_TOTAL,
+    FOLD_VALUES,
+    FOLD_PLACES,  # lists of the places of the weights on ones, and of the constants' biases
+    FOLD_BIASES,
+    FOLD_RELU,  # the constants are biases clipped at zero
     NUM_COLUMNS,
-) = range(83)
+) = range(93)

@@ -1,4 +1,4 @@
-"""Choose the layers that run on lists of kept weights, and give every parameter its place in the compact vector."""
+"""Choose the network that is left, its layers on lists of kept weights, and each parameter's place in the vector."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from fedlth.compute import columns as col
 from fedlth.compute.arrange import arrange
 from fedlth.compute.places import Arrangement
+from fedlth.compute.shrink import shrink
 from fedlth.compute.table import LayerTable, Op
 
 # Below these densities the lists of kept weights beat the dense layer: `python benchmarks/kernel.py --crossover`
@@ -20,7 +21,10 @@ _NEAR, _TAPS = 5120, 16  # floats of a chunk's inputs (20 of 32 KB), kept weight
 
 @dataclass(frozen=True)
 class Prepared:
-    """An arrangement whose sparse layers have their lists; keep: places of the parameters in the compact vector."""
+    """An arrangement whose sparse layers have their lists; keep: places of the parameters in the compact vector.
+
+    num_params and num_params + 1 stand in `keep` for a zero and a one that do not move.
+    """
 
     plan: Arrangement
     lists: np.ndarray
@@ -30,6 +34,17 @@ class Prepared:
 
 
 def prepare(table: LayerTable, lanes: int, kept: np.ndarray | None) -> Prepared:
+    """Arrange the network, or the smaller one that a ticket of whole channels leaves of it."""
+    small = None if kept is None else shrink(table, kept, SPARSE_BELOW)
+    if small is None:
+        return _prepare(table, lanes, kept)
+    inner = _prepare(small.table, lanes, small.kept)
+    rows, lists = small.folded(inner.plan.rows, inner.lists, inner.keep)
+    keep = small.places if inner.keep is None else small.places[inner.keep]
+    return replace(inner, plan=replace(inner.plan, rows=rows), lists=lists, keep=keep)
+
+
+def _prepare(table: LayerTable, lanes: int, kept: np.ndarray | None) -> Prepared:
     """Choose sparse layers by their density, and give every weight its place in the compact vector."""
     from fedlth.compute import loop
 

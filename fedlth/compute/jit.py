@@ -24,6 +24,7 @@ _PART: dict[str, Any] = {**_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapp
 _COMPILED = (
     "arithmetic",
     "columns",
+    "constants",
     "gather",
     "jit",
     "loop",

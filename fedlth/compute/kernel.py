@@ -36,12 +36,13 @@ def warm(tell: Callable[[str], None], *, patience_s: float = 3.0) -> None:
     told.daemon = True
     told.start()
     try:
-        op = Op(kind=col.LINEAR, source=0, out=1, weight=0, bias=6)
+        op = Op(kind=col.LINEAR, source=0, out=1, weight=0, bias=9)
         table = LayerTable(
-            ops=(op,), shapes=((3, 1, 1), (2, 1, 1)), output=1, num_floats=8, num_params=8, num_prunable=6
+            ops=(op,), shapes=((3, 1, 1), (3, 1, 1)), output=1, num_floats=12, num_params=12, num_prunable=9
         )
-        floats, x = np.zeros(8, np.float32), np.zeros((1, 3), np.float32)
-        mask = np.array([True, False, False, False, False, False])
+        floats, x = np.zeros(12, np.float32), np.zeros((1, 3), np.float32)
+        # Thin, and no row or column without a weight: a list, which must be compiled too, and no smaller layer.
+        mask = np.eye(3, dtype=bool).reshape(-1)
         train_epochs(table, floats, x, np.zeros(1, np.int64), [[np.zeros(1, np.int64)]], rates=np.ones(1), mask=mask)
         predict(table, floats, x)
     finally:
@@ -92,21 +93,17 @@ def train_epochs(
     if rates.shape != (len(batches),):
         raise ValueError(f"kernel: rates must be one a step, {len(batches)}, got {rates.shape}")
     ready = prepare(table, _lanes(table, int(np.diff(starts).max())), mask)
-    w, dead = _compact(table, floats, ready.keep), np.zeros(0, np.int64)
-    if mask is not None:
-        alive = mask if ready.keep is None else mask[ready.keep[: np.searchsorted(ready.keep, table.num_prunable)]]
-        dead = np.flatnonzero(~alive)
-        w[dead] = 0.0
-    factor = _moves(table, moves, ready.keep, dead)
+    w, still = _compact(table, floats, ready.keep, mask)
+    factor = _moves(table, moves, ready.keep, still)
     grad, losses = np.zeros_like(w), np.zeros(len(batches))
     velocity = np.zeros_like(w) if momentum else np.zeros(0, np.float32)
     kept: dict[int, np.ndarray] = {}
 
     def state() -> np.ndarray:
-        out = np.zeros_like(floats)
-        out[table.num_params :] = floats[table.num_params :]
+        out = np.zeros(len(floats) + 2, np.float32)  # with places for the zero and the one of `keep`
         out[slice(table.num_params) if ready.keep is None else ready.keep] = w
-        return out
+        out[table.num_params : len(floats)] = floats[table.num_params :]
+        return out[: len(floats)]
 
     ends = np.cumsum([len(parts) for parts in epochs])
     at = 0
@@ -150,7 +147,7 @@ def predict(table: LayerTable, floats: np.ndarray, x: np.ndarray) -> np.ndarray:
     x = _examples(table, x)
     _check(table, floats, None, None)
     ready = prepare(table, _lanes(table, len(x)), floats[: table.num_params] != 0)
-    w = _compact(table, floats, ready.keep)
+    w, _ = _compact(table, floats, ready.keep, None)
     logits = np.empty((len(x), table.num_classes), np.float32)
     order = np.arange(len(x))
     plan = ready.plan
@@ -189,18 +186,30 @@ def _check(table: LayerTable, floats: np.ndarray, mask: np.ndarray | None, moves
             raise ValueError(f"kernel: {name} must be ({size},) {np.dtype(kind)}, got {array.shape} {array.dtype}")
 
 
-def _compact(table: LayerTable, floats: np.ndarray, keep: np.ndarray | None) -> np.ndarray:
-    """Return a copy of the parameters that are kept."""
-    return floats[: table.num_params].copy() if keep is None else floats.take(keep)
+def _compact(
+    table: LayerTable, floats: np.ndarray, keep: np.ndarray | None, mask: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a copy of the parameters that are kept, inside the mask, and the places in it that must not move."""
+    if keep is None:
+        w, still = floats[: table.num_params].copy(), np.zeros(0, bool) if mask is None else ~mask
+    else:
+        w, still = floats.take(keep, mode="clip"), keep >= table.num_params
+        if mask is not None:
+            still |= ~mask.take(keep, mode="clip") & (keep < len(mask))
+    places = np.flatnonzero(still)
+    w[places] = 0.0
+    if keep is not None:
+        w[keep == table.num_params + 1] = 1.0
+    return w, places
 
 
-def _moves(table: LayerTable, moves: np.ndarray | None, keep: np.ndarray | None, dead: np.ndarray) -> np.ndarray:
-    """Return the factor on each step of the compact vector, none at `dead` places; empty where all move alike."""
-    if not dead.size and moves is None and not table.frozen:
+def _moves(table: LayerTable, moves: np.ndarray | None, keep: np.ndarray | None, still: np.ndarray) -> np.ndarray:
+    """Return the factor on each step of the compact vector, none at `still` places; empty where all move alike."""
+    if not still.size and moves is None and not table.frozen:
         return np.zeros(0, np.float32)
     factor = np.ones(table.num_params, np.float32) if moves is None else moves.copy()
     for start, end in table.frozen:
         factor[start:end] = 0.0
-    factor = factor if keep is None else factor[keep]
-    factor[dead] = 0.0
+    factor = factor if keep is None else factor.take(keep, mode="clip")
+    factor[still] = 0.0
     return factor[:0] if (factor == 1).all() else factor

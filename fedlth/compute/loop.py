@@ -1,7 +1,6 @@
 """The compiled loops: forward, loss, backward and the step of every batch of a training; and prediction.
 
-Compiled once for every network, since the layer table is data: about 45 s of CPU at the first use on a machine, then
-read from numba's disk cache.
+Compiled once for every network, since the layer table is data: about 45 s of CPU, then read from numba's disk cache.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import math
 from typing import Any
 
 from fedlth.compute import columns as col
-from fedlth.compute import gather, norm, pointwise, pools, sparse, weights
+from fedlth.compute import constants, gather, norm, pointwise, pools, sparse, weights
 from fedlth.compute.jit import entry, inlined, part, source_stamp
 
 
@@ -92,8 +91,7 @@ def _gather(work: Any, index: Any, w: Any, job: Any, kind: int) -> None:
 def forward(rows: Any, index: Any, lists: Any, scales: Any, work: Any, w: Any, lanes: int) -> None:
     """Run the layers in order."""
     for at in range(len(rows)):
-        row = rows[at]
-        kind = row[col.KIND]
+        row, kind = rows[at], rows[at, col.KIND]
         if kind == col.CONVOLUTION or kind == col.LINEAR:
             if row[col.SPARSE]:
                 sparse.forward(work, index, lists, w, row, lanes)
@@ -107,6 +105,8 @@ def forward(rows: Any, index: Any, lists: Any, scales: Any, work: Any, w: Any, l
             pools.global_max(work, row, lanes)
         elif kind == col.GROUP_NORM:
             norm.group_norm(work, w, scales[at : at + 1], row, lanes)
+        elif kind == col.CHOOSE:
+            pointwise.choose(work, index, w, row, lanes)
         else:
             pointwise.combine(work, row, lanes)
 
@@ -115,8 +115,7 @@ def forward(rows: Any, index: Any, lists: Any, scales: Any, work: Any, w: Any, l
 def backward(rows: Any, index: Any, lists: Any, scales: Any, work: Any, w: Any, grad: Any, lanes: int) -> None:
     """Run the layers backwards and add every weight's gradient to `grad`."""
     for at in range(len(rows) - 1, -1, -1):
-        row = rows[at]
-        kind = row[col.KIND]
+        row, kind = rows[at], rows[at, col.KIND]
         if row[col.DY] == 0:  # no weight comes before it
             continue
         if row[col.RELU] and kind != col.MAX_POOL:
@@ -149,6 +148,8 @@ def backward(rows: Any, index: Any, lists: Any, scales: Any, work: Any, w: Any, 
             pools.global_max_gradient(work, row, lanes)
         elif kind == col.GROUP_NORM:
             norm.group_norm_gradient(work, w, grad, row, lanes)
+        elif kind == col.CHOOSE:
+            pointwise.choose_gradient(work, index, grad, row, lanes)
         elif kind == col.COPY or kind == col.ADD:
             if row[col.NEEDS_DX]:
                 places = row[col.DX], row[col.DX_PLANE], row[col.DX_ROW]
@@ -196,9 +197,7 @@ def cross_entropy(row: Any, work: Any, y: Any, order: Any, start: int, count: in
         total += math.log(size) + most - work[out + label * row[col.Y_PLANE]]
         for k in range(classes):
             share = math.exp(float(work[out + k * row[col.Y_PLANE]]) - most) / size
-            if k == label:
-                share -= 1.0
-            work[at + k * row[col.DY_PLANE]] = share / batch
+            work[at + k * row[col.DY_PLANE]] = (share - (k == label)) / batch
     return total
 
 
@@ -258,6 +257,7 @@ def _make_entries(stamp: int) -> tuple[Any, Any, Any]:
         last = rows[len(rows) - 1]
         for s in range(len(starts) - 1):
             size, total = starts[s + 1] - starts[s], 0.0
+            constants.fold(rows, lists, w)
             for start in range(starts[s], starts[s + 1], lanes):
                 count = min(lanes, starts[s + 1] - start)
                 load_batch(inlet, work, x, order, start, count, lanes)
@@ -265,6 +265,7 @@ def _make_entries(stamp: int) -> tuple[Any, Any, Any]:
                 total += cross_entropy(last, work, y, order, start, count, size, lanes)
                 backward(rows, index, lists, scales, work, w, grad, lanes)
             losses[s] = total
+            constants.unfold(rows, lists, w, grad)
             step(w, grad, velocity, moves, rates[s], momentum, decay)
         return stamp
 
@@ -283,11 +284,11 @@ def _make_entries(stamp: int) -> tuple[Any, Any, Any]:
     ) -> int:
         """Write the last layer's output for every example of x to logits (N, classes)."""
         last = rows[len(rows) - 1]
+        constants.fold(rows, lists, w)
         for start in range(0, len(order), lanes):
-            count = min(lanes, len(order) - start)
-            load_batch(inlet, work, x, order, start, count, lanes)
+            load_batch(inlet, work, x, order, start, min(lanes, len(order) - start), lanes)
             forward(rows, index, lists, scales, work, w, lanes)
-            for lane in range(count):
+            for lane in range(min(lanes, len(order) - start)):
                 for k in range(last[col.OUT_CHANNELS]):
                     logits[start + lane, k] = work[last[col.Y] + k * last[col.Y_PLANE] + lane]
         return stamp

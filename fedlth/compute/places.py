@@ -93,6 +93,10 @@ def check_places(plan: Arrangement, lanes: int, num_params: int) -> None:
         elif row[col.KIND] in (col.ADD, col.COPY, col.GROUP_NORM):
             same = row[col.CHANNELS : col.WIDTH + 1] == row[col.OUT_CHANNELS : col.OUT_WIDTH + 1]
             layer.want(same, "map")
+        elif row[col.KIND] == col.CHOOSE:
+            layer.want(row[col.HEIGHT : col.WIDTH + 1] == row[col.OUT_HEIGHT : col.OUT_WIDTH + 1], "map")
+            chosen = layer.list(col.CHOICE, row[col.OUT_CHANNELS])
+            layer.want(bool(chosen.min() >= -1 and chosen.max() < row[col.CHANNELS]), "map")
         else:
             _check_windows(layer)
         if row[col.KIND] == col.GROUP_NORM:
@@ -154,6 +158,23 @@ def _check_sums(layer: _Layer) -> None:
     layer.reach(col.DX, back, (size[0] - 1) * row[col.DX_ROW], (size[1] - 1) * lanes)
     far = (height - 1) * row[col.STRIDE_Y] * row[col.SPREAD_ROW], (width - 1) * row[col.STRIDE_X] * lanes
     layer.reach(col.SPREAD, (outputs - 1) * row[col.SPREAD_PLANE], *far)
+
+
+def check_folds(rows: np.ndarray, lists: np.ndarray, num_weights: int) -> None:
+    """Raise ValueError where folding constants could reach outside the lists or the compact weights."""
+    for at, row in enumerate(rows.tolist()):
+        constants, size, count = row[col.CONSTANTS], row[col.FOLD_SIZE], row[col.FOLD_COUNT]
+        good = constants >= 0 and size % 16 == 0 and 0 <= count <= size
+        for column, length in (
+            (col.FOLD_BLOCK, constants * size), (col.FOLD_TOTAL, size), (col.FOLD_VALUES, constants)
+        ):  # fmt: skip
+            good = good and 0 <= row[column] <= num_weights - length
+        for column, length in ((col.FOLD_PLACES, count), (col.FOLD_BIASES, constants)):
+            good = good and 0 <= row[column] <= len(lists) - length
+            named = lists[row[column] : row[column] + length] if good else lists[:0]
+            good = good and (not named.size or (named.min() >= 0 and named.max() < num_weights))
+        if not good:
+            raise ValueError(f"kernel: layer {at} would reach outside its constants")
 
 
 def stray(plan: Arrangement, work: np.ndarray, lanes: int) -> int:

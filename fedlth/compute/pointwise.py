@@ -1,4 +1,4 @@
-"""Passes over maps: addition, copies, and clipping a gradient where relu clipped the output."""
+"""Passes over maps: addition, copies, choices of channels, and clipping a gradient where relu clipped the output."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 from fedlth.compute import columns as col
 from fedlth.compute.arithmetic import add, keep_positive, relu, zeros_1x16
 from fedlth.compute.jit import inlined, part
-from fedlth.compute.vectors import load, store
+from fedlth.compute.reduce import sums
+from fedlth.compute.vectors import load, number, spread, store
 
 
 @inlined
@@ -77,3 +78,41 @@ def clear(work: Any, row: Any, lanes: int) -> None:
         for y in range(row[col.HEIGHT]):
             at = row[col.DX] + c * row[col.DX_PLANE] + y * row[col.DX_ROW]
             work[at : at + row[col.WIDTH] * lanes] = 0
+
+
+@part
+def choose(work: Any, index: Any, w: Any, row: Any, lanes: int) -> None:
+    """Copy to each output channel the input channel of its choice, or fill it with its bias."""
+    for c in range(row[col.OUT_CHANNELS]):
+        source, fill = number(index, row[col.CHOICE] + c), zeros_1x16()
+        if source < 0 and row[col.BIAS] >= 0:
+            fill = spread(fill, w, row[col.BIAS] + c, 0)
+        for y in range(row[col.HEIGHT]):
+            at = row[col.X] + source * row[col.X_PLANE] + y * row[col.X_ROW]
+            out = row[col.Y] + c * row[col.Y_PLANE] + y * row[col.Y_ROW]
+            for p in range(0, row[col.WIDTH] * lanes, 16):
+                value = fill
+                if source >= 0:
+                    value = get(work, at + p)
+                if row[col.RELU]:
+                    value = relu(value)
+                store(value, work, out + p, 0)
+
+
+@part
+def choose_gradient(work: Any, index: Any, grad: Any, row: Any, lanes: int) -> None:
+    """Add each output channel's gradient to that of its input channel, or its sum to that of its bias."""
+    if not row[col.ACCUMULATE]:
+        clear(work, row, lanes)
+    for c in range(row[col.OUT_CHANNELS]):
+        source, total = number(index, row[col.CHOICE] + c), zeros_1x16()
+        for y in range(row[col.HEIGHT]):
+            at = row[col.DY] + c * row[col.DY_PLANE] + y * row[col.DY_ROW]
+            to = row[col.DX] + source * row[col.DX_PLANE] + y * row[col.DX_ROW]
+            for p in range(0, row[col.WIDTH] * lanes, 16):
+                if source >= 0:
+                    store(add(get(work, to + p), get(work, at + p)), work, to + p, 0)
+                else:
+                    total = add(total, get(work, at + p))
+        if source < 0 and row[col.BIAS] >= 0:
+            grad[row[col.BIAS] + c] += sums(total)[0]

@@ -12,7 +12,9 @@ class Op:
     """One layer. `source`, `source_2` and `out` number the values that it reads and writes; `kind` is in columns.py.
 
     weight and bias: places in the flat vector, -1 for none; of a group normalisation they are gain and shift.
-    window, stride and padding are (y, x); scale is a pool's factor or a norm's epsilon.
+    window, stride and padding are (y, x); scale is a pool's factor or a norm's epsilon. picks: the features that a
+    linear layer reads, empty for all; other layers must not read its source then. Of a choice of channels, the input
+    channel of each output channel, or -1 where it is the bias alone.
     """
 
     kind: int
@@ -27,6 +29,7 @@ class Op:
     padding: tuple[int, int] = (0, 0)
     groups: int = 1
     scale: float = 1.0
+    picks: tuple[int, ...] = ()
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -54,7 +57,7 @@ class LayerTable:
 
     def describe(self) -> tuple[str, ...]:
         """Return one line a layer: what runs in the kernel."""
-        names = "convolution", "linear", "max pool", "average pool", "global max", "group norm", "add", "copy"
+        names = "convolution", "linear", "max pool", "average pool", "global max", "group norm", "add", "copy", "choice"
         lines = []
         for op in self.ops:
             wide, out = "x".join(map(str, self.shapes[op.source])), "x".join(map(str, self.shapes[op.out]))
