@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
 from fedlth.errors import StudyError
 from fedlth.params import Layout
+from fedlth.tickets.checks import check_chains, check_kept, check_parts
 from fedlth.tickets.dead import Dead, Zero
 from fedlth.tickets.gate import Always, AtTarget, Gate, Stop
 from fedlth.tickets.granularity import Element, Granularity
@@ -31,6 +32,7 @@ class Finder:
     stop: Stop = field(default_factory=AtTarget)
 
     def __post_init__(self) -> None:
+        check_parts({f.name: getattr(self, f.name) for f in fields(self)})
         if getattr(self.scope, "elements", False) and not isinstance(self.granularity, Element):
             raise StudyError(
                 f"finder.granularity: must be element under the scope {self.scope}, which counts weights, "
@@ -71,11 +73,18 @@ class Finder:
         A ticket's own last training counts; the dense one counts once, as all chains begin with the same.
         """
         last = int(bool(getattr(self.rewind, "trains", True)))
-        after = [(len(chain) - 1 if self.trains and last else 0) + last for chain in self.schedule(targets)]
+        after = [(len(chain) - 1 if self.trains and last else 0) + last for chain in self.chains(targets)]
         return self.dense_first + max(after), self.dense_first + sum(after)
 
     def pick(self, score: np.ndarray, alive: np.ndarray, layout: Layout, density: float) -> np.ndarray:
         """Return the mask (num_prunable,) of what stays of `alive` at `density`, in whole groups."""
         groups = self.granularity.groups(layout)
-        kept = self.scope(groups.reduced(score), groups.reduced(alive) > 0, groups.layout, density)
-        return groups.spread(kept)
+        return groups.spread(self.kept(groups.reduced(score), groups.reduced(alive) > 0, groups.layout, density))
+
+    def chains(self, targets: tuple[float, ...]) -> tuple[tuple[float, ...], ...]:
+        """Return the schedule's chains; raise StudyError where they are none."""
+        return check_chains(self.schedule, self.schedule(targets), targets)
+
+    def kept(self, score: np.ndarray, alive: np.ndarray, layout: Layout, density: float) -> np.ndarray:
+        """Return the mask (num_groups,) that the scope keeps; raise StudyError where its count is not exact."""
+        return check_kept(self.scope, self.scope(score, alive, layout, density), alive, layout, density)

@@ -10,6 +10,7 @@ import numpy as np
 
 from fedlth.errors import StudyError
 from fedlth.params import Layout, Params
+from fedlth.tickets.checks import check_values
 from fedlth.tickets.evidence import Evidence, Network, needed
 from fedlth.tickets.finder import Finder
 from fedlth.tickets.gate import Look, Proposal
@@ -86,7 +87,7 @@ def find(
     and there is none.
     """
     search = _Search(finder, layout, finder.granularity.groups(layout), anchors, train, rng, network, val_accuracy)
-    for number, chain in enumerate(finder.schedule(targets)):
+    for number, chain in enumerate(finder.chains(targets)):
         yield from search.descend(start, start_name, chain, targets, number)
 
 
@@ -188,7 +189,7 @@ class _Search:
         began = changed(rewind, origin, mask, self.layout, self.rng("rewind")).masked(mask)
         if self.finder.dead.holds:
             first = self.anchors("theta_0") if origin is left else origin
-            held = self.finder.dead(first.floats[:size], now.floats[:size])
+            held = check_values("dead", self.finder.dead, self.finder.dead(first.floats[:size], now.floats[:size]), size)
             began.floats[:size][~mask] = held[~mask]
         return began
 
@@ -197,10 +198,13 @@ class _Search:
         if self._regrow is not None and self._regrow.first == "random":
             score = self.rng(f"first@{density:.6f}").random(self.groups.layout.num_prunable)
         else:
-            score = self.groups.reduced(self.finder.score(self._evidence(at, density, again)))
+            score = self.groups.reduced(self._scored(self._evidence(at, density, again)))
         alive = self.groups.reduced(at.mask) > 0
-        kept = self.finder.scope(score, alive, self.groups.layout, density)
+        kept = self.finder.kept(score, alive, self.groups.layout, density)
         return Proposal(kept, is_tied(score, kept, alive))
+
+    def _scored(self, evidence: Evidence) -> np.ndarray:
+        return check_values("score", self.finder.score, self.finder.score(evidence), evidence.mask.size)
 
     def _regrown(self, at: _State, regrow: Regrow, density: float, again: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the moved mask, and which of it stayed alive throughout."""
@@ -209,7 +213,7 @@ class _Search:
             growth = self.rng(f"grow@{density:.6f}#{again}").random(size)
         else:
             growth = np.abs(needed(evidence.at_now, regrow).gradient(evidence.now))
-        score, growth = (self.groups.reduced(a) for a in (self.finder.score(evidence), growth))
+        score, growth = (self.groups.reduced(a) for a in (self._scored(evidence), growth))
         mask, stayed = regrow(score, growth, self.groups.reduced(at.mask) > 0, self.groups.layout, again - 1)
         return self.groups.spread(mask), self.groups.spread(stayed)
 
