@@ -92,20 +92,6 @@ def test_every_composition_with_a_name_is_a_finder(line: str) -> None:
     assert not notes and finder_of(study)
 
 
-def test_the_finder_parts_shown_in_the_docs_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, text = (
-        re.search(rf"```{lang}\n({start}.*?)```", FINDERS.partition("## A part of your own")[2], re.S)
-        for lang, start in (("python", "# my_parts.py"), ("yaml", "finder:"))
-    )
-    assert code and text
-    (tmp_path / "my_parts.py").write_text(code.group(1))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    tiny.run(tiny.study(**parse(text.group(1), "finders.md")), tmp_path / "run")
-    rows = [r for r in tiny.rows(tmp_path / "run", "metrics") if r["arm"] == "ticket"]
-    assert len(rows) == 4 and all(abs(r["density"] - 0.1) < 1e-3 and r["search_epochs"] == 3 for r in rows)
-
-
 def test_the_parts_shown_in_the_docs_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = re.search(r"```python\n(# mine.py.*?)```", (ROOT / "docs" / "study.md").read_text(), re.S)
     assert code

@@ -189,7 +189,8 @@ class _Search:
         began = changed(rewind, origin, mask, self.layout, self.rng("rewind")).masked(mask)
         if self.finder.dead.holds:
             first = self.anchors("theta_0") if origin is left else origin
-            held = check_values("dead", self.finder.dead, self.finder.dead(first.floats[:size], now.floats[:size]), size)
+            rule = self.finder.dead
+            held = check_values("dead", rule, rule(first.floats[:size], now.floats[:size]), size)
             began.floats[:size][~mask] = held[~mask]
         return began
 

@@ -97,15 +97,16 @@ def row_18(early: Facts) -> Outcome:
     half = all(5 <= d < 10 for d in drawn)
     first = np.mean([d for (s, i, j), d in by.items() if (i, j) == (100, 200)])
     late = np.mean([d for (s, i, j), d in by.items() if (i, j) == (900, 1000)])
-    return Outcome(
-        half and metric and all(abs(count - 40) <= 1 for count in channels),
-        f"drawn after epoch {sorted(drawn)} of 20; channels kept {[f'{c:g}' for c in channels]} of 80, by layer (16, 32, "
-        f"32) {_counts(layers['early_bird'])}; distance of epochs 1 and 2 {first:.3f}, of 9 and 10 {late:.3f}; accuracy: "
-        f"dense {pt(early.mean('dense', 1))}, drawn early {pt(early.mean('drawn_early', 1))} (retrained from theta_0 "
-        f"{pt(early.mean('drawn_early_from_theta_0', 1))}), random channels as many a layer "
-        f"{pt(early.mean('random_channels', 1))}; with one list a layer, {_counts(layers['in_each_layer'])}: drawn early "
-        f"{pt(early.mean('drawn_in_each_layer', 1))}, random channels {pt(early.mean('random_in_each_layer', 1))}",
+    acc = {a: pt(early.mean(a, 1)) for a in dict.fromkeys(r["arm"] for r in early.rows if "arm" in r)}
+    told = (
+        f"drawn after epoch {sorted(drawn)} of 20; channels kept {[f'{c:g}' for c in channels]} of 80, by layer (of "
+        f"16, 32, 32) {_counts(layers['early_bird'])}; distance of epochs 1 and 2 {first:.3f}, of 9 and 10 {late:.3f}; "
+        f"accuracy: dense {acc['dense']}, drawn early {acc['drawn_early']} (from theta_0 "
+        f"{acc['drawn_early_from_theta_0']}), random channels, as many a layer, {acc['random_channels']}; one list a "
+        f"layer, {_counts(layers['in_each_layer'])}: drawn early {acc['drawn_in_each_layer']}, random channels "
+        f"{acc['random_in_each_layer']}"
     )
+    return Outcome(half and metric and all(abs(count - 40) <= 1 for count in channels), told)
 
 
 def _counts(layers: list[list[float]]) -> str:
