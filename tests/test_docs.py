@@ -115,3 +115,30 @@ def test_every_key_and_probe_of_a_lottery_study_is_documented() -> None:
             assert f"`{key}`" in text, key
     for name in [*PROBES, *MASKS]:
         assert f"`{name}`" in text, name
+
+
+ROWS = ROOT / "simulations" / "lottery_rows"
+RESULTS = {
+    int(line.split("|")[1]): line
+    for line in (ROWS / "results.md").read_text().splitlines()
+    if line.split("|")[1].strip().isdigit()
+}
+EXPLAINED = {
+    int(number): text
+    for number, text in re.findall(
+        r"^\*\*Row (\d+), (.*?)(?=^\*\*Rows? \d|^#|\Z)", (ROOT / "docs" / "lottery.md").read_text(), re.M | re.S
+    )
+}
+
+
+def test_every_row_is_explained() -> None:
+    assert sorted(EXPLAINED) == sorted(RESULTS)
+
+
+@pytest.mark.parametrize("row", RESULTS)
+def test_what_the_docs_say_of_a_row_is_what_the_results_say(row: int) -> None:
+    text, held = EXPLAINED[row], "| held |" in RESULTS[row]
+    assert "*Found" in text and ("Not held" in text.split("**")[0]) is not held
+    known = {abs(float(n)) for n in re.findall(r"\d+\.\d+", RESULTS[row])}
+    for number in re.findall(r"\d+\.\d\d+", text):
+        assert float(number) in known, f"row {row}: {number} is not in results.md"

@@ -68,6 +68,10 @@ class Trainer:
         self, start: Params, mask: np.ndarray, /, *, replay_lr: bool, held: bool = False, window: int = 0,
         first_step: int = 0, last_step: int | None = None,
     ) -> Walked:  # fmt: skip
+        steps = self.recipe.train.iterations
+        if last_step is not None and last_step >= steps:
+            place = "rewind.step" if mask.all() else "schedule.every"
+            raise StudyError(f"finder.{place}: must lie inside a training's {steps} steps, got {last_step}")
         how = replace(self.recipe, first=first_step, last=last_step, constant_lr=not replay_lr)
         run = self.bench.trained(start, mask, how, free=held, data=self.data, window=window)
         self.done.append((start, run))

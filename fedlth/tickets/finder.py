@@ -44,6 +44,11 @@ class Finder:
                 f"finder.rewind: must be frozen with weights {learned!r}, over which the score {self.score} learns "
                 f"its mask, got {self.rewind}"
             )
+        if self.moves and (self.rewind.anchor is not None or hasattr(self.rewind, "steps")):
+            raise StudyError(
+                f"finder.rewind: must be none under {self.schedule}, whose mask moves inside one training, "
+                f"got {self.rewind}"
+            )
         if self.window and not self.dense_first:
             raise StudyError(
                 f"finder.score: must not look back under {self.schedule}, which trains nothing before a prune, "
@@ -63,6 +68,11 @@ class Finder:
         return bool(getattr(self.schedule, "trains", True))
 
     @property
+    def moves(self) -> bool:
+        """Say whether the mask moves inside one training."""
+        return bool(getattr(getattr(self.schedule, "regrow", None), "every", 0))
+
+    @property
     def window(self) -> int:
         """Return how many earlier epochs' weights the score wants to see."""
         return int(getattr(self.score, "window", 0))
@@ -73,6 +83,8 @@ class Finder:
         A ticket's own last training counts; the dense one counts once, as all chains begin with the same.
         """
         last = int(bool(getattr(self.rewind, "trains", True)))
+        if self.moves:
+            return 1, len(self.chains(targets))
         after = [(len(chain) - 1 if self.trains and last else 0) + last for chain in self.chains(targets)]
         return self.dense_first + max(after), self.dense_first + sum(after)
 

@@ -172,11 +172,14 @@ class _Search:
         held = finder.dead.holds
         if not getattr(finder.rewind, "trains", True):
             return replace(at, mask=mask, began=began, walked=Walked(began), held=held), False
+        first, last = getattr(finder.rewind, "steps", 0), None
+        if finder.moves and self._regrow is not None:
+            first, last = self._regrow.window(again)
         walked = self.train(
-            began, mask, replay_lr=finder.rewind.replay_lr, held=held, window=finder.window,
-            first_step=getattr(finder.rewind, "steps", 0),
+            began, mask, replay_lr=finder.rewind.replay_lr or finder.moves, held=held, window=finder.window,
+            first_step=first, last_step=last,
         )  # fmt: skip
-        return _State(mask, began, walked, at.trainings + 1, held), True
+        return _State(mask, began, walked, at.trainings + (last is None), held), True
 
     def _rewound(self, start: Params, left: Params, now: Params, mask: np.ndarray) -> Params:
         """Return what the next training starts from: survivors as the rewind says, the dead as their rule says."""

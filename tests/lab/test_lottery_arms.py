@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedlth.errors import StudyError
 from fedlth.lab import arms
 from fedlth.lab.bench import Bench
 from fedlth.lab.controls import MASKS
@@ -154,3 +155,21 @@ def test_masks_draw_from_the_generator_alone() -> None:
         one, two = (make()(mask, bench.layout, bench.rng("x")) for _ in range(2))
         assert np.array_equal(one, two)
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_rigl_moves_its_mask_inside_one_training() -> None:
+    rigl = {
+        "densities": [0.3], "scope": "erk", "rewind": "none",
+        "schedule": {"name": "constant", "rounds": 2, "every": 5, "drop": 0.5},
+    }  # fmt: skip
+    bench = tiny.bench(searches={"imp": rigl})
+    (one,) = rounds(bench, "imp")
+    assert [p.iteration for p in one.run.curve] == [15, 20] and one.trainings == 0
+    still = tiny.bench(searches={"imp": {**rigl, "schedule": {**rigl["schedule"], "drop": 1e-9}}})  # type: ignore[dict-item]
+    (same,) = rounds(still, "imp")
+    assert not np.array_equal(one.mask, same.mask), "it acts"
+    whole = still.trained(still.theta_0.masked(same.mask), same.mask, still.recipe()).final
+    assert whole.digest() == same.run.final.digest(), "with nothing moved it is the plain training"
+    late = {**rigl, "schedule": {"name": "constant", "every": 50}}
+    with pytest.raises(StudyError, match=r"searches\.imp\.schedule\.every: must lie inside a training's 20 steps"):
+        list(rounds(tiny.bench(searches={"imp": late}), "imp"))
