@@ -137,8 +137,10 @@ def test_every_row_is_explained() -> None:
 
 @pytest.mark.parametrize("row", RESULTS)
 def test_what_the_docs_say_of_a_row_is_what_the_results_say(row: int) -> None:
-    text, held = EXPLAINED[row], "| held |" in RESULTS[row]
-    assert "*Found" in text and ("Not held" in text.split("**")[0]) is not held
+    text = EXPLAINED[row]
+    assert "*Found" in text and ("Not held" in text.split("**")[0]) is ("**not held**" in RESULTS[row])
+    if "| not run |" in RESULTS[row]:
+        return
     known = {abs(float(n)) for n in re.findall(r"\d+\.\d+", RESULTS[row])}
     for number in re.findall(r"\d+\.\d\d+", text):
         assert float(number) in known, f"row {row}: {number} is not in results.md"
