@@ -92,20 +92,6 @@ def test_every_composition_with_a_name_is_a_finder(line: str) -> None:
     assert not notes and finder_of(study)
 
 
-def test_the_finder_parts_shown_in_the_docs_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, text = (
-        re.search(rf"```{lang}\n({start}.*?)```", FINDERS.partition("## A part of your own")[2], re.S)
-        for lang, start in (("python", "# my_parts.py"), ("yaml", "finder:"))
-    )
-    assert code and text
-    (tmp_path / "my_parts.py").write_text(code.group(1))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    tiny.run(tiny.study(**parse(text.group(1), "finders.md")), tmp_path / "run")
-    rows = [r for r in tiny.rows(tmp_path / "run", "metrics") if r["arm"] == "ticket"]
-    assert len(rows) == 4 and all(abs(r["density"] - 0.1) < 1e-3 and r["search_epochs"] == 3 for r in rows)
-
-
 def test_the_parts_shown_in_the_docs_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = re.search(r"```python\n(# mine.py.*?)```", (ROOT / "docs" / "study.md").read_text(), re.S)
     assert code
@@ -129,3 +115,32 @@ def test_every_key_and_probe_of_a_lottery_study_is_documented() -> None:
             assert f"`{key}`" in text, key
     for name in [*PROBES, *MASKS]:
         assert f"`{name}`" in text, name
+
+
+ROWS = ROOT / "simulations" / "lottery_rows"
+RESULTS = {
+    int(line.split("|")[1]): line
+    for line in (ROWS / "results.md").read_text().splitlines()
+    if line.split("|")[1].strip().isdigit()
+}
+EXPLAINED = {
+    int(number): text
+    for number, text in re.findall(
+        r"^\*\*Row (\d+), (.*?)(?=^\*\*Rows? \d|^#|\Z)", (ROOT / "docs" / "lottery.md").read_text(), re.M | re.S
+    )
+}
+
+
+def test_every_row_is_explained() -> None:
+    assert sorted(EXPLAINED) == sorted(RESULTS)
+
+
+@pytest.mark.parametrize("row", RESULTS)
+def test_what_the_docs_say_of_a_row_is_what_the_results_say(row: int) -> None:
+    text = EXPLAINED[row]
+    assert "*Found" in text and ("Not held" in text.split("**")[0]) is ("**not held**" in RESULTS[row])
+    if "| not run |" in RESULTS[row]:
+        return
+    known = {abs(float(n)) for n in re.findall(r"\d+\.\d+", RESULTS[row])}
+    for number in re.findall(r"\d+\.\d\d+", text):
+        assert float(number) in known, f"row {row}: {number} is not in results.md"

@@ -125,6 +125,35 @@ def test_step_k_is_where_the_dense_run_stood_and_the_rates_go_on() -> None:
         tickets(study("rewind", "step", finder={"rewind": {"name": "step", "step": 9999}}))
 
 
+def test_a_mask_moves_inside_one_training_by_the_gradient_of_that_moment() -> None:
+    schedule = {"name": "constant", "rounds": 2, "every": 2, "drop": 0.4}
+    finder = {"rewind": "none", "densities": [0.4]}
+    sections = {"personalise": {"epochs": 2, "schedule": "cosine"}, "train": {"momentum": 0.0}}
+    step, (one,) = tickets(study("schedule", "constant", finder={**finder, "schedule": schedule}, **sections))
+    size, local = step.local.full.size, step.local
+    regrow = step.finder.schedule.regrow  # type: ignore[attr-defined]
+    at, mask = step.theta_g, None
+    for move, (first, last) in enumerate(((0, 2), (2, 4), (4, None))):
+        if mask is None:
+            draw = local.rng("first@0.400000").random(size)
+            mask = stayed = step.finder.pick(draw, local.full, local.world.layout, 0.4)
+        else:
+            grown = np.abs(step.network(at).gradient(at.floats[:size]))
+            mask, stayed = regrow(np.abs(at.floats[:size]), grown, mask, local.world.layout, move - 1)
+        at = local.train(at.masked(stayed), plan=replace(step.plan, first_step=first, last_step=last), mask=mask).params
+    np.testing.assert_array_equal(one.mask, mask)
+    np.testing.assert_array_equal(one.params.floats, at.floats)
+    assert one.search_epochs == 0 and sum(e for _, _, e in step.log) == 2, "it is one training"
+    assert one.flops[0] == pytest.approx(step.flops(one.mask, 2)[0]), "and costs one"
+    still, (same,) = tickets(
+        study("schedule", "constant", finder={**finder, "schedule": {**schedule, "drop": 1e-9}}, **sections)
+    )
+    plain = still.local.train(still.theta_g.masked(same.mask), plan=still.plan, mask=same.mask).params
+    np.testing.assert_array_equal(same.params.floats, plain.floats)
+    with pytest.raises(StudyError, match=r"finder\.schedule\.every: all moves must come before .* client 0 has \d+"):
+        tickets(study("schedule", "constant", finder={**finder, "schedule": {**schedule, "every": 500}}))
+
+
 def test_a_run_cut_in_steps_is_the_run() -> None:
     epochs = [[np.array([10 * e + i]) for i in range(3)] for e in range(3)]
     flat = [int(b[0]) for parts in epochs for b in parts]

@@ -11,7 +11,7 @@ import numpy as np
 from fedlth.lab.bench import Bench
 from fedlth.lab.controls import MASKS
 from fedlth.lab.recipe import Recipe
-from fedlth.lab.search import Round, rounds
+from fedlth.lab.search import Round, finder_of, rounds
 from fedlth.lab.training import Run
 from fedlth.parts import make
 from fedlth.tickets.dead import DEADS
@@ -40,13 +40,19 @@ def trained(bench: Bench, name: str) -> Iterator[Row]:
 def controlled(bench: Bench, name: str, one: Round, recipe: Recipe) -> tuple[np.ndarray, Run]:
     """Train an arm at one round of its search; return its mask and the training."""
     arm, place = bench.study.arms[name], f"arms.{name}"
-    # The streams have the round, not the arm: two arms that shuffle see the same shuffle.
-    mask = make(MASKS, arm.mask, f"{place}.mask")(one.mask, bench.layout, bench.rng("mask", one.number))
+    groups = finder_of(bench.study.searches[arm.of], f"searches.{arm.of}").granularity.groups(bench.layout)
+    control = make(MASKS, arm.mask, f"{place}.mask")
+    # The streams have the round, not the arm: two arms that shuffle see the same shuffle. Groups, as a shuffle of
+    # single weights would give a ticket of channels back the channels that it has lost.
+    mask = groups.spread(control(groups.reduced(one.mask) > 0, groups.layout, bench.rng("mask", one.number)))
     rewind = make(REWINDS, arm.start, f"{place}.start")
     dead = make(DEADS, arm.dead, f"{place}.dead")
     steps = int(getattr(rewind, "steps", 0))
     if steps:
         origin = bench.trained(bench.theta_0, bench.full, replace(recipe, last=steps)).final
+    elif rewind.anchor is None:
+        origin = one.before
+        recipe = replace(recipe, constant_lr=not rewind.replay_lr)
     else:
         origin = bench.fresh("reinit") if rewind.anchor == "reinit" else bench.theta_0
     start = changed(rewind, origin, mask, bench.layout, bench.rng("start", one.number)).masked(mask)

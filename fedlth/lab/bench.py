@@ -69,8 +69,9 @@ class Bench:
 
     def fresh(self, what: str) -> Params:
         """Draw initial weights from the stream that `what` names."""
+        layout = self.layout  # first: importing a user's model may draw from torch's generator
         with torch_stream(torch_seed(self.seed, what)):
-            params = read(self.module(), self.layout)
+            params = read(self.module(), layout)
         return glorot(params, self.layout, self.rng(what)) if self.study.model.init == "glorot_normal" else params
 
     def rng(self, what: str, number: int = 0) -> np.random.Generator:

@@ -14,7 +14,7 @@ from fedlth.tickets.scope import Layerwise
 
 class MaskControl(Protocol):
     def __call__(self, mask: np.ndarray, layout: Layout, rng: np.random.Generator, /) -> np.ndarray:
-        """Return a mask (num_prunable,) with exactly as many survivors."""
+        """Return a mask with exactly as many survivors; a position is a group of the search's granularity."""
         ...
 
 

@@ -55,8 +55,8 @@ def check(made: Lottery) -> None:
     for name, arm in made.arms.items():
         make(MASKS, arm.mask, f"arms.{name}.mask")
         rewind = make(REWINDS, arm.start, f"arms.{name}.start")
-        if rewind.anchor not in ("theta_0", "reinit") and not getattr(rewind, "steps", 0):
-            raise StudyError(f"arms.{name}.start: must go back to theta_0, a step or a new draw, got {rewind}")
+        if rewind.anchor not in ("theta_0", "reinit", None):
+            raise StudyError(f"arms.{name}.start: the laboratory has no weights called {rewind.anchor!r}, got {rewind}")
         make(DEADS, arm.dead, f"arms.{name}.dead")
     for name, spec in made.probes.items():
         _check_names(made, make(PROBES, spec, f"probes.{name}"), f"probes.{name}")

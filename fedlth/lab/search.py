@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -67,6 +68,10 @@ class Trainer:
         self, start: Params, mask: np.ndarray, /, *, replay_lr: bool, held: bool = False, window: int = 0,
         first_step: int = 0, last_step: int | None = None,
     ) -> Walked:  # fmt: skip
+        steps = self.recipe.train.iterations
+        if last_step is not None and last_step >= steps:
+            place = "rewind.step" if mask.all() else "schedule.every"
+            raise StudyError(f"finder.{place}: must lie inside a training's {steps} steps, got {last_step}")
         how = replace(self.recipe, first=first_step, last=last_step, constant_lr=not replay_lr)
         run = self.bench.trained(start, mask, how, free=held, data=self.data, window=window)
         self.done.append((start, run))
@@ -75,14 +80,26 @@ class Trainer:
 
 def finder_of(search: Search, place: str) -> Finder:
     """Build a search's finder; raise StudyError naming the part that is wrong."""
-    return Finder(**{part: make(table, getattr(search, part), f"{place}.{part}") for part, table in TABLES.items()})
+    with _named(place):
+        return Finder(**{part: make(table, getattr(search, part), f"{place}.{part}") for part, table in TABLES.items()})
+
+
+@contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Name the study's own place in an error about a finder: parts know only that they are one's."""
+    try:
+        yield
+    except StudyError as error:
+        told = str(error)
+        raise StudyError(place + told.removeprefix("finder") if told.startswith("finder") else told) from error
 
 
 def rounds(bench: Bench, name: str) -> Iterator[Round]:
     """Yield the rounds of the search called `name`; round 0 is the dense network, trained. Done trainings are read."""
     search = bench.study.searches[name]
     finder = finder_of(search, f"searches.{name}")
-    yield from walked(bench, finder, search.targets, bench.recipe(dict(search.train)), what=f"search/{name}")
+    with _named(f"searches.{name}"):
+        yield from walked(bench, finder, search.targets, bench.recipe(dict(search.train)), what=f"search/{name}")
 
 
 def walked(
@@ -98,7 +115,7 @@ def walked(
             return theta_0
         if anchor == "reinit":
             return bench.fresh("reinit")
-        raise StudyError(f"{what}.rewind: the laboratory has no weights called {anchor!r}")
+        raise StudyError(f"finder.rewind: the laboratory has no weights called {anchor!r}")
 
     def network(at: Params) -> DataNetwork:
         few = None if hasattr(finder.score, "epochs") else EXAMPLES_A_CLASS * bench.dataset.num_classes

@@ -99,6 +99,12 @@ class Step2:
             self.plan, replay_lr=replay_lr, epochs=epochs or self.plan.epochs, first_step=first_step,
             last_step=last_step,
         )  # fmt: skip
+        steps = plan.epochs * self._steps_an_epoch(plan)
+        if last_step is not None and last_step >= steps and not mask.all():
+            raise StudyError(
+                f"finder.schedule.every: all moves must come before a training's end; client {self.local.client} has "
+                f"{steps} steps, got a move at {last_step}"
+            )
         start = start if held else start.masked(mask)
         # sha256, which CPUs have instructions for: three times as fast as blake2b on a whole model.
         state = hashlib.sha256(f"{plan}/{held}".encode() + np.packbits(mask).tobytes())
@@ -109,11 +115,12 @@ class Step2:
         if key not in self.known or len(self.known[key].previous) < window:
             self.known[key] = self._walked(start, mask, plan, held, window)
             self.cost[key] = float(self.local.work[-1]["cpu_s"])
-        if last_step is None:  # the first steps of the dense training are paid for there
+        if last_step is None or not mask.all():  # the first steps of the dense training are paid for there
             alive = mask | (start.floats[: mask.size] != 0) if held else mask
             dense, effective = self.flops(alive, plan.epochs)
-            share = 1 - first_step / (plan.epochs * self._steps_an_epoch(plan))
-            self.log.append((share * dense, share * effective, plan.epochs))
+            share = ((last_step or steps) - first_step) / steps
+            # The parts of one training are one training: the last has its epochs.
+            self.log.append((share * dense, share * effective, 0 if last_step else plan.epochs))
             self.cpu.append(self.cost[key])
         return self.known[key]
 

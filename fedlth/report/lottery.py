@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from fedlth.report.build import write_files
 from fedlth.report.html import drawn, embedded
@@ -12,6 +14,9 @@ from fedlth.report.lottery_figures import lottery_pictures
 from fedlth.report.lottery_tables import arms_table, probe_table
 from fedlth.report.tables import Table
 from fedlth.report.units import percent
+
+PLAIN = (("granularity", "element"), ("dead", "zero"), ("gate", "always"), ("stop", "target"))
+LONG = 30  # rows of a probe that the terminal still shows
 
 
 def write_lottery(run: Path) -> Path:
@@ -51,6 +56,29 @@ def words(facts: LotteryFacts) -> list[str]:
     return told or ["What the probes of this study measured stands below."]
 
 
+def legend(facts: LotteryFacts) -> list[tuple[str, str]]:
+    """Return (name, what it is) of every search and arm, parts by the names that the study gave them."""
+    told = []
+    for name, search in facts.config["searches"].items():
+        parts = [f"{part} {_spec(search[part])}" for part in ("score", "schedule", "scope", "rewind")]
+        parts += [f"{part} {_spec(search[part])}" for part, plain in PLAIN if search[part] != {"name": plain}]
+        told.append((name, f"search: {', '.join(parts)}{_changed(search)}"))
+    for name, arm in facts.config["arms"].items():
+        mask = "masks" if arm["mask"] == {"name": "keep"} else f"masks under the control {_spec(arm['mask'])}"
+        dead = "" if arm["dead"] == {"name": "zero"} else f", dead {_spec(arm['dead'])}"
+        told.append((name, f"arm: {arm['of']}'s {mask}, start {_spec(arm['start'])}{dead}{_changed(arm)}"))
+    return told
+
+
+def _spec(spec: Mapping[str, Any]) -> str:
+    options = ", ".join(f"{key} {value}" for key, value in spec.items() if key != "name")
+    return f"{spec['name']} ({options})" if options else str(spec["name"])
+
+
+def _changed(section: Mapping[str, Any]) -> str:
+    return "".join(f", train.{key} {value}" for key, value in section["train"].items())
+
+
 def alarms(facts: LotteryFacts) -> list[str]:
     """Say where a mask leaves a layer empty (the network is then cut in two), and how sparse any mask could be."""
     told = []
@@ -72,9 +100,14 @@ def lottery_text(run: Path) -> str:
     """Return what the terminal shows: the sentences and the table of arms."""
     facts = read_lottery(run)
     parts = ["\n".join([*words(facts), *alarms(facts)])]
-    tables = [arms_table(facts)] if facts.cells else []
-    for table in [*tables, *(probe_table(facts, probe) for probe in facts.probes)]:
+    parts += ["\n".join(f"{name}: {what}" for name, what in legend(facts))]
+    if facts.cells:
+        table = arms_table(facts)
         parts.append(f"{table.title}\n{_columns(table)}")
+    for probe in facts.probes:
+        table = probe_table(facts, probe)
+        long = f"{len(table.rows)} rows: {run / 'tables' / f'probe_{probe}.md'}"
+        parts.append(f"{table.title}\n{_columns(table) if len(table.rows) <= LONG else long}")
     return "\n\n".join(parts)
 
 
@@ -106,6 +139,7 @@ def _page(facts: LotteryFacts, arms: Table, probes: list[Table], figures: list[d
         model=config["model"]["name"],
         words=words(facts),
         alarms=alarms(facts),
+        legend=legend(facts),
         figures=figures,
         arms=arms,
         probes=probes,

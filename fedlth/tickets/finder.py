@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
 from fedlth.errors import StudyError
 from fedlth.params import Layout
+from fedlth.tickets.checks import check_chains, check_kept, check_parts
 from fedlth.tickets.dead import Dead, Zero
 from fedlth.tickets.gate import Always, AtTarget, Gate, Stop
 from fedlth.tickets.granularity import Element, Granularity
@@ -31,6 +32,7 @@ class Finder:
     stop: Stop = field(default_factory=AtTarget)
 
     def __post_init__(self) -> None:
+        check_parts({f.name: getattr(self, f.name) for f in fields(self)})
         if getattr(self.scope, "elements", False) and not isinstance(self.granularity, Element):
             raise StudyError(
                 f"finder.granularity: must be element under the scope {self.scope}, which counts weights, "
@@ -41,6 +43,11 @@ class Finder:
             raise StudyError(
                 f"finder.rewind: must be frozen with weights {learned!r}, over which the score {self.score} learns "
                 f"its mask, got {self.rewind}"
+            )
+        if self.moves and (self.rewind.anchor is not None or hasattr(self.rewind, "steps")):
+            raise StudyError(
+                f"finder.rewind: must be none under {self.schedule}, whose mask moves inside one training, "
+                f"got {self.rewind}"
             )
         if self.window and not self.dense_first:
             raise StudyError(
@@ -61,6 +68,11 @@ class Finder:
         return bool(getattr(self.schedule, "trains", True))
 
     @property
+    def moves(self) -> bool:
+        """Say whether the mask moves inside one training."""
+        return bool(getattr(getattr(self.schedule, "regrow", None), "every", 0))
+
+    @property
     def window(self) -> int:
         """Return how many earlier epochs' weights the score wants to see."""
         return int(getattr(self.score, "window", 0))
@@ -71,11 +83,20 @@ class Finder:
         A ticket's own last training counts; the dense one counts once, as all chains begin with the same.
         """
         last = int(bool(getattr(self.rewind, "trains", True)))
-        after = [(len(chain) - 1 if self.trains and last else 0) + last for chain in self.schedule(targets)]
+        if self.moves:
+            return 1, len(self.chains(targets))
+        after = [(len(chain) - 1 if self.trains and last else 0) + last for chain in self.chains(targets)]
         return self.dense_first + max(after), self.dense_first + sum(after)
 
     def pick(self, score: np.ndarray, alive: np.ndarray, layout: Layout, density: float) -> np.ndarray:
         """Return the mask (num_prunable,) of what stays of `alive` at `density`, in whole groups."""
         groups = self.granularity.groups(layout)
-        kept = self.scope(groups.reduced(score), groups.reduced(alive) > 0, groups.layout, density)
-        return groups.spread(kept)
+        return groups.spread(self.kept(groups.reduced(score), groups.reduced(alive) > 0, groups.layout, density))
+
+    def chains(self, targets: tuple[float, ...]) -> tuple[tuple[float, ...], ...]:
+        """Return the schedule's chains; raise StudyError where they are none."""
+        return check_chains(self.schedule, self.schedule(targets), targets)
+
+    def kept(self, score: np.ndarray, alive: np.ndarray, layout: Layout, density: float) -> np.ndarray:
+        """Return the mask (num_groups,) that the scope keeps; raise StudyError where its count is not exact."""
+        return check_kept(self.scope, self.scope(score, alive, layout, density), alive, layout, density)

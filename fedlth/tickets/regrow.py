@@ -19,13 +19,20 @@ class Regrow:
 
     `by` is "gradient" (Evci et al., RigL, ICML 2020, arXiv 1911.11134) or "random" (Mocanu et al., SET, Nature
     Communications 2018, arXiv 1707.04780). The share falls from `drop` to 0 along a cosine over `rounds`. `first` says
-    whether the first mask is "random" or the "score"'s.
+    whether the first mask is "random" or the "score"'s. `every` > 0: the moves lie that many steps apart in one
+    training, whose batches and rates go on; 0: each comes after a whole training.
     """
 
     rounds: int
     drop: float
     by: str
     first: str
+    every: int = 0
+
+    def window(self, round: int) -> tuple[int, int | None]:
+        """Return the first step of the part before move `round`, and where it ends (None: with the training)."""
+        last = (round + 1) * self.every if self.every and round < self.rounds else None
+        return round * self.every, last
 
     def share(self, round: int) -> float:
         """Return what is dropped at `round` = 0, 1, ..., rounds - 1."""
@@ -47,16 +54,18 @@ class Regrow:
 
 @dataclass(frozen=True)
 class Constant:
-    """Sparse from the start, the mask moves between trainings: RigL, arXiv 1911.11134 (`by: random`: SET, 1707.04780).
+    """Sparse from the start, and the mask moves: RigL, arXiv 1911.11134 (`by: random`: SET, arXiv 1707.04780).
 
     No dense training comes before the first mask, which is `first`: "random", as in the papers, or the "score"'s on
-    the start weights. With `rewind: none` what comes back starts at zero, as in the papers.
+    the start weights. With `rewind: none` what comes back starts at zero, as in the papers. It moves `rounds` times,
+    every `every` steps of one training, as in the papers, or (0) after each of as many trainings.
     """
 
     rounds: int = 5
     drop: float = 0.3
     by: str = "gradient"
     first: str = "random"
+    every: int = 0
     dense_first: ClassVar[bool] = False
     rows: ClassVar[tuple[int, ...]] = ()
 
@@ -67,12 +76,14 @@ class Constant:
             raise wrong("finder.schedule.drop", "in (0, 1)", self.drop)
         if self.by not in ("gradient", "random"):
             raise wrong("finder.schedule.by", "gradient or random", self.by)
+        if self.every < 0:
+            raise wrong("finder.schedule.every", "at least 0", self.every)
         if self.first not in ("score", "random"):
             raise wrong("finder.schedule.first", "score or random", self.first)
 
     @property
     def regrow(self) -> Regrow:
-        return Regrow(self.rounds, self.drop, self.by, self.first)
+        return Regrow(self.rounds, self.drop, self.by, self.first, self.every)
 
     def __call__(self, targets: tuple[float, ...], /) -> tuple[tuple[float, ...], ...]:
         return tuple((t,) * (self.rounds + 1) for t in targets)

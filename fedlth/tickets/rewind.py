@@ -9,6 +9,7 @@ import numpy as np
 
 from fedlth.errors import wrong
 from fedlth.params import Layout, Params
+from fedlth.tickets.checks import check_values
 from fedlth.tickets.learned import Frozen, check_frozen, frozen_values
 
 
@@ -46,7 +47,8 @@ def changed(rewind: Rewind, weights: Params, mask: np.ndarray, layout: Layout, r
     """Return what survivors start from: `weights`, or what the rewind makes of them. Always a copy, never a view."""
     floats = weights.floats.copy()
     if isinstance(rewind, Changes):
-        floats[: mask.size] = rewind.changed(floats[: mask.size].copy(), mask, layout, rng)
+        made = rewind.changed(floats[: mask.size].copy(), mask, layout, rng)
+        floats[: mask.size] = check_values("rewind", rewind, made, mask.size)
     return replace(weights, floats=floats)
 
 

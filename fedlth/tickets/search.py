@@ -10,6 +10,7 @@ import numpy as np
 
 from fedlth.errors import StudyError
 from fedlth.params import Layout, Params
+from fedlth.tickets.checks import check_values
 from fedlth.tickets.evidence import Evidence, Network, needed
 from fedlth.tickets.finder import Finder
 from fedlth.tickets.gate import Look, Proposal
@@ -86,7 +87,7 @@ def find(
     and there is none.
     """
     search = _Search(finder, layout, finder.granularity.groups(layout), anchors, train, rng, network, val_accuracy)
-    for number, chain in enumerate(finder.schedule(targets)):
+    for number, chain in enumerate(finder.chains(targets)):
         yield from search.descend(start, start_name, chain, targets, number)
 
 
@@ -171,11 +172,14 @@ class _Search:
         held = finder.dead.holds
         if not getattr(finder.rewind, "trains", True):
             return replace(at, mask=mask, began=began, walked=Walked(began), held=held), False
+        first, last = getattr(finder.rewind, "steps", 0), None
+        if finder.moves and self._regrow is not None:
+            first, last = self._regrow.window(again)
         walked = self.train(
-            began, mask, replay_lr=finder.rewind.replay_lr, held=held, window=finder.window,
-            first_step=getattr(finder.rewind, "steps", 0),
+            began, mask, replay_lr=finder.rewind.replay_lr or finder.moves, held=held, window=finder.window,
+            first_step=first, last_step=last,
         )  # fmt: skip
-        return _State(mask, began, walked, at.trainings + 1, held), True
+        return _State(mask, began, walked, at.trainings + (last is None), held), True
 
     def _rewound(self, start: Params, left: Params, now: Params, mask: np.ndarray) -> Params:
         """Return what the next training starts from: survivors as the rewind says, the dead as their rule says."""
@@ -188,7 +192,8 @@ class _Search:
         began = changed(rewind, origin, mask, self.layout, self.rng("rewind")).masked(mask)
         if self.finder.dead.holds:
             first = self.anchors("theta_0") if origin is left else origin
-            held = self.finder.dead(first.floats[:size], now.floats[:size])
+            rule = self.finder.dead
+            held = check_values("dead", rule, rule(first.floats[:size], now.floats[:size]), size)
             began.floats[:size][~mask] = held[~mask]
         return began
 
@@ -197,10 +202,13 @@ class _Search:
         if self._regrow is not None and self._regrow.first == "random":
             score = self.rng(f"first@{density:.6f}").random(self.groups.layout.num_prunable)
         else:
-            score = self.groups.reduced(self.finder.score(self._evidence(at, density, again)))
+            score = self.groups.reduced(self._scored(self._evidence(at, density, again)))
         alive = self.groups.reduced(at.mask) > 0
-        kept = self.finder.scope(score, alive, self.groups.layout, density)
+        kept = self.finder.kept(score, alive, self.groups.layout, density)
         return Proposal(kept, is_tied(score, kept, alive))
+
+    def _scored(self, evidence: Evidence) -> np.ndarray:
+        return check_values("score", self.finder.score, self.finder.score(evidence), evidence.mask.size)
 
     def _regrown(self, at: _State, regrow: Regrow, density: float, again: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the moved mask, and which of it stayed alive throughout."""
@@ -209,7 +217,7 @@ class _Search:
             growth = self.rng(f"grow@{density:.6f}#{again}").random(size)
         else:
             growth = np.abs(needed(evidence.at_now, regrow).gradient(evidence.now))
-        score, growth = (self.groups.reduced(a) for a in (self.finder.score(evidence), growth))
+        score, growth = (self.groups.reduced(a) for a in (self._scored(evidence), growth))
         mask, stayed = regrow(score, growth, self.groups.reduced(at.mask) > 0, self.groups.layout, again - 1)
         return self.groups.spread(mask), self.groups.spread(stayed)
 

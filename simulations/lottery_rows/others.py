@@ -88,19 +88,29 @@ def row_17(robust: Facts) -> Outcome:
 def row_18(early: Facts) -> Outcome:
     drawn = [r["trainings"] for r in early.trainings("early_bird", 1)]
     fan = {"features.0.weight": 9, "features.4.weight": 144, "features.8.weight": 288}
-    channels = [sum(r["layer_kept"][e] / n for e, n in fan.items()) for r in early.trainings("early_bird", 1)]
+    layers = {a: [[r["layer_kept"][e] / n for e, n in fan.items()] for r in early.trainings(a, 1)] for a in
+              ("early_bird", "in_each_layer")}  # fmt: skip
+    channels = [sum(kept) for kept in layers["early_bird"]]
     rows = early.probe("settling")
     by = {(r["seed"], r["iteration"], r["other"]): r["distance"] for r in rows}
     metric = all(0 <= d <= 1 and by[s, j, i] == d and (i != j or d == 0) for (s, i, j), d in by.items())
     half = all(5 <= d < 10 for d in drawn)
     first = np.mean([d for (s, i, j), d in by.items() if (i, j) == (100, 200)])
     late = np.mean([d for (s, i, j), d in by.items() if (i, j) == (900, 1000)])
-    return Outcome(
-        half and metric and all(abs(count - 40) <= 1 for count in channels),
-        f"drawn after epoch {sorted(drawn)} of 20; channels kept {[f'{c:g}' for c in channels]} of 80; distance of "
-        f"epochs 1 and 2 {first:.3f}, of 9 and 10 {late:.3f}; accuracy: dense {pt(early.mean('dense', 1))}, drawn "
-        f"early {pt(early.mean('drawn_early', 1))}, random channels {pt(early.mean('random_channels', 1))}",
+    acc = {a: pt(early.mean(a, 1)) for a in dict.fromkeys(r["arm"] for r in early.rows if "arm" in r)}
+    told = (
+        f"drawn after epoch {sorted(drawn)} of 20; channels kept {[f'{c:g}' for c in channels]} of 80, by layer (of "
+        f"16, 32, 32) {_counts(layers['early_bird'])}; distance of epochs 1 and 2 {first:.3f}, of 9 and 10 {late:.3f}; "
+        f"accuracy: dense {acc['dense']}, drawn early {acc['drawn_early']} (from theta_0 "
+        f"{acc['drawn_early_from_theta_0']}), random channels, as many a layer, {acc['random_channels']}; one list a "
+        f"layer, {_counts(layers['in_each_layer'])}: drawn early {acc['drawn_in_each_layer']}, random channels "
+        f"{acc['random_in_each_layer']}"
     )
+    return Outcome(half and metric and all(abs(count - 40) <= 1 for count in channels), told)
+
+
+def _counts(layers: list[list[float]]) -> str:
+    return " and ".join(dict.fromkeys("-".join(f"{n:g}" for n in kept) for kept in layers))
 
 
 def row_19(exact: Facts) -> Outcome:

@@ -84,6 +84,31 @@ def test_the_simulation_equals_the_in_process_run(tmp_path: Path) -> None:
     assert all(r["framed_bytes"] > r["payload_bytes"] for r in down if r["name"] == "theta_g" and r["framed_bytes"])
 
 
+def test_every_part_of_a_finder_is_the_same_under_flower(tmp_path: Path) -> None:
+    """Parts that draw, look at gradients, wait, hold values, group weights: none may hang on the engine."""
+    finder = {
+        "score": {"name": "inverted", "of": {"name": "shuffled", "of": {"name": "fisher", "per_cost": False}}},
+        "schedule": {"name": "cubic", "rounds": 2},
+        "scope": {"name": "global", "floor": 2},
+        "rewind": {"name": "noise", "sigmas": 0.5},
+        "dead": "zero_if_shrunk",
+        "granularity": "row",
+        "gate": {"name": "adaptive", "most": 2},
+        "stop": {"name": "val_drop", "drop": 0.9},
+        "densities": [0.5],
+    }
+    sections: dict[str, Any] = {
+        "clients": {"count": 2, "unseen": 0.0},
+        "federate": {"rounds": 1, "clients_per_round": 2},
+        "personalise": {"arms": ["global", "dense", "ticket", "random", "global_mask"], "clients_per_wave": 2},
+    }
+    study = tiny.study(finder=finder, **sections)
+    tiny.run(study, tmp_path / "inprocess")
+    run_under_flower(study, tmp_path / "flower")
+    assert_equal(tmp_path / "inprocess", tmp_path / "flower")
+    assert {r["arm"] for r in tiny.rows(tmp_path / "flower", "metrics")} == set(sections["personalise"]["arms"])
+
+
 def test_a_client_that_raises_dies_or_hangs_costs_only_itself(tmp_path: Path) -> None:
     study = tiny.study(
         clients={"unseen": 0.0},

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedlth.errors import StudyError
 from fedlth.lab import arms
 from fedlth.lab.bench import Bench
 from fedlth.lab.controls import MASKS
@@ -92,6 +93,32 @@ def test_a_late_start_goes_on_where_the_dense_training_was(monkeypatch: pytest.M
     assert recipe.first == 10
 
 
+@pytest.mark.parametrize(("start", "constant"), [("lr", False), ("none", True)])
+def test_an_arm_goes_on_from_the_weights_that_were_scored(
+    monkeypatch: pytest.MonkeyPatch, start: str, constant: bool
+) -> None:
+    bench, one, began, mask, recipe, _ = seen(monkeypatch, start=start)
+    assert np.array_equal(mask, one.mask) and recipe == replace(bench.recipe(), constant_lr=constant)
+    assert np.array_equal(began.floats, one.before.masked(mask).floats)
+    assert (alive(began, mask) != alive(bench.theta_0, mask)).mean() > 0.9
+
+
+@pytest.mark.parametrize("name", ["shuffle", "random"])
+def test_a_control_of_a_mask_of_rows_moves_whole_rows(name: str) -> None:
+    search = {"densities": [0.5], "granularity": "row", "scope": "layerwise", "schedule": "one_shot"}
+    bench = tiny.bench(searches={"imp": search}, arms={"arm": {"of": "imp", "mask": name}})
+    one = list(rounds(bench, "imp"))[1]
+    mask, _ = arms.controlled(bench, "arm", one, bench.recipe())
+    assert not np.array_equal(mask, one.mask)
+    kept = []
+    for e in bench.layout.prunable:
+        whole = mask[e.slice].reshape(e.shape[0], -1)
+        assert (whole.all(axis=1) | ~whole.any(axis=1)).all(), "a row stays or goes as one"
+        kept.append(int(whole.any(axis=1).sum()))
+    wanted = [int(one.mask[e.slice].reshape(e.shape[0], -1).any(axis=1).sum()) for e in bench.layout.prunable]
+    assert sum(kept) == sum(wanted) and (kept == wanted or name == "random")
+
+
 def test_an_arm_trains_its_own_way_and_only_it(monkeypatch: pytest.MonkeyPatch) -> None:
     bench, one, start, mask, recipe, _ = seen(monkeypatch, train={"lr": 0.01, "warmup": 5})
     assert np.array_equal(start.floats, one.start.floats) and np.array_equal(mask, one.mask)
@@ -128,3 +155,21 @@ def test_masks_draw_from_the_generator_alone() -> None:
         one, two = (make()(mask, bench.layout, bench.rng("x")) for _ in range(2))
         assert np.array_equal(one, two)
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_rigl_moves_its_mask_inside_one_training() -> None:
+    rigl = {
+        "densities": [0.3], "scope": "erk", "rewind": "none",
+        "schedule": {"name": "constant", "rounds": 2, "every": 5, "drop": 0.5},
+    }  # fmt: skip
+    bench = tiny.bench(searches={"imp": rigl})
+    (one,) = rounds(bench, "imp")
+    assert [p.iteration for p in one.run.curve] == [15, 20] and one.trainings == 0
+    still = tiny.bench(searches={"imp": {**rigl, "schedule": {**rigl["schedule"], "drop": 1e-9}}})  # type: ignore[dict-item]
+    (same,) = rounds(still, "imp")
+    assert not np.array_equal(one.mask, same.mask), "it acts"
+    whole = still.trained(still.theta_0.masked(same.mask), same.mask, still.recipe()).final
+    assert whole.digest() == same.run.final.digest(), "with nothing moved it is the plain training"
+    late = {**rigl, "schedule": {"name": "constant", "every": 50}}
+    with pytest.raises(StudyError, match=r"searches\.imp\.schedule\.every: must lie inside a training's 20 steps"):
+        list(rounds(tiny.bench(searches={"imp": late}), "imp"))

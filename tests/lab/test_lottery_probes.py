@@ -127,6 +127,20 @@ def test_attack_at_strength_zero_is_clean_and_pgd_is_at_least_fgsm() -> None:
         assert found[network, "pgd", "0.1"] <= found[network, "fgsm", "0.1"] <= found[network, "fgsm", "0"]
 
 
+def test_two_searches_overlap_as_far_as_they_are_alike() -> None:
+    searches = {
+        "imp": {"rounds": 2}, "same": {"rounds": 2}, "random": {"rounds": 2, "score": "random"},
+        "inverse": {"rounds": 2, "score": "small_final"},
+    }  # fmt: skip
+    spec = {"name": "overlap", "searches": list(searches), "rounds": [0, 2]}
+    found = {(r["round"], r["one"], r["other"]): r for r in probed(spec, searches=searches)}
+    assert len(found) == 2 * 6 and found[2, "imp", "same"]["overlap"] == 1.0
+    assert all(r["overlap"] == r["chance"] == 1.0 for (number, *_), r in found.items() if number == 0)
+    chanced = found[2, "imp", "random"]
+    assert abs(chanced["overlap"] - chanced["chance"]) < 0.06
+    assert found[2, "imp", "inverse"]["overlap"] < chanced["chance"] - 0.1
+
+
 def test_settling_is_a_distance() -> None:
     rows = probed({"name": "settling", "search": "imp", "density": 0.3})
     found = {(r["iteration"], r["other"]): r["distance"] for r in rows}

@@ -118,7 +118,7 @@ def test_a_study_survives_its_own_dump(tmp_path: Path) -> None:
         ({"arms": {"a": {"of": "nowhere"}}}, "arms.a.of: must be one of imp"),
         ({"arms": {"a": {"of": "imp", "rounds": [9]}}}, "arms.a.rounds: must be in"),
         ({"arms": {"a": {"of": "imp", "mask": "upside_down"}}}, "arms.a.mask.name: must be one of"),
-        ({"arms": {"a": {"of": "imp", "start": "none"}}}, "arms.a.start: must go back to"),
+        ({"arms": {"a": {"of": "imp", "start": "global"}}}, "arms.a.start: the laboratory has no"),
         ({"probes": {"p": {"name": "attack", "search": "imp"}}}, "probes.p.round: required"),
         ({"probes": {"p": {"name": "attack", "search": "imp", "round": 1, "arms": ["x"]}}}, "probes.p"),
         ({"probes": {"p": {"name": "overlap", "searches": ["imp", "x"], "rounds": [1]}}}, "probes.p"),

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from fedlth.lab.attack import attacked, evaluate_attacked
+from fedlth.lab.bench import Bench
 from fedlth.lab.recipe import Recipe
 from fedlth.lab.study import Train
 from fedlth.lab.training import Point, Run, batches, packed, unpacked
 from fedlth.params import Params
 from fedlth.rng import stream
+from fedlth.train import gradient
 from tests.lab import tiny_lottery as tiny
 
 
@@ -120,3 +123,51 @@ def test_glorot_has_its_variance_and_no_bias() -> None:
             assert not values.any()
         elif e.size > 1000:
             assert values.std() == pytest.approx((2 / sum(e.shape)) ** 0.5, rel=0.1)
+
+
+def normed(**train: object) -> Bench:
+    return tiny.bench(
+        model={"name": "tests.test_finders:Normed", "prunable": ["conv*.weight"]},
+        train={"iterations": 20, "batch_size": 16, "lr": 0.1, "evaluate_every": 5, **train},
+    )
+
+
+def test_an_l1_penalty_on_norm_scales_acts_and_on_nothing_else_at_the_first_step() -> None:
+    plain, pulled = normed(), normed(norm_l1=0.5)
+    recipes = [replace(bench.recipe(), last=1) for bench in (plain, pulled)]
+    ends = [b.trained(b.theta_0, b.full, r).final.floats for b, r in zip((plain, pulled), recipes, strict=True)]
+    for e in plain.layout.floats:
+        moved = ends[0][e.slice] - ends[1][e.slice]
+        if e.norm and e.role == "param" and e.name.endswith("weight"):
+            np.testing.assert_allclose(moved, 0.1 * 0.5, rtol=1e-4)  # lr x penalty x sign of a scale that is 1
+        else:
+            assert np.abs(moved).max() < 1e-5, e.name
+    scale = next(e for e in plain.layout.floats if e.norm and e.name.endswith("weight"))
+    long = [b.trained(b.theta_0, b.full, b.recipe()).final.floats[scale.slice] for b in (plain, pulled)]
+    assert np.abs(long[1]).mean() < np.abs(long[0]).mean() - 0.2
+
+
+def test_dropout_acts_while_training_and_only_then() -> None:
+    bench = tiny.bench()
+    plain, dropped = (bench.trained(bench.theta_0, bench.full, bench.recipe({"dropout": p})) for p in (0.0, 0.5))
+    assert plain.final.digest() != dropped.final.digest()
+    assert dropped.test_final == bench.accuracy(dropped.final), "evaluated without"
+    again = bench.trained(bench.theta_0, bench.full, bench.recipe({"dropout": 0.5}))
+    assert again.final.digest() == dropped.final.digest()
+
+
+@pytest.mark.parametrize("kind", ["fgsm", "pgd"])
+def test_a_step_on_attacked_images_is_a_step_on_those_images(kind: str) -> None:
+    bench = tiny.bench()
+    recipe = bench.recipe({"attack": kind, "attack_eps": 0.1, "attack_steps": 3})
+    one = bench.trained(bench.theta_0, bench.full, replace(recipe, last=1))
+    (part,) = batches(len(bench.parts["train"][1]), replace(recipe, last=1), stream(bench.seed, "order"))
+    x, y = (data[torch.from_numpy(part)] for data in bench.parts["train"])
+    bench.bound.load(bench.theta_0)
+    moved = attacked(bench, x, y, kind, 0.1, 3)
+    assert not torch.equal(moved, x)
+    slope = gradient(bench.bound, bench.theta_0, (moved, y))
+    size = bench.layout.num_prunable
+    np.testing.assert_allclose(one.final.floats[:size], bench.theta_0.floats[:size] - 0.1 * slope, atol=1e-6)
+    told = evaluate_attacked(bench, one.final, bench.parts["validation"], kind="pgd", eps=0.1, steps=3)
+    assert one.curve[-1].accuracy == told[0], "validation is on PGD's images, whatever it trained on"

@@ -117,6 +117,23 @@ def test_constant_density_moves_its_mask_and_starts_what_comes_back_at_zero() ->
     assert all(count == layers[0] for count in layers)
 
 
+def test_a_mask_that_moves_inside_one_training() -> None:
+    schedule = {"name": "constant", "rounds": 2, "every": 7}
+    chosen = finder(schedule=schedule, rewind="none", scope="erk")
+    found, calls = walk(chosen, (0.3, 0.1))
+    assert chosen.trainings((0.3, 0.1)) == (1, 2) and [f.trainings for f in found] == [0, 0]
+    assert [(c.first_step, c.last_step) for c in calls] == [(0, 7), (7, 14), (14, None)] * 2
+    assert all(c.replay_lr for c in calls), "the rates go on"
+    for one, next_ in itertools.pairwise(calls[:3]):
+        back, began = next_.mask & ~one.mask, next_.start.floats[:SIZE]
+        assert back.any() and not began[back].any()
+        stayed = one.mask & next_.mask & (began != 0)  # what was dropped may come back at once, and begins at zero
+        np.testing.assert_array_equal(began[stayed], one.start.floats[:SIZE][stayed] + np.float32(0.1))
+        assert stayed.sum() > back.sum()
+    with pytest.raises(StudyError, match=r"finder\.rewind: must be none under Constant\(.*inside one training"):
+        finder(schedule=schedule, rewind="init")
+
+
 def test_rescore_scores_masked_start_weights_and_trains_nothing_before() -> None:
     found, calls = walk(finder(score="synflow", schedule={"name": "rescore", "steps": 5}, scope="global"), (0.3, 0.1))
     assert len(calls) == 2 and [f.trainings for f in found] == [0, 0] and [f.chain for f in found] == [0, 1]

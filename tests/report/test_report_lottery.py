@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fedlth.errors import StudyError
-from fedlth.report.lottery import alarms, lottery_text, words, write_lottery
+from fedlth.report.lottery import alarms, legend, lottery_text, words, write_lottery
 from fedlth.report.lottery_facts import over_seeds, read_lottery
 from fedlth.report.lottery_tables import arms_table, probe_table
 
@@ -20,8 +20,19 @@ lottery: made <up>
 seeds: [0, 1]
 data: {name: nothing}
 model: {name: none}
-searches: {imp: {rounds: 2}}
-arms: {reinit: {of: imp}}
+searches:
+  imp:
+    score: {name: "mine:Own", power: 2}
+    schedule: {name: shrink}
+    scope: {name: layerwise}
+    rewind: {name: init}
+    granularity: {name: row}
+    dead: {name: zero}
+    gate: {name: always}
+    stop: {name: target}
+    train: {lr: 0.01}
+arms:
+  reinit: {of: imp, mask: {name: shuffle}, start: {name: reinit}, dead: {name: init}, train: {}}
 probes: {shake: {name: instability}, other: {name: mine}}
 """
 
@@ -71,6 +82,27 @@ def test_probes_merge_what_was_asked_and_average_what_was_measured(tmp_path: Pat
     assert "0.6 ± 0.71" in table.rows[0]
     # a count that differs by seed keeps the seeds apart
     assert len(probe_table(facts, "other").rows) == 2
+
+
+def test_the_legend_says_what_every_name_is(tmp_path: Path) -> None:
+    assert legend(read_lottery(folder(tmp_path))) == [
+        (
+            "imp",
+            "search: score mine:Own (power 2), schedule shrink, scope layerwise, rewind init, granularity row, "
+            "train.lr 0.01",
+        ),
+        ("reinit", "arm: imp's masks under the control shuffle, start reinit, dead init"),
+    ]
+
+
+def test_a_long_probe_is_pointed_at_in_the_terminal(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    assert "0.50   1        0" in lottery_text(run)
+    more = [
+        json.dumps({"kind": "probe", "probe": "shake", "seed": 0, "alpha": str(i), "error": 0.1}) for i in range(40)
+    ]
+    (run / "results.jsonl").write_text((run / "results.jsonl").read_text() + "\n".join(more) + "\n")
+    assert "43 rows: " in lottery_text(run) and "probe_shake.md" in lottery_text(run)
 
 
 def test_the_words_say_where_the_search_ends(tmp_path: Path) -> None:
