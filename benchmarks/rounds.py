@@ -34,7 +34,7 @@ HERE = Path(__file__).parent
 WORKS = {  # model, epochs, examples a shard
     "W1": ("leaf_cnn", 1, 300),
     "W2": ("lenet5", 5, 300),
-    "ResNet9": ("resnet9", 1, 32),
+    "ResNet9": ("resnet9", 1, 80),
     "BatchNorm": ("benchmarks.parts:Normed", 1, 300),
 }
 LIMITS = {  # must, ambitious

@@ -58,7 +58,10 @@ def backend(study: Study) -> tuple[Study, list[str]]:
         return study.model_copy(update={"compute": "tuned"}), [
             f"compute: tuned, because the kernel cannot run: {table}"
         ]
-    return study.model_copy(update={"compute": "sparse"}), ["compute: sparse, all layers run in the kernel"]
+    note = "compute: sparse, all layers run in the kernel"
+    if kernel.large(table):
+        note += "; what is dense is trained in torch, which is faster for maps of this size"
+    return study.model_copy(update={"compute": "sparse"}), [note]
 
 
 def together(study: Study, engine: str) -> tuple[Study, list[str]]:

@@ -189,7 +189,7 @@ def train(
         if not epochs:
             raise StudyError(f"finder.rewind.step: must lie inside a training's {steps} steps, got {plan.first_step}")
     rates = [plan.rate(step, steps) for step in range(plan.first_step, min(plan.last_step or steps, steps))]
-    if bound.table is not None:
+    if bound.table is not None and kernel.suits(bound.table, mask):
         return _checked(_in_kernel(bound.table, start, data, plan, epochs, rates, mask, update, snapshots), plan)
     done = cohort_asks.trained(bound, start, data, plan, epochs, rates, mask, update, snapshots)
     if done is not None:
@@ -269,7 +269,7 @@ def evaluate(bound: Bound, params: Params, data: tuple[Tensor, Tensor]) -> tuple
     x, y = data
     if not len(y):
         return 0.0, 0.0
-    if bound.table is not None:
+    if bound.table is not None and kernel.suits(bound.table, params.floats):
         logits = torch.from_numpy(kernel.predict(bound.table, params.floats, x.numpy()))
         return float((logits.argmax(-1) == y).double().mean()), float(loss_of(logits, y))
     if (found := cohort_asks.evaluated(bound, params, data)) is not None:

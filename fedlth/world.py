@@ -67,7 +67,7 @@ class World:
         if isinstance(table, str):
             raise StudyError(f"compute: must be tuned or reference for this study, the kernel cannot run it: {table}")
         module, tuned = self.module().to(self.device), None
-        if self.study.compute == "tuned":
+        if self.study.compute == "tuned" or (table is not None and kernel.large(table)):
             x, _ = inputs(self.dataset, np.arange(min(3, len(self.dataset.y_train))), train=True)
             tuned = tune(module, x.to(self.device))
         return Bound(module, self.layout, self.device, table, tuned)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from fedlth.compute import columns as col
 from fedlth.compute.arrange import arrange
 from fedlth.compute.places import Arrangement
-from fedlth.compute.shrink import shrink
+from fedlth.compute.shrink import Shrunk, shrink
 from fedlth.compute.table import LayerTable, Op
 
 # Below these densities the lists of kept weights beat the dense layer: `python benchmarks/kernel.py --crossover`
@@ -33,11 +34,32 @@ class Prepared:
     keep: np.ndarray | None
 
 
+class _Last(threading.local):
+    """The last network that a thread has prepared, and for what."""
+
+    table: LayerTable | None = None
+    lanes: int = 0
+    kept: np.ndarray | None = None
+    made: Prepared
+
+
+_last = _Last()
+
+
 def prepare(table: LayerTable, lanes: int, kept: np.ndarray | None) -> Prepared:
-    """Arrange the network, or the smaller one that a ticket of whole channels leaves of it."""
-    small = None if kept is None else shrink(table, kept, SPARSE_BELOW)
-    if small is None:
-        return _prepare(table, lanes, kept)
+    """Arrange the network, or the smaller one that a ticket of whole channels leaves of it.
+
+    A thread holds its last one, since a client evaluates what it received and then trains it.
+    """
+    same = _last.table is table and _last.lanes == lanes and (_last.kept is None) == (kept is None)
+    if not same or (kept is not None and not np.array_equal(np.asarray(_last.kept), kept)):
+        small = None if kept is None else shrink(table, kept, SPARSE_BELOW)
+        _last.made = _prepare(table, lanes, kept) if small is None else _smaller(small, lanes)
+        _last.table, _last.lanes, _last.kept = table, lanes, None if kept is None else kept.copy()
+    return _last.made
+
+
+def _smaller(small: Shrunk, lanes: int) -> Prepared:
     inner = _prepare(small.table, lanes, small.kept)
     rows, lists = small.folded(inner.plan.rows, inner.lists, inner.keep)
     keep = small.places if inner.keep is None else small.places[inner.keep]

@@ -6,16 +6,19 @@ import importlib.util
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
 from fedlth.compute import columns as col
 from fedlth.compute.arrange import arrange
-from fedlth.compute.compact import prepare
+from fedlth.compute.compact import SPARSE_BELOW, prepare
+from fedlth.compute.left import costs
 from fedlth.compute.places import stray
 from fedlth.compute.table import LayerTable, Op
 
 _LARGE_BYTES = 64 << 20
+_FASTER = 0.9  # of the dense multiply-adds: with fewer the kernel beats torch in a large network
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def train_epochs(
         raise ValueError(f"kernel: batches must be positions in [0, {len(x)}), at least one each")
     if rates.shape != (len(batches),):
         raise ValueError(f"kernel: rates must be one a step, {len(batches)}, got {rates.shape}")
-    ready = prepare(table, _lanes(table, int(np.diff(starts).max())), mask)
+    ready = prepare(table, _lanes(table, int(np.diff(starts).max()), mask), mask)
     w, still = _compact(table, floats, ready.keep, mask)
     factor = _moves(table, moves, ready.keep, still)
     grad, losses = np.zeros_like(w), np.zeros(len(batches))
@@ -146,7 +149,8 @@ def predict(table: LayerTable, floats: np.ndarray, x: np.ndarray) -> np.ndarray:
 
     x = _examples(table, x)
     _check(table, floats, None, None)
-    ready = prepare(table, _lanes(table, len(x)), floats[: table.num_params] != 0)
+    kept = floats[: table.num_prunable] != 0
+    ready = prepare(table, _lanes(table, len(x), kept), kept)
     w, _ = _compact(table, floats, ready.keep, None)
     logits = np.empty((len(x), table.num_classes), np.float32)
     order = np.arange(len(x))
@@ -157,13 +161,36 @@ def predict(table: LayerTable, floats: np.ndarray, x: np.ndarray) -> np.ndarray:
     return logits
 
 
-def _lanes(table: LayerTable, largest: int) -> int:
+def large(table: LayerTable) -> bool:
+    """Say whether the maps of 32 examples leave the last-level cache, where the kernel's layout loses its lead."""
+    return 4 * arrange(table, 32).work_size > _LARGE_BYTES
+
+
+def suits(table: LayerTable, kept: np.ndarray | None) -> bool:
+    """Say whether the kernel is the faster backend for a training; kept: (num_prunable,) bool, or floats, 0 for dead.
+
+    Dense, a large network is as fast or faster in torch (ResNet-9 at 32 x 32: the kernel takes 1.0 to 1.2 of its time).
+    """
+    if not large(table):
+        return True
+    if kept is None:
+        return False
+    return costs(table, kept[: table.num_prunable] != 0, SPARSE_BELOW)[1] < _FASTER * _dense_cost(table)
+
+
+@lru_cache(maxsize=4)
+def _dense_cost(table: LayerTable) -> float:
+    return costs(table, np.ones(table.num_prunable, bool), SPARSE_BELOW)[0]
+
+
+def _lanes(table: LayerTable, largest: int, kept: np.ndarray | None) -> int:
     """Return how many examples go side by side: the fewest wasted, and the most where that is equal.
 
-    Few where the maps of many would leave the last-level cache: ResNet-9 at 32 x 32 takes 1.09 s a step with 16 (129
-    MB) and 1.50 s with 32 (249 MB), on one thread of a machine with 32 MB that others used too.
+    Few in a large network: ResNet-9 at 32 x 32 takes 1.09 s a step with 16 (129 MB) and 1.50 s with 32 (249 MB), on
+    one thread of a machine with 32 MB of last-level cache that others used too. Few in a ticket, whose maps are most
+    of what it reads: LeNet-5 and the LEAF CNN at density .05 take .85 to .95 of the time with 32.
     """
-    if 4 * arrange(table, 32).work_size > _LARGE_BYTES:
+    if large(table) or (kept is not None and np.count_nonzero(kept) < SPARSE_BELOW[col.CONVOLUTION] * kept.size):
         return 16
     return min((32, 16), key=lambda lanes: -(-largest // lanes) * lanes)
 

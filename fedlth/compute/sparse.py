@@ -49,21 +49,29 @@ def list_kept(index: Any, lists: Any, kept: Any, row: Any) -> None:
     back, chunks, ends = row[col.BACK_STARTS], row[col.BACK_CHUNKS], row[col.CHANNELS] * row[col.BACK_CHUNKS]
     for start in range(ends + 1):
         lists[back + start] = 0
-    for at in range(first, end):
-        o, k = kept[at] // taps, kept[at] % taps
-        among = o % channels // row[col.BACK_CHUNK]
-        lists[back + (o // channels * inputs + k // area) * chunks + among + 1] += 1
+    at = first
+    for o in range(row[col.OUT_CHANNELS]):
+        group, among = o // channels, o % channels // row[col.BACK_CHUNK]
+        for c in range(inputs):
+            was, last = at, o * taps + (c + 1) * area
+            while at < end and kept[at] < last:
+                at += 1
+            lists[back + (group * inputs + c) * chunks + among + 1] += at - was
     for start in range(ends):
         lists[back + start + 1] += lists[back + start]
-    for at in range(first, end):
-        o, k = kept[at] // taps, kept[at] % taps
-        group, among = o // channels, o % channels // row[col.BACK_CHUNK]
-        start = back + (group * inputs + k // area) * chunks + among
-        to = lists[start]
-        lists[start] = to + 1
-        place = index[row[col.BACK_PLACES] + o % channels * area + k % area]
-        lists[row[col.BACK_KEPT_PLACES] + to] = place + group * row[col.BACK_GROUP]
-        lists[row[col.BACK_KEPT_WEIGHTS] + to] = at - first
+    at = first
+    for o in range(row[col.OUT_CHANNELS]):
+        group, among, places = o // channels, o % channels // row[col.BACK_CHUNK], o % channels * area
+        for c in range(inputs):
+            start, base = back + (group * inputs + c) * chunks + among, o * taps + c * area
+            to = lists[start]
+            while at < end and kept[at] < base + area:
+                place = index[row[col.BACK_PLACES] + places + kept[at] - base]
+                lists[row[col.BACK_KEPT_PLACES] + to] = place + group * row[col.BACK_GROUP]
+                lists[row[col.BACK_KEPT_WEIGHTS] + to] = at - first
+                to += 1
+                at += 1
+            lists[start] = to
     for start in range(ends, 0, -1):
         lists[back + start] = lists[back + start - 1]
     lists[back] = 0

@@ -20,10 +20,13 @@ from fedlth.compute import columns as col  # noqa: E402
 from fedlth.compute import compact, kernel, shrink  # noqa: E402
 from fedlth.compute.arrange import arrange  # noqa: E402
 from fedlth.compute.compact import SPARSE_BELOW  # noqa: E402
+from fedlth.compute.graph import compile_layers  # noqa: E402
 from fedlth.compute.left import costs  # noqa: E402
 from fedlth.compute.places import check_folds, check_places  # noqa: E402
+from fedlth.compute.table import LayerTable  # noqa: E402
+from fedlth.models.prunable import prunable_names  # noqa: E402
 from fedlth.models.registry import build  # noqa: E402
-from fedlth.params import Layout  # noqa: E402
+from fedlth.params import Layout, layout_of  # noqa: E402
 from fedlth.tickets.granularity import GRANULARITIES  # noqa: E402
 from tests.compute.nets import Case, Residual, case, small  # noqa: E402
 from tests.compute.test_backends import FACTOR, ROUNDING, networks  # noqa: E402
@@ -271,3 +274,20 @@ def test_a_fold_that_is_off_is_refused(column: int) -> None:
     lists[rows[rows[:, col.CONSTANTS] > 0, col.FOLD_BIASES]] = len(small_one.places)
     with pytest.raises(ValueError, match="outside its constants"):
         check_folds(rows, lists, len(small_one.places))
+
+
+def test_a_large_network_goes_to_torch_while_it_is_dense() -> None:
+    module = build("resnet9", num_classes=10, input_shape=(3, 32, 32), options={})
+    layout = layout_of(module, prunable_names(module, None))
+    table = compile_layers(module, layout, (3, 32, 32))
+    assert isinstance(table, LayerTable) and kernel.large(table)
+    assert not kernel.suits(table, None) and not kernel.suits(table, np.ones(layout.num_prunable, bool))
+    thin = np.random.default_rng(0).random(layout.num_prunable)
+    assert kernel.suits(table, thin < 0.2) and not kernel.suits(table, thin < 0.58)
+    assert kernel.suits(table, (thin < 0.2).astype(np.float32)), "weights say it too: zero is dead"
+
+
+def test_a_small_network_stays_in_the_kernel() -> None:
+    module = build("lenet5", num_classes=10, input_shape=(1, 28, 28), options={})
+    table = compile_layers(module, layout_of(module, prunable_names(module, None)), (1, 28, 28))
+    assert isinstance(table, LayerTable) and not kernel.large(table) and kernel.suits(table, None)
