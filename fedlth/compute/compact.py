@@ -35,12 +35,9 @@ class Prepared:
 
 
 class _Last(threading.local):
-    """The last network that a thread has prepared, and for what."""
+    """The last network that a thread has prepared, after what it was prepared for."""
 
-    table: LayerTable | None = None
-    lanes: int = 0
-    kept: np.ndarray | None = None
-    made: Prepared
+    held: tuple[LayerTable, int, np.ndarray | None, Prepared] | None = None
 
 
 _last = _Last()
@@ -51,12 +48,14 @@ def prepare(table: LayerTable, lanes: int, kept: np.ndarray | None) -> Prepared:
 
     A thread holds its last one, since a client evaluates what it received and then trains it.
     """
-    same = _last.table is table and _last.lanes == lanes and (_last.kept is None) == (kept is None)
-    if not same or (kept is not None and not np.array_equal(np.asarray(_last.kept), kept)):
-        small = None if kept is None else shrink(table, kept, SPARSE_BELOW)
-        _last.made = _prepare(table, lanes, kept) if small is None else _smaller(small, lanes)
-        _last.table, _last.lanes, _last.kept = table, lanes, None if kept is None else kept.copy()
-    return _last.made
+    if _last.held is not None:
+        of, at, mask, made = _last.held
+        if of is table and at == lanes and (mask is kept is None or np.array_equal(mask, kept)):  # type: ignore[arg-type]
+            return made
+    small = None if kept is None else shrink(table, kept, SPARSE_BELOW)
+    made = _prepare(table, lanes, kept) if small is None else _smaller(small, lanes)
+    _last.held = table, lanes, None if kept is None else kept.copy(), made
+    return made
 
 
 def _smaller(small: Shrunk, lanes: int) -> Prepared:

@@ -12,7 +12,7 @@ from torch import nn
 pytest.importorskip("numba")
 pytestmark = pytest.mark.timeout(600)  # the first use on a machine compiles
 
-from fedlth.compute import kernel  # noqa: E402
+from fedlth.compute import compact, kernel  # noqa: E402
 from fedlth.models.registry import build  # noqa: E402
 from tests.compute.nets import Case, Residual, case, small  # noqa: E402
 
@@ -133,3 +133,18 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         given = {"floats": floats, "x": x, "y": y, "epochs": batches, "rates": rates, **bad}
         with pytest.raises(ValueError, match="kernel: "):
             kernel.train_epochs(found.table, **given)
+
+
+@pytest.mark.parametrize("density", [None, 0.1])
+def test_what_a_thread_holds_from_before_changes_nothing(density: float | None) -> None:
+    found = case(lenet(), (1, 28, 28), examples=40, density=density)
+    compact._last.held = None
+    fresh = found.kernel(debug=True).floats
+    held = compact._last.held
+    assert held is not None and (found.kernel().floats == fresh).all() and compact._last.held is held
+    shown = kernel.predict(found.table, fresh, found.x.numpy())
+    other = np.random.default_rng(1).random(found.layout.num_prunable) < 0.2
+    kernel.predict(found.table, found.start.masked(other).floats, found.x.numpy())
+    assert compact._last.held is not held
+    assert (kernel.predict(found.table, fresh, found.x.numpy()) == shown).all()
+    assert (found.kernel(debug=True).floats == fresh).all()
