@@ -1,6 +1,7 @@
 """The docs are tested: every command, part, file and figure source named there exists, and the reverse."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,7 @@ def test_the_parts_shown_in_the_docs_work(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "mine.py").write_text(code.group(1))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)  # another test's file of this name
     study = tiny.study(
         finder={"score": {"name": "mine:Grown", "power": 2.0}, "densities": [0.3]}, partition={"name": "mine:Halves"}
     )
