@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -17,7 +18,18 @@ def load_numba() -> None:
     """Make numba load what its first compilation would, less scipy.linalg; saves 0.15 of 0.3 CPU s.
 
     It asks for scipy.linalg only to choose how np.convolve sums; np.dot and its like ask for it again when compiled.
+    Without the garbage collector, which finds nothing here: another 0.05 s.
     """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        _load_numba()
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _load_numba() -> None:
     from numba.core.registry import cpu_target  # not every run needs numba: see _Late
 
     if "numba.np.arraymath" in sys.modules or "scipy.linalg" in sys.modules:
