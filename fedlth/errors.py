@@ -8,5 +8,5 @@ class StudyError(Exception):
 
 
 def wrong(place: str, wanted: str, got: object) -> StudyError:
-    """Return the error `<place>: must be <wanted>, got <got>`."""
+    """Return the error `<place> must be <wanted>, got <got>`."""
     return StudyError(f"{place} must be {wanted}, got {got!r}")

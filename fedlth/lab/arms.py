@@ -10,7 +10,6 @@ import numpy as np
 
 from fedlth.lab.bench import Bench
 from fedlth.lab.controls import MASKS
-from fedlth.lab.recipe import Recipe
 from fedlth.lab.search import Round, finder_of, rounds
 from fedlth.lab.training import Run
 from fedlth.parts import make
@@ -29,24 +28,27 @@ def searched(bench: Bench, name: str) -> Iterator[Row]:
 def trained(bench: Bench, name: str) -> Iterator[Row]:
     """Yield one row a round of an arm."""
     arm = bench.study.arms[name]
-    recipe = bench.recipe(dict(arm.train))
     for one in rounds(bench, arm.of):
         if arm.rounds and one.number not in arm.rounds:
             continue
-        mask, run = controlled(bench, name, one, recipe)
+        mask, run = controlled(bench, name, one)
         yield _row(bench, name, one.number, mask, run)
 
 
-def controlled(bench: Bench, name: str, one: Round, recipe: Recipe) -> tuple[np.ndarray, Run]:
+def controlled(bench: Bench, name: str, one: Round) -> tuple[np.ndarray, Run]:
     """Train an arm at one round of its search; return its mask and the training."""
     arm, place = bench.study.arms[name], f"arms.{name}"
-    groups = finder_of(bench.study.searches[arm.of], f"searches.{arm.of}").granularity.groups(bench.layout)
+    search = bench.study.searches[arm.of]
+    finder = finder_of(search, f"searches.{arm.of}")
+    # What the arm does not name is as in its search, or it would change two things at once.
+    recipe = bench.recipe({**search.train, **arm.train})
+    groups = finder.granularity.groups(bench.layout)
     control = make(MASKS, arm.mask, f"{place}.mask")
     # The streams have the round, not the arm: two arms that shuffle see the same shuffle. Groups, as a shuffle of
     # single weights would give a ticket of channels back the channels that it has lost.
     mask = groups.spread(control(groups.reduced(one.mask) > 0, groups.layout, bench.rng("mask", one.number)))
-    rewind = make(REWINDS, arm.start, f"{place}.start")
-    dead = make(DEADS, arm.dead, f"{place}.dead")
+    rewind = finder.rewind if arm.start is None else make(REWINDS, arm.start, f"{place}.start")
+    dead = finder.dead if arm.dead is None else make(DEADS, arm.dead, f"{place}.dead")
     steps = int(getattr(rewind, "steps", 0))
     if steps:
         origin = bench.trained(bench.theta_0, bench.full, replace(recipe, last=steps)).final
@@ -57,7 +59,8 @@ def controlled(bench: Bench, name: str, one: Round, recipe: Recipe) -> tuple[np.
         origin = bench.fresh("reinit") if rewind.anchor == "reinit" else bench.theta_0
     start = changed(rewind, origin, mask, bench.layout, bench.rng("start", one.number)).masked(mask)
     if dead.holds:
-        held = dead(origin.floats[: mask.size], one.before.floats[: mask.size])
+        first = bench.theta_0 if origin is one.before else origin  # as a search does
+        held = dead(first.floats[: mask.size], one.fallen)
         start.floats[: mask.size][~mask] = held[~mask]
     if not getattr(rewind, "trains", True):
         return mask, bench.untrained(start, mask)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from fedlth.errors import wrong
 from fedlth.lab.bench import Bench
 from fedlth.lab.search import finder_of, network_of, rounds
 from fedlth.lab.sensitivity import evidence_of
@@ -63,17 +64,27 @@ class Settling:
     every: int = 1
     iterations: int = 0
 
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise wrong("probes.settling.every", "at least 1", self.every)
+        if self.iterations < 0:
+            raise wrong("probes.settling.iterations", "at least 0", self.iterations)
+        if not 0 < self.density < 1:
+            raise wrong("probes.settling.density", "in (0, 1)", self.density)
+
     def __call__(self, bench: Bench, /) -> Iterator[dict[str, Any]]:
         search = bench.study.searches[self.search]
         finder = finder_of(search, f"searches.{self.search}")
         recipe = bench.recipe({**search.train, **({"iterations": self.iterations} if self.iterations else {})})
         groups = finder.granularity.groups(bench.layout)
         masks = []
+        theta_0 = bench.theta_0.floats[: bench.layout.num_prunable]
         for state in bench.states(bench.theta_0, bench.full, recipe)[:: self.every]:
-            network = network_of(bench, state, "settling")
-            score = finder.score(evidence_of(network, bench.layout, bench.rng("settling")))
+            evidence = evidence_of(network_of(bench, state, "settling"), bench.layout, bench.rng("settling"))
+            score = finder.score(replace(evidence, init=theta_0, start=theta_0, density=self.density))
             masks.append(groups.reduced(finder.pick(score, bench.full, bench.layout, self.density)) > 0)
         step = recipe.train.evaluate_every * self.every
-        for i, one in enumerate(masks):
-            for j, other in enumerate(masks):
-                yield {"iteration": i * step, "other": j * step, "distance": mask_distance(one, other)}
+        at = [min(i * step, recipe.end) for i in range(len(masks))]  # the last stretch may be shorter
+        for i, one in zip(at, masks, strict=True):
+            for j, other in zip(at, masks, strict=True):
+                yield {"iteration": i, "other": j, "distance": mask_distance(one, other)}

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fedlth.errors import wrong
-from fedlth.models.prunable import CONVOLUTIONS
 from fedlth.params import Layout, Params
 from fedlth.train import Bound, Plan, batches, loss_of
 
+# A transposed convolution's weight has its inputs first: a unit is no row there, and none of it rests.
+UNITS_FIRST = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Outputs = dict[str, np.ndarray]  # module name -> (units, numbers) float64
 
 
@@ -73,11 +74,12 @@ def unit_outputs(bound: Bound, params: Params, x: Tensor) -> Outputs:
 
     def look(name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def hook(module: nn.Module, args: object, out: Tensor) -> None:
-            seen[name] = out
+            units = out.dim() - 1 if isinstance(module, nn.Linear) else 1
+            seen[name] = out.movedim(units, 0).flatten(1).to(torch.float64, copy=True)  # relu may work in place
 
         return hook
 
-    counted = ((n, m) for n, m in bound.module.named_modules() if isinstance(m, (nn.Linear, *CONVOLUTIONS)))
+    counted = ((n, m) for n, m in bound.module.named_modules() if isinstance(m, (nn.Linear, *UNITS_FIRST)))
     hooks = [module.register_forward_hook(look(name)) for name, module in counted]
     bound.load(params)
     bound.module.eval()
@@ -87,7 +89,7 @@ def unit_outputs(bound: Bound, params: Params, x: Tensor) -> Outputs:
     finally:
         for handle in hooks:
             handle.remove()
-    return {n: y.transpose(0, 1).reshape(y.shape[1], -1).double().cpu().numpy().copy() for n, y in seen.items()}
+    return {n: y.cpu().numpy() for n, y in seen.items()}
 
 
 def moving(layout: Layout, frozen: dict[str, np.ndarray]) -> np.ndarray:

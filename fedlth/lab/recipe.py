@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from fedlth.lab.study import Train
 
@@ -42,10 +42,6 @@ class Recipe:
         if t.schedule == "cosine":
             lr *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / max(1, t.iterations - 1)))
         return lr * 0.1 ** sum(step >= share * t.iterations for share in t.milestones)
-
-    def at(self, first: int) -> Recipe:
-        """Return the same recipe, begun at iteration `first`."""
-        return replace(self, first=first)
 
     def text(self) -> str:
         """Return canonical JSON: what a training's digest is taken over."""

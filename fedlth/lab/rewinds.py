@@ -10,12 +10,12 @@ import numpy as np
 
 from fedlth.lab.bench import Bench
 from fedlth.lab.search import finder_of, rounds
-from fedlth.tickets.rewind import ToFrozen, changed
+from fedlth.tickets.rewind import changed
 
 
 @dataclass(frozen=True)
 class Rewinds:
-    """Check every round of these searches: survivors start exactly where the rewind says, the dead at zero.
+    """Check every round of these searches: survivors start exactly where the rewind says, the dead likewise.
 
     A strong ticket is checked as it ends, for nothing may have trained it. `furthest` is the largest
     |start - wanted|, which must be 0; `first_rate` the learning rate of the first step.
@@ -31,14 +31,20 @@ class Rewinds:
             for one in rounds(bench, name):
                 if one.number == 0:
                     continue
-                wanted = one.before if finder.rewind.anchor is None else bench.theta_0
+                origin = one.before if finder.rewind.anchor is None else bench.theta_0
+                if finder.rewind.anchor == "reinit":
+                    origin = bench.fresh("reinit")
                 if steps:
-                    wanted = bench.trained(bench.theta_0, bench.full, replace(recipe, last=steps)).final
-                if isinstance(finder.rewind, ToFrozen):
-                    wanted = changed(finder.rewind, wanted, one.mask, bench.layout, bench.rng("rewinds"))
-                gap = np.abs(one.start.floats - wanted.masked(one.mask).floats).max()
-                first = replace(recipe, first=steps, constant_lr=not finder.rewind.replay_lr)
+                    origin = bench.trained(bench.theta_0, bench.full, replace(recipe, last=steps)).final
+                dice = bench.rng(f"search/{name}/rewind")
+                wanted = changed(finder.rewind, origin, one.mask, bench.layout, dice).masked(one.mask)
+                if finder.dead.holds:
+                    dead, first = ~one.mask, bench.theta_0 if origin is one.before else origin
+                    held = finder.dead(first.floats[: dead.size], one.before.floats[: dead.size])
+                    wanted.floats[: dead.size][dead] = held[dead]
+                gap = np.abs(one.start.floats - wanted.floats).max()
+                there = replace(recipe, first=steps, constant_lr=not finder.rewind.replay_lr)
                 yield {
                     "search": name, "round": one.number, "rewind": str(finder.rewind), "furthest": float(gap),
-                    "first_rate": first.rate(steps), "schedule_there": recipe.rate(steps),
+                    "first_rate": there.rate(steps), "schedule_there": recipe.rate(steps),
                 }  # fmt: skip

@@ -34,8 +34,7 @@ class Attack:
             if one.number == self.round:
                 networks[self.search] = one.run.best
                 for arm in self.arms:
-                    recipe = bench.recipe(dict(bench.study.arms[arm].train))
-                    networks[arm] = controlled(bench, arm, one, recipe)[1].best
+                    networks[arm] = controlled(bench, arm, one)[1].best
         x, y = bench.parts["test"]
         data = x[: self.examples], y[: self.examples]
         for name, params in networks.items():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,13 +17,15 @@ from fedlth.errors import StudyError
 from fedlth.lab import arms, study
 from fedlth.lab.bench import open_bench
 from fedlth.lab.controls import MASKS
+from fedlth.lab.instability import Instability
 from fedlth.lab.probes import PROBES
 from fedlth.lab.search import finder_of
 from fedlth.lab.study import Lottery
+from fedlth.lab.training import relus, scales
 from fedlth.parts import make
 from fedlth.runfolder import RunFolder
 from fedlth.tickets.dead import DEADS
-from fedlth.tickets.rewind import REWINDS
+from fedlth.tickets.rewind import REWINDS, Rewind
 
 Tell = Callable[[str], None]
 STAGES = ("search", "arm", "probe")  # arms need the searches' trainings, probes may use both
@@ -50,33 +52,71 @@ def tasks(made: Lottery, stage: str) -> list[Task]:
 
 def check(made: Lottery) -> None:
     """Raise StudyError, naming the place, where a part, the data or the model of the study cannot be built."""
+    _ = open_bench(made.science(), made.seeds[0], None).layout
     for name, search in made.searches.items():
-        finder_of(search, f"searches.{name}")
+        train = {**made.train.model_dump(), **search.train}
+        _check_rewind(finder_of(search, f"searches.{name}").rewind, f"searches.{name}.rewind", train)
+        _check_acts(train, made, f"searches.{name}")
     for name, arm in made.arms.items():
         make(MASKS, arm.mask, f"arms.{name}.mask")
-        rewind = make(REWINDS, arm.start, f"arms.{name}.start")
-        if rewind.anchor not in ("theta_0", "reinit", None):
-            raise StudyError(f"arms.{name}.start: the laboratory has no weights called {rewind.anchor!r}, got {rewind}")
-        make(DEADS, arm.dead, f"arms.{name}.dead")
+        train = {**made.train.model_dump(), **made.searches[arm.of].train, **arm.train}
+        start = made.searches[arm.of].rewind if arm.start is None else arm.start
+        _check_rewind(make(REWINDS, start, f"arms.{name}.start"), f"arms.{name}.start", train)
+        _check_acts(train, made, f"arms.{name}")
+        if arm.dead is not None:
+            make(DEADS, arm.dead, f"arms.{name}.dead")
+        _check_rounds(made, arm.of, arm.rounds, f"arms.{name}.rounds")
     for name, spec in made.probes.items():
         _check_names(made, make(PROBES, spec, f"probes.{name}"), f"probes.{name}")
-    _ = open_bench(made.science(), made.seeds[0], None).layout
+
+
+def _check_rewind(rewind: Rewind, place: str, train: Mapping[str, Any]) -> None:
+    """Refuse weights that are not there: those of a server, or of a step that a training does not reach."""
+    if rewind.anchor not in ("theta_0", "reinit", None):
+        raise StudyError(f"{place}: the laboratory has no weights called {rewind.anchor!r}, got {rewind}")
+    _check_step(int(getattr(rewind, "steps", 0)), place, train["iterations"])
+
+
+def _check_step(step: int, place: str, iterations: int) -> None:
+    if not 0 <= step < iterations:
+        raise StudyError(f"{place}: must lie inside a training's {iterations} iterations, got {step}")
+
+
+def _check_acts(train: Mapping[str, Any], made: Lottery, place: str) -> None:
+    """Refuse an option that finds nothing in the network to act on."""
+    bench = open_bench(made.science(), made.seeds[0], None)
+    if train["dropout"] and not relus(bench.bound.module):
+        raise StudyError(f"{place}.train.dropout: {made.model.name} has no module nn.ReLU to follow, so nothing drops")
+    if train["norm_l1"] and not scales(bench.layout):
+        raise StudyError(f"{place}.train.norm_l1: {made.model.name} has no norm layer with a scale")
+
+
+def _check_rounds(made: Lottery, search: str, rounds: Sequence[int], place: str) -> None:
+    """Refuse rounds that a search does not have: one that trains no dense network has no round 0."""
+    first = 0 if finder_of(made.searches[search], f"searches.{search}").dense_first else 1
+    last = len(made.searches[search].targets)
+    for number in rounds:
+        if not first <= number <= last:
+            raise StudyError(f"{place}: must name rounds of {search} in [{first}, {last}], got {number}")
 
 
 def _check_names(made: Lottery, probe: object, place: str) -> None:
-    """Refuse a probe that names a search, a round or an arm that the study does not have."""
+    """Refuse a probe that names a search, a round, an arm or a step that the study does not have."""
+    if not is_dataclass(probe):
+        raise StudyError(f"{place}: must be a dataclass, whose fields are its options, got {type(probe).__name__}")
     told: dict[str, Any] = {f.name: getattr(probe, f.name) for f in fields(cast(Any, probe))}
     searches = [*told.get("searches", ()), *([told["search"]] if "search" in told else [])]
     for name in searches:
         if name not in made.searches:
             raise StudyError(f"{place}: must name one of the searches {', '.join(made.searches)}, got {name!r}")
-        last = len(made.searches[name].targets)
-        for number in [*told.get("rounds", ()), *([told["round"]] if "round" in told else [])]:
-            if not 0 <= number <= last:
-                raise StudyError(f"{place}: must name rounds of {name} in [0, {last}], got {number}")
+        numbers = [*told.get("rounds", ()), *([told["round"]] if "round" in told else [])]
+        _check_rounds(made, name, numbers, place)
     for name in told.get("arms", ()):
         if name not in made.arms or made.arms[name].of not in searches:
             raise StudyError(f"{place}: must name arms of {', '.join(searches)}, got {name!r}")
+    if isinstance(probe, Instability):
+        for step in probe.steps:
+            _check_step(step, f"{place}.steps", made.train.iterations)
 
 
 def run(made: Lottery, out: Path, tell: Tell) -> Path:
@@ -131,6 +171,13 @@ def _done(made: Lottery, out: Path, todo: list[Task], tell: Tell) -> Iterator[Ta
 
 def do(science: str, out: str, task: Task, tell: Tell) -> None:
     """Do one task and write its rows."""
+    try:
+        _do(science, out, task, tell)
+    except FloatingPointError as error:
+        raise StudyError(f"{task.stage} {task.name}, seed {task.seed}: {error}") from error
+
+
+def _do(science: str, out: str, task: Task, tell: Tell) -> None:
     bench = open_bench(science, task.seed, out)
     rows: list[dict[str, Any]] = []
     if task.stage == "probe":

@@ -44,7 +44,8 @@ EXAMPLES_A_CLASS = 100  # of what a score that asks for gradients sees; a mask t
 class Round:
     """One round of a search: its mask (num_prunable,), where the ticket's training began, how it went.
 
-    `before` is what was scored to find the mask; `trainings` counts those that the search took until then.
+    `before` is what was scored to find the mask, `fallen` (num_prunable,) each weight at the end of the last training
+    that it took part in; `trainings` counts those that the search took until then.
     """
 
     number: int
@@ -52,6 +53,7 @@ class Round:
     start: Params
     run: Run
     before: Params
+    fallen: np.ndarray
     trainings: int
 
 
@@ -80,8 +82,11 @@ class Trainer:
 
 def finder_of(search: Search, place: str) -> Finder:
     """Build a search's finder; raise StudyError naming the part that is wrong."""
+    specs = {part: getattr(search, part) for part in TABLES}
+    if search.rounds is not None and specs["schedule"] == {"name": "shrink"}:
+        specs["schedule"] = {"name": "shrink", "rate": search.rate}  # one prune a round, whatever the rate
     with _named(place):
-        return Finder(**{part: make(table, getattr(search, part), f"{place}.{part}") for part, table in TABLES.items()})
+        return Finder(**{part: make(table, specs[part], f"{place}.{part}") for part, table in TABLES.items()})
 
 
 @contextmanager
@@ -128,20 +133,18 @@ def walked(
     )  # fmt: skip
     if finder.dense_first:
         trainer(theta_0, bench.full, replay_lr=True, window=finder.window)  # kept on disk: find's own is read back
-        yield Round(0, bench.full, *trainer.done[0], theta_0, 0)
+        yield Round(0, bench.full, *trainer.done[0], theta_0, theta_0.floats[: bench.full.size], 0)
     seen: set[float] = set()
     for ticket in found:
         if ticket.target in seen:  # a chain to a sparser target came through here as well
             continue
         seen.add(ticket.target)
         number = targets.index(ticket.target) + 1
-        if trainer.done and trainer.done[-1][1].final is ticket.params:
-            start_at, run = trainer.done[-1]
-            before = trainer.done[-2][1].final if len(trainer.done) > 1 else theta_0
-        else:  # a strong ticket: nothing of it was trained
-            start_at, run = ticket.params, bench.untrained(ticket.params, ticket.mask, data=data)
-            before = theta_0
-        yield Round(number, ticket.mask, start_at, run, before, ticket.trainings)
+        # Not always the newest: a stop gives all targets that were not reached the ticket before.
+        done = next((one for one in reversed(trainer.done) if one[1].final is ticket.params), None)
+        if done is None:  # a strong ticket: nothing of it was trained
+            done = ticket.params, bench.untrained(ticket.params, ticket.mask, data=data)
+        yield Round(number, ticket.mask, *done, ticket.before, ticket.fallen, ticket.trainings)
 
 
 def network_of(bench: Bench, at: Params, what: str, data: str = "", few: int | None = None) -> DataNetwork:
@@ -161,7 +164,9 @@ def ladder(study: Lottery) -> str:
         bench = open_bench(study.science(), study.seeds[0], None)
         finder = finder_of(search, f"searches.{name}")
         lines.append(f"{name}: {finder}")
-        for number, mask in enumerate(dry(bench, finder, search.targets)):
+        with _named(f"searches.{name}"):
+            masks = list(dry(bench, finder, search.targets))
+        for number, mask in enumerate(masks):
             layers = ", ".join(f"{e.name} {np.count_nonzero(mask[e.slice])}" for e in bench.layout.prunable)
             kept = np.count_nonzero(mask)
             lines.append(f"  round {number:2}: {kept:8} of {mask.size} ({100 * kept / mask.size:6.2f} %)  {layers}")

@@ -14,6 +14,7 @@ from torch.func import functional_call, hessian
 from torch.func import grad as gradient
 from torch.nn import functional
 
+from fedlth.errors import wrong
 from fedlth.lab.bench import Bench
 from fedlth.lab.search import dry, network_of
 from fedlth.network import DataNetwork
@@ -130,6 +131,12 @@ class Collapse:
     scores: tuple[str, ...] = ("magnitude", "random", "snip", "synflow", "synflow")
     steps: tuple[int, ...] = (1, 1, 1, 1, 100)
     grid: float = 0.25
+
+    def __post_init__(self) -> None:
+        if len(self.scores) != len(self.steps) or min(self.steps, default=1) < 1:
+            raise wrong("probes.collapse.steps", f"{len(self.scores)} numbers from 1 up, one a score", self.steps)
+        if not 0 < self.grid < np.inf:
+            raise wrong("probes.collapse.grid", "above 0", self.grid)
 
     def __call__(self, bench: Bench, /) -> Iterator[dict[str, Any]]:
         layers = len(bench.layout.prunable)

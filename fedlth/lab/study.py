@@ -89,14 +89,15 @@ class Search(Node):
 class Arm(Node):
     """What is trained under a search's masks: a control of the mask, a rewind to named weights, what the dead hold.
 
-    rounds: at which masks of the search (all when empty). train: keys of the train section that differ.
+    rounds: at which masks of the search (all when empty). start, dead, and train key by key: as in the search unless
+    the arm says otherwise.
     """
 
     of: str
     rounds: Rounds = ()
     mask: Spec = {"name": "keep"}
-    start: Spec = {"name": "init"}
-    dead: Spec = {"name": "zero"}
+    start: Spec | None = None
+    dead: Spec | None = None
     train: dict[str, Any] = {}
 
 
@@ -140,10 +141,7 @@ def build(tree: Any, where: str = "lottery") -> Lottery:
             raise StudyError(f"{place}: a search has this name already")
         if arm.of not in study.searches:
             raise StudyError(f"{place}.of: must be one of {', '.join(study.searches) or 'no search'}, got {arm.of!r}")
-        last = len(study.searches[arm.of].targets)
-        if any(r > last for r in arm.rounds):
-            raise StudyError(f"{place}.rounds: must be in [0, {last}], got {list(arm.rounds)}")
-        override(study.train, arm.train, f"{place}.train")
+        override(study.train, {**study.searches[arm.of].train, **arm.train}, f"{place}.train")
     return study
 
 

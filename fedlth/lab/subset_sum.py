@@ -34,7 +34,8 @@ class Needed:
     @property
     def bound(self) -> float:
         """Return log2(k / error) / H2(k / n) at the median n: no fewer can do, up to a constant."""
-        return math.log2(self.k / self.error) / entropy(self.k / self.median)
+        room = entropy(self.k / self.median)
+        return math.log2(self.k / self.error) / room if room else math.inf
 
 
 def entropy(share: float) -> float:
@@ -73,7 +74,8 @@ def needed(k: int, error: float, *, share: float = 0.95, draws: int = 5, seed: i
     counts = []
     for draw in range(draws):
         numbers = rng.stream(seed, "subset sum", draw).uniform(-1, 1, MOST)
-        counts.append(
-            next(n for n in range(k, MOST + 1) if covered(subset_sums(numbers[:n], k), targets, error) >= share)
-        )
+        reached = (n for n in range(k, MOST + 1) if covered(subset_sums(numbers[:n], k), targets, error) >= share)
+        if (count := next(reached, None)) is None:
+            raise wrong("subset_sum.error", f"so large that {MOST} numbers do at k = {k}", error)
+        counts.append(count)
     return Needed(k, error, tuple(counts))

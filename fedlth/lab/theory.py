@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedlth.errors import wrong
 from fedlth.lab import imc, subset_sum, tangent
 from fedlth.lab.bench import Bench
 from fedlth.lab.controls import Shuffle
@@ -85,7 +86,7 @@ class SpectralGap:
         masks = [Shuffle()(cut.mask, small.layout, rng) for _ in range(self.draws)]
         random = [small.trained(near.masked(mask), mask, recipe).test for mask in masks]
         yield {
-            "weights": size, "kept": int(cut.mask.sum()), "ascending": str(bool((np.diff(values) >= 0).all())),
+            "weights": size, "kept": float(cut.mask.sum()), "ascending": str(bool((np.diff(values) >= 0).all())),
             "gap": cut.gap, "dense": small.trained(near, small.full, recipe).test,
             "ticket": small.trained(near.masked(cut.mask), cut.mask, recipe).test, "random": float(np.mean(random)),
         }  # fmt: skip
@@ -98,6 +99,12 @@ class SubsetSums:
     k: tuple[int, ...] = (3, 3, 5)
     errors: tuple[float, ...] = (0.01, 0.001, 0.01)
     draws: int = 5
+
+    def __post_init__(self) -> None:
+        if len(self.k) != len(self.errors):
+            raise wrong("probes.subset_sums.errors", f"{len(self.k)} numbers, one a k", self.errors)
+        if self.draws < 1:
+            raise wrong("probes.subset_sums.draws", "at least 1", self.draws)
 
     def __call__(self, bench: Bench, /) -> Iterator[dict[str, Any]]:
         for k, error in zip(self.k, self.errors, strict=True):

@@ -17,7 +17,7 @@ from fedlth import store
 from fedlth.compute import kernel
 from fedlth.lab.attack import attacked, evaluate_attacked
 from fedlth.lab.recipe import Recipe
-from fedlth.params import Params
+from fedlth.params import Layout, Params
 from fedlth.rng import stream, torch_seed
 from fedlth.train import evaluate, loss_of
 
@@ -157,13 +157,12 @@ def _in_torch(
             moves[e.slice] = 0.0
     moves[:size] *= torch.from_numpy(mask.astype(np.float32))
     gammas = torch.zeros(layout.num_params)
-    for e in layout.floats:
-        if e.norm and e.role == "param" and e.name.endswith("weight"):
-            gammas[e.slice] = t.norm_l1
+    for place in scales(layout):
+        gammas[place] = t.norm_l1
     weights, optimiser = bound.flat[: layout.num_params], _Optimiser(recipe, layout.num_params)
     bound.load(start)
     torch.manual_seed(torch_seed(bench.seed, f"dropout/{recipe.order}"))
-    hooks = [m.register_forward_hook(_dropping(t.dropout)) for m in bound.module.modules() if isinstance(m, nn.ReLU)]
+    hooks = [m.register_forward_hook(_dropping(t.dropout)) for m in relus(bound.module)]
     states, step = [], recipe.first
     for chunk in chunks:
         for part in chunk:
@@ -187,6 +186,16 @@ def _in_torch(
     for hook in hooks:
         hook.remove()
     return states
+
+
+def scales(layout: Layout) -> list[slice]:
+    """Return where the scales of norm layers lie, which `train.norm_l1` draws to zero."""
+    return [e.slice for e in layout.floats if e.norm and e.role == "param" and e.name.endswith("weight")]
+
+
+def relus(module: nn.Module) -> list[nn.Module]:
+    """Return the modules that `train.dropout` follows."""
+    return [m for m in module.modules() if isinstance(m, nn.ReLU)]
 
 
 class _dropping:

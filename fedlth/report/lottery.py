@@ -36,22 +36,27 @@ def words(facts: LotteryFacts) -> list[str]:
     """Say in sentences what the searches found, against the dense network of the same seeds."""
     told = []
     for name in facts.config["searches"]:
-        cells = facts.of(name)
-        if len(cells) < 2:
+        dense, tickets = facts.cell(name, 0), [cell for cell in facts.of(name) if cell.round]
+        if not tickets:
             continue
-        dense, tickets = cells[0], cells[1:]
-        best = max(tickets, key=lambda cell: cell.mean("test_accuracy"))
-        level = dense.mean("test_accuracy")
-        as_good = [cell for cell in tickets if cell.mean("test_accuracy") >= level]
+        best = max(tickets, key=lambda cell: cell.mean("validation_accuracy"))  # test data choose nothing
+        ticket = (
+            f"the ticket that validation data prefer has {percent(best.mean('test_accuracy'), digits=2)} % at "
+            f"{percent(best.density)} % of the weights and stops at {best.mean('early_stop'):.0f}"
+        )
+        if dense is None:
+            told.append(f"{name}: trains no dense network; {ticket}.")
+            continue
+        level = dense.mean("validation_accuracy")
+        as_good = [cell for cell in tickets if cell.mean("validation_accuracy") >= level]
         last = (
-            f"the sparsest ticket not below it keeps {percent(as_good[-1].density)} %"
+            f"the sparsest ticket not below it on validation data keeps {percent(as_good[-1].density)} %"
             if as_good
-            else "no ticket reaches it"
+            else "no ticket reaches it on validation data"
         )
         told.append(
-            f"{name}: the dense network has {percent(level, digits=2)} % and stops at iteration "
-            f"{dense.mean('early_stop'):.0f}; the best ticket has {percent(best.mean('test_accuracy'), digits=2)} % at "
-            f"{percent(best.density)} % of the weights and stops at {best.mean('early_stop'):.0f}; {last}."
+            f"{name}: the dense network has {percent(dense.mean('test_accuracy'), digits=2)} % and stops at iteration "
+            f"{dense.mean('early_stop'):.0f}; {ticket}; {last}."
         )
     return told or ["What the probes of this study measured stands below."]
 
@@ -65,8 +70,8 @@ def legend(facts: LotteryFacts) -> list[tuple[str, str]]:
         told.append((name, f"search: {', '.join(parts)}{_changed(search)}"))
     for name, arm in facts.config["arms"].items():
         mask = "masks" if arm["mask"] == {"name": "keep"} else f"masks under the control {_spec(arm['mask'])}"
-        dead = "" if arm["dead"] == {"name": "zero"} else f", dead {_spec(arm['dead'])}"
-        told.append((name, f"arm: {arm['of']}'s {mask}, start {_spec(arm['start'])}{dead}{_changed(arm)}"))
+        others = "".join(f", {part} {_spec(arm[part])}" for part in ("start", "dead") if arm[part] is not None)
+        told.append((name, f"arm: {arm['of']}'s {mask}{others}{_changed(arm)}"))
     return told
 
 

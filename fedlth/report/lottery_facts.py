@@ -18,7 +18,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """One arm at one round, over seeds: values (seeds,) float64 in the order of the study's seeds."""
+    """One arm at one round, over seeds: values (seeds,) float64 in the order of the study's seeds.
+
+    density: the mean, since a search that may stop early need not keep as much for every seed.
+    """
 
     arm: str
     round: int
@@ -64,7 +67,7 @@ def read_lottery(run: Path) -> LotteryFacts:
         raise StudyError(f"{run}: a lottery study's folder is wanted, got {error}") from None
     trainings = [row for row in rows if row["kind"] == "training"]
     cells = [
-        Cell(arm, number, members[0]["kept"] / members[0]["size"], tuple(members))
+        Cell(arm, number, float(np.mean([row["kept"] / row["size"] for row in members])), tuple(members))
         for (arm, number), members in grouped(trainings, lambda row: (row["arm"], row["round"])).items()
     ]
     probes = grouped([row for row in rows if row["kind"] == "probe"], lambda row: str(row["probe"]))

@@ -45,13 +45,14 @@ class ByDensity:
             axes.fill_between(x, values.min(1), values.max(1), color=colour, alpha=0.13, linewidth=0)
             axes.plot(x, values.mean(1), color=colour, marker=style.marker, linestyle=style.dashes, markersize=4.5)
             labels.append((float(values[-1].mean()), arm, colour))
-        search = self.facts.of(self.facts.arms[0])
-        dense = self.scale * search[0].mean(self.key)
-        axes.axhline(dense, color=theme.faint, linewidth=1, linestyle="--")
+        dense = next((cell for name in self.facts.arms if (cell := self.facts.cell(name, 0))), None)
+        level = self.scale * (dense or max(self.facts.cells, key=lambda cell: cell.mean(self.key))).mean(self.key)
+        if dense is not None:
+            axes.axhline(level, color=theme.faint, linewidth=1, linestyle="--")
         _density_ticks(axes, self.facts.cells)
         axes.set_ylabel(self.label)
         if self.scale == 100.0:  # an arm that collapses must not flatten all others
-            low = max(axes.get_ylim()[0], dense - 12)
+            low = max(axes.get_ylim()[0], level - 12)
             axes.set_ylim(low, axes.get_ylim()[1])
             labels = [(max(height, low), text, colour) for height, text, colour in labels]
         low, high = axes.get_ylim()
@@ -208,7 +209,7 @@ def lottery_pictures(facts: LotteryFacts) -> tuple[Picture, ...]:
     if facts.cells:
         found.append(Picture(
             "accuracy_by_density", "Occam's hill: accuracy at the early-stop iteration",
-            "Test accuracy where the validation loss was lowest; sparser lies to the right, the dashed level is the "
+            "Test accuracy where the validation loss was lowest; sparser lies to the right, a dashed level is the "
             "dense network. Lines are means over seeds, bands reach from the least seed to the most.",
             8.6, 4.6, ByDensity(facts, "test_accuracy", "test accuracy (%)", 100.0),
         ))  # fmt: skip

@@ -24,8 +24,21 @@ class Random:
         return evidence.rng.random(evidence.now.size).astype(np.float32)
 
 
+class _OfAnother:
+    """A score made of another: it asks for what that one asks for, and learns where that one learns."""
+
+    of: Any
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "window":
+            return getattr(self.of, name, 0)
+        if name in ("weights", "epochs"):
+            return getattr(self.of, name)
+        raise AttributeError(name)
+
+
 @dataclass(frozen=True)
-class Inverted:
+class Inverted(_OfAnother):
     """Another score turned round: its worst stay. Frankle et al., Missing the Mark, ICLR 2021, arXiv 2009.08576."""
 
     of: Any = "magnitude"
@@ -34,16 +47,12 @@ class Inverted:
     def __post_init__(self) -> None:
         object.__setattr__(self, "of", _part(self.of))
 
-    @property
-    def window(self) -> int:
-        return int(getattr(self.of, "window", 0))
-
     def __call__(self, evidence: Evidence, /) -> np.ndarray:
         return -np.asarray(self.of(evidence))
 
 
 @dataclass(frozen=True)
-class Shuffled:
+class Shuffled(_OfAnother):
     """Another score's mask, shuffled inside each layer: same counts. Frankle et al., ICLR 2021, arXiv 2009.08576.
 
     The scores change places among a layer's living weights (or groups), so any scope gives every layer the count
@@ -55,10 +64,6 @@ class Shuffled:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "of", _part(self.of))
-
-    @property
-    def window(self) -> int:
-        return int(getattr(self.of, "window", 0))
 
     def __call__(self, evidence: Evidence, /) -> np.ndarray:
         groups = evidence.groups or Element().groups(evidence.layout)

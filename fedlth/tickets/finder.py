@@ -56,6 +56,10 @@ class Finder:
             )
         if not isinstance(self.gate, Always) and not self.dense_first:
             raise StudyError(f"finder.gate: must be always under {self.schedule}, which trains nothing before a prune")
+        if not isinstance(self.stop, AtTarget) and not self.dense_first:
+            raise StudyError(
+                f"finder.stop: must be target under {self.schedule}, which trains no dense network to compare with"
+            )
 
     @property
     def dense_first(self) -> bool:

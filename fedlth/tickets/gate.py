@@ -15,10 +15,14 @@ from fedlth.params import Params
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a prune would leave now: a mask over groups, and whether equal scores lay on both sides of its cut."""
+    """What a prune would leave now: a mask over groups, and whether equal scores lay on both sides of a cut."""
 
     mask: np.ndarray
-    tied: bool
+    ask_tied: Callable[[], bool]
+
+    @cached_property
+    def tied(self) -> bool:
+        return self.ask_tied()
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class ValAccuracy:
 
     def __post_init__(self) -> None:
         _at_least_one("most", self.most)
+        _share("gate.at_least", self.at_least)
 
     def __call__(self, looks: Sequence[Look], /) -> bool:
         return len(looks) >= self.most or looks[-1].val_accuracy >= self.at_least
@@ -99,6 +104,7 @@ class Adaptive:
 
     def __post_init__(self) -> None:
         _at_least_one("most", self.most)
+        _share("gate.at_least", self.at_least)
         if not 0 < self.decay < 1:
             raise wrong("finder.gate.decay", "in (0, 1)", self.decay)
 
@@ -177,6 +183,9 @@ class ValDrop:
     drop: float = 0.02
     rows: ClassVar[tuple[int, ...]] = (14,)
 
+    def __post_init__(self) -> None:
+        _share("stop.drop", self.drop)
+
     def __call__(self, looks: Sequence[Look], /) -> bool:
         return looks[-1].val_accuracy < looks[0].val_accuracy - self.drop
 
@@ -187,3 +196,8 @@ STOPS = {"target": AtTarget, "val_drop": ValDrop}
 def _at_least_one(name: str, value: int) -> None:
     if value < 1:
         raise wrong(f"finder.gate.{name}", "at least 1", value)
+
+
+def _share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise wrong(f"finder.{name}", "in [0, 1]", value)

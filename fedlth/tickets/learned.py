@@ -54,6 +54,7 @@ class EdgePopup:
 
     def __post_init__(self) -> None:
         _check(self.epochs, self.lr, self.weights, ("init", "kaiming", "signed_constant"))
+        _check_decay(self.momentum, self.weight_decay)
 
     def __call__(self, evidence: Evidence, /) -> np.ndarray:
         return _learned(self, evidence, "edge_popup", self.momentum, self.weight_decay)
@@ -75,6 +76,7 @@ class Biprop:
 
     def __post_init__(self) -> None:
         _check(self.epochs, self.lr, self.weights, ("binary",))
+        _check_decay(self.momentum, self.weight_decay)
 
     def __call__(self, evidence: Evidence, /) -> np.ndarray:
         return _learned(self, evidence, "biprop", self.momentum, self.weight_decay)
@@ -119,6 +121,13 @@ def _check(epochs: int, lr: float, weights: str, allowed: tuple[str, ...]) -> No
         raise wrong("finder.score.lr", "above 0", lr)
     if weights not in allowed:
         raise wrong("finder.score.weights", f"one of {', '.join(allowed)}", weights)
+
+
+def _check_decay(momentum: float, weight_decay: float) -> None:
+    if not 0 <= momentum < 1:
+        raise wrong("finder.score.momentum", "in [0, 1)", momentum)
+    if not 0 <= weight_decay < np.inf:
+        raise wrong("finder.score.weight_decay", "at least 0", weight_decay)
 
 
 def check_frozen(weights: str) -> None:

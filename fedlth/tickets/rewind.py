@@ -136,7 +136,8 @@ class SignedConstant:
 
     def changed(self, weights: np.ndarray, mask: np.ndarray, layout: Layout, rng: np.random.Generator, /) -> np.ndarray:
         for e in layout.prunable:
-            weights[e.slice] = np.sign(weights[e.slice]) * weights[e.slice].std(dtype=np.float64)
+            size = weights[e.slice].std(dtype=np.float64) or 1.0  # one weight has no spread, and must not die
+            weights[e.slice] = np.sign(weights[e.slice]) * size
         return weights
 
 

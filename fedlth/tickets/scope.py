@@ -138,7 +138,9 @@ class HalfOutput:
 class NOfM:
     """Weights compete in runs of `m` inputs of a unit: N:M. Zhou et al., ICLR 2021, arXiv 2102.04010.
 
-    At a density of n / m every whole run keeps exactly n, as 2:4 hardware wants; in between some keep one more.
+    A run of a convolution lies along the input channels, at one place of the kernel; with fewer than `m` of them,
+    along the kernel too. At a density of n / m every whole run keeps exactly n, as 2:4 hardware wants; in between some
+    keep one more.
     """
 
     m: int = 4
@@ -152,11 +154,12 @@ class NOfM:
     def __call__(self, score: np.ndarray, alive: np.ndarray, layout: Layout, density: float, /) -> np.ndarray:
         place, runs = np.zeros(score.size, np.int64), 0
         for e in layout.prunable:
-            outputs, inputs = (e.shape[0], e.size // e.shape[0]) if len(e.shape) > 1 else (1, e.size)
-            row = -(-inputs // self.m)
-            i, j = np.divmod(np.arange(e.size), inputs)
-            place[e.slice] = runs + i * row + j // self.m
-            runs += outputs * row
+            outputs, inputs = e.shape[:2] if len(e.shape) > 1 else (1, e.size)
+            inputs = inputs if inputs >= self.m else e.size // outputs
+            kernel, row = e.size // (outputs * inputs), -(-inputs // self.m)
+            output, channel, spot = np.unravel_index(np.arange(e.size), (outputs, inputs, kernel))
+            place[e.slice] = runs + (output * kernel + spot) * row + channel // self.m
+            runs += outputs * kernel * row
         sizes = np.bincount(place, minlength=runs).astype(float)
         limits = np.bincount(place[alive], minlength=runs)
         return keep_top_each(score, alive, place, apportion(survivors(layout, density), sizes, limits))

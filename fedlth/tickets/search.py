@@ -55,13 +55,17 @@ class TrainFn(Protocol):
 class Found:
     """A ticket at one target density: its mask (num_prunable,), the weights trained under it, what came before.
 
-    `trainings` counts the trainings of the search, the last one (the ticket's own) not included; `chain` numbers the
-    searches that began anew. The mask's density is the target's, unless a stop came first.
+    `before` is what was scored to find the mask, `fallen` (num_prunable,) each weight at the end of the last training
+    that it took part in. `trainings` counts the trainings of the search, the last one (the
+    ticket's own) not included; `chain` numbers the searches that began anew. The mask's density is the target's,
+    unless a stop came first.
     """
 
     target: float
     mask: np.ndarray
     params: Params
+    before: Params
+    fallen: np.ndarray
     start: str
     trainings: int
     chain: int = 0
@@ -93,12 +97,16 @@ def find(
 
 @dataclass(frozen=True)
 class _State:
-    """Where a search stands: the mask in force, where its last training began and ended, all trainings so far."""
+    """Where a search stands: the mask in force, where its last training began and ended, all trainings so far.
+
+    fallen: each prunable weight at the end of the last training before the last prune that it took part in.
+    """
 
     mask: np.ndarray
     began: Params
     walked: Walked
     trainings: int
+    fallen: np.ndarray
     held: bool = False
 
 
@@ -122,27 +130,29 @@ class _Search:
     ) -> Iterator[Found]:
         """Walk one chain, from the dense model down."""
         finder, full = self.finder, np.ones(self.layout.num_prunable, bool)
-        at = _State(full, start, Walked(start), 0)
+        at = _State(full, start, Walked(start), 0, start.floats[: full.size])
         if finder.dense_first:
             at = replace(at, walked=self.train(start, full, replay_lr=True, window=finder.window), trainings=1)
-        good = Found(1.0, full, at.walked.params, start_name, max(0, at.trainings - 1), number)
+        good = Found(1.0, full, at.walked.params, start, at.fallen, start_name, max(0, at.trainings - 1), number)
         looks: list[Look] = []
         for index, density in enumerate(chain):
             again = chain[:index].count(density)
             final = density in targets and density not in chain[index + 1 :]
             at = self._waited(at, density, again, index)
             looks = looks or [self._look(at, density, again, index)]
+            before = at.walked.params
             at, trained = self._pruned(at, start, density, again, final)
             if not trained and not final:
                 continue
             looks.append(self._look(at, density, again, index + 1))
             if finder.stop(looks):
                 # The training that went too far is part of what the search cost.
-                spent = replace(good, trainings=at.trainings - 1)
-                yield from (replace(spent, target=d) for d in chain[index:] if d in targets)
+                good = replace(good, trainings=at.trainings - 1)
+                yield from (replace(good, target=d) for d in chain[index:] if d in targets)
                 return
             name = finder.rewind.anchor or start_name
-            good = Found(density, at.mask, at.walked.params, name, at.trainings - trained, number)
+            spent = at.trainings - trained
+            good = Found(density, at.mask, at.walked.params, before, at.fallen, name, spent, number)
             if final:
                 yield good
 
@@ -160,7 +170,8 @@ class _Search:
 
     def _pruned(self, at: _State, start: Params, density: float, again: int, final: bool) -> tuple[_State, bool]:
         """Prune once, rewind, train; return the new state and whether it was trained."""
-        finder = self.finder
+        finder, now = self.finder, at.walked.params.floats[: at.mask.size]
+        at = replace(at, fallen=now if at.mask.all() else np.where(at.mask, now, at.fallen))
         if self._regrow is not None and again:
             mask, stayed = self._regrown(at, self._regrow, density, again)
         else:
@@ -179,7 +190,7 @@ class _Search:
             began, mask, replay_lr=finder.rewind.replay_lr or finder.moves, held=held, window=finder.window,
             first_step=first, last_step=last,
         )  # fmt: skip
-        return _State(mask, began, walked, at.trainings + (last is None), held), True
+        return _State(mask, began, walked, at.trainings + (last is None), at.fallen, held), True
 
     def _rewound(self, start: Params, left: Params, now: Params, mask: np.ndarray) -> Params:
         """Return what the next training starts from: survivors as the rewind says, the dead as their rule says."""
@@ -204,8 +215,11 @@ class _Search:
         else:
             score = self.groups.reduced(self._scored(self._evidence(at, density, again)))
         alive = self.groups.reduced(at.mask) > 0
-        kept = self.finder.kept(score, alive, self.groups.layout, density)
-        return Proposal(kept, is_tied(score, kept, alive))
+
+        def keep(score: np.ndarray) -> np.ndarray:
+            return self.finder.kept(score, alive, self.groups.layout, density)
+
+        return Proposal(keep(score), lambda: is_tied(score, keep))
 
     def _scored(self, evidence: Evidence) -> np.ndarray:
         return check_values("score", self.finder.score, self.finder.score(evidence), evidence.mask.size)
@@ -233,15 +247,22 @@ class _Search:
         size, at_start = at.mask.size, self.network(at.began)
         return Evidence(
             layout=self.layout,
-            init=self.anchors("theta_0").floats[:size],
-            start=at.began.floats[:size],
-            now=at.walked.params.floats[:size],
-            mask=at.mask,
+            init=_seen(self.anchors("theta_0").floats[:size]),
+            start=_seen(at.began.floats[:size]),
+            now=_seen(at.walked.params.floats[:size]),
+            mask=_seen(at.mask),
             gradient=lambda weights: needed(at_start, self.finder.score).gradient(weights),
             rng=self.rng(f"score@{density:.6f}" + (f"#{again}" if again else "")),
             density=density,
-            previous=at.walked.previous,
+            previous=tuple(map(_seen, at.walked.previous)),
             groups=self.groups,
             at_start=at_start,
             at_now=self.network(at.walked.params),
         )
+
+
+def _seen(values: np.ndarray) -> np.ndarray:
+    """Return a view that cannot be written to: a score looks at what the next training starts from."""
+    view = values.view()
+    view.flags.writeable = False
+    return view

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 
@@ -42,13 +44,11 @@ def keep_top_each(score: np.ndarray, alive: np.ndarray, place: np.ndarray, kept:
     return mask
 
 
-def is_tied(score: np.ndarray, mask: np.ndarray, alive: np.ndarray) -> bool:
-    """Say whether a cut falls between equal scores, so that position alone decided it."""
-    dropped = alive & ~mask
-    if not mask.any() or not dropped.any():
-        return False
-    lowest, highest = np.min(score, initial=np.inf, where=mask), np.max(score, initial=-np.inf, where=dropped)
-    return bool(lowest <= highest)
+def is_tied(score: np.ndarray, keep: Callable[[np.ndarray], np.ndarray]) -> bool:
+    """Say whether position alone decided between equal scores: would `keep`, were the last to win, keep others?"""
+    last_wins = np.empty(score.size)
+    last_wins[np.lexsort((np.arange(score.size), score))] = np.arange(score.size)
+    return bool((keep(last_wins) != keep(score)).any())
 
 
 def apportion(total: int, weights: np.ndarray, limits: np.ndarray) -> np.ndarray:

@@ -30,8 +30,7 @@ def seen(monkeypatch: pytest.MonkeyPatch, **arm: object) -> tuple[Bench, Round, 
         return real(self, start, mask, recipe, free=free)
 
     monkeypatch.setattr(Bench, "trained", trained)
-    recipe = bench.recipe(dict(bench.study.arms["arm"].train))
-    arms.controlled(bench, "arm", one, recipe)
+    arms.controlled(bench, "arm", one)
     return (bench, one, *told[-1])
 
 
@@ -108,7 +107,7 @@ def test_a_control_of_a_mask_of_rows_moves_whole_rows(name: str) -> None:
     search = {"densities": [0.5], "granularity": "row", "scope": "layerwise", "schedule": "one_shot"}
     bench = tiny.bench(searches={"imp": search}, arms={"arm": {"of": "imp", "mask": name}})
     one = list(rounds(bench, "imp"))[1]
-    mask, _ = arms.controlled(bench, "arm", one, bench.recipe())
+    mask, _ = arms.controlled(bench, "arm", one)
     assert not np.array_equal(mask, one.mask)
     kept = []
     for e in bench.layout.prunable:
@@ -125,11 +124,72 @@ def test_an_arm_trains_its_own_way_and_only_it(monkeypatch: pytest.MonkeyPatch) 
     assert recipe.train == bench.study.train.model_copy(update={"lr": 0.01, "warmup": 5})
 
 
+def test_what_an_arm_does_not_name_is_as_in_its_search() -> None:
+    search = {"rounds": 2, "train": {"lr": 0.02, "iterations": 15}}
+    bench = tiny.bench(
+        searches={"imp": search}, arms={"arm": {"of": "imp"}, "slow": {"of": "imp", "train": {"lr": 0.01}}}
+    )
+    one = list(rounds(bench, "imp"))[2]
+    assert arms.controlled(bench, "arm", one)[1].final.digest() == one.run.final.digest()
+    start, slow = one.start, bench.recipe({"lr": 0.01, "iterations": 15})
+    assert arms.controlled(bench, "slow", one)[1].final.digest() == bench.trained(start, one.mask, slow).final.digest()
+
+
+@pytest.mark.parametrize("rewind", [{"name": "step", "step": 10}, "lr", "none", "reinit", "signed_constant"])
+@pytest.mark.parametrize("dead", ["zero", "init", "zero_if_shrunk"])
+def test_an_arm_that_names_nothing_is_the_ticket_whatever_its_search_does(rewind: object, dead: str) -> None:
+    search = {"densities": [0.5], "schedule": "one_shot", "rewind": rewind, "dead": dead}
+    bench = tiny.bench(searches={"imp": search}, arms={"arm": {"of": "imp"}})
+    one = list(rounds(bench, "imp"))[1]
+    mask, run = arms.controlled(bench, "arm", one)
+    assert np.array_equal(mask, one.mask) and run.final.digest() == one.run.final.digest()
+
+
+def test_a_weight_is_shrunk_or_not_by_the_last_training_that_it_took_part_in() -> None:
+    bench = tiny.bench(searches={"imp": {"rounds": 3}})
+    found = list(rounds(bench, "imp"))
+    wanted = bench.theta_0.floats[: bench.layout.num_prunable].copy()
+    for before, after in zip(found, found[1:], strict=False):
+        wanted[before.mask] = before.run.final.floats[: wanted.size][before.mask]
+        assert np.array_equal(after.fallen, wanted)
+    assert (wanted[~found[1].mask] != 0).all(), "what fell first is not taken for shrunk"
+
+
+def test_a_densitys_way_down_counts_too() -> None:
+    bench = tiny.bench(searches={"imp": {"densities": [0.4]}})  # through 0.8, 0.64 and 0.512
+    _, one = rounds(bench, "imp")
+    gone = ~one.mask
+    assert (one.fallen[gone] != 0).all() and not one.before.floats[: gone.size][gone].all()
+
+
+def test_before_is_what_was_scored_under_a_late_rewind_and_under_rescoring() -> None:
+    late = tiny.bench(searches={"imp": {"rounds": 2, "rewind": {"name": "step", "step": 10}}})
+    dense, one, two = rounds(late, "imp")
+    assert one.before.digest() == dense.run.final.digest() and two.before.digest() == one.run.final.digest()
+    again = tiny.bench(searches={"imp": {"densities": [0.5, 0.2], "score": "snip", "schedule": "rescore"}})
+    for one in rounds(again, "imp"):
+        assert not np.array_equal(one.before.floats, one.run.final.floats)
+        left = one.before.floats[: one.mask.size]
+        assert np.array_equal(left[left != 0], again.theta_0.floats[: one.mask.size][left != 0]), "never a ticket"
+
+
+def test_a_stop_hands_on_the_training_of_the_ticket_before() -> None:
+    search = {"rounds": 4, "stop": {"name": "val_drop", "drop": 0.0}, "train": {"lr": 0.3}}
+    for seed in range(20):
+        found = list(rounds(tiny.bench(seed=seed, searches={"imp": search}), "imp"))
+        same = [(a, b) for a, b in zip(found, found[1:], strict=False) if np.array_equal(a.mask, b.mask)]
+        if any(a.number for a, _ in same):
+            break
+    assert len(found) == 5 and any(a.number for a, _ in same)
+    for a, b in same:
+        assert b.run.curve == a.run.curve and b.run.early_stop.iteration > 0
+
+
 def test_an_untrained_arm_is_not_trained() -> None:
     arm = {"of": "imp", "rounds": [2], "start": {"name": "frozen", "weights": "init"}}
     bench = tiny.bench(arms={"arm": arm})
     one = next(r for r in rounds(bench, "imp") if r.number == 2)
-    mask, run = arms.controlled(bench, "arm", one, bench.recipe())
+    mask, run = arms.controlled(bench, "arm", one)
     assert run.final.digest() == bench.theta_0.masked(mask).digest()
     assert [p.iteration for p in run.curve] == [0]
 

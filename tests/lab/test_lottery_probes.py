@@ -100,6 +100,12 @@ def test_rewinds_are_exact() -> None:
         "imp": {"rounds": 2},
         "late": {"rounds": 2, "rewind": {"name": "step", "step": 10}},
         "lr": {"rounds": 2, "rewind": "lr"},
+        "again": {"densities": [0.5, 0.2], "schedule": "rescore", "rewind": "lr"},
+        "new": {"rounds": 2, "rewind": "reinit"},
+        "noisy": {"rounds": 2, "rewind": {"name": "noise", "sigmas": 0.5}},
+        "shuffled": {"rounds": 2, "rewind": "reshuffle"},
+        "held": {"rounds": 2, "dead": "init"},
+        "shrunk": {"rounds": 2, "dead": "zero_if_shrunk"},
         "strong": {
             "densities": [0.5], "score": {"name": "edge_popup", "epochs": 1},
             "schedule": {"name": "rescore", "steps": 1}, "rewind": "frozen",
@@ -148,6 +154,15 @@ def test_settling_is_a_distance() -> None:
     for (i, j), d in found.items():
         assert 0 <= d <= 1 and d == found[j, i] and (d == 0 if i == j else True)
     assert found[0, 20] > found[15, 20]
+
+
+@pytest.mark.parametrize("score", ["movement", "magnitude_increase", "large_init"])
+def test_settling_sees_what_a_score_that_looks_back_sees(score: str) -> None:
+    search = {"imp": {"rounds": 2, "score": score}}
+    rows = probed({"name": "settling", "search": "imp", "density": 0.3, "iterations": 13}, searches=search)
+    found = {(r["iteration"], r["other"]): r["distance"] for r in rows}
+    assert {i for i, _ in found} == {0, 5, 10, 13}, "the last stretch is shorter"
+    assert (found[5, 13] > 0) == (score != "large_init")
 
 
 def test_scores_are_what_they_stand_for() -> None:

@@ -12,10 +12,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from fedlth.errors import StudyError
 from fedlth.lab import bench as bench_module
 from fedlth.lab import runner, study
+from fedlth.lab.search import finder_of
 from tests.lab import tiny_lottery as tiny
 
 ARMS = {
@@ -106,6 +108,17 @@ def test_a_study_survives_its_own_dump(tmp_path: Path) -> None:
     assert study.load(file, ["train.lr=0.2"]).train.lr == 0.2
 
 
+RESCORED = {"one": {"densities": [0.5], "score": "snip", "schedule": "rescore"}}
+
+
+def linear(num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
+
+
+def no_dataclass() -> object:
+    return object()
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -116,13 +129,54 @@ def test_a_study_survives_its_own_dump(tmp_path: Path) -> None:
         ({"searches": {"imp": {"densities": [0.2, 0.5]}}}, "searches.imp.densities: must fall"),
         ({"searches": {"imp": {"rounds": 2, "score": "nothing"}}}, "searches.imp.score.name: must be one of"),
         ({"arms": {"a": {"of": "nowhere"}}}, "arms.a.of: must be one of imp"),
-        ({"arms": {"a": {"of": "imp", "rounds": [9]}}}, "arms.a.rounds: must be in"),
+        ({"arms": {"a": {"of": "imp", "rounds": [9]}}}, "arms.a.rounds: must name rounds of imp in [0, 3]"),
         ({"arms": {"a": {"of": "imp", "mask": "upside_down"}}}, "arms.a.mask.name: must be one of"),
         ({"arms": {"a": {"of": "imp", "start": "global"}}}, "arms.a.start: the laboratory has no"),
         ({"probes": {"p": {"name": "attack", "search": "imp"}}}, "probes.p.round: required"),
         ({"probes": {"p": {"name": "attack", "search": "imp", "round": 1, "arms": ["x"]}}}, "probes.p"),
         ({"probes": {"p": {"name": "overlap", "searches": ["imp", "x"], "rounds": [1]}}}, "probes.p"),
         ({"seeds": []}, "seeds: must be one or more"),
+        (
+            {"arms": {"a": {"of": "imp", "start": {"name": "step", "step": 20}}}},
+            "arms.a.start: must lie inside a training's 20",
+        ),
+        (
+            {"arms": {"a": {"of": "imp", "start": {"name": "step", "step": 7}, "train": {"iterations": 5}}}},
+            "arms.a.start: must lie inside a training's 5 iterations, got 7",
+        ),
+        (
+            {"searches": {"imp": {"rounds": 2, "rewind": {"name": "step", "step": 500}}}},
+            "searches.imp.rewind: must lie",
+        ),
+        ({"searches": {"imp": {"rounds": 2, "rewind": "global"}}}, "searches.imp.rewind: the laboratory has no"),
+        (
+            {"probes": {"p": {"name": "instability", "search": "imp", "steps": [500]}}},
+            "probes.p.steps: must lie inside",
+        ),
+        (
+            {"searches": RESCORED, "probes": {"p": {"name": "overlap", "searches": ["one"], "rounds": [0]}}},
+            "in [1, 1], got 0",
+        ),
+        ({"searches": RESCORED, "arms": {"a": {"of": "one", "rounds": [0]}}}, "arms.a.rounds: must name rounds of one"),
+        (
+            {"probes": {"p": {"name": "settling", "search": "imp", "every": 0}}},
+            "probes.settling.every must be at least 1",
+        ),
+        (
+            {"probes": {"p": {"name": "settling", "search": "imp", "density": 1.5}}},
+            "settling.density must be in (0, 1)",
+        ),
+        ({"probes": {"p": {"name": "collapse", "scores": ["snip"]}}}, "probes.collapse.steps must be 1 numbers"),
+        ({"probes": {"p": {"name": "subset_sums", "k": [3]}}}, "probes.subset_sums.errors must be 1 numbers"),
+        ({"probes": {"p": {"name": "tests.lab.test_lottery_runs:no_dataclass"}}}, "probes.p: must be a dataclass"),
+        (
+            {"train": {"dropout": 0.5}, "model": {"name": "tests.lab.test_lottery_runs:linear"}},
+            "linear has no module nn.ReLU",
+        ),
+        (
+            {"searches": {"imp": {"rounds": 2, "train": {"norm_l1": 0.1}}}},
+            "searches.imp.train.norm_l1: mlp has no norm",
+        ),
         ({"data": {"name": "tests.tiny:images", "validation": 60, "train": 1000}}, "data: train and validation"),
     ],
 )
@@ -131,6 +185,27 @@ def test_a_wrong_study_is_an_error_that_names_the_place(change: dict[str, object
         tiny.run(tmp_path / "run", **change)
     assert told in str(error.value)
     assert not (tmp_path / "run" / "config.yaml").exists(), json.dumps(change)
+
+
+def test_a_training_that_diverges_names_who_trained(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"search imp, seed 0: training diverged at iteration"):
+        tiny.run(tmp_path / "run", searches={"imp": {"rounds": 1, "train": {"lr": 1e30}}})
+
+
+def test_two_probes_may_call_different_tasks_alike(tmp_path: Path) -> None:
+    def probe(alpha: float) -> dict[str, object]:
+        return {"name": "transfer", "clients": 2, "alpha": alpha, "examples": 60, "pretraining": 10}
+
+    both = tiny.run(tmp_path / "both", searches={}, probes={"a": probe(0.1), "b": probe(100.0)})
+    alone = tiny.run(tmp_path / "alone", searches={}, probes={"b": probe(100.0)})
+    rows = [json.loads(line) for line in both.splitlines()]
+    assert [row for row in rows if row["probe"] == "b"] == [json.loads(line) for line in alone.splitlines()]
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.1])
+def test_a_round_is_one_prune_whatever_the_rate(rate: float) -> None:
+    finder = finder_of(tiny.made(searches={"imp": {"rounds": 2, "rate": rate}}).searches["imp"], "searches.imp")
+    assert finder.chains((1 - rate, (1 - rate) ** 2)) == ((1 - rate, (1 - rate) ** 2),)
 
 
 def test_the_score_shown_in_the_docs_works_in_a_lottery_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ def compositions() -> list[dict[str, Any]]:
         some += [{kind: name, "schedule": t} for name in TABLES[kind] for t in SCHEDULES]
     for one in some:
         if one["schedule"] in ("rescore", "constant"):
-            one["gate"] = "always"
+            one |= {part: plain for part, plain in (("gate", "always"), ("stop", "target")) if part in one}
         if "granularity" in one and one["schedule"] == "rescore":
             one["targets"] = (0.6, 0.3)
     return some
@@ -253,7 +254,7 @@ def test_a_granularity_keeps_whole_groups_of_highest_mean() -> None:
 
 def looks(masks: list[np.ndarray], tied: tuple[int, ...] = ()) -> list[Look]:
     return [
-        Look(1.0, 0, ANCHORS["theta_0"], lambda p: 0.0, lambda m=m, i=i: Proposal(m, i in tied))
+        Look(1.0, 0, ANCHORS["theta_0"], lambda p: 0.0, lambda m=m, i=i: Proposal(m, lambda: i in tied))
         for i, m in enumerate(masks)
     ]
 
@@ -332,11 +333,32 @@ def test_what_a_search_will_cost_is_known_before() -> None:
         ({"score": "biprop", "rewind": "frozen"}, r"finder\.rewind: must be frozen with weights 'binary'"),
         ({"schedule": "rescore", "score": "slow_movement"}, r"finder\.score: must not look back under Rescore"),
         ({"schedule": "rescore", "gate": "warm_up"}, r"finder\.gate: must be always under Rescore"),
+        ({"schedule": "rescore", "stop": "val_drop"}, r"finder\.stop: must be target under Rescore"),
+        ({"score": {"name": "shuffled", "of": "edge_popup"}}, r"finder\.rewind: must be frozen with weights"),
+        ({"score": {"name": "inverted", "of": "biprop"}}, r"finder\.rewind: must be frozen with weights 'binary'"),
     ],
 )
 def test_parts_that_cannot_go_together_say_so(parts: dict[str, Any], says: str) -> None:
     with pytest.raises(StudyError, match=says):
         finder(**parts)
+
+
+@pytest.mark.parametrize("control", ["shuffled", "inverted"])
+def test_a_control_asks_for_what_its_original_asks_for(control: str) -> None:
+    learned = SCORES[control](of="edge_popup")
+    assert (learned.weights, learned.epochs) == ("signed_constant", 3) and learned.window == 0
+    assert SCORES[control](of="slow_movement").window == SCORES["slow_movement"]().window > 0
+    assert not hasattr(SCORES[control](), "epochs") and pickle.loads(pickle.dumps(learned)) == learned
+
+
+def test_a_score_cannot_write_into_what_it_looks_at() -> None:
+    def writes(evidence: Any, /) -> np.ndarray:
+        for name in ("init", "start", "now", "mask"):
+            with pytest.raises(ValueError, match="read-only"):
+                getattr(evidence, name)[:] = 7
+        return np.abs(evidence.now)
+
+    walk(replace(finder(), score=writes), (0.5,))
 
 
 def test_a_search_without_a_network_serves_what_needs_none() -> None:

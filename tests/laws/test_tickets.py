@@ -221,15 +221,16 @@ def test_the_ladder_of_frankle_and_carbin_is_exact() -> None:
 
 
 def runs_of(values: np.ndarray, shape: tuple[int, ...], m: int) -> list[np.ndarray]:
-    rows = values.reshape(shape[0], -1)
-    return [row[at : at + m] for row in rows for at in range(0, rows.shape[1], m)]
+    """Return runs of m inputs of an output, at one place of the kernel."""
+    rows = np.moveaxis(values.reshape(*shape[:2], -1), 1, 2).reshape(-1, shape[1])
+    return [row[at : at + m] for row in rows for at in range(0, shape[1], m)]
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (1, 2)])
 def test_n_of_m_keeps_the_best_n_of_every_run_after_any_path(n: int, m: int) -> None:
-    entries = (Entry("a", (6, 8), "param", 0, prunable=True), Entry("b", (4, 2, 2, 2), "param", 48, prunable=True))
-    layout, mask = Layout(entries), np.ones(80, bool)
-    score = np.random.default_rng(n).random(80)
+    entries = (Entry("a", (6, 8), "param", 0, prunable=True), Entry("b", (3, 4, 3, 1), "param", 48, prunable=True))
+    layout, mask = Layout(entries), np.ones(84, bool)
+    score = np.random.default_rng(n).random(84)
     for density in (0.9, 0.75, n / m):
         mask = NOfM(m)(score, mask, layout, density)
         assert mask.sum() == survivors(layout, density)
@@ -356,11 +357,28 @@ def test_keep_top_each_is_keep_top_in_every_place(data: st.DataObject) -> None:
 
 
 def test_a_tie_is_seen() -> None:
-    score = np.float32([3, 2, 2, 1])
-    assert is_tied(score, keep_top(score, FULL[:4], 2), FULL[:4]) and not is_tied(
-        score, keep_top(score, FULL[:4], 3), FULL[:4]
-    )
-    assert not is_tied(score, FULL[:4], FULL[:4]) and not is_tied(score, ~FULL[:4], FULL[:4])
+    def tied(kept: int) -> bool:
+        return is_tied(np.float32([3, 2, 2, 1]), lambda score: keep_top(score, np.ones(4, bool), kept))
+
+    assert [tied(kept) for kept in range(5)] == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@given(st.data())
+def test_a_scope_ties_equal_scores_and_no_others(scope: str, data: st.DataObject) -> None:
+    density = data.draw(st.sampled_from((0.2, 0.5, 0.8)))
+
+    def keep(score: np.ndarray) -> np.ndarray:
+        return SCOPES[scope]()(score, FULL, LAYOUT, density)
+
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    assert not is_tied(rng.permutation(SIZE).astype(np.float32), keep), "no two are equal"
+    assert is_tied(np.zeros(SIZE, np.float32), keep)
+    score = rng.permutation(SIZE).astype(np.float32)
+    kept = keep(score)
+    alone = next(e for e in LAYOUT.prunable if 0 < np.count_nonzero(kept[e.slice]) < e.size)
+    score[alone.slice] = score[alone.slice].max()  # one layer's are alike
+    assert is_tied(score, keep) or scope == "global"  # where they may all lie on one side of the cut
 
 
 @pytest.mark.parametrize("targets", [TARGETS, (0.2,), (1.0,), (1.0, 0.5), (0.5, 0.49, 0.48)])
