@@ -195,10 +195,20 @@ def _divided(text: str) -> tuple[Dataset, Splits]:
     return dataset, splits
 
 
-@lru_cache(maxsize=2)
 def open_world(science: str) -> World:
-    """Build the world of a study's canonical JSON; cached, since every job of a run names the same one."""
-    torch.set_num_threads(1)  # bit equality holds at one thread count; two spinning threads a worker are 5-20 x slower
+    """Return the world of a study's canonical JSON; the last two are kept, since every job of a run names the same."""
+    # Each time, whoever set it in between: bits hold at one thread count, and spinning threads are 5-20 x slower.
+    torch.set_num_threads(1)
+    return _world(science)
+
+
+def forget_worlds() -> None:
+    """Build worlds anew when they are next asked for."""
+    _world.cache_clear()
+
+
+@lru_cache(maxsize=2)
+def _world(science: str) -> World:
     _keep_pages()
     study = config.build(json.loads(science))
     given = study.model_dump(mode="json", include={"data", "partition", "clients"})

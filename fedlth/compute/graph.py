@@ -6,26 +6,35 @@ import operator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
 
+from fedlth.compute.arrange import arrange
 from fedlth.compute.fuse import fuse
 from fedlth.compute.reader import FUNCTIONS, METHODS, Reader, Unsupported, Value
 from fedlth.compute.table import LayerTable
 from fedlth.params import Layout
 
+LANES = 32  # examples side by side where a network is large
 
-def _run(reader: Reader, graph: torch.fx.Graph) -> Value:
-    known: dict[torch.fx.Node, Any] = {}
+
+def _run(reader: Reader, graph: fx.Graph) -> Value:
+    known: dict[fx.Node, Any] = {}
+    place = {node: number for number, node in enumerate(graph.nodes)}
 
     def arguments(given: Any) -> Any:
-        return torch.fx.node.map_arg(given, lambda node: known[node])
+        return fx.node.map_arg(given, lambda node: known[node])
+
+    def read_later(value: Any, now: fx.Node) -> bool:
+        """Say whether what lies at `value`, under this name or another (a flatten, an identity), is read after now."""
+        names = [node for node, held in known.items() if isinstance(held, Value) and held.at == value.at]
+        return any(place[user] > place[now] for node in names for user in node.users)
 
     for node in graph.nodes:
         args, kwargs = arguments(node.args), arguments(node.kwargs)
         changes = node.target in ("relu_", "add_", operator.iadd) or kwargs.get("inplace")
         if node.op == "call_module":
             changes = changes or getattr(reader.module.get_submodule(node.target), "inplace", False)
-        if changes and len(node.args[0].users) > 1:
+        if changes and (len(node.args[0].users) > 1 or read_later(args[0], node)):
             raise Unsupported(f"{node.name} changes a value in place that is read again")
         if node.op == "placeholder":
             if known:
@@ -53,25 +62,30 @@ def _run(reader: Reader, graph: torch.fx.Graph) -> Value:
 def compile_layers(module: nn.Module, layout: Layout, input_shape: tuple[int, ...]) -> LayerTable | str:
     """Return the layer table of a module, or one line that says why the kernel cannot run it.
 
-    input_shape: an example's, without the batch: (C, H, W) or (F,). The module is only read.
+    input_shape: an example's, without the batch: (C, H, W) or (F,). The module's values and modes stay.
     """
+    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         if module._forward_hooks or module._forward_pre_hooks:
             raise Unsupported("the model has hooks")
-        graph = torch.fx.symbolic_trace(module).graph
+        traced = fx.symbolic_trace(module)
         reader = Reader(module, layout, tuple(input_shape))
-        logits = _run(reader, graph)
+        logits = _run(reader, traced.graph)
+        _check(module, traced, tuple(input_shape), kept)
         if len(logits.shape) != 1 or reader.shapes[logits.at][1:] != (1, 1):
             raise Unsupported(f"logits of shape {logits.shape}")
     except Unsupported as reason:
         return str(reason)
     except Exception as error:  # torch.fx runs the user's forward on proxies, which may raise anything
         return f"torch.fx cannot trace the model: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    finally:
+        for buffer, value in kept:
+            buffer.copy_(value)
     ops = fuse(reader.ops, logits.at)
     if not any(op.weight >= 0 for op in ops):
         return "no layer has weights"
     frozen = tuple((e.offset, e.offset + e.size) for e in layout.floats if e.role == "param" and not e.trainable)
-    return LayerTable(
+    table = LayerTable(
         ops=ops,
         shapes=tuple(reader.shapes),
         output=logits.at,
@@ -80,3 +94,27 @@ def compile_layers(module: nn.Module, layout: Layout, input_shape: tuple[int, ..
         num_prunable=layout.num_prunable,
         frozen=frozen,
     )
+    try:
+        arrange(table, LANES)
+    except ValueError as error:  # maps beyond all bounds
+        return str(error)
+    return table
+
+
+def _check(
+    module: nn.Module, traced: fx.GraphModule, shape: tuple[int, ...], kept: list[tuple[Tensor, Tensor]]
+) -> None:
+    """Refuse a forward that is not one function of its input: a trace freezes modes, counters and dice."""
+    modes = {part: part.training for part in module.modules()}
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            for mode in (True, False, True, False):
+                x = torch.randn(3, *shape)
+                if not torch.allclose(module.train(mode)(x.clone()), traced.train(mode)(x.clone()), equal_nan=True):
+                    raise Unsupported("a forward that is not the same function in training, evaluation and each time")
+    finally:
+        for part, training in modes.items():
+            part.training = training
+    if not all(torch.equal(buffer, value) for buffer, value in kept):
+        raise Unsupported("a forward that changes a buffer")

@@ -13,6 +13,7 @@ import numpy as np
 from fedlth.compute import columns as col
 from fedlth.compute.arrange import arrange
 from fedlth.compute.compact import SPARSE_BELOW, prepare
+from fedlth.compute.graph import LANES
 from fedlth.compute.left import costs
 from fedlth.compute.places import stray
 from fedlth.compute.table import LayerTable, Op
@@ -163,7 +164,7 @@ def predict(table: LayerTable, floats: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 def large(table: LayerTable) -> bool:
     """Say whether the maps of 32 examples leave the last-level cache, where the kernel's layout loses its lead."""
-    return 4 * arrange(table, 32).work_size > _LARGE_BYTES
+    return 4 * arrange(table, LANES).work_size > _LARGE_BYTES
 
 
 def suits(table: LayerTable, kept: np.ndarray | None) -> bool:

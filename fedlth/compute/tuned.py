@@ -75,6 +75,7 @@ def _rewritten(module: nn.Module) -> tuple[tuple[fx.GraphModule, fx.GraphModule]
     if hooked:
         return None, 0
     modes = {part: part.training for part in module.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     found, swapped = [], 0
     try:
         for mode in (True, False):
@@ -88,6 +89,8 @@ def _rewritten(module: nn.Module) -> tuple[tuple[fx.GraphModule, fx.GraphModule]
     finally:
         for part, training in modes.items():
             part.training = training
+        for buffer, value in buffers:  # a forward that counts its calls has counted the trace
+            buffer.copy_(value)
     return (found[0], found[1]), swapped
 
 
@@ -134,8 +137,11 @@ def _is_pool(graph: fx.GraphModule, node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in _POOL and not indices
 
 
-def _results(forward: Tuned, module: nn.Module, example: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Return logits of batches of two sizes in both modes, and the gradients in training; leave no trace."""
+def _results(forward: Tuned, module: nn.Module, example: Tensor) -> tuple[list[Tensor], ...]:
+    """Return logits of batches of two sizes in both modes, the gradients in training, and the buffers at the end.
+
+    What it does to the module is undone.
+    """
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     modes = {part: part.training for part in module.modules()}
     weights = [p for p in module.parameters() if p.requires_grad]
@@ -152,15 +158,16 @@ def _results(forward: Tuned, module: nn.Module, example: Tensor) -> tuple[list[T
                 gradients += [slope for slope in slopes if slope is not None]
                 with torch.no_grad():
                     outputs += [logits.detach(), forward.evaluate(forward.images(x))]
+            ends = [[buffer.to(torch.float64, copy=True)] for buffer, _ in buffers]
         finally:
             for part, training in modes.items():
                 part.training = training
             for buffer, value in buffers:
                 buffer.copy_(value)
-    return outputs, gradients
+    return outputs, gradients, *ends
 
 
-def _agrees(forward: Tuned, module: nn.Module, example: Tensor, wanted: tuple[list[Tensor], list[Tensor]]) -> bool:
+def _agrees(forward: Tuned, module: nn.Module, example: Tensor, wanted: tuple[list[Tensor], ...]) -> bool:
     try:
         found = _results(forward, module, example)
     except RuntimeError:  # torch, of a view that the memory format does not allow

@@ -16,7 +16,7 @@ from fedlth.engines.inprocess import attempt, one_line
 from fedlth.errors import StudyError
 from fedlth.jobs import Failure, Job, Reply
 from fedlth.store import Store
-from fedlth.world import open_world
+from fedlth.world import forget_worlds
 
 Step = Callable[[Job], Reply]
 
@@ -126,5 +126,5 @@ def bounded(step: Step, job: Job, timeout_s: float) -> Reply | Failure:
     if answers:
         return answers[0]
     HUNG.append(thread)
-    open_world.cache_clear()  # the hung step holds this world's one module; the next step gets another
+    forget_worlds()  # the hung step holds this world's one module; the next step gets another
     return Failure(round=job.round, client=job.client, kind="hung", reason=f"no answer within {timeout_s:g} s")

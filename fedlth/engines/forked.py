@@ -72,6 +72,7 @@ class Child:
     pid: int
     pipe: Connection
     has: set[int] = field(default_factory=set)
+    ended: bool = False
 
 
 class Forks:
@@ -86,19 +87,27 @@ class Forks:
     def spawn(self) -> Child:
         here, there = Pipe()
         gc.freeze()  # a collection in the child would touch, and so copy, every page that holds an object
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:  # no memory or no room for a process
+            gc.unfreeze()
+            here.close()
+            there.close()
+            raise
         if not pid:
             _live(there)
         gc.unfreeze()
         there.close()
         return Child(pid, here)
 
-    def call(self, actor: Child, method: str, *args: object, **kwargs: object) -> Child:
+    def call(self, actor: Child, method: str, *args: object, **kwargs: object) -> Child | None:
         stored = {a.key for a in args if isinstance(a, Stored)}
         sent = [Stored(a.key, None) if isinstance(a, Stored) and a.key in actor.has else a for a in args]
         actor.has = stored
-        with suppress(OSError):  # a child that has died is found by `get`
+        try:
             actor.pipe.send((method, sent, kwargs))
+        except OSError:  # it died while it was idle
+            return None
         return actor
 
     def wait(self, calls: Sequence[Child], *, timeout_s: float | None) -> list[Child]:
@@ -109,19 +118,21 @@ class Forks:
         try:
             return call.pipe.recv()
         except (EOFError, OSError):
-            return Lost("died", _ending(call.pid))
+            return Lost("died", _ending(call))
 
     def kill(self, actor: Child) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(actor.pid, signal.SIGKILL)
-        _ending(actor.pid)
+        if not actor.ended:  # or its number may be another process's by now
+            with suppress(ProcessLookupError):
+                os.kill(actor.pid, signal.SIGKILL)
+            _ending(actor)
         actor.pipe.close()
 
 
-def _ending(pid: int) -> str:
+def _ending(child: Child) -> str:
     """Wait for a child's end; say how it ended."""
+    child.ended = True
     try:
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        code = os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
     except ChildProcessError:
         return "its process is gone"
     return f"its process was ended by {signal.Signals(-code).name}" if code < 0 else f"its process ended with {code}"

@@ -29,7 +29,10 @@ class Seam(Protocol):
     """What the pool needs of whatever holds the workers: Ray, or forked processes."""
 
     def put(self, value: object) -> Any: ...
-    def call(self, actor: Any, method: str, *args: object, **kwargs: object) -> Any: ...
+    def call(self, actor: Any, method: str, *args: object, **kwargs: object) -> Any:
+        """Return what stands for the call, or None where the worker is known to have gone before it."""
+        ...
+
     def wait(self, calls: Sequence[Any], *, timeout_s: float | None) -> list[Any]: ...
     def get(self, call: Any) -> Any: ...
     def kill(self, actor: Any) -> None: ...
@@ -73,6 +76,7 @@ class Pool:
     ) -> None:  # fmt: skip
         self.seam, self.name, self.spawn, self.given, self.limits = seam, name, spawn, given, limits
         self.places = [Place(number) for number in range(size)]
+        self.trouble = ""
 
     def map(self, jobs: Iterable[Job], *, cohort: int = 1, again: Again = never) -> Answers:
         """Run every job, `cohort` consecutive ones a call; yield them with their answers, in job order.
@@ -88,9 +92,17 @@ class Pool:
                     self.drop(place)
 
     def start(self, place: Place, study: Any) -> None:
-        place.actor = self.spawn()
+        place.failed_starts += 1  # until it says that it lives
+        try:
+            place.actor = self.spawn()
+        except OSError as error:
+            self.trouble = str(error)
+            return
         place.call = self.seam.call(place.actor, "start", study, **self.given)
         place.deadline = time.monotonic() + self.limits.start_s
+        if place.call is None:
+            self.trouble = "its process ended at once"
+            self.drop(place)
 
     def drop(self, place: Place) -> None:
         """End a place's worker; a new one is started when there is work for it."""
@@ -113,7 +125,6 @@ class _Batch:
         self.answers: dict[int, Reply | Failure] = {}
         self.drawn = self.given = 0
         self.stored: dict[bytes | str, Any] = {}
-        self.trouble = ""
 
     def run(self) -> Answers:
         self._hand_out()
@@ -156,7 +167,7 @@ class _Batch:
                 self.pool.start(place, self._store(self.jobs[self.todo[0][0]].study))
                 coming += 1
         if self.todo and not any(place.call is not None for place in self.pool.places):
-            raise StudyError(f"{self.pool.name}: no worker could be started: {self.trouble}")
+            raise StudyError(f"{self.pool.name}: no worker could be started: {self.pool.trouble}")
 
     def _begin(self, place: Place, positions: tuple[int, ...]) -> None:
         numbers: dict[bytes, int] = {}
@@ -169,6 +180,10 @@ class _Batch:
         stored = [self._store(self.jobs[positions[0]].study), *map(self._store, numbers)]
         place.positions = positions
         place.call = self.pool.seam.call(place.actor, "step", parcels, *stored)
+        if place.call is None:  # it died idle, which is no client's doing
+            self.todo.appendleft(positions)
+            self.pool.drop(place)
+            return
         limit = self.pool.limits.job_s
         place.deadline = None if limit is None else time.monotonic() + limit * len(positions)
 
@@ -215,8 +230,7 @@ class _Batch:
             self._fail(place, "hung", f"no answer within job_timeout_s = {self.pool.limits.job_s:g} s")
 
     def _not_started(self, place: Place, reason: str) -> None:
-        self.trouble = reason
-        place.failed_starts += 1
+        self.pool.trouble = reason
         self.pool.drop(place)
 
     def _fail(self, place: Place, kind: str, reason: str) -> None:

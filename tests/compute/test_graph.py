@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from torch import nn
@@ -77,6 +79,69 @@ def _hooked() -> nn.Module:
 def test_unsupported_modules_say_why(module: nn.Module, reason: str) -> None:
     answer = compiled(module, (4,))
     assert isinstance(answer, str) and reason in answer and "\n" not in answer
+
+
+class Odd(nn.Module):
+    """Forwards that a trace sees otherwise than they run; `way` picks one."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.a, self.b = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(1, 4, 3, padding=1)
+        self.same, self.pool, self.head = nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Linear(4 * 36, 4)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        if self.way == "identity":
+            other = self.same(h)
+            other += self.b(x)
+            h = other + h
+        elif self.way == "view":
+            return self.head(h.flatten(1).relu_()) + self.pool(h).flatten(1)
+        elif self.way == "input":
+            F.relu(x.flatten(1), inplace=True)
+            h = self.a(x)
+        elif self.way == "counter" and self.training:
+            self.seen += 1
+        elif self.way == "dice" and random.random() < 0.5:
+            h = h + self.b(x)
+        logits: torch.Tensor = self.head(h.flatten(1))
+        return F.relu(logits) if self.way == "mode" and not self.training else logits
+
+
+@pytest.mark.parametrize(
+    ("way", "reason"),
+    [
+        ("identity", "not the same function"),  # torch.fx takes += for +
+        ("view", "in place"),
+        ("input", "in place"),
+        ("counter", "changes a buffer"),
+        ("mode", "not the same function in training"),
+    ],
+)
+def test_a_forward_that_a_trace_would_freeze_is_refused_and_left_as_it_was(way: str, reason: str) -> None:
+    module = Odd(way).eval()
+    answer = compiled(module, (1, 6, 6))
+    assert isinstance(answer, str) and reason in answer
+    assert int(module.seen) == 0 and not module.training and not module.a.training
+
+
+def test_a_forward_that_throws_dice_is_refused_nearly_always() -> None:
+    random.seed(0)
+    answers = [compiled(Odd("dice"), (1, 6, 6)) for _ in range(30)]
+    assert sum(isinstance(answer, str) for answer in answers) >= 24  # it escapes where five throws fall alike
+
+
+def test_a_plain_forward_of_the_same_class_is_taken() -> None:
+    assert isinstance(compiled(Odd("plain"), (1, 6, 6)), LayerTable)
+
+
+def test_maps_beyond_all_bounds_are_a_reason_not_a_crash() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1),
+                           nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 2))  # fmt: skip
+    answer = compiled(module, (3, 512, 512))
+    assert isinstance(answer, str) and "must fit" in answer
 
 
 def test_control_flow_and_other_layers_say_why() -> None:

@@ -163,3 +163,27 @@ def test_tuning_leaves_no_trace() -> None:
     tune(module, images()[0][:3])
     assert (torch.random.get_rng_state() == before).all() and module.training
     assert all((module.state_dict()[name] == tensor).all() for name, tensor in state.items())
+
+
+class Counts(nn.Module):
+    """A forward that counts its training calls, and changes its answer at the third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4 * 3 * 5, 4)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.seen += 1
+        logits: torch.Tensor = self.head(F.max_pool2d(F.relu(self.a(x)), 2).flatten(1))
+        return logits
+
+
+def test_a_trace_that_would_stop_a_counter_is_not_taken() -> None:
+    module = Counts()
+    tuned = tune(module, images(3)[0])
+    assert int(module.seen) == 0 and "max pool" not in tuned.note
+    module.train()
+    tuned.train(images(3)[0])
+    assert int(module.seen) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -86,6 +87,24 @@ def test_close_ends_the_workers_and_a_new_map_starts_them() -> None:
         for pid in pids:
             with pytest.raises(ProcessLookupError):
                 os.kill(pid, 0)
+
+
+def test_a_worker_killed_while_idle_costs_nobody_and_no_pid_is_signalled_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [Job(study=tiny.study().science(), phase="federate", round=1, client=c, inbox=()) for c in range(2)]
+    engine = Forked(2)
+    before = [answer for _, answer in engine.map(jobs)]
+    places = engine._pool.places  # type: ignore[union-attr]
+    gone = places[0].actor.pid
+    os.kill(gone, signal.SIGKILL)
+    _until(lambda: Path(f"/proc/{gone}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
+    signalled: list[int] = []
+    real = os.kill
+    monkeypatch.setattr(os, "kill", lambda pid, number: (signalled.append(pid), real(pid, number)))
+    after = [answer for _, answer in engine.map(jobs)]
+    assert [type(a) for a in after] == [type(a) for a in before]
+    assert [getattr(a, "reason", "") for a in after] == [getattr(a, "reason", "") for a in before]
+    engine.close()
+    assert len(set(signalled)) == len(signalled)
 
 
 def _until(true: object, seconds: float = 60.0) -> None:

@@ -101,6 +101,35 @@ def test_a_broadcast_is_stored_once_a_map() -> None:
     assert sorted(map(str, played.put_values)) == ["b'theta'", "study"]
 
 
+def test_a_worker_that_died_idle_costs_no_client() -> None:
+    played = Played(answer)
+    pool, gone = pool_of(played, size=1), set[int]()
+    assert all(isinstance(a, Reply) for a in all_of(pool.map(jobs_of(2))))
+    gone.add(played.actors)
+    real = played.call
+    played.call = lambda actor, *args, **more: None if actor in gone else real(actor, *args, **more)  # type: ignore[method-assign]
+    answers = all_of(pool.map(jobs_of(3)))
+    assert [a.client for a in answers] == [0, 1, 2] and all(isinstance(a, Reply) for a in answers)
+    assert played.actors == 2 and played.killed == [1]
+
+
+def test_a_worker_that_is_refused_or_ends_at_once_is_tried_again_and_told() -> None:
+    played = Played(answer)
+    spawn, tries = played.spawn, iter([BlockingIOError(11, "no room"), None])
+
+    def sometimes() -> int:
+        if (error := next(tries, None)) is not None:
+            raise error
+        return spawn()
+
+    pool = Pool(played, 1, name="fork", spawn=sometimes, given={}, limits=Limits(0.05, 0.05))
+    with pytest.raises(StudyError, match="no worker could be started: .*no room"):
+        all_of(pool.map(jobs_of(1)))  # nobody else is at work, so nothing would ever try again
+    played.call = lambda *args, **more: None  # type: ignore[method-assign]
+    with pytest.raises(StudyError, match="no worker could be started: its process ended at once"):
+        all_of(pool_of(played).map(jobs_of(1)))
+
+
 def test_no_more_workers_than_jobs() -> None:
     played = Played(answer)
     all_of(pool_of(played, size=4).map(jobs_of(1)))
