@@ -231,7 +231,12 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0 done, 1 differs, 2 bad input, 3 disk, 130 interrupted."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    args = parser().parse_args(argv)
+    grammar = parser()
+    args, more = grammar.parse_known_args(argv)
+    if more and hasattr(args, "override") and all("=" in one and not one.startswith("-") for one in more):
+        args.override += more  # argparse takes no key=value that stands behind an option
+    elif more:
+        grammar.error(f"unrecognized arguments: {' '.join(more)}")
     try:
         return int(args.act(args))
     except StudyError as error:

@@ -19,7 +19,7 @@ def _spec(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-def _tuple(value: Any) -> Any:
+def as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -27,8 +27,8 @@ Spec = Annotated[dict[str, Any], BeforeValidator(_spec)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
-Floats = Annotated[tuple[float, ...], BeforeValidator(_tuple)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
+Floats = Annotated[tuple[float, ...], BeforeValidator(as_tuple)]
+Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 
 
 T = TypeVar("T", bound=BaseModel)
@@ -118,7 +118,7 @@ class Refine(Node):
 class Tune(Node):
     """Learning rates to try before the run; validation accuracy after `rounds` rounds chooses."""
 
-    lr: Annotated[tuple[Positive, ...], BeforeValidator(_tuple)] = ()
+    lr: Annotated[tuple[Positive, ...], BeforeValidator(as_tuple)] = ()
     rounds: Count = 5
 
 
@@ -140,7 +140,7 @@ class Study(Node):
 
     study: str = "study"
     seed: Annotated[int, Field(ge=0)] = 0
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_tuple)] = ()
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(as_tuple)] = ()
     method: Spec = {"name": "two_step"}
     data: Annotated[Data, BeforeValidator(_spec)] = Data()
     partition: Spec = {"name": "iid"}
@@ -245,6 +245,8 @@ def validated(kind: type[T], tree: Any, where: str) -> T:
 
 def build(tree: Any, where: str = "study") -> Study:
     """Validate a plain tree; raise StudyError with `where: place: what was wanted, got`."""
+    if isinstance(tree, dict) and tree.keys() & {"lottery", "searches", "probes"}:
+        raise StudyError(f"{where}: is a study of the ticket laboratory; `fedlth lottery` runs it and goes on with it")
     study = validated(Study, tree, where)
     _cross_check(study, where)
     return study

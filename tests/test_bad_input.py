@@ -122,6 +122,9 @@ def test_one_line_that_names_the_place(
         (["diff", "{dir}/a", "{dir}/b"], "{dir}/a"),
         (["compare", "{dir}/a", "{dir}/b"], "{dir}/a"),
         (["list", "methodz"], "must be one of methods"),
+        (["lottery", "{dir}/s.yaml"], "is a federated study; `fedlth run`"),
+        (["lottery", "{dir}/s.yaml", "--dry-count", "seeds=[7]"], "is a federated study"),
+        (["run", "{dir}/s.yaml", "searches={{}}"], "is a study of the ticket laboratory"),
     ],
 )
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], place: str) -> None:

@@ -52,7 +52,11 @@ def tasks(made: Lottery, stage: str) -> list[Task]:
 
 def check(made: Lottery) -> None:
     """Raise StudyError, naming the place, where a part, the data or the model of the study cannot be built."""
-    _ = open_bench(made.science(), made.seeds[0], None).layout
+    bench = open_bench(made.science(), made.seeds[0], None)
+    _ = bench.layout
+    size, examples = made.train.batch_size, len(bench.parts["train"][1])
+    if size > examples:
+        raise StudyError(f"train.batch_size: must be at most the {examples} training examples, got {size}")
     for name, search in made.searches.items():
         train = {**made.train.model_dump(), **search.train}
         _check_rewind(finder_of(search, f"searches.{name}").rewind, f"searches.{name}.rewind", train)
@@ -132,8 +136,10 @@ def run(made: Lottery, out: Path, tell: Tell) -> Path:
 def _run(made: Lottery, out: Path, tell: Tell) -> Path:
     config_file = out / "config.yaml"
     if config_file.exists():
-        if study.load(config_file).science() != made.science():
-            raise StudyError(f"{out}: holds another study; give another out=")
+        there = study.load(config_file)
+        if there.science() != made.science():
+            wanted, got = (json.loads(one.science()) for one in (there, made))
+            raise StudyError(f"{out}: holds another study ({', '.join(_differing(wanted, got))}); give another out=")
     else:
         store.write_atomic(config_file, study.dump(made).encode())
     for stage in STAGES:
@@ -143,6 +149,16 @@ def _run(made: Lottery, out: Path, tell: Tell) -> Path:
     text = b"".join((out / task.file).read_bytes() for stage in STAGES for task in tasks(made, stage))
     store.write_atomic(out / "results.jsonl", text)
     return out
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any], place: str = "") -> Iterator[str]:
+    """Yield the dotted names of what differs between two plain trees."""
+    for key in dict.fromkeys((*one, *other)):
+        a, b = one.get(key), other.get(key)
+        if a != b and isinstance(a, dict) and isinstance(b, dict):
+            yield from _differing(a, b, f"{place}{key}.")
+        elif a != b:
+            yield f"{place}{key}"
 
 
 def _done(made: Lottery, out: Path, todo: list[Task], tell: Tell) -> Iterator[Task]:

@@ -165,8 +165,8 @@ def ladder(study: Lottery) -> str:
         finder = finder_of(search, f"searches.{name}")
         lines.append(f"{name}: {finder}")
         with _named(f"searches.{name}"):
-            masks = list(dry(bench, finder, search.targets))
-        for number, mask in enumerate(masks):
+            masks = list(enumerate(dry(bench, finder, search.targets)))
+        for number, mask in masks if finder.dense_first else masks[1:]:
             layers = ", ".join(f"{e.name} {np.count_nonzero(mask[e.slice])}" for e in bench.layout.prunable)
             kept = np.count_nonzero(mask)
             lines.append(f"  round {number:2}: {kept:8} of {mask.size} ({100 * kept / mask.size:6.2f} %)  {layers}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,13 +11,14 @@ import yaml
 from pydantic import BeforeValidator, Field
 
 from fedlth import config
-from fedlth.config import Count, Floats, Names, Node, Positive, Spec
+from fedlth.config import Count, Floats, Names, Node, Positive, Spec, as_tuple
 from fedlth.errors import StudyError
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+Shares = Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], BeforeValidator(as_tuple)]
 Whole = Annotated[int, Field(ge=0)]
 NotNegative = Annotated[float, Field(ge=0)]
-Rounds = Annotated[tuple[Whole, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+Rounds = Annotated[tuple[Whole, ...], BeforeValidator(as_tuple)]
 
 
 class Data(Node):
@@ -53,7 +55,7 @@ class Train(Node):
     schedule: Literal["constant", "cosine"] = "constant"
     warmup: Whole = 0
     warmup_lr: NotNegative = 0.0
-    milestones: Floats = ()
+    milestones: Shares = ()
     evaluate_every: Count = 100
     dropout: Share = 0.0
     attack: Literal["none", "fgsm", "pgd"] = "none"
@@ -105,7 +107,7 @@ class Lottery(Node):
     """A whole lottery study."""
 
     lottery: str = "lottery"
-    seeds: Annotated[tuple[Whole, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = (0, 1, 2)
+    seeds: Annotated[tuple[Whole, ...], BeforeValidator(as_tuple)] = (0, 1, 2)
     data: Annotated[Data, BeforeValidator(lambda v: {"name": v} if isinstance(v, str) else v)] = Data()
     model: Annotated[Model, BeforeValidator(lambda v: {"name": v} if isinstance(v, str) else v)] = Model()
     train: Train = Train()
@@ -122,7 +124,15 @@ class Lottery(Node):
 
 def build(tree: Any, where: str = "lottery") -> Lottery:
     """Validate a plain tree; raise StudyError with `where: place: what was wanted, got`."""
+    if isinstance(tree, dict) and tree.keys() & {"study", "method", "clients", "federate"}:
+        raise StudyError(f"{where}: is a federated study; `fedlth run` runs it")
     study = config.validated(Lottery, tree, where)
+    for section, names in (("searches", study.searches), ("arms", study.arms), ("probes", study.probes)):
+        for name in names:
+            if not re.fullmatch(r"\w[\w.-]*", name):
+                raise StudyError(f"{where}: {section}: a name must be letters, digits, . _ -, got {name!r}")
+    if not re.fullmatch(r"\w[\w.-]*", study.lottery):
+        raise StudyError(f"{where}: lottery: must be letters, digits, . _ -, got {study.lottery!r}")
     if not study.seeds or len(set(study.seeds)) != len(study.seeds):
         raise StudyError(f"{where}: seeds: must be one or more, each once, got {list(study.seeds)}")
     if not study.searches and not study.probes:

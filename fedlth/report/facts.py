@@ -106,6 +106,10 @@ def read_group(path: Path) -> tuple[Facts, ...]:
     if not path.is_dir() or (path / "header.json").exists():
         return one_cell((read_run(path),))
     folders = sorted(inner.parent for inner in path.glob("*/header.json"))
+    if not folders and (path / "results.jsonl").exists():
+        raise StudyError(
+            f"{path}: is a run of `fedlth lottery`; the same command with out={path} writes its report anew"
+        )
     if not folders:
         raise StudyError(f"{path}: a run folder or a folder of them (seed-0/, ...) is wanted, got no header.json")
     group = tuple(sorted((read_run(folder) for folder in folders), key=lambda facts: facts.header.seed))

@@ -10,7 +10,7 @@ from typing import Any
 from fedlth.report.build import write_files
 from fedlth.report.html import drawn, embedded
 from fedlth.report.lottery_facts import LotteryFacts, read_lottery
-from fedlth.report.lottery_figures import lottery_pictures
+from fedlth.report.lottery_figures import at_round, lottery_pictures
 from fedlth.report.lottery_tables import arms_table, probe_table
 from fedlth.report.tables import Table
 from fedlth.report.units import percent
@@ -44,8 +44,9 @@ def words(facts: LotteryFacts) -> list[str]:
             f"the ticket that validation data prefer has {percent(best.mean('test_accuracy'), digits=2)} % at "
             f"{percent(best.density)} % of the weights and stops at {best.mean('early_stop'):.0f}"
         )
+        beside = _beside(facts, name)
         if dense is None:
-            told.append(f"{name}: trains no dense network; {ticket}.")
+            told.append(f"{name}: trains no dense network; {ticket}.{beside}")
             continue
         level = dense.mean("validation_accuracy")
         as_good = [cell for cell in tickets if cell.mean("validation_accuracy") >= level]
@@ -56,9 +57,23 @@ def words(facts: LotteryFacts) -> list[str]:
         )
         told.append(
             f"{name}: the dense network has {percent(dense.mean('test_accuracy'), digits=2)} % and stops at iteration "
-            f"{dense.mean('early_stop'):.0f}; {ticket}; {last}."
+            f"{dense.mean('early_stop'):.0f}; {ticket}; {last}.{beside}"
         )
     return told or ["What the probes of this study measured stands below."]
+
+
+def _beside(facts: LotteryFacts, search: str) -> str:
+    """Say how the best arm does at the sparsest mask that an arm wears too: what a ticket must beat."""
+    rounds = [(len(at_round(facts, search, cell.round)) > 1, cell.round) for cell in facts.of(search) if cell.round]
+    own, *arms = at_round(facts, search, max(rounds)[1])
+    if not arms:
+        return ""
+    best = max(arms, key=lambda cell: cell.mean("validation_accuracy"))
+    ticket, arm = (percent(cell.mean("test_accuracy"), digits=2) for cell in (own, best))
+    return (
+        f" At {percent(own.density)} % of the weights the ticket has {ticket} % and the best of its arms there, "
+        f"{best.arm}, {arm} %."
+    )
 
 
 def legend(facts: LotteryFacts) -> list[tuple[str, str]]:

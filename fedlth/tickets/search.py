@@ -222,7 +222,14 @@ class _Search:
         return Proposal(keep(score), lambda: is_tied(score, keep))
 
     def _scored(self, evidence: Evidence) -> np.ndarray:
-        return check_values("score", self.finder.score, self.finder.score(evidence), evidence.mask.size)
+        score = self.finder.score
+        try:
+            values = score(evidence)
+        except (StudyError, MemoryError):
+            raise
+        except Exception as error:  # the user's code may raise anything
+            raise StudyError(f"finder.score: {type(score).__name__} fails: {type(error).__name__}: {error}") from error
+        return check_values("score", score, values, evidence.mask.size)
 
     def _regrown(self, at: _State, regrow: Regrow, density: float, again: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the moved mask, and which of it stayed alive throughout."""

@@ -110,6 +110,9 @@ def test_the_words_say_where_the_search_ends(tmp_path: Path) -> None:
     assert "dense network has 81.00 %" in told
     assert "ticket that validation data prefer has 83.00 % at 80.0 %" in told
     assert "sparsest ticket not below it on validation data keeps 80.0 %" in told
+    assert told.endswith(
+        " At 80.0 % of the weights the ticket has 83.00 % and the best of its arms there, reinit, 80.50 %."
+    )
 
 
 def test_without_a_dense_round_no_ticket_is_called_dense(tmp_path: Path) -> None:
