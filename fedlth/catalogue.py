@@ -125,10 +125,11 @@ def _rows(part: Callable[..., Any]) -> str:
 
 def _options(part: Callable[..., Any]) -> str:
     """Return " (option=default, ...)" for what a study may set."""
-    hidden = {"step", "num_classes", "input_shape", "root", "anchor", "replay_lr"}
+    hidden = {"num_classes", "input_shape", "root", "anchor", "replay_lr"}
     shown = []
     for name, p in inspect.signature(part).parameters.items():
-        if name not in hidden and p.kind is not inspect.Parameter.VAR_KEYWORD:
+        argument = name == "step" and p.default is inspect.Parameter.empty  # an arm's, which the client gives it
+        if name not in hidden and not argument and p.kind is not inspect.Parameter.VAR_KEYWORD:
             shown.append(name if p.default is inspect.Parameter.empty else f"{name}={p.default!r}")
     return f" ({', '.join(shown)})" if shown else ""
 

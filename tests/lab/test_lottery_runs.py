@@ -10,8 +10,10 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from fedlth.errors import StudyError
@@ -265,3 +267,20 @@ def test_a_stopped_command_ends_soon_says_how_to_go_on_and_does(tmp_path: Path, 
     assert done.returncode == 0, done.stderr
     runner.run(study.build({**long, "workers": 1}), whole, tiny.quiet)
     assert (out / "results.jsonl").read_bytes() == (whole / "results.jsonl").read_bytes()
+
+
+def test_a_ticket_is_taken_out_as_the_docs_say_and_nothing_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "lottery.md").read_text()
+    (code,) = re.findall(r"```python\n(from fedlth.lab import study\n.*?)```", text, re.S)
+    tiny.run(tmp_path / "run")
+    monkeypatch.setattr(bench_module, "train", None)
+    found: dict[str, Any] = {}
+    exec(code.replace("runs/lottery_quick-1", str(tmp_path / "run")).replace("== 8", "== 3"), found)
+    one = found["ticket"]
+    assert one.number == 3 and one.mask.sum() == round(0.8**3 * one.mask.size)
+    weights = torch.cat([p.detach().reshape(-1) for p in found["network"].parameters()])
+    assert not found["network"].training and torch.equal(
+        weights.sort().values, torch.from_numpy(one.run.best.floats).sort().values
+    )
