@@ -194,7 +194,6 @@ def start_up(args: argparse.Namespace, folder: str) -> None:
     file.write_text(yaml.safe_dump(tree))
     ours, theirs = [], []
     env = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    env.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is not compiled at every start
     for i in range(args.rounds + 1):
         began = time.time()
         given = {"model": "lenet5", "epochs": 5, "examples": 599, "shard": 300, "clients": 10, "data": args.data}
@@ -205,7 +204,9 @@ def start_up(args: argparse.Namespace, folder: str) -> None:
             sys.executable, str(HERE / "first_step.py"), str(time.time()), str(file), f"out={folder}/start-{i}"
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=HERE.parent)
-        line = next(line for line in done.stdout.splitlines() if line.startswith("first step"))
+        line = next((line for line in done.stdout.splitlines() if line.startswith("first step")), None)
+        if line is None:
+            raise SystemExit(f"no first step; the run said:\n{done.stderr}")
         ours.append(float(line.split()[2]))
     first, base_s = statistics.median(ours[1:]), statistics.median(t[0] for t in theirs[1:])
     print(f"\nstart to first client step: {first:.2f} s, limit A {base_s:.2f} s, ratio {first / base_s:.2f}; must "
@@ -226,6 +227,7 @@ def main() -> None:
     options.add_argument("--peers", help="folder of benchmarks/peers/install.py")
     options.add_argument("--folder", help="where run folders go; the temporary directory by default")
     args = options.parse_args()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is not compiled at every start, nor limit A
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for part in args.only.split(","):

@@ -12,7 +12,7 @@ import torch
 from blazefl.contrib.fedavg import FedAvgBaseServerHandler, FedAvgThreadPoolClientTrainer
 from torch.utils.data import DataLoader, TensorDataset
 
-work = common.read_work(threads=1)
+work = common.read_work()
 x, y, owned = common.data(work)
 turn = common.Turn(work)
 

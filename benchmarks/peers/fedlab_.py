@@ -19,7 +19,7 @@ from fedlab.core.standalone import StandalonePipeline
 from torch.utils.data import DataLoader, TensorDataset
 
 logging.disable(logging.CRITICAL)
-work = common.read_work(threads=2)
+work = common.read_work(alone=True)
 x, y, owned = common.data(work)
 turn = common.Turn(work)
 

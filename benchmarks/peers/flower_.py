@@ -22,7 +22,7 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 from torch.nn import functional
 
-WORK = common.read_work(threads=1)
+WORK = common.read_work()
 client, server = ClientApp(), ServerApp()
 
 

@@ -16,7 +16,7 @@ from fluke import DDict
 from fluke.algorithms.fedavg import FedAVG
 from fluke.data import DataSplitter, DummyDataContainer, FastDataLoader
 
-work = common.read_work(threads=2)
+work = common.read_work(alone=True)
 x, y, owned = common.data(work)
 loaders = [FastDataLoader(x[i], y[i], num_labels=10, batch_size=common.BATCH, shuffle=True) for i in owned]
 settings = DDict(

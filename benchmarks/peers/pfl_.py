@@ -20,7 +20,7 @@ import common
 import numpy as np
 import torch
 
-work = common.read_work(threads=1)
+work = common.read_work()
 if "RANK" not in os.environ:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
