@@ -207,6 +207,8 @@ def _loaded(data: str) -> tuple[Dataset, dict[str, Examples]]:
         raise StudyError(
             f"data: train and validation must fit into {len(order)} examples, got {spec.train} and {spec.validation}"
         )
+    if (spec.test or 0) > len(dataset.y_test):
+        raise StudyError(f"data.test: must be at most the {len(dataset.y_test)} test examples, got {spec.test}")
     chosen = order[spec.validation :][: spec.train]
     tested = stream(spec.seed, "test").permutation(len(dataset.y_test))[: spec.test]
     return dataset, {

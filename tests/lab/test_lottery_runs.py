@@ -194,6 +194,7 @@ def no_dataclass() -> object:
             "searches.imp.train.norm_l1: mlp has no norm",
         ),
         ({"data": {"name": "tests.tiny:images", "validation": 60, "train": 1000}}, "data: train and validation"),
+        ({"data": {"name": "tests.tiny:images", "validation": 60, "test": 1000}}, "data.test: must be at most the 120"),
     ],
 )
 def test_a_wrong_study_is_an_error_that_names_the_place(change: dict[str, object], told: str, tmp_path: Path) -> None:
