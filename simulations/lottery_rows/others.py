@@ -86,7 +86,7 @@ def row_17(robust: Facts) -> Outcome:
 
 
 def row_18(early: Facts) -> Outcome:
-    drawn = [r["trainings"] for r in early.trainings("early_bird", 1)]
+    drawn, later = ([r["trainings"] for r in early.trainings(a, 1)] for a in ("early_bird", "in_each_layer"))
     fan = {"features.0.weight": 9, "features.4.weight": 144, "features.8.weight": 288}
     layers = {a: [[r["layer_kept"][e] / n for e, n in fan.items()] for r in early.trainings(a, 1)] for a in
               ("early_bird", "in_each_layer")}  # fmt: skip
@@ -103,8 +103,8 @@ def row_18(early: Facts) -> Outcome:
         f"16, 32, 32) {_counts(layers['early_bird'])}; distance of epochs 1 and 2 {first:.3f}, of 9 and 10 {late:.3f}; "
         f"accuracy: dense {acc['dense']}, drawn early {acc['drawn_early']} (from theta_0 "
         f"{acc['drawn_early_from_theta_0']}), random channels, as many a layer, {acc['random_channels']}; one list a "
-        f"layer, {_counts(layers['in_each_layer'])}: drawn early {acc['drawn_in_each_layer']}, random channels "
-        f"{acc['random_in_each_layer']}"
+        f"layer, {_counts(layers['in_each_layer'])}: drawn after epoch {sorted(later)}, {acc['drawn_in_each_layer']}, random "
+        f"channels {acc['random_in_each_layer']}"
     )
     return Outcome(half and metric and all(abs(count - 40) <= 1 for count in channels), told)
 
@@ -209,7 +209,7 @@ def row_26(theory: Facts) -> Outcome:
     rows = theory.probe("spectral_gap")
     ticket, random, dense = (np.mean([r[k] for r in rows]) for k in ("ticket", "random", "dense"))
     held = ticket >= random and all(r["ascending"] == "True" for r in rows)
-    kept = ", ".join(f"{r['kept']} of {r['weights']}" for r in rows)
+    kept = ", ".join(f"{r['kept']:g} of {r['weights']}" for r in rows)
     return Outcome(bool(held), f"kept {kept}; dense {pt(dense)}, ticket {pt(ticket)}, random {pt(random)}")
 
 
