@@ -103,8 +103,8 @@ def row_18(early: Facts) -> Outcome:
         f"16, 32, 32) {_counts(layers['early_bird'])}; distance of epochs 1 and 2 {first:.3f}, of 9 and 10 {late:.3f}; "
         f"accuracy: dense {acc['dense']}, drawn early {acc['drawn_early']} (from theta_0 "
         f"{acc['drawn_early_from_theta_0']}), random channels, as many a layer, {acc['random_channels']}; one list a "
-        f"layer, {_counts(layers['in_each_layer'])}: drawn after epoch {sorted(later)}, {acc['drawn_in_each_layer']}, random "
-        f"channels {acc['random_in_each_layer']}"
+        f"layer, {_counts(layers['in_each_layer'])}: drawn after epoch {sorted(later)}, {acc['drawn_in_each_layer']}, "
+        f"random channels {acc['random_in_each_layer']}"
     )
     return Outcome(half and metric and all(abs(count - 40) <= 1 for count in channels), told)
 
