@@ -104,17 +104,31 @@ def compile_layers(module: nn.Module, layout: Layout, input_shape: tuple[int, ..
 def _check(
     module: nn.Module, traced: fx.GraphModule, shape: tuple[int, ...], kept: list[tuple[Tensor, Tensor]]
 ) -> None:
-    """Refuse a forward that is not one function of its input: a trace freezes modes, counters and dice."""
+    """Refuse a forward that is not one function of its input: a trace freezes modes, counters, dice and no_grad."""
     modes = {part: part.training for part in module.modules()}
+    weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if any(parameter._backward_hooks for parameter in weights):
+        raise Unsupported("a parameter has hooks")
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(0)
             for mode in (True, False, True, False):
                 x = torch.randn(3, *shape)
-                if not torch.allclose(module.train(mode)(x.clone()), traced.train(mode)(x.clone()), equal_nan=True):
-                    raise Unsupported("a forward that is not the same function in training, evaluation and each time")
+                given, seen = (_outcome(one.train(mode), x.clone(), weights) for one in (module, traced))
+                if not all(torch.allclose(a, b, equal_nan=True) for a, b in zip(given, seen, strict=True)):
+                    raise Unsupported(
+                        "a forward whose trace is not the same function: it hangs on modes, chance or no_grad"
+                    )
     finally:
         for part, training in modes.items():
             part.training = training
     if not all(torch.equal(buffer, value) for buffer, value in kept):
         raise Unsupported("a forward that changes a buffer")
+
+
+def _outcome(module: nn.Module, x: Tensor, weights: list[nn.Parameter]) -> tuple[Tensor, ...]:
+    """Return the logits of a batch, and what the gradient of a function of them is for each weight."""
+    logits: Tensor = module(x)
+    if not logits.requires_grad:
+        return logits, *map(torch.zeros_like, weights)
+    return logits.detach(), *torch.autograd.grad(logits.square().sum(), weights, materialize_grads=True)

@@ -33,18 +33,18 @@ def _gain(w: Any, row: Any, channel: int) -> Any:
 
 
 @inlined
-def _map_sum(work: Any, row: Any, at: int, lanes: int) -> Any:
-    """Return the sum of a map's values, four pixels side by side."""
-    total = zeros_1x16()
+def _map_sum(work: Any, row: Any, at: int, origin: int, lanes: int) -> Any:
+    """Return the sum of a map's distances from the value at `origin`, four pixels side by side."""
+    total, one, origins = zeros_1x16(), get(work, origin), load(zeros_4x16(), work, origin, 0)
     for y in range(row[col.HEIGHT]):
         line, x = at + y * row[col.X_ROW], 0
         four = zeros_4x16()
         while x + 4 <= row[col.WIDTH]:
-            four = add(four, load(four, work, line + x * lanes, lanes))
+            four = add(four, subtract(load(four, work, line + x * lanes, lanes), origins))
             x += 4
         total = add(total, fold(four))
         while x < row[col.WIDTH]:
-            total = add(total, get(work, line + x * lanes))
+            total = add(total, subtract(get(work, line + x * lanes), one))
             x += 1
     return total
 
@@ -78,12 +78,14 @@ def group_norm(work: Any, w: Any, epsilon: Any, row: Any, lanes: int) -> None:
         scale = mean + lanes
         first = row[col.X] + group * channels * row[col.X_PLANE]
         for p in range(0, lanes, 16):
+            # From the first value on, so that a group of equal values (a dead channel's) has exactly them as its mean.
+            store(get(work, first + p), work, mean + p, 0)
             total = zeros_1x16()
             for c in range(channels):
-                total = add(total, _map_sum(work, row, first + c * row[col.X_PLANE] + p, lanes))
-            store(total, work, mean + p, 0)
+                total = add(total, _map_sum(work, row, first + c * row[col.X_PLANE] + p, mean + p, lanes))
+            store(total, work, scale + p, 0)
             for lane in range(p, p + 16):
-                work[mean + lane] /= count
+                work[mean + lane] += work[scale + lane] / count
             total = zeros_1x16()
             for c in range(channels):
                 total = add(total, _map_squares(work, row, first + c * row[col.X_PLANE] + p, mean + p, lanes))

@@ -104,6 +104,9 @@ class Odd(nn.Module):
             h = self.a(x)
         elif self.way == "counter" and self.training:
             self.seen += 1
+        elif self.way == "no_grad":
+            with torch.no_grad():
+                h = F.relu(self.b(x))
         elif self.way == "dice" and random.random() < 0.5:
             h = h + self.b(x)
         logits: torch.Tensor = self.head(h.flatten(1))
@@ -117,7 +120,8 @@ class Odd(nn.Module):
         ("view", "in place"),
         ("input", "in place"),
         ("counter", "changes a buffer"),
-        ("mode", "not the same function in training"),
+        ("mode", "not the same function"),
+        ("no_grad", "not the same function"),
     ],
 )
 def test_a_forward_that_a_trace_would_freeze_is_refused_and_left_as_it_was(way: str, reason: str) -> None:
@@ -131,6 +135,12 @@ def test_a_forward_that_throws_dice_is_refused_nearly_always() -> None:
     random.seed(0)
     answers = [compiled(Odd("dice"), (1, 6, 6)) for _ in range(30)]
     assert sum(isinstance(answer, str) for answer in answers) >= 24  # it escapes where five throws fall alike
+
+
+def test_a_hook_on_a_parameter_is_refused() -> None:
+    module = Odd("plain")
+    module.a.weight.register_hook(lambda gradient: 2 * gradient)
+    assert compiled(module, (1, 6, 6)) == "a parameter has hooks"
 
 
 def test_a_plain_forward_of_the_same_class_is_taken() -> None:

@@ -148,3 +148,14 @@ def test_what_a_thread_holds_from_before_changes_nothing(density: float | None) 
     assert compact._last.held is not held
     assert (kernel.predict(found.table, fresh, found.x.numpy()) == shown).all()
     assert (found.kernel(debug=True).floats == fresh).all()
+
+
+def test_a_dead_channel_is_its_own_mean_exactly() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(1, 6, 3), nn.GroupNorm(6, 6), nn.Flatten(), nn.Linear(6 * 49, 3))
+    module[3].weight.data[:] = torch.eye(3, 6 * 49)  # logits: the first pixels of the first map
+    found = case(module, (1, 9, 9))
+    dead = np.ones(found.layout.num_prunable, bool)
+    dead[:9] = False
+    logits = kernel.predict(found.table, found.start.masked(dead).floats, found.x.numpy())
+    assert (logits == module[3].bias.detach().numpy()).all()
