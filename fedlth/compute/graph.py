@@ -70,10 +70,9 @@ def compile_layers(module: nn.Module, layout: Layout, input_shape: tuple[int, ..
             raise Unsupported("the model has hooks")
         traced = fx.symbolic_trace(module)
         reader = Reader(module, layout, tuple(input_shape))
-        logits = _run(reader, traced.graph)
+        table = _table(reader, layout, _run(reader, traced.graph))
         _check(module, traced, tuple(input_shape), kept)
-        if len(logits.shape) != 1 or reader.shapes[logits.at][1:] != (1, 1):
-            raise Unsupported(f"logits of shape {logits.shape}")
+        return table
     except Unsupported as reason:
         return str(reason)
     except Exception as error:  # torch.fx runs the user's forward on proxies, which may raise anything
@@ -81,9 +80,14 @@ def compile_layers(module: nn.Module, layout: Layout, input_shape: tuple[int, ..
     finally:
         for buffer, value in kept:
             buffer.copy_(value)
+
+
+def _table(reader: Reader, layout: Layout, logits: Value) -> LayerTable:
+    if len(logits.shape) != 1 or reader.shapes[logits.at][1:] != (1, 1):
+        raise Unsupported(f"logits of shape {logits.shape}")
     ops = fuse(reader.ops, logits.at)
     if not any(op.weight >= 0 for op in ops):
-        return "no layer has weights"
+        raise Unsupported("no layer has weights")
     frozen = tuple((e.offset, e.offset + e.size) for e in layout.floats if e.role == "param" and not e.trainable)
     table = LayerTable(
         ops=ops,
@@ -97,7 +101,7 @@ def compile_layers(module: nn.Module, layout: Layout, input_shape: tuple[int, ..
     try:
         arrange(table, LANES)
     except ValueError as error:  # maps beyond all bounds
-        return str(error)
+        raise Unsupported(str(error)) from error
     return table
 
 
@@ -110,15 +114,14 @@ def _check(
     if any(parameter._backward_hooks for parameter in weights):
         raise Unsupported("a parameter has hooks")
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            for mode in (True, False, True, False):
-                x = torch.randn(3, *shape)
-                given, seen = (_outcome(one.train(mode), x.clone(), weights) for one in (module, traced))
+            for number, mode in enumerate((True, False, True, False)):
+                x = torch.randn(2, *shape)
+                with torch.set_grad_enabled(number == 0):
+                    given, seen = (_outcome(one.train(mode), x.clone(), weights) for one in (module, traced))
                 if not all(torch.allclose(a, b, equal_nan=True) for a, b in zip(given, seen, strict=True)):
-                    raise Unsupported(
-                        "a forward whose trace is not the same function: it hangs on modes, chance or no_grad"
-                    )
+                    raise Unsupported("a forward that is not the same function as its trace (modes, chance, no_grad)")
     finally:
         for part, training in modes.items():
             part.training = training
@@ -127,7 +130,7 @@ def _check(
 
 
 def _outcome(module: nn.Module, x: Tensor, weights: list[nn.Parameter]) -> tuple[Tensor, ...]:
-    """Return the logits of a batch, and what the gradient of a function of them is for each weight."""
+    """Return a batch's logits and, where gradients are on, for each weight that of a function of them."""
     logits: Tensor = module(x)
     if not logits.requires_grad:
         return logits, *map(torch.zeros_like, weights)

@@ -18,6 +18,7 @@ for _name, _value in (
     ("RAY_USAGE_STATS_ENABLED", "0"),
     ("RAY_DEDUP_LOGS_SKIP_REGEX", r"ClientAppActor\.terminate"),  # Ray prints each worker's end as a failure
     ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"),  # clients share the GPUs that the study's device names
+    ("RAY_RAYLET_PID", str(os.getpid())),  # see ray_cluster.py
 ):
     os.environ.setdefault(_name, _value)
 

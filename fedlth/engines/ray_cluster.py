@@ -13,6 +13,9 @@ from typing import Any
 # Read by ray when it is imported: no usage report, and a worker without a share of a GPU keeps its own environment.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Ray takes a process whose parent is 1 (nohup, systemd, a container's init) for a worker that has lost its node, and
+# ends it without a word at the first message that fails, as some do at a shutdown. Where named, it asks for this pid.
+os.environ.setdefault("RAY_RAYLET_PID", str(os.getpid()))
 
 import ray
 from ray import exceptions
