@@ -15,7 +15,7 @@ from fedlth.compute.shrink import Shrunk, shrink
 from fedlth.compute.table import LayerTable, Op
 
 # Below these densities the lists of kept weights beat the dense layer: `python benchmarks/kernel.py --crossover`
-# (5 x 5 and 3 x 3 convolutions .6 to .7, linear layers .4, over two sizes each).
+# (5 x 5 and 3 x 3 convolutions .5 to .7, linear layers .4, over two or three sizes each, on several days).
 SPARSE_BELOW = {col.CONVOLUTION: 0.6, col.LINEAR: 0.4}
 _NEAR, _TAPS = 5120, 16  # floats of a chunk's inputs (20 of 32 KB), kept weights of a chunk
 
