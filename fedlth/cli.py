@@ -208,7 +208,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("run", type=Path, metavar="RUN")
     sub.add_argument("client", type=int, nargs="*", metavar="CLIENT")
 
-    text = "Kinds: methods, models, datasets, partitions, finders (or one of its parts: scores, ...), arms, engines."
+    text = (
+        "Kinds: methods, models, datasets, partitions, finders (or one of its parts: scores, ...), arms, engines;\n"
+        "for the laboratory also probes and mask_controls."
+    )
     sub = command("list", list_, "list what a study may name", text)
     sub.add_argument("what", nargs="?", default="", metavar="KIND")
 
