@@ -143,9 +143,9 @@ def _personalise(
     outbox = [Message("metrics", "arms", metrics.encode({"rows": rows}))]
     kept = _kept(world, results)
     if kept is not None:
-        rest = world.layout.num_prunable
-        values = np.concatenate((kept.params.floats[np.flatnonzero(kept.mask)], kept.params.floats[rest:]))
-        state = state.with_(masks={"ticket": kept.mask}, vectors={"ticket": values, "ticket_ints": kept.params.ints})
+        rest, moving = world.layout.num_prunable, world.moving_part(kept.params)
+        values = np.concatenate((moving.floats[np.flatnonzero(kept.mask)], moving.floats[rest:]))
+        state = state.with_(masks={"ticket": kept.mask}, vectors={"ticket": values, "ticket_ints": moving.ints})
         if kept.held:
             state = state.with_(vectors={"ticket_dead": kept.params.floats[:rest][~kept.mask]})
         if world.study.refine.rounds and job.phase == "personalise":

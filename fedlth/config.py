@@ -58,10 +58,11 @@ class Clients(Node):
 
 
 class Model(Node):
-    """Which network, which of its tensors are prunable (glob patterns), and what happens to norm buffers."""
+    """Which network (and with what other options it is drawn anew), what of it is prunable, how norms are shared."""
 
     name: str = "lenet5"
     options: dict[str, Any] = {}
+    reinit_options: dict[str, Any] = {}
     prunable: Names | None = None
     buffers: Literal["aggregate", "local_statistics", "local_all"] = "aggregate"
 

@@ -11,7 +11,7 @@ from fedlth.client import initial, space
 from fedlth.config import Study
 from fedlth.methods.local import Local
 from fedlth.methods.recipe import Recipe
-from fedlth.methods.resolve import arms_of, finder_of, recipe_of, resolve
+from fedlth.methods.resolve import arms_of, checked, finder_of, recipe_of, resolve
 from fedlth.rounds import CONTROLS, steps_of
 from fedlth.server import broadcast
 from fedlth.session import backend, together
@@ -40,7 +40,7 @@ def forecast(study: Study) -> str:
     study, why = backend(study)
     notes += why
     world = open_world(study.science())
-    world.probe()
+    notes += checked(world)
     study, why = together(study, study.engine)
     notes += why
     recipe = recipe_of(study)

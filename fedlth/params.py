@@ -81,6 +81,12 @@ class Layout:
     def num_prunable(self) -> int:
         return sum(e.size for e in self.prunable)
 
+    @cached_property
+    def moving(self) -> Layout:
+        """What training can change: all buffers, and the parameters that it trains; this layout where that is all."""
+        whole = all(e.trainable or e.role == "buffer" for e in self.entries)
+        return self if whole else self.select(lambda e: e.trainable or e.role == "buffer")
+
     def digest(self, kind: str) -> bytes:
         """Return the 8-byte schema id of messages of `kind` over this layout (names, shapes, roles)."""
         rows = [kind, *[[e.name, list(e.shape), e.is_int, e.prunable] for e in self.entries]]
@@ -90,17 +96,28 @@ class Layout:
         """Return the layout of the entries that `keep` accepts, offsets renumbered."""
         return Layout(_number([e for e in self.entries if keep(e)]))
 
-    def index_in(self, whole: Layout) -> np.ndarray:
-        """Return (num_floats,) int64: where each float of this sub-layout lies in `whole`'s float vector."""
-        at = {e.name: e for e in whole.floats}
-        parts = [np.arange(at[e.name].offset, at[e.name].offset + e.size) for e in self.floats]
-        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+    def part_of(self, params: Params, whole: Layout) -> Params:
+        """Return what this sub-layout holds of params in `whole`."""
+        if self is whole:
+            return params
+        part = Params(np.empty(self.num_floats, np.float32), np.empty(self.num_ints, np.int64))
+        for own, there in self._pairs(whole):
+            (part.ints if own.is_int else part.floats)[own.slice] = _held(params, there)
+        return part
 
-    def index_ints_in(self, whole: Layout) -> np.ndarray:
-        """Return (num_ints,) int64: where each int of this sub-layout lies in `whole`'s int vector."""
-        at = {e.name: e for e in whole.ints}
-        parts = [np.arange(at[e.name].offset, at[e.name].offset + e.size) for e in self.ints]
-        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+    def put_into(self, params: Params, whole: Layout, part: Params) -> Params:
+        """Return params in `whole` with what this sub-layout holds taken from `part`."""
+        if self is whole:
+            return part
+        joined = Params(params.floats.copy(), params.ints.copy())
+        for own, there in self._pairs(whole):
+            (joined.ints if own.is_int else joined.floats)[there.slice] = _held(part, own)
+        return joined
+
+    def _pairs(self, whole: Layout) -> list[tuple[Entry, Entry]]:
+        """Return each entry of this sub-layout beside the same tensor's entry in `whole`."""
+        there = {e.name: e for e in whole.entries}
+        return [(e, there[e.name]) for e in self.entries]
 
 
 @dataclass(frozen=True)
@@ -125,6 +142,10 @@ class Params:
         np.multiply(self.floats[: mask.size].view(np.uint32), mask, out=floats[: mask.size].view(np.uint32))
         floats[mask.size :] = self.floats[mask.size :]
         return replace(self, floats=floats)
+
+
+def _held(params: Params, entry: Entry) -> np.ndarray:
+    return (params.ints if entry.is_int else params.floats)[entry.slice]
 
 
 def _number(entries: Iterable[Entry]) -> tuple[Entry, ...]:

@@ -17,7 +17,7 @@ from fedlth.config import Study
 from fedlth.data.split import label_counts
 from fedlth.errors import StudyError
 from fedlth.jobs import Engine
-from fedlth.methods.resolve import kept_arm, recipe_of, resolve
+from fedlth.methods.resolve import arms_of, checked, kept_arm, random_starts, recipe_of, resolve
 from fedlth.methods.state import ClientState
 from fedlth.runfolder import RunFolder
 from fedlth.server import broadcast
@@ -34,7 +34,7 @@ def start(study: Study, out: Path, engine: Engine, tell: Tell) -> RunFolder:
         tensorboard.require()
     study, why = backend(study)
     notes += why
-    open_world(study.science()).probe()
+    notes += checked(open_world(study.science()))
     study, why = together(study, engine.name)
     world = open_world(study.science())
     for note in notes + why:
@@ -123,10 +123,12 @@ def _finish(folder: RunFolder, loop: rounds.Loop) -> None:
     digests: dict[str, str] = {}
     away = 0
     study, world = folder.study(), loop.world  # the world knows only what decides numbers, not names
-    arm = "refined" if study.refine.rounds else kept_arm(study)
     states = folder.devices if loop.engine.holds_state else folder.clients
+    inputs = tickets_file.inputs(world)
     for client in range(study.clients.count):
         version = loop.progress.versions.get(str(client), "")
+        # A client that failed in the last phase still has the ticket of step 2.
+        arm = "refined" if version.startswith("refined-") else kept_arm(study)
         if arm is None or not version:
             continue
         if not states.has(client, version):
@@ -135,9 +137,12 @@ def _finish(folder: RunFolder, loop: rounds.Loop) -> None:
         state = ClientState.from_bytes(states.get(client, version))
         if "ticket" not in state.masks:
             continue
-        meta = {"study": study.study, "method": recipe_of(study).name, "seed": study.seed, "client": client, "arm": arm}
+        meta = {
+            "study": study.study, "method": recipe_of(study).name, "seed": study.seed, "client": client, "arm": arm,
+            **inputs,
+        }  # fmt: skip
         form, place = study.tickets, folder.root / "tickets"
-        digests[str(client)] = tickets_file.save(place, form, world.layout, state, meta)
+        digests[str(client)] = tickets_file.save(place, form, world, state, meta)
     if away:
         loop.tell(f"note: {away} tickets stay with their clients; only their masks' names are here")
     record = {"theta_g": loop.theta.digest(), "tickets": digests}
@@ -187,6 +192,7 @@ def _write_header(
         "dense_payload_bytes": len(dense.payload),
         "dense_raw_bytes": 4 * world.exchange.num_floats + 8 * world.exchange.num_ints,
         "flops_forward_per_example": world.flops[""],
+        "random_starts": list(random_starts(world)) if "random" in arms_of(study) else [],
         "finished": ended is not None,
     }
     store.write_atomic(folder.root / "header.json", json.dumps(header, indent=1).encode())

@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -27,27 +25,23 @@ from fedlth.data.split import Splits, split_clients
 from fedlth.data.tensors import inputs
 from fedlth.errors import StudyError
 from fedlth.models.flops import layer_flops
+from fedlth.models.initial import brought, drawn, redrawn, refuse, torch_stream
 from fedlth.models.prunable import prunable_names
-from fedlth.models.registry import build
 from fedlth.params import Layout, Params, layout_of, read
 from fedlth.parts import make
 from fedlth.rng import stream, torch_seed
-from fedlth.train import Bound, Plan, evaluate, train
+from fedlth.train import Bound, Plan, batches, evaluate, train
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
 
-@contextmanager
-def torch_stream(seed: int) -> Iterator[None]:
-    """Seed torch's process-global generator inside, and put it back after."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
 @dataclass(frozen=True)
 class World:
-    """A study made concrete. `layout` is the whole model, `exchange` the part of it that crosses the wire."""
+    """A study made concrete. `layout` is the whole model, `exchange` the part of it that crosses the wire.
+
+    A parameter that nothing trains (requires_grad False) is theta_0's for good: both ends have it, so it is neither
+    sent nor part of any state.
+    """
 
     study: config.Study
     dataset: Dataset
@@ -57,8 +51,28 @@ class World:
     theta_0: Params
 
     def module(self) -> nn.Module:
-        """Return a fresh module; its values are whatever the init drew."""
-        return _build(self.study, self.dataset)
+        """Return a fresh module as theta_0 was drawn."""
+        return initial_module(self.study, self.dataset.num_classes, self.dataset.input_shape)
+
+    def fresh(self, seed: int) -> Params:
+        """Draw another initialisation; what nothing trains stays as in theta_0.
+
+        Raises StudyError where the model brings its weights: they would be theta_0's again.
+        """
+        refuse(self.brought, "start reinit")
+        return self._drawn(seed)
+
+    @cached_property
+    def brought(self) -> str:
+        """Say which of theta_0's weights the model brings, which another draw gives again; "" where none."""
+        second = self._drawn(torch_seed(self.study.seed, "second theta_0"))
+        return brought(self.study.model.name, self.layout, self.theta_0, second)
+
+    def _drawn(self, seed: int) -> Params:
+        model, shape = self.study.model, self.dataset.input_shape
+        options = {**model.options, **model.reinit_options}
+        module = drawn(model.name, num_classes=self.dataset.num_classes, input_shape=shape, options=options, seed=seed)
+        return redrawn(module, self.layout, self.theta_0)
 
     @cached_property
     def bound(self) -> Bound:
@@ -82,9 +96,12 @@ class World:
         missing = kernel.available()
         return missing or compile_layers(self.module(), self.layout, tuple(self.dataset.x_train.shape[1:]))
 
-    def probe(self) -> None:
-        """Run the model once on a few examples, in both modes; raise StudyError where it cannot be trained here."""
-        x, y = inputs(self.dataset, self.splits.clients[0].train[:4], train=True)
+    def probe(self) -> list[str]:
+        """Run the model once on a few examples, in both modes; return a note for clients that cannot train it.
+
+        The examples are the data set's first, no client's own. Raises StudyError where no client can train it.
+        """
+        x, y = inputs(self.dataset, np.arange(min(4, len(self.dataset.y_train))), train=True)
         with torch_stream(0):
             module = self.module()
             buffers = dict(module.named_buffers())
@@ -105,11 +122,32 @@ class World:
                         f"model: buffer {name} is replaced; write into it in place: self.{name}.copy_(...)"
                     )
         _ = self.bound  # a backend that cannot run this model says so
+        return self._single_batches(x[:1])
+
+    def _single_batches(self, x: Tensor) -> list[str]:
+        """Return a note that names the clients with a batch of one example, where the model cannot train on one."""
+        size = self.study.train.batch_size
+        shortest = [min(map(len, batches(len(c.train), size, stream(0, "probe")))) for c in self.splits.clients]
+        single = [client for client, count in enumerate(shortest) if count == 1]
+        if not single:
+            return []
+        try:
+            with torch_stream(0):
+                self.module().train()(x)
+        except Exception as error:  # the user's forward may raise anything
+            why = f"{self.study.model.name} cannot be trained on a batch of one example ({told(error)})"
+            if len(single) == len(shortest):
+                raise StudyError(
+                    f"train.batch_size: must be larger, or clients must have more examples: {why}"
+                ) from error
+            shown = ", ".join(map(str, single[:10])) + (", ..." if len(single) > 10 else "")
+            return [f"model: {why}; {len(single)} of {len(shortest)} clients have one and fail: {shown}"]
+        return []
 
     def warm(self) -> None:
         """Train and evaluate once, on next to nothing: what is loaded or compiled for it, forked workers then share."""
         if self.study.compute == "sparse":
-            x, y = inputs(self.dataset, self.splits.clients[0].train[:2], train=True)
+            x, y = inputs(self.dataset, np.arange(min(2, len(self.dataset.y_train))), train=True)
             plan = Plan(epochs=1, batch_size=2, lr=self.study.train.lr)
             train(self.bound, self.theta_0, data=(x, y), plan=plan, order=stream(0, "warm"), torch_seed=0)
             evaluate(self.bound, self.theta_0, (x, y))
@@ -128,28 +166,21 @@ class World:
         x, y = inputs(self.dataset, getattr(self.splits.clients[client], name), train=name != "test")
         return x.to(self.device), y.to(self.device)
 
-    @cached_property
-    def _floats(self) -> np.ndarray:
-        return self.exchange.index_in(self.layout)
-
-    @cached_property
-    def _ints(self) -> np.ndarray:
-        return self.exchange.index_ints_in(self.layout)
-
     def merge(self, received: Params, own: Params) -> Params:
-        """Return whole params: the exchanged part from `received`, the rest (local norms) from `own`."""
-        if self.exchange is self.layout:
-            return received
-        floats, ints = own.floats.copy(), own.ints.copy()
-        floats[self._floats] = received.floats
-        ints[self._ints] = received.ints
-        return Params(floats, ints)
+        """Return whole params: the exchanged part from `received`, the rest (local norms, frozen parts) from `own`."""
+        return self.exchange.put_into(own, self.layout, received)
 
     def shared_part(self, whole: Params) -> Params:
         """Return the exchanged part of whole params, in the exchange layout."""
-        if self.exchange is self.layout:
-            return whole
-        return Params(whole.floats[self._floats], whole.ints[self._ints])
+        return self.exchange.part_of(whole, self.layout)
+
+    def moving_part(self, whole: Params) -> Params:
+        """Return what can change of whole params, in the moving layout: what a state keeps."""
+        return self.layout.moving.part_of(whole, self.layout)
+
+    def whole(self, moving: Params) -> Params:
+        """Return whole params: what can change from `moving`, the rest from theta_0."""
+        return self.layout.moving.put_into(self.theta_0, self.layout, moving)
 
     @cached_property
     def flops(self) -> dict[str, int]:
@@ -160,21 +191,22 @@ class World:
         return {**layers, "": total}
 
 
-def _build(study: config.Study, dataset: Dataset) -> nn.Module:
-    shape = dataset.x_train.shape[1:]
-    return build(
-        study.model.name, num_classes=dataset.num_classes, input_shape=tuple(shape), options=study.model.options
-    )
+def initial_module(study: config.Study, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+    """Build a study's network as theta_0 is drawn; no data are needed."""
+    return drawn(
+        study.model.name, num_classes=num_classes, input_shape=input_shape, options=study.model.options,
+        seed=torch_seed(study.seed, "theta_0"),
+    )  # fmt: skip
 
 
-def _crosses(study: config.Study, layout: Layout) -> Layout:
+def _crosses(study: config.Study, moving: Layout) -> Layout:
     """Return what is exchanged under the buffer policy (FedBN keeps norms local, arXiv 2102.07623)."""
     policy = study.model.buffers
     if policy == "local_all":
-        return layout.select(lambda e: not e.norm)
+        return moving.select(lambda e: not e.norm)
     if policy == "local_statistics":
-        return layout.select(lambda e: not (e.norm and e.role == "buffer"))
-    return layout
+        return moving.select(lambda e: not (e.norm and e.role == "buffer"))
+    return moving
 
 
 @lru_cache(maxsize=2)
@@ -213,12 +245,14 @@ def _world(science: str) -> World:
     study = config.build(json.loads(science))
     given = study.model_dump(mode="json", include={"data", "partition", "clients"})
     dataset, splits = _divided(json.dumps(given, sort_keys=True))
-    with torch_stream(torch_seed(study.seed, "theta_0")):
-        module = _build(study, dataset)
+    module = initial_module(study, dataset.num_classes, dataset.input_shape)
     layout = layout_of(module, prunable_names(module, study.model.prunable))
-    exchange = _crosses(study, layout)
+    exchange = _crosses(study, layout.moving)
     if exchange.num_prunable != layout.num_prunable:
         raise StudyError("model.prunable: a norm's weight must not be prunable where model.buffers keeps norms local")
+    taken = {f"{e.name}_mask" for e in layout.prunable} & {n for e in layout.entries for n in (e.name, *e.aliases)}
+    if taken:
+        raise StudyError(f"model: no tensor must be called {min(taken)}: a ticket's file has a mask of that name")
     return World(study, dataset, splits, layout, exchange, read(module, layout))
 
 

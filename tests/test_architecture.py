@@ -139,4 +139,5 @@ def test_nothing_unpickles_or_uses_global_randomness() -> None:
         if path.name != "unpickle.py":
             assert not {"pickle.load", "pickle.loads", "cloudpickle.loads"} & calls, path
         assert not {"np.random.seed", "np.random.default_rng", "random.seed"} & calls, path
-        assert "random" not in known, path
+        if path.name != "tickets_file.py":  # which puts the caller's generator back after a user's code has run
+            assert "random" not in known, path

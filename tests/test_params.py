@@ -30,10 +30,14 @@ def test_a_sub_layout_knows_where_it_lies() -> None:
     whole = small_layout()
     part = whole.select(lambda e: not e.norm)
     flat = np.arange(whole.num_floats, dtype=np.float32)
-    taken = Params(flat[part.index_in(whole)], np.zeros(0, np.int64))
+    taken = part.part_of(Params(flat, np.zeros(1, np.int64)), whole)
     for name, array in views(taken, part).items():
         np.testing.assert_array_equal(array, views(Params(flat, np.zeros(1, np.int64)), whole)[name])
-    assert part.num_prunable == whole.num_prunable and part.index_ints_in(whole).size == 0
+    assert part.num_prunable == whole.num_prunable and part.num_ints == taken.ints.size == 0
+    back = part.put_into(Params(-flat, np.ones(1, np.int64)), whole, taken)
+    for e in whole.floats:
+        np.testing.assert_array_equal(back.floats[e.slice], (-flat if e.norm else flat)[e.slice])
+    assert back.ints.tolist() == [1]
 
 
 def test_schemas_differ_by_kind_name_shape_and_what_is_prunable() -> None:

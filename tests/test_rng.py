@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from fedlth.models.initial import torch_stream
 from fedlth.rng import entropy, stream, torch_seed
-from fedlth.world import torch_stream
 
 
 def test_equal_names_give_equal_draws() -> None:

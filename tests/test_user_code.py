@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,12 @@ def test_two_steps_and_a_ticket_that_predicts_as_reported(tmp_path: Path, buffer
 def test_what_each_policy_sends() -> None:
     worlds = {b: tiny.open_world(own(b).science()) for b in POLICIES}
     layout = worlds["aggregate"].layout
-    assert worlds["aggregate"].exchange is layout
-    kept = {b: {e.name for e in layout.entries} - {e.name for e in w.exchange.entries} for b, w in worlds.items()}
+    assert worlds["aggregate"].exchange is layout.moving
+    frozen = {"frozen.weight", "frozen.bias"}
+    assert {e.name for e in layout.entries} - {e.name for e in layout.moving.entries} == frozen
+    kept = {
+        b: {e.name for e in layout.moving.entries} - {e.name for e in w.exchange.entries} for b, w in worlds.items()
+    }
     statistics = {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
     assert kept == {
         "aggregate": set(), "local_statistics": statistics, "local_all": statistics | {"norm.weight", "norm.bias"},
@@ -77,7 +82,7 @@ def test_what_stays_local_is_the_clients_own(tmp_path: Path, buffers: str) -> No
     made = own(buffers, federate={"rounds": 3, "clients_per_round": 3}, personalise={"arms": ["global"]})
     folder = tiny.run(made, tmp_path / "r")
     world, versions = tiny.open_world(made.science()), folder.progress().versions
-    local = [e for e in world.layout.floats if e.name not in {x.name for x in world.exchange.entries}]
+    local = [e for e in world.layout.moving.floats if e.name not in {x.name for x in world.exchange.entries}]
     states = {c: ClientState.from_bytes(folder.clients.get(int(c), v)) for c, v in versions.items()}
     seen = [s.vectors["private"] for s in states.values() if "private" in s.vectors]
     assert len(seen) == 3
@@ -87,7 +92,8 @@ def test_what_stays_local_is_the_clients_own(tmp_path: Path, buffers: str) -> No
     (row,) = [r for r in tiny.rows(tmp_path / "r", "metrics") if r["client"] == int(next(iter(states)))]
     client = row["client"]
     theta = folder.load_params(folder.progress().theta)
-    mine = world.merge(theta, type(theta)(states[str(client)].vectors["private"], world.theta_0.ints))
+    vectors = states[str(client)].vectors
+    mine = world.merge(theta, world.whole(type(theta)(vectors["private"], vectors["private_ints"])))
     accuracy, _ = train.evaluate(world.bound, mine, world.part(client, "test"))
     assert accuracy == row["test_accuracy"]
 
@@ -113,3 +119,40 @@ def test_masks_are_named_by_their_bits(tmp_path: Path) -> None:
 def test_no_ticket_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="no ticket of client 7"):
         load_ticket(tmp_path, 7)
+
+
+@pytest.mark.parametrize("method", ["two_step", "lotteryfl", "fedselect", "fedpm"])
+def test_what_nothing_trains_never_crosses(tmp_path: Path, method: str) -> None:
+    """Row 34: a frozen part costs what a constant of the model costs, nothing, and the results are the same."""
+    arms = {"epochs": 1, "arms": ["global", "ticket" if method == "two_step" else "own_tuned"]}
+    runs = {}
+    for name in ("Mixed", "frozen_as_constant"):
+        model = {"name": f"tests.user_model:{name}", "options": {}}
+        made = tiny.of_method(method, model=model, personalise=arms, wire="raw")
+        runs[name] = tiny.run(made, tmp_path / name)
+    assert not [f for r in tiny.rows(tmp_path / "Mixed", "rounds") for f in r["failed"]]
+    ledgers, metrics = (
+        [tiny.rows(tmp_path / name, kind) for name in runs] for kind in ("ledger", "metrics")
+    )  # fmt: skip
+    assert [r["payload_bytes"] for r in ledgers[0]] == [r["payload_bytes"] for r in ledgers[1]]
+    assert metrics[0] == metrics[1]
+    worlds = [tiny.world_of(tmp_path / name) for name in runs]
+    assert worlds[0].layout.num_floats == worlds[1].layout.num_floats + 64 * 16 + 16
+    headers = [json.loads((tmp_path / name / "header.json").read_bytes()) for name in runs]
+    told = ("num_exchanged", "dense_payload_bytes", "dense_raw_bytes")
+    assert [headers[0][key] for key in told] == [headers[1][key] for key in told]
+    states = [
+        {c: f.clients.get(int(c), v) or b"" for c, v in f.progress().versions.items()} for f in runs.values()
+    ]  # fmt: skip
+    assert {c: len(s) for c, s in states[0].items()} == {c: len(s) for c, s in states[1].items()}
+    for client in range(4):
+        one, other = (load_ticket(tmp_path / name, client).eval() for name in runs)
+        assert np.array_equal(one.features.weight.detach(), other.features.weight), "theta_0's, in the file too"
+        x, _ = worlds[0].part(client, "test")
+        assert one(x).equal(other(x))
+
+
+def test_a_frozen_tensor_is_prunable_under_no_name() -> None:
+    model = {"name": "tests.user_model:Mixed", "options": {}, "prunable": ["features.weight"]}
+    with pytest.raises(StudyError, match="'features.weight' matches no trainable parameter"):
+        tiny.open_world(tiny.study(model=model).science())

@@ -87,6 +87,10 @@ def world(**sections: Any) -> World:
     return open_world(resolve(study(**sections))[0].science())
 
 
+def world_of(out: Path) -> World:
+    return open_world(RunFolder(out).study().science())
+
+
 def quiet(line: str) -> None:
     pass
 

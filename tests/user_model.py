@@ -40,3 +40,43 @@ def sentences(seed: int = 0) -> dict[str, Any]:
         "x_train": x, "y_train": x[:, 0] % CLASSES, "x_test": x_test, "y_test": x_test[:, 0] % CLASSES,
         "num_classes": CLASSES,
     }  # fmt: skip
+
+
+class Mixed(nn.Module):
+    """One of each kind of tensor, for images of 8 x 8: see the names; `shift` is dice that no state dict holds."""
+
+    def __init__(self, num_classes: int, trains: bool = False) -> None:
+        super().__init__()
+        self.features = nn.Linear(64, 16).requires_grad_(trains)
+        self.norm = nn.BatchNorm1d(16)
+        self.gain = nn.Parameter(torch.tensor(1.5))
+        self.register_buffer("causal_mask", torch.arange(16) % 3 > 0)
+        self.register_buffer("seen", torch.tensor(0, dtype=torch.int32))
+        self.register_buffer("shift", torch.randn(16), persistent=False)
+        self.head = nn.Linear(16, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.seen.add_(1)
+        x = self.norm(self.features(x.flatten(1))) + self.shift
+        return self.head(torch.relu(x) * self.gain * self.causal_mask)
+
+
+def frozen_as_constant(num_classes: int) -> nn.Module:
+    """Return Mixed with its frozen part as plain buffers that no state dict holds: nothing of it can cross."""
+    made = Mixed(num_classes)
+    held = [(name, p.detach()) for name, p in made.features.named_parameters()]
+    for name, value in held:
+        delattr(made.features, name)
+        made.features.register_buffer(name, value, persistent=False)
+    return made
+
+
+def pretrained(num_classes: int, trained: bool = True, hidden: int = 12) -> nn.Module:
+    """Return a network that brings its first layer's weights; its head is drawn, as for a new task."""
+    made = nn.Sequential(nn.Flatten(), nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, num_classes))
+    if trained:
+        rng = np.random.default_rng(5)
+        with torch.no_grad():
+            made[1].weight.copy_(torch.from_numpy(rng.normal(0, 0.1, (hidden, 64))))
+    return made

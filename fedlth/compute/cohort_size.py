@@ -17,8 +17,9 @@ from fedlth.compute.cohort_turns import side_by_side
 from fedlth.config import Study
 from fedlth.data.factory import told
 from fedlth.errors import StudyError
+from fedlth.models.initial import torch_stream
 from fedlth.rng import stream
-from fedlth.world import World, torch_stream
+from fedlth.world import World
 
 MOST = 64
 USABLE = 0.8  # of the free memory: the rest is for what the allocator cannot use and what a probe has not met

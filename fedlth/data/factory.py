@@ -7,7 +7,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from typing import Any
 
@@ -26,6 +26,13 @@ def is_factory(name: str) -> bool:
 def told(error: BaseException) -> str:
     """Return an exception of someone else's code as one line, its kind first."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def load_factory(name: str) -> None:
+    """Import the module of a `package.module:callable`, if `name` is one; its errors are those of the call."""
+    if is_factory(name):
+        with _working_directory_on_path(), suppress(StudyError):
+            _find(name, "")
 
 
 def call_factory(name: str, place: str, given: Mapping[str, object], options: Mapping[str, object]) -> Any:

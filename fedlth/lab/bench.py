@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -23,15 +24,14 @@ from fedlth.data.sources import load
 from fedlth.data.tensors import inputs
 from fedlth.errors import StudyError
 from fedlth.lab.recipe import Recipe
-from fedlth.lab.study import Data, Lottery, Model, build
+from fedlth.lab.study import Data, Lottery, build
 from fedlth.lab.training import Run, packed, train, unpacked, walk
-from fedlth.models import registry
 from fedlth.models.flops import layer_flops
+from fedlth.models.initial import brought, drawn, redrawn, refuse, torch_stream
 from fedlth.models.prunable import prunable_names
 from fedlth.params import Layout, Params, layout_of, read
 from fedlth.rng import stream, torch_seed
 from fedlth.train import Bound, evaluate
-from fedlth.world import torch_stream
 
 Examples = tuple[Tensor, Tensor]
 
@@ -55,25 +55,45 @@ class Bench:
         return tuple(self.dataset.input_shape)
 
     def module(self) -> nn.Module:
-        """Return a fresh module; its values are whatever torch's generator drew."""
-        return module_of(self.study.model, self.dataset)
+        """Return a fresh module as theta_0 was drawn."""
+        return self._built("theta_0", self.study.model.options)
 
     @cached_property
     def layout(self) -> Layout:
-        with torch_stream(0):
-            module = self.module()
+        module = self.module()
         return layout_of(module, prunable_names(module, self.study.model.prunable))
 
     @cached_property
     def theta_0(self) -> Params:
-        return self.fresh("theta_0")
+        return self._initial(read(self.module(), self.layout), "theta_0")
 
     def fresh(self, what: str) -> Params:
-        """Draw initial weights from the stream that `what` names."""
-        layout = self.layout  # first: importing a user's model may draw from torch's generator
-        with torch_stream(torch_seed(self.seed, what)):
-            params = read(self.module(), layout)
+        """Draw other initial weights from the stream that `what` names; what nothing trains stays as in theta_0.
+
+        Raises StudyError where the model brings its weights: they would be theta_0's again.
+        """
+        refuse(self.brought, "start reinit")
+        return self._drawn(what)
+
+    @cached_property
+    def brought(self) -> str:
+        """Say which of theta_0's weights the model brings, which another draw gives again; "" where none."""
+        return brought(self.study.model.name, self.layout, self.theta_0, self._drawn("second theta_0"))
+
+    def _drawn(self, what: str) -> Params:
+        model, moving = self.study.model, self.layout.moving
+        module = self._built(what, {**model.options, **model.reinit_options})
+        params = self._initial(redrawn(module, self.layout, self.theta_0), what)
+        return moving.put_into(self.theta_0, self.layout, moving.part_of(params, self.layout))
+
+    def _initial(self, params: Params, what: str) -> Params:
         return glorot(params, self.layout, self.rng(what)) if self.study.model.init == "glorot_normal" else params
+
+    def _built(self, what: str, options: Mapping[str, object]) -> nn.Module:
+        return drawn(
+            self.study.model.name, num_classes=self.dataset.num_classes, input_shape=self.shape, options=options,
+            seed=torch_seed(self.seed, what),
+        )  # fmt: skip
 
     def rng(self, what: str, number: int = 0) -> np.random.Generator:
         return stream(self.seed, what, number)
@@ -83,8 +103,7 @@ class Bench:
         """Return the network as the compute kernel sees it, or why the kernel cannot run it."""
         if self.dataset.x_train.dtype.kind == "i":
             return "the inputs are tokens"
-        with torch_stream(0):
-            return kernel.available() or compile_layers(self.module(), self.layout, self.shape)
+        return kernel.available() or compile_layers(self.module(), self.layout, self.shape)
 
     @cached_property
     def bound(self) -> Bound:
@@ -188,13 +207,6 @@ def glorot(params: Params, layout: Layout, rng: np.random.Generator) -> Params:
         std = math.sqrt(2.0 / ((e.shape[0] + e.shape[1]) * field))
         floats[e.slice] = rng.normal(0.0, std, e.size).astype(np.float32)
     return Params(floats, params.ints)
-
-
-def module_of(model: Model, dataset: Dataset) -> nn.Module:
-    """Build the study's network for the data's shape."""
-    return registry.build(
-        model.name, num_classes=dataset.num_classes, input_shape=tuple(dataset.input_shape), options=model.options
-    )
 
 
 @lru_cache(maxsize=2)

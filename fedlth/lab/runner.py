@@ -15,13 +15,14 @@ from typing import Any, cast
 from fedlth import ledger, store
 from fedlth.errors import StudyError
 from fedlth.lab import arms, study
-from fedlth.lab.bench import open_bench
+from fedlth.lab.bench import Bench, open_bench
 from fedlth.lab.controls import MASKS
 from fedlth.lab.instability import Instability
 from fedlth.lab.probes import PROBES
 from fedlth.lab.search import finder_of
 from fedlth.lab.study import Lottery
 from fedlth.lab.training import relus, scales
+from fedlth.models.initial import refuse
 from fedlth.parts import make
 from fedlth.runfolder import RunFolder
 from fedlth.tickets.dead import DEADS
@@ -59,13 +60,13 @@ def check(made: Lottery) -> None:
         raise StudyError(f"train.batch_size: must be at most the {examples} training examples, got {size}")
     for name, search in made.searches.items():
         train = {**made.train.model_dump(), **search.train}
-        _check_rewind(finder_of(search, f"searches.{name}").rewind, f"searches.{name}.rewind", train)
+        _check_rewind(bench, finder_of(search, f"searches.{name}").rewind, f"searches.{name}.rewind", train)
         _check_acts(train, made, f"searches.{name}")
     for name, arm in made.arms.items():
         make(MASKS, arm.mask, f"arms.{name}.mask")
         train = {**made.train.model_dump(), **made.searches[arm.of].train, **arm.train}
         start = made.searches[arm.of].rewind if arm.start is None else arm.start
-        _check_rewind(make(REWINDS, start, f"arms.{name}.start"), f"arms.{name}.start", train)
+        _check_rewind(bench, make(REWINDS, start, f"arms.{name}.start"), f"arms.{name}.start", train)
         _check_acts(train, made, f"arms.{name}")
         if arm.dead is not None:
             make(DEADS, arm.dead, f"arms.{name}.dead")
@@ -74,10 +75,13 @@ def check(made: Lottery) -> None:
         _check_names(made, make(PROBES, spec, f"probes.{name}"), f"probes.{name}")
 
 
-def _check_rewind(rewind: Rewind, place: str, train: Mapping[str, Any]) -> None:
-    """Refuse weights that are not there: those of a server, or of a step that a training does not reach."""
+def _check_rewind(bench: Bench, rewind: Rewind, place: str, train: Mapping[str, Any]) -> None:
+    """Refuse weights that are not there: those of a server, of a step that a training does not reach, or new ones
+    of a model that brings its own."""
     if rewind.anchor not in ("theta_0", "reinit", None):
         raise StudyError(f"{place}: the laboratory has no weights called {rewind.anchor!r}, got {rewind}")
+    if rewind.anchor == "reinit":
+        refuse(bench.brought, place)
     _check_step(int(getattr(rewind, "steps", 0)), place, train["iterations"])
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 from fedlth.errors import wrong
 from fedlth.lab.bench import Bench
 from fedlth.lab.search import dry, network_of
+from fedlth.models.initial import torch_stream
 from fedlth.network import DataNetwork
 from fedlth.params import Layout, layout_of, read
 from fedlth.parts import make
@@ -28,7 +29,6 @@ from fedlth.tickets.scope import Global
 from fedlth.tickets.score import SCORES, Score
 from fedlth.tickets.sensitivity import Grasp, Snip, SynFlow
 from fedlth.train import Bound
-from fedlth.world import torch_stream
 
 
 def evidence_of(network: DataNetwork, layout: Layout, rng: np.random.Generator) -> Evidence:

@@ -34,10 +34,11 @@ class Data(Node):
 
 
 class Model(Node):
-    """Which network, which tensors are prunable, how theta_0 is drawn."""
+    """Which network (and with what other options it is drawn anew), what of it is prunable, how theta_0 is drawn."""
 
     name: str = "lenet300"
     options: dict[str, Any] = {}
+    reinit_options: dict[str, Any] = {}
     prunable: Names | None = None
     init: Literal["default", "glorot_normal"] = "default"
 

@@ -79,22 +79,22 @@ def global_mask(step: Step2) -> Iterator[Result]:
 
 
 def random_ticket(step: Step2) -> Iterator[Result]:
-    """A random mask of the ticket's layer counts; the best of three starts, chosen on validation data."""
+    """A random mask of the ticket's layer counts; the best of three starts, chosen on validation data.
+
+    A model that brings its weights has no third start: another draw would be theta_0 again.
+    """
     for found in _found("random", step.finder, step):
         mask = _shuffled(step, found.mask, f"random@{found.target}")
-        fresh = step.local.fresh_init("random ticket")
-        starts = {
-            "theta_g": step.theta_g,
-            "theta_0": step.anchor("theta_0"),
-            "reinit": _rescaled(step, fresh, mask),
-        }
+        starts = {"theta_g": step.theta_g, "theta_0": step.anchor("theta_0")}
+        if not step.local.world.brought:
+            starts["reinit"] = _rescaled(step, step.local.fresh_init("random ticket"), mask)
         at = len(step.log)
         trained = {name: step.train(start, mask) for name, start in starts.items()}
         accuracy = {name: step.local.val_accuracy(params) for name, params in trained.items()}
         best = max(accuracy, key=lambda name: accuracy[name])
         yield replace(
-            found, params=trained[best], mask=mask, start=best, search_epochs=2 * step.plan.epochs,
-            flops=step.spent(at), held=False,
+            found, params=trained[best], mask=mask, start=best, flops=step.spent(at), held=False,
+            search_epochs=(len(starts) - 1) * step.plan.epochs,
         )  # fmt: skip
 
 

@@ -41,8 +41,9 @@ class SelectVisit:
         visits = state.visits + 1
         if visits % self.every == 0:
             shared = self._grow(local, held.params, params, shared)
+        own = local.world.moving_part(params)
         new = replace(state, visits=visits).with_(
-            masks={"active": shared}, vectors={"private": params.floats, "private_ints": params.ints}
+            masks={"active": shared}, vectors={"private": own.floats, "private_ints": own.ints}
         )
         sent = local.world.shared_part(params.masked(shared))
         metrics = {"loss": loss, "val_accuracy": val_accuracy, "density": float(shared.mean())}

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fedlth import rng, train
 from fedlth.network import DataNetwork
-from fedlth.params import Params, read
+from fedlth.params import Params
 from fedlth.tickets.evidence import Evidence
 from fedlth.train import Plan, Trained
-from fedlth.world import World, torch_stream
+from fedlth.world import World
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,5 @@ class Local:
         )
 
     def fresh_init(self, what: str) -> Params:
-        """Draw another initialisation, from this client's own stream."""
-        with torch_stream(self.torch_seed(what)):
-            return read(self.world.module(), self.world.layout)
+        """Draw another initialisation, from this client's own stream; see World.fresh."""
+        return self.world.fresh(self.torch_seed(what))

@@ -9,6 +9,7 @@ from fedlth.errors import StudyError
 from fedlth.methods.arms import ARMS
 from fedlth.methods.recipe import Recipe
 from fedlth.methods.recipes import METHODS
+from fedlth.models.initial import refuse
 from fedlth.parts import make
 from fedlth.tickets.dead import DEADS
 from fedlth.tickets.finder import Finder
@@ -19,6 +20,7 @@ from fedlth.tickets.schedule import SCHEDULES
 from fedlth.tickets.scope import SCOPES
 from fedlth.tickets.score import SCORES
 from fedlth.wire.codec import CODECS
+from fedlth.world import World
 
 SEARCHING = {"local", "ticket", "ticket_0", "one_shot", "global_mask", "random", "dense_total"}
 KEPT_FIRST = ("ticket", "own_tuned", "dense", "local")
@@ -105,6 +107,26 @@ def resolve(study: Study) -> tuple[Study, list[str]]:
     if recipe.name == "sub_fedavg" and study.train.epochs < 2:
         notes.append("train.epochs: with 1, sub_fedavg's two masks are the same epoch's, and nothing is pruned")
     return study, notes
+
+
+def checked(world: World) -> list[str]:
+    """Return notes on what only the built data and model can say; raise StudyError where the study cannot be run.
+
+    Another initialisation of a model that brings its weights would be those weights again: a rewind to it is
+    refused, and the arm `random` does without.
+    """
+    study, notes = world.study, world.probe()
+    arms = set(arms_of(study))
+    if finder_of(study).rewind.anchor == "reinit" and arms & {"ticket", "one_shot", "random"}:
+        refuse(world.brought, "finder.rewind")
+    if "random" in arms and world.brought:
+        notes.append(f"arm random: starts from {' and '.join(random_starts(world))} alone; {world.brought}")
+    return notes
+
+
+def random_starts(world: World) -> tuple[str, ...]:
+    """Return the names of the weights that the arm `random` starts from."""
+    return ("theta_g", "theta_0") if world.brought else ("theta_g", "theta_0", "reinit")
 
 
 def _check_counts(study: Study) -> None:

@@ -81,9 +81,8 @@ def received_params(content: Content) -> Params:
 
 def private(local: Local, state: ClientState) -> Params:
     """Return the client's whole params so far: theta_0, with its own norms where the buffer policy keeps them local."""
-    theta_0 = local.world.theta_0
     kept = state.vectors.get("private")
-    return theta_0 if kept is None else Params(kept, state.vectors["private_ints"])
+    return local.world.theta_0 if kept is None else local.world.whole(Params(kept, state.vectors["private_ints"]))
 
 
 @dataclass(frozen=True)
@@ -109,8 +108,9 @@ class MaskedVisit:
         new = replace(state, visits=state.visits + 1)
         if not mask.all() or "active" in state.masks:
             new = new.with_(masks={"active": mask})
-        if local.world.exchange is not local.world.layout:
-            new = new.with_(vectors={"private": params.floats, "private_ints": params.ints})
+        if local.world.exchange is not local.world.layout.moving:
+            own = local.world.moving_part(params)
+            new = new.with_(vectors={"private": own.floats, "private_ints": own.ints})
         return Visited(self.sends, Content(mask, sent.floats, sent.ints), new, metrics)
 
     def own(self, local: Local, received: Content, state: ClientState, /) -> Own:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fedlth.errors import StudyError
 from fedlth.report.facts import Facts, SavedTicket
 from fedlth.rng import stream
+from fedlth.tickets_file import is_mask
 
 PERMUTATIONS = 9_999
 MOST_CLIENTS = 200  # pairs grow with their square: of more, this many are drawn
@@ -38,7 +39,7 @@ def read_masks(facts: Facts) -> Masks:
     sizes = {layer.name: layer.size for layer in facts.layers}
     for saved in facts.tickets:
         tensors = load_file(saved.path)
-        found = {name.removesuffix("_mask"): value for name, value in tensors.items() if name.endswith("_mask")}
+        found = {name.removesuffix("_mask"): value for name, value in tensors.items() if is_mask(name, value)}
         if rows and found.keys() != rows.keys():
             odd = sorted(found.keys() ^ rows.keys())
             raise StudyError(f"{saved.path}: the masks of the other tickets are wanted, got a difference in {odd}")

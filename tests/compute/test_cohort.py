@@ -31,11 +31,12 @@ from fedlth.engines.ray import RayEngine
 from fedlth.errors import StudyError
 from fedlth.jobs import Engine, Job
 from fedlth.methods.local import Local
+from fedlth.models.initial import torch_stream
 from fedlth.params import Params, layout_of, read
 from fedlth.rng import stream
 from fedlth.runfolder import RunFolder
 from fedlth.train import Bound, Plan, Trained, batches
-from fedlth.world import World, torch_stream
+from fedlth.world import World
 from tests import tiny
 
 PLANS = {

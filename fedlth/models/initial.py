@@ -1,0 +1,68 @@
+"""A model's initial weights: as theta_0 draws them, drawn anew, or brought by the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedlth.data.factory import load_factory
+from fedlth.errors import StudyError
+from fedlth.models.registry import build
+from fedlth.params import Layout, Params, layout_of, read
+
+
+@contextmanager
+def torch_stream(seed: int) -> Iterator[None]:
+    """Seed torch's process-global generator inside, and put it back after."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def drawn(
+    name: str, *, num_classes: int, input_shape: tuple[int, ...], options: Mapping[str, object], seed: int
+) -> nn.Module:
+    """Build a network from a stream of its own: what stands in no state dict is then equal in every process too."""
+    load_factory(name)  # first: importing a user's model may draw from torch's generator, or seed it
+    with torch_stream(seed):
+        return build(name, num_classes=num_classes, input_shape=input_shape, options=options)
+
+
+def redrawn(module: nn.Module, layout: Layout, theta_0: Params) -> Params:
+    """Return another draw's weights, with theta_0's where nothing trains.
+
+    Raises StudyError where the module has other tensors than `layout`.
+    """
+    if layout_of(module, [e.name for e in layout.prunable]).digest("") != layout.digest(""):
+        raise StudyError("model.reinit_options: must give a model of the same tensors, got others")
+    moving = layout.moving
+    return moving.put_into(theta_0, layout, moving.part_of(read(module, layout), layout))
+
+
+def brought(name: str, layout: Layout, theta_0: Params, second: Params) -> str:
+    """Say which prunable tensors a second draw has in common with theta_0, "" where none.
+
+    A tensor of one value everywhere (zeros of a residual branch) is an initialisation too, and counts as drawn.
+    """
+    same = [
+        e.name
+        for e in layout.prunable
+        if np.array_equal(theta_0.floats[e.slice], second.floats[e.slice]) and np.ptp(second.floats[e.slice]) > 0
+    ]
+    if not same:
+        return ""
+    shown = ", ".join(same[:3]) + (f" and {len(same) - 3} more" if len(same) > 3 else "")
+    return f"model {name} brings its weights: another draw gives theta_0's {shown} again"
+
+
+def refuse(brought: str, place: str) -> None:
+    """Raise StudyError naming the place where `brought` says that a model brings its weights."""
+    if brought:
+        raise StudyError(
+            f"{place}: {brought}, so reinit would be no control; model.reinit_options says with what options the model "
+            "draws them at random (such as pretrained: false)"
+        )
