@@ -91,6 +91,11 @@ def resume(out: Path, engine: Engine, tell: Tell) -> RunFolder:
             _write_header(folder, study, world, engine)
         elif (header["data_digest"], header["partition_digest"]) != (world.dataset.digest(), world.splits.digest):
             raise StudyError(f"{out}: must go on with the data that it began with, got others")
+        elif header["num_exchanged"] != space(world, recipe_of(study)).num_floats:
+            raise StudyError(
+                f"{out}: must go on with the {header['num_exchanged']} numbers that crossed, got "
+                f"{space(world, recipe_of(study)).num_floats}: the model's code has changed, or the version"
+            )
         elif header.get("cohort", 1) != study.cohort:
             raise StudyError(f"{out}: must go on with cohort {header.get('cohort', 1)}, got {study.cohort}")
         elif header["versions"] != versions():

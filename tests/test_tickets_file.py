@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from fedlth import config, session, train
+from fedlth import config, session, train, world
 from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
 from fedlth.jobs import Failure, Job, Reply
@@ -23,7 +23,6 @@ from fedlth.report import tickets as told
 from fedlth.report.facts import read_run
 from fedlth.report.overlap import read_masks
 from fedlth.tickets_file import load_ticket
-from fedlth.world import forget_worlds
 from tests import tiny, user_model
 from tests.test_user_code import own
 
@@ -144,7 +143,8 @@ def test_loading_needs_no_data_and_leaves_the_process_alone(tmp_path: Path, monk
     for name in ("images", "study"):  # the data set's factory
         monkeypatch.setattr(tiny, name, None)
     monkeypatch.setattr(user_model, "Mixed", restless)
-    forget_worlds()
+    world.forget_worlds()
+    world._divided.cache_clear()
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

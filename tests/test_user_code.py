@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fedlth import train
+from fedlth import rounds, session, train
+from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
 from fedlth.methods.state import ClientState
 from fedlth.params import read
+from fedlth.runfolder import RunFolder
 from fedlth.tickets_file import load_ticket
 from fedlth.wire import mask as bitmap
 from tests import tiny
@@ -156,3 +158,16 @@ def test_a_frozen_tensor_is_prunable_under_no_name() -> None:
     model = {"name": "tests.user_model:Mixed", "options": {}, "prunable": ["features.weight"]}
     with pytest.raises(StudyError, match="'features.weight' matches no trainable parameter"):
         tiny.open_world(tiny.study(model=model).science())
+
+
+def test_a_run_goes_on_with_what_crossed(tmp_path: Path) -> None:
+    """Row 34: a checkpoint of another exchange (an older version's, a model frozen since) is refused in one line."""
+    made = tiny.study(model={"name": "tests.user_model:Mixed", "options": {"trains": True}})
+    engine, folder = InProcess(), RunFolder(tmp_path / "r")
+    folder.create(made)
+    session._write_header(folder, made, tiny.world_of(folder.root), engine)
+    rounds.open_loop(folder, engine, tiny.quiet).run(stop_after=1)
+    text = (folder.root / "config.yaml").read_text()
+    (folder.root / "config.yaml").write_text(text.replace("trains: true", "trains: false"))
+    with pytest.raises(StudyError, match="must go on with the 1173 numbers that crossed, got 133"):
+        session.resume(folder.root, engine, tiny.quiet)
