@@ -34,7 +34,7 @@ def start(study: Study, out: Path, engine: Engine, tell: Tell) -> RunFolder:
         tensorboard.require()
     study, why = backend(study)
     notes += why
-    open_world(study.science()).probe()
+    rounds.probe(open_world(study.science()))
     study, why = together(study, engine.name)
     world = open_world(study.science())
     for note in notes + why:

@@ -19,7 +19,7 @@ from fedlth.errors import StudyError
 
 def pack(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any] | None = None) -> bytes:
     """Serialise arrays and a JSON-able meta value; no pickle, equal input gives equal bytes."""
-    ordered = {k: np.ascontiguousarray(arrays[k]) for k in sorted(arrays)}
+    ordered = {k: np.asarray(arrays[k], order="C") for k in sorted(arrays)}
     told = json.dumps(meta or {}, sort_keys=True)
     return safetensors_bytes(ordered, {"meta": told, "digest": _digest(ordered, told)})
 
