@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import reprlib
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
@@ -54,14 +55,14 @@ class Shares:
 
 def is_number(value: object) -> bool:
     """Say whether a value is a number that a float holds; true and false are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1.7e308
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 Share = Annotated[float, Range(0, 1, "a number in [0, 1]")]
 Target = Annotated[float, Range(math.ulp(0.0), 1, "a number in (0, 1]")]
 Count = Annotated[int, Range(0, 2**53, "a whole number of at least 0")]
 Amount = Annotated[float, Range(0, 1e30, "a number in [0, 1e30]")]
-Number = Annotated[float, Range(-1.7e308, 1.7e308, "a finite number")]
+Number = Annotated[float, Range(-sys.float_info.max, sys.float_info.max, "a finite number")]
 Name = Annotated[str, Text(100)]
 Label = Annotated[str, Text(100, empty=True)]
 

@@ -77,7 +77,10 @@ class LedgerRow:
 
 @dataclass(frozen=True)
 class RoundRow:
-    """One round as the server saw it; `val_accuracy` is None where no client answered."""
+    """One round as the server saw it; `val_accuracy` is None where no client answered.
+
+    `rolled_back_to` says which global model took the place of one that no client could use ("" for none).
+    """
 
     round: int
     phase: str
@@ -86,6 +89,7 @@ class RoundRow:
     down_bytes: int
     val_accuracy: float | None = None
     failed: list[Any] = field(default_factory=list)
+    rolled_back_to: str = ""
 
 
 def parse(kind: type[Row], row: Mapping[str, Any], *, place: str) -> Row:

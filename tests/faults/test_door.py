@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from fedlth.client import client_step
 from fedlth.jobs import RESYNC, Failure, Job, Message, Reply
 from fedlth.methods.resolve import recipe_of
 from fedlth.records import MetricRow, VisitRecord, read, visit_record
-from fedlth.report.cost import cost_text
 from fedlth.report.facts import read_run
 from fedlth.report.html import page
 from fedlth.report.results import results_of
-from fedlth.report.summary import summary
+from fedlth.report.summary import summary_text
+from fedlth.report.tables import bytes_table, clients_table, summary_table
 from fedlth.wire import metrics, payload
 from fedlth.wire.codec import CODECS
 from fedlth.wire.errors import PayloadError
@@ -78,7 +78,7 @@ def test_an_honest_answer_passes_as_it_came(reply: Reply) -> None:
     assert len(judged(reply).rows) == 4 and judged(reply).mask is not None
 
 
-FIELDS = sorted(f for f in MetricRow.__dataclass_fields__ if f not in MetricRow.OPTIONAL)
+FIELDS = sorted({f.name for f in fields(MetricRow)} - MetricRow.OPTIONAL)
 
 
 def test_a_row_without_any_of_its_fields_is_refused(reply: Reply) -> None:
@@ -170,8 +170,15 @@ JSON = st.recursive(
 )  # fmt: skip
 
 
+def reported(run: Path) -> str:
+    """Everything of a report but its figures, which take seconds to draw."""
+    results = results_of((read_run(run),))
+    tables = {"summary": summary_table(results), "clients": clients_table(results), "bytes": bytes_table(results)}
+    return summary_text(results) + page(results, tables=tables, figures=())
+
+
 @given(data=st.data())
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_passes_the_door_is_what_a_report_can_read(whole: Path, reply: Reply, data: st.DataObject) -> None:
     """Row 17: malformed rows never pass that the report then refuses."""
     rows = rows_of(reply)
@@ -191,11 +198,10 @@ def test_what_passes_the_door_is_what_a_report_can_read(whole: Path, reply: Repl
     shutil.copytree(whole, run, dirs_exist_ok=True)
     others = [r for r in tiny.rows(whole, "metrics") if r["client"] != CLIENT]
     (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*others, *got.rows]))
-    results = results_of((read_run(run),))
-    assert summary(results) and page(results) and cost_text(results) is not None
+    assert reported(run)
 
 
-@given(st.dictionaries(st.sampled_from(sorted(VisitRecord.__dataclass_fields__)) | st.text(max_size=4), JSON))
+@given(st.dictionaries(st.sampled_from([f.name for f in fields(VisitRecord)]) | st.text(max_size=4), JSON))
 def test_a_visit_that_passes_is_finite_and_in_range(record: dict[str, Any]) -> None:
     try:
         got = visit_record(record)
@@ -231,7 +237,7 @@ def test_a_bad_row_costs_its_sender_alone_and_the_report_reads_the_rest(tmp_path
     assert {r["client"] for r in tiny.rows(out, "metrics") if r["arm"] == "ticket"} == {0, 1, 3}
     failed = [f for r in tiny.rows(out, "rounds") for f in r["failed"] if f["client"] == CLIENT]
     assert failed[0]["kind"] == "refused" and failed[0]["reason"].startswith("metrics: unseen is wanted")
-    assert summary(results_of((read_run(out),)))
+    assert reported(out)
 
 
 def test_a_visit_of_a_round_brings_no_rows(tmp_path: Path) -> None:
