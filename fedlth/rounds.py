@@ -79,7 +79,7 @@ class Loop:
         steps = steps_of(self.world, self.recipe)
         for i in range(self.progress.step, len(steps) if stop_after is None else min(stop_after, len(steps))):
             began = time.perf_counter()
-            self._step(steps, i, began)
+            self._step(steps[i], i, len(steps), began)
 
     def _anchor_names(self) -> list[str]:
         """Name the earlier global models that step 2 rewinds to; they are kept and shipped once each."""
@@ -88,8 +88,7 @@ class Loop:
         # theta_g@0 is theta_0, which every client draws from the seed.
         return [anchor] if anchor and "@" in anchor and anchor != "theta_g@0" and searched else []
 
-    def _step(self, steps: Sequence[Step], index: int, began: float) -> None:
-        step = steps[index]
+    def _step(self, step: Step, index: int, total: int, began: float) -> None:
         recipe = in_phase(self.recipe, step.phase)
         clients = list(step.clients) or self._sampled(step)
         joins = step.phase in ("federate", "refine")
@@ -120,10 +119,10 @@ class Loop:
         if visits.versions:
             progress = replace(progress, good=self.progress.theta)
         elif self._broken(visits):
-            summary["rolled_back_to"] = self._roll_back(steps)
+            summary["rolled_back_to"] = self._roll_back()
             progress = replace(progress, good=f"theta-{index}")
         self._commit(step, index, progress, sent, visits, summary, began)
-        self.tell(_line(summary, index + 1, len(steps), time.perf_counter() - began))
+        self.tell(_line(summary, index + 1, total, time.perf_counter() - began))
         if "rolled_back_to" in summary:
             self.tell(f"note: no client could use this global model; it is rolled back to {summary['rolled_back_to']}")
         if joins and self.progress.empty_rounds >= EMPTY_ROUNDS_ALLOWED:
@@ -142,7 +141,7 @@ class Loop:
         several = len(visits.failed) > 1 or self.progress.empty_rounds > 0
         return self.recipe.federated and answered and several and self.progress.good not in (None, self.progress.theta)
 
-    def _roll_back(self, steps: Sequence[Step]) -> str:
+    def _roll_back(self) -> str:
         """Return to the last state that a client could work with, anchors too; say which one it is."""
         good, broken = self.progress.good or "", self.theta.digest()
         self.state = self._loaded(good)
@@ -151,7 +150,7 @@ class Loop:
                 self.folder.save_params(name, self.theta)
         if not good:
             return "the initial one"
-        made = steps[int(good.removeprefix("theta-"))]
+        made = steps_of(self.world, self.recipe)[int(good.removeprefix("theta-"))]
         return f"that of {made.phase} {made.round}"
 
     def _asked(self, step: Step) -> Callable[[int], server.Asked]:
@@ -245,9 +244,8 @@ def _line(summary: dict[str, Any], done: int, total: int, seconds: float) -> str
     )
 
 
-def probe(world: World) -> None:
-    """Raise StudyError, before anything is written, where model or method cannot be run: each is tried once."""
-    world.probe()
+def check_rule(world: World) -> None:
+    """Raise StudyError, before anything is written, where the method's aggregation rule cannot be believed."""
     recipe = recipe_of(world.study)
     if recipe.federated:
         count = world.study.federate.clients_per_round

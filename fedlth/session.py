@@ -34,7 +34,8 @@ def start(study: Study, out: Path, engine: Engine, tell: Tell) -> RunFolder:
         tensorboard.require()
     study, why = backend(study)
     notes += why
-    rounds.probe(open_world(study.science()))
+    open_world(study.science()).probe()
+    rounds.check_rule(open_world(study.science()))
     study, why = together(study, engine.name)
     world = open_world(study.science())
     for note in notes + why:

@@ -20,7 +20,7 @@ FLOORS: list[set[str]] = [
     {"tickets", "wire"},
     {"data", "models", "compute", "train", "supermask", "network", "world"},
     {"methods"},
-    {"client", "server", "uplink", "downlink", "entries", "runfolder", "packs", "tickets_file"},
+    {"client", "server", "update_norms", "uplink", "downlink", "entries", "runfolder", "packs", "tickets_file"},
     {"visits", "rounds", "lab"},
     {"tensorboard", "session"},
     {"engines", "forecast", "tune", "api", "report", "catalogue", "cli", "__main__"},
