@@ -19,13 +19,15 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from rounds import WORKS, idle_study, study
 
-from fedlth import client, config, entries, server, session, train
+from fedlth import client, config, entries, session, train
 from fedlth import rounds as loops
 from fedlth.engines.inprocess import InProcess
+from fedlth.methods.aggregate import CountMean, FedAvg
 from fedlth.methods.resolve import resolve
 from fedlth.methods.state import ClientState
 from fedlth.packs import Packs, Writer
 from fedlth.runfolder import RunFolder
+from fedlth.update_norms import UpdateNorms
 from fedlth.wire import payload
 from fedlth.world import World
 
@@ -39,9 +41,10 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
         (ClientState, "to_bytes"), (ClientState, "from_bytes"), (Packs, "get"), (Writer, "add"), (Writer, "finish"),
         (Packs, "tidy"), (RunFolder, "mirror"), (RunFolder, "packed_mask"),
     ],
-    "checkpoint": [(RunFolder, "save_params"), (RunFolder, "commit"), (RunFolder, "drop_params")],
+    "checkpoint": [(RunFolder, "save_state"), (RunFolder, "commit"), (RunFolder, "drop_params")],
     "ledger and logs": [(entries, "down"), (entries, "up"), (RunFolder, "append")],
-    "joining": [(server, "aggregate")],
+    "joining": [(rule, part) for rule in (FedAvg, CountMean) for part in ("init", "add", "result")],
+    "distances of updates": [(UpdateNorms, "distances"), (UpdateNorms, "check")],
     "client: all else": [(client, "client_step")],
     "loop: all else": [(loops.Loop, "_step")],
 }  # fmt: skip

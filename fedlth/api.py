@@ -9,6 +9,7 @@ from fedlth.config import Study, dump, load
 from fedlth.engines.choose import drive
 from fedlth.errors import StudyError
 from fedlth.methods.resolve import checked, resolve
+from fedlth.rounds import check_rule
 from fedlth.runfolder import RunFolder
 from fedlth.store import write_atomic
 from fedlth.tickets_file import load_ticket
@@ -52,7 +53,9 @@ def resume(run: Path | str, *, tell: Tell = _quiet) -> Path:
 
 def check(study: Study) -> None:
     """Raise StudyError where the study cannot be run; build its data and model to know."""
-    checked(open_world(resolve(study)[0].science()))
+    world = open_world(resolve(study)[0].science())
+    checked(world)
+    check_rule(world)
 
 
 def _all(study: Study, out: Path, tell: Tell) -> None:

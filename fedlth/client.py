@@ -20,6 +20,7 @@ from fedlth.methods.state import ClientState
 from fedlth.methods.step2 import Result, Step2
 from fedlth.methods.visit import private, received_params
 from fedlth.params import Layout, Params
+from fedlth.records import MetricRow
 from fedlth.uplink import Uplink
 from fedlth.wire import mask as bitmap
 from fedlth.wire import metrics, payload
@@ -134,7 +135,7 @@ def _personalise(
     else:
         step = _step2(local, recipe, received, state)
         results = [r for name in arms_of(world.study) for r in ARMS[name](step)]
-    rows = [_row(local, r) for r in results]
+    rows = [_row(local, r).record() for r in results]
     local.work.extend(
         {"arm": r.arm, "target_density": r.target, "cpu_s": r.cpu_s[0], "last_cpu_s": r.cpu_s[1]}
         for r in results
@@ -189,7 +190,7 @@ def _kept(world: World, results: list[Result]) -> Result | None:
     return next(iter(exact or own), None)
 
 
-def _row(local: Local, result: Result) -> dict[str, Any]:
+def _row(local: Local, result: Result) -> MetricRow:
     """Evaluate one model. Test data is read here, after every decision has been made."""
     world, size = local.world, local.full.size
     if not result.held and ((result.params.floats[:size] != 0) & ~result.mask).any():
@@ -198,27 +199,27 @@ def _row(local: Local, result: Result) -> dict[str, Any]:
     test = world.part(local.client, "test")
     test_accuracy, test_loss = local.evaluate(result.params, test)
     split = world.splits.clients[local.client]
-    return {
-        "client": local.client,
-        "unseen": local.client in world.splits.unseen,
-        "arm": result.arm,
-        "density": _share(result.mask),
-        "target_density": result.target,
-        "start": result.start,
-        "epochs": result.epochs,
-        "search_epochs": result.search_epochs,
-        "train_flops": result.flops[0],
-        "train_flops_effective": result.flops[1],
-        "val_accuracy": val_accuracy,
-        "val_loss": val_loss,
-        "test_accuracy": test_accuracy,
-        "test_loss": test_loss,
-        "num_train": len(split.train),
-        "num_val": len(split.val),
-        "num_test": len(split.test),
-        "ticket": "" if result.mask.all() else bitmap.digest(result.mask),
-        "layer_density": {e.name: _share(result.mask[e.slice]) for e in world.layout.prunable},
-    }
+    return MetricRow(
+        client=local.client,
+        unseen=local.client in world.splits.unseen,
+        arm=result.arm,
+        density=_share(result.mask),
+        target_density=result.target,
+        start=result.start,
+        epochs=result.epochs,
+        search_epochs=result.search_epochs,
+        train_flops=result.flops[0],
+        train_flops_effective=result.flops[1],
+        val_accuracy=val_accuracy,
+        val_loss=val_loss,
+        test_accuracy=test_accuracy,
+        test_loss=test_loss,
+        num_train=len(split.train),
+        num_val=len(split.val),
+        num_test=len(split.test),
+        ticket="" if result.mask.all() else bitmap.digest(result.mask),
+        layer_density={e.name: _share(result.mask[e.slice]) for e in world.layout.prunable},
+    )
 
 
 def _share(mask: np.ndarray) -> float:

@@ -12,7 +12,7 @@ from fedlth.config import Study
 from fedlth.methods.local import Local
 from fedlth.methods.recipe import Recipe
 from fedlth.methods.resolve import arms_of, checked, finder_of, recipe_of, resolve
-from fedlth.rounds import CONTROLS, steps_of
+from fedlth.rounds import CONTROLS, check_rule, steps_of
 from fedlth.server import broadcast
 from fedlth.session import backend, together
 from fedlth.world import World, open_world
@@ -41,6 +41,7 @@ def forecast(study: Study) -> str:
     notes += why
     world = open_world(study.science())
     notes += checked(world)
+    check_rule(world)
     study, why = together(study, study.engine)
     notes += why
     recipe = recipe_of(study)

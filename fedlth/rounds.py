@@ -16,8 +16,11 @@ from fedlth.downlink import Downlink
 from fedlth.errors import StudyError
 from fedlth.jobs import Engine
 from fedlth.methods.recipe import Recipe, in_phase
-from fedlth.methods.resolve import arms_of, finder_of, recipe_of
+from fedlth.methods.resolve import arms_of, finder_of, main_density, recipe_of
+from fedlth.methods.server_state import ServerState
+from fedlth.params import Params
 from fedlth.runfolder import Progress, RunFolder
+from fedlth.update_norms import UpdateNorms
 from fedlth.visits import Stage, Visits
 from fedlth.wire.codec import CODECS
 from fedlth.world import World, open_world
@@ -61,8 +64,15 @@ class Loop:
         self.codec = CODECS[world.study.wire]
         self.layout = space(world, self.recipe)
         self.progress = folder.progress()
-        self.theta = folder.load_params(self.progress.theta) if self.progress.theta else initial(world, self.recipe)
+        self.state = self._loaded(self.progress.theta)
         self.anchors = self._anchor_names()
+
+    @property
+    def theta(self) -> Params:
+        return self.state.theta
+
+    def _loaded(self, name: str) -> ServerState:
+        return self.folder.load_state(name) if name else ServerState(initial(self.world, self.recipe))
 
     def run(self, stop_after: int | None = None) -> None:
         """Run what is left of the study, committing after every step."""
@@ -88,24 +98,69 @@ class Loop:
             mirrors=self.recipe.down == "slice" or self.world.study.refine.rounds > 0,
         )  # fmt: skip
         down = self._downlink(step, clients, recipe)
-        visits = Visits(stage, self.folder, self.engine, self.progress, down, clients)
-        came = visits.contributions()
+        norms = UpdateNorms(self.theta, self.layout, dict(self.progress.norms.get(step.phase, {})))
+        visits = Visits(stage, self.folder, self.engine, self.progress, down, clients, self._asked(step), norms)
+        progress, sent = self.progress, self.state
         if joins:
-            self.theta, empty = server.aggregate(recipe.aggregate, self.theta, came, self.layout)
-            progress = replace(self.progress, empty_rounds=self.progress.empty_rounds + 1 if empty else 0)
+            accumulator, count = recipe.aggregate.init(self.state, self.layout), 0
+            for contribution in visits.contributions():
+                recipe.aggregate.add(accumulator, contribution)
+                count += 1
+            if count:  # without a reply the old state stays
+                self.state = recipe.aggregate.result(accumulator)
+            progress = replace(progress, empty_rounds=0 if count else progress.empty_rounds + 1)
+            if norms.accepted:
+                progress = replace(progress, norms={**progress.norms, step.phase: norms.accepted})
         else:
-            deque(came, maxlen=0)  # a ticket's mask is mirrored, not joined
-            progress = self.progress
+            deque(visits.contributions(), maxlen=0)  # a ticket's mask is mirrored, not joined
         if visits.resyncs:
             self.tell(f"note: {visits.resyncs} clients had lost what they held; their download was sent again, whole")
         summary = _summary(visits)
-        self._commit(step, index, progress, visits, summary, began)
+        if visits.versions:
+            progress = replace(progress, good=self.progress.theta)
+        elif self._broken(visits):
+            summary["rolled_back_to"] = self._roll_back()
+            progress = replace(progress, good=f"theta-{index}")
+        self._commit(step, index, progress, sent, visits, summary, began)
         self.tell(_line(summary, index + 1, total, time.perf_counter() - began))
+        if "rolled_back_to" in summary:
+            self.tell(f"note: no client could use this global model; it is rolled back to {summary['rolled_back_to']}")
         if joins and self.progress.empty_rounds >= EMPTY_ROUNDS_ALLOWED:
             died = next((f["reason"] for f in visits.failed if f["kind"] != "refused"), "every reply was refused")
             raise StudyError(
                 f"{self.folder.root}: {EMPTY_ROUNDS_ALLOWED} rounds without one usable reply; last: {died}"
             )
+
+    def _broken(self, visits: Visits) -> bool:
+        """Say whether the global model is why nobody's work can be used, and there is one that somebody could use.
+
+        All must have answered, so that no lost machine counts, and be two at least, so that no single client can undo
+        the work of others: the only client of a round counts from the second empty round on.
+        """
+        answered = all(f["kind"] in ("raised", "refused") for f in visits.failed)
+        several = len(visits.failed) > 1 or self.progress.empty_rounds > 0
+        return self.recipe.federated and answered and several and self.progress.good not in (None, self.progress.theta)
+
+    def _roll_back(self) -> str:
+        """Return to the last state that a client could work with, anchors too; say which one it is."""
+        good, broken = self.progress.good or "", self.theta.digest()
+        self.state = self._loaded(good)
+        for name in self.anchors:
+            if self.folder.has_params(name) and self.folder.load_params(name).digest() == broken:
+                self.folder.save_params(name, self.theta)
+        if not good:
+            return "the initial one"
+        made = steps_of(self.world, self.recipe)[int(good.removeprefix("theta-"))]
+        return f"that of {made.phase} {made.round}"
+
+    def _asked(self, step: Step) -> Callable[[int], server.Asked]:
+        """Return what the server knows of a client's answer before it comes."""
+        study, splits = self.world.study, self.world.splits
+        arms: frozenset[str] = frozenset()
+        if step.phase in ("personalise", "refined"):
+            arms = frozenset(arms_of(study) if step.phase == "personalise" else ("refined",))
+        targets = frozenset((1.0, *study.finder.densities, main_density(study)))
+        return lambda c: server.Asked(splits.clients[c], c in splits.unseen, arms, targets)
 
     def _sampled(self, step: Step) -> list[int]:
         study = self.world.study
@@ -130,15 +185,18 @@ class Loop:
         return "mask" if step.phase == "personalise" and self.world.study.refine.rounds else ""
 
     def _commit(
-        self, step: Step, index: int, progress: Progress, visits: Visits, summary: dict[str, Any], began: float
-    ) -> None:
+        self, step: Step, index: int, progress: Progress, sent: ServerState, visits: Visits, summary: dict[str, Any],
+        began: float,
+    ) -> None:  # fmt: skip
         versions, mirrors = {**progress.versions, **visits.versions}, dict(progress.mirrors)
         for client, version in visits.mirrors.items():
             mirrors.pop(client, None)
             if version is not None:
                 mirrors[client] = version
         whole = {"round": step.round, "phase": step.phase, "client": None, "seconds": time.perf_counter() - began}
-        self.folder.save_params(f"theta-{index}", self.theta)
+        if self.state is not sent:
+            progress = replace(progress, theta=f"theta-{index}")
+            self.folder.save_state(progress.theta, self.state)
         if step.phase == "federate" and f"theta_g@{step.round}" in self.anchors:
             self.folder.save_params(f"theta_g@{step.round}", self.theta)
         lengths = {
@@ -147,11 +205,9 @@ class Loop:
             "metrics": self.folder.append("metrics", visits.metrics),
             "times": self.folder.append("times", [*visits.times, whole]),
         }
-        self.progress = replace(
-            progress, step=index + 1, theta=f"theta-{index}", lengths=lengths, versions=versions, mirrors=mirrors
-        )
+        self.progress = replace(progress, step=index + 1, lengths=lengths, versions=versions, mirrors=mirrors)
         self.folder.commit(self.progress)
-        self.folder.drop_params([self.progress.theta, *self.anchors])
+        self.folder.drop_params([self.progress.theta, self.progress.good or "", *self.anchors])
         self.folder.clients.tidy(_owners(versions))
         self.folder.mirrors.tidy(_owners(mirrors))
 
@@ -186,6 +242,14 @@ def _line(summary: dict[str, Any], done: int, total: int, seconds: float) -> str
         f"[{done}/{total}] {summary['phase']} {summary['round']}: {said}  up {summary['up_bytes'] * mb:.2f} MB  "
         f"down {summary['down_bytes'] * mb:.2f} MB  {seconds:.1f} s{failed}"
     )
+
+
+def check_rule(world: World) -> None:
+    """Raise StudyError, before anything is written, where the method's aggregation rule cannot be believed."""
+    recipe = recipe_of(world.study)
+    if recipe.federated:
+        count = world.study.federate.clients_per_round
+        server.check_rule(recipe, ServerState(initial(world, recipe)), space(world, recipe), count)
 
 
 def open_loop(folder: RunFolder, engine: Engine, tell: Tell) -> Loop:

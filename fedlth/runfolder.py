@@ -16,15 +16,21 @@ import numpy as np
 
 from fedlth import config, ledger, store
 from fedlth.errors import StudyError
+from fedlth.methods.server_state import ServerState
 from fedlth.packs import Packs
 from fedlth.params import Params
 
 LOGS = ("ledger", "rounds", "metrics", "times")
+MEMORY = "memory/"  # what an aggregation rule remembers, beside the state's own arrays
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: the next step, whose state is current, and how long each log is."""
+    """Where a run stands: the next step, whose state is current, and how long each log is.
+
+    `theta` names the checkpoint of the server's state, "" for the initial one. `good` names the last one that a client
+    could work with, None while there is none. `norms` are the distances of accepted updates by phase and group.
+    """
 
     step: int = 0
     theta: str = ""
@@ -32,6 +38,8 @@ class Progress:
     mirrors: dict[str, str] = field(default_factory=dict)
     lengths: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LOGS, 0))
     empty_rounds: int = 0
+    good: str | None = None
+    norms: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,20 +99,32 @@ class RunFolder:
         return ledger.append(self.log(name), ledger.lines(rows))
 
     def save_params(self, name: str, params: Params) -> None:
-        data = store.pack({"floats": params.floats, "ints": params.ints})
-        store.write_atomic(self.root / "checkpoints" / f"{name}.safetensors", data)
+        self.save_state(name, ServerState(params))
 
     def load_params(self, name: str) -> Params:
+        return self.load_state(name).theta
+
+    def has_params(self, name: str) -> bool:
+        return (self.root / "checkpoints" / f"{name}.safetensors").exists()
+
+    def save_state(self, name: str, state: ServerState) -> None:
+        """Write the server's state, its memory included, as one file."""
+        memory = {f"{MEMORY}{k}": v for k, v in state.memory.items()}
+        data = store.pack({"floats": state.theta.floats, "ints": state.theta.ints, **memory})
+        store.write_atomic(self.root / "checkpoints" / f"{name}.safetensors", data)
+
+    def load_state(self, name: str) -> ServerState:
         file = self.root / "checkpoints" / f"{name}.safetensors"
         try:
             arrays, _ = store.unpack(file.read_bytes())
-            return Params(arrays["floats"], arrays["ints"])
+            memory = {k.removeprefix(MEMORY): v for k, v in arrays.items() if k.startswith(MEMORY)}
+            return ServerState(Params(arrays["floats"], arrays["ints"]), memory)
         except (OSError, ValueError, KeyError) as error:
             raise StudyError(f"{file}: cannot be read: {error}") from error
 
     def drop_params(self, keep: Iterable[str]) -> None:
         wanted = {f"{name}.safetensors" for name in keep}
-        for file in (self.root / "checkpoints").iterdir():
+        for file in (self.root / "checkpoints").glob("*"):
             if file.name not in wanted:
                 file.unlink()
 

@@ -35,6 +35,7 @@ def start(study: Study, out: Path, engine: Engine, tell: Tell) -> RunFolder:
     study, why = backend(study)
     notes += why
     notes += checked(open_world(study.science()))
+    rounds.check_rule(open_world(study.science()))
     study, why = together(study, engine.name)
     world = open_world(study.science())
     for note in notes + why:

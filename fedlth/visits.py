@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from fedlth.methods.recipe import Recipe
 from fedlth.packs import Writer
 from fedlth.params import Layout
 from fedlth.runfolder import Progress, RunFolder
+from fedlth.update_norms import Distances, UpdateNorms
 from fedlth.wire.codec import Codec
 from fedlth.wire.errors import PayloadError
 
@@ -44,6 +45,17 @@ class Stage:
         return f"{self.phase}-{self.round}"
 
 
+@dataclass(frozen=True)
+class Arrived:
+    """An answer at the door: what was accepted of it, or why it is refused; None where there is no reply."""
+
+    job: Job
+    answer: Reply | Failure
+    kind: str
+    got: server.Accepted | PayloadError | None
+    distances: Distances | None = None
+
+
 @dataclass
 class Visits:
     """A step's visits and what came of them; `contributions` does the work while an aggregation draws from it."""
@@ -54,6 +66,8 @@ class Visits:
     progress: Progress
     down: Downlink
     clients: Sequence[int]
+    asked: Callable[[int], server.Asked]
+    norms: UpdateNorms
     rows: list[Row] = field(default_factory=list)
     failed: list[dict[str, Any]] = field(default_factory=list)
     times: list[dict[str, Any]] = field(default_factory=list)
@@ -75,14 +89,14 @@ class Visits:
             self.folder.mirrors.writing(self.stage.version) as masks,
             closing(self.engine.map(jobs, again=self._again)) as answers,
         ):
+            waiting: list[Arrived] = []
             for job, answer in answers:
-                self.rows += self._tries.get(job.client, [])
-                got = self._judged(job, answer, "resync" if job.client in self._tries else "")
-                if got is None or not isinstance(answer, Reply):
-                    continue
-                self._keep(answer, got, states, masks)
-                if got.contribution:
-                    yield got.contribution
+                waiting.append(self._opened(job, answer))
+                # A first majority must be there before anyone is held against it: two updates wait for a third.
+                updates = [one.distances for one in waiting if one.distances is not None]
+                if not updates or self.norms.known(updates):
+                    yield from self._judged(waiting, states, masks)
+            yield from self._judged(waiting, states, masks)
 
     def _job(self, client: int, inbox: tuple[Message, ...], *, forget: bool = False) -> Job:
         version = "" if forget else self.progress.versions.get(str(client), "")
@@ -97,35 +111,61 @@ class Visits:
 
         Notes the rows of the first try, which was sent too.
         """
-        if not _asks(answer) or job.client in self._tries:
+        leans = job.version or job.client in self.down.masks  # nothing else can have been lost
+        if not _asks(job, answer) or not leans or job.client in self._tries:
             return None
         self._tries[job.client] = self._rows_down(job, answer) + self._rows_up(answer, None, "ok", "")
         self.resyncs += 1
         forget = not any(answer.outbox[0].payload)
         return self._job(job.client, self.down.inbox(job.client, alone=True), forget=forget)
 
-    def _judged(self, job: Job, answer: Reply | Failure, kind: str) -> server.Accepted | None:
-        """Turn an answer into ledger rows, and into what was accepted; each answer stands alone."""
-        stage = self.stage
-        self.times.append(_time_row(stage, answer))
-        self.rows += self._rows_down(job, answer, kind)
+    def _opened(self, job: Job, answer: Reply | Failure) -> Arrived:
+        """Decode and check an answer; each stands alone."""
+        stage, kind = self.stage, "resync" if job.client in self._tries else ""
         if isinstance(answer, Failure):
-            self.failed.append({"client": job.client, "kind": answer.kind, "reason": answer.reason})
-            self.rows.append(entries.failed(stage.round, stage.phase, answer))
-            return None
+            return Arrived(job, answer, kind, None)
         try:
             if (answer.client, answer.round) != (job.client, job.round):
                 raise PayloadError(f"client {answer.client} answered for client {job.client}")
             held = self.down.held(job.client, job.inbox if stage.sends else (), mask=stage.phase != "personalise")
             got = server.accept(
-                answer, recipe=stage.recipe, layout=stage.layout, sends=stage.sends, codec=stage.codec, held=held
-            )
+                answer, recipe=stage.recipe, layout=stage.layout, sends=stage.sends, codec=stage.codec, held=held,
+                asked=self.asked(job.client),
+            )  # fmt: skip
+            update = got.contribution.content if got.contribution and stage.sends == "values" else None
+            return Arrived(job, answer, kind, got, self.norms.distances(update) if update else None)
         except PayloadError as error:
-            self.failed.append({"client": job.client, "kind": "refused", "reason": str(error)})
-            self.rows += self._rows_up(answer, None, f"refused: {error}", stage.sends)
-            return None
-        self.rows += self._rows_up(answer, got.mask, "ok", stage.sends)
-        return got
+            return Arrived(job, replace(answer, client=job.client), kind, error)
+
+    def _judged(self, waiting: list[Arrived], states: Writer, masks: Writer) -> Iterator[Contribution]:
+        """Empty the list, in order: ledger rows of each answer, and what was accepted."""
+        updates = [one.distances for one in waiting if one.distances is not None]
+        while waiting:
+            one = waiting.pop(0)
+            job, answer, got = one.job, one.answer, one.got
+            self.times.append(_time_row(self.stage, answer))
+            self.rows += self._tries.get(job.client, [])
+            self.rows += self._rows_down(job, answer, one.kind)
+            if isinstance(answer, Failure):
+                self.failed.append({"client": job.client, "kind": answer.kind, "reason": answer.reason})
+                self.rows.append(entries.failed(self.stage.round, self.stage.phase, answer))
+                continue
+            if isinstance(got, server.Accepted) and one.distances is not None:
+                try:
+                    self.norms.check(one.distances, updates)
+                except PayloadError as error:
+                    got = error
+            if not isinstance(got, server.Accepted):
+                self.failed.append({"client": job.client, "kind": "refused", "reason": str(got)})
+                self.rows += self._rows_up(answer, None, f"refused: {got}", self.stage.sends)
+                continue
+            self.rows += self._rows_up(answer, got.mask, "ok", self.stage.sends)
+            self._keep(answer, got, states, masks)
+            if one.distances is not None:
+                self.norms.accept(one.distances)
+                updates.remove(one.distances)
+            if got.contribution:
+                yield got.contribution
 
     def _keep(self, answer: Reply, got: server.Accepted, states: Writer, masks: Writer) -> None:
         client, version = str(answer.client), self.stage.version
@@ -137,9 +177,9 @@ class Visits:
         elif got.mask is not None and self.stage.mirrors:
             masks.add(answer.client, self.folder.packed_mask(got.mask))
             self.mirrors[client] = version
-        self.metrics += got.record.get("rows", [])
-        if "val_accuracy" in got.record:
-            self.seen.append(got.record["val_accuracy"])
+        self.metrics += got.rows
+        if got.visit is not None and got.visit.val_accuracy is not None:
+            self.seen.append(got.visit.val_accuracy)
 
     def _rows_down(self, job: Job, answer: Reply | Failure, kind: str = "") -> list[Row]:
         first = "install" if str(job.client) not in self.progress.versions else ""
@@ -153,9 +193,10 @@ class Visits:
         return entries.up(stage.round, stage.phase, answer, mask, status, sends, layout=stage.layout)
 
 
-def _asks(answer: Reply) -> bool:
+def _asks(job: Job, answer: Reply) -> bool:
     """Say whether an answer is nothing but the request to send the download again."""
-    return [(m.kind, m.name, len(m.payload)) for m in answer.outbox] == [("control", RESYNC, 8)]
+    own = (answer.client, answer.round) == (job.client, job.round)
+    return own and [(m.kind, m.name, len(m.payload)) for m in answer.outbox] == [("control", RESYNC, 8)]
 
 
 def _time_row(stage: Stage, answer: Reply | Failure) -> dict[str, Any]:

@@ -12,11 +12,12 @@ import pytest
 from fedlth import server, train
 from fedlth.client import client_step, initial, space
 from fedlth.jobs import Failure, Job, Reply
-from fedlth.methods.aggregate import Contribution, CountMean
+from fedlth.methods.aggregate import Contribution, CountMean, join
 from fedlth.methods.arms import ARMS
 from fedlth.methods.fedpm import frozen_weights
 from fedlth.methods.local import Local
 from fedlth.methods.resolve import finder_of, recipe_of
+from fedlth.methods.server_state import ServerState
 from fedlth.methods.state import ClientState
 from fedlth.methods.step2 import Result, Step2
 from fedlth.params import Params
@@ -106,7 +107,7 @@ def visits(made: Any, count: int, client: int = 0, *, theta: Params | None = Non
         )
         update = reply.outbox[0]
         got = payload.decode(update.payload, update.kind, layout, known_mask=known)
-        theta = recipe.aggregate(theta, [Contribution(client, 1, got)], layout)
+        theta = join(recipe.aggregate, ServerState(theta), [Contribution(client, 1, got)], layout).theta
         state = reply.state
         out.append((got, ClientState.from_bytes(state)))
     return out

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
 from fedlth.errors import wrong
-
-
-def is_number(value: object) -> bool:
-    """Say whether a value is a finite number; YAML's true and false are none, though Python counts them as ints."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+from fedlth.records import is_number as is_number
 
 
 def check_count(place: str, value: object, least: int = 1) -> None:

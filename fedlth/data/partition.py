@@ -140,9 +140,15 @@ PARTITIONS: dict[str, type] = {
 
 
 def _shares(rng: np.random.Generator, alpha: float, num_clients: int) -> np.ndarray:
-    """Return (num_clients,) shares that sum to one; alpha so small that all round to zero gives one owner."""
+    """Return (num_clients,) shares that sum to one.
+
+    Where numpy's draw leaves float64, the limit stands in for it: equal shares for alpha so large that its sum
+    overflows, one owner for alpha so small that all shares round to zero.
+    """
     shares = rng.dirichlet(np.full(num_clients, float(alpha)))
-    return shares if np.isfinite(shares).all() else np.eye(num_clients)[rng.integers(num_clients)]
+    if np.isfinite(shares).all() and abs(float(shares.sum()) - 1) < 1e-6:
+        return shares
+    return np.full(num_clients, 1 / num_clients) if alpha > 1 else np.eye(num_clients)[rng.integers(num_clients)]
 
 
 def _cuts(shares: np.ndarray, size: int) -> np.ndarray:
@@ -154,16 +160,16 @@ def _cuts(shares: np.ndarray, size: int) -> np.ndarray:
 
 def _until(draw: Callable[[], np.ndarray], min_samples: int, size: int, num_clients: int, what: str) -> np.ndarray:
     """Return the first draw of bounds (rows, num_clients + 1) that leaves every client `min_samples` examples."""
+    must = f"partition: {what} with {num_clients} clients must leave each at least {min_samples} of {size} examples"
+    if num_clients * min_samples > size:
+        raise StudyError(f"{must}, which are {num_clients * min_samples}; lower the clients or min_samples")
     best = 0
-    if num_clients * min_samples <= size:
-        for _ in range(MAX_TRIES):
-            bounds = draw()
-            smallest = int(np.diff(bounds, axis=1).sum(0).min())
-            if smallest >= min_samples:
-                return bounds
-            best = max(best, smallest)
+    for _ in range(MAX_TRIES):
+        bounds = draw()
+        smallest = int(np.diff(bounds, axis=1).sum(0).min())
+        if smallest >= min_samples:
+            return bounds
+        best = max(best, smallest)
     raise StudyError(
-        f"partition: {what} with {num_clients} clients must leave each at least {min_samples} of {size} examples, "
-        f"got at best {best} in {MAX_TRIES if num_clients * min_samples <= size else 0} draws; "
-        "raise alpha, or lower the clients or min_samples"
+        f"{must}, got at best {best} in {MAX_TRIES} draws; raise alpha, or lower the clients or min_samples"
     )

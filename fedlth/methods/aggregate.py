@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from fedlth.methods.server_state import ServerState
 from fedlth.params import Layout, Params
 from fedlth.wire.payload import Content
 
@@ -22,12 +23,32 @@ class Contribution:
 
 
 class Aggregate(Protocol):
-    def __call__(self, old: Params, contributions: Iterable[Contribution], layout: Layout, /) -> Params:
-        """Return the new global state. `old` and the contents lie in `layout`; sums are float64, cast once.
+    """A rule that joins contributions one by one, in client order, while clients are still at work.
 
-        Contributions come one by one, in client order, while clients are still at work: take each once and let it go.
-        """
+    A rule is a frozen value: equal calls give equal results. What it must remember from round to round lies in the
+    state's memory, which is checkpointed and comes back on resume. State and contents lie in `layout`; sums are
+    float64, cast once. A round without any contribution calls none of the three.
+    """
+
+    def init(self, state: ServerState, layout: Layout, /) -> Any:
+        """Return an accumulator over `state`, the one that this round's clients were sent; `state` is not changed."""
         ...
+
+    def add(self, accumulator: Any, contribution: Contribution, /) -> None:
+        """Take one contribution in and let it go: memory must not grow with the number of clients."""
+        ...
+
+    def result(self, accumulator: Any, /) -> ServerState:
+        """Return the new state: the global state and the whole memory of the rule."""
+        ...
+
+
+def join(rule: Aggregate, state: ServerState, contributions: Iterable[Contribution], layout: Layout) -> ServerState:
+    """Join at least one contribution."""
+    accumulator = rule.init(state, layout)
+    for contribution in contributions:
+        rule.add(accumulator, contribution)
+    return rule.result(accumulator)
 
 
 def _floats(content: Content) -> np.ndarray:
@@ -41,21 +62,34 @@ def _largest(ints: np.ndarray, content: Content) -> np.ndarray:
     return ints if content.ints is None else np.maximum(ints, content.ints)
 
 
+@dataclass
+class _Sum:
+    """Sums so far. `weight` is one number, or one a coordinate; `scratch` spares an array a contribution."""
+
+    old: Params
+    total: np.ndarray
+    weight: Any
+    ints: np.ndarray
+    scratch: np.ndarray
+
+
 @dataclass(frozen=True)
 class FedAvg:
-    """Mean weighted by examples; a weight outside a client's mask counts as zero (CELL's rule).
+    """Mean weighted by examples; a weight outside a client's mask counts as zero.
 
-    McMahan et al., AISTATS 2017, arXiv 1602.05629.
+    McMahan et al., AISTATS 2017, arXiv 1602.05629, where every client sends every weight.
     """
 
-    def __call__(self, old: Params, contributions: Iterable[Contribution], layout: Layout, /) -> Params:
-        total, examples, ints = np.zeros(layout.num_floats), 0, old.ints
-        weighted = np.empty(layout.num_floats)
-        for c in contributions:
-            total += np.multiply(_floats(c.content), c.num_examples, out=weighted, dtype=np.float64)
-            examples += c.num_examples
-            ints = _largest(ints, c.content)
-        return Params((total / examples).astype(np.float32), ints)
+    def init(self, state: ServerState, layout: Layout, /) -> _Sum:
+        return _Sum(state.theta, np.zeros(layout.num_floats), 0, state.theta.ints, np.empty(layout.num_floats))
+
+    def add(self, so_far: _Sum, c: Contribution, /) -> None:
+        so_far.total += np.multiply(_floats(c.content), c.num_examples, out=so_far.scratch, dtype=np.float64)
+        so_far.weight += c.num_examples
+        so_far.ints = _largest(so_far.ints, c.content)
+
+    def result(self, so_far: _Sum, /) -> ServerState:
+        return ServerState(Params((so_far.total / so_far.weight).astype(np.float32), so_far.ints))
 
 
 @dataclass(frozen=True)
@@ -69,35 +103,23 @@ class CountMean:
     uncovered: str = "keep"
     weighted: bool = False
 
-    def __call__(self, old: Params, contributions: Iterable[Contribution], layout: Layout, /) -> Params:
-        total, ints = np.zeros(layout.num_floats), old.ints
+    def init(self, state: ServerState, layout: Layout, /) -> _Sum:
         weight: np.ndarray = np.zeros(layout.num_floats, np.float64 if self.weighted else np.int32)
-        size = layout.num_prunable
-        for c in contributions:
-            share, floats = c.num_examples if self.weighted else 1, _floats(c.content)  # zero where the mask is False
-            total += floats if share == 1 else floats.astype(np.float64) * share
-            weight[:size] += c.content.mask if share == 1 else c.content.mask * share
-            weight[size:] += share
-            ints = _largest(ints, c.content)
-        rest = old.floats.astype(np.float64) if self.uncovered == "keep" else np.zeros(layout.num_floats)
-        mean = np.divide(total, weight, out=rest, where=weight > 0)
-        return Params(mean.astype(np.float32), ints)
+        return _Sum(state.theta, np.zeros(layout.num_floats), weight, state.theta.ints, np.empty(0))
 
+    def add(self, so_far: _Sum, c: Contribution, /) -> None:
+        mask, floats = c.content.mask, _floats(c.content)  # floats are zero where the mask is False
+        share = c.num_examples if self.weighted else 1
+        so_far.total += floats if share == 1 else floats.astype(np.float64) * share
+        so_far.weight[: mask.size] += mask if share == 1 else mask * share
+        so_far.weight[mask.size :] += share
+        so_far.ints = _largest(so_far.ints, c.content)
 
-@dataclass(frozen=True)
-class Intersection:
-    """Mean only where every contributor holds the coordinate; elsewhere the old value stays (Hermes, MobiCom 2021)."""
-
-    def __call__(self, old: Params, contributions: Iterable[Contribution], layout: Layout, /) -> Params:
-        total, everyone = np.zeros(layout.num_floats), np.ones(layout.num_floats, bool)
-        count, ints = 0, old.ints
-        for c in contributions:
-            total += _floats(c.content)
-            everyone[: layout.num_prunable] &= c.content.mask
-            count += 1
-            ints = _largest(ints, c.content)
-        mean = np.where(everyone, total / count, old.floats)
-        return Params(mean.astype(np.float32), ints)
+    def result(self, so_far: _Sum, /) -> ServerState:
+        old = so_far.old.floats
+        rest = old.astype(np.float64) if self.uncovered == "keep" else np.zeros(old.size)
+        mean = np.divide(so_far.total, so_far.weight, out=rest, where=so_far.weight > 0)
+        return ServerState(Params(mean.astype(np.float32), so_far.ints))
 
 
 @dataclass(frozen=True)
@@ -109,10 +131,13 @@ class MaskMean:
 
     clamp: float = 0.01
 
-    def __call__(self, old: Params, contributions: Iterable[Contribution], layout: Layout, /) -> Params:
-        ones, count = np.zeros(layout.num_prunable), 0
-        for c in contributions:
-            ones += c.content.mask
-            count += 1
-        theta = np.clip(ones / count, self.clamp, 1 - self.clamp)
-        return Params(np.log(theta / (1 - theta)).astype(np.float32), old.ints)
+    def init(self, state: ServerState, layout: Layout, /) -> _Sum:
+        return _Sum(state.theta, np.zeros(layout.num_prunable), 0, state.theta.ints, np.empty(0))
+
+    def add(self, so_far: _Sum, c: Contribution, /) -> None:
+        so_far.total += c.content.mask
+        so_far.weight += 1
+
+    def result(self, so_far: _Sum, /) -> ServerState:
+        theta = np.clip(so_far.total / so_far.weight, self.clamp, 1 - self.clamp)
+        return ServerState(Params(np.log(theta / (1 - theta)).astype(np.float32), so_far.ints))

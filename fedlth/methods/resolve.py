@@ -7,7 +7,7 @@ from dataclasses import replace
 from fedlth.config import Study
 from fedlth.errors import StudyError
 from fedlth.methods.arms import ARMS
-from fedlth.methods.recipe import Recipe
+from fedlth.methods.recipe import Recipe, check_frozen
 from fedlth.methods.recipes import METHODS
 from fedlth.models.initial import refuse
 from fedlth.parts import make
@@ -65,6 +65,7 @@ def kept_arm(study: Study) -> str | None:
 def resolve(study: Study) -> tuple[Study, list[str]]:
     """Return the study with the method's defaults written in, and a note for each section without effect."""
     recipe, notes = recipe_of(study), []
+    check_frozen(recipe)
     update: dict[str, object] = {}
     if recipe.rewind and "rewind" not in study.finder.model_fields_set:
         update["finder"] = study.finder.model_copy(update={"rewind": {"name": recipe.rewind}})

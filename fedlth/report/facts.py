@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fedlth.errors import StudyError, wrong
+from fedlth.records import MetricRow
 from fedlth.report.jsonl import read_object, read_rows
-from fedlth.report.rows import FORMAT, Header, Layer, LedgerRow, MetricRow, RoundRow, parse
+from fedlth.report.rows import FORMAT, Header, Layer, LedgerRow, RoundRow, parse
 
 
 @dataclass(frozen=True)

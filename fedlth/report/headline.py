@@ -172,6 +172,12 @@ def honest_notes(results: Results) -> tuple[str, ...]:
             shown = "; ".join(told[:3]) + ("; ..." if len(told) > 3 else "")
             messages = _plural(moved.refused.messages, "message")
             notes.append(f"{seed}{messages} refused or failed ({shown}); bytes counted")
+        notes += [
+            f"{seed}round {row.round} of {row.phase}: no client could use the global model; rolled back to "
+            f"{row.rolled_back_to}"
+            for row in facts.rounds
+            if row.rolled_back_to
+        ]
         evaluated = {row.client for row in facts.metrics}
         missing = sorted(set(range(facts.header.num_clients)) - evaluated)
         if missing:

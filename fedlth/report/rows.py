@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from fedlth.errors import StudyError, wrong
+from fedlth.errors import StudyError
+from fedlth.records import read
 
 Row = TypeVar("Row")
 
@@ -76,7 +77,10 @@ class LedgerRow:
 
 @dataclass(frozen=True)
 class RoundRow:
-    """One round as the server saw it; `val_accuracy` is None where no client answered."""
+    """One round as the server saw it; `val_accuracy` is None where no client answered.
+
+    `rolled_back_to` says which global model took the place of one that no client could use ("" for none).
+    """
 
     round: int
     phase: str
@@ -85,42 +89,7 @@ class RoundRow:
     down_bytes: int
     val_accuracy: float | None = None
     failed: list[Any] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class MetricRow:
-    """One client under one arm at one density, read once at the end."""
-
-    client: int
-    unseen: bool
-    arm: str
-    density: float
-    target_density: float
-    val_accuracy: float
-    test_accuracy: float
-    num_train: int
-    start: str = ""
-    epochs: float = 0.0
-    search_epochs: float = 0.0
-    train_flops: float = 0.0
-    train_flops_effective: float = 0.0
-    val_loss: float = float("nan")
-    test_loss: float = float("nan")
-    num_val: int = 0
-    num_test: int = 0
-    ticket: str = ""
-    layer_density: dict[str, Any] = field(default_factory=dict)
-
-
-_ACCEPTED: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (int, float),
-    "str": (str,),
-    "bool": (bool,),
-    "int | None": (int, type(None)),
-    "float | None": (int, float, type(None)),
-    "str | None": (str, type(None)),
-}
+    rolled_back_to: str = ""
 
 
 def parse(kind: type[Row], row: Mapping[str, Any], *, place: str) -> Row:
@@ -128,17 +97,7 @@ def parse(kind: type[Row], row: Mapping[str, Any], *, place: str) -> Row:
 
     Raises StudyError naming `place` and the field where one is missing or of another type.
     """
-    found: dict[str, Any] = {}
-    for spec in fields(kind):  # type: ignore[arg-type]
-        if spec.name not in row:
-            if spec.default is MISSING and spec.default_factory is MISSING:
-                raise StudyError(f"{place}: {spec.name} is wanted, got only {', '.join(sorted(row)) or 'nothing'}")
-            continue
-        value = row[spec.name]
-        name = str(spec.type)
-        accepted = _ACCEPTED.get(name) or ((list,) if name.startswith("list") else (dict,))
-        # bool is an int to Python, and true is not a count
-        if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
-            raise wrong(f"{place}: {spec.name}", name, value)
-        found[spec.name] = value
-    return kind(**found)
+    try:
+        return read(kind, row, strict=False)
+    except ValueError as error:
+        raise StudyError(f"{place}: {error}") from None

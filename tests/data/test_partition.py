@@ -87,6 +87,21 @@ def test_dirichlet_survives_tiny_alpha() -> None:
     assert sum(map(len, owned)) == LABELS.size
 
 
+@pytest.mark.parametrize("alpha", [1e100, 1e306, 1e307, 1.7e308, 10**308])
+def test_alpha_beyond_what_numpy_draws_is_the_limit_of_equal_shares(alpha: float) -> None:
+    """Row 45: the sum of twenty draws at 1e307 overflows; it gave each class to one owner and told to raise alpha."""
+    sizes = {len(indices) for indices in parts_of(QuantitySkew(alpha, 1), clients=20)}
+    assert sizes == {30}
+    for indices in parts_of(Dirichlet(alpha, 1), clients=20):
+        assert np.bincount(LABELS[indices]).tolist() == [3] * 10
+
+
+def test_a_minimum_that_no_draw_could_leave_is_not_a_matter_of_alpha() -> None:
+    """Row 45's brother: raising alpha was the advice where no alpha could help."""
+    with pytest.raises(StudyError, match=r"at least 100 of 600 examples, which are 1200; lower the clients"):
+        parts_of(Dirichlet(1.0, 100))
+
+
 @pytest.mark.parametrize("part", [Dirichlet(0.01, 25), Dirichlet(1.0, 100), QuantitySkew(0.01, 25)])
 def test_infeasible_skew_names_what_to_change(part: Partition) -> None:
     alpha = part.alpha  # type: ignore[attr-defined]
@@ -161,6 +176,8 @@ def test_natural_without_keys() -> None:
         (Dirichlet, {"alpha": 0}),
         (Dirichlet, {"alpha": "much"}),
         (Dirichlet, {"alpha": float("nan")}),
+        (Dirichlet, {"alpha": 10**400}),  # an int that no float holds
+        (Shards, {"shard_size": 10, "unbalance": 10**400}),
         (Dirichlet, {"alpha": 1.0, "min_samples": 0}),
         (QuantitySkew, {"alpha": -1.0}),
         (Shards, {"shard_size": 0}),
