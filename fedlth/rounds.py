@@ -119,9 +119,10 @@ class Loop:
         self._commit(step, index, progress, visits, summary, began)
         self.tell(_line(summary, index + 1, total, time.perf_counter() - began))
         if joins and self.progress.empty_rounds >= EMPTY_ROUNDS_ALLOWED:
+            refused = f"every reply was refused, the first with: {visits.failed[0]['reason']}"
+            died = next((f["reason"] for f in visits.failed if f["kind"] != "refused"), refused)
             raise StudyError(
-                f"{self.folder.root}: {EMPTY_ROUNDS_ALLOWED} rounds without one usable reply; last: "
-                f"{_failures(visits.failed)}"
+                f"{self.folder.root}: {EMPTY_ROUNDS_ALLOWED} rounds without one usable reply; last: {died}"
             )
 
     def _sampled(self, step: Step) -> list[int]:

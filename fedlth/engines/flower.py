@@ -83,7 +83,7 @@ class GridTransport:
         except (OSError, HTTPError):  # of the link to the SuperLink, not of the message
             raise
         except Exception as error:
-            return [Back(id, code=UNREADABLE, reason=one_line(error))]
+            return [Back(id, code=UNREADABLE, reason=f"unreadable answer: {one_line(error)}")]
 
 
 def _back(reply: Message) -> Back:

@@ -25,8 +25,8 @@ GRACE_S = 120.0  # Ray's workers, or a device's process, need up to half a minut
 RUN_NAME = "flower-run"
 AT_ONCE = 256  # nodes answer at their own pace: a part ends with its slowest
 # Flower's codes (flwr.common.constant.ErrorCode) by what they mean here; code 0 is any exception of its backend.
-RAISED, CRASHED = (1, 2, 6, 7), 8
-UNREADABLE = -1  # ours: a message came that Flower, or this engine, cannot unpack
+UNREADABLE = -1  # ours: Flower could not unpack what came, so that its size is not known either
+RAISED, CRASHED = (UNREADABLE, 1, 2, 6, 7), 8
 TOLD_EVERY_S = 60.0
 REASON = 300
 RAY_DEATH = re.compile("ActorDied|ActorUnavailable|WorkerCrashed")
@@ -114,9 +114,7 @@ class FlowerEngine:
         """Return the answer, and the bytes of the message that brought it."""
         if back is None:
             return _failure(job, "lost", f"no answer for {self._timeout_s + GRACE_S:g} s"), None
-        if back.code == UNREADABLE:
-            return _failure(job, "raised", f"unreadable answer: {back.reason}"), back.framed_bytes or None
-        if back.records is None:  # Flower made this up at our end: nothing came
+        if back.records is None:  # made up at our end: nothing came, or nothing that can be read
             return _failure(job, _kind(back.code, back.reason), f"Flower error {back.code}: {back.reason}"), None
         try:
             return to_answer(back.records, job), back.framed_bytes
