@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 RESYNC = "resync"
+MACHINES = frozenset({"died", "lost"})  # kinds of failure that are a machine's; the others are the client's own
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +13,10 @@ import numpy as np
 
 from fedlth import server
 from fedlth.client import initial, space
+from fedlth.config import Study
 from fedlth.downlink import Downlink
 from fedlth.errors import StudyError
-from fedlth.jobs import Engine
+from fedlth.jobs import MACHINES, Engine
 from fedlth.methods.recipe import Recipe, in_phase
 from fedlth.methods.resolve import arms_of, finder_of, main_density, recipe_of
 from fedlth.methods.server_state import ServerState
@@ -26,6 +28,7 @@ from fedlth.wire.codec import CODECS
 from fedlth.world import World, open_world
 
 EMPTY_ROUNDS_ALLOWED = 3
+CLIENTS_SHOWN, REASON_SHOWN = 5, 100  # of failures on a line
 CONTROLS = {"global", "dense", "dense_total", "own_random", "global_mask", "random", "ticket", "ticket_0", "one_shot"}
 
 Tell = Callable[[str], None]
@@ -81,6 +84,20 @@ class Loop:
             began = time.perf_counter()
             self._step(steps[i], i, len(steps), began)
 
+    def revisit(self) -> None:
+        """Visit `missing` clients again, in waves of their own after the last step; all steps must be done.
+
+        Step 2 does not depend on the wave, and the global model, anchors and masks are still those of the last phase:
+        parameters, tickets and metrics are those of a client that was never lost. What had crossed stays in the ledger.
+        """
+        lost, size = missing(self.folder), self.world.study.personalise.clients_per_wave
+        phase, done = _last_phase(self.world.study), max((row["round"] for row in _last_waves(self.folder)), default=0)
+        waves = [tuple(lost[i : i + size]) for i in range(0, len(lost), size)]
+        first = self.progress.step
+        for i, wave in enumerate(waves):
+            step = Step(phase, done + 1 + i, wave)
+            self._step(step, first + i, first + len(waves), time.perf_counter())
+
     def _anchor_names(self) -> list[str]:
         """Name the earlier global models that step 2 rewinds to; they are kept and shipped once each."""
         anchor = finder_of(self.world.study).rewind.anchor
@@ -126,7 +143,8 @@ class Loop:
         if "rolled_back_to" in summary:
             self.tell(f"note: no client could use this global model; it is rolled back to {summary['rolled_back_to']}")
         if joins and self.progress.empty_rounds >= EMPTY_ROUNDS_ALLOWED:
-            died = next((f["reason"] for f in visits.failed if f["kind"] != "refused"), "every reply was refused")
+            refused = f"every reply was refused, the first with: {visits.failed[0]['reason']}"
+            died = next((f["reason"] for f in visits.failed if f["kind"] != "refused"), refused)
             raise StudyError(
                 f"{self.folder.root}: {EMPTY_ROUNDS_ALLOWED} rounds without one usable reply; last: {died}"
             )
@@ -236,12 +254,50 @@ def _line(summary: dict[str, Any], done: int, total: int, seconds: float) -> str
     """Return one line of live progress."""
     accuracy = summary["val_accuracy"]
     said = f"val {100 * accuracy:5.1f} %" if accuracy is not None else f"{len(summary['clients'])} clients"
-    failed = f"  {len(summary['failed'])} failed" if summary["failed"] else ""
+    failed = f"  {len(summary['failed'])} failed: {_failures(summary['failed'])}" if summary["failed"] else ""
     mb = 1e-6
     return (
         f"[{done}/{total}] {summary['phase']} {summary['round']}: {said}  up {summary['up_bytes'] * mb:.2f} MB  "
         f"down {summary['down_bytes'] * mb:.2f} MB  {seconds:.1f} s{failed}"
     )
+
+
+def _failures(failed: Sequence[Mapping[str, Any]]) -> str:
+    """Say who failed and why, each kind once with its first client's reason."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for one in failed:
+        kinds.setdefault(one["kind"], []).append(one)
+    return "; ".join(
+        f"client{'s' * (len(of) > 1)} {_names([f['client'] for f in of])}: {kind}: {of[0]['reason'][:REASON_SHOWN]}"
+        for kind, of in kinds.items()
+    )
+
+
+def _names(clients: Sequence[int]) -> str:
+    return ", ".join(map(str, clients[:CLIENTS_SHOWN])) + (", ..." if len(clients) > CLIENTS_SHOWN else "")
+
+
+def missing(folder: RunFolder) -> list[int]:
+    """Return the clients whose visit in the run's last phase was lost with their machine, and not made up for since.
+
+    One that was lost in an earlier phase is not among them: the others have gone on from there without it.
+    """
+    lost: dict[int, bool] = {}
+    for row in _last_waves(folder):
+        kinds = {f["client"]: f["kind"] for f in row["failed"]}
+        lost |= {client: kinds.get(client) in MACHINES for client in row["clients"]}
+    return sorted(client for client, is_lost in lost.items() if is_lost)
+
+
+def _last_waves(folder: RunFolder) -> list[dict[str, Any]]:
+    """Return the committed waves of the run's last phase."""
+    file, phase = folder.log("rounds"), _last_phase(folder.study())
+    rows = [json.loads(line) for line in file.read_bytes().splitlines()] if file.exists() else []
+    return [row for row in rows if row["phase"] == phase]
+
+
+def _last_phase(study: Study) -> str:
+    return "refined" if study.refine.rounds else "personalise"
 
 
 def check_rule(world: World) -> None:

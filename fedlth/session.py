@@ -75,14 +75,17 @@ def together(study: Study, engine: str) -> tuple[Study, list[str]]:
 
 
 def resume(out: Path, engine: Engine, tell: Tell) -> RunFolder:
-    """Go on from the last commit of a run; one that has ended stays as it is."""
+    """Go on from the last commit of a run, then visit clients whose machine was lost in its last phase.
+
+    A run that has ended without such clients stays as it is.
+    """
     folder = RunFolder(out)
     study = folder.study()
     world = open_world(study.science())
     with folder.locked():
         file = out / "header.json"
         header = json.loads(file.read_bytes()) if file.exists() else {}
-        if header.get("finished"):
+        if header.get("finished") and not rounds.missing(folder):
             engine.close()
             tell(f"{out}: has ended already")
             return folder
@@ -101,13 +104,17 @@ def resume(out: Path, engine: Engine, tell: Tell) -> RunFolder:
             raise StudyError(f"{out}: must go on with cohort {header.get('cohort', 1)}, got {study.cohort}")
         elif header["versions"] != versions():
             tell("note: other versions than those the run began with; equal bits are not promised")
-        return _go(folder, engine, tell)
+        if header.get("finished"):  # no longer, so that a stop before its files are written anew is one to go on from
+            store.write_atomic(file, json.dumps(header | {"finished": False}, indent=1).encode())
+        return _go(folder, engine, tell, revisit=True)
 
 
-def _go(folder: RunFolder, engine: Engine, tell: Tell) -> RunFolder:
+def _go(folder: RunFolder, engine: Engine, tell: Tell, *, revisit: bool = False) -> RunFolder:
     loop = rounds.open_loop(folder, engine, tell)
     try:
         loop.run()
+        if revisit:
+            loop.revisit()
     finally:
         engine.close()
     if not loop.progress.lengths["metrics"]:
@@ -116,6 +123,9 @@ def _go(folder: RunFolder, engine: Engine, tell: Tell) -> RunFolder:
     if folder.study().tensorboard:
         tensorboard.write(folder.root)
     _write_header(folder, folder.study(), loop.world, engine, loop)
+    if lost := rounds.missing(folder):
+        how = "the same `flwr run`" if engine.holds_state else f"fedlth resume {folder.root}"
+        tell(f"note: no result of {len(lost)} clients, whose machine was lost ({lost[:10]}); {how} visits them again")
     return folder
 
 

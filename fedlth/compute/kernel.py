@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -31,15 +31,9 @@ class Outcome:
     snapshots: dict[int, np.ndarray] = field(default_factory=dict)
 
 
-def warm(tell: Callable[[str], None], *, patience_s: float = 3.0) -> None:
-    """Load the compiled kernel, or compile it once for this machine, before workers that would each do so.
-
-    What takes longer than `patience_s` is no load, and is told.
-    """
-    told = threading.Timer(patience_s, tell, ["note: compiling the kernel once for this machine, about 45 s of CPU"])
-    told.daemon = True
-    told.start()
-    try:
+def warm(tell: Callable[[str], None]) -> None:
+    """Load the compiled kernel before workers that would each do so; compile it first, and say so, where it must be."""
+    with _told_of_compiling(tell):
         op = Op(kind=col.LINEAR, source=0, out=1, weight=0, bias=9)
         table = LayerTable(
             ops=(op,), shapes=((3, 1, 1), (3, 1, 1)), output=1, num_floats=12, num_params=12, num_prunable=9
@@ -49,8 +43,27 @@ def warm(tell: Callable[[str], None], *, patience_s: float = 3.0) -> None:
         mask = np.eye(3, dtype=bool).reshape(-1)
         train_epochs(table, floats, x, np.zeros(1, np.int64), [[np.zeros(1, np.int64)]], rates=np.ones(1), mask=mask)
         predict(table, floats, x)
-    finally:
-        told.cancel()
+
+
+@contextmanager
+def _told_of_compiling(tell: Callable[[str], None]) -> Iterator[None]:
+    """Tell once when numba begins to compile; what it loads from its disk cache, however slowly, is no compilation."""
+    from numba.core import event
+
+    class Once(event.Listener):
+        def __init__(self) -> None:
+            self.due = True
+
+        def on_start(self, event: object) -> None:
+            if self.due:
+                self.due = False
+                tell("note: compiling the kernel once for this machine, about 45 s of CPU")
+
+        def on_end(self, event: object) -> None:
+            pass
+
+    with event.install_listener("numba:compile", Once()):
+        yield
 
 
 def available() -> str:

@@ -20,20 +20,20 @@ def drive(study: Study, out: Path, tell: Callable[[str], None], *, again: bool) 
 
         run_under_flower(study, out, tell, resume=again)
         return
-    engine = _engine(study)
+    engine = _engine(study, tell)
     if again:
         session.resume(out, engine, tell)
     else:
         session.start(study, out, engine, tell)
 
 
-def _engine(study: Study) -> Engine:
+def _engine(study: Study, tell: Callable[[str], None]) -> Engine:
     if study.engine == "ray":
         from fedlth.engines.ray import RayEngine
 
-        return RayEngine(study.ray, job_timeout_s=study.job_timeout_s, device=study.device)
+        return RayEngine(study.ray, job_timeout_s=study.job_timeout_s, device=study.device, tell=tell)
     size = usable_cpus() if study.workers == "auto" else study.workers
     # CUDA does not survive a fork, and only Linux forks a process that has used its libraries safely.
     if size == 1 or study.device != "cpu" or sys.platform != "linux":
         return InProcess()
-    return Forked(size, job_timeout_s=study.job_timeout_s)
+    return Forked(size, job_timeout_s=study.job_timeout_s, tell=tell)

@@ -30,15 +30,17 @@ from flwr.supercore.inflatable.inflatable_object import (  # noqa: E402
     get_all_nested_objects,
     no_object_id_recompute,
 )
+from httpx import HTTPError  # noqa: E402
 
 from fedlth.client import client_step  # noqa: E402
 from fedlth.config import Study  # noqa: E402
 from fedlth.engines import flower_client  # noqa: E402
 from fedlth.engines.flower_client import Step  # noqa: E402
-from fedlth.engines.flower_engine import Back, FlowerEngine, Sent  # noqa: E402
+from fedlth.engines.flower_engine import UNREADABLE, Back, FlowerEngine, Sent  # noqa: E402
 from fedlth.engines.flower_nodes import Tell  # noqa: E402
 from fedlth.engines.flower_record import BODY, CHUNKED, HEAD, View  # noqa: E402
 from fedlth.engines.flower_session import Task, interruptible, task_of  # noqa: E402
+from fedlth.engines.inprocess import one_line  # noqa: E402
 from fedlth.errors import StudyError  # noqa: E402
 from fedlth.methods.resolve import resolve  # noqa: E402
 from fedlth.world import open_world  # noqa: E402
@@ -72,7 +74,16 @@ class GridTransport:
         return Sent(message.metadata.message_id, size)
 
     def collect(self, ids: Iterable[str]) -> list[Back]:
-        return [_back(m) for m in self._grid.pull_messages(ids)]
+        # One by one: Flower unpacks all that it pulls or raises, and what was pulled is not given twice.
+        return [back for id in ids for back in self._pulled(id)]
+
+    def _pulled(self, id: str) -> list[Back]:
+        try:
+            return [_back(m) for m in self._grid.pull_messages([id])]
+        except (OSError, HTTPError):  # of the link to the SuperLink, not of the message
+            raise
+        except Exception as error:
+            return [Back(id, code=UNREADABLE, reason=f"unreadable answer: {one_line(error)}")]
 
 
 def _back(reply: Message) -> Back:
@@ -155,9 +166,14 @@ def make_server_app(app_dir: Path) -> ServerApp:
             if task is None:
                 tell(f"{context.run_config['out']}: this run has ended already")
                 return
+            # Said now, since whoever reads this hears nothing more from a SuperLink that has gone.
+            tell(f"if the SuperLink ends before this run: `flwr run` again with out={task.out} goes on")
             _run(task, grid, tell, threading.Event(), wait_s=float(str(context.run_config["wait-s"])))
         except StudyError as error:
             tell(f"error: {error}")
+            raise
+        except BaseException as error:  # Flower's for a run that has ended under us is one
+            tell(f"error: {one_line(error)}; what was committed is kept: `flwr run` again with the same out goes on")
             raise
         tell(f"done: {task.out}; its report: fedlth report {task.out}")
 
@@ -201,6 +217,7 @@ def run_under_flower(study: Study, out: Path, tell: Tell, *, resume: bool = Fals
                 num_supernodes=study.clients.count,
                 backend_config={
                     "init_args": {
+                        "address": "local",  # or it joins the cluster of RAY_ADDRESS, or one that has left its address
                         "num_cpus": WORKERS,
                         "include_dashboard": False,
                         "logging_level": logging.ERROR,

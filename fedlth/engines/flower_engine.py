@@ -17,6 +17,7 @@ from fedlth.config import Study
 from fedlth.engines.cohort import answered
 from fedlth.engines.flower_nodes import Roll, Tell
 from fedlth.engines.flower_record import BODY, HEAD, Order, Records, View, of_order, to_answer
+from fedlth.engines.inprocess import one_line
 from fedlth.jobs import Again, Answers, Failure, Job, Reply, never
 
 DEFAULT_TIMEOUT_S = 3600.0
@@ -24,7 +25,10 @@ GRACE_S = 120.0  # Ray's workers, or a device's process, need up to half a minut
 RUN_NAME = "flower-run"
 AT_ONCE = 256  # nodes answer at their own pace: a part ends with its slowest
 # Flower's codes (flwr.common.constant.ErrorCode) by what they mean here; code 0 is any exception of its backend.
-RAISED, CRASHED = (1, 2, 6, 7), 8
+UNREADABLE = -1  # ours: Flower could not unpack what came, so that its size is not known either
+RAISED, CRASHED = (UNREADABLE, 1, 2, 6, 7), 8
+TOLD_EVERY_S = 60.0
+REASON = 300
 RAY_DEATH = re.compile("ActorDied|ActorUnavailable|WorkerCrashed")
 
 
@@ -38,7 +42,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class Back:
-    """What came back for one message: records, or Flower's error code with its reason."""
+    """What came back for one message: records, or Flower's error code (or UNREADABLE) with its reason."""
 
     id: str
     framed_bytes: int = 0
@@ -56,7 +60,9 @@ class Transport(Protocol):
 
     def send(self, records: Records, *, node: int, kind: str) -> Sent: ...
 
-    def collect(self, ids: Iterable[str]) -> list[Back]: ...
+    def collect(self, ids: Iterable[str]) -> list[Back]:
+        """Return what has come, each once. What cannot be unpacked is UNREADABLE and costs no other message."""
+        ...
 
 
 class FlowerEngine:
@@ -68,7 +74,7 @@ class FlowerEngine:
     def __init__(
         self, transport: Transport, *, study: Study, out: Path, tell: Tell, wait_s: float, stop: threading.Event
     ) -> None:
-        self._transport, self._out, self._stop = transport, out, stop
+        self._transport, self._out, self._stop, self._tell = transport, out, stop, tell
         self._timeout_s = study.job_timeout_s or DEFAULT_TIMEOUT_S
         self._roll = Roll(
             count=study.clients.count, online=transport.online, ask=self._ask, pause=self._pause, tell=tell,
@@ -108,12 +114,12 @@ class FlowerEngine:
         """Return the answer, and the bytes of the message that brought it."""
         if back is None:
             return _failure(job, "lost", f"no answer for {self._timeout_s + GRACE_S:g} s"), None
-        if back.records is None:  # Flower made this up at our end: nothing came
+        if back.records is None:  # made up at our end: nothing came, or nothing that can be read
             return _failure(job, _kind(back.code, back.reason), f"Flower error {back.code}: {back.reason}"), None
         try:
             return to_answer(back.records, job), back.framed_bytes
-        except ValueError as error:
-            return _failure(job, "raised", f"unreadable answer: {error}"), back.framed_bytes
+        except Exception as error:  # whatever a stranger's records make it raise
+            return _failure(job, "raised", f"unreadable answer: {one_line(error)}"), back.framed_bytes
 
     def _exchange(self, sent: Sequence[Sent]) -> dict[str, Back]:
         """Collect until all have answered, or none has for the time that one step may take.
@@ -122,12 +128,16 @@ class FlowerEngine:
         """
         waiting = {s.id for s in sent}
         got: dict[str, Back] = {}
-        last = time.monotonic()
+        last = told = time.monotonic()
         while waiting and time.monotonic() - last < self._timeout_s + GRACE_S:
             for back in self._transport.collect(sorted(waiting)):
                 got[back.id] = back
                 waiting.discard(back.id)
-                last = time.monotonic()
+                last = told = time.monotonic()
+            if waiting and time.monotonic() - told >= TOLD_EVERY_S:
+                told = time.monotonic()
+                limit = f"the limit is {self._timeout_s + GRACE_S:g} s"
+                self._tell(f"waiting: {len(waiting)} of {len(sent)} answers, none for {told - last:.0f} s; {limit}")
             if waiting:
                 self._pause()
         return got
@@ -159,7 +169,9 @@ def _partition(back: Back | None) -> int | str:
 
 
 def _failure(job: Job, kind: str, reason: str) -> Failure:
-    return Failure(round=job.round, client=job.client, kind=kind, reason=reason[:300])
+    if len(reason) > REASON:  # Ray's begin with what ran, and end with what it raised
+        reason = f"{reason[:100]} ... {reason[105 - REASON :]}"
+    return Failure(round=job.round, client=job.client, kind=kind, reason=reason)
 
 
 def _kind(code: int, reason: str) -> str:

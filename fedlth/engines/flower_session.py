@@ -17,6 +17,8 @@ from fedlth.engines.flower_engine import FlowerEngine
 from fedlth.engines.flower_nodes import Tell
 from fedlth.errors import StudyError
 from fedlth.methods.resolve import resolve
+from fedlth.rounds import missing
+from fedlth.runfolder import RunFolder
 from fedlth.world import open_world
 
 
@@ -39,7 +41,7 @@ class Task:
 
 
 def task_of(run_config: Mapping[str, Any], app_dir: Path) -> Task | None:
-    """Return what `flwr run --run-config` asks for; None where that run has ended already.
+    """Return what `flwr run --run-config` asks for; None where that run has ended and no client is to be visited again.
 
     `study` is a path in the app (Flower runs an installed copy) or an absolute one, `out` an absolute folder,
     `overrides` key=value words. A folder that holds an unfinished run of the same study is gone on with.
@@ -61,7 +63,7 @@ def task_of(run_config: Mapping[str, Any], app_dir: Path) -> Task | None:
     if there.science() != resolve(study)[0].science():
         raise StudyError(f"{out}: holds a run of another study; give another out")
     header = out / "header.json"
-    if header.exists() and json.loads(header.read_bytes()).get("finished"):
+    if header.exists() and json.loads(header.read_bytes()).get("finished") and not missing(RunFolder(out)):
         return None
     return Task(there, out, resume=True)
 

@@ -13,7 +13,8 @@ from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, NoReturn
 
 from fedlth.engines.cohort import peeked, size_of
-from fedlth.engines.pool import Limits, Lost, Pool
+from fedlth.engines.inprocess import one_line
+from fedlth.engines.pool import Limits, Lost, Pool, Tell, quiet
 from fedlth.engines.worker import Worker
 from fedlth.jobs import Again, Answers, Job, never
 from fedlth.world import open_world
@@ -29,15 +30,15 @@ def usable_cpus() -> int:
 class Forked:
     """Workers forked at the first map, when the study's world is built: one copy of it serves all of them.
 
-    Which worker does a job changes nothing but times. A worker that dies, or takes longer than `job_timeout_s`, costs
-    the job in hand; a fresh one takes its place.
+    Which worker does a job changes nothing but times. The work of one that dies is done again (see `Pool`); one that
+    takes longer than `job_timeout_s` costs the job in hand. A fresh one takes its place.
     """
 
     name = "inprocess"
     holds_state = False
 
-    def __init__(self, workers: int, *, job_timeout_s: float | None = None) -> None:
-        self.workers, self.limits = workers, Limits(START_S, job_timeout_s)
+    def __init__(self, workers: int, *, job_timeout_s: float | None = None, tell: Tell = quiet) -> None:
+        self.workers, self.limits, self.tell = workers, Limits(START_S, job_timeout_s), tell
         self._pool: Pool | None = None
 
     def map(self, jobs: Iterable[Job], /, *, again: Again = never) -> Answers:
@@ -48,7 +49,9 @@ class Forked:
             open_world(first.study).warm()
             forks = Forks()
             given = {"path": (), "folder": os.getcwd(), "memory_mb": None}
-            self._pool = Pool(forks, self.workers, name="fork", spawn=forks.spawn, given=given, limits=self.limits)
+            self._pool = Pool(
+                forks, self.workers, name="fork", spawn=forks.spawn, given=given, limits=self.limits, tell=self.tell
+            )
         yield from self._pool.map(jobs, cohort=size_of(first), again=again)
 
     def close(self) -> None:
@@ -119,6 +122,8 @@ class Forks:
             return call.pipe.recv()
         except (EOFError, OSError):
             return Lost("died", _ending(call))
+        except Exception as error:  # whatever unpickling raises
+            return Lost("raised", f"unreadable answer: {one_line(error)}")
 
     def kill(self, actor: Child) -> None:
         if not actor.ended:  # or its number may be another process's by now
@@ -150,9 +155,9 @@ def _live(pipe: Connection) -> NoReturn:
             held = {a.key: held[a.key] if a.value is None else a.value for a in args if isinstance(a, Stored)}
             values = [held[a.key] if isinstance(a, Stored) else a for a in args]
             pipe.send(getattr(worker, method)(*values, **kwargs))
-    except (EOFError, BrokenPipeError):
-        os._exit(0)
-    except BaseException:  # whatever it is, the parent's frames below this one must not see it
+    except BaseException as error:  # whatever it is, the parent's frames below this one must not see it
+        with suppress(BaseException):  # the parent may be what has gone
+            pipe.send(Lost("memory" if isinstance(error, MemoryError) else "raised", one_line(error)))
         os._exit(1)
 
 

@@ -1,9 +1,12 @@
-"""The workers: one cohort of jobs in flight each, a deadline on everything, and a fresh one for each that is lost."""
+"""The workers: one cohort of jobs in flight each, a deadline on everything, and a fresh one for each that is lost.
+
+Client steps are pure, so work that is lost with its worker is done again and gives what it would have given.
+"""
 
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -15,6 +18,15 @@ from fedlth.jobs import Again, Answers, Failure, Job, Reply, never
 
 AHEAD = 8  # cohorts a worker that may be drawn before the answer that is to be given next
 STARTS = 2  # a place whose worker cannot start twice in a row is given up
+TRIES = 3  # so often is a cohort's work begun whose worker is lost each time; then one of its clients does it
+MACHINES = ("died", "memory")  # how a worker is lost with its process or its machine, and not by what a job raises
+TOLD_EVERY_S = 30.0
+
+Tell = Callable[[str], None]
+
+
+def quiet(line: str) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +84,12 @@ class Pool:
 
     def __init__(
         self, seam: Seam, size: int, *, name: str, spawn: Callable[[], Any], given: Mapping[str, object],
-        limits: Limits,
+        limits: Limits, tell: Tell = quiet, room: Callable[[], str] = str,
     ) -> None:  # fmt: skip
         self.seam, self.name, self.spawn, self.given, self.limits = seam, name, spawn, given, limits
+        self.tell, self.room = tell, room  # room() says what workers may wait for, "" where nothing is known
         self.places = [Place(number) for number in range(size)]
-        self.trouble = ""
+        self.trouble, self.told = "", 0.0
 
     def map(self, jobs: Iterable[Job], *, cohort: int = 1, again: Again = never) -> Answers:
         """Run every job, `cohort` consecutive ones a call; yield them with their answers, in job order.
@@ -104,6 +117,15 @@ class Pool:
             self.trouble = "its process ended at once"
             self.drop(place)
 
+    def say_that_it_waits(self) -> None:
+        """Say every so often, while no worker has started, for how long and what for."""
+        now, deadline = time.monotonic(), min(p.deadline for p in self.places if p.deadline is not None)
+        waited = now - (deadline - self.limits.start_s)
+        if min(waited, now - self.told) >= TOLD_EVERY_S:
+            self.told = now
+            said = f"{self.name}: no worker yet after {waited:.0f} s, the limit is {self.limits.start_s:g} s"
+            self.tell("; ".join(filter(None, [said, self.room()])))
+
     def drop(self, place: Place) -> None:
         """End a place's worker; a new one is started when there is work for it."""
         if place.actor is not None:
@@ -124,6 +146,7 @@ class _Batch:
         self.jobs: dict[int, Job] = {}
         self.answers: dict[int, Reply | Failure] = {}
         self.drawn = self.given = 0
+        self.losses = Counter[int]()
         self.stored: dict[bytes | str, Any] = {}
 
     def run(self) -> Answers:
@@ -131,6 +154,7 @@ class _Batch:
         while self.given < self.drawn:
             if self.given in self.answers:
                 answer = self.jobs.pop(self.given), self.answers.pop(self.given)
+                del self.losses[self.given]
                 self.given += 1
                 yield answer
                 self._collect(wait=False)
@@ -192,7 +216,12 @@ class _Batch:
         busy = [place for place in self.pool.places if place.call is not None]
         deadlines = [place.deadline for place in busy if place.deadline is not None]
         patience = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+        nobody_works = bool(busy) and all(place.starting for place in busy)
+        if nobody_works and patience is not None:
+            patience = min(patience, TOLD_EVERY_S)
         ended = self.pool.seam.wait([place.call for place in busy], timeout_s=patience if wait else 0.0) if busy else []
+        if nobody_works and not ended:
+            self.pool.say_that_it_waits()
         now = time.monotonic()
         for place in busy:
             if place.call in ended:
@@ -225,7 +254,10 @@ class _Batch:
 
     def _overdue(self, place: Place) -> None:
         if place.starting:
-            self._not_started(place, f"it took more than {self.pool.limits.start_s:g} s")
+            # It has had its time, and the next would wait for the same.
+            place.failed_starts = STARTS
+            late = f"it took more than {self.pool.limits.start_s:g} s"
+            self._not_started(place, "; ".join(filter(None, [late, self.pool.room()])))
         else:
             self._fail(place, "hung", f"no answer within job_timeout_s = {self.pool.limits.job_s:g} s")
 
@@ -234,12 +266,20 @@ class _Batch:
         self.pool.drop(place)
 
     def _fail(self, place: Place, kind: str, reason: str) -> None:
-        if len(place.positions) > 1:
+        self.losses.update(place.positions)
+        tries = max(self.losses[position] for position in place.positions)
+        if kind in MACHINES and tries < TRIES:
+            # Whole, since a cohort's size decides the last bits of its result.
+            self.todo.appendleft(place.positions)
+            clients = ", ".join(str(self.jobs[position].client) for position in place.positions)
+            self.pool.tell(f"note: {place.worker} was lost ({kind}: {reason}); done again: client {clients}")
+        elif len(place.positions) > 1:
             # One of them did it, nobody can say which: each goes again alone, so that it costs only itself.
             self.todo.extendleft((position,) for position in reversed(place.positions))
         else:
             (position,) = place.positions
             job = self.jobs[position]
+            reason = reason if tries == 1 else f"{reason} ({tries} tries)"
             self.answers[position] = Failure(
                 round=job.round, client=job.client, kind=kind, reason=reason, worker=place.worker
             )

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from fedlth import config
 from fedlth.engines.cohort import peeked, size_of
-from fedlth.engines.pool import Limits, Pool
-from fedlth.engines.ray_placement import count, share_of
+from fedlth.engines.pool import Limits, Pool, Tell, quiet
+from fedlth.engines.ray_placement import count, in_use, share_of, shortage, taken
 from fedlth.engines.worker import Worker
 from fedlth.jobs import Again, Answers, Job, never
 
@@ -39,7 +39,9 @@ class RayEngine:
         job_timeout_s: float | None = None,
         device: str = "cpu",
         start_timeout_s: float = START_S,
+        tell: Tell = quiet,
     ) -> None:
+        self.tell = tell
         self.settings, self.limits = ray, Limits(start_timeout_s, job_timeout_s)
         self.share = share_of(ray, device=device, total_memory_mb=_smallest_gpu_mb)
         self._opened: tuple[Cluster, Pool] | None = None
@@ -68,7 +70,13 @@ class RayEngine:
         settings, share = self.settings, self.share
         cluster = connect(settings.address, cpus=settings.workers * settings.num_cpus, gpus=settings.logical_gpus)
         try:
-            size = count(share, cluster.nodes(), wanted=settings.workers)
+            nodes = cluster.nodes()
+            size = count(share, nodes, wanted=settings.workers)
+            said = [shortage(share, nodes, wanted=settings.workers)]
+            if not cluster.alone:
+                said.append(taken(share, nodes, cluster.free(), size=size, wait_s=self.limits.start_s))
+            for line in filter(None, said):
+                self.tell(line)
         except BaseException:
             cluster.close()
             raise
@@ -79,7 +87,12 @@ class RayEngine:
         def spawn() -> object:
             return cluster.spawn(Worker, cpus=share.cpus, gpu=share.asked_gpu, path=path)
 
-        return cluster, Pool(cluster, size, name="ray", spawn=spawn, given=given, limits=limits)
+        def room() -> str:
+            return "" if cluster.alone else f"taken now: {in_use(cluster.nodes(), cluster.free())}"
+
+        return cluster, Pool(
+            cluster, size, name="ray", spawn=spawn, given=given, limits=limits, tell=self.tell, room=room
+        )
 
 
 def _own_path() -> list[str]:

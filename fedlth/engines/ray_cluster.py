@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,12 +20,15 @@ os.environ.setdefault("RAY_RAYLET_PID", str(os.getpid()))
 
 import ray
 from ray import exceptions
+from ray._private.state import available_resources_per_node  # ray's own tools ask it too; there is no public one
 
 from fedlth.engines.pool import Lost
 from fedlth.errors import StudyError
 
 CONNECT_S = 10.0
 FETCH_S = 60.0
+# Lines of Ray's that say who died, not why.
+NAMING = re.compile("(class_name|actor_id|pid|name|namespace|ip): |The actor died unexpectedly before finishing this")
 # One thread a worker, and no spinning: two workers on two cores are several times slower with either.
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -36,14 +40,21 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """A connection to Ray. `owned` says that it was started here, and so ends here."""
+    """A connection to Ray. `owned` says that it ends here; `alone`, that Ray was started here, for nobody else."""
 
     owned: bool
+    alone: bool = False
 
     def nodes(self) -> list[dict[str, float]]:
         """Return each living node's resources, such as CPU and GPU."""
         nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
         return [dict(node["Resources"]) for node in nodes if node["Alive"]]
+
+    def free(self) -> list[dict[str, float]]:
+        """Return what nobody has taken now of each living node's resources, in the order of `nodes`."""
+        now = available_resources_per_node()  # type: ignore[no-untyped-call]
+        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        return [dict(now.get(node["NodeID"], {})) for node in nodes if node["Alive"]]
 
     def put(self, value: object) -> Any:
         """Store a value once for every worker; the answer goes into `call` in the value's place."""
@@ -86,8 +97,13 @@ class Cluster:
 
 def _line(error: BaseException) -> str:
     """Return what happened as one line; Ray's own text goes on for pages."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = lines[-1] if isinstance(error, exceptions.RayTaskError) else lines[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    if isinstance(error, exceptions.RayTaskError) or getattr(error, "actor_init_failed", False):
+        said = lines[-1]  # of a traceback
+    elif isinstance(error, exceptions.RayError):
+        said = " ".join([line for line in lines if not NAMING.match(line)] or lines[:1])
+    else:
+        said = lines[0]
     return f"{type(error).__name__}: {said}"[:300]
 
 
@@ -114,7 +130,7 @@ def connect(address: str | None, *, cpus: float, gpus: int | None) -> Cluster:
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         place = "ray: cannot start Ray here" if address is None else f"ray.address: cannot reach Ray at {address}"
         raise StudyError(f"{place}: {_line(error)}") from error
-    return Cluster(owned=True)
+    return Cluster(owned=True, alone=address is None)
 
 
 def _reach(address: str) -> None:

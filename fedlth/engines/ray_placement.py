@@ -69,9 +69,51 @@ def share_of(ray: config.Ray, *, device: str, total_memory_mb: Callable[[], int 
 
 def count(share: Share, nodes: Sequence[Mapping[str, float]], *, wanted: int) -> int:
     """Return how many workers to run on these nodes: at most `wanted`; raise StudyError where not one fits."""
-    fits = [share.fits(node) for node in nodes]
-    places = sum(wanted if n is None else n for n in fits)
+    places = _places(share, nodes, wanted)
     if not places:
-        have = "; ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes) or "none"
-        raise StudyError(f"ray: a worker takes {share.cpus:g} CPUs and {share.gpu:g} of a GPU, the nodes have: {have}")
+        raise StudyError(f"ray: {_why(share, nodes)}")
     return min(wanted, places)
+
+
+def shortage(share: Share, nodes: Sequence[Mapping[str, float]], *, wanted: int) -> str:
+    """Return one line that says why fewer than `wanted` workers fit on these nodes, "" where all do."""
+    places = _places(share, nodes, wanted)
+    return "" if places >= wanted else f"note: ray.workers: {places} work, got {wanted}: {_why(share, nodes)}"
+
+
+def taken(
+    share: Share, nodes: Sequence[Mapping[str, float]], free: Sequence[Mapping[str, float]], *, size: int, wait_s: float
+) -> str:
+    """Return one line that says what others have taken where fewer than `size` workers fit now, "" where all do.
+
+    `free` is what is left of each of `nodes`. A GPU's rest counts as whole even where it is the rest of two.
+    """
+    wanted = [(key, part) for key, part in (("CPU", share.cpus), ("GPU", share.gpu)) if part]
+    fit = [min((int(node.get(key, 0.0) / part + EPSILON) for key, part in wanted), default=size) for node in free]
+    now = sum(fit)
+    if now >= size:
+        return ""
+    said = f"{now} of {size} workers fit now" if now else f"no room for a worker now, the wait is at most {wait_s:g} s"
+    return f"note: ray: {said}; {_takes(share)}; taken by other jobs: {in_use(nodes, free)}"
+
+
+def in_use(nodes: Sequence[Mapping[str, float]], free: Sequence[Mapping[str, float]]) -> str:
+    """Say how much of all nodes' resources is taken."""
+    return ", ".join(f"{_sum(nodes, key) - _sum(free, key):g} of {_sum(nodes, key):g} {key}s" for key in ("CPU", "GPU"))
+
+
+def _sum(nodes: Sequence[Mapping[str, float]], key: str) -> float:
+    return round(sum(node.get(key, 0.0) for node in nodes), 4)
+
+
+def _places(share: Share, nodes: Sequence[Mapping[str, float]], wanted: int) -> int:
+    return sum(wanted if n is None else n for n in map(share.fits, nodes))
+
+
+def _takes(share: Share) -> str:
+    return f"a worker takes {share.cpus:g} CPUs and {share.gpu:g} of a GPU"
+
+
+def _why(share: Share, nodes: Sequence[Mapping[str, float]]) -> str:
+    have = "; ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes) or "none"
+    return f"{_takes(share)}, the nodes have: {have}"

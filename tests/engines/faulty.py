@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fedlth.engines.worker import Born, Parcel
 from fedlth.jobs import Reply
 
-FAULTS = ("raise", "exit", "segfault", "hang", "stop", "memory")
+FAULTS = ("raise", "exit", "segfault", "hang", "stop", "memory", "killed")
 SENTINEL = 1000.0
 CLIENTS, EACH = 4, 24
 
@@ -52,7 +52,12 @@ class Net(nn.Module):
 
 
 def misbehave(fault: str, marker: str) -> None:
-    """Do one of FAULTS; `marker` is a file to leave first ("" for none)."""
+    """Do one of FAULTS; `marker` is a file to leave first ("" for none); once it is there nobody is killed."""
+    if fault == "killed":
+        if Path(marker).exists():
+            return
+        Path(marker).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
     if marker:
         Path(marker).touch()
     if fault == "raise":

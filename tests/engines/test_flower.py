@@ -84,6 +84,14 @@ def test_the_simulation_equals_the_in_process_run(tmp_path: Path) -> None:
     assert all(r["framed_bytes"] > r["payload_bytes"] for r in down if r["name"] == "theta_g" and r["framed_bytes"])
 
 
+def test_another_ray_of_the_machine_is_not_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows 22 and 39: RAY_ADDRESS names a Ray, here one that has gone."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    study = tiny.study(clients={"count": 2, "unseen": 0.0}, federate={"rounds": 1}, personalise={"arms": ["dense"]})
+    run_under_flower(study, tmp_path / "run")
+    assert {row["client"] for row in tiny.rows(tmp_path / "run", "metrics")} == {0, 1}
+
+
 def test_every_part_of_a_finder_is_the_same_under_flower(tmp_path: Path) -> None:
     """Parts that draw, look at gradients, wait, hold values, group weights: none may hang on the engine."""
     finder = {

@@ -11,7 +11,7 @@ import pytest
 
 from fedlth.client import client_step
 from fedlth.engines.flower_client import Place, serve
-from fedlth.engines.flower_engine import Back, FlowerEngine, Sent
+from fedlth.engines.flower_engine import UNREADABLE, Back, FlowerEngine, Sent
 from fedlth.engines.flower_record import Records
 from fedlth.errors import StudyError
 from fedlth.jobs import Failure, Job, Reply
@@ -114,6 +114,8 @@ def test_answers_are_in_job_order_whatever_order_they_came_in(folder: Path) -> N
         (Back("", code=0, reason="ray.exceptions.OutOfMemoryError"), "memory"),
         (Back("", code=5, reason="Node Unavailable"), "lost"),
         (Back("", records={"head": {"b": "{}"}}), "raised"),
+        (Back("", records={"head": 7}), "raised"),  # type: ignore[dict-item]
+        (Back("", code=UNREADABLE, reason="TypeError: odd"), "raised"),
         (None, "lost"),
     ],
 )
@@ -128,6 +130,40 @@ def test_a_fault_costs_only_its_own_job(
     assert isinstance(answers[1], Failure) and answers[1].kind == kind
     came = back is not None and back.records is not None  # else nothing but what was sent has crossed
     assert (answers[1].framed_down_bytes, answers[1].framed_up_bytes) == (7, 9 if came else None)
+
+
+@pytest.mark.parametrize("back", [Back("", code=UNREADABLE, reason="TypeError: odd"), Back("", records={"head": 7})])  # type: ignore[dict-item]
+def test_an_answer_that_cannot_be_unpacked_costs_one_round(folder: Path, back: Back) -> None:
+    """Row 29: its client answers in the next one."""
+    transport = Loopback(folder, NODES, echo)
+    engine = engine_over(transport)
+    transport.faults[1] = back
+    assert [type(a) for a in tiny.answers(engine, jobs())] == [Reply, Failure, Reply, Reply]
+    del transport.faults[1]
+    assert [type(a) for a in tiny.answers(engine, jobs())] == [Reply] * 4
+
+
+def test_a_long_reason_keeps_its_end(folder: Path) -> None:
+    """Row 20, its brother: Ray's text begins with what ran and ends with what it raised."""
+    transport = Loopback(folder, NODES, echo)
+    transport.faults[1] = Back("", code=2, reason=f"ray::run() {'File x, line 1 ' * 50} OSError: no disk")
+    failure = tiny.answers(engine_over(transport), jobs())[1]
+    assert isinstance(failure, Failure) and len(failure.reason) == 300
+    assert failure.reason.startswith("Flower error 2: ray::run()") and failure.reason.endswith("OSError: no disk")
+
+
+def test_a_wait_for_answers_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 30, its brother: a node that has gone was waited for in silence, for an hour unless the study says less."""
+    monkeypatch.setattr("fedlth.engines.flower_engine.GRACE_S", 0.0)
+    monkeypatch.setattr("fedlth.engines.flower_engine.TOLD_EVERY_S", 0.1)
+    transport, told = Loopback(folder, NODES, echo), list[str]()
+    transport.poll_s, transport.faults[1] = 0.02, None
+    engine = FlowerEngine(
+        transport, study=tiny.study(job_timeout_s=0.35), out=folder, tell=told.append, wait_s=1.0,
+        stop=threading.Event(),
+    )  # fmt: skip
+    tiny.answers(engine, jobs())
+    assert 2 <= len(told) <= 4 and told[0].startswith("waiting: 1 of 4 answers, none for 0 s; the limit is 0.35 s")
 
 
 def test_too_few_nodes_are_named(folder: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from fedlth.engines.flower_record import CHUNKED_ABOVE, Order, of_answer, of_order, to_answer, to_order
 from fedlth.jobs import Job, Message, Reply
+from tests import tiny
 
 if TYPE_CHECKING:
     from flwr.app import Message as FlowerMessage
@@ -107,3 +109,77 @@ def test_a_metric_record_is_none_of_ours() -> None:
     message.content["m"] = MetricRecord({"loss": 1.0})
     with pytest.raises(ValueError, match="not a fedlth message"):
         to_answer(crossed(message), JOB)
+
+
+class Grid:
+    """A grid of Flower's over HTTP, in its manner: what it pulls it gives once, and raises for all if one is odd."""
+
+    def __init__(self, odd: str, error: BaseException) -> None:
+        self.odd, self.error, self.left = odd, error, {"m1", "m2", "m3"}
+
+    def pull_messages(self, ids: Iterable[str]) -> list[FlowerMessage]:
+        from flwr.app import Message as FlowerMessage
+
+        pulled, self.left = self.left & set(ids), self.left - set(ids)
+        if self.odd in pulled:
+            raise self.error
+        replies = []
+        for id in sorted(pulled):
+            asked = sent(of_order(Order(JOB, "a", 1.0)))
+            asked.metadata.__dict__["_message_id"] = id
+            replies.append(FlowerMessage(asked.content, reply_to=asked))
+        return replies
+
+
+def test_a_message_that_flower_cannot_unpack_costs_no_other() -> None:
+    """Row 29: nor is it asked for again."""
+    from fedlth.engines.flower import GridTransport
+    from fedlth.engines.flower_engine import UNREADABLE
+
+    grid = Grid("m2", TypeError("'NoneType' object is not iterable"))
+    backs = {b.id: b for b in GridTransport(grid).collect(["m1", "m2", "m3"])}  # type: ignore[arg-type]
+    assert {id: b.code for id, b in backs.items()} == {"m1": 0, "m2": UNREADABLE, "m3": 0}
+    assert (
+        backs["m2"].reason == "unreadable answer: TypeError: 'NoneType' object is not iterable" and backs["m1"].records
+    )
+
+
+def test_an_error_of_the_link_is_not_the_messages() -> None:
+    """Row 29: it is every client's."""
+    from fedlth.engines.flower import GridTransport
+
+    with pytest.raises(ConnectionError):
+        GridTransport(Grid("m2", ConnectionError("gone"))).collect(["m1", "m2", "m3"])  # type: ignore[arg-type]
+
+
+def test_a_run_that_loses_its_superlink_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Row 30: `flwr run` with the same `out`, said before it can be too late and when it is."""
+    from flwr.app import Context, RecordDict
+    from flwr.supercore.run import RunNotRunningException
+
+    from fedlth.engines import flower
+    from fedlth.engines.flower_session import Task
+
+    def ended(*_: Any, **__: Any) -> None:
+        raise RunNotRunningException
+
+    monkeypatch.setattr(flower, "task_of", lambda *_: Task(tiny.study(), tmp_path / "r", resume=False))
+    monkeypatch.setattr(flower, "_run", ended)
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={"wait-s": 1})
+    with pytest.raises(RunNotRunningException):
+        flower.make_server_app(tmp_path)(None, context)  # type: ignore[arg-type]
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == f"fedlth: if the SuperLink ends before this run: `flwr run` again with out={tmp_path}/r goes on"
+    assert "RunNotRunningException" in last and last.endswith("`flwr run` again with the same out goes on")
+
+
+def test_the_simulation_starts_a_ray_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows 22 and 39: not the cluster of RAY_ADDRESS, nor one that has left its address on the machine."""
+    from fedlth.engines import flower
+
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(flower, "run_simulation", lambda **more: given.append(more["backend_config"]["init_args"]))
+    flower.run_under_flower(tiny.study(), tmp_path / "r", tiny.quiet)
+    assert given[0]["address"] == "local"

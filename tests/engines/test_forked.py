@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 
 from fedlth import session
-from fedlth.engines.forked import Forked
+from fedlth.engines.forked import Forked, Forks
 from fedlth.engines.inprocess import InProcess
+from fedlth.engines.pool import Lost
+from fedlth.engines.worker import Worker
+from fedlth.errors import StudyError
 from fedlth.jobs import Failure, Job, Reply
 from tests import tiny
 
@@ -39,8 +42,8 @@ def test_any_number_of_workers_equals_one_process(name: str, tmp_path: Path) -> 
     ("fault", "kind", "reason"),
     [
         ("raise", "raised", "RuntimeError: planted"),
-        ("exit", "died", "its process ended with 3"),
-        ("segfault", "died", "its process was ended by SIGSEGV"),
+        ("exit", "died", "its process ended with 3 (3 tries)"),
+        ("segfault", "died", "its process was ended by SIGSEGV (3 tries)"),
         ("hang", "hung", "no answer within job_timeout_s = 2 s"),
     ],
 )
@@ -49,6 +52,56 @@ def test_a_faulty_client_costs_only_itself(fault: str, kind: str, reason: str, t
     session.start(made, tmp_path / "r", Forked(2, job_timeout_s=2.0), tiny.quiet)
     for row in tiny.rows(tmp_path / "r", "rounds"):
         assert [(f["client"], f["kind"], f["reason"]) for f in row["failed"]] == [(2, kind, reason)]
+
+
+def test_work_lost_with_its_process_is_done_again_and_equals_one_process(tmp_path: Path) -> None:
+    """Row 40: a worker is killed in step 1 while a client trains there."""
+    marker = tmp_path / "killed"
+    made = study_of(
+        fault="killed", marker=str(marker), method="two_step", federate={"rounds": 2, "clients_per_round": 3}
+    )
+    told: list[str] = []
+    session.start(made, tmp_path / "forked", Forked(2, tell=told.append), tiny.quiet)
+    assert marker.exists() and len(told) == 1 and "SIGKILL); done again: client 2" in told[0]
+    tiny.run(made, tmp_path / "one")
+    assert tiny.facts(tmp_path / "forked") == tiny.facts(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "kind"),
+    [
+        ("start", ImportError("no such part"), "raised"),
+        ("step", EOFError("odd"), "raised"),
+        ("step", MemoryError(), "memory"),
+    ],
+)
+def test_what_a_child_raises_outside_its_step_is_told(
+    method: str, error: BaseException, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row 20: its last words cross before it ends."""
+
+    def raises(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Worker, method, raises)
+    forks = Forks()
+    child = forks.spawn()
+    assert forks.call(child, method, [], forks.put("study")) is child
+    assert forks.wait([child], timeout_s=20.0) == [child]
+    assert forks.get(child) == Lost(kind, f"{type(error).__name__}: {error}".strip())
+    forks.kill(child)
+
+
+def test_a_start_that_raises_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 20: no bare exit code."""
+
+    def raises(self: Worker, study: str, **_: object) -> None:
+        raise ImportError("no such part")
+
+    monkeypatch.setattr(Worker, "start", raises)
+    job = Job(study=tiny.study().science(), phase="federate", round=1, client=0, inbox=())
+    with pytest.raises(StudyError, match="no worker could be started: ImportError: no such part"):
+        list(Forked(2).map([job]))
 
 
 def test_children_leave_with_a_parent_that_is_killed_and_hold_no_lock(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from fedlth.engines.pool import AHEAD, STARTS, Limits, Lost, Pool
+from fedlth.engines import pool as pools
+from fedlth.engines.pool import AHEAD, STARTS, TRIES, Limits, Lost, Pool
 from fedlth.engines.worker import Born, Parcel
 from fedlth.errors import StudyError
 from fedlth.jobs import Answers, Failure, Job, Message, Reply
@@ -137,14 +138,56 @@ def test_no_more_workers_than_jobs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "kind"), [(HANGS, "hung"), (Lost("died", "x"), "died"), (Lost("memory", "x"), "memory")]
+    ("value", "kind", "tries"),
+    [
+        (HANGS, "hung", 1),
+        (Lost("raised", "x"), "raised", 1),
+        (Lost("died", "x"), "died", TRIES),
+        (Lost("memory", "x"), "memory", TRIES),
+    ],
 )
-def test_a_lost_worker_costs_its_own_job_and_is_replaced(value: Any, kind: str) -> None:
+def test_a_job_that_ends_every_worker_costs_only_itself(value: Any, kind: str, tries: int) -> None:
     played = Played(only(2, value))
     answers = all_of(pool_of(played).map(jobs_of(6)))
     assert [a.kind for a in answers if isinstance(a, Failure)] == [kind]
     assert isinstance(answers[2], Failure) and answers[2].client == 2 and answers[2].worker.startswith("ray:")
-    assert len(played.killed) == 1 and sorted(played.begun) == list(range(6))
+    assert answers[2].reason.endswith(f"({TRIES} tries)") == (tries > 1)
+    assert len(played.killed) == tries and sorted(played.begun) == sorted([*range(6), *[2] * (tries - 1)])
+
+
+@pytest.mark.parametrize("kind", ["died", "memory"])
+@pytest.mark.parametrize("losses", range(1, TRIES))
+def test_work_lost_with_its_machine_is_done_again(losses: int, kind: str) -> None:
+    """Row 40: a node that goes away costs no client anything."""
+
+    def act(job: Job) -> Any:
+        if job.client in (2, 5) and seen.count(job.client) < losses:
+            seen.append(job.client)
+            return Lost(kind, "its node has died")
+        return answer(job)
+
+    seen: list[int] = []
+    told: list[str] = []
+    played = Played(act)
+    pool = pool_of(played)
+    pool.tell = told.append
+    assert [a.client for a in all_of(pool.map(jobs_of(7))) if isinstance(a, Reply)] == list(range(7))
+    assert len(told) == 2 * losses and f"({kind}: its node has died); done again: client " in told[0]
+
+
+def test_a_cohort_lost_with_its_machine_is_done_again_whole() -> None:
+    """Row 40: its size decides the last bits of its result."""
+    lost: list[int] = []
+
+    def act(job: Job) -> Any:
+        if job.client == 4 and not lost:
+            lost.append(4)
+            return Lost("died", "x")
+        return answer(job)
+
+    played = Played(act)
+    assert all(isinstance(a, Reply) for a in all_of(pool_of(played).map(jobs_of(7), cohort=3)))
+    assert sorted(played.cohorts) == [[0, 1, 2], [3, 4, 5], [3, 4, 5], [6]]
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
@@ -161,7 +204,9 @@ def test_who_kills_a_cohort_is_found_by_letting_each_go_alone(value: Any, kind: 
     played = Played(only(4, value))
     answers = all_of(pool_of(played).map(jobs_of(7), cohort=3))
     assert [(a.client, a.kind) for a in answers if isinstance(a, Failure)] == [(4, kind)]
-    assert sorted(played.cohorts) == [[0, 1, 2], [3], [3, 4, 5], [4], [5], [6]] and len(played.killed) == 2
+    tries = TRIES if kind == "died" else 1
+    assert sorted(played.cohorts) == [[0, 1, 2], [3], *[[3, 4, 5]] * tries, [4], [5], [6]]
+    assert len(played.killed) == tries + 1
 
 
 def test_a_broadcast_at_another_place_of_the_inbox_is_the_same_payload() -> None:
@@ -192,12 +237,25 @@ def test_a_worker_goes_on_after_an_error_but_not_after_a_refused_allocation(kind
     assert len(played.killed) == killed
 
 
-@pytest.mark.parametrize("born", [HANGS, Lost("died", "no such module")])
-def test_workers_that_never_start_end_the_run(born: Any) -> None:
+@pytest.mark.parametrize(("born", "starts"), [(HANGS, 1), (Lost("died", "no such module"), STARTS)])
+def test_workers_that_never_start_end_the_run(born: Any, starts: int) -> None:
     played = Played(answer, born=lambda n: born)
     with pytest.raises(StudyError, match="no worker could be started: (it took more than 0.05 s|no such module)"):
         all_of(pool_of(played).map(jobs_of(3)))
-    assert played.actors == len(played.killed) == 2 * STARTS
+    assert played.actors == len(played.killed) == 2 * starts
+
+
+def test_a_wait_for_room_is_told_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 41: all GPUs of the cluster are another job's."""
+    monkeypatch.setattr(pools, "TOLD_EVERY_S", 0.05)
+    told: list[str] = []
+    played = Played(answer, born=lambda n: HANGS)
+    pool = pool_of(played, start_s=0.28)
+    pool.tell, pool.room = told.append, lambda: "taken now: 2 of 2 GPUs"
+    with pytest.raises(StudyError, match="it took more than 0.28 s; taken now: 2 of 2 GPUs"):
+        all_of(pool.map(jobs_of(3)))
+    assert 2 <= len(told) <= 5
+    assert all(line.startswith("ray: no worker yet after ") and line.endswith("2 of 2 GPUs") for line in told)
 
 
 def test_one_place_that_cannot_start_leaves_the_work_to_the_other() -> None:

@@ -14,6 +14,7 @@ import pytest
 from faulty import Clocked
 from ray_study import EQUAL, map_one, rows, run, study_of
 
+from fedlth import session
 from fedlth.engines.pool import Limits, Pool
 from fedlth.engines.ray import RayEngine
 from fedlth.engines.ray_cluster import connect
@@ -127,6 +128,36 @@ class TestOnOneRay:
         assert ok == {"client:0", "client:1", "client:3"}
         assert {row["client"] for row in rows(out, "metrics")} == {0, 1, 3}
         assert all(row["worker"] for row in rows(out, "times") if row["client"] is not None)
+
+    def test_work_lost_with_its_worker_is_done_again_and_equals_in_process(self, tmp_path: Path) -> None:
+        """Row 40: kill -9 of the worker's process."""
+        marker = tmp_path / "killed"
+        settings = {**TWO_STEP, "fault": "killed", "marker": str(marker), "finder": {"densities": [0.5]}}
+        told: list[str] = []
+        study = study_of(**settings, engine="ray", ray={"workers": 2})
+        session.start(study, tmp_path / "there", RayEngine(study.ray, tell=told.append), lambda line: None)
+        assert marker.exists() and len(told) == 1 and "done again: client 2" in told[0]
+        assert "ActorDiedError: The actor is dead because its worker process has died" in told[0]
+        here = run(study_of(**settings), tmp_path / "here")
+        assert [f for f in EQUAL if (here / f).read_bytes() != (tmp_path / "there" / f).read_bytes()] == []
+
+    def test_a_cluster_that_others_hold_is_said_at_once(self) -> None:
+        """Rows 41 and 42: what is taken, and how many workers have a place at all."""
+        import ray
+
+        cluster = connect(None, cpus=0, gpus=None)
+        holders = [cluster.spawn(Clocked, cpus=0, gpu=1.0, path=[*sys.path]) for _ in range(2)]
+        ray.get([holder.start.remote("study") for holder in holders])
+        told: list[str] = []
+        study = study_of(engine="ray", ray={"workers": 80, "num_gpus": 0.5})
+        try:
+            with pytest.raises(StudyError, match="it took more than 3 s; taken now: 0 of 8 CPUs, 2 of 2 GPUs"):
+                map_one(study, RayEngine(study.ray, start_timeout_s=3.0, tell=told.append))
+        finally:
+            for holder in holders:
+                cluster.kill(holder)
+        assert len(told) == 2 and "ray.workers: 4 work, got 80" in told[0]
+        assert "no room for a worker now, the wait is at most 3 s" in told[1] and "2 of 2 GPUs" in told[1]
 
     def test_a_stopped_worker_is_hung_and_replaced(self, tmp_path: Path) -> None:
         """A process that no longer runs at all does not answer Ray's own request to end."""

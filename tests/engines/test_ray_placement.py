@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
 from fedlth.config import Ray
-from fedlth.engines.ray_placement import Share, count, share_of
+from fedlth.engines.ray_placement import Share, count, share_of, shortage, taken
 from fedlth.errors import StudyError
 
 TWO_GPUS = [{"CPU": 64.0, "GPU": 2.0}]
@@ -64,3 +65,27 @@ def test_what_cannot_be_placed_is_said(settings: dict[str, Any], said: str) -> N
 def test_no_room_is_said() -> None:
     with pytest.raises(StudyError, match="the nodes have: 2 CPUs and 0 GPUs"):
         count(shared(num_gpus=0.5), [{"CPU": 2.0}], wanted=2)
+
+
+def test_workers_for_which_there_is_no_place_are_said() -> None:
+    """Row 42: 80 asked for where 4 fit."""
+    assert shortage(shared(num_gpus=0.5), TWO_GPUS, wanted=4) == ""
+    said = shortage(shared(num_gpus=0.5), TWO_GPUS, wanted=80)
+    assert said == (
+        "note: ray.workers: 4 work, got 80: a worker takes 1 CPUs and 0.5 of a GPU, the nodes have: 64 CPUs and 2 GPUs"
+    )
+
+
+@pytest.mark.parametrize(
+    ("free", "said"),
+    [
+        ({"CPU": 62.0, "GPU": 2.0}, ""),
+        ({"CPU": 62.0, "GPU": 0.5}, "1 of 4 workers fit now; .*by other jobs: 2 of 64 CPUs, 1.5 of 2 GPUs"),
+        ({"CPU": 62.0}, "no room for a worker now, the wait is at most 300 s; .*: 2 of 64 CPUs, 2 of 2 GPUs"),
+        ({"CPU": 0.5, "GPU": 2.0}, "no room .*: 63.5 of 64 CPUs, 0 of 2 GPUs"),
+    ],
+)
+def test_what_others_have_taken_is_said_at_once(free: dict[str, float], said: str) -> None:
+    """Row 41: all resources of the cluster are held by another job."""
+    got = taken(shared(num_gpus=0.5), TWO_GPUS, [free], size=4, wait_s=300.0)
+    assert bool(got) == bool(said) and re.search(said, got)
