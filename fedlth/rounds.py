@@ -13,7 +13,7 @@ import numpy as np
 from fedlth import server
 from fedlth.client import initial, space
 from fedlth.downlink import Downlink
-from fedlth.errors import StudyError
+from fedlth.errors import NothingUsable
 from fedlth.jobs import Engine
 from fedlth.methods.recipe import Recipe, in_phase
 from fedlth.methods.resolve import arms_of, finder_of, recipe_of
@@ -103,7 +103,7 @@ class Loop:
         self.tell(_line(summary, index + 1, total, time.perf_counter() - began))
         if joins and self.progress.empty_rounds >= EMPTY_ROUNDS_ALLOWED:
             died = next((f["reason"] for f in visits.failed if f["kind"] != "refused"), "every reply was refused")
-            raise StudyError(
+            raise NothingUsable(
                 f"{self.folder.root}: {EMPTY_ROUNDS_ALLOWED} rounds without one usable reply; last: {died}"
             )
 

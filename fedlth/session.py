@@ -15,9 +15,10 @@ from fedlth.client import space
 from fedlth.compute import cohort_size, kernel
 from fedlth.config import Study
 from fedlth.data.split import label_counts
-from fedlth.errors import StudyError
+from fedlth.errors import NothingUsable, StudyError
 from fedlth.jobs import Engine
-from fedlth.methods.resolve import kept_arm, recipe_of, resolve
+from fedlth.methods import feasible
+from fedlth.methods.resolve import product_arm, recipe_of, resolve
 from fedlth.methods.state import ClientState
 from fedlth.runfolder import RunFolder
 from fedlth.server import broadcast
@@ -29,15 +30,9 @@ Tell = Callable[[str], None]
 
 def start(study: Study, out: Path, engine: Engine, tell: Tell) -> RunFolder:
     """Run a study into a new folder. Everything that can be wrong in the study is found before anything is written."""
-    study, notes = resolve(study)
-    if study.tensorboard:
-        tensorboard.require()
-    study, why = backend(study)
-    notes += why
-    open_world(study.science()).probe()
-    study, why = together(study, engine.name)
+    study, notes = prepared(study, engine.name)
     world = open_world(study.science())
-    for note in notes + why:
+    for note in notes:
         tell(f"note: {note}")
     if study.compute == "sparse":
         kernel.warm(tell)
@@ -47,6 +42,24 @@ def start(study: Study, out: Path, engine: Engine, tell: Tell) -> RunFolder:
         tell(f"run folder: {out}")
         _write_header(folder, study, world, engine)
         return _go(folder, engine, tell)
+
+
+def prepared(study: Study, engine: str) -> tuple[Study, list[str]]:
+    """Return the study with everything decided that this machine decides, and notes on it; write nothing.
+
+    Raises StudyError where the study cannot be run.
+    """
+    study, notes = resolve(study)
+    if study.tensorboard:
+        tensorboard.require()
+    study, why = backend(study)
+    world = open_world(study.science())
+    world.probe()
+    notes += why + feasible.check(study, world)
+    if study.device == "auto" and engine == "inprocess":  # elsewhere each worker's machine decides
+        study = study.model_copy(update={"device": world.device})
+    study, why = together(study, engine)
+    return study, notes + why
 
 
 def backend(study: Study) -> tuple[Study, list[str]]:
@@ -99,13 +112,16 @@ def resume(out: Path, engine: Engine, tell: Tell) -> RunFolder:
 
 
 def _go(folder: RunFolder, engine: Engine, tell: Tell) -> RunFolder:
+    folder.recover()
     loop = rounds.open_loop(folder, engine, tell)
     try:
         loop.run()
     finally:
         engine.close()
     if not loop.progress.lengths["metrics"]:
-        raise StudyError(f"{folder.root}: no client finished step 2; the first failed with: {_first_failure(folder)}")
+        raise NothingUsable(
+            f"{folder.root}: no client finished step 2; the first failed with: {_first_failure(folder)}"
+        )
     _finish(folder, loop)
     if folder.study().tensorboard:
         tensorboard.write(folder.root)
@@ -123,7 +139,7 @@ def _finish(folder: RunFolder, loop: rounds.Loop) -> None:
     digests: dict[str, str] = {}
     away = 0
     study, world = folder.study(), loop.world  # the world knows only what decides numbers, not names
-    arm = "refined" if study.refine.rounds else kept_arm(study)
+    arm = product_arm(study)
     states = folder.devices if loop.engine.holds_state else folder.clients
     for client in range(study.clients.count):
         version = loop.progress.versions.get(str(client), "")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -12,7 +11,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from fedlth import ledger, store
+from fedlth import ledger, output, store
 from fedlth.errors import StudyError
 from fedlth.lab import arms, study
 from fedlth.lab.bench import open_bench
@@ -62,16 +61,16 @@ def check(made: Lottery) -> None:
         _check_rewind(finder_of(search, f"searches.{name}").rewind, f"searches.{name}.rewind", train)
         _check_acts(train, made, f"searches.{name}")
     for name, arm in made.arms.items():
-        make(MASKS, arm.mask, f"arms.{name}.mask")
+        make(MASKS, arm.mask, f"arms.{name}.mask", has="__call__(mask, layout, rng)")
         train = {**made.train.model_dump(), **made.searches[arm.of].train, **arm.train}
         start = made.searches[arm.of].rewind if arm.start is None else arm.start
-        _check_rewind(make(REWINDS, start, f"arms.{name}.start"), f"arms.{name}.start", train)
+        _check_rewind(make(REWINDS, start, f"arms.{name}.start", has="anchor"), f"arms.{name}.start", train)
         _check_acts(train, made, f"arms.{name}")
         if arm.dead is not None:
-            make(DEADS, arm.dead, f"arms.{name}.dead")
+            make(DEADS, arm.dead, f"arms.{name}.dead", has="holds")
         _check_rounds(made, arm.of, arm.rounds, f"arms.{name}.rounds")
     for name, spec in made.probes.items():
-        _check_names(made, make(PROBES, spec, f"probes.{name}"), f"probes.{name}")
+        _check_names(made, make(PROBES, spec, f"probes.{name}", has="__call__(bench)"), f"probes.{name}")
 
 
 def _check_rewind(rewind: Rewind, place: str, train: Mapping[str, Any]) -> None:
@@ -171,7 +170,7 @@ def _done(made: Lottery, out: Path, todo: list[Task], tell: Tell) -> Iterator[Ta
     # Spawned, not forked: torch's and numba's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(made.workers, len(todo)), mp_context=context) as pool:
-        jobs = {pool.submit(do, made.science(), str(out), task, _aloud): task for task in todo}
+        jobs = {pool.submit(do, made.science(), str(out), task, output.tell): task for task in todo}
         try:
             for job in as_completed(jobs):
                 job.result()
@@ -217,7 +216,3 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         raise StudyError(f"{out}: no finished lottery study here (results.jsonl is missing)")
     return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def _aloud(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
