@@ -289,15 +289,14 @@ def test_one_lock_for_the_whole_folder(tmp_path: Path, monkeypatch: pytest.Monke
         api.resume(out)
 
 
+@pytest.mark.slow
 def test_two_processes_with_seeds_in_one_folder(tmp_path: Path) -> None:
     """Row 37, with real processes: one runs, one is refused with one line, all seeds have one rate."""
     file, out = tmp_path / "s.yaml", tmp_path / "r"
     file.write_text(yaml.safe_dump(tiny.tree(seeds=[0, 1], workers=1)))
     command = [sys.executable, "-m", "fedlth", "run", str(file), f"out={out}"]
-    ran = [
-        subprocess.Popen([*command, f"train.lr={lr}"], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for lr in (0.1, 0.2)
-    ]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    ran = [subprocess.Popen([*command, f"train.lr={lr}"], **pipes) for lr in (0.1, 0.2)]
     said = [one.communicate()[1] for one in ran]
     assert sorted(one.returncode for one in ran) == [0, 2], said
     loser = said[[one.returncode for one in ran].index(2)]

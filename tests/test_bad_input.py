@@ -143,10 +143,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "row 23: a factory that raises": (
         {"method": {"name": f"{HERE}:keyed"}}, "method: tests.test_bad_input:keyed refuses its options: KeyError"),
     "row 23: a method's score that is a number": (
-        {"method": {"name": "lotteryfl", "score": f"{HERE}:three"}}, "method.score: tests.test_bad_input:three must give"),
+        {"method": {"name": "lotteryfl", "score": f"{HERE}:three"}}, "method.score: tests.test_bad_input:three"),
     "row 23: a method's score without a name": ({"method": {"name": "lotteryfl", "score": 3}}, "method.score.name"),
     "row 23: a partition that is a number": (
-        {"partition": {"name": f"{HERE}:three"}}, "partition: tests.test_bad_input:three must give a part with __call__"),
+        {"partition": {"name": f"{HERE}:three"}}, "three must give a part with __call__(labels"),
     "row 23: a model that is a number": ({"model": {"name": f"{HERE}:three", "options": {}}}, "must return a torch.nn"),
     "row 23: data that are a number": ({"data": {"name": f"{HERE}:three"}}, "must return a Dataset or a dict"),
     "row 23: a score of a number": ({"finder": {"score": {"name": "shuffled", "of": 3}}}, "finder.score.of"),
@@ -157,20 +157,20 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         for kind in ("score", "schedule", "scope", "rewind", "granularity", "dead", "gate", "stop")
     },
     "row 35: no arm": ({"personalise": {"arms": []}}, "personalise.arms: must name at least one arm, got []"),
-    "row 35: an arm twice": ({"personalise": {"arms": ["dense", "ticket", "dense"]}}, "each must stand once, got dense"),
+    "row 35: an arm twice": ({"personalise": {"arms": ["dense", "ticket", "dense"]}}, "must stand once, got dense 2"),
     "row 35: no frozen weights": ({"personalise": {"arms": ["frozen_random"]}}, "two_step has no frozen weights"),
     "row 35: no own mask": ({"personalise": {"arms": ["own_random"]}}, "method two_step has no own mask"),
     "row 35: no own mask of weights": (
         {"method": {"name": "fedpm"}, "personalise": {"arms": ["own_random"]}}, "method fedpm has no own mask"),
     "row 35: a density of nothing": (
-        {"finder": {"densities": [0.5, 0.0001]}}, "finder.densities: must keep at least one of the 816 prunable weights"),
+        {"finder": {"densities": [0.5, 0.0001]}}, "finder.densities: must keep at least one of the 816"),
     "row 35: a density of no row": (
         {"finder": {"densities": [0.01], "granularity": "row"}}, "must keep at least one of the 16 prunable groups"),
     "row 35: a method's density of nothing": (
         {"method": {"name": "lotteryfl", "density": 0.0001}}, "method.density: must keep at least one of the 816"),
     "a rate twice": ({"tune": {"lr": [0.1, 0.1]}}, "tune.lr: each must stand once"),
     "rates without a model to score": (
-        {"tune": {"lr": [0.1, 0.2]}, "personalise": {"arms": ["random"]}}, "personalise.arms: must hold global or one of"),
+        {"tune": {"lr": [0.1, 0.2]}, "personalise": {"arms": ["random"]}}, "personalise.arms: must hold global or one"),
 }  # fmt: skip
 
 
