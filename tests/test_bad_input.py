@@ -69,6 +69,14 @@ class Scopeless:
 HERE = "tests.test_bad_input"
 
 
+def ragged() -> dict[str, Any]:
+    return {**tiny.images(), "y_test": [[0], [1, 2]]}
+
+
+def nameless() -> dict[str, Any]:
+    return {**tiny.images(), "name": np.zeros(2)}
+
+
 def unprunable(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.LayerNorm(tiny.SIDE**2))
 
@@ -129,7 +137,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"finder": {"schedule": {"name": "constant", "every": 2, "rounds": 3}, "rewind": "none"}},
         "finder.schedule: must stay inside every client's training, got step 6; client 0 has 3 steps"),
     "row 16: weights that nobody has": (
-        {"finder": {"rewind": {"name": f"{HERE}:Nowhere"}}}, "finder.rewind: Nowhere.anchor must be theta_0, theta_g"),
+        {"finder": {"rewind": {"name": f"{HERE}:Nowhere"}}}, "finder.rewind: there are no weights called 'theta_x'"),
     "row 16: a round that no trial reaches": (
         {"finder": {"rewind": {"name": "global", "round": 2}}, "tune": {"lr": [0.1, 0.2], "rounds": 1}},
         "finder.rewind.round: must be at most tune.rounds = 1"),
@@ -149,6 +157,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"partition": {"name": f"{HERE}:three"}}, "three must give a part with __call__(labels"),
     "row 23: a model that is a number": ({"model": {"name": f"{HERE}:three", "options": {}}}, "must return a torch.nn"),
     "row 23: data that are a number": ({"data": {"name": f"{HERE}:three"}}, "must return a Dataset or a dict"),
+    "row 23: data that are ragged": ({"data": {"name": f"{HERE}:ragged"}}, "y_test must be an array"),
+    "row 23: data with no name": ({"data": {"name": f"{HERE}:nameless"}}, "name must be text, got ndarray"),
     "row 23: a score of a number": ({"finder": {"score": {"name": "shuffled", "of": 3}}}, "finder.score.of"),
     "row 23: a schedule that fails": ({"finder": {"schedule": f"{HERE}:Chainless"}}, "raised KeyError: 'targets'"),
     "row 23: a scope that fails": ({"finder": {"scope": f"{HERE}:Scopeless"}}, "raised AttributeError: no such layer"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fedlth import ledger, output, store
+from fedlth.data.factory import told as said
 from fedlth.errors import StudyError
 from fedlth.lab import arms, study
 from fedlth.lab.bench import open_bench
@@ -70,7 +71,7 @@ def check(made: Lottery) -> None:
             make(DEADS, arm.dead, f"arms.{name}.dead", has="holds")
         _check_rounds(made, arm.of, arm.rounds, f"arms.{name}.rounds")
     for name, spec in made.probes.items():
-        _check_names(made, make(PROBES, spec, f"probes.{name}", has="__call__(bench)"), f"probes.{name}")
+        _check_names(made, make(PROBES, spec, f"probes.{name}"), f"probes.{name}")
 
 
 def _check_rewind(rewind: Rewind, place: str, train: Mapping[str, Any]) -> None:
@@ -107,6 +108,8 @@ def _check_names(made: Lottery, probe: object, place: str) -> None:
     """Refuse a probe that names a search, a round, an arm or a step that the study does not have."""
     if not is_dataclass(probe):
         raise StudyError(f"{place}: must be a dataclass, whose fields are its options, got {type(probe).__name__}")
+    if not callable(probe):
+        raise StudyError(f"{place}: must be called with a bench, got {type(probe).__name__}, which cannot be called")
     told: dict[str, Any] = {f.name: getattr(probe, f.name) for f in fields(cast(Any, probe))}
     searches = [*told.get("searches", ()), *([told["search"]] if "search" in told else [])]
     for name in searches:
@@ -196,9 +199,17 @@ def _do(science: str, out: str, task: Task, tell: Tell) -> None:
     bench = open_bench(science, task.seed, out)
     rows: list[dict[str, Any]] = []
     if task.stage == "probe":
-        probe = make(PROBES, bench.study.probes[task.name], f"probes.{task.name}")
-        for row in probe(bench):
-            rows.append({"kind": "probe", "probe": task.name, "seed": task.seed, **row})
+        spec = bench.study.probes[task.name]
+        probe = make(PROBES, spec, f"probes.{task.name}")
+        try:
+            for row in probe(bench):
+                rows.append({"kind": "probe", "probe": task.name, "seed": task.seed, **row})
+        except (StudyError, ArithmeticError, MemoryError, OSError):
+            raise
+        except Exception as error:
+            if ":" not in spec["name"]:
+                raise
+            raise StudyError(f"probes.{task.name}: {spec['name']} raised {said(error)}") from error
     else:
         walk = arms.searched if task.stage == "search" else arms.trained
         for row in walk(bench, task.name):

@@ -66,7 +66,9 @@ def _empty(place: str, density: float, size: int, what: str) -> StudyError:
 
 def _check_steps(world: World, finder: Finder, arms: set[str]) -> None:
     """Refuse a step to go back to, or a move of the mask, that the client with the fewest steps does not reach."""
-    rewind, regrow = int(getattr(finder.rewind, "steps", 0)), getattr(finder.schedule, "regrow", None)
+    rewind, regrow = getattr(finder.rewind, "steps", 0), getattr(finder.schedule, "regrow", None)
+    if not isinstance(rewind, int):
+        raise StudyError(f"finder.rewind: {type(finder.rewind).__name__}.steps must be a whole number, got {rewind!r}")
     moves = [regrow.window(i)[1] for i in range(regrow.rounds)] if finder.moves and regrow is not None else []
     last: Sequence[tuple[str, int]] = (
         ("rewind", rewind if arms & FINDER["rewind"] else 0),

@@ -122,13 +122,13 @@ def resolve(study: Study) -> tuple[Study, list[str]]:
 def _check_anchor(study: Study, recipe: Recipe, finder: Finder) -> None:
     """Refuse weights to go back to that no client could have."""
     anchor = finder.rewind.anchor
-    if anchor in (None, "theta_0", "theta_g", "reinit"):
+    if anchor is None or (isinstance(anchor, str) and anchor in ("theta_0", "theta_g", "reinit")):
         return
     name, at, number = anchor.partition("@") if isinstance(anchor, str) else ("", "", "")
     if name != "theta_g" or not at or not number.isdecimal():
         raise StudyError(
-            f"finder.rewind: {type(finder.rewind).__name__}.anchor must be theta_0, theta_g, theta_g@ROUND, reinit or "
-            f"None, got {anchor!r}"
+            f"finder.rewind: there are no weights called {anchor!r} for {type(finder.rewind).__name__} to go back to; "
+            "known: theta_0, theta_g, theta_g@ROUND, reinit"
         )
     rounds, place = study.federate.rounds, "federate.rounds"
     if study.tune.lr and study.tune.rounds < rounds:
