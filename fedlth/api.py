@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedlth.config import Study, dump, load
-from fedlth.engines.choose import drive
+from fedlth.engines.choose import drive, without_effect
 from fedlth.errors import StudyError
-from fedlth.methods.resolve import checked, resolve
-from fedlth.rounds import check_rule
+from fedlth.methods.resolve import resolve
 from fedlth.runfolder import RunFolder
+from fedlth.session import prepared, versions
 from fedlth.store import write_atomic
 from fedlth.tickets_file import load_ticket
 from fedlth.tune import tuned
@@ -19,6 +21,7 @@ from fedlth.world import open_world
 __all__ = ["Study", "check", "load", "load_ticket", "resume", "run"]
 
 ASKED = "asked.yaml"
+WHOLE = ".study.lock"
 
 Tell = Callable[[str], None]
 
@@ -32,52 +35,136 @@ def run(study: Study, *, tell: Tell = _quiet) -> Path:
 
     Raises StudyError, before anything is written, where the study cannot be run.
     """
+    if study.out:
+        _refuse_second(Path(study.out))  # before the data are read
+    try:
+        study, notes = _decided(study)
+    except KeyboardInterrupt:
+        tell("stopped before anything was written")
+        raise
     out = Path(study.out) if study.out else free_folder(Path("runs"), study.study)
-    if (out / "config.yaml").exists() or (out / ASKED).exists():
-        raise StudyError(f"{out}: holds a run already; `fedlth resume {out}`, or give another out=")
-    if study.seeds or study.tune.lr:
-        # These are more than one run: what was asked for is kept, so that a resume knows what has not begun yet.
-        check(study)
-        write_atomic(out / ASKED, dump(study).encode())
-    _all(study, out, tell)
+    with _held(out, tell):
+        _refuse_second(out)
+        for note in notes:
+            tell(f"note: {note}")
+        if study.seeds or study.tune.lr:
+            # These are more than one run: what was asked for is kept, so that a resume knows what has not begun yet.
+            # Only that: a default that is written down would come back as a wish.
+            write_atomic(out / ASKED, dump(study, given_only=True).encode())
+        _all(study, out, tell, notes)
     return out
 
 
 def resume(run: Path | str, *, tell: Tell = _quiet) -> Path:
     """Go on with what was stopped: one run, or the seeds and trials of a study, begun or not."""
     out = Path(run)
-    asked = out / ASKED
-    _all(load(asked) if asked.exists() else RunFolder(out).study(), out, tell)
+    if not _begun(out):
+        raise StudyError(f"{out}: no run here (config.yaml is missing)")
+    with _held(out, tell):
+        if not (out / ASKED).exists():
+            _all(RunFolder(out).study(), out, tell, [])
+            return out
+        study = load(out / ASKED)
+        notes: list[str] = []
+        if not all((folder / "config.yaml").exists() for _, folder in _runs(study, out)):
+            study, notes = _decided(study)
+            _check_others(study, out, tell)
+        _all(study, out, tell, notes)
     return out
 
 
 def check(study: Study) -> None:
     """Raise StudyError where the study cannot be run; build its data and model to know."""
+    prepared(study, study.engine)
+
+
+def _decided(study: Study) -> tuple[Study, list[str]]:
+    """Return the study with what depends on this machine decided, once for all its runs, and the notes on it."""
+    done, notes = prepared(study, study.engine)
+    chosen = {key: getattr(done, key) for key in ("compute", "cohort", "device")}
+    study = study.model_copy(update={k: v for k, v in chosen.items() if v != getattr(study, k)})
+    return study, notes + without_effect(study)
+
+
+def _check_others(study: Study, out: Path, tell: Tell) -> None:
+    """Refuse to begin a run on other data than the study's runs before it; say where versions are others."""
     world = open_world(resolve(study)[0].science())
-    checked(world)
-    check_rule(world)
+    ours = (world.dataset.digest(), world.splits.digest)
+    headers = [h for pattern in ("*", "tune/*", "*/tune/*") for h in sorted(out.glob(f"{pattern}/header.json"))]
+    others = {file: json.loads(file.read_bytes()) for file in headers}
+    for file, header in others.items():
+        if (header["data_digest"], header["partition_digest"]) != ours:
+            raise StudyError(f"{file.parent}: must go on with the data that it began with, got others")
+    if any(header["versions"] != versions() for header in others.values()):
+        tell("note: other versions than those the study's runs began with; equal bits are not promised")
 
 
-def _all(study: Study, out: Path, tell: Tell) -> None:
-    for seed in study.seeds or (study.seed,):
-        one = study.model_copy(update={"seed": seed, "seeds": ()})
-        _one(one, out / f"seed-{seed}" if study.seeds else out, tell)
+def _runs(study: Study, out: Path) -> list[tuple[Study, Path]]:
+    """Return a study's runs, one a seed, each with its folder."""
+    if not study.seeds:
+        return [(study, out)]
+    return [(study.model_copy(update={"seed": seed, "seeds": ()}), out / f"seed-{seed}") for seed in study.seeds]
 
 
-def _one(study: Study, out: Path, tell: Tell) -> None:
-    begun = (out / "config.yaml").exists()
-    try:
-        drive(RunFolder(out).study() if begun else tuned(study, out, tell), out, tell, again=begun)
-    except KeyboardInterrupt:
-        whole = out.parent if (out.parent / ASKED).exists() else out
-        begun = (whole / ASKED).exists() or (whole / "config.yaml").exists()
-        tell(f"stopped; to go on: fedlth resume {whole}" if begun else "stopped before anything was written")
-        raise
+def _all(study: Study, out: Path, tell: Tell, notes: Sequence[str]) -> None:
+    """Run what has not ended; `notes` have been told already."""
+    known = {f"note: {note}" for note in notes}
+
+    def news(line: str) -> None:
+        if line not in known:
+            tell(line)
+
+    for one, folder in _runs(study, out):
+        begun = (folder / "config.yaml").exists()
+        drive(RunFolder(folder).study() if begun else tuned(one, folder, news), folder, news, again=begun)
+
+
+def _begun(out: Path) -> bool:
+    return (out / "config.yaml").exists() or (out / ASKED).exists()
+
+
+def _refuse_second(out: Path) -> None:
+    if _begun(out):
+        raise StudyError(f"{out}: holds a run already; `fedlth resume {out}`, or give another out=")
+
+
+@contextmanager
+def _held(out: Path, tell: Tell) -> Iterator[None]:
+    """Keep other processes out of the whole folder; say how to go on where a stop or the disk ends the work."""
+    fresh = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    with RunFolder(out).locked(WHOLE):
+        try:
+            yield
+        except BaseException as error:
+            begun = _begun(out)
+            if isinstance(error, KeyboardInterrupt):
+                tell(f"stopped; to go on: fedlth resume {out}" if begun else "stopped before anything was written")
+            elif isinstance(error, OSError):
+                kept = f"what was committed is kept: fedlth resume {out}"
+                error.add_note(kept if begun else f"the run in {out} has not begun, and nothing of it is kept")
+            if fresh and not begun:
+                _leave(out)
+            raise
+
+
+def _leave(out: Path) -> None:
+    """Give back a folder in which nothing has begun."""
+    with suppress(OSError):
+        for name in (WHOLE, ".lock", "config.yaml.part", f"{ASKED}.part"):
+            (out / name).unlink(missing_ok=True)
+        out.rmdir()
 
 
 def free_folder(parent: Path, name: str) -> Path:
-    """Return a folder that does not exist yet: nothing is ever overwritten."""
+    """Make and return a folder that did not exist: who makes it has it, and nothing is ever overwritten."""
     number = 1
-    while (parent / f"{name}-{number}").exists():
-        number += 1
-    return parent / f"{name}-{number}"
+    while True:
+        folder = parent / f"{name}-{number}"
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+            return folder
+        except OSError as error:
+            if not folder.exists():
+                raise StudyError(f"{folder}: must be a folder that can be written to, got {error.strerror}") from error
+            number += 1

@@ -12,14 +12,10 @@ from pathlib import Path
 
 from fedlth import __version__
 from fedlth.errors import StudyError
+from fedlth.output import say, settle, tell
 
 INTERRUPTED = 130
 DISK = 3
-
-
-def tell(line: str) -> None:
-    """Print a line of live progress; results go to standard output, progress does not."""
-    print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -68,7 +64,7 @@ def compare(args: argparse.Namespace) -> int:
         args.tables.mkdir(parents=True, exist_ok=True)
         for suffix, text in (("md", result.markdown()), ("tex", result.latex()), ("csv", result.csv())):
             (args.tables / f"compare.{suffix}").write_text(text)
-    print(result.text())
+    say(result.text())
     return 0
 
 
@@ -76,7 +72,7 @@ def diff(args: argparse.Namespace) -> int:
     from fedlth.report.diff import diff as differences
 
     found = differences(args.run_a, args.run_b)
-    print("\n".join(found) if found else "equal: parameters, tickets, payload bytes, metrics")
+    say("\n".join(found) if found else "equal: parameters, tickets, payload bytes, metrics")
     return 1 if found else 0
 
 
@@ -88,7 +84,7 @@ def bytes_(args: argparse.Namespace) -> int:
 
     for facts in read_group(args.run):
         found = account(facts)
-        print(json.dumps(account_json(found)) if args.json else account_text(found))
+        say(json.dumps(account_json(found)) if args.json else account_text(found))
     return 0
 
 
@@ -97,21 +93,21 @@ def tickets(args: argparse.Namespace) -> int:
     from fedlth.report.facts import read_run
 
     act = {"ls": told.listing, "show": told.shown, "overlap": told.overlapping}[args.what]
-    print(act(read_run(args.run), args.client), end="")
+    say(act(read_run(args.run), args.client), end="")
     return 0
 
 
 def list_(args: argparse.Namespace) -> int:
     from fedlth import catalogue
 
-    print(catalogue.listing(args.what))
+    say(catalogue.listing(args.what))
     return 0
 
 
 def check(args: argparse.Namespace) -> int:
     from fedlth import api, forecast
 
-    print(forecast.forecast(api.load(args.study, args.override)))
+    say(forecast.forecast(api.load(args.study, args.override)))
     return 0
 
 
@@ -123,17 +119,21 @@ def lottery(args: argparse.Namespace) -> int:
 
     made = study.load(args.study, args.override)
     if args.dry_count:
-        print(ladder(made))
+        say(ladder(made))
         return 0
+    runner.check(made)  # a refused study leaves no folder behind
     out = Path(made.out) if made.out else free_folder(Path("runs"), made.lottery)
     try:
         runner.run(made, out, tell)
     except KeyboardInterrupt:
         tell(f"stopped; to go on: the same command with out={out}")
         raise
+    except OSError as error:
+        error.add_note(f"what was trained is kept in {out}: the same command with out={out} goes on")
+        raise
     path = write_lottery(out)
-    print(lottery_text(out))
-    print(f"\nreport: {path}")
+    say(lottery_text(out))
+    say(f"\nreport: {path}")
     return 0
 
 
@@ -141,9 +141,13 @@ def _show(run_folder: Path) -> None:
     from fedlth.report.build import read_results, write_report
     from fedlth.report.summary import summary_text
 
-    path = write_report(run_folder)
-    print(summary_text(read_results(run_folder)))
-    print(f"\nreport: {path}")
+    try:
+        path = write_report(run_folder)
+    except OSError as error:
+        error.add_note(f"the report of {run_folder} is not whole; to write it anew: fedlth report {run_folder}")
+        raise
+    say(summary_text(read_results(run_folder)))
+    say(f"\nreport: {path}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -234,6 +238,13 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0 done, 1 differs, 2 bad input, 3 disk, 130 interrupted."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        return _main(argv)
+    finally:
+        settle()
+
+
+def _main(argv: Sequence[str] | None) -> int:
     grammar = parser()
     args, more = grammar.parse_known_args(argv)
     if more and hasattr(args, "override") and all("=" in one and not one.startswith("-") for one in more):
@@ -243,16 +254,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.act(args))
     except StudyError as error:
-        print(f"fedlth: {error}", file=sys.stderr)
+        tell(f"fedlth: {error}")
         return 2
-    except BrokenPipeError:  # the reader of our output, such as head, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
-        print(f"fedlth: {error}; what was committed is kept: fedlth resume", file=sys.stderr)
+        tell("; ".join((f"fedlth: {args.command}: {error}", *getattr(error, "__notes__", ()))))
         return DISK
     except KeyboardInterrupt:
-        print("fedlth: stopped", file=sys.stderr)
+        tell("fedlth: stopped")
         return INTERRUPTED
 
 

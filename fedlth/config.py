@@ -184,9 +184,10 @@ class Study(Node):
         }
         return json.dumps(self.model_dump(mode="json", exclude=outside), sort_keys=True)
 
-    def given(self, section: str) -> bool:
-        """Say whether the user wrote this top-level section."""
-        return section in self.model_fields_set
+    def given(self, place: str) -> bool:
+        """Say whether the user wrote this section, or `section.key`: never true of a default."""
+        section, _, key = place.partition(".")
+        return section in self.model_fields_set and (not key or key in getattr(self, section).model_fields_set)
 
 
 def _override(tree: dict[str, Any], assignment: str) -> None:
@@ -294,6 +295,6 @@ def read_tree(path: str | Path, overrides: list[str] | None = None) -> dict[str,
     return tree
 
 
-def dump(study: Study) -> str:
-    """Return the resolved study as YAML; loading it gives an equal study."""
-    return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False)
+def dump(study: Study, *, given_only: bool = False) -> str:
+    """Return the study as YAML; loading it gives an equal study. `given_only` leaves out what is a default."""
+    return yaml.safe_dump(study.model_dump(mode="json", exclude_unset=given_only), sort_keys=False)

@@ -9,12 +9,13 @@ import numpy as np
 from fedlth import train
 from fedlth.client import initial, space
 from fedlth.config import Study
+from fedlth.engines.choose import without_effect
 from fedlth.methods.local import Local
 from fedlth.methods.recipe import Recipe
-from fedlth.methods.resolve import arms_of, checked, finder_of, recipe_of, resolve
-from fedlth.rounds import CONTROLS, check_rule, steps_of
+from fedlth.methods.resolve import arms_of, finder_of, recipe_of
+from fedlth.rounds import CONTROLS, steps_of
 from fedlth.server import broadcast
-from fedlth.session import backend, together
+from fedlth.session import prepared
 from fedlth.world import World, open_world
 
 TIMED_STEPS = 5
@@ -36,14 +37,9 @@ def forecast(study: Study) -> str:
 
     Bytes are exact for methods that send dense models; for methods with masks they are upper bounds.
     """
-    study, notes = resolve(study)
-    study, why = backend(study)
-    notes += why
+    study, notes = prepared(study, study.engine)
+    notes += without_effect(study)
     world = open_world(study.science())
-    notes += checked(world)
-    check_rule(world)
-    study, why = together(study, study.engine)
-    notes += why
     recipe = recipe_of(study)
     step_s = _step_seconds(world)
     sizes = [len(c.train) for c in world.splits.clients]

@@ -29,31 +29,44 @@ def options_of(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(factory).parameters)
 
 
-def make(table: Mapping[str, Callable[..., Any]], spec: Mapping[str, Any], where: str) -> Any:
-    """Build the part that `spec` ({name, **options}) asks for; raise StudyError naming the place."""
-    name = spec.get("name")
+def make(table: Mapping[str, Callable[..., Any]], spec: Mapping[str, Any], where: str, *, has: str = "") -> Any:
+    """Build the part that `spec` ({name, **options}) asks for; raise StudyError naming the place.
+
+    `has` is what the part must have, as people write it: "__call__(labels, keys)", "anchor".
+    """
+    name = spec.get("name") if isinstance(spec, Mapping) else None
     if not isinstance(name, str):
-        raise StudyError(f"{where}.name: required, but missing; known: {', '.join(table)}")
+        raise StudyError(f"{where}.name: required, but missing; known: {', '.join(table)}; got {spec!r}")
     if ":" in name:
         factory = imported(name, where)
     elif name in table:
         factory = table[name]
     else:
         raise StudyError(f"{where}.name: must be one of {', '.join(table)} or package.module:Name, got {name!r}")
-    known = options_of(factory)
+    try:
+        known = options_of(factory)
+    except (TypeError, ValueError) as error:  # no callable, or a builtin that does not say what it takes
+        raise StudyError(f"{where}: {name} must be a class or a function with a signature, got {factory!r}") from error
+    more = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    known = {k: p for k, p in known.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.items() if k != "name"}
     for key, value in options.items():
-        if key not in known:
-            takes = ", ".join(known) or "no options"
-            raise StudyError(f"{where}.{key}: {name} has no such option; it takes {takes}")
-        _check_type(value, known[key], f"{where}.{key}")
+        if key in known:
+            _check_type(value, known[key], f"{where}.{key}")
+        elif not more:
+            raise StudyError(f"{where}.{key}: {name} has no such option; it takes {', '.join(known) or 'no options'}")
     missing = [k for k, p in known.items() if p.default is inspect.Parameter.empty and k not in options]
     if missing:
         raise StudyError(f"{where}.{missing[0]}: required by {name}, but missing")
     try:
-        return factory(**options)
-    except (TypeError, ValueError) as error:
+        part = factory(**options)
+    except StudyError:
+        raise
+    except Exception as error:  # the user's code may raise anything
         raise StudyError(f"{where}: {name} refuses its options: {_told(error)}") from error
+    if has and not hasattr(part, has.partition("(")[0]):
+        raise StudyError(f"{where}: {name} must give a part with {has}, got {type(part).__name__}")
+    return part
 
 
 def _told(error: Exception) -> str:

@@ -15,7 +15,7 @@ from fedlth import server
 from fedlth.client import initial, space
 from fedlth.config import Study
 from fedlth.downlink import Downlink
-from fedlth.errors import StudyError
+from fedlth.errors import NothingUsable
 from fedlth.jobs import MACHINES, Engine
 from fedlth.methods.recipe import Recipe, in_phase
 from fedlth.methods.resolve import arms_of, finder_of, main_density, recipe_of
@@ -145,7 +145,7 @@ class Loop:
         if joins and self.progress.empty_rounds >= EMPTY_ROUNDS_ALLOWED:
             refused = f"every reply was refused, the first with: {visits.failed[0]['reason']}"
             died = next((f["reason"] for f in visits.failed if f["kind"] != "refused"), refused)
-            raise StudyError(
+            raise NothingUsable(
                 f"{self.folder.root}: {EMPTY_ROUNDS_ALLOWED} rounds without one usable reply; last: {died}"
             )
 

@@ -79,17 +79,19 @@ class RunFolder:
         return config.load(self.root / "config.yaml")
 
     def progress(self) -> Progress:
-        """Return the last commit, and cut the logs back to it."""
+        """Return the last commit; nothing is changed. Raises StudyError where the checkpoint is damaged."""
         file = self.root / "checkpoint.json"
-        progress = Progress()
-        if file.exists():
-            try:
-                progress = Progress(**_checked(json.loads(file.read_bytes())))
-            except (ValueError, TypeError, KeyError) as error:
-                raise StudyError(f"{file}: damaged: {error}") from error
-        for name, length in progress.lengths.items():
+        if not file.exists():
+            return Progress()
+        try:
+            return Progress(**_checked(json.loads(file.read_bytes())))
+        except (ValueError, TypeError, KeyError) as error:
+            raise StudyError(f"{file}: damaged: {error}") from error
+
+    def recover(self) -> None:
+        """Cut the logs back to the last commit. Only for who holds the lock: another process may be writing them."""
+        for name, length in self.progress().lengths.items():
             ledger.truncate(self.log(name), length)
-        return progress
 
     def commit(self, progress: Progress) -> None:
         record = asdict(progress)
@@ -140,11 +142,11 @@ class RunFolder:
         return store.pack({"mask": np.packbits(mask)})
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep a second process out of this folder."""
+    def locked(self, name: str = ".lock") -> Iterator[None]:
+        """Keep a second process out of this folder; another `name` is another lock, for a wider or narrower claim."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            file = (self.root / ".lock").open("w")
+            file = (self.root / name).open("w")
         except OSError as error:
             raise StudyError(f"{self.root}: must be a folder that can be written to, got {error.strerror}") from error
         with file:

@@ -15,8 +15,9 @@ from fedlth.client import space
 from fedlth.compute import cohort_size, kernel
 from fedlth.config import Study
 from fedlth.data.split import label_counts
-from fedlth.errors import StudyError
+from fedlth.errors import NothingUsable, StudyError
 from fedlth.jobs import Engine
+from fedlth.methods import feasible
 from fedlth.methods.resolve import arms_of, checked, kept_arm, random_starts, recipe_of, resolve
 from fedlth.methods.state import ClientState
 from fedlth.runfolder import RunFolder
@@ -29,16 +30,9 @@ Tell = Callable[[str], None]
 
 def start(study: Study, out: Path, engine: Engine, tell: Tell) -> RunFolder:
     """Run a study into a new folder. Everything that can be wrong in the study is found before anything is written."""
-    study, notes = resolve(study)
-    if study.tensorboard:
-        tensorboard.require()
-    study, why = backend(study)
-    notes += why
-    notes += checked(open_world(study.science()))
-    rounds.check_rule(open_world(study.science()))
-    study, why = together(study, engine.name)
+    study, notes = prepared(study, engine.name)
     world = open_world(study.science())
-    for note in notes + why:
+    for note in notes:
         tell(f"note: {note}")
     if study.compute == "sparse":
         kernel.warm(tell)
@@ -48,6 +42,24 @@ def start(study: Study, out: Path, engine: Engine, tell: Tell) -> RunFolder:
         tell(f"run folder: {out}")
         _write_header(folder, study, world, engine)
         return _go(folder, engine, tell)
+
+
+def prepared(study: Study, engine: str) -> tuple[Study, list[str]]:
+    """Return the study with everything decided that this machine decides, and notes on it; write nothing.
+
+    Raises StudyError where the study cannot be run.
+    """
+    study, notes = resolve(study)
+    if study.tensorboard:
+        tensorboard.require()
+    study, why = backend(study)
+    world = open_world(study.science())
+    notes += why + checked(world) + feasible.check(study, world)
+    rounds.check_rule(world)
+    if study.device == "auto" and engine == "inprocess":  # elsewhere each worker's machine decides
+        study = study.model_copy(update={"device": world.device})
+    study, why = together(study, engine)
+    return study, notes + why
 
 
 def backend(study: Study) -> tuple[Study, list[str]]:
@@ -110,6 +122,7 @@ def resume(out: Path, engine: Engine, tell: Tell) -> RunFolder:
 
 
 def _go(folder: RunFolder, engine: Engine, tell: Tell, *, revisit: bool = False) -> RunFolder:
+    folder.recover()
     loop = rounds.open_loop(folder, engine, tell)
     try:
         loop.run()
@@ -118,7 +131,9 @@ def _go(folder: RunFolder, engine: Engine, tell: Tell, *, revisit: bool = False)
     finally:
         engine.close()
     if not loop.progress.lengths["metrics"]:
-        raise StudyError(f"{folder.root}: no client finished step 2; the first failed with: {_first_failure(folder)}")
+        raise NothingUsable(
+            f"{folder.root}: no client finished step 2; the first failed with: {_first_failure(folder)}"
+        )
     _finish(folder, loop)
     if folder.study().tensorboard:
         tensorboard.write(folder.root)

@@ -6,43 +6,70 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from fedlth.config import Study
+from fedlth.config import Study, Tune
 from fedlth.engines.choose import drive
-from fedlth.methods.resolve import KEPT_FIRST, resolve
+from fedlth.errors import NothingUsable, StudyError
+from fedlth.methods.resolve import main_density, product_arm
+from fedlth.store import write_atomic
+
+DIVERGED = "diverged"
 
 
 def tuned(study: Study, out: Path, tell: Callable[[str], None]) -> Study:
     """Return the study with the best of `tune.lr` as `train.lr`; without candidates, the study itself.
 
-    Each candidate runs `tune.rounds` rounds and the whole of step 2 in its own folder under `out`/tune, where it
-    can be resumed and read. The mean validation accuracy of the arm that would be kept decides; ties go to the first.
+    Each candidate runs `tune.rounds` rounds and all that comes after in its own folder under `out`/tune, where it can
+    be resumed and read. The mean validation accuracy of the model that would be kept, at the density that would be
+    kept, decides; a client without one counts as 0, and ties go to the first. A candidate whose training diverges has
+    lost; chosen.json says so. Raises StudyError where all have.
     """
     if not study.tune.lr:
         return study
-    resolve(study)
-    scores: dict[float, float] = {}
+    file = out / "tune" / "chosen.json"
+    scores: dict[str, float | str] = json.loads(file.read_bytes())["val_accuracy"] if file.exists() else {}
     for lr in study.tune.lr:
-        rounds = study.federate.model_copy(update={"rounds": min(study.tune.rounds, study.federate.rounds)})
-        trial = study.model_copy(
-            update={"train": study.train.model_copy(update={"lr": lr}), "federate": rounds, "tune": type(study.tune)()}
-        )
-        where = out / "tune" / f"lr-{lr}"
-        drive(trial, where, lambda _: None, again=(where / "config.yaml").exists())
-        scores[lr] = _val_accuracy(where)
-        tell(f"tune: lr {lr}: validation accuracy {100 * scores[lr]:.2f} %")
-    best = max(scores, key=lambda lr: scores[lr])
+        if str(lr) not in scores:
+            scores[str(lr)] = _score(_trial(study, lr), out / "tune" / f"lr-{lr}", tell)
+            write_atomic(file, json.dumps({"lr": None, "val_accuracy": scores}).encode())
+        score = scores[str(lr)]
+        told = score if isinstance(score, str) else f"validation accuracy {100 * score:.2f} %"
+        tell(f"tune: lr {lr}: {told}")
+    found = {lr: score for lr in study.tune.lr if not isinstance(score := scores[str(lr)], str)}
+    if not found:
+        raise StudyError(f"{out / 'tune'}: every rate of tune.lr diverged, got {list(study.tune.lr)}; try lower ones")
+    best = max(found, key=lambda lr: found[lr])
     tell(f"tune: lr {best} chosen")
-    (out / "tune" / "chosen.json").write_text(
-        json.dumps({"lr": best, "val_accuracy": {str(k): v for k, v in scores.items()}})
+    write_atomic(file, json.dumps({"lr": best, "val_accuracy": scores}).encode())
+    return study.model_copy(update={"train": study.train.model_copy(update={"lr": best}), "tune": Tune()})
+
+
+def _trial(study: Study, lr: float) -> Study:
+    """Return the study at one rate and `tune.rounds` rounds."""
+    rounds = min(study.tune.rounds, study.federate.rounds)
+    return study.model_copy(
+        update={
+            "train": study.train.model_copy(update={"lr": lr}),
+            "federate": study.federate.model_copy(update={"rounds": rounds}),
+            "tune": Tune(),
+        }
     )
-    return study.model_copy(update={"train": study.train.model_copy(update={"lr": best}), "tune": type(study.tune)()})
 
 
-def _val_accuracy(run: Path) -> float:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
-    for arm in (*KEPT_FIRST, "global"):
-        values = [r["val_accuracy"] for r in rows if r["arm"] == arm]
-        if values:
-            return math.fsum(values) / len(values)
-    return -math.inf
+def _score(trial: Study, where: Path, tell: Callable[[str], None]) -> float | str:
+    """Run a candidate, or go on with it, and return the mean validation accuracy of what it keeps, or DIVERGED."""
+    try:
+        drive(trial, where, lambda _: None, again=(where / "config.yaml").exists())
+    except NothingUsable as error:
+        tell(f"tune: lr {trial.train.lr}: {error}")
+        return DIVERGED
+    arm = product_arm(trial) or "global"
+    rows = [json.loads(line) for line in (where / "metrics.jsonl").read_bytes().splitlines()]
+    kept: dict[int, dict[str, Any]] = {}
+    for row in (r for r in rows if r["arm"] == arm):
+        if row["client"] not in kept or row["target_density"] == main_density(trial):
+            kept[row["client"]] = row
+    if all(row.get("diverged") for row in kept.values()):
+        return DIVERGED
+    return math.fsum(row["val_accuracy"] for row in kept.values()) / trial.clients.count

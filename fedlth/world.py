@@ -217,7 +217,10 @@ def _divided(text: str) -> tuple[Dataset, Splits]:
     dataset = load(data["name"], root=data["root"], options=data["options"])
     splits = split_clients(
         dataset,
-        make(PARTITIONS, {k: v for k, v in partition.items() if k != "seed"}, "partition"),
+        make(
+            PARTITIONS, {k: v for k, v in partition.items() if k != "seed"}, "partition",
+            has="__call__(labels, keys, num_clients, rng)",
+        ),  # fmt: skip
         num_clients=clients["count"],
         validation=clients["validation"],
         test_samples=clients["test_samples"],

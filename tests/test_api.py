@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from fedlth import api, config, tune
+from fedlth import api, config, rounds, session, store, tune
 from fedlth.engines import choose
+from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
+from fedlth.methods.resolve import kept_arm, product_arm
+from fedlth.report.diff import diff
+from fedlth.runfolder import RunFolder
 from tests import tiny
+
+ROOT = Path(__file__).parents[1]
 
 
 def study(out: Path, **sections: Any) -> config.Study:
@@ -84,3 +95,261 @@ def test_readme_predicts_with_a_ticket_in_three_lines(tmp_path: Path) -> None:
     assert logits.shape == (2, tiny.NUM_CLASSES)
     with pytest.raises(StudyError, match="no ticket of client 99"):
         api.load_ticket(run, client=99)
+
+
+# Decisions that a resume must not make anew
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, where: Any, when: Any) -> None:
+    """Let the runs of a study go on until one of which `when` is true is to begin."""
+
+    def stopped(one: config.Study, out: Path, tell: api.Tell, *, again: bool) -> None:
+        if when(one, out):
+            raise KeyboardInterrupt
+        choose.drive(one, out, tell, again=again)
+
+    monkeypatch.setattr(where, "drive", stopped)
+
+
+def test_a_default_is_no_wish_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 12: `standalone` rewinds to theta_0 by default; a resume took the study's own default, written down."""
+    tree = {"seeds": [0, 1], "personalise": {"arms": ["ticket"], "epochs": 1}, "workers": 1}
+    api.run(tiny.of_method("standalone", **tree, out=str(tmp_path / "whole")))
+    stop_at(monkeypatch, api, lambda one, out: one.seed == 1)
+    with pytest.raises(KeyboardInterrupt):
+        api.run(tiny.of_method("standalone", **tree, out=str(tmp_path / "cut")))
+    monkeypatch.undo()
+    said: list[str] = []
+    api.resume(tmp_path / "cut", tell=said.append)
+    assert diff(tmp_path / "whole", tmp_path / "cut") == []
+    rewinds = [RunFolder(tmp_path / "cut" / f"seed-{s}").study().finder.rewind for s in (0, 1)]
+    assert rewinds == [{"name": "init"}] * 2
+    assert not [line for line in said if "no effect" in line]
+
+
+def test_a_default_is_no_wish_after_a_resume_of_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 12: the same with `tune.lr`, whose final run begins after the resume."""
+    tree = {"tune": {"lr": [0.05, 0.1]}, "personalise": {"arms": ["ticket"], "epochs": 1}, "workers": 1}
+    api.run(tiny.of_method("standalone", **tree, out=str(tmp_path / "whole")))
+    stop_at(monkeypatch, tune, lambda one, out: one.train.lr == 0.1)
+    with pytest.raises(KeyboardInterrupt):
+        api.run(tiny.of_method("standalone", **tree, out=str(tmp_path / "cut")))
+    monkeypatch.undo()
+    api.resume(tmp_path / "cut")
+    assert diff(tmp_path / "whole", tmp_path / "cut") == []
+
+
+def test_what_was_given_is_what_is_dumped() -> None:
+    """Row 12: given and default survive a dump of what was given; a full dump makes everything given."""
+    made = tiny.of_method("standalone")
+    again = config.build(config.parse(config.dump(made, given_only=True), "dump"))
+    assert again == made
+    for place in ("finder", "finder.densities", "finder.rewind", "ray", "tune.rounds", "train.lr", "train.epochs"):
+        assert again.given(place) == made.given(place), place
+    assert made.given("finder.densities") and not made.given("finder.rewind") and not made.given("ray.workers")
+
+
+def test_what_the_machine_decides_is_decided_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 12's brother: `auto` is decided when a study begins, not by whatever machine resumes it."""
+    stop_at(monkeypatch, api, lambda one, out: one.seed == 1)
+    with pytest.raises(KeyboardInterrupt):
+        api.run(study(tmp_path / "r", seeds=[0, 1], compute="auto", cohort="auto", device="auto", workers=1))
+    monkeypatch.undo()
+    asked, begun = config.load(tmp_path / "r" / api.ASKED), RunFolder(tmp_path / "r" / "seed-0").study()
+    for key in ("compute", "cohort", "device"):
+        assert getattr(asked, key) == getattr(begun, key) != "auto", key
+
+
+def test_seeds_go_on_with_the_data_that_they_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 12's brother: a seed that has not begun must not begin on other data than the seeds before it."""
+    stop_at(monkeypatch, api, lambda one, out: one.seed == 1)
+    with pytest.raises(KeyboardInterrupt):
+        api.run(study(tmp_path / "r", seeds=[0, 1]))
+    monkeypatch.undo()
+    asked = tmp_path / "r" / api.ASKED
+    name = "name: tests.tiny:images"
+    asked.write_text(asked.read_text().replace(name, f"{name}\n  options: {{seed: 5}}"))
+    with pytest.raises(StudyError, match="seed-0: must go on with the data that it began with"):
+        api.resume(tmp_path / "r")
+
+
+# Learning rates
+
+
+def test_a_rate_that_diverges_loses(tmp_path: Path) -> None:
+    """Row 14: a diverging candidate has lost; its study does not die of it, and a resume does not try it again."""
+    said: list[str] = []
+    out = api.run(
+        study(tmp_path / "t", tune={"lr": [1e6, 0.1], "rounds": 1}, federate={"rounds": 1}, workers=1), tell=said.append
+    )
+    chosen = json.loads((out / "tune" / "chosen.json").read_bytes())
+    assert chosen["lr"] == 0.1 and chosen["val_accuracy"]["1000000.0"] == "diverged"
+    assert "tune: lr 1000000.0: diverged" in said
+    assert config.load(out / "config.yaml").train.lr == 0.1
+
+
+def test_all_rates_diverge(tmp_path: Path) -> None:
+    """Row 14: one clear line where no candidate is left."""
+    with pytest.raises(StudyError, match=r"tune: every rate of tune\.lr diverged, got \[1000000\.0, 10000000\.0\]"):
+        api.run(study(tmp_path / "t", tune={"lr": [1e6, 1e7], "rounds": 1}, workers=1))
+
+
+def row(client: int, arm: str, target: float, accuracy: float, **more: Any) -> str:
+    return json.dumps({"client": client, "arm": arm, "target_density": target, "val_accuracy": accuracy, **more})
+
+
+@pytest.mark.parametrize(
+    ("sections", "rows", "score"),
+    [
+        ({}, [row(0, "ticket", 0.5, 0.9), row(0, "ticket", 0.2, 0.4), row(1, "ticket", 0.2, 0.2)], 0.15),
+        ({"finder": {"main": 0.5}}, [row(0, "ticket", 0.5, 0.8), row(0, "ticket", 0.2, 0.4)], 0.2),
+        ({"refine": {"rounds": 1, "clients_per_round": 2}},
+         [row(0, "ticket", 0.2, 0.9), row(0, "refined", 0.2, 0.4)], 0.1),
+        ({}, [row(0, "ticket", 0.2, 0.25, diverged=True), row(1, "ticket", 0.2, 0.75)], 0.25),
+        ({}, [row(c, "ticket", 0.2, 0.25, diverged=True) for c in range(4)], "diverged"),
+        ({"personalise": {"arms": ["own", "global"]}}, [row(0, "own", 1.0, 0.8), row(0, "global", 1.0, 0.4)], 0.2),
+    ],
+    ids=["the kept density, a missing client counts 0", "main", "refined", "one diverged", "all diverged", "own"],
+)  # fmt: skip
+def test_what_is_kept_is_what_is_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any], rows: list[str], score: float | str
+) -> None:
+    """Row 14: the kept arm at the kept density decides, not the mean of all densities."""
+    monkeypatch.setattr(tune, "drive", lambda *args, **more: None)
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
+    assert tune._score(tiny.study(**sections), tmp_path, tiny.quiet) == (
+        score if isinstance(score, str) else pytest.approx(score)
+    )
+
+
+def test_own_is_a_model_like_any_other(tmp_path: Path) -> None:
+    """Row 15: `own` is kept after tuned models and before dense ones, saved, loaded, and scored."""
+    order = ("ticket", "own_tuned", "own", "dense", "local")
+    for i, arm in enumerate(order):
+        assert kept_arm(tiny.of_method("lotteryfl", personalise={"arms": ["global", *reversed(order[i:])]})) == arm
+    made = tiny.of_method(
+        "lotteryfl", personalise={"arms": ["global", "own"]}, tune={"lr": [1e-6, 0.2], "rounds": 2}, workers=1,
+        out=str(tmp_path / "r"),
+    )  # fmt: skip
+    out = api.run(made)
+    chosen = json.loads((out / "tune" / "chosen.json").read_bytes())
+    assert chosen["lr"] == 0.2 and all(0 <= score <= 1 for score in chosen["val_accuracy"].values())
+    assert sorted(tiny.digests(out)["tickets"]) == ["0", "1", "2", "3"]
+    api.load_ticket(out, client=1)
+    assert product_arm(made) == "own"
+
+
+# Folders
+
+
+def test_looking_at_progress_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 25: only who goes on with a run cuts its logs, and holds the lock while doing so."""
+    made = tiny.of_method("fedavg")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(rounds.Loop, "_step", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        session.start(made, tmp_path / "r", InProcess(), tiny.quiet)
+    log = tmp_path / "r" / "ledger.jsonl"
+    log.write_bytes(b"a row that another process is writing")
+    folder = RunFolder(tmp_path / "r")
+    assert folder.progress().step == 0 and log.read_bytes()
+    rounds.open_loop(folder, InProcess(), tiny.quiet)
+    assert log.read_bytes()
+    held: list[bool] = []
+    recover = RunFolder.recover
+
+    def spied(self: RunFolder) -> None:
+        with pytest.raises(StudyError, match="another process"), self.locked():
+            pass
+        held.append(True)
+        recover(self)
+
+    monkeypatch.setattr(RunFolder, "recover", spied)
+    session.resume(tmp_path / "r", InProcess(), tiny.quiet)
+    assert held == [True] and b"another process" not in log.read_bytes()
+
+
+def test_one_lock_for_the_whole_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 37: two studies of several runs in one folder, started together: the second is refused, whole."""
+    out, refused = tmp_path / "r", []
+    real = api.write_atomic
+
+    def second_comes(path: Path, data: bytes) -> None:
+        for other in ({"seeds": [0, 1]}, {"tune": {"lr": [0.1, 0.2]}}, {}):  # before the first has written anything
+            with pytest.raises(StudyError, match="another process is running") as error:
+                api.run(study(out, train={"lr": 0.3}, **other))
+            refused.append(error)
+        real(path, data)
+
+    monkeypatch.setattr(api, "write_atomic", second_comes)
+    monkeypatch.setattr(api, "drive", lambda *args, **more: None)
+    api.run(study(out, train={"lr": 0.01}, seeds=[0, 1]))
+    assert len(refused) == 3 and config.load(out / api.ASKED).train.lr == 0.01
+    monkeypatch.setattr(api, "drive", lambda *args, **more: api.resume(out))
+    with pytest.raises(StudyError, match="another process is running"):
+        api.resume(out)
+
+
+@pytest.mark.slow
+def test_two_processes_with_seeds_in_one_folder(tmp_path: Path) -> None:
+    """Row 37, with real processes: one runs, one is refused with one line, all seeds have one rate."""
+    file, out = tmp_path / "s.yaml", tmp_path / "r"
+    file.write_text(yaml.safe_dump(tiny.tree(seeds=[0, 1], workers=1)))
+    command = [sys.executable, "-m", "fedlth", "run", str(file), f"out={out}"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    ran = [subprocess.Popen([*command, f"train.lr={lr}"], **pipes) for lr in (0.1, 0.2)]
+    said = [one.communicate()[1] for one in ran]
+    assert sorted(one.returncode for one in ran) == [0, 2], said
+    loser = said[[one.returncode for one in ran].index(2)]
+    assert "another process is running this run" in loser or "holds a run already" in loser
+    assert len({config.load(out / f"seed-{s}" / "config.yaml").train.lr for s in (0, 1)}) == 1
+
+
+def test_runs_started_together_have_each_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 38: a folder is claimed by making it, so no two runs without `out` can want the same."""
+    gate = threading.Barrier(8)
+
+    def claim(_: int) -> Path:
+        gate.wait()
+        return api.free_folder(tmp_path / "runs", "smoke")
+
+    with ThreadPoolExecutor(8) as pool:
+        claimed = list(pool.map(claim, range(8)))
+    assert sorted(p.name for p in claimed) == sorted(f"smoke-{i}" for i in range(1, 9))
+    monkeypatch.chdir(tmp_path)
+    made = tiny.study(study="smoke", workers=1)
+    assert api.run(made) == Path("runs/smoke-9")
+    monkeypatch.setattr(session.RunFolder, "create", lambda *args: (_ for _ in ()).throw(StudyError("no")))
+    with pytest.raises(StudyError, match="^no$"):
+        api.run(made)
+    assert not Path("runs/smoke-10").exists(), "what has not begun leaves no folder"
+    with pytest.raises(StudyError):
+        api.run(tiny.study(study="smoke", federate={"clients_per_round": 9}))
+    assert not Path("runs/smoke-10").exists(), "nor does what is refused"
+
+
+def test_a_disk_that_is_full_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 46: nothing was committed, so nothing is said to be; the folder is named."""
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "write_atomic", full)
+    monkeypatch.setattr(api, "write_atomic", full)
+    for more in ({}, {"seeds": [0, 1]}):
+        with pytest.raises(OSError, match="No space left") as error:
+            api.run(study(tmp_path / "r", **more))
+        assert error.value.__notes__ == [f"the run in {tmp_path / 'r'} has not begun, and nothing of it is kept"]
+        assert not (tmp_path / "r").exists()
+
+
+def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 46: what was committed is said to be kept, with the folder."""
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left") as error:
+        patch.setattr(RunFolder, "save_params", full)
+        api.run(study(tmp_path / "r", workers=1))
+    assert error.value.__notes__ == [f"what was committed is kept: fedlth resume {tmp_path / 'r'}"]
+    api.resume(tmp_path / "r")

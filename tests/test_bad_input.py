@@ -11,6 +11,8 @@ import yaml
 from torch import nn
 
 from fedlth import cli
+from fedlth.methods.aggregate import FedAvg
+from fedlth.methods.recipe import Recipe
 from tests import tiny
 
 
@@ -30,6 +32,49 @@ def wrong_labels() -> dict[str, Any]:
 
 def raising() -> dict[str, Any]:
     raise RuntimeError("the archive\nis damaged")
+
+
+def three() -> int:
+    return 3
+
+
+def keyed(**options: Any) -> Any:
+    return options["rate"]
+
+
+def half_a_method() -> Recipe:
+    return Recipe(name="half", paper="", summary="", visit=3, aggregate=FedAvg(), arms=("global",))  # type: ignore[arg-type]
+
+
+class Nowhere:
+    """A rewind to weights that nobody has."""
+
+    anchor, replay_lr = "theta_x", True
+
+
+class Chainless:
+    """A schedule that fails when it is asked."""
+
+    def __call__(self, targets: tuple[float, ...]) -> Any:
+        raise KeyError("targets")
+
+
+class Scopeless:
+    """A scope that fails when it is asked."""
+
+    def __call__(self, *args: Any) -> Any:
+        raise AttributeError("no such layer")
+
+
+HERE = "tests.test_bad_input"
+
+
+def ragged() -> dict[str, Any]:
+    return {**tiny.images(), "y_test": [[0], [1, 2]]}
+
+
+def nameless() -> dict[str, Any]:
+    return {**tiny.images(), "name": np.zeros(2)}
 
 
 def unprunable(num_classes: int) -> nn.Module:
@@ -84,6 +129,58 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "more a round than take part": ({"federate": {"clients_per_round": 4}}, "federate.clients_per_round"),
     "refinement without tickets": (
         {"method": {"name": "fedavg"}, "refine": {"rounds": 1, "clients_per_round": 1}}, "refine.rounds"),
+    # Row 16: what lies beyond a training is known from the split, and said before anything trains.
+    "row 16: a step beyond the training": (
+        {"finder": {"rewind": {"name": "step", "step": 5}}, "train": {"batch_size": 32}},
+        "finder.rewind: must stay inside every client's training, got step 5; client 0 has 2 steps: 48 examples"),
+    "row 16: a move beyond the training": (
+        {"finder": {"schedule": {"name": "constant", "every": 2, "rounds": 3}, "rewind": "none"}},
+        "finder.schedule: must stay inside every client's training, got step 6; client 0 has 3 steps"),
+    "row 16: weights that nobody has": (
+        {"finder": {"rewind": {"name": f"{HERE}:Nowhere"}}}, "finder.rewind: there are no weights called 'theta_x'"),
+    "row 16: a round that no trial reaches": (
+        {"finder": {"rewind": {"name": "global", "round": 2}}, "tune": {"lr": [0.1, 0.2], "rounds": 1}},
+        "finder.rewind.round: must be at most tune.rounds = 1"),
+    "row 16: a floor above the mask": (
+        {"finder": {"scope": {"name": "global", "floor": 200}}}, "finder.scope.floor: 200 of each layer"),
+    "row 23: a method that is a number": (
+        {"method": {"name": f"{HERE}:three"}}, "method: tests.test_bad_input:three must return a fedlth.methods.recipe."
+        "Recipe, got int"),
+    "row 23: what cannot be called": ({"method": {"name": f"{HERE}:HERE"}}, "must be a class or a function"),
+    "row 23: half a method": ({"method": {"name": f"{HERE}:half_a_method"}}, "its visit must have __call__, got 3"),
+    "row 23: a factory that raises": (
+        {"method": {"name": f"{HERE}:keyed"}}, "method: tests.test_bad_input:keyed refuses its options: KeyError"),
+    "row 23: a method's score that is a number": (
+        {"method": {"name": "lotteryfl", "score": f"{HERE}:three"}}, "method.score: tests.test_bad_input:three"),
+    "row 23: a method's score without a name": ({"method": {"name": "lotteryfl", "score": 3}}, "method.score.name"),
+    "row 23: a partition that is a number": (
+        {"partition": {"name": f"{HERE}:three"}}, "three must give a part with __call__(labels"),
+    "row 23: a model that is a number": ({"model": {"name": f"{HERE}:three", "options": {}}}, "must return a torch.nn"),
+    "row 23: data that are a number": ({"data": {"name": f"{HERE}:three"}}, "must return a Dataset or a dict"),
+    "row 23: data that are ragged": ({"data": {"name": f"{HERE}:ragged"}}, "y_test must be an array"),
+    "row 23: data with no name": ({"data": {"name": f"{HERE}:nameless"}}, "name must be text, got ndarray"),
+    "row 23: a score of a number": ({"finder": {"score": {"name": "shuffled", "of": 3}}}, "finder.score.of"),
+    "row 23: a schedule that fails": ({"finder": {"schedule": f"{HERE}:Chainless"}}, "raised KeyError: 'targets'"),
+    "row 23: a scope that fails": ({"finder": {"scope": f"{HERE}:Scopeless"}}, "raised AttributeError: no such layer"),
+    **{
+        f"row 23: a {kind} that is a number": ({"finder": {kind: f"{HERE}:three"}}, f"finder.{kind}: int must have")
+        for kind in ("score", "schedule", "scope", "rewind", "granularity", "dead", "gate", "stop")
+    },
+    "row 35: no arm": ({"personalise": {"arms": []}}, "personalise.arms: must name at least one arm, got []"),
+    "row 35: an arm twice": ({"personalise": {"arms": ["dense", "ticket", "dense"]}}, "must stand once, got dense 2"),
+    "row 35: no frozen weights": ({"personalise": {"arms": ["frozen_random"]}}, "two_step has no frozen weights"),
+    "row 35: no own mask": ({"personalise": {"arms": ["own_random"]}}, "method two_step has no own mask"),
+    "row 35: no own mask of weights": (
+        {"method": {"name": "fedpm"}, "personalise": {"arms": ["own_random"]}}, "method fedpm has no own mask"),
+    "row 35: a density of nothing": (
+        {"finder": {"densities": [0.5, 0.0001]}}, "finder.densities: must keep at least one of the 816"),
+    "row 35: a density of no row": (
+        {"finder": {"densities": [0.01], "granularity": "row"}}, "must keep at least one of the 16 prunable groups"),
+    "row 35: a method's density of nothing": (
+        {"method": {"name": "lotteryfl", "density": 0.0001}}, "method.density: must keep at least one of the 816"),
+    "a rate twice": ({"tune": {"lr": [0.1, 0.1]}}, "tune.lr: each must stand once"),
+    "rates without a model to score": (
+        {"tune": {"lr": [0.1, 0.2]}, "personalise": {"arms": ["random"]}}, "personalise.arms: must hold global or one"),
 }  # fmt: skip
 
 

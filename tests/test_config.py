@@ -198,9 +198,15 @@ def test_the_unseen_are_counted_as_the_split_counts_them() -> None:
 def test_resolve_writes_the_methods_defaults_and_notes_what_has_no_effect() -> None:
     study, notes = resolve(tiny.of_method("standalone"))
     assert study.federate.rounds == 0 and study.finder.rewind == {"name": "init"}
-    assert notes == ["federate: has no effect, method standalone has no rounds"]
+    assert notes == [
+        "federate: has no effect, method standalone has no rounds",
+        "clients.unseen: has no effect, method standalone has no rounds: nobody is left out of them",
+    ]
     study, notes = resolve(tiny.of_method("fedavg"))
-    assert notes == ["finder: has no effect, no arm of method fedavg searches for a ticket"]
+    assert notes == [
+        "finder: has no effect, no arm of method fedavg searches for a ticket",
+        "personalise.epochs: has no effect, no arm of method fedavg trains",
+    ]
     assert resolve(tiny.study())[1] == []
     kept = resolve(tiny.of_method("standalone", finder={"rewind": "none"}))[0]
     assert kept.finder.rewind == {"name": "none"}

@@ -60,7 +60,7 @@ def test_every_lottery_config_is_one(path: Path) -> None:
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path not in LOTTERIES], ids=lambda p: p.name)
 def test_every_config_is_a_study_without_dead_sections(path: Path) -> None:
     study, notes = resolve(config.load(path))
-    assert not notes
+    assert not [note for note in notes if "no effect" in note]
     assert config.build(parse(config.dump(study), "dump")) == study
 
 

@@ -96,13 +96,15 @@ def user_dataset(name: str, root: str | None, options: Mapping[str, object]) -> 
             f"got unknown {unknown} and missing {missing}"
         )
     plain: dict[str, Any] = {"name": name, **made}
-    for field in ("x_train", "x_test"):
-        plain[field] = _inputs(plain[field])
-    for field in ("y_train", "y_test"):
-        plain[field] = _integers(plain[field])
-    for field in ("key_train", "key_test"):
-        if plain.get(field) is not None:
-            plain[field] = np.asarray(plain[field])
+    if not isinstance(plain["name"], str):
+        raise StudyError(f"data: {name}: name must be text, got {type(plain['name']).__name__}")
+    arrays: dict[str, Callable[[object], np.ndarray]] = {"x": _inputs, "y": _integers, "key": np.asarray}
+    for field in (f"{kind}_{part}" for kind in arrays for part in ("train", "test")):
+        if plain.get(field) is not None or not field.startswith("key"):
+            try:
+                plain[field] = arrays[field.partition("_")[0]](plain[field])
+            except ValueError as error:  # lists of unequal lengths
+                raise StudyError(f"data: {name}: {field} must be an array, got what is none: {told(error)}") from error
     for field in ("mean", "std"):
         try:
             plain[field] = tuple(float(value) for value in plain.get(field, ()))

@@ -32,8 +32,24 @@ def _engine(study: Study, tell: Callable[[str], None]) -> Engine:
         from fedlth.engines.ray import RayEngine
 
         return RayEngine(study.ray, job_timeout_s=study.job_timeout_s, device=study.device, tell=tell)
-    size = usable_cpus() if study.workers == "auto" else study.workers
+    size = _workers(study)
+    return InProcess() if size == 1 else Forked(size, job_timeout_s=study.job_timeout_s, tell=tell)
+
+
+def _workers(study: Study) -> int:
+    """Return how many processes the in-process engine uses."""
     # CUDA does not survive a fork, and only Linux forks a process that has used its libraries safely.
-    if size == 1 or study.device != "cpu" or sys.platform != "linux":
-        return InProcess()
-    return Forked(size, job_timeout_s=study.job_timeout_s, tell=tell)
+    if study.device != "cpu" or sys.platform != "linux":
+        return 1
+    return usable_cpus() if study.workers == "auto" else study.workers
+
+
+def without_effect(study: Study) -> list[str]:
+    """Return notes on options that the engine, as it runs on this machine, leaves without effect."""
+    if study.engine != "inprocess" or _workers(study) > 1:
+        return []
+    why = "clients train in this process, whose own steps cannot be dropped"
+    notes = [f"job_timeout_s: has no effect, {why}"] if study.job_timeout_s is not None else []
+    if study.workers not in ("auto", 1):
+        notes.append(f"workers: has no effect, on {study.device} under {sys.platform} clients train in this process")
+    return notes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -12,7 +11,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from fedlth import ledger, store
+from fedlth import ledger, output, store
+from fedlth.data.factory import told as said
 from fedlth.errors import StudyError
 from fedlth.lab import arms, study
 from fedlth.lab.bench import Bench, open_bench
@@ -63,13 +63,13 @@ def check(made: Lottery) -> None:
         _check_rewind(bench, finder_of(search, f"searches.{name}").rewind, f"searches.{name}.rewind", train)
         _check_acts(train, made, f"searches.{name}")
     for name, arm in made.arms.items():
-        make(MASKS, arm.mask, f"arms.{name}.mask")
+        make(MASKS, arm.mask, f"arms.{name}.mask", has="__call__(mask, layout, rng)")
         train = {**made.train.model_dump(), **made.searches[arm.of].train, **arm.train}
         start = made.searches[arm.of].rewind if arm.start is None else arm.start
-        _check_rewind(bench, make(REWINDS, start, f"arms.{name}.start"), f"arms.{name}.start", train)
+        _check_rewind(bench, make(REWINDS, start, f"arms.{name}.start", has="anchor"), f"arms.{name}.start", train)
         _check_acts(train, made, f"arms.{name}")
         if arm.dead is not None:
-            make(DEADS, arm.dead, f"arms.{name}.dead")
+            make(DEADS, arm.dead, f"arms.{name}.dead", has="holds")
         _check_rounds(made, arm.of, arm.rounds, f"arms.{name}.rounds")
     for name, spec in made.probes.items():
         _check_names(made, make(PROBES, spec, f"probes.{name}"), f"probes.{name}")
@@ -112,6 +112,8 @@ def _check_names(made: Lottery, probe: object, place: str) -> None:
     """Refuse a probe that names a search, a round, an arm or a step that the study does not have."""
     if not is_dataclass(probe):
         raise StudyError(f"{place}: must be a dataclass, whose fields are its options, got {type(probe).__name__}")
+    if not callable(probe):
+        raise StudyError(f"{place}: must be called with a bench, got {type(probe).__name__}, which cannot be called")
     told: dict[str, Any] = {f.name: getattr(probe, f.name) for f in fields(cast(Any, probe))}
     searches = [*told.get("searches", ()), *([told["search"]] if "search" in told else [])]
     for name in searches:
@@ -175,7 +177,7 @@ def _done(made: Lottery, out: Path, todo: list[Task], tell: Tell) -> Iterator[Ta
     # Spawned, not forked: torch's and numba's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(made.workers, len(todo)), mp_context=context) as pool:
-        jobs = {pool.submit(do, made.science(), str(out), task, _aloud): task for task in todo}
+        jobs = {pool.submit(do, made.science(), str(out), task, output.tell): task for task in todo}
         try:
             for job in as_completed(jobs):
                 job.result()
@@ -201,9 +203,17 @@ def _do(science: str, out: str, task: Task, tell: Tell) -> None:
     bench = open_bench(science, task.seed, out)
     rows: list[dict[str, Any]] = []
     if task.stage == "probe":
-        probe = make(PROBES, bench.study.probes[task.name], f"probes.{task.name}")
-        for row in probe(bench):
-            rows.append({"kind": "probe", "probe": task.name, "seed": task.seed, **row})
+        spec = bench.study.probes[task.name]
+        probe = make(PROBES, spec, f"probes.{task.name}")
+        try:
+            for row in probe(bench):
+                rows.append({"kind": "probe", "probe": task.name, "seed": task.seed, **row})
+        except (StudyError, ArithmeticError, MemoryError, OSError):
+            raise
+        except Exception as error:
+            if ":" not in spec["name"]:
+                raise
+            raise StudyError(f"probes.{task.name}: {spec['name']} raised {said(error)}") from error
     else:
         walk = arms.searched if task.stage == "search" else arms.trained
         for row in walk(bench, task.name):
@@ -221,7 +231,3 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         raise StudyError(f"{out}: no finished lottery study here (results.jsonl is missing)")
     return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def _aloud(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -117,7 +117,8 @@ METHODS: Mapping[str, Callable[..., Recipe]] = {
 
 
 def _score(spec: str | dict[str, Any]) -> Any:
-    score = make(SCORES, {"name": spec} if isinstance(spec, str) else spec, "method.score")
+    spec = {"name": spec} if isinstance(spec, str) else spec
+    score = make(SCORES, spec, "method.score", has="__call__(evidence)")
     if getattr(score, "window", 0) or hasattr(score, "weights"):
         raise wrong(
             "method.score", "one that neither looks back over epochs nor learns a mask of frozen weights", score

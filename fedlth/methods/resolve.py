@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from fedlth.config import Study
 from fedlth.errors import StudyError
+from fedlth.methods import effects
 from fedlth.methods.arms import ARMS
 from fedlth.methods.recipe import Recipe, check_frozen
 from fedlth.methods.recipes import METHODS
@@ -22,13 +23,23 @@ from fedlth.tickets.score import SCORES
 from fedlth.wire.codec import CODECS
 from fedlth.world import World
 
-SEARCHING = {"local", "ticket", "ticket_0", "one_shot", "global_mask", "random", "dense_total"}
-KEPT_FIRST = ("ticket", "own_tuned", "dense", "local")
+KEPT_FIRST = ("ticket", "own_tuned", "own", "dense", "local")  # tuned before untuned, personal before dense
 
 
 def recipe_of(study: Study) -> Recipe:
     """Return the study's method; raise StudyError naming the place."""
-    recipe: Recipe = make(METHODS, study.method, "method")
+    recipe = make(METHODS, study.method, "method")
+    name = study.method["name"]
+    if not isinstance(recipe, Recipe):
+        raise StudyError(f"method: {name} must return a fedlth.methods.recipe.Recipe, got {type(recipe).__name__}")
+    for field, names in (("visit", ("__call__", "sends", "own", "tune")), ("aggregate", ("__call__",))):
+        lacks = [n for n in names if not hasattr(getattr(recipe, field), n)]
+        if lacks:
+            raise StudyError(f"method: {name}: its {field} must have {lacks[0]}, got {getattr(recipe, field)!r}")
+    for field, known in (("space", ("weights", "scores")), ("down", ("broadcast", "slice"))):
+        got = getattr(recipe, field)
+        if got not in known:
+            raise StudyError(f"method: {name}: its {field} must be {' or '.join(known)}, got {got!r}")
     return recipe
 
 
@@ -62,25 +73,32 @@ def kept_arm(study: Study) -> str | None:
     return next((arm for arm in KEPT_FIRST if arm in arms_of(study)), None)
 
 
+def product_arm(study: Study) -> str | None:
+    """Name the arm that is what a client ends with: the kept one, refined where the study refines."""
+    return "refined" if study.refine.rounds else kept_arm(study)
+
+
 def resolve(study: Study) -> tuple[Study, list[str]]:
-    """Return the study with the method's defaults written in, and a note for each section without effect."""
-    recipe, notes = recipe_of(study), []
+    """Return the study with the method's defaults written in, and a note for each option without effect.
+
+    Asks what was given and what is a default, so it is for a study as the user wrote it, never for a resolved one.
+    Raises StudyError naming the place.
+    """
+    recipe = recipe_of(study)
     check_frozen(recipe)
+    arms = arms_of(study)
+    unknown = [a for a in arms if a not in ARMS]
+    if unknown:
+        raise StudyError(f"personalise.arms: must be among {', '.join(ARMS)}, got {unknown[0]!r}")
+    effects.check_arms(study, recipe, arms)
+    notes = effects.notes(study, recipe, arms, product_arm(study))
     update: dict[str, object] = {}
     if recipe.rewind and "rewind" not in study.finder.model_fields_set:
         update["finder"] = study.finder.model_copy(update={"rewind": {"name": recipe.rewind}})
     if not recipe.federated:
         update["federate"] = study.federate.model_copy(update={"rounds": 0})
-        if study.given("federate"):
-            notes.append(f"federate: has no effect, method {recipe.name} has no rounds")
     study = study.model_copy(update=update)
-    arms = arms_of(study)
-    unknown = [a for a in arms if a not in ARMS]
-    if unknown:
-        raise StudyError(f"personalise.arms: must be among {', '.join(ARMS)}, got {unknown[0]!r}")
     finder = finder_of(study)
-    if study.given("finder") and not SEARCHING & set(arms):
-        notes.append(f"finder: has no effect, no arm of method {recipe.name} searches for a ticket")
     weights = recipe.federated and recipe.space == "weights"
     if study.refine.rounds and ("ticket" not in arms or not weights):
         raise StudyError(
@@ -98,13 +116,7 @@ def resolve(study: Study) -> tuple[Study, list[str]]:
     if "ticket_0" in arms:
         replace(finder, rewind=ToInit())  # says so where the finder's other parts forbid it
     _check_counts(study)
-    anchor = finder.rewind.anchor
-    if anchor and "@" in anchor and int(anchor.partition("@")[2]) > study.federate.rounds:
-        raise StudyError(
-            f"finder.rewind.round: must be at most federate.rounds = {study.federate.rounds}, got {anchor}"
-        )
-    if anchor and "@" in anchor and recipe.space != "weights":
-        raise StudyError(f"finder.rewind.round: must be -1, method {recipe.name} shares no weights, got {anchor}")
+    _check_anchor(study, recipe, finder)
     if recipe.name == "sub_fedavg" and study.train.epochs < 2:
         notes.append("train.epochs: with 1, sub_fedavg's two masks are the same epoch's, and nothing is pruned")
     return study, notes
@@ -128,10 +140,32 @@ def checked(world: World) -> list[str]:
 def random_starts(world: World) -> tuple[str, ...]:
     """Return the names of the weights that the arm `random` starts from."""
     return ("theta_g", "theta_0") if world.brought else ("theta_g", "theta_0", "reinit")
+def _check_anchor(study: Study, recipe: Recipe, finder: Finder) -> None:
+    """Refuse weights to go back to that no client could have."""
+    anchor = finder.rewind.anchor
+    if anchor is None or (isinstance(anchor, str) and anchor in ("theta_0", "theta_g", "reinit")):
+        return
+    name, at, number = anchor.partition("@") if isinstance(anchor, str) else ("", "", "")
+    if name != "theta_g" or not at or not number.isdecimal():
+        raise StudyError(
+            f"finder.rewind: there are no weights called {anchor!r} for {type(finder.rewind).__name__} to go back to; "
+            "known: theta_0, theta_g, theta_g@ROUND, reinit"
+        )
+    rounds, place = study.federate.rounds, "federate.rounds"
+    if study.tune.lr and study.tune.rounds < rounds:
+        rounds, place = study.tune.rounds, "tune.rounds"
+    if int(number) > rounds:
+        raise StudyError(f"finder.rewind.round: must be at most {place} = {rounds}, got {anchor}")
+    if recipe.space != "weights":
+        raise StudyError(f"finder.rewind.round: must be -1, method {recipe.name} shares no weights, got {anchor}")
 
 
 def _check_counts(study: Study) -> None:
-    """Refuse rounds that ask for more clients than take part; the unseen are counted as the split counts them."""
+    """Refuse rounds that ask for more clients than take part (the split's own count), and a rate to try twice."""
+    if len(set(study.tune.lr)) < len(study.tune.lr):
+        raise StudyError(f"tune.lr: each must stand once, got {list(study.tune.lr)}")
+    if study.tune.lr and product_arm(study) is None and "global" not in arms_of(study):
+        raise StudyError(f"personalise.arms: must hold global or one of {', '.join(KEPT_FIRST)}, which tune.lr scores")
     count, unseen = study.clients.count, study.clients.unseen
     held_out = min(max(1, round(unseen * count)), count - 1) if unseen else 0
     for place, section in (("federate", study.federate), ("refine", study.refine)):

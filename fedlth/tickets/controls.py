@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from fedlth.errors import wrong
 from fedlth.params import Layout
 from fedlth.parts import make
 from fedlth.tickets.evidence import Evidence
@@ -93,5 +94,8 @@ def _part(spec: Any) -> Any:
     from fedlth.tickets.score import SCORES
 
     if isinstance(spec, (str, dict)):
-        return make(SCORES, {"name": spec} if isinstance(spec, str) else spec, "finder.score.of")
+        spec = {"name": spec} if isinstance(spec, str) else spec
+        return make(SCORES, spec, "finder.score.of", has="__call__(evidence)")
+    if not callable(spec):
+        raise wrong("finder.score.of", "a score", spec)
     return spec

@@ -110,7 +110,7 @@ CASES = [
     ("score", "Holes", r"score: Holes must give .* got \d+ that are not a number"),
     ("score", "Words", r"score: Words must give .* numbers"),
     ("scope", "Nothing", "scope: Nothing must have __call__"),
-    ("scope", "Few", r"scope: Few must keep exactly \d+ of \d+ at density 0.[58], got 5"),
+    ("scope", "Few", r"scope: Few must keep exactly \d+ of \d+ at density 0.[258], got 5"),
     ("scope", "Numbers", r"scope: Numbers must give a mask \(\d+,\) bool, got \(5,\) int64"),
     ("schedule", "Nothing", "schedule: Nothing must have __call__"),
     ("schedule", "Rising", "schedule: Rising must give densities that never rise"),
