@@ -74,8 +74,11 @@ def compare(args: argparse.Namespace) -> int:
 
 def diff(args: argparse.Namespace) -> int:
     from fedlth.report.diff import diff as differences
+    from fedlth.report.diff import notes
 
     found = differences(args.run_a, args.run_b)
+    for note in notes(args.run_a, args.run_b):
+        print(f"note: {note}")
     print("\n".join(found) if found else "equal: parameters, tickets, payload bytes, metrics")
     return 1 if found else 0
 
