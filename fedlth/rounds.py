@@ -12,6 +12,7 @@ import numpy as np
 
 from fedlth import server
 from fedlth.client import initial, space
+from fedlth.config import Study
 from fedlth.downlink import Downlink
 from fedlth.errors import StudyError
 from fedlth.jobs import Engine
@@ -51,6 +52,14 @@ def steps_of(world: World, recipe: Recipe) -> list[Step]:
     return steps
 
 
+def anchors_of(study: Study) -> list[str]:
+    """Name the earlier global models that step 2 rewinds to; they are kept and shipped once each."""
+    anchor = finder_of(study).rewind.anchor
+    searched = {"ticket", "one_shot", "random"} & set(arms_of(study))
+    # theta_g@0 is theta_0, which every client draws from the seed.
+    return [anchor] if anchor and "@" in anchor and anchor != "theta_g@0" and searched else []
+
+
 class Loop:
     """A run in progress. Everything that outlives a step is in the folder; this object may die at any moment."""
 
@@ -62,7 +71,7 @@ class Loop:
         self.layout = space(world, self.recipe)
         self.progress = folder.progress()
         self.theta = folder.load_params(self.progress.theta) if self.progress.theta else initial(world, self.recipe)
-        self.anchors = self._anchor_names()
+        self.anchors = anchors_of(world.study)
 
     def run(self, stop_after: int | None = None) -> None:
         """Run what is left of the study, committing after every step."""
@@ -70,13 +79,6 @@ class Loop:
         for i in range(self.progress.step, len(steps) if stop_after is None else min(stop_after, len(steps))):
             began = time.perf_counter()
             self._step(steps[i], i, len(steps), began)
-
-    def _anchor_names(self) -> list[str]:
-        """Name the earlier global models that step 2 rewinds to; they are kept and shipped once each."""
-        anchor = finder_of(self.world.study).rewind.anchor
-        searched = {"ticket", "one_shot", "random"} & set(arms_of(self.world.study))
-        # theta_g@0 is theta_0, which every client draws from the seed.
-        return [anchor] if anchor and "@" in anchor and anchor != "theta_g@0" and searched else []
 
     def _step(self, step: Step, index: int, total: int, began: float) -> None:
         recipe = in_phase(self.recipe, step.phase)

@@ -145,7 +145,7 @@ def clients_of(row: LedgerRow) -> list[int]:
 def once(rows: Iterable[LedgerRow]) -> list[LedgerRow]:
     """Return the rows with each broadcast counted once: one row a round, phase, sender and name of what was broadcast.
 
-    A row's kind says what a payload was to its receiver (install, values, evaluation, resync), not which payload it was.
+    A row's kind says what a payload was to its receiver (install, values, evaluation, resync), not which it was.
     """
     kept: dict[tuple[object, ...], LedgerRow] = {}
     for place, row in enumerate(rows):

@@ -85,7 +85,9 @@ def left_on_devices(run: Path, clients: tuple[int, ...], engine: str) -> None:
         (run / "tickets" / f"client-{client:04d}.safetensors").unlink()
 
 
-def test_tickets_that_stay_on_devices_do_not_differ(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_tickets_that_stay_on_devices_do_not_differ(
+    pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Row 28: a run over SuperNodes has no tickets of its devices; what both have is compared, and it says so."""
     left_on_devices(pair[1], (2, 4), "flower")
     for runs in (pair, pair[::-1]):
