@@ -184,4 +184,7 @@ def honest_notes(results: Results) -> tuple[str, ...]:
         if per_seed < largest:
             at = f"{arm_of(found.choice.arm).label} at {found.density_text}"
             notes.append(f"{at}: {per_seed:g} clients a seed, others {largest:g}; its mean is over fewer clients")
+        if found.num_seeds < sum(1 for facts in results.group if facts.metrics):
+            at = f"{arm_of(found.choice.arm).label} at {found.density_text}"
+            notes.append(f"{at}: its mean is over {_plural(found.num_seeds, 'seed')} of {len(results.group)}")
     return tuple(notes)

@@ -13,6 +13,7 @@ from fake_run import write_run
 from fedlth.errors import StudyError
 from fedlth.report.arms import Choice, densities, main_choice
 from fedlth.report.facts import one_cell, read_group, read_run
+from fedlth.report.headline import honest_notes
 from fedlth.report.results import results_of
 from fedlth.report.summary import summary_text
 
@@ -77,6 +78,14 @@ def test_a_method_s_own_model_stands_at_the_density_that_it_has(fake: Path) -> N
     text = summary_text(results_of([found]))
     (line,) = [line for line in text.splitlines() if line.startswith("method's own ")]
     assert line.split()[2] == "0.25"
+
+
+def test_an_arm_that_a_seed_lacks_is_noted(seeds: Path) -> None:
+    first, *others = read_group(seeds)
+    fewer = replace(first, metrics=tuple(row for row in first.metrics if row.arm != "local"))
+    notes = honest_notes(results_of([fewer, *others]))
+    assert "local-only model at 1: its mean is over 2 seeds of 3" in notes
+    assert not any("seeds of 3" in note for note in honest_notes(results_of([first, *others])))
 
 
 def test_an_unfinished_run_is_read_and_says_so(tmp_path: Path) -> None:
