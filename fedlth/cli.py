@@ -70,8 +70,11 @@ def compare(args: argparse.Namespace) -> int:
 
 def diff(args: argparse.Namespace) -> int:
     from fedlth.report.diff import diff as differences
+    from fedlth.report.diff import notes
 
     found = differences(args.run_a, args.run_b)
+    for note in notes(args.run_a, args.run_b):
+        say(f"note: {note}")
     say("\n".join(found) if found else "equal: parameters, tickets, payload bytes, metrics")
     return 1 if found else 0
 
@@ -219,7 +222,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command("list", list_, "list what a study may name", text)
     sub.add_argument("what", nargs="?", default="", metavar="KIND")
 
-    text = "Validates everything, times a few synthetic steps, and forecasts; trains nothing and writes nothing.\n\n"
+    text = "Validates everything, tries a few training steps and client visits, and forecasts; writes nothing.\n\n"
     sub = command("check", check, "validate a study and forecast its cost", text + study_text)
     sub.add_argument("study", type=Path, metavar="STUDY.yaml")
     sub.add_argument("override", nargs="*", metavar="key=value")

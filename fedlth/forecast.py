@@ -7,14 +7,13 @@ import time
 import numpy as np
 
 from fedlth import train
-from fedlth.client import initial, space
 from fedlth.config import Study
 from fedlth.engines.choose import without_effect
+from fedlth.forecast_bytes import forecast_bytes
 from fedlth.methods.local import Local
 from fedlth.methods.recipe import Recipe
 from fedlth.methods.resolve import arms_of, finder_of, recipe_of
-from fedlth.rounds import CONTROLS, steps_of
-from fedlth.server import broadcast
+from fedlth.rounds import steps_of
 from fedlth.session import prepared
 from fedlth.world import World, open_world
 
@@ -33,9 +32,9 @@ def trainings(arm: str, study: Study) -> int:
 
 
 def forecast(study: Study) -> str:
-    """Validate a study wholly and return the forecast as text. Trains nothing but a few timed synthetic steps.
+    """Validate a study wholly and return the forecast as text; a few steps and visits are tried, nothing is kept.
 
-    Bytes are exact for methods that send dense models; for methods with masks they are upper bounds.
+    Bytes are estimates, or upper bounds that say so and why (forecast_bytes).
     """
     study, notes = prepared(study, study.engine)
     notes += without_effect(study)
@@ -50,7 +49,7 @@ def forecast(study: Study) -> str:
         tuning += study.personalise.epochs
     visits = participations + study.refine.rounds * study.refine.clients_per_round
     steps = per_epoch * (visits * study.train.epochs + study.clients.count * tuning)
-    down, up = _bytes(world, recipe, participations)
+    moved = forecast_bytes(world, recipe, step_s * per_epoch * study.train.epochs)
     per_step = 3 * world.flops[""] * study.train.batch_size
     lines = [
         f"study {study.study}: method {recipe.name}, {len(steps_of(world, recipe))} commits",
@@ -61,8 +60,7 @@ def forecast(study: Study) -> str:
         *(_tensor_line(world, e.name) for e in world.layout.floats if e.role == "param"),
         *_compute_lines(world),
         f"cohort: {study.cohort} clients train as one" if study.cohort != 1 else "cohort: 1, clients train one by one",
-        f"bytes: down {down / 1e6:,.2f} MB, up {up / 1e6:,.2f} MB"
-        + ("" if recipe.down == "broadcast" and recipe.space == "weights" else " (upper bound: masks only save)"),
+        str(moved),
         f"training: {steps:,.0f} steps, {steps * per_step / 1e12:,.2f} TFLOP (dense), at {1e3 * step_s:.2f} ms a step "
         f"about {steps * step_s / 60:,.1f} min on one core",
         f"memory: about {_memory_mb(world):,.0f} MB a worker; disk about {_disk_mb(world, recipe):,.0f} MB",
@@ -87,26 +85,6 @@ def _step_seconds(world: World) -> float:
         )  # fmt: skip
         best = min(best, (time.perf_counter() - began) / count)
     return best
-
-
-def _bytes(world: World, recipe: Recipe, participations: int) -> tuple[int, int]:
-    study = world.study
-    if not recipe.federated:
-        return 0, 0
-    kind = "values" if recipe.space == "weights" else "scores"
-    dense = len(broadcast(kind, "", initial(world, recipe), space(world, recipe)).payload)
-    bits = (world.layout.num_prunable + 7) // 8
-    up = dense if recipe.visit.sends == "values" else bits
-    twice = 1 + (recipe.down == "slice" and bool(CONTROLS & set(arms_of(study))))
-    anchor = finder_of(study).rewind.anchor
-    anchors = 1 if anchor and "@" in anchor and "ticket" in arms_of(study) else 0
-    refined = study.refine.rounds * study.refine.clients_per_round
-    down_bytes = dense * (participations + study.clients.count * (twice + anchors))
-    up_bytes = up * participations
-    if study.refine.rounds:
-        down_bytes += dense * (refined + study.clients.count)
-        up_bytes += dense * refined + bits * study.clients.count
-    return down_bytes, up_bytes
 
 
 def _memory_mb(world: World) -> float:

@@ -57,6 +57,14 @@ def steps_of(world: World, recipe: Recipe) -> list[Step]:
     return steps
 
 
+def anchors_of(study: Study) -> list[str]:
+    """Name the earlier global models that step 2 rewinds to; they are kept and shipped once each."""
+    anchor = finder_of(study).rewind.anchor
+    searched = {"ticket", "one_shot", "random"} & set(arms_of(study))
+    # theta_g@0 is theta_0, which every client draws from the seed.
+    return [anchor] if anchor and "@" in anchor and anchor != "theta_g@0" and searched else []
+
+
 class Loop:
     """A run in progress. Everything that outlives a step is in the folder; this object may die at any moment."""
 
@@ -68,7 +76,7 @@ class Loop:
         self.layout = space(world, self.recipe)
         self.progress = folder.progress()
         self.state = self._loaded(self.progress.theta)
-        self.anchors = self._anchor_names()
+        self.anchors = anchors_of(world.study)
 
     @property
     def theta(self) -> Params:
@@ -97,13 +105,6 @@ class Loop:
         for i, wave in enumerate(waves):
             step = Step(phase, done + 1 + i, wave)
             self._step(step, first + i, first + len(waves), time.perf_counter())
-
-    def _anchor_names(self) -> list[str]:
-        """Name the earlier global models that step 2 rewinds to; they are kept and shipped once each."""
-        anchor = finder_of(self.world.study).rewind.anchor
-        searched = {"ticket", "one_shot", "random"} & set(arms_of(self.world.study))
-        # theta_g@0 is theta_0, which every client draws from the seed.
-        return [anchor] if anchor and "@" in anchor and anchor != "theta_g@0" and searched else []
 
     def _step(self, step: Step, index: int, total: int, began: float) -> None:
         recipe = in_phase(self.recipe, step.phase)

@@ -23,7 +23,7 @@ FLOORS: list[set[str]] = [
     {"client", "server", "update_norms", "uplink", "downlink", "entries", "runfolder", "packs", "tickets_file"},
     {"visits", "rounds", "lab"},
     {"tensorboard", "session"},
-    {"engines", "forecast", "tune", "api", "report", "catalogue", "cli", "__main__"},
+    {"engines", "forecast", "forecast_bytes", "tune", "api", "report", "catalogue", "cli", "__main__"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 MOST_LINES = 300

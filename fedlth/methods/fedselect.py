@@ -12,7 +12,7 @@ import numpy as np
 
 from fedlth.methods.local import Local
 from fedlth.methods.state import ClientState
-from fedlth.methods.visit import Own, Visited, private, received_params
+from fedlth.methods.visit import Own, Shrinking, Visited, geometric, private, received_params
 from fedlth.params import Params
 from fedlth.tickets.score import Movement, Score
 from fedlth.tickets.select import keep_top
@@ -32,6 +32,11 @@ class SelectVisit:
     every: int
     score: Score = field(default_factory=Movement)
     sends: str = "values"
+
+    @property
+    def shrinking(self) -> Shrinking:
+        """How the shared mask shrinks."""
+        return Shrinking(geometric(self.rate, 1 - self.limit), every=self.every)
 
     def __call__(self, local: Local, received: Content, state: ClientState, /) -> Visited:
         held = self.own(local, received, state)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedlth.methods.local import Local
+from fedlth.methods.visit import Shrinking, geometric
 from fedlth.params import Params
 from fedlth.tickets.scope import Layerwise, Scope
 from fedlth.tickets.score import Magnitude, Score
@@ -40,6 +41,10 @@ class PruneAndRewind:
     score: Score = field(default_factory=Magnitude)
     scope: Scope = field(default_factory=Layerwise)
     snapshots: tuple[int, ...] = ()
+
+    @property
+    def shrinking(self) -> Shrinking:
+        return Shrinking(geometric(self.rate, self.density), sure=self.val_accuracy < 0)
 
     def __call__(
         self, local: Local, params: Params, mask: np.ndarray, trained: Trained | None, /

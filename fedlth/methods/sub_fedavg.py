@@ -12,6 +12,7 @@ import numpy as np
 
 from fedlth.methods.local import Local
 from fedlth.methods.lotteryfl import shrink
+from fedlth.methods.visit import Shrinking, geometric
 from fedlth.params import Params
 from fedlth.tickets.scope import Layerwise, Scope
 from fedlth.tickets.score import Magnitude, Score
@@ -34,6 +35,10 @@ class PruneWhenMaskMoves:
     score: Score = field(default_factory=Magnitude)
     scope: Scope = field(default_factory=Layerwise)
     snapshots: tuple[int, ...] = (1,)
+
+    @property
+    def shrinking(self) -> Shrinking:
+        return Shrinking(geometric(self.rate, self.density), sure=self.val_accuracy < 0 and self.distance < 0)
 
     def __call__(
         self, local: Local, params: Params, mask: np.ndarray, trained: Trained | None, /

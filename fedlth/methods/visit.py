@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -49,6 +49,31 @@ class Visit(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Shrinking:
+    """How a client's mask shrinks over its own visits, known before anything runs: what a forecast needs.
+
+    `densities` are those before the first prune, after the first, ...; a prune may come every `every` visits. `sure`
+    False: a prune may also not happen, as accuracy decides.
+    """
+
+    densities: tuple[float, ...] = (1.0,)
+    every: int = 1
+    sure: bool = True
+
+    def prunes(self, visits: int) -> int:
+        """Return how many prunes lie behind a client after so many visits, if all happen."""
+        return min(visits // self.every, len(self.densities) - 1)
+
+
+def geometric(rate: float, density: float) -> tuple[float, ...]:
+    """Return the densities of a mask that loses `rate` of its survivors at each prune, down to exactly `density`."""
+    found = [1.0]
+    while found[-1] > density * (1 + 1e-9):
+        found.append(max(density, found[-1] * (1 - rate)))
+    return tuple(found)
+
+
 class Event(Protocol):
     """A prune that may happen before or after the local training."""
 
@@ -65,6 +90,7 @@ class Keep:
     """No prune."""
 
     snapshots: tuple[int, ...] = ()
+    shrinking: ClassVar[Shrinking] = Shrinking()
 
     def __call__(
         self, local: Local, params: Params, mask: np.ndarray, trained: Trained | None, /
@@ -92,6 +118,12 @@ class MaskedVisit:
     before: Event = field(default_factory=Keep)
     after: Event = field(default_factory=Keep)
     sends: str = "values"
+
+    @property
+    def shrinking(self) -> Shrinking | None:
+        """How the mask shrinks; None where a prune does not say."""
+        found: Shrinking | None = getattr(self.before if self.after == Keep() else self.after, "shrinking", None)
+        return found
 
     def __call__(self, local: Local, received: Content, state: ClientState, /) -> Visited:
         held = self.own(local, received, state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,6 +63,11 @@ class Choice:
     target_density: float
 
 
+def same_density(one: float, other: float) -> bool:
+    """Say whether two densities are the same but for rounding; densities are never compared with ==."""
+    return math.isclose(one, other, rel_tol=1e-6)
+
+
 def densities(group: Sequence[Facts], arm: str) -> tuple[float, ...]:
     """Return the target densities at which `arm` was evaluated, dense first."""
     return tuple(sorted({r.target_density for f in group for r in f.metrics if r.arm == arm}, reverse=True))
@@ -83,9 +89,10 @@ def main_choice(group: Sequence[Facts], *, arm: str | None = None, density: floa
         raise StudyError(f"{place}: an arm of {', '.join(present)} is wanted, got {arm!r}")
     known = densities(group, arm)
     if density is not None:
-        if density not in known:
+        same = [one for one in known if same_density(one, density)]
+        if not same:
             raise StudyError(f"{place}: a density of {', '.join(f'{d:g}' for d in known)} is wanted, got {density:g}")
-        return Choice(arm, density)
+        return Choice(arm, same[0])
     saved = [ticket.density for facts in group for ticket in facts.tickets]
     if saved:
         # the file holds the exact density, the row its target: the nearest target, if it is near

@@ -62,7 +62,7 @@ class RoundFlow:
 class Traffic:
     """The traffic of one run. Refused and failed messages are in every total: they were sent.
 
-    unicast: every message counts. once: a payload broadcast to many receivers counts once a round and sender.
+    unicast: every message counts. once: a payload broadcast to many receivers counts once a round (see `once`).
     framed_bytes: as the transport sent it, None unless every frame's size was told. dense_bytes: what dense FedAvg
     would have moved for the same visits through the same codec: one dense model down and one dense update up for each
     visit in federated rounds, one down for each visit that only personalises. A dense update is the mean of those
@@ -142,11 +142,14 @@ def clients_of(row: LedgerRow) -> list[int]:
     return [int(party.split(":", 1)[1]) for party in (row.sender, row.receiver) if party.startswith("client:")]
 
 
-def _once(rows: Sequence[LedgerRow]) -> list[LedgerRow]:
+def once(rows: Iterable[LedgerRow]) -> list[LedgerRow]:
+    """Return the rows with each broadcast counted once: one row a round, phase, sender and name of what was broadcast.
+
+    A row's kind says what a payload was to its receiver (install, values, evaluation, resync), not which it was.
+    """
     kept: dict[tuple[object, ...], LedgerRow] = {}
     for place, row in enumerate(rows):
-        key = (row.round, row.phase, row.sender, row.kind, row.name) if row.broadcast else (place,)
-        kept.setdefault(key, row)
+        kept.setdefault((row.round, row.phase, row.sender, row.name) if row.broadcast else (place,), row)
     return list(kept.values())
 
 
@@ -175,7 +178,7 @@ def traffic(facts: Facts) -> Traffic:
     seen = [r.payload_bytes for r in rows if r.receiver == SERVER and r.coding.startswith("full ") and r.value_bytes]
     return Traffic(
         unicast=flow(rows),
-        once=flow(_once(rows)),
+        once=flow(once(rows)),
         framed_bytes=told.framed_bytes if told.frames and told.frames == told.all_frames else None,
         refused=flow(row for row in rows if row.status != "ok"),
         by_kind={str(k): flow(v) for k, v in sorted(_grouped(rows, [r.kind for r in rows]).items(), key=_text)},

@@ -29,6 +29,7 @@ class Contestant:
     name: str
     group: tuple[Facts, ...]
     choice: Choice
+    density: float
     mean: float
     interval: Interval
 
@@ -91,7 +92,7 @@ class Comparison:
 
 
 def _cells(one: Contestant) -> tuple[str, ...]:
-    arm, density = arm_of(one.choice.arm).label, f"{one.choice.target_density:.3g}"
+    arm, density = arm_of(one.choice.arm).label, f"{one.density:.3g}"
     return one.name, arm, density, percent(one.mean), bounds(one.interval)
 
 
@@ -147,7 +148,8 @@ def _contestant(path: Path, *, name: str, arm: str | None, density: float | None
     if not all(len(values) for values in samples):
         at = f"{choice.arm} at {choice.target_density:.3g}"
         raise StudyError(f"compare: {path}: {at} in every seed is wanted, got a seed without it")
-    return Contestant(name, group, choice, over_seeds(np.mean, samples), interval(samples))
+    density = float(np.mean([row.density for facts in group for row in rows_of(facts, choice).values()]))
+    return Contestant(name, group, choice, density, over_seeds(np.mean, samples), interval(samples))
 
 
 def _contrast(first: Contestant, other: Contestant) -> Contrast:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fedlth.report.arms import Choice
+from fedlth.report.arms import Choice, same_density
 from fedlth.report.facts import Facts
 from fedlth.report.results import Results
 from fedlth.report.statistics import rows_of
@@ -63,7 +63,7 @@ def cost_text(results: Results) -> str:
 
 
 def _evaluation(results: Results) -> list[str]:
-    """Say how much of the clients' CPU time evaluation takes, by phase."""
+    """Say how much of the clients' CPU time evaluation takes, by phase in which trainings were timed."""
     shares = []
     for phase, name in PHASES.items():
         work = [
@@ -74,9 +74,9 @@ def _evaluation(results: Results) -> list[str]:
             for one in row.get("work", ())
         ]
         evaluated = sum(one["cpu_s"] for one in work if "evaluated" in one)
-        whole = evaluated + sum(one["cpu_s"] for one in work if "density" in one)
-        if evaluated:
-            shares.append(f"{100 * evaluated / whole:.1f} % {name}")
+        trained = sum(one["cpu_s"] for one in work if "density" in one)
+        if evaluated and trained:
+            shares.append(f"{100 * evaluated / (evaluated + trained):.1f} % {name}")
     return [f"Of the CPU time of training and evaluation, evaluation takes {', '.join(shares)}."] if shares else []
 
 
@@ -87,25 +87,36 @@ def _round_epochs(facts: Facts) -> int:
     return int(study.get("train", {}).get("epochs", 1))
 
 
-def _work(group: Iterable[Facts]) -> list[dict[str, Any]]:
-    return [one for facts in group for row in facts.times for one in row.get("work", ())]
+def _by_client(group: tuple[Facts, ...]) -> list[list[dict[str, Any]]]:
+    """Return what each client of each seed spent its time on."""
+    found: dict[tuple[int, object], list[dict[str, Any]]] = {}
+    for facts in group:
+        for row in facts.times:
+            found.setdefault((facts.header.seed, row.get("client")), []).extend(row.get("work", ()))
+    return list(found.values())
 
 
 def _cpu(group: tuple[Facts, ...], choice: Choice) -> Cost | None:
-    work = _work(group)
-    trainings = [one for one in work if "density" in one]
-    dense = [one["cpu_s"] / one["epochs"] for one in trainings if one["density"] == 1]
-    inside = [
-        one["cpu_s"] / one["epochs"] for one in trainings if abs(one["density"] / choice.target_density - 1) < 0.05
-    ]
-    searches = [
-        one["cpu_s"] - one["last_cpu_s"]
-        for one in work
-        if one.get("arm") == choice.arm and one["target_density"] == choice.target_density
-    ]
-    if not (dense and inside and searches):
+    """Return means over clients of each client's own means: who was sampled more often counts no more for it."""
+    clients: list[tuple[float, float, float]] = []
+    for work in _by_client(group):
+        trainings = [one for one in work if "density" in one]
+        dense = [one for one in trainings if one["density"] == 1]  # a count over itself, so exactly 1
+        inside = [one for one in trainings if abs(one["density"] / choice.target_density - 1) < 0.05]
+        searches = [
+            one["cpu_s"] - one["last_cpu_s"]
+            for one in work
+            if one.get("arm") == choice.arm and same_density(one["target_density"], choice.target_density)
+        ]
+        if dense and inside and searches:
+            clients.append((_an_epoch(dense), _an_epoch(inside), float(np.mean(searches))))
+    if not clients:
         return None
-    return Cost("CPU s", float(np.mean(dense)), float(np.mean(inside)), float(np.mean(searches)))
+    return Cost("CPU s", *(float(mean) for mean in np.mean(clients, axis=0)))
+
+
+def _an_epoch(trainings: Sequence[dict[str, Any]]) -> float:
+    return float(np.mean([one["cpu_s"] / one["epochs"] for one in trainings]))
 
 
 def _flops(results: Results, choice: Choice) -> Cost | None:
@@ -115,7 +126,7 @@ def _flops(results: Results, choice: Choice) -> Cost | None:
         forward = facts.header.flops_forward_per_example
         of = {layer.name: layer.flops_per_example for layer in facts.layers if layer.prunable}
         for row in rows_of(facts, choice).values():
-            if not forward or not row.epochs or not of.keys() <= row.layer_density.keys():
+            if not forward or not row.epochs or not row.search_epochs or not of.keys() <= row.layer_density.keys():
                 return None
             alive = forward - sum(cost * (1 - row.layer_density[name]) for name, cost in of.items())
             dense.append(3 * row.num_train * forward)

@@ -56,10 +56,55 @@ def _rows(name: str, run_a: Path, run_b: Path) -> list[str]:
     return found
 
 
+def _saved(run: Path) -> dict[str, Any]:
+    """Return the digests of a run's tickets by client, none where the run has no such file yet."""
+    path = run / "digests.json"
+    found = read_object(path).get("tickets", {}) if path.exists() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def away(run: Path, other: Path) -> set[str]:
+    """Return the clients whose ticket `other` names and `run` does not, because it stays on the client's device.
+
+    Only over Flower do clients keep their states. A device's mask is compared all the same, by its name in the metrics.
+    """
+    if read_object(run / "header.json").get("engine") != "flower":
+        return set()
+    return _saved(other).keys() - _saved(run).keys()
+
+
+def notes(run_a: Path, run_b: Path) -> list[str]:
+    """Return what `diff` could not compare, and why."""
+    found = []
+    for one, two in _pairs(run_a, run_b):
+        for run, gone in ((one, away(one, two)), (two, away(two, one))):
+            if gone:
+                found.append(f"{run}: {len(gone)} tickets stay on their devices; compared were their masks' names")
+        for run in (one, two):
+            if _kept_none(run):
+                found.append(f"{run}: keeps no ticket files (tickets: none); compared were their digests")
+    return found
+
+
+def _files(run: Path) -> set[str]:
+    return {path.name for path in (run / "tickets").glob("*.safetensors")}
+
+
+def _kept_none(run: Path) -> bool:
+    """Say whether the study asked for no ticket files (`tickets: none`); their digests are there."""
+    import yaml
+
+    path = run / "config.yaml"
+    return path.exists() and (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("tickets") == "none"
+
+
 def _tickets(run_a: Path, run_b: Path) -> list[str]:
-    names = [{path.name for path in (run / "tickets").glob("*.safetensors")} for run in (run_a, run_b)]
-    found = [f"tickets/{name}: only in the first" for name in sorted(names[0] - names[1])]
-    found += [f"tickets/{name}: only in the second" for name in sorted(names[1] - names[0])]
+    names = [_files(run) for run in (run_a, run_b)]
+    found = []
+    for here, run, other, place in ((0, run_b, run_a, "first"), (1, run_a, run_b, "second")):
+        gone = {f"client-{int(client):04d}.safetensors" for client in away(run, other)}
+        one_sided = set() if _kept_none(run) else names[here] - names[1 - here] - gone
+        found += [f"tickets/{name}: only in the {place}" for name in sorted(one_sided)]
     for name in sorted(names[0] & names[1]):
         one, other = run_a / "tickets" / name, run_b / "tickets" / name
         if one.read_bytes() == other.read_bytes():
@@ -87,15 +132,35 @@ def _content(path: Path) -> dict[str, Any]:
     return {**found, "metadata": dict(meta)}
 
 
+def _without(digests: dict[str, Any], clients: set[str]) -> dict[str, Any]:
+    if not clients:
+        return digests
+    return {**digests, "tickets": {c: digest for c, digest in digests.get("tickets", {}).items() if c not in clients}}
+
+
+def _seeds(run_a: Path, run_b: Path) -> list[list[str]]:
+    """Return the names of the runs in each of two folders of seeds; [] where either is a run itself."""
+    seeds = [sorted(inner.parent.name for inner in run.glob("*/header.json")) for run in (run_a, run_b)]
+    return seeds if all(seeds) and not any((run / "header.json").exists() for run in (run_a, run_b)) else []
+
+
+def _pairs(run_a: Path, run_b: Path) -> list[tuple[Path, Path]]:
+    seeds = _seeds(run_a, run_b)
+    if not seeds:
+        return [(run_a, run_b)]
+    return [(run_a / name, run_b / name) for name in seeds[0] if name in seeds[1]]
+
+
 def diff(run_a: Path, run_b: Path) -> list[str]:
     """Return where two run folders (or folders of seeds) differ, a few lines a file; empty means equal.
 
     Compared: header but engine, versions and commit; ledger but framed_bytes; rounds; metrics; the tensors and
-    metadata of every ticket; digests.json (final parameters). Apart: times.jsonl, config.yaml. Raises StudyError
-    where a folder is not a run or a file is corrupt.
+    metadata of every ticket that both have; digests.json (final parameters). Apart: times.jsonl, config.yaml, the
+    report, and tickets that stay on devices (`notes` says which). Raises StudyError where a folder is not a run or a
+    file is corrupt.
     """
-    seeds = [sorted(inner.parent.name for inner in run.glob("*/header.json")) for run in (run_a, run_b)]
-    if all(seeds) and not any((run / "header.json").exists() for run in (run_a, run_b)):
+    seeds = _seeds(run_a, run_b)
+    if seeds:
         if seeds[0] != seeds[1]:
             return [f"runs: {', '.join(seeds[0])} / {', '.join(seeds[1])}"]
         return [f"{name}/{line}" for name in seeds[0] for line in diff(run_a / name, run_b / name)]
@@ -107,6 +172,9 @@ def diff(run_a: Path, run_b: Path) -> list[str]:
                 found.append(f"{name}: only in the {'first' if present[0] else 'second'}")
             continue
         ours, theirs = (read_object(run / name) for run in (run_a, run_b))
+        if name == "digests.json":
+            gone = away(run_a, run_b) | away(run_b, run_a)
+            ours, theirs = (_without(one, gone) for one in (ours, theirs))
         found += _shortened(_fields(name, ours, theirs, apart=APART.get(name, set())), name)
     for name in ROWS:
         found += _shortened(_rows(name, run_a, run_b), name)

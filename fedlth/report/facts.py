@@ -124,21 +124,27 @@ def read_group(path: Path) -> tuple[Facts, ...]:
 def one_cell(group: Sequence[Facts]) -> tuple[Facts, ...]:
     """Return the runs with one target density for every arm that has none of its own.
 
-    A learnt mask, or one that grew with each client's visits, ends at a density of each client's own, and its rows
-    say so. Where every client has one row of an arm, they are one cell, at the mean density over clients and seeds.
+    A learnt mask, or one that grew with each client's visits, ends at a density of each client's own (its target is 1,
+    its density is not). Where every client has one row of an arm, they are one cell: at the target that all were given,
+    else at the mean density over clients and seeds.
     """
     met: dict[str, set[tuple[int, int]]] = {}
     targets: dict[str, list[float]] = {}
     for facts in group:
         for row in facts.metrics:
             met.setdefault(row.arm, set()).add((facts.header.seed, row.client))
-            targets.setdefault(row.arm, []).append(row.target_density)
-    free = {arm: sum(held) / len(held) for arm, held in targets.items() if len(held) == len(met[arm])}
+            targets.setdefault(row.arm, []).append(row.density if row.target_density == 1 else row.target_density)
+    free = {arm: _one_density(held) for arm, held in targets.items() if len(held) == len(met[arm])}
 
     def moved(row: MetricRow) -> MetricRow:
         return replace(row, target_density=free[row.arm]) if row.arm in free else row
 
     return tuple(replace(facts, metrics=tuple(map(moved, facts.metrics))) for facts in group)
+
+
+def _one_density(held: Sequence[float]) -> float:
+    """Return the density that all have, bit for bit, or their mean: the mean of six .2 is not .2."""
+    return held[0] if len(set(held)) == 1 else sum(held) / len(held)
 
 
 def one_study(group: Sequence[Facts], *, place: str) -> None:

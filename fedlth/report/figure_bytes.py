@@ -65,7 +65,7 @@ class AtBytes:
                 [place], [100 * found.val_mean], linestyle="", marker=theme.style(arm).marker, clip_on=False,
                 color=theme.colour(arm), markersize=8, zorder=3,
             )  # fmt: skip
-            at = "" if found.choice.target_density == 1 else f" at {found.choice.target_density:.3g}"
+            at = "" if found.choice.target_density == 1 else f" at {found.density_text}"
             label = f"{arm_of(arm).label}{at}"
             if arm == "local":
                 axes.annotate(label, (0, 100 * found.val_mean), (8, 0), textcoords="offset points", va="center",

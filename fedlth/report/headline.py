@@ -96,7 +96,7 @@ def reached(results: Results) -> str:
     if main is None:
         return "No client was evaluated, so there is no result to tell."
     label = arm_of(main.choice.arm).label
-    at = "" if main.choice.target_density == 1 else f" at density {main.choice.target_density:.3g}"
+    at = "" if main.choice.target_density == 1 else f" at density {main.density_text}"
     text = (
         f"The {label}{at} reaches {percent(main.mean)} % mean test accuracy {bounds(main.interval)}; the worst tenth "
         f"of clients {percent(main.worst_decile)} %"
@@ -138,7 +138,7 @@ def numbers(results: Results) -> tuple[Number, ...]:
     shown: Sequence[ArmSummary | None] = [main, *(results.best_known(arm) for arm in ("global", "dense", "local"))]
     for one in dict.fromkeys(item for item in shown if item is not None):
         arm = arm_of(one.choice.arm)
-        at = "" if one.choice.target_density == 1 else f" at density {one.choice.target_density:.3g}"
+        at = "" if one.choice.target_density == 1 else f" at density {one.density_text}"
         found.append(Number(f"{percent(one.mean)} %", f"{arm.label}{at}", f"95 % interval {bounds(one.interval)}"))
     up, down, dense = (
         float(np.mean([getattr(flow, key) for flow in flows]))
@@ -188,6 +188,9 @@ def honest_notes(results: Results) -> tuple[str, ...]:
         per_seed = found.num_clients / max(found.num_seeds, 1)
         largest = max(one.num_clients / max(one.num_seeds, 1) for one in results.summaries)
         if per_seed < largest:
-            at = f"{arm_of(found.choice.arm).label} at {found.choice.target_density:.3g}"
+            at = f"{arm_of(found.choice.arm).label} at {found.density_text}"
             notes.append(f"{at}: {per_seed:g} clients a seed, others {largest:g}; its mean is over fewer clients")
+        if found.num_seeds < sum(1 for facts in results.group if facts.metrics):
+            at = f"{arm_of(found.choice.arm).label} at {found.density_text}"
+            notes.append(f"{at}: its mean is over {_plural(found.num_seeds, 'seed')} of {len(results.group)}")
     return tuple(notes)

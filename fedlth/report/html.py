@@ -50,10 +50,11 @@ def embedded(one: Drawn) -> dict[str, str]:
 
 
 def _seconds(facts: Facts) -> dict[str, float]:
+    """Return the time of each phase's steps; the clients' own times lie within these and beside each other."""
     spent: dict[str, float] = {}
     for row in facts.times:
         seconds = row.get("seconds")
-        if isinstance(seconds, int | float):
+        if row.get("client") is None and isinstance(seconds, int | float):
             phase = str(row.get("phase", "other"))
             spent[phase] = spent.get(phase, 0.0) + seconds
     return spent
@@ -74,7 +75,7 @@ def _provenance(facts: Facts) -> dict[str, Any]:
     spent = _seconds(facts)
     if spent:
         shown = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in spent.items())
-        told.append(("time", f"{shown} (sums of what times.jsonl tells; not part of any equality)"))
+        told.append(("time", f"{shown} (by the clock; not part of any equality)"))
     return {"seed": header.seed, "facts": told, "config": facts.config}
 
 

@@ -50,7 +50,7 @@ def interval(samples: Sequence[NDArray[np.float64]], *, what: str = "mean") -> I
 def _over_clients(values: NDArray[np.float64], rng: np.random.Generator) -> Interval:
     from scipy.stats import bootstrap
 
-    if np.ptp(values) == 0:  # BCa divides by the spread of the jackknife
+    if np.ptp(values) < 1e-12:  # equal but for rounding; BCa divides by the spread of the jackknife
         return Interval(float(values[0]), float(values[0]))
     # the jackknife behind BCa needs more than two values to have a skewness
     method: Literal["BCa", "percentile"] = "BCa" if len(values) > 2 else "percentile"

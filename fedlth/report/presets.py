@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from fedlth.report.bytes import ROUNDS, SERVER
+from fedlth.report.bytes import ROUNDS, SERVER, once
 from fedlth.report.facts import Facts
 from fedlth.report.rows import LedgerRow
 
@@ -179,15 +179,12 @@ class Cell:
         if not _up(rows):
             return _not_here(facts)
         up = down = 0
-        heard: set[tuple[int, str, str]] = set()
-        for row in rows:
+        for row in once(rows) if self.once else rows:
             size = 4 * (sizes.kept(row) + sizes.weights + sizes.rest)
-            key = (row.round, row.phase, row.name)
             if row.receiver == SERVER:
                 up += size
-            elif not (self.once and row.broadcast and key in heard):
+            else:
                 down += size
-                heard |= {key} if row.broadcast else set()
         return Claim(up, down, f"{(up + down) / 1e6:.1f} MB")
 
 

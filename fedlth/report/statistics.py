@@ -49,6 +49,11 @@ class ArmSummary:
     train_flops_effective: float
     starts: tuple[str, ...]
 
+    @property
+    def density_text(self) -> str:
+        """Return the density as people read it: that of the models, which may have stopped above their target."""
+        return f"{self.density:.3g}"
+
 
 def rows_of(facts: Facts, choice: Choice) -> dict[int, MetricRow]:
     """Return the rows of one arm and density in one run, by client, in client order."""

@@ -35,7 +35,7 @@ def terminal_table(results: Results) -> Table:
     rows = [
         (
             arm_of(found.choice.arm).label,
-            f"{found.choice.target_density:.3g}",
+            found.density_text,
             percent(found.mean),
             bounds(found.interval),
             percent(found.standard_deviation),

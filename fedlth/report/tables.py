@@ -47,7 +47,7 @@ def summary_table(results: Results) -> Table:
     for found in results.summaries:
         cells = (
             arm_of(found.choice.arm).label,
-            f"{found.choice.target_density:.3g}",
+            found.density_text,
             percent(found.mean),
             bounds(found.interval),
             percent(found.standard_deviation),

@@ -52,3 +52,39 @@ def test_a_dense_run_has_no_ticket_to_pay_for_but_evaluations(tmp_path: Path) ->
     text = cost_text(results_of(group))
     assert text.startswith("Of the CPU time") and f"evaluation takes {share:.1f} % in step 1, " in text
     assert cost_text(results_of(tuple(replace(facts, times=()) for facts in group))) == ""
+
+
+def test_the_cpu_cost_is_told_for_any_number_of_clients(tmp_path: Path) -> None:
+    """Row 6: with six clients at density .2 the mean of their targets is not .2, and the sentence was lost."""
+    finder, personalise = {"densities": [0.2]}, {"arms": ["dense", "ticket"], "epochs": 1, "clients_per_wave": 6}
+    made = tiny.of_method("two_step", finder=finder, personalise=personalise, clients={"count": 6, "unseen": 0.0})
+    tiny.run(made, tmp_path / "r")
+    results = results_of(read_group(tmp_path / "r"))
+    assert [cost.unit for cost in costs(results)] == ["CPU s", "GFLOP"]
+    assert "CPU s a client" in cost_text(results)
+
+
+def test_a_client_counts_once_however_often_it_was_sampled(tmp_path: Path) -> None:
+    personalise = {"arms": ["dense", "ticket"], "epochs": 1}
+    tiny.run(tiny.of_method("two_step", finder={"densities": [0.2]}, personalise=personalise), tmp_path / "r")
+    (facts,) = read_group(tmp_path / "r")
+    often, rare = (
+        {"round": 1, "phase": "personalise", "client": client, "work": [
+            *[{"density": 1.0, "epochs": 1, "cpu_s": dense}] * times, {"density": 0.2, "epochs": 1, "cpu_s": 1.0},
+            {"arm": "ticket", "target_density": 0.2, "cpu_s": 5.0, "last_cpu_s": 1.0},
+        ]}
+        for client, dense, times in ((0, 2.0, 9), (1, 4.0, 1))
+    )  # fmt: skip
+    cpu = costs(results_of([replace(facts, times=(often, rare))]))[0]
+    assert (cpu.dense, cpu.ticket, cpu.search) == (3.0, 1.0, 4.0)
+
+
+def test_a_model_that_nothing_searched_for_has_no_search_to_pay(tmp_path: Path) -> None:
+    tiny.run(tiny.of_method("lotteryfl"), tmp_path / "r")
+    results = results_of(read_group(tmp_path / "r"))
+    assert results.main is not None and results.main.target_density < 1 and costs(results) == ()
+
+
+def test_where_no_training_was_timed_evaluation_is_not_all_of_it(tmp_path: Path) -> None:
+    tiny.run(tiny.of_method("fedpm", personalise={"arms": ["global"]}), tmp_path / "r")
+    assert cost_text(results_of(read_group(tmp_path / "r"))) == ""

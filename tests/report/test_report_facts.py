@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fake_run import write_run
 
 from fedlth.errors import StudyError
 from fedlth.report.arms import Choice, densities, main_choice
-from fedlth.report.facts import read_group, read_run
+from fedlth.report.facts import one_cell, read_group, read_run
+from fedlth.report.headline import honest_notes
+from fedlth.report.results import results_of
+from fedlth.report.summary import summary_text
 
 
 def change(path: Path, **values: object) -> None:
@@ -51,6 +56,36 @@ def test_an_arm_without_targets_is_one_cell(tmp_path: Path) -> None:
     found = read_group(tmp_path)
     assert densities(found, "own") == (pytest.approx(0.55),)
     assert densities(found, "ticket") == (0.5, 0.2, 0.1, 0.05)
+
+
+def test_a_mean_of_equal_targets_is_the_target(fake: Path) -> None:
+    """Row 6: the mean of six .2 is .19999999999999998."""
+    facts = read_run(fake)
+    kept = tuple(row for row in facts.metrics if row.arm == "ticket" and row.target_density == 0.2 and row.client < 6)
+    assert sum([0.2] * 6) / 6 != 0.2
+    (found,) = one_cell([replace(facts, metrics=kept)])
+    assert densities([found], "ticket") == (0.2,)
+    near = main_choice([found], density=float(np.nextafter(0.2, 1)))
+    assert near == Choice("ticket", 0.2)
+
+
+def test_a_method_s_own_model_stands_at_the_density_that_it_has(fake: Path) -> None:
+    """Row 6, a brother: the target of a method's own model is 1, and it was shown as dense."""
+    facts = read_run(fake)
+    own = [replace(row, arm="own", density=0.25) for row in facts.metrics if row.arm == "dense"]
+    (found,) = one_cell([replace(facts, metrics=(*facts.metrics, *own))])
+    assert densities([found], "own") == (0.25,) and densities([found], "dense") == (1.0,)
+    text = summary_text(results_of([found]))
+    (line,) = [line for line in text.splitlines() if line.startswith("method's own ")]
+    assert line.split()[2] == "0.25"
+
+
+def test_an_arm_that_a_seed_lacks_is_noted(seeds: Path) -> None:
+    first, *others = read_group(seeds)
+    fewer = replace(first, metrics=tuple(row for row in first.metrics if row.arm != "local"))
+    notes = honest_notes(results_of([fewer, *others]))
+    assert "local-only model at 1: its mean is over 2 seeds of 3" in notes
+    assert not any("seeds of 3" in note for note in honest_notes(results_of([first, *others])))
 
 
 def test_an_unfinished_run_is_read_and_says_so(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from fedlth.report.bytes import Flow, traffic
 from fedlth.report.compare import holm, signed_rank
 from fedlth.report.facts import Facts, read_run
 from fedlth.report.intervals import interval
+from fedlth.report.presets import Cell
 from fedlth.report.rows import LedgerRow
 from fedlth.report.statistics import difference, summarise_arm, worst_decile_mean
 from fedlth.report.units import bounds, percent, points, scaled
@@ -132,6 +133,29 @@ def test_four_messages_and_more(fake: Path) -> None:
     assert (found.dense_up_bytes, found.dense_down_bytes) == (400, 500)
     assert found.saved_share == pytest.approx(1 - 317 / 900)
     assert traffic(replace(base, ledger=())).saved_share is None
+
+
+def test_a_broadcast_counts_once_whatever_its_rows_are_called(fake: Path) -> None:
+    """Row 4: install, values, evaluation and resync are what one payload was to different clients."""
+    kinds = ("install", "values", "evaluation", "resync", "scores")
+    rows = [
+        ledger_row(1, "server", f"client:{c}", 100, kind=kind, broadcast=True) for c, kind in enumerate(kinds)
+    ]  # fmt: skip
+    rows += [ledger_row(1, "server", "client:9", 60), ledger_row(1, "server", "client:9", 60)]  # slices of its own
+    rows += [ledger_row(1, "server", "client:9", 40, name="theta_g@0", broadcast=True)]
+    rows += [ledger_row(2, "server", "client:1", 100, kind="values", broadcast=True)]
+    facts = replace(read_run(fake), ledger=tuple(rows))
+    assert traffic(facts).once == Flow(5, 0, 100 + 60 + 60 + 40 + 100, 0)
+    counted = replace(facts, ledger=(*rows, ledger_row(1, "client:1", "server", 9)))
+    size = sum(layer.size for layer in facts.layers)
+    assert Cell()(counted).down_bytes == 4 * size * 5, "the preset counts as the account does"
+
+
+def test_an_interval_of_values_equal_but_for_rounding_is_a_point() -> None:
+    values = np.array([0.9 - 0.8, 0.8 - 0.7, 0.7 - 0.6])
+    assert 0 < np.ptp(values) < 1e-12
+    found = interval([values])
+    assert found.low == found.high == pytest.approx(0.1)
 
 
 def test_numbers_as_people_read_them() -> None:

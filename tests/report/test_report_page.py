@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import subprocess
 import sys
@@ -115,6 +116,15 @@ def test_a_run_without_tickets_has_a_report_and_the_same_again(tmp_path: Path) -
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     write_report(run)
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_time_is_the_clock_s_and_counts_no_client_twice(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", num_clients=8, rounds=2)
+    told = [
+        {"round": 1, "phase": "federate", "client": c, "seconds": s} for c, s in ((0, 30.0), (1, 32.0), (None, 33.0))
+    ]
+    (run / "times.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    assert "federate 33 s (by the clock" in write_report(run).read_text()
 
 
 def test_the_terminal_table_fits(fake: Path) -> None:

@@ -13,8 +13,10 @@ import pytest
 from fake_run import write_run
 from safetensors.numpy import load_file, save_file
 
+from fedlth import cli
 from fedlth.errors import StudyError
 from fedlth.report import compare, diff
+from fedlth.report.diff import notes
 
 
 @pytest.fixture
@@ -74,6 +76,44 @@ def test_a_missing_row_and_a_missing_file_are_found(pair: tuple[Path, Path]) -> 
     assert [line.split(":")[0] for line in found] == [
         "digests.json", "ledger.jsonl", "tickets/client-0000.safetensors"
     ]  # fmt: skip
+
+
+def left_on_devices(run: Path, clients: tuple[int, ...], engine: str) -> None:
+    change(run, "header.json", 0, lambda row: row.update(engine=engine))
+    change(run, "digests.json", 0, lambda row: [row["tickets"].pop(str(c)) for c in clients])
+    for client in clients:
+        (run / "tickets" / f"client-{client:04d}.safetensors").unlink()
+
+
+def test_tickets_that_stay_on_devices_do_not_differ(
+    pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Row 28: a run over SuperNodes has no tickets of its devices; what both have is compared, and it says so."""
+    left_on_devices(pair[1], (2, 4), "flower")
+    for runs in (pair, pair[::-1]):
+        assert diff(*runs) == []
+        assert notes(*runs) == [f"{pair[1]}: 2 tickets stay on their devices; compared were their masks' names"]
+    assert cli.main(["diff", *map(str, pair)]) == 0
+    assert capsys.readouterr().out.splitlines()[0].startswith("note: ")
+    change(pair[1], "metrics.jsonl", 3, lambda row: row.update(ticket="another mask"))
+    assert len(diff(*pair)) == 1
+    (pair[1] / "tickets" / "client-0003.safetensors").unlink()
+    assert any("client-0003" in line for line in diff(*pair)), "its digest is there, so its file is missing"
+
+
+def test_a_ticket_that_no_device_holds_is_missing(pair: tuple[Path, Path]) -> None:
+    """Row 28: where the driver keeps all states, a ticket on one side only is a difference as ever."""
+    left_on_devices(pair[1], (2,), "inprocess")
+    assert len(diff(*pair)) == 2 and notes(*pair) == []
+
+
+def test_a_study_that_keeps_no_ticket_files_is_compared_by_digests(pair: tuple[Path, Path]) -> None:
+    """Row 28: `tickets: none` is a form of storage."""
+    for path in (pair[1] / "tickets").iterdir():
+        path.unlink()
+    assert len(diff(*pair)) == 4
+    (pair[1] / "config.yaml").write_text("study: fake\ntickets: none\n")
+    assert diff(*pair) == [] and "tickets: none" in notes(*pair)[0]
 
 
 def test_one_flipped_bit_of_a_mask_is_found(pair: tuple[Path, Path]) -> None:

@@ -1,0 +1,145 @@
+"""`fedlth check` forecasts the bytes that a run then moves: within 10 %, or as a bound that says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedlth import config, forecast_bytes
+from fedlth.config import Study
+from fedlth.errors import StudyError
+from fedlth.forecast import forecast
+from fedlth.forecast_bytes import Bytes, Forecast
+from fedlth.methods.recipe import Recipe
+from fedlth.methods.recipes import METHODS
+from fedlth.methods.resolve import recipe_of, resolve
+from fedlth.methods.visit import MaskedVisit
+from fedlth.world import open_world
+from tests import tiny
+
+WIRES = ("raw", "lossless", "bf16", "f16", "step", "sign")
+REFINED = {"refine": {"rounds": 2, "clients_per_round": 2}}
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in sorted(tiny.METHODS) if name != "two_step"),
+    ("two_step", REFINED),
+    ("two_step", {**REFINED, "finder": {"rewind": {"name": "global", "round": 1}, "densities": [0.3]}}),
+    ("lotteryfl", {"personalise": {"arms": ["own"]}}),
+    ("fedavg", {"model": {"name": "tests.tiny:Small", "options": {}}, "train": {"lr": 0.01}}),
+    ("fedavg", {"federate": {"rounds": 0}}),
+]
+
+
+def near(told: Bytes, moved: int) -> bool:
+    """Say whether a forecast holds; a bound may not be empty either."""
+    if told.bounds:
+        return moved <= told.size <= max(4 * moved, moved + 4000)
+    return abs(told.size - moved) <= 0.1 * moved
+
+
+def foretold(made: Study, visit_s: float = 0.01) -> Forecast:
+    study, _ = resolve(made)
+    return forecast_bytes.forecast_bytes(open_world(study.science()), recipe_of(study), visit_s)
+
+
+def compared(made: Study, out: Path) -> None:
+    told = foretold(made)
+    tiny.run(made, out)
+    rows = tiny.rows(out, "ledger")
+    down = sum(r["payload_bytes"] for r in rows if r["sender"] == "server")
+    up = sum(r["payload_bytes"] for r in rows if r["receiver"] == "server")
+    assert near(told.down, down), f"down: {told.down.size:,.0f} forecast {told.down.bounds}, {down:,} moved"
+    assert near(told.up, up), f"up: {told.up.size:,.0f} forecast {told.up.bounds}, {up:,} moved"
+
+
+@pytest.mark.parametrize(
+    "wire", [pytest.param(wire, marks=[pytest.mark.slow] if wire in ("bf16", "f16", "sign") else []) for wire in WIRES]
+)
+@pytest.mark.parametrize(("name", "sections"), CASES, ids=lambda part: part if isinstance(part, str) else "")
+def test_bytes_are_as_forecast(tmp_path: Path, name: str, sections: dict[str, Any], wire: str) -> None:
+    """Row 11: every method over every wire."""
+    made = tiny.of_method(name, **{"federate": {"rounds": 4}, **sections}, wire=wire)
+    try:
+        resolve(made)
+    except StudyError as error:
+        assert "wire: must not be" in str(error)
+        return
+    compared(made, tmp_path / "run")
+
+
+@pytest.mark.parametrize("wire", ["raw", "lossless", "sign"])
+@pytest.mark.parametrize("name", ["lotteryfl", "sub_fedavg"])
+def test_where_accuracy_decides_both_ends_are_told(tmp_path: Path, name: str, wire: str) -> None:
+    """Row 11: how far a mask shrinks depends on validation accuracy."""
+    made = tiny.study(method={"name": name, "density": 0.3}, wire=wire, federate={"rounds": 4}, train={"epochs": 2})
+    told = foretold(made)
+    for one in (told.down, told.up):
+        assert one.bounds[0] == "no client prunes" and one.pruned is not None
+    assert "if every prune happens" in str(told) and "at most" in str(told)
+    compared(made, tmp_path / "run")
+
+
+def sliced() -> Recipe:
+    """Return a method with masks of which it says nothing beforehand."""
+    return replace(METHODS["lotteryfl"](rate=0.2, density=0.3, val_accuracy=-1.0), name="mine", visit=Silent())
+
+
+@dataclass(frozen=True)
+class Silent:
+    inner: MaskedVisit = METHODS["lotteryfl"](rate=0.2, density=0.3, val_accuracy=-1.0).visit
+    sends: str = "values"
+
+    def __call__(self, *args: Any) -> Any:
+        return self.inner(*args)
+
+    def own(self, *args: Any) -> Any:
+        return self.inner.own(*args)
+
+    def tune(self, *args: Any) -> Any:
+        return self.inner.tune(*args)
+
+
+@pytest.mark.parametrize("wire", ["raw", "lossless", "sign"])
+def test_a_method_that_says_nothing_of_its_masks_gets_a_bound(tmp_path: Path, wire: str) -> None:
+    """Row 11: a method of one's own need not say how its masks shrink."""
+    made = tiny.study(method={"name": "tests.test_forecast_bytes:sliced"}, wire=wire)
+    assert foretold(made).down.bounds == ("no client prunes",)
+    compared(made, tmp_path / "run")
+
+
+def test_a_slow_visit_is_not_tried_and_the_forecast_says_which_bound_it_is() -> None:
+    """Row 11: `check` stays fast."""
+    quick, slow = (foretold(tiny.of_method("fedavg"), visit_s) for visit_s in (0.01, 60.0))
+    assert quick.tried == 6 and not quick.up.bounds
+    assert slow.tried == 0 and slow.up.bounds and slow.up.size > quick.up.size
+    assert "up is an upper bound" in str(slow) and "visits that were tried" in str(quick)
+
+
+def test_of_a_large_model_few_densities_are_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 11: sizes between two densities lie on a line."""
+    monkeypatch.setattr(forecast_bytes, "LARGE", 10)
+    compared(tiny.of_method("lotteryfl", federate={"rounds": 4}), tmp_path / "run")
+
+
+def test_check_prints_what_was_forecast() -> None:
+    """Row 11: an estimate says "about", a bound says why it is one."""
+    assert "bytes: down about 0.0" in forecast(tiny.of_method("fedavg"))
+    assert "new masks at their entropy" in forecast(tiny.of_method("fedselect"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "wire"),
+    [
+        *(("quickstart", wire) for wire in ("lossless", "step")),
+        *((f"{name}_fashion_slice", "lossless") for name in ("lotteryfl", "fedselect", "fedpm")),
+    ],
+)
+def test_the_quickstart_s_bytes_are_as_forecast(tmp_path: Path, name: str, wire: str) -> None:
+    """Row 11: 69 and 59 MB were forecast for 41 and 28."""
+    less = ["personalise.arms=[global,ticket]", "personalise.epochs=1", "finder.densities=[0.2]", "finder.main=0.2"]
+    if name != "quickstart":
+        less = ["personalise.arms=[global,own]"]
+    compared(config.load(f"configs/{name}.yaml", [f"wire={wire}", "compute=reference", *less]), tmp_path / "run")
