@@ -198,7 +198,7 @@ def _row(local: Local, result: Result) -> dict[str, Any]:
     A model that diverged, or whose loss is not finite, counts as a uniform guess among the classes; its row says so.
     """
     world, size = local.world, local.full.size
-    if not result.held and ((result.params.floats[:size] != 0) & ~result.mask).any():
+    if not (result.held or result.diverged) and ((result.params.floats[:size] != 0) & ~result.mask).any():
         raise AssertionError(f"arm {result.arm}: a dead weight is not zero")
     guess = 1 / world.dataset.num_classes, math.log(world.dataset.num_classes)
     val, test, diverged = guess, guess, result.diverged

@@ -89,7 +89,10 @@ class RoundRow:
 
 @dataclass(frozen=True)
 class MetricRow:
-    """One client under one arm at one density, read once at the end."""
+    """One client under one arm at one density, read once at the end.
+
+    diverged: there is no such model, for a training did not end in numbers; it counts as a uniform guess.
+    """
 
     client: int
     unseen: bool
@@ -110,6 +113,7 @@ class MetricRow:
     num_test: int = 0
     ticket: str = ""
     layer_density: dict[str, Any] = field(default_factory=dict)
+    diverged: bool = False
 
 
 _ACCEPTED: dict[str, tuple[type, ...]] = {
