@@ -38,7 +38,7 @@ def trainings(arm: str, study: Study) -> int:
     finder, targets = finder_of(study), study.finder.densities
     if arm in SEARCHES:
         return SEARCHES[arm](finder).trainings(targets)[1]
-    longest, once = max(1, finder.trainings(targets)[0]), len(targets)
+    once, longest = len(targets), finder.trainings(targets)[0] or int(not finder.learned(targets)[0])
     return {
         "local": longest, "dense": 1, "dense_total": longest, "global_mask": once, "random": 3 * once, "own_random": 1,
     }.get(arm, 0)  # fmt: skip

@@ -501,3 +501,85 @@ def test_slices_after_a_lost_visit_use_the_committed_mask(tmp_path: Path) -> Non
 def test_count_mean_is_what_mask_methods_use() -> None:
     for name in ("lotteryfl", "sub_fedavg", "fedselect"):
         assert recipe_of(tiny.of_method(name)).aggregate == CountMean()
+
+
+# FedSelect's two passes
+
+
+def halves(compute: str, **sections: Any) -> tuple[Local, np.ndarray]:
+    made = tiny.of_method("fedselect", compute=compute, train={"momentum": 0.5, "weight_decay": 0.01}, **sections)
+    local = Local(tiny.open_world(made.science()), 0, 1, "federate")
+    return local, np.random.default_rng(0).random(local.full.size) < 0.5
+
+
+@pytest.mark.parametrize("compute", ["reference", "tuned", "sparse", "cohort"])
+def test_what_is_shared_moves_in_the_shared_pass_alone(compute: str) -> None:
+    """Row 5: biases and norms that all clients share moved in the personal pass too."""
+    from fedlth.compute import cohort, cohort_turns
+    from fedlth.methods.fedselect import crossing
+
+    if compute == "sparse":
+        pytest.importorskip("numba")
+    found = {}
+    for way in ("reference", compute):
+        local, shared = halves("reference" if way == "cohort" else way)
+        start, size = local.world.theta_0, shared.size
+        crosses = crossing(local.world, shared)
+        assert crosses[size:].all() and np.array_equal(crosses[:size], shared)
+
+        def moved(update: np.ndarray, local: Local = local, way: str = way) -> np.ndarray:
+            call = lambda: local.train(local.world.theta_0, plan=local.plan, update=update).params.floats  # noqa: E731
+            return cohort_turns.side_by_side([call, call], cohort.answer)[1] if way == "cohort" else call()
+
+        for update in (crosses, ~crosses):
+            floats = moved(update)
+            np.testing.assert_array_equal(floats[: update.size][~update], start.floats[: update.size][~update])
+            assert (floats[: update.size][update] != start.floats[: update.size][update]).mean() > 0.5
+            found[way, update[0]] = floats
+    for first in (True, False):
+        np.testing.assert_allclose(found["reference", first], found[compute, first], rtol=1e-4, atol=1e-6)
+
+
+def test_the_personal_pass_leaves_biases_norms_and_their_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 5: through the visit, on a model with BatchNorm; norms that are kept local are personal."""
+    for policy in ("aggregate", "local_all"):
+        made = tiny.of_method(
+            "fedselect", model={"name": "tests.test_methods:normed", "options": {}, "buffers": policy}
+        )
+        world = tiny.open_world(made.science())
+        shared = np.random.default_rng(0).random(world.layout.num_prunable) < 0.5
+        steps: list[tuple[np.ndarray, np.ndarray]] = []
+
+        def spy(self: Local, start: Params, *, steps: Any = steps, original: Any = Local.train, **more: Any) -> Any:
+            done = original(self, start, **more)
+            steps.append((start.floats, done.params.floats))
+            return done
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Local, "train", spy)
+            local = Local(world, 0, 1, "federate")
+            recipe_of(made).visit._alternate(local, world.theta_0, shared, local.plan)
+        (before, personal), (between, after) = steps
+        entries = {e.name: e for e in world.layout.floats}
+        norm, head, mean = entries["norm.weight"].slice, entries["head.bias"].slice, entries["norm.running_mean"].slice
+        np.testing.assert_array_equal(personal[head], before[head])
+        assert (after[head] != before[head]).all()
+        assert np.array_equal(between[mean], before[mean]) and (after[mean] != before[mean]).all()
+        assert np.array_equal(personal[norm], before[norm]) == (policy == "aggregate")
+        assert np.array_equal(after[norm], between[norm]) == (policy == "local_all")
+
+
+def test_a_frozen_part_is_in_neither_pass() -> None:
+    """Row 5: what nothing trains is not personal, even where it does not cross."""
+    from fedlth.methods.fedselect import crossing
+
+    made = tiny.of_method("fedselect", model={"name": "tests.test_methods:half_frozen", "options": {}})
+    world = tiny.open_world(made.science())
+    assert crossing(world, np.ones(world.layout.num_prunable, bool)).all()
+    assert recipe_of(made).visit.passes(world, 0) == 1 and recipe_of(made).visit.passes(world, 1) == 2
+
+
+def half_frozen(num_classes: int) -> tiny.Small:
+    model = tiny.Small(num_classes)
+    model.norm.weight.requires_grad_(False)
+    return model

@@ -64,10 +64,9 @@ class Found:
     """A ticket at one target density: its mask (num_prunable,), the weights trained under it, what came before.
 
     `before` is what was scored to find the mask, `fallen` (num_prunable,) each weight at the end of the last training
-    that it took part in. `trainings` counts the trainings of the search, the last one (the
-    ticket's own) not included; `chain` numbers the searches that began anew. The mask's density is the target's,
-    unless a stop came first. `diverged` says why there is no ticket, "" where there is one: the mask is then the last
-    that the search reached, the weights are its start.
+    that it took part in. `trainings` counts those of the search, the last one (the ticket's own) not included; `chain`
+    numbers the searches that began anew. The mask's density is the target's, unless a stop came first. `diverged` says
+    why there is no ticket, "" where there is one: the mask is then the last of the search, the weights are its start.
     """
 
     target: float
@@ -169,6 +168,7 @@ class _Search:
                 good = replace(good, trainings=at.trainings - 1)
                 yield from (replace(good, target=d) for d in chain[index:] if d in targets)
                 return
+            looks = [look.let_go() for look in looks]
             name = finder.rewind.anchor or start_name
             spent = at.trainings - trained
             good = Found(density, at.mask, at.walked.params, before, at.fallen, name, spent, number)
@@ -190,7 +190,7 @@ class _Search:
                 window=self.finder.window,
             )  # fmt: skip
             at = replace(at, began=at.walked.params, walked=walked, trainings=at.trainings + 1)
-            looks.append(self._look(at, density, again, prunes))
+            looks = [*(look.let_go() for look in looks), self._look(at, density, again, prunes)]
         return at
 
     def _pruned(self, at: _State, start: Params, density: float, again: int, final: bool) -> tuple[_State, bool]:
