@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fedlth.jobs import RESYNC, Job, Message, Reply
-from fedlth.methods.arms import ARMS
+from fedlth.methods.arms import ARMS, tuned
 from fedlth.methods.fedpm import first_scores
 from fedlth.methods.local import Local
 from fedlth.methods.recipe import Recipe, in_phase
@@ -130,31 +131,43 @@ def _personalise(
     local: Local, job: Job, recipe: Recipe, received: dict[str, Content], state: ClientState
 ) -> tuple[ClientState, tuple[Message, ...]]:
     world = local.world
-    if job.phase == "refined":
-        results = [_refined(local, recipe, received["theta_g"], state)]
-    else:
-        step = _step2(local, recipe, received, state)
-        results = [r for name in arms_of(world.study) for r in ARMS[name](step)]
-    rows = [_row(local, r).record() for r in results]
-    local.work.extend(
-        {"arm": r.arm, "target_density": r.target, "cpu_s": r.cpu_s[0], "last_cpu_s": r.cpu_s[1]}
-        for r in results
-        if 0 < r.cpu_s[0] < math.inf
-    )
+    rows: list[dict[str, Any]] = []
+    kept: Result | None = None
+    for result in _results(local, job, recipe, received, state):  # each is let go, for it holds a whole model
+        rows.append(_row(local, result).record())
+        if result.cpu_s[0]:
+            cost = {"cpu_s": result.cpu_s[0], "last_cpu_s": result.cpu_s[1]}
+            local.work.append({"arm": result.arm, "target_density": result.target, **cost})
+        kept = _kept(world, kept, replace(result, diverged=rows[-1].get("diverged", False)))
     outbox = [Message("metrics", "arms", metrics.encode({"rows": rows}))]
-    kept = _kept(world, results)
-    if kept is not None:
+    if kept is not None and kept.diverged:
+        state = state.without("ticket").without("ticket_ints").without("ticket_dead")
+    elif kept is not None:
         rest, moving = world.layout.num_prunable, world.moving_part(kept.params)
         values = np.concatenate((moving.floats[np.flatnonzero(kept.mask)], moving.floats[rest:]))
         state = state.with_(masks={"ticket": kept.mask}, vectors={"ticket": values, "ticket_ints": moving.ints})
         if kept.held:
             state = state.with_(vectors={"ticket_dead": kept.params.floats[:rest][~kept.mask]})
-        if world.study.refine.rounds and job.phase == "personalise":
-            state = state.without("owed").with_(masks={"active": kept.mask})
-            up = replace(_uplink(job, world, received["theta_g"]), known_mask=None)
-            bare = up.encode("mask", world.exchange, Content(kept.mask, None, None))
-            outbox.append(Message("mask", "ticket", bare))
+    if kept is not None and world.study.refine.rounds and job.phase == "personalise":
+        # Of a ticket that diverged too: refinement needs the mask alone, and trains the server's weights in it.
+        state = state.without("owed").with_(masks={"active": kept.mask})
+        up = replace(_uplink(job, world, received["theta_g"]), known_mask=None)
+        bare = up.encode("mask", world.exchange, Content(kept.mask, None, None))
+        outbox.append(Message("mask", "ticket", bare))
     return state, tuple(outbox)
+
+
+def _results(
+    local: Local, job: Job, recipe: Recipe, received: dict[str, Content], state: ClientState
+) -> Iterator[Result]:
+    """Yield the models of a client's step 2, one at a time."""
+    study = local.world.study
+    if job.phase == "refined":
+        yield tuned("refined", local, recipe.visit, received["theta_g"], state, main_density(study))
+        return
+    step = _step2(local, recipe, received, state)
+    for name in sorted(arms_of(study), key="random".__eq__):  # last: it shuffles the masks that the ticket has found
+        yield from ARMS[name](step)
 
 
 def _step2(local: Local, recipe: Recipe, received: dict[str, Content], state: ClientState) -> Step2:
@@ -173,31 +186,28 @@ def _step2(local: Local, recipe: Recipe, received: dict[str, Content], state: Cl
     return Step2(local, recipe.visit, main, state, theta_g, alive, anchors, finder_of(study), study.finder.densities)
 
 
-def _refined(local: Local, recipe: Recipe, received: Content, state: ClientState) -> Result:
-    epochs = local.world.study.personalise.epochs
-    tuned = recipe.visit.tune(local, received, state, epochs)
-    target = main_density(local.world.study)
-    return Result(arm="refined", params=tuned.params, mask=tuned.mask, target=target, start="own", epochs=epochs)
-
-
-def _kept(world: World, results: list[Result]) -> Result | None:
-    """Pick the model that is this client's product."""
-    if results[0].arm == "refined":
-        return results[0]
-    arm = kept_arm(world.study)
-    own = [r for r in results if r.arm == arm]
-    exact = [r for r in own if r.target == main_density(world.study)]
-    return next(iter(exact or own), None)
+def _kept(world: World, kept: Result | None, result: Result) -> Result | None:
+    """Return which of two is this client's product: the kept arm's at the main density, else its first."""
+    if result.arm not in ("refined", kept_arm(world.study)):
+        return kept
+    return result if kept is None or result.target == main_density(world.study) != kept.target else kept
 
 
 def _row(local: Local, result: Result) -> MetricRow:
-    """Evaluate one model. Test data is read here, after every decision has been made."""
+    """Evaluate one finished model. Test data is read here alone; no training and no choice sees it.
+
+    A model that diverged, or whose loss is not finite, counts as a uniform guess among the classes; its row says so.
+    """
     world, size = local.world, local.full.size
-    if not result.held and ((result.params.floats[:size] != 0) & ~result.mask).any():
+    if not (result.held or result.diverged) and ((result.params.floats[:size] != 0) & ~result.mask).any():
         raise AssertionError(f"arm {result.arm}: a dead weight is not zero")
-    val_accuracy, val_loss = local.evaluate(result.params, local.val_part)
-    test = world.part(local.client, "test")
-    test_accuracy, test_loss = local.evaluate(result.params, test)
+    guess = 1 / world.dataset.num_classes, math.log(world.dataset.num_classes)
+    val, test, diverged = guess, guess, result.diverged
+    if not diverged:
+        val = local.evaluate(result.params, local.val_part)
+        test = local.evaluate(result.params, world.part(local.client, "test"))
+        if not (math.isfinite(val[1]) and math.isfinite(test[1])):
+            val, test, diverged = guess, guess, True
     split = world.splits.clients[local.client]
     return MetricRow(
         client=local.client,
@@ -210,15 +220,16 @@ def _row(local: Local, result: Result) -> MetricRow:
         search_epochs=result.search_epochs,
         train_flops=result.flops[0],
         train_flops_effective=result.flops[1],
-        val_accuracy=val_accuracy,
-        val_loss=val_loss,
-        test_accuracy=test_accuracy,
-        test_loss=test_loss,
+        val_accuracy=val[0],
+        val_loss=val[1],
+        test_accuracy=test[0],
+        test_loss=test[1],
         num_train=len(split.train),
         num_val=len(split.val),
         num_test=len(split.test),
         ticket="" if result.mask.all() else bitmap.digest(result.mask),
         layer_density={e.name: _share(result.mask[e.slice]) for e in world.layout.prunable},
+        diverged=diverged,
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,21 +16,65 @@ from fedlth.methods.local import Local
 from fedlth.methods.recipe import Recipe
 from fedlth.methods.resolve import arms_of, finder_of, recipe_of
 from fedlth.rounds import steps_of
+from fedlth.server import sample
 from fedlth.session import prepared
+from fedlth.tickets.finder import Finder
+from fedlth.tickets.rewind import ToInit
+from fedlth.tickets.schedule import OneShot
 from fedlth.world import World, open_world
 
 TIMED_STEPS = 5
+SEARCHES: Mapping[str, Callable[[Finder], Finder]] = {
+    "ticket": lambda finder: finder,
+    "ticket_0": lambda finder: replace(finder, rewind=ToInit()),
+    "one_shot": lambda finder: replace(finder, schedule=OneShot()),
+}
 
 
 def trainings(arm: str, study: Study) -> int:
-    """Return how many fine-tunings an arm needs beyond those that arms listed before it share with it."""
+    """Return how many trainings an arm takes, the dense one that a search begins with included.
+
+    Each is of `personalise.epochs`. The random control's are those beside the search, which it shares with `ticket`.
+    """
     finder, targets = finder_of(study), study.finder.densities
-    longest, every = finder.trainings(targets)
-    once = len(targets)
+    if arm in SEARCHES:
+        return SEARCHES[arm](finder).trainings(targets)[1]
+    once, longest = len(targets), finder.trainings(targets)[0] or int(not finder.learned(targets)[0])
     return {
-        "local": longest, "dense": 1, "dense_total": longest, "ticket": every, "ticket_0": every - finder.dense_first,
-        "one_shot": once, "global_mask": once, "random": 3 * once, "own_tuned": 1, "own_random": 1,
+        "local": longest, "dense": 1, "dense_total": longest, "global_mask": once, "random": 3 * once, "own_random": 1,
     }.get(arm, 0)  # fmt: skip
+
+
+def step2_epochs(study: Study) -> int:
+    """Return the epochs of a client's step 2, the method's own training aside; what arms share counts once."""
+    arms, finder, targets = set(arms_of(study)), finder_of(study), study.finder.densities
+    if "random" in arms:
+        arms.add("ticket")  # the control walks the search for the masks where the arm does not
+    searches = [SEARCHES[arm](finder) for arm in sorted(arms & SEARCHES.keys())]
+    shared = max(0, ("dense" in arms) + sum(f.dense_first for f in searches) - 1)
+    learned = finder.learned(targets)[0] * len({"local", "dense_total"} & arms) + sum(
+        f.learned(targets)[1] for f in searches
+    )
+    return (sum(trainings(arm, study) for arm in arms) - shared) * study.personalise.epochs + learned
+
+
+def own_epochs(world: World, recipe: Recipe) -> tuple[float, float]:
+    """Return the epochs of the method's own trainings of all clients: in the rounds of step 1, and in step 2.
+
+    A client's visits are those that the server will sample: a method may train more than once an epoch after some.
+    """
+    study, visits, told = world.study, dict.fromkeys(range(world.study.clients.count), 0), 0
+    passes = getattr(recipe.visit, "passes", lambda world, visits: 1)
+    seen = [c for c in visits if c not in world.splits.unseen]
+    for round in range(1, study.federate.rounds + 1 if recipe.federated else 1):
+        for client in sample(study.seed, "federate", round, clients=seen, count=study.federate.clients_per_round):
+            told += passes(world, visits[client])
+            visits[client] += 1
+    tuned = sum(passes(world, count) for count in visits.values()) if "own_tuned" in arms_of(study) else 0
+    if study.refine.rounds:
+        tuned += len(visits)
+    refined = study.refine.rounds * study.refine.clients_per_round
+    return float((told + refined) * study.train.epochs), float(tuned * study.personalise.epochs)
 
 
 def forecast(study: Study) -> str:
@@ -43,12 +89,7 @@ def forecast(study: Study) -> str:
     step_s = _step_seconds(world)
     sizes = [len(c.train) for c in world.splits.clients]
     per_epoch = float(np.mean([-(-n // study.train.batch_size) for n in sizes]))
-    participations = study.federate.rounds * study.federate.clients_per_round if recipe.federated else 0
-    tuning = sum(trainings(a, study) for a in arms_of(study)) * study.personalise.epochs
-    if study.refine.rounds:
-        tuning += study.personalise.epochs
-    visits = participations + study.refine.rounds * study.refine.clients_per_round
-    steps = per_epoch * (visits * study.train.epochs + study.clients.count * tuning)
+    steps = per_epoch * (sum(own_epochs(world, recipe)) + study.clients.count * step2_epochs(study))
     moved = forecast_bytes(world, recipe, step_s * per_epoch * study.train.epochs)
     per_step = 3 * world.flops[""] * study.train.batch_size
     lines = [
@@ -91,7 +132,24 @@ def _memory_mb(world: World) -> float:
     data = sum(a.nbytes for a in (world.dataset.x_train, world.dataset.x_test))
     largest = max(len(c.train) + len(c.val) for c in world.splits.clients)
     example = 4 * int(np.prod(world.dataset.x_train.shape[1:]))
-    return 350 + (data + largest * example + 12 * 4 * world.layout.num_floats) / 1e6
+    models = 12 + _step2_models(world.study)
+    masks = len(world.study.finder.densities) if "random" in arms_of(world.study) else 0
+    return (
+        350
+        + (data + largest * example + models * 4 * world.layout.num_floats + masks * world.layout.num_prunable) / 1e6
+    )
+
+
+def _step2_models(study: Study) -> int:
+    """Return how many models step 2 holds beside those of any training: no more with more arms or densities.
+
+    The dense twin, with the epochs that a score looks back to; the kept result; of a search its start, its end, the
+    ticket before and the scores; an earlier global model to rewind to.
+    """
+    arms, finder = set(arms_of(study)), finder_of(study)
+    searching = bool(arms & {*SEARCHES, "random"})
+    anchor = finder.rewind.anchor
+    return 2 + searching * (4 + 2 * finder.window + bool(anchor and "@" in anchor))
 
 
 def _disk_mb(world: World, recipe: Recipe) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,8 +26,8 @@ class DataNetwork:
     """The network of `bound` at `params` over `data` = (x, y), all in evaluation mode.
 
     Curvature and flow are computed in float64. `layer_flops` are forward FLOPs an example by tensor name; `order` and
-    `torch_seed` give the batches and dice of learned masks, `batch_size` their batches; `learning` is told the alive
-    mask and epochs of such a training, since it is a cost.
+    `torch_seed` give the batches and dice of learned masks, `batch_size` their batches; `learning`, given the alive
+    mask and epochs of such a training, is entered around it, since it is a cost.
     """
 
     bound: Bound
@@ -36,7 +37,7 @@ class DataNetwork:
     order: Callable[[], np.random.Generator]
     torch_seed: int
     batch_size: int
-    learning: Callable[[np.ndarray, int], None] = lambda alive, epochs: None
+    learning: Callable[[np.ndarray, int], AbstractContextManager[None]] = lambda alive, epochs: nullcontext()
 
     @property
     def layout(self) -> Layout:
@@ -108,15 +109,15 @@ class DataNetwork:
         return out
 
     def learn(self, weights: np.ndarray, lesson: Lesson, /) -> np.ndarray:
-        self.learning(lesson.alive, lesson.epochs)
         first = self.order().uniform(-1, 1, weights.size).astype(np.float32)
         if lesson.rule != "bernoulli":  # whose scores are log-odds; these have the scale that edge-popup gives weights
             for e in self.layout.prunable:
                 first[e.slice] /= np.float32(np.sqrt(e.size // e.shape[0]))
-        scores, _ = learn(
-            self.bound, self._at(weights), first, data=self.data, lesson=lesson, batch_size=self.batch_size,
-            order=self.order(), torch_seed=self.torch_seed,
-        )  # fmt: skip
+        with self.learning(lesson.alive, lesson.epochs):
+            scores, _ = learn(
+                self.bound, self._at(weights), first, data=self.data, lesson=lesson, batch_size=self.batch_size,
+                order=self.order(), torch_seed=self.torch_seed,
+            )  # fmt: skip
         return scores
 
     def _at(self, weights: np.ndarray) -> Params:

@@ -248,6 +248,11 @@ def _summary(visits: Visits) -> dict[str, Any]:
         "up_bytes": sum(r.payload_bytes for r in visits.rows if r.receiver == "server"),
         "down_bytes": sum(r.payload_bytes for r in visits.rows if r.sender == "server"),
         "failed": visits.failed,
+        "diverged": [
+            {key: row[key] for key in ("client", "arm", "target_density")}
+            for row in visits.metrics
+            if row.get("diverged")
+        ],
     }
 
 
@@ -256,6 +261,8 @@ def _line(summary: dict[str, Any], done: int, total: int, seconds: float) -> str
     accuracy = summary["val_accuracy"]
     said = f"val {100 * accuracy:5.1f} %" if accuracy is not None else f"{len(summary['clients'])} clients"
     failed = f"  {len(summary['failed'])} failed: {_failures(summary['failed'])}" if summary["failed"] else ""
+    for arm in dict.fromkeys(one["arm"] for one in summary["diverged"]):
+        failed += f"  {arm} diverged for {len({d['client'] for d in summary['diverged'] if d['arm'] == arm})}"
     mb = 1e-6
     return (
         f"[{done}/{total}] {summary['phase']} {summary['round']}: {said}  up {summary['up_bytes'] * mb:.2f} MB  "

@@ -177,9 +177,9 @@ def train(
     """Train from `start` and return new Params.
 
     `mask` (num_prunable,) bool: weights outside are zero from the first forward on, after every step, and carry no
-    momentum. `update` (num_prunable,) bool: prunable weights outside keep their value. `order` draws the batches;
-    `torch_seed` seeds torch's own generator (dropout). Loss is the mean over the last epoch. A loss that is not
-    finite raises FloatingPointError.
+    momentum. `update` (num_prunable,) or (num_params,) bool: parameters that it covers and leaves out keep their value.
+    `order` draws the batches; `torch_seed` seeds torch's own generator (dropout). Loss is the mean over the last epoch.
+    A loss or a weight that is not finite at the end raises FloatingPointError.
     """
     x, y = data
     epochs = [batches(len(y), plan.batch_size, order) for _ in range(plan.epochs)]
@@ -200,7 +200,7 @@ def train(
 
 
 def _checked(trained: Trained, plan: Plan) -> Trained:
-    if not math.isfinite(trained.loss):
+    if not (math.isfinite(trained.loss) and np.isfinite(trained.params.floats).all()):
         raise FloatingPointError(f"training diverged: loss {trained.loss} at learning rate {plan.lr}")
     return trained
 
@@ -217,7 +217,7 @@ def _in_torch(
     moves = bound.moves
     if update is not None:
         moves = torch.ones(layout.num_params, device=bound.device) if moves is None else moves.clone()
-        moves[:size] *= bound.arranged(update.astype(np.float32))
+        moves[: update.size] *= bound.arranged(update.astype(np.float32))
     bound.load(start)
     if alive is not None:
         weights[:size].mul_(alive)

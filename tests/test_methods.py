@@ -35,7 +35,7 @@ def final_theta(out: Path) -> str:
     return str(tiny.digests(out)["theta_g"])
 
 
-def manual_fedavg(made: Any, *, weighted: bool, order: str = "order") -> Params:
+def manual_fedavg(made: Any, *, weighted: bool) -> Params:
     """FedAvg written out: sample, train each from the mean, average in float64, cast once."""
     world = tiny.open_world(made.science())
     theta = world.theta_0
@@ -45,7 +45,7 @@ def manual_fedavg(made: Any, *, weighted: bool, order: str = "order") -> Params:
         for c in server.sample(made.seed, "federate", r, clients=seen, count=made.federate.clients_per_round):
             local = Local(world, c, r, "federate")
             share = local.num_train if weighted else 1
-            total += local.train(theta, plan=local.plan, order=order).params.floats.astype(np.float64) * share
+            total += local.train(theta, plan=local.plan).params.floats.astype(np.float64) * share
             weight += share
         theta = Params((total / weight).astype(np.float32), theta.ints)
     return theta
@@ -74,10 +74,8 @@ def test_r6_without_a_prune_every_mask_method_is_unweighted_fedavg_to_the_bit(
     partition = {"name": "dirichlet", "alpha": 1.0}  # sizes differ, so weighted would show
     made = tiny.study(method=method, federate=STILL, partition=partition)
     tiny.run(made, tmp_path / "r")
-    # FedSelect names its epochs' streams apart, since an epoch of the personal part may stand between.
-    order = "order/0/shared" if method["name"] == "fedselect" else "order"
-    assert final_theta(tmp_path / "r") == manual_fedavg(made, weighted=False, order=order).digest()
-    assert final_theta(tmp_path / "r") != manual_fedavg(made, weighted=True, order=order).digest()
+    assert final_theta(tmp_path / "r") == manual_fedavg(made, weighted=False).digest()
+    assert final_theta(tmp_path / "r") != manual_fedavg(made, weighted=True).digest()
 
 
 def test_step_1_is_the_same_for_every_method_that_shares_it(tmp_path: Path) -> None:
@@ -207,9 +205,10 @@ def test_fedselect_trains_one_set_at_a_time() -> None:
             calls.append(more["update"])
             return Local.train(self, start, **more)
 
-    visit._alternate(Spy(world, 0, 1, "federate"), world.theta_0, shared, 2)
-    assert [np.array_equal(c, ~shared) for c in calls] == [True, False, True, False]
-    assert all(np.array_equal(c, shared) for c in calls[1::2])
+    visit._alternate(Spy(world, 0, 1, "federate"), world.theta_0, shared, replace(local.plan, epochs=2))
+    size = shared.size
+    assert [np.array_equal(c[:size], ~shared) for c in calls] == [True, False, True, False]
+    assert all(np.array_equal(c[:size], shared) and c[size:].all() for c in calls[1::2])
     assert local.plan.epochs == 1
 
 
@@ -503,3 +502,85 @@ def test_slices_after_a_lost_visit_use_the_committed_mask(tmp_path: Path) -> Non
 def test_count_mean_is_what_mask_methods_use() -> None:
     for name in ("lotteryfl", "sub_fedavg", "fedselect"):
         assert recipe_of(tiny.of_method(name)).aggregate == CountMean()
+
+
+# FedSelect's two passes
+
+
+def halves(compute: str, **sections: Any) -> tuple[Local, np.ndarray]:
+    made = tiny.of_method("fedselect", compute=compute, train={"momentum": 0.5, "weight_decay": 0.01}, **sections)
+    local = Local(tiny.open_world(made.science()), 0, 1, "federate")
+    return local, np.random.default_rng(0).random(local.full.size) < 0.5
+
+
+@pytest.mark.parametrize("compute", ["reference", "tuned", "sparse", "cohort"])
+def test_what_is_shared_moves_in_the_shared_pass_alone(compute: str) -> None:
+    """Row 5: biases and norms that all clients share moved in the personal pass too."""
+    from fedlth.compute import cohort, cohort_turns
+    from fedlth.methods.fedselect import crossing
+
+    if compute == "sparse":
+        pytest.importorskip("numba")
+    found = {}
+    for way in ("reference", compute):
+        local, shared = halves("reference" if way == "cohort" else way)
+        start, size = local.world.theta_0, shared.size
+        crosses = crossing(local.world, shared)
+        assert crosses[size:].all() and np.array_equal(crosses[:size], shared)
+
+        def moved(update: np.ndarray, local: Local = local, way: str = way) -> np.ndarray:
+            call = lambda: local.train(local.world.theta_0, plan=local.plan, update=update).params.floats  # noqa: E731
+            return cohort_turns.side_by_side([call, call], cohort.answer)[1] if way == "cohort" else call()
+
+        for update in (crosses, ~crosses):
+            floats = moved(update)
+            np.testing.assert_array_equal(floats[: update.size][~update], start.floats[: update.size][~update])
+            assert (floats[: update.size][update] != start.floats[: update.size][update]).mean() > 0.5
+            found[way, update[0]] = floats
+    for first in (True, False):
+        np.testing.assert_allclose(found["reference", first], found[compute, first], rtol=1e-4, atol=1e-6)
+
+
+def test_the_personal_pass_leaves_biases_norms_and_their_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 5: through the visit, on a model with BatchNorm; norms that are kept local are personal."""
+    for policy in ("aggregate", "local_all"):
+        made = tiny.of_method(
+            "fedselect", model={"name": "tests.test_methods:normed", "options": {}, "buffers": policy}
+        )
+        world = tiny.open_world(made.science())
+        shared = np.random.default_rng(0).random(world.layout.num_prunable) < 0.5
+        steps: list[tuple[np.ndarray, np.ndarray]] = []
+
+        def spy(self: Local, start: Params, *, steps: Any = steps, original: Any = Local.train, **more: Any) -> Any:
+            done = original(self, start, **more)
+            steps.append((start.floats, done.params.floats))
+            return done
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Local, "train", spy)
+            local = Local(world, 0, 1, "federate")
+            recipe_of(made).visit._alternate(local, world.theta_0, shared, local.plan)
+        (before, personal), (between, after) = steps
+        entries = {e.name: e for e in world.layout.floats}
+        norm, head, mean = entries["norm.weight"].slice, entries["head.bias"].slice, entries["norm.running_mean"].slice
+        np.testing.assert_array_equal(personal[head], before[head])
+        assert (after[head] != before[head]).all()
+        assert np.array_equal(between[mean], before[mean]) and (after[mean] != before[mean]).all()
+        assert np.array_equal(personal[norm], before[norm]) == (policy == "aggregate")
+        assert np.array_equal(after[norm], between[norm]) == (policy == "local_all")
+
+
+def test_a_frozen_part_is_in_neither_pass() -> None:
+    """Row 5: what nothing trains is not personal, even where it does not cross."""
+    from fedlth.methods.fedselect import crossing
+
+    made = tiny.of_method("fedselect", model={"name": "tests.test_methods:half_frozen", "options": {}})
+    world = tiny.open_world(made.science())
+    assert crossing(world, np.ones(world.layout.num_prunable, bool)).all()
+    assert recipe_of(made).visit.passes(world, 0) == 1 and recipe_of(made).visit.passes(world, 1) == 2
+
+
+def half_frozen(num_classes: int) -> tiny.Small:
+    model = tiny.Small(num_classes)
+    model.norm.weight.requires_grad_(False)
+    return model

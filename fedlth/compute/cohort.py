@@ -5,6 +5,7 @@ Shapes: K clients, F floats of a model, P of them parameters, S steps, B example
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from torch.nn import functional
 
 from fedlth.compute.cohort_asks import Done, Evaluation, Model, Training
 
-Q = TypeVar("Q")
+Q = TypeVar("Q", Training, Evaluation)
 
 # Examples of one client in a forward pass of evaluation: no more than a usual training batch, which is known to fit.
 EVALUATION_BATCH = 32
@@ -39,12 +40,21 @@ def answer(asked: Sequence[Training | Evaluation]) -> list[Any]:
 def _tried(together: Callable[[Sequence[Q]], Sequence[Any]], asked: Sequence[Q]) -> Sequence[Any]:
     if not asked:
         return []
+    began = time.thread_time()
     try:
         return together(asked)
     except Exception as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             return [MemoryError(f"cohort of {len(asked)}: {error}") for _ in asked]
         return [error] if len(asked) == 1 else [_tried(together, [one])[0] for one in asked]
+    finally:
+        _share(asked, time.thread_time() - began)
+
+
+def _share(asked: Sequence[Training] | Sequence[Evaluation], cpu_s: float) -> None:
+    """Share CPU seconds out by the examples that each client had in the work."""
+    for one in asked:
+        one.cpu_s[:] = [cpu_s * one.size / sum(other.size for other in asked)]
 
 
 def train_together(asked: Sequence[Training]) -> list[Done]:
@@ -205,7 +215,7 @@ def _free(members: Sequence[Training], stack: _Stack) -> Tensor | None:
     for row, member in enumerate(members):
         for kept in (member.mask, member.update):
             if kept is not None:
-                free[row, : layout.num_prunable] &= kept
+                free[row, : kept.size] &= kept
         if member.mask is not None:
             stack.flat[row, : layout.num_prunable] *= torch.from_numpy(member.mask).to(stack.device)
     return None if free.all() else torch.from_numpy(free).to(stack.device)

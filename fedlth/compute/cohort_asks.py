@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -16,6 +18,20 @@ if TYPE_CHECKING:
     from fedlth.train import Bound, Plan
 
 
+class _Shares(threading.local):
+    """The CPU seconds that others spent on what this thread has asked for."""
+
+    cpu_s = 0.0
+
+
+_shares = _Shares()
+
+
+def cpu_seconds() -> float:
+    """Return this thread's CPU seconds so far, with its share of what its cohort did for it while it waited."""
+    return time.thread_time() + _shares.cpu_s
+
+
 @dataclass(frozen=True, eq=False)
 class Model:
     """One client's values for the module that all clients of a cohort share."""
@@ -26,7 +42,10 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Training:
-    """One client's training: `epochs` of batches, a learning rate a step; `mask` and `update` as in `train.train`."""
+    """One client's training: `epochs` of batches, a learning rate a step; `mask` and `update` as in `train.train`.
+
+    Whoever does the work notes this client's share of its CPU seconds in `cpu_s`.
+    """
 
     model: Model
     x: Tensor
@@ -38,15 +57,26 @@ class Training:
     mask: np.ndarray | None
     update: np.ndarray | None
     snapshots: tuple[int, ...]
+    cpu_s: list[float] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """The examples that it trains on, each as often as it is seen."""
+        return sum(len(part) for parts in self.epochs for part in parts)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Evaluation:
-    """One client's evaluation, on a part that is not empty."""
+    """One client's evaluation, on a part that is not empty; `cpu_s` as in a training."""
 
     model: Model
     x: Tensor
     y: Tensor
+    cpu_s: list[float] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        return len(self.y)
 
 
 @dataclass(frozen=True)
@@ -70,7 +100,10 @@ def trained(
         model=Model(bound, start), x=data[0], y=data[1], epochs=epochs, rates=np.array(rates), momentum=plan.momentum,
         weight_decay=plan.weight_decay, mask=mask, update=update, snapshots=snapshots,
     )  # fmt: skip
-    done: Done = ask(asked)
+    try:
+        done: Done = ask(asked)
+    finally:
+        _shares.cpu_s += sum(asked.cpu_s)
     return done
 
 
@@ -79,5 +112,9 @@ def evaluated(bound: Bound, params: Params, data: tuple[Tensor, Tensor]) -> tupl
     ask = ASK.get()
     if ask is None:
         return None
-    found: tuple[float, float] = ask(Evaluation(model=Model(bound, params), x=data[0], y=data[1]))
+    asked = Evaluation(model=Model(bound, params), x=data[0], y=data[1])
+    try:
+        found: tuple[float, float] = ask(asked)
+    finally:
+        _shares.cpu_s += sum(asked.cpu_s)
     return found

@@ -84,4 +84,5 @@ def _row(bench: Bench, arm: str, number: int, mask: np.ndarray, run: Run) -> Row
         "final_validation_accuracy": run.curve[-1].accuracy,
         "final_test_accuracy": run.test_final,
         "curve": [[p.iteration, p.loss, p.accuracy] for p in run.curve],
+        **({"diverged": True} if run.diverged else {}),
     }

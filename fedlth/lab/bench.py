@@ -41,6 +41,7 @@ class Bench:
     """One seed of a lottery study. Tensors are (n, ...) float32 and (n,) int64, on the CPU.
 
     `parts` holds "train", "validation" and "test"; a probe puts its tasks beside them, as "client0/train" and so on.
+    `diverged` names the trainings that did, done here or read back.
     """
 
     study: Lottery
@@ -48,6 +49,7 @@ class Bench:
     folder: Path | None
     dataset: Dataset
     parts: dict[str, Examples]
+    diverged: list[str] = field(default_factory=list)
     _digests: dict[str, tuple[Tensor, bytes]] = field(default_factory=dict)
 
     @property
@@ -150,7 +152,7 @@ class Bench:
         path = None if self.folder is None else self.folder / "trainings" / f"{state.hexdigest()}.safetensors"
         if path is not None and path.exists():
             try:
-                return unpacked(path.read_bytes(), start, None if free else mask)
+                return self._noted(unpacked(path.read_bytes(), start, None if free else mask), told)
             except ValueError as error:
                 raise StudyError(f"{path}: damaged, delete it to train anew: {error}") from error
         run = train(self, start, mask, recipe, parts=self.task(data), free=free, window=window)
@@ -158,6 +160,11 @@ class Bench:
             own = path.with_suffix(f".{os.getpid()}")  # two workers may come to the same training
             store.write_atomic(own, packed(run, None if free else mask))
             os.replace(own, path)
+        return self._noted(run, told)
+
+    def _noted(self, run: Run, told: str) -> Run:
+        if run.diverged:
+            self.diverged.append(told)
         return run
 
     def _told_apart(self, data: str) -> bytes:

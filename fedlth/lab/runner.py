@@ -205,6 +205,7 @@ def _do(science: str, out: str, task: Task, tell: Tell) -> None:
     if task.stage == "probe":
         spec = bench.study.probes[task.name]
         probe = make(PROBES, spec, f"probes.{task.name}")
+        before = len(bench.diverged)
         try:
             for row in probe(bench):
                 rows.append({"kind": "probe", "probe": task.name, "seed": task.seed, **row})
@@ -214,6 +215,9 @@ def _do(science: str, out: str, task: Task, tell: Tell) -> None:
             if ":" not in spec["name"]:
                 raise
             raise StudyError(f"probes.{task.name}: {spec['name']} raised {said(error)}") from error
+        if len(bench.diverged) > before:  # which of the rows they decided only the probe knows
+            rows = [row | {"diverged": len(bench.diverged) - before} for row in rows]
+            tell(f"{task.name}, seed {task.seed}: {len(bench.diverged) - before} trainings diverged")
     else:
         walk = arms.searched if task.stage == "search" else arms.trained
         for row in walk(bench, task.name):
@@ -221,6 +225,7 @@ def _do(science: str, out: str, task: Task, tell: Tell) -> None:
             tell(
                 f"{task.name}, seed {task.seed}, round {row['round']}: density {row['kept'] / row['size']:.4f}, early "
                 f"stop at {row['early_stop']}, validation accuracy {row['validation_accuracy']:.4f}"
+                + (", diverged after it" if "diverged" in row else "")
             )
     store.write_atomic(Path(out) / task.file, ledger.lines(rows))
 

@@ -136,6 +136,8 @@ def walked(
         yield Round(0, bench.full, *trainer.done[0], theta_0, theta_0.floats[: bench.full.size], 0)
     seen: set[float] = set()
     for ticket in found:
+        if ticket.diverged:  # a learned mask; trainings of weights end where they were numbers last
+            raise FloatingPointError(ticket.diverged)
         if ticket.target in seen:  # a chain to a sparser target came through here as well
             continue
         seen.add(ticket.target)

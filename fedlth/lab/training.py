@@ -39,6 +39,7 @@ class Run:
     """A training: where it ended, where its validation loss was lowest, the curve, test accuracy at both places.
 
     previous: the prunable weights at the evaluations before the last, oldest first, as many as were asked for.
+    diverged: it went on to what are no numbers; all of this is of the evaluations before, or of its start.
     """
 
     final: Params
@@ -47,6 +48,7 @@ class Run:
     test: float
     test_final: float
     previous: tuple[np.ndarray, ...] = ()
+    diverged: bool = False
 
     @property
     def early_stop(self) -> Point:
@@ -71,20 +73,26 @@ def train(
     free: bool,
     window: int,
 ) -> Run:
-    """Train and watch; raises FloatingPointError where the weights stop being numbers."""
+    """Train and watch, as far as weights and loss are numbers; raises FloatingPointError where they never were."""
     begun = start if free else start.masked(mask)
     states = walk(bench, begun, mask, recipe, data=parts["train"], free=free) or [begun]
-    curve = []
+    curve: list[Point] = []
     for number, state in enumerate(states, 1):
         done = min(recipe.first + number * recipe.train.evaluate_every, recipe.end)
         accuracy, loss = _watched(bench, state, recipe, parts["validation"])
         if not (np.isfinite(state.floats).all() and math.isfinite(loss)):
-            raise FloatingPointError(f"training diverged at iteration {done}, learning rate {recipe.train.lr}")
+            break
         curve.append(Point(done, loss, accuracy))
+    diverged, states = len(curve) < len(states), states[: len(curve)]
+    if not states:
+        accuracy, loss = _watched(bench, begun, recipe, parts["validation"])
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"training began with loss {loss}, learning rate {recipe.train.lr}")
+        states, curve = [begun], [Point(recipe.first, loss, accuracy)]
     best = min(range(len(curve)), key=lambda i: curve[i].loss)
     tests = {i: evaluate(bench.fast, states[i], parts["test"])[0] for i in {best, len(states) - 1}}
     older = tuple(state.floats[: mask.size] for state in [begun, *states][-1 - window : -1]) if window else ()
-    return Run(states[-1], states[best], tuple(curve), tests[best], tests[len(states) - 1], older)
+    return Run(states[-1], states[best], tuple(curve), tests[best], tests[len(states) - 1], older, diverged)
 
 
 def _watched(bench: Bench, state: Params, recipe: Recipe, data: Examples) -> tuple[float, float]:
@@ -220,6 +228,7 @@ def packed(run: Run, mask: np.ndarray | None) -> bytes:
         arrays |= {"best": values(run.best), "best_ints": run.best.ints}
     arrays |= {f"previous_{i:03}": old for i, old in enumerate(run.previous)}
     told = {"curve": [asdict(p) for p in run.curve], "test": run.test, "test_final": run.test_final}
+    told |= {"diverged": True} if run.diverged else {}
     return store.pack(arrays, {"run": json.dumps(told)})
 
 
@@ -239,4 +248,5 @@ def unpacked(data: bytes, like: Params, mask: np.ndarray | None) -> Run:
 
     previous = tuple(arrays[name] for name in sorted(arrays) if name.startswith("previous_"))
     curve = tuple(Point(**p) for p in told["curve"])
-    return Run(params("final"), params("best"), curve, told["test"], told["test_final"], previous)
+    found = params("final"), params("best"), curve, told["test"], told["test_final"], previous
+    return Run(*found, told.get("diverged", False))

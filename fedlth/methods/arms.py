@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
 
 from fedlth.methods.fedpm import frozen_weights
+from fedlth.methods.local import Cost, Local
+from fedlth.methods.state import ClientState
 from fedlth.methods.step2 import Result, Step2
+from fedlth.methods.visit import Visit
 from fedlth.params import Params
 from fedlth.tickets.controls import shuffled_mask
 from fedlth.tickets.finder import Finder
+from fedlth.tickets.granularity import Element, Granularity
 from fedlth.tickets.rewind import ToInit
 from fedlth.tickets.schedule import OneShot
 from fedlth.tickets.search import find
+from fedlth.wire.payload import Content
 
 Arm = Callable[[Step2], Iterator[Result]]
 
@@ -26,28 +32,17 @@ def global_model(step: Step2) -> Iterator[Result]:
 
 def local_only(step: Step2) -> Iterator[Result]:
     """The client alone, from theta_0, for as many epochs as search and fine-tuning take together."""
-    at = len(step.log)
-    epochs = _total_epochs(step)
-    params = step.train(step.anchor("theta_0"), step.local.full, epochs=epochs)
-    yield Result(arm="local", params=params, mask=step.local.full, start="theta_0", epochs=epochs, flops=step.spent(at))
+    yield _trained(step, "local", "theta_0", step.local.full, epochs=_total_epochs(step))
 
 
 def dense(step: Step2) -> Iterator[Result]:
     """The dense twin: the whole model, as many fine-tuning epochs as the ticket's last training."""
-    at = len(step.log)
-    params = step.train(step.theta_g, step.local.full)
-    yield Result(
-        arm="dense", params=params, mask=step.local.full, start="theta_g", epochs=step.plan.epochs, flops=step.spent(at)
-    )
+    yield _trained(step, "dense", "theta_g", step.local.full)
 
 
 def dense_total(step: Step2) -> Iterator[Result]:
     """The dense twin with the search's epochs given to it as well."""
-    at, epochs = len(step.log), _total_epochs(step)
-    params = step.train(step.theta_g, step.local.full, epochs=epochs)
-    yield Result(
-        arm="dense_total", params=params, mask=step.local.full, start="theta_g", epochs=epochs, flops=step.spent(at)
-    )
+    yield _trained(step, "dense_total", "theta_g", step.local.full, epochs=_total_epochs(step))
 
 
 def ticket(step: Step2) -> Iterator[Result]:
@@ -69,33 +64,43 @@ def global_mask(step: Step2) -> Iterator[Result]:
     """The global model's own magnitude mask: not personal at all, and it costs no mask bytes. The hard control."""
     size = step.local.full.size
     for target in step.targets:
-        at = len(step.log)
         mask = step.finder.pick(np.abs(step.theta_g.floats[:size]), step.local.full, step.local.world.layout, target)
-        params = step.train(step.theta_g, mask)
-        yield Result(
-            arm="global_mask", params=params, mask=mask, target=target, start="theta_g",
-            epochs=step.plan.epochs, flops=step.spent(at),
-        )  # fmt: skip
+        yield _trained(step, "global_mask", "theta_g", mask, target=target)
 
 
 def random_ticket(step: Step2) -> Iterator[Result]:
     """A random mask of the ticket's layer counts; the best of three starts, chosen on validation data.
 
     A model that brings its weights has no third start: another draw would be theta_0 again.
+    Where the ticket's search diverged before it had a mask, the counts are those of a random score's.
     """
-    for found in _found("random", step.finder, step):
-        mask = _shuffled(step, found.mask, f"random@{found.target}")
-        starts = {"theta_g": step.theta_g, "theta_0": step.anchor("theta_0")}
-        if not step.local.world.brought:
-            starts["reinit"] = _rescaled(step, step.local.fresh_init("random ticket"), mask)
-        at = len(step.log)
-        trained = {name: step.train(start, mask) for name, start in starts.items()}
-        accuracy = {name: step.local.val_accuracy(params) for name, params in trained.items()}
-        best = max(accuracy, key=lambda name: accuracy[name])
-        yield replace(
-            found, params=trained[best], mask=mask, start=best, flops=step.spent(at), held=False,
-            search_epochs=(len(starts) - 1) * step.plan.epochs,
-        )  # fmt: skip
+    if not step.masks:
+        deque(_found("ticket", step.finder, step), maxlen=0)
+    layout, full = step.local.world.layout, step.local.full
+    for target, counted, diverged in step.masks:
+        mask = _shuffled(step, counted, f"random@{target}", step.finder.granularity)
+        if diverged:
+            drawn = step.finder.pick(step.local.rng(f"random@{target}").random(full.size), full, layout, target)
+            mask = mask if np.count_nonzero(drawn) == np.count_nonzero(counted) else drawn
+        yield _best_start(step, mask, target)
+
+
+def _best_start(step: Step2, mask: np.ndarray, target: float) -> Result:
+    """Train a mask from each start and return the best by validation accuracy; one that diverges has none."""
+    starts = {"theta_g": step.theta_g, "theta_0": step.anchor("theta_0")}
+    if not step.local.world.brought:
+        starts["reinit"] = _rescaled(step, step.local.fresh_init("random ticket"), mask)
+    at, best, best_accuracy = len(step.log), None, -1.0
+    for name, start in starts.items():
+        found = _trained(step, "random", name, mask, target=target, begin=start)
+        accuracy = -1.0 if found.diverged else step.local.val_accuracy(found.params)
+        if best is None or accuracy > best_accuracy:
+            best, best_accuracy = found, accuracy
+    assert best is not None
+    all_of = step.spent(at)  # of equal trainings
+    searched = step.local.epochs(all_of.steps * (len(starts) - 1) // len(starts))
+    flops, cpu_s = (all_of.flops, all_of.alive_flops), (all_of.cpu_s, best.cpu_s[1])
+    return replace(best, search_epochs=searched, flops=flops, cpu_s=cpu_s)
 
 
 def own(step: Step2) -> Iterator[Result]:
@@ -106,30 +111,19 @@ def own(step: Step2) -> Iterator[Result]:
 
 def own_tuned(step: Step2) -> Iterator[Result]:
     """The same after the fine-tuning epochs, by the method's own local training."""
-    epochs = step.plan.epochs
-    held = step.visit.tune(step.local, step.received, step.state, epochs)
-    yield Result(
-        arm="own_tuned", params=held.params, mask=held.mask, start="own", epochs=epochs,
-        flops=step.flops(held.mask, epochs),
-    )  # fmt: skip
+    yield tuned("own_tuned", step.local, step.visit, step.received, step.state)
 
 
 def own_random(step: Step2) -> Iterator[Result]:
     """The control of `own_tuned`: a random mask of the same layer counts on the same start weights."""
     held = step.visit.own(step.local, step.received, step.state)
-    mask = _shuffled(step, held.mask, "own_random")
-    at = len(step.log)
-    params = step.train(step.theta_g, mask)
-    yield Result(
-        arm="own_random", params=params, mask=mask, start="theta_g", epochs=step.plan.epochs,
-        flops=step.spent(at),
-    )  # fmt: skip
+    yield _trained(step, "own_random", "theta_g", _shuffled(step, held.mask, "own_random", granularity_of(step.visit)))
 
 
 def frozen_random(step: Step2) -> Iterator[Result]:
     """The control of learnt masks: a random mask of the same layer counts on the same frozen weights."""
     held = step.visit.own(step.local, step.received, step.state)
-    mask = _shuffled(step, held.mask, "frozen_random")
+    mask = _shuffled(step, held.mask, "frozen_random", granularity_of(step.visit))
     params = frozen_weights(step.local.world).masked(mask)
     yield Result(arm="frozen_random", params=params, mask=mask, start="frozen")
 
@@ -151,6 +145,45 @@ ARMS: Mapping[str, Arm] = {
 }
 
 
+def tuned(arm: str, local: Local, visit: Visit, received: Content, state: ClientState, target: float = 1.0) -> Result:
+    """Return a method's own model after its own training of step 2."""
+    held, at, diverged = visit.own(local, received, state), len(local.log), False
+    try:
+        held = visit.tune(local, received, state, local.personal_plan)
+    except FloatingPointError:
+        diverged = True
+    cost = sum(local.log[at:], Cost())
+    return Result(
+        arm=arm, params=held.params, mask=held.mask, target=target, start="own",
+        epochs=local.epochs(cost.steps), flops=(cost.flops, cost.alive_flops), cpu_s=(cost.cpu_s, cost.cpu_s),
+        diverged=diverged,
+    )  # fmt: skip
+
+
+def granularity_of(visit: Visit) -> Granularity:
+    """Return of what a method's masks are made: single weights, where it does not say otherwise."""
+    made: Granularity = getattr(visit, "granularity", Element())
+    return made
+
+
+def _trained(
+    step: Step2, arm: str, start: str, mask: np.ndarray, *, target: float = 1.0, epochs: int | None = None,
+    begin: Params | None = None,
+) -> Result:  # fmt: skip
+    """Train a mask once, from the weights named `start` or given as `begin`."""
+    at, diverged = len(step.log), False
+    params = step.anchor(start) if begin is None else begin
+    try:
+        params = step.train(params, mask, epochs=epochs)
+    except FloatingPointError:
+        diverged = True
+    cost = step.spent(at)
+    return Result(
+        arm=arm, params=params, mask=mask, target=target, start=start, epochs=step.local.epochs(cost.steps),
+        flops=(cost.flops, cost.alive_flops), cpu_s=(cost.cpu_s, cost.cpu_s), diverged=diverged,
+    )  # fmt: skip
+
+
 def _found(arm: str, finder: Finder, step: Step2) -> Iterator[Result]:
     began, chain = len(step.log), 0
     search = find(
@@ -169,24 +202,29 @@ def _found(arm: str, finder: Finder, step: Step2) -> Iterator[Result]:
     for found in search:
         if found.chain != chain:
             began, chain = before, found.chain
-        own = step.plan.epochs if getattr(finder.rewind, "trains", True) else 0
-        epochs = sum(e for _, _, e in step.log[began:])
+        whole, last = step.spent(began), Cost()
+        if getattr(finder.rewind, "trains", True) and step.log[began:]:
+            last = whole if finder.moves else step.log[-1]  # the parts of one training are one training
+        if arm == "ticket":
+            step.masks.append((found.target, found.mask, bool(found.diverged)))
         yield Result(
-            arm=arm, params=found.params, mask=found.mask, target=found.target, start=found.start, epochs=own,
-            search_epochs=epochs - own, flops=step.spent(began), held=finder.dead.holds,
-            cpu_s=(sum(step.cpu[began:]), step.cpu[-1] if own else 0.0),
+            arm=arm, params=found.params, mask=found.mask, target=found.target, start=found.start,
+            epochs=step.local.epochs(last.steps), search_epochs=step.local.epochs(whole.steps - last.steps),
+            flops=(whole.flops, whole.alive_flops), held=finder.dead.holds and not found.diverged,
+            cpu_s=(whole.cpu_s, last.cpu_s), diverged=bool(found.diverged),
         )  # fmt: skip
         before = len(step.log)
 
 
 def _total_epochs(step: Step2) -> int:
     """Return the epochs of the longest search plus its last training."""
-    return step.plan.epochs * max(1, step.finder.trainings(step.targets)[0])
+    trained = step.plan.epochs * step.finder.trainings(step.targets)[0] + step.finder.learned(step.targets)[0]
+    return trained or step.plan.epochs
 
 
-def _shuffled(step: Step2, mask: np.ndarray, what: str) -> np.ndarray:
-    """Return a random mask with the same count in every layer."""
-    return shuffled_mask(mask, step.local.world.layout, step.local.rng(what), step.finder.granularity)
+def _shuffled(step: Step2, mask: np.ndarray, what: str, granularity: Granularity) -> np.ndarray:
+    """Return a random mask with the same count in every layer, of whole groups where the mask is of groups."""
+    return shuffled_mask(mask, step.local.world.layout, step.local.rng(what), granularity)
 
 
 def _rescaled(step: Step2, params: Params, mask: np.ndarray) -> Params:

@@ -16,8 +16,8 @@ from fedlth.methods.local import Local
 from fedlth.methods.state import ClientState
 from fedlth.methods.visit import Own, Visited
 from fedlth.params import Params
-from fedlth.supermask import learn
 from fedlth.tickets.evidence import Lesson
+from fedlth.train import Plan
 from fedlth.wire.payload import Content
 from fedlth.world import World
 
@@ -43,7 +43,10 @@ def first_scores(world: World) -> Params:
 
 @dataclass(frozen=True)
 class ScoreVisit:
-    """Train scores through sampled masks (straight-through), send one sampled mask."""
+    """Train scores through sampled masks (straight-through), send one sampled mask.
+
+    Of a plan only the epochs count: scores have another unit than weights, and their own rate `lr`.
+    """
 
     lr: float
     sends: str = "mask"
@@ -58,8 +61,8 @@ class ScoreVisit:
     def own(self, local: Local, received: Content, state: ClientState, /) -> Own:
         return self._likely(local, _scores(received))
 
-    def tune(self, local: Local, received: Content, state: ClientState, epochs: int, /) -> Own:
-        return self._likely(local, self._train(local, _scores(received), epochs)[0])
+    def tune(self, local: Local, received: Content, state: ClientState, plan: Plan, /) -> Own:
+        return self._likely(local, self._train(local, _scores(received), plan.epochs)[0])
 
     def _likely(self, local: Local, scores: np.ndarray) -> Own:
         """Return the net of the weights that are more likely there than not (no dice in an evaluation)."""
@@ -68,10 +71,7 @@ class ScoreVisit:
 
     def _train(self, local: Local, start: np.ndarray, epochs: int) -> tuple[np.ndarray, float]:
         lesson = Lesson(rule="bernoulli", alive=local.full, density=1.0, epochs=epochs, lr=self.lr)
-        return learn(
-            local.world.bound, frozen_weights(local.world), start, data=local.train_part, lesson=lesson,
-            batch_size=local.plan.batch_size, order=local.rng("order"), torch_seed=local.torch_seed("masks"),
-        )  # fmt: skip
+        return local.learn(frozen_weights(local.world), start, lesson)
 
 
 def _scores(received: Content) -> np.ndarray:

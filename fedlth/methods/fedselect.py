@@ -16,13 +16,18 @@ from fedlth.methods.visit import Own, Shrinking, Visited, geometric, private, re
 from fedlth.params import Params
 from fedlth.tickets.score import Movement, Score
 from fedlth.tickets.select import keep_top
+from fedlth.train import Plan
 from fedlth.wire.payload import Content
+from fedlth.world import World
 
 
 @dataclass(frozen=True)
 class SelectVisit:
-    """Alternate an epoch on the personal weights and one on the shared, grow the personal set, send the shared.
+    """Alternate an epoch on what is personal and one on what is shared, grow the personal set, send the shared.
 
+    Personal is what does not cross: the personal weights, and norms where the buffer policy keeps them local. All else,
+    biases and norms too, moves in the shared pass alone, and so do the norms' statistics. While nothing is personal
+    there is no personal pass. Both passes draw the batches that any other training of the same length would.
     Every `every` own visits, in each tensor the `rate` share of shared weights that score highest (moved most) turns
     personal, until `limit` of the tensor is. Every weight stays alive: only the shared mask shrinks.
     """
@@ -42,7 +47,7 @@ class SelectVisit:
         held = self.own(local, received, state)
         shared = state.masks.get("active", local.full)
         val_accuracy = local.val_accuracy(held.params)
-        params, loss = self._alternate(local, held.params, shared, local.plan.epochs)
+        params, loss = self._alternate(local, held.params, shared, local.plan)
         visits = state.visits + 1
         if visits % self.every == 0:
             shared = self._grow(local, held.params, params, shared)
@@ -62,18 +67,28 @@ class SelectVisit:
         floats[: shared.size][~shared] = mine.floats[: shared.size][~shared]
         return Own(replace(merged, floats=floats), local.full)
 
-    def tune(self, local: Local, received: Content, state: ClientState, epochs: int, /) -> Own:
+    def tune(self, local: Local, received: Content, state: ClientState, plan: Plan, /) -> Own:
         held = self.own(local, received, state)
         shared = state.masks.get("active", local.full)
-        return Own(self._alternate(local, held.params, shared, epochs)[0], local.full)
+        return Own(self._alternate(local, held.params, shared, plan)[0], local.full)
 
-    def _alternate(self, local: Local, params: Params, shared: np.ndarray, epochs: int) -> tuple[Params, float]:
-        plan = replace(local.plan, epochs=1)
-        loss = 0.0
-        for epoch in range(epochs):
-            if not shared.all():
-                params = local.train(params, plan=plan, update=~shared, order=f"order/{epoch}/personal").params
-            trained = local.train(params, plan=plan, update=shared, order=f"order/{epoch}/shared")
+    def passes(self, world: World, visits: int) -> int:
+        """Return how many trainings an epoch is to a client after so many own visits."""
+        sizes = [e.size for e in world.layout.prunable]
+        grows = any(min(round(self.rate * size), int(self.limit * size)) for size in sizes)
+        local_norms = not crossing(world, np.ones(world.layout.num_prunable, bool)).all()
+        return 1 + (local_norms or (grows and visits >= self.every))
+
+    def _alternate(self, local: Local, params: Params, shared: np.ndarray, plan: Plan) -> tuple[Params, float]:
+        crosses, steps, loss = crossing(local.world, shared), local.steps_an_epoch, 0.0
+        weights = crosses.size
+        for epoch in range(plan.epochs):
+            # An epoch is a piece of the whole plan, so that batches and rates are those of any other training.
+            piece = replace(plan, first_step=epoch * steps, last_step=(epoch + 1) * steps)
+            if not crosses.all():
+                moved = local.train(params, plan=piece, update=~crosses).params
+                params = replace(params, floats=np.concatenate((moved.floats[:weights], params.floats[weights:])))
+            trained = local.train(params, plan=piece, update=crosses)
             params, loss = trained.params, trained.loss
         return params, loss
 
@@ -87,3 +102,14 @@ class SelectVisit:
             count = min(round(self.rate * int(here.sum())), max(0, room))
             grown[e.slice] &= ~keep_top(score[e.slice], here, count)
         return grown
+
+
+def crossing(world: World, shared: np.ndarray) -> np.ndarray:
+    """Return (num_params,) bool: the parameters that cross, given which weights do, `shared` (num_prunable,) bool."""
+    names = {e.name for e in world.exchange.floats}
+    crosses = np.ones(world.layout.num_params, bool)
+    for e in world.layout.floats:
+        if e.trainable and e.name not in names:  # a frozen part moves in neither pass, whether it crosses or not
+            crosses[e.slice] = False
+    crosses[: shared.size] &= shared
+    return crosses

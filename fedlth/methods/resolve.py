@@ -117,6 +117,11 @@ def resolve(study: Study) -> tuple[Study, list[str]]:
         replace(finder, rewind=ToInit())  # says so where the finder's other parts forbid it
     _check_counts(study)
     _check_anchor(study, recipe, finder)
+    p = study.personalise
+    if recipe.space == "scores" and "own_tuned" in arms and (p.lr is not None or p.schedule != "constant"):
+        notes.append(
+            f"personalise.lr and .schedule: have no effect on own_tuned, whose scores have {recipe.name}'s own rate"
+        )
     if recipe.name == "sub_fedavg" and study.train.epochs < 2:
         notes.append("train.epochs: with 1, sub_fedavg's two masks are the same epoch's, and nothing is pruned")
     return study, notes

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from fedlth.errors import StudyError
-from fedlth.methods.local import Local
+from fedlth.methods.local import Cost, Local
 from fedlth.methods.state import ClientState
 from fedlth.methods.visit import Visit
 from fedlth.network import DataNetwork
 from fedlth.params import Params
 from fedlth.tickets.finder import Finder
 from fedlth.tickets.search import Walked
-from fedlth.train import Plan, batches
+from fedlth.train import Plan
 from fedlth.wire.payload import Content
 
 
@@ -25,8 +24,10 @@ class Result:
     """One row of step 2: a model and what it cost.
 
     `target` is the density asked for (1 where the method decides). `flops` are those of all trainings that lead
-    here, forward and backward, counted dense and by what is alive. `cpu_s` are the CPU seconds of the same trainings,
-    and of the last of them: a fact of this machine, never of the result. `held`: dead weights may be other than zero.
+    here, forward and backward, counted dense and by what is alive; `epochs` those of the last training, or of the one
+    that was chosen, `search_epochs` those of the others: all as really spent. `cpu_s` are the CPU seconds of the same
+    trainings, and of the last of them: a fact of this machine, never of the result. `held`: dead weights may be other
+    than zero. `diverged`: there is no such model, for a training did not end in numbers; `params` are where it began.
     """
 
     arm: str
@@ -34,11 +35,12 @@ class Result:
     mask: np.ndarray
     target: float = 1.0
     start: str = ""
-    epochs: int = 0
-    search_epochs: int = 0
+    epochs: float = 0
+    search_epochs: float = 0
     flops: tuple[float, float] = (0.0, 0.0)
     held: bool = False
     cpu_s: tuple[float, float] = (0.0, 0.0)
+    diverged: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,10 @@ class Step2:
     """One client's step 2.
 
     `alive` is the mask of `theta_g` (dense but for methods that learn masks). `train` is a pure function of (start
-    bits, mask, epochs, replay) and remembers: the dense twin is also the first training of every search, so arms
-    share it instead of paying twice. All arms draw the same batches.
+    bits, mask, epochs, replay). `known` remembers what every search begins with, the dense training from `theta_g` or
+    its first steps, so that arms share it instead of paying twice, and nothing else: a model is as large as the number
+    of arms and densities is not bounded. Its cost is told in full to each. `masks` holds what the arm `ticket` has
+    found, as (target, mask, whether it diverged), for its random control. All arms draw the same batches.
     """
 
     local: Local
@@ -59,16 +63,16 @@ class Step2:
     anchors: Mapping[str, Params]
     finder: Finder
     targets: tuple[float, ...]
-    known: dict[bytes, Walked] = field(default_factory=dict)
-    log: list[tuple[float, float, int]] = field(default_factory=list)
-    cost: dict[bytes, float] = field(default_factory=dict)
-    cpu: list[float] = field(default_factory=list)
+    known: dict[Plan, tuple[Walked | str, Cost]] = field(default_factory=dict)
+    masks: list[tuple[float, np.ndarray, bool]] = field(default_factory=list)
 
     @property
     def plan(self) -> Plan:
-        s = self.local.world.study
-        p = s.personalise
-        return replace(self.local.plan, epochs=p.epochs, lr=p.lr or s.train.lr, schedule=p.schedule)
+        return self.local.personal_plan
+
+    @property
+    def log(self) -> list[Cost]:
+        return self.local.log
 
     def anchor(self, name: str) -> Params:
         """Return named weights; the round's own must have been sent."""
@@ -99,33 +103,33 @@ class Step2:
             self.plan, replay_lr=replay_lr, epochs=epochs or self.plan.epochs, first_step=first_step,
             last_step=last_step,
         )  # fmt: skip
-        steps = plan.epochs * self._steps_an_epoch(plan)
+        steps = plan.epochs * self.local.steps_an_epoch
         if last_step is not None and last_step >= steps and not mask.all():
             raise StudyError(
                 f"finder.schedule.every: all moves must come before a training's end; client {self.local.client} has "
                 f"{steps} steps, got a move at {last_step}"
             )
         start = start if held else start.masked(mask)
-        # sha256, which CPUs have instructions for: three times as fast as blake2b on a whole model.
-        state = hashlib.sha256(f"{plan}/{held}".encode() + np.packbits(mask).tobytes())
-        state.update(start.floats.data)
-        state.update(start.ints.data)
-        key = state.digest()
+        shared = start is self.theta_g and bool(mask.all()) and plan.epochs == self.plan.epochs
         window = min(window, plan.epochs)
-        if key not in self.known or len(self.known[key].previous) < window:
-            self.known[key] = self._walked(start, mask, plan, held, window)
-            self.cost[key] = float(self.local.work[-1]["cpu_s"])
+        found = self.known.get(plan) if shared else None
+        if found is None or (isinstance(found[0], Walked) and len(found[0].previous) < window):
+            walked: Walked | str
+            try:
+                walked = self._walked(start, mask, plan, held, window)
+            except FloatingPointError as error:
+                walked = str(error)
+            found = walked, self.log.pop()
+            if shared:
+                self.known[plan] = found
         if last_step is None or not mask.all():  # the first steps of the dense training are paid for there
-            alive = mask | (start.floats[: mask.size] != 0) if held else mask
-            dense, effective = self.flops(alive, plan.epochs)
-            share = ((last_step or steps) - first_step) / steps
-            # The parts of one training are one training: the last has its epochs.
-            self.log.append((share * dense, share * effective, 0 if last_step else plan.epochs))
-            self.cpu.append(self.cost[key])
-        return self.known[key]
+            self.log.append(found[1])
+        if isinstance(found[0], str):
+            raise FloatingPointError(found[0])
+        return found[0]
 
     def _walked(self, start: Params, mask: np.ndarray, plan: Plan, held: bool, window: int) -> Walked:
-        epochs = plan.epochs - plan.first_step // self._steps_an_epoch(plan)
+        epochs = plan.epochs - plan.first_step // self.local.steps_an_epoch
         ends = range(max(0, epochs - window), epochs)
         asked = tuple(e for e in ends if e)
         if held:
@@ -135,31 +139,10 @@ class Step2:
         seen = {0: start.floats, **done.snapshots}
         return Walked(done.params, tuple(seen[e][: mask.size].copy() for e in ends if e in seen))
 
-    def _steps_an_epoch(self, plan: Plan) -> int:
-        return len(batches(self.local.num_train, plan.batch_size, self.local.rng("steps")))
-
     def network(self, at: Params) -> DataNetwork:
-        """Return the network at `at`; what it learns is paid for here."""
+        """Return the network at `at`."""
+        return self.local.network(at)
 
-        def learned(alive: np.ndarray, epochs: int) -> None:
-            self.log.append((*self.flops(alive, epochs), epochs))
-            self.cpu.append(float("nan"))  # not a training of weights, and not timed as one
-
-        return self.local.network(at, learned)
-
-    def flops(self, mask: np.ndarray, epochs: int) -> tuple[float, float]:
-        """Return training FLOPs (dense, by what is alive): 3 forwards an example, the usual count."""
-        world = self.local.world
-        dense = float(world.flops[""])
-        dead = sum(world.flops[e.name] * (1 - _share(mask[e.slice])) for e in world.layout.prunable)
-        scale = 3.0 * self.local.num_train * epochs
-        return dense * scale, (dense - dead) * scale
-
-    def spent(self, since: int) -> tuple[float, float]:
+    def spent(self, since: int) -> Cost:
         """Sum the log from position `since`."""
-        part = self.log[since:]
-        return sum(d for d, _, _ in part), sum(e for _, e, _ in part)
-
-
-def _share(mask: np.ndarray) -> float:
-    return int(np.count_nonzero(mask)) / mask.size
+        return sum(self.log[since:], Cost())

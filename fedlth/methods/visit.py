@@ -10,7 +10,7 @@ import numpy as np
 from fedlth.methods.local import Local
 from fedlth.methods.state import ClientState
 from fedlth.params import Params
-from fedlth.train import Trained
+from fedlth.train import Plan, Trained
 from fedlth.wire.payload import Content
 
 
@@ -33,7 +33,11 @@ class Own:
 
 
 class Visit(Protocol):
-    """A method's client side. `sends` is the kind it uploads; `mirrored` the mask that the server keeps a copy of."""
+    """A method's client side. `sends` is the kind it uploads.
+
+    Two attributes may say more: `granularity`, of what the method's masks are made where that is not single weights;
+    `passes(world, visits)`, how many trainings an epoch is to a client after so many own visits, where it is not one.
+    """
 
     @property
     def sends(self) -> str: ...
@@ -44,8 +48,11 @@ class Visit(Protocol):
         """Return the client's model as it stands after a download."""
         ...
 
-    def tune(self, local: Local, received: Content, state: ClientState, epochs: int, /) -> Own:
-        """Return the client's model after `epochs` more of the method's own local training, nothing uploaded."""
+    def tune(self, local: Local, received: Content, state: ClientState, plan: Plan, /) -> Own:
+        """Return the client's model after more of the method's own local training, nothing uploaded.
+
+        `plan` is that of every arm: its epochs, learning rate and schedule.
+        """
         ...
 
 
@@ -149,7 +156,6 @@ class MaskedVisit:
         mask = state.masks.get("active", local.full)
         return Own(local.world.merge(received_params(received), private(local, state)).masked(mask), mask)
 
-    def tune(self, local: Local, received: Content, state: ClientState, epochs: int, /) -> Own:
+    def tune(self, local: Local, received: Content, state: ClientState, plan: Plan, /) -> Own:
         held = self.own(local, received, state)
-        plan = replace(local.plan, epochs=epochs)
         return Own(local.train(held.params, plan=plan, mask=held.mask).params, held.mask)

@@ -126,6 +126,8 @@ def _flops(results: Results, choice: Choice) -> Cost | None:
         forward = facts.header.flops_forward_per_example
         of = {layer.name: layer.flops_per_example for layer in facts.layers if layer.prunable}
         for row in rows_of(facts, choice).values():
+            if row.diverged:
+                continue
             if not forward or not row.epochs or not row.search_epochs or not of.keys() <= row.layer_density.keys():
                 return None
             alive = forward - sum(cost * (1 - row.layer_density[name]) for name, cost in of.items())

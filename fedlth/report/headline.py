@@ -185,6 +185,10 @@ def honest_notes(results: Results) -> tuple[str, ...]:
             clients = _plural(len(missing), "client")
             notes.append(f"{seed}{clients} without any result ({shown}); means are over the others")
     for found in results.summaries:
+        if found.diverged:
+            at = f"{arm_of(found.choice.arm).label} at {found.choice.target_density:.3g}"
+            clients = f"{found.diverged} of {_plural(found.num_clients, 'client')}"
+            notes.append(f"{at}: the training of {clients} diverged; each counts as a uniform guess among the classes")
         per_seed = found.num_clients / max(found.num_seeds, 1)
         largest = max(one.num_clients / max(one.num_seeds, 1) for one in results.summaries)
         if per_seed < largest:

@@ -25,7 +25,7 @@ SEEDS = "hierarchical bootstrap, seeds first and then the clients of each; over 
 
 
 # the summary table is too wide for a page: what came out, and what it cost
-ACCURACY, COST = SUMMARY_HEADER[:10], SUMMARY_HEADER[:2] + SUMMARY_HEADER[10:]
+ACCURACY, COST = SUMMARY_HEADER[:11], SUMMARY_HEADER[:2] + SUMMARY_HEADER[11:]
 
 
 @dataclass(frozen=True)

@@ -100,9 +100,20 @@ def _changed(section: Mapping[str, Any]) -> str:
 
 
 def alarms(facts: LotteryFacts) -> list[str]:
-    """Say where a mask leaves a layer empty (the network is then cut in two), and how sparse any mask could be."""
+    """Say where a training diverged, where a mask leaves a layer empty, and how sparse any mask could be.
+
+    An empty layer cuts the network in two.
+    """
     told = []
     for arm in facts.arms:
+        lost = {cell.round: count for cell in facts.of(arm) if (count := sum("diverged" in row for row in cell.rows))}
+        if lost:
+            rounds = ", ".join(
+                f"{number} ({count} of {len(facts.config['seeds'])} seeds)" for number, count in lost.items()
+            )
+            told.append(
+                f"Diverged: {arm} at round {rounds}; what stands there is the last evaluation before, or the start."
+            )
         for cell in facts.of(arm):
             kept = [row["layer_kept"] for row in cell.rows]
             empty = [name for name in kept[0] if any(one[name] == 0 for one in kept)]

@@ -66,7 +66,9 @@ def inference_flops_effective(results: Results, choice: Choice) -> float | None:
         dense = facts.header.flops_forward_per_example
         cost = {layer.name: layer.flops_per_example for layer in facts.layers if layer.prunable}
         for row in rows_of(facts, choice).values():
+            if row.diverged:  # there is no such network
+                continue
             if not dense or not cost.keys() <= row.layer_density.keys():
                 return None
             found.append(dense - sum(flops * (1 - row.layer_density[name]) for name, flops in cost.items()))
-    return float(np.mean(found))
+    return float(np.mean(found)) if found else None

@@ -24,7 +24,8 @@ class ArmSummary:
     Every statistic is taken within a seed and then averaged over seeds. Accuracies are shares in [0, 1], on test
     data. None: there was nothing to take it from. weighted_mean: by training examples. worst_decile: mean of the
     lowest tenth of clients (rounded up). hurt_*: share of clients strictly below their own baseline. gap: mean of
-    the participating clients less the unseen ones. Epochs and FLOPs are means a client.
+    the participating clients less the unseen ones. Epochs and FLOPs are means a client. diverged: clients (of every
+    seed) whose training did, which all other statistics but the density count too, as a uniform guess.
     """
 
     choice: Choice
@@ -48,6 +49,7 @@ class ArmSummary:
     train_flops: float
     train_flops_effective: float
     starts: tuple[str, ...]
+    diverged: int = 0
 
     @property
     def density_text(self) -> str:
@@ -132,7 +134,7 @@ def summarise_arm(group: Sequence[Facts], choice: Choice) -> ArmSummary:
     weighted = [np.average(v, weights=[max(r.num_train, 1) for r in t]) for v, t in zip(samples, tables, strict=True)]
     return ArmSummary(
         choice=choice,
-        density=float(np.mean([row.density for row in rows])),
+        density=float(np.mean([row.density for row in rows if not row.diverged] or [choice.target_density])),
         num_seeds=len(tables),
         num_clients=len(rows),
         mean=over_seeds(np.mean, samples),
@@ -152,6 +154,7 @@ def summarise_arm(group: Sequence[Facts], choice: Choice) -> ArmSummary:
         train_flops=float(np.mean([row.train_flops for row in rows])),
         train_flops_effective=float(np.mean([row.train_flops_effective for row in rows])),
         starts=tuple(sorted({row.start for row in rows if row.start})),
+        diverged=sum(row.diverged for row in rows),
     )
 
 

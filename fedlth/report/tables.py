@@ -35,8 +35,8 @@ class Table:
 
 SUMMARY_HEADER = (
     "arm", "density", "mean %", "95 % interval", "sd", "10th pct", "worst decile", "hurt vs global %",
-    "hurt vs local %", "unseen %", "search + tune epochs", "train FLOPs", "train effective", "inference FLOPs",
-    "inference effective",
+    "hurt vs local %", "unseen %", "diverged", "search + tune epochs", "train FLOPs", "train effective",
+    "inference FLOPs", "inference effective",
 )  # fmt: skip
 
 
@@ -56,6 +56,7 @@ def summary_table(results: Results) -> Table:
             percent(found.hurt_global, digits=0),
             percent(found.hurt_local, digits=0),
             percent(found.unseen),
+            str(found.diverged),
             f"{count(found.search_epochs)} + {count(found.epochs)}",
             scaled(found.train_flops, "") if found.train_flops else NOTHING,
             scaled(found.train_flops_effective, "") if found.train_flops_effective else NOTHING,

@@ -92,6 +92,12 @@ class Finder:
         after = [(len(chain) - 1 if self.trains and last else 0) + last for chain in self.chains(targets)]
         return self.dense_first + max(after), self.dense_first + sum(after)
 
+    def learned(self, targets: tuple[float, ...]) -> tuple[int, int]:
+        """Return how many epochs of learning masks the longest chain takes, and how many all of them."""
+        epochs = int(getattr(self.score, "epochs", 0))
+        prunes = [len(chain) for chain in self.chains(targets)] if epochs else [0]
+        return epochs * max(prunes), epochs * sum(prunes)
+
     def pick(self, score: np.ndarray, alive: np.ndarray, layout: Layout, density: float) -> np.ndarray:
         """Return the mask (num_prunable,) of what stays of `alive` at `density`, in whole groups."""
         groups = self.granularity.groups(layout)

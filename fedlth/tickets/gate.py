@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from fedlth.errors import wrong
+from fedlth.errors import StudyError, wrong
 from fedlth.params import Params
 
 
@@ -27,21 +27,44 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Look:
-    """A model after one training: the density in force, the prunes so far; the rest is worked out when asked for."""
+    """A model after one training: the density in force, the prunes so far; the rest is worked out when asked for.
+
+    An older one has let its model go, or a search would hold as many models as it trains: it keeps what it was asked.
+    """
 
     density: float
     prunes: int
-    params: Params
+    params: Params | None
     measure: Callable[[Params], float]
     propose: Callable[[], Proposal]
 
     @cached_property
     def val_accuracy(self) -> float:
-        return self.measure(self.params)
+        return self.measure(self._there())
 
     @cached_property
     def proposal(self) -> Proposal:
+        self._there()
         return self.propose()
+
+    def _there(self) -> Params:
+        if self.params is None:
+            raise StudyError("finder.gate or stop: an older look has only what it was asked while it was the newest")
+        return self.params
+
+    def let_go(self) -> Look:
+        """Return the look without its model."""
+        gone = Look(self.density, self.prunes, None, _nothing, _nothing)
+        if "proposal" in self.__dict__:
+            tied = self.proposal.tied
+            gone.__dict__["proposal"] = Proposal(self.proposal.mask, lambda: tied)
+        if "val_accuracy" in self.__dict__:
+            gone.__dict__["val_accuracy"] = self.val_accuracy
+        return gone
+
+
+def _nothing(*_: object) -> Any:
+    raise AssertionError("there is no model to ask")
 
 
 class Gate(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -28,8 +28,16 @@ class Walked:
     previous: tuple[np.ndarray, ...] = ()
 
 
+class Diverged(FloatingPointError):
+    """A training of a search did not end in numbers; `mask` is the one it trained under."""
+
+    def __init__(self, told: str, mask: np.ndarray) -> None:
+        super().__init__(told)
+        self.mask = mask
+
+
 class TrainFn(Protocol):
-    """A training as a pure function of what it is given."""
+    """A training as a pure function of what it is given; one that diverges raises FloatingPointError."""
 
     def __call__(
         self,
@@ -56,9 +64,9 @@ class Found:
     """A ticket at one target density: its mask (num_prunable,), the weights trained under it, what came before.
 
     `before` is what was scored to find the mask, `fallen` (num_prunable,) each weight at the end of the last training
-    that it took part in. `trainings` counts the trainings of the search, the last one (the
-    ticket's own) not included; `chain` numbers the searches that began anew. The mask's density is the target's,
-    unless a stop came first.
+    that it took part in. `trainings` counts those of the search, the last one (the ticket's own) not included; `chain`
+    numbers the searches that began anew. The mask's density is the target's, unless a stop came first. `diverged` says
+    why there is no ticket, "" where there is one: the mask is then the last of the search, the weights are its start.
     """
 
     target: float
@@ -69,6 +77,7 @@ class Found:
     start: str
     trainings: int
     chain: int = 0
+    diverged: str = ""
 
 
 def find(
@@ -88,11 +97,20 @@ def find(
 
     `network` gives the network with all that is no prunable weight as in given params; scores that look only at
     weights do without. `val_accuracy` is what gates and stops may see. Raises StudyError where a part needs either
-    and there is none.
+    and there is none. A training that diverges ends its chain: what it had still to find is yielded as diverged.
     """
     search = _Search(finder, layout, finder.granularity.groups(layout), anchors, train, rng, network, val_accuracy)
     for number, chain in enumerate(finder.chains(targets)):
-        yield from search.descend(start, start_name, chain, targets, number)
+        left = {d for d in chain if d in targets}
+        try:
+            for found in search.descend(start, start_name, chain, targets, number):
+                left.discard(found.target)
+                yield found
+        except FloatingPointError as error:  # yield outside of it: its frames hold the models
+            told, mask = str(error), error.mask if isinstance(error, Diverged) else np.ones(layout.num_prunable, bool)
+        for target in sorted(left, reverse=True):
+            name, floats = finder.rewind.anchor or start_name, start.floats[: mask.size]
+            yield Found(target, mask, start, start, floats, name, 0, number, told)
 
 
 @dataclass(frozen=True)
@@ -132,7 +150,7 @@ class _Search:
         finder, full = self.finder, np.ones(self.layout.num_prunable, bool)
         at = _State(full, start, Walked(start), 0, start.floats[: full.size])
         if finder.dense_first:
-            at = replace(at, walked=self.train(start, full, replay_lr=True, window=finder.window), trainings=1)
+            at = replace(at, walked=self._trained(start, full, replay_lr=True, window=finder.window), trainings=1)
         good = Found(1.0, full, at.walked.params, start, at.fallen, start_name, max(0, at.trainings - 1), number)
         looks: list[Look] = []
         for index, density in enumerate(chain):
@@ -150,22 +168,29 @@ class _Search:
                 good = replace(good, trainings=at.trainings - 1)
                 yield from (replace(good, target=d) for d in chain[index:] if d in targets)
                 return
+            looks = [look.let_go() for look in looks]
             name = finder.rewind.anchor or start_name
             spent = at.trainings - trained
             good = Found(density, at.mask, at.walked.params, before, at.fallen, name, spent, number)
             if final:
                 yield good
 
+    def _trained(self, start: Params, mask: np.ndarray, **how: Any) -> Walked:
+        try:
+            return self.train(start, mask, **how)
+        except FloatingPointError as error:
+            raise Diverged(str(error), mask) from error
+
     def _waited(self, at: _State, density: float, again: int, prunes: int) -> _State:
         """Train on until the gate opens."""
         looks = [self._look(at, density, again, prunes)]
         while not self.finder.gate(looks):
-            walked = self.train(
+            walked = self._trained(
                 at.walked.params, at.mask, replay_lr=self.finder.rewind.replay_lr, held=at.held,
                 window=self.finder.window,
             )  # fmt: skip
             at = replace(at, began=at.walked.params, walked=walked, trainings=at.trainings + 1)
-            looks.append(self._look(at, density, again, prunes))
+            looks = [*(look.let_go() for look in looks), self._look(at, density, again, prunes)]
         return at
 
     def _pruned(self, at: _State, start: Params, density: float, again: int, final: bool) -> tuple[_State, bool]:
@@ -186,7 +211,7 @@ class _Search:
         first, last = getattr(finder.rewind, "steps", 0), None
         if finder.moves and self._regrow is not None:
             first, last = self._regrow.window(again)
-        walked = self.train(
+        walked = self._trained(
             began, mask, replay_lr=finder.rewind.replay_lr or finder.moves, held=held, window=finder.window,
             first_step=first, last_step=last,
         )  # fmt: skip
@@ -197,7 +222,7 @@ class _Search:
         rewind, size = self.finder.rewind, mask.size
         steps = int(getattr(rewind, "steps", 0))
         if steps:
-            origin = self.train(start, np.ones(size, bool), replay_lr=True, last_step=steps).params
+            origin = self._trained(start, np.ones(size, bool), replay_lr=True, last_step=steps).params
         else:
             origin = left if rewind.anchor is None else self.anchors(rewind.anchor)
         began = changed(rewind, origin, mask, self.layout, self.rng("rewind")).masked(mask)
@@ -225,7 +250,7 @@ class _Search:
         score = self.finder.score
         try:
             values = score(evidence)
-        except (StudyError, MemoryError):
+        except (StudyError, MemoryError, FloatingPointError):  # the last: a mask that is learned may diverge too
             raise
         except Exception as error:  # the user's code may raise anything
             raise StudyError(f"finder.score: {type(score).__name__} fails: {type(error).__name__}: {error}") from error

@@ -9,6 +9,7 @@ import re
 import runpy
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -542,3 +543,32 @@ def test_ray_workers_train_the_same_cohorts(tmp_path: Path) -> None:
     tiny.run(made, tmp_path / "ray", engine=RayEngine(made.ray))
     assert tiny.facts(tmp_path / "ray") == tiny.facts(tmp_path / "here")
     gc.collect()
+
+
+def test_a_members_cpu_seconds_are_those_of_its_share_of_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 7: a member's thread waits while its cohort trains, and its own seconds are next to none."""
+    burnt = 0.1
+
+    def slow(work: Callable[..., Any], asked: Any) -> Any:
+        began = time.thread_time()
+        while time.thread_time() - began < burnt:
+            pass
+        return work(asked)
+
+    monkeypatch.setattr(cohort, "train_together", partial(slow, cohort.train_together))
+    monkeypatch.setattr(cohort, "evaluate_together", partial(slow, cohort.evaluate_together))
+    world = tiny.world(partition={"name": "dirichlet", "alpha": 0.5})
+    members = [Local(world, client, 1, "federate") for client in (0, 1, 2)]
+
+    def step(local: Local) -> None:
+        local.val_accuracy(local.train(world.theta_0, plan=local.plan).params)
+
+    side_by_side([partial(step, m) for m in members], cohort.answer)
+    for kind, sizes in (
+        ("density", [m.num_train for m in members]),
+        ("evaluated", [len(m.val_part[1]) for m in members]),
+    ):
+        shares = [next(one["cpu_s"] for one in m.work if kind in one) for m in members]
+        assert burnt <= sum(shares) < 5 * burnt
+        assert np.argmax(shares) == np.argmax(sizes) and max(shares) / min(shares) > 1.2
+    assert members[0].log[0].cpu_s == members[0].work[0]["cpu_s"]

@@ -20,6 +20,7 @@ from fedlth.errors import StudyError
 from fedlth.lab import bench as bench_module
 from fedlth.lab import runner, study
 from fedlth.lab.search import finder_of
+from fedlth.report.lottery import lottery_text
 from tests.lab import tiny_lottery as tiny
 
 ARMS = {
@@ -205,9 +206,17 @@ def test_a_wrong_study_is_an_error_that_names_the_place(change: dict[str, object
     assert late or not (tmp_path / "run" / "config.yaml").exists(), json.dumps(change)
 
 
-def test_a_training_that_diverges_names_who_trained(tmp_path: Path) -> None:
-    with pytest.raises(StudyError, match=r"search imp, seed 0: training diverged at iteration"):
-        tiny.run(tmp_path / "run", searches={"imp": {"rounds": 1, "train": {"lr": 1e30}}})
+def test_a_training_that_diverges_costs_itself_alone(tmp_path: Path) -> None:
+    """Row 10: it ended the study, the other arms with it."""
+    arms = {"wild": {"of": "imp", "train": {"lr": 1e30}}, "tame": {"of": "imp"}}
+    searches = {"imp": {"rounds": 1}, "lost": {"rounds": 1, "train": {"lr": 1e30}}}
+    probes = {"apart": {"name": "instability", "search": "lost", "rounds": [0], "steps": [0], "alphas": 3}}
+    found = list(map(json.loads, tiny.run(tmp_path / "run", searches=searches, arms=arms, probes=probes).splitlines()))
+    rows = {(row["arm"], row["round"]): row for row in found if row["kind"] == "training"}
+    assert all(row["diverged"] >= 1 for row in found if row["kind"] == "probe")
+    assert {arm for (arm, _), row in rows.items() if row.get("diverged")} == {"wild", "lost"}
+    assert rows["tame", 1]["test_accuracy"] == rows["imp", 1]["test_accuracy"]
+    assert "Diverged: wild at round" in lottery_text(tmp_path / "run")
 
 
 def test_two_probes_may_call_different_tasks_alike(tmp_path: Path) -> None:

@@ -109,10 +109,14 @@ def test_a_training_is_done_once(tmp_path: Path) -> None:
     assert len(list((tmp_path / "trainings").iterdir())) == 2
 
 
-def test_a_diverging_training_is_an_error() -> None:
-    bench = tiny.bench()
-    with pytest.raises(FloatingPointError, match="diverged"):
-        bench.trained(bench.theta_0, bench.full, bench.recipe({"lr": 1e30}))
+def test_a_diverging_training_ends_where_it_was_numbers_last(tmp_path: Path) -> None:
+    """Row 10: it was an error, and ended the whole study."""
+    bench = tiny.bench(tmp_path)
+    recipe = bench.recipe({"lr": 1e30, "evaluate_every": 1})
+    for run in (bench.trained(bench.theta_0, bench.full, recipe) for _ in range(2)):  # done, then read back
+        assert run.diverged and np.isfinite(run.final.floats).all()
+        assert run.curve[-1].iteration < recipe.end and all(np.isfinite(p.loss) for p in run.curve)
+    assert len(bench.diverged) == 2 and not bench.trained(bench.theta_0, bench.full, bench.recipe()).diverged
 
 
 def test_glorot_has_its_variance_and_no_bias() -> None:
