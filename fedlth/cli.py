@@ -176,7 +176,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("study", type=Path, metavar="STUDY.yaml")
     sub.add_argument("override", nargs="*", metavar="key=value")
 
-    text = "Goes on after the last committed round, whatever stopped the run; ends as if it had never stopped."
+    text = (
+        "Goes on after the last committed round, whatever stopped the run; ends as if it had never stopped.\n"
+        "Then, also where the run has ended, visits clients whose machine was lost in the last phase."
+    )
     sub = command("resume", resume, "go on with a run that was stopped", text)
     sub.add_argument("run", type=Path, metavar="RUN")
 

@@ -89,7 +89,7 @@ class FlowerEngine:
     def _part(self, jobs: Sequence[Job]) -> list[Reply | Failure]:
         nodes, run = self._roll.nodes(), self._run_name()
         sent = [self._send(job, nodes.get(job.client), run) for job in jobs]
-        backs = self._exchange([s for s in sent if s is not None])
+        backs = self._exchange([s for s in sent if s is not None], self._timeout_s + GRACE_S)
         return [self._answer(j, s, None if s is None else backs.get(s.id)) for j, s in zip(jobs, sent, strict=True)]
 
     def ready(self) -> None:
@@ -121,30 +121,30 @@ class FlowerEngine:
         except Exception as error:  # whatever a stranger's records make it raise
             return _failure(job, "raised", f"unreadable answer: {one_line(error)}"), back.framed_bytes
 
-    def _exchange(self, sent: Sequence[Sent]) -> dict[str, Back]:
-        """Collect until all have answered, or none has for the time that one step may take.
+    def _exchange(self, sent: Sequence[Sent], limit_s: float) -> dict[str, Back]:
+        """Collect until all have answered, or none has for `limit_s`, the time that one step may take.
 
         Every client bounds its own step, so that even a long queue on one worker shows progress within that time.
         """
         waiting = {s.id for s in sent}
         got: dict[str, Back] = {}
         last = told = time.monotonic()
-        while waiting and time.monotonic() - last < self._timeout_s + GRACE_S:
+        while waiting and time.monotonic() - last < limit_s:
             for back in self._transport.collect(sorted(waiting)):
                 got[back.id] = back
                 waiting.discard(back.id)
                 last = told = time.monotonic()
             if waiting and time.monotonic() - told >= TOLD_EVERY_S:
                 told = time.monotonic()
-                limit = f"the limit is {self._timeout_s + GRACE_S:g} s"
-                self._tell(f"waiting: {len(waiting)} of {len(sent)} answers, none for {told - last:.0f} s; {limit}")
+                late = f"none came for {told - last:.0f} s, the limit is {limit_s:g} s"
+                self._tell(f"waiting for {len(waiting)} of {len(sent)} answers; {late}")
             if waiting:
                 self._pause()
         return got
 
     def _ask(self, nodes: Sequence[int]) -> dict[int, int | str]:
         sent = {n: self._transport.send({HEAD: {BODY: ""}}, node=n, kind="query") for n in nodes}
-        backs = self._exchange(list(sent.values()))
+        backs = self._exchange(list(sent.values()), GRACE_S)  # it asks for no work
         return {n: _partition(backs.get(s.id)) for n, s in sent.items()}
 
     def _pause(self) -> None:

@@ -32,7 +32,7 @@ def recipe_of(study: Study) -> Recipe:
     name = study.method["name"]
     if not isinstance(recipe, Recipe):
         raise StudyError(f"method: {name} must return a fedlth.methods.recipe.Recipe, got {type(recipe).__name__}")
-    for field, names in (("visit", ("__call__", "sends", "own", "tune")), ("aggregate", ("__call__",))):
+    for field, names in (("visit", ("__call__", "sends", "own", "tune")), ("aggregate", ("init", "add", "result"))):
         lacks = [n for n in names if not hasattr(getattr(recipe, field), n)]
         if lacks:
             raise StudyError(f"method: {name}: its {field} must have {lacks[0]}, got {getattr(recipe, field)!r}")

@@ -28,6 +28,7 @@ class Loopback:
     def __init__(self, out: Path, partitions: dict[int, int], step: Callable[[Job], Reply] = client_step) -> None:
         self.out, self.partitions, self.step = out, dict(partitions), step
         self.faults: dict[int, Back | None] = {}  # by partition: what comes back instead
+        self.silent: set[int] = set()  # partitions that do not say which they are
         self.asked: list[int] = []
         self._backs: list[tuple[int, Back]] = []
         self._sent = 0
@@ -40,7 +41,7 @@ class Loopback:
         id, partition = f"m{self._sent}", self.partitions[node]
         if kind == "query":
             self.asked.append(node)
-            back: Back | None = Back(id, records={"head": {"b": partition}})
+            back: Back | None = None if partition in self.silent else Back(id, records={"head": {"b": partition}})
         elif partition in self.faults:
             fault = self.faults[partition]
             back = None if fault is None else Back(id, 9, fault.records, fault.code, fault.reason)
@@ -122,7 +123,7 @@ def test_answers_are_in_job_order_whatever_order_they_came_in(folder: Path) -> N
 def test_a_fault_costs_only_its_own_job(
     folder: Path, back: Back | None, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedlth.engines.flower_engine.GRACE_S", 0.0)
+    monkeypatch.setattr("fedlth.engines.flower_engine.GRACE_S", 0.2)
     transport = Loopback(folder, NODES, echo)
     transport.faults[1] = back
     answers = tiny.answers(engine_over(transport, tiny.study(job_timeout_s=0.2)), jobs())
@@ -154,16 +155,27 @@ def test_a_long_reason_keeps_its_end(folder: Path) -> None:
 
 def test_a_wait_for_answers_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row 30, its brother: a node that has gone was waited for in silence, for an hour unless the study says less."""
-    monkeypatch.setattr("fedlth.engines.flower_engine.GRACE_S", 0.0)
+    monkeypatch.setattr("fedlth.engines.flower_engine.GRACE_S", 0.3)
     monkeypatch.setattr("fedlth.engines.flower_engine.TOLD_EVERY_S", 0.1)
     transport, told = Loopback(folder, NODES, echo), list[str]()
     transport.poll_s, transport.faults[1] = 0.02, None
     engine = FlowerEngine(
-        transport, study=tiny.study(job_timeout_s=0.35), out=folder, tell=told.append, wait_s=1.0,
+        transport, study=tiny.study(job_timeout_s=0.1), out=folder, tell=told.append, wait_s=1.0,
         stop=threading.Event(),
     )  # fmt: skip
     tiny.answers(engine, jobs())
-    assert 2 <= len(told) <= 4 and told[0].startswith("waiting: 1 of 4 answers, none for 0 s; the limit is 0.35 s")
+    assert 2 <= len(told) <= 4 and told[0] == "waiting for 1 of 4 answers; none came for 0 s, the limit is 0.4 s"
+
+
+def test_a_node_that_does_not_say_whom_it_serves_is_not_waited_for_as_for_a_training(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row 30, its brother: a node may hang after its SuperLink was restarted; an hour was the wait for one word."""
+    monkeypatch.setattr("fedlth.engines.flower_engine.GRACE_S", 0.2)
+    transport = Loopback(folder, NODES, echo)
+    transport.silent = {1}
+    with pytest.raises(StudyError, match=r"must serve partition-id 0 to 3, no \[1\]; node 13: no answer"):
+        engine_over(transport).ready()
 
 
 def test_too_few_nodes_are_named(folder: Path) -> None:
