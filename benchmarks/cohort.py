@@ -10,12 +10,12 @@ from functools import partial
 import numpy as np
 import torch
 
-from fedlth.compute import cohort
-from fedlth.compute.cohort_turns import side_by_side
+from fedlth.models.layout import layout_of, read
 from fedlth.models.prunable import prunable_names
 from fedlth.models.registry import build
-from fedlth.params import layout_of, read
-from fedlth.train import Bound, Plan, Trained, train
+from fedlth.training import cohort
+from fedlth.training.lockstep import side_by_side
+from fedlth.training.train import Bound, Plan, Trained, train
 
 SIZES = {"cuda": (1, 2, 4, 8, 16, 32, 64), "cpu": (1, 4, 16)}
 SHAPE, BATCH, DENSITY = (1, 28, 28), 32, 0.2

@@ -20,10 +20,10 @@ BEGAN = float(sys.argv[1])
 
 
 class Watch(MetaPathFinder):
-    """Put a stamp into fedlth.train.train when the product imports it."""
+    """Put a stamp into fedlth.training.train.train when the product imports it."""
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != "fedlth.train":
+        if name != "fedlth.training.train":
             return None
         found = PathFinder.find_spec(name, path, target)
         assert found is not None and found.loader is not None

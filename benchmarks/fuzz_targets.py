@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from fedlth.engines.flower_record import Order, of_answer, of_order, to_answer, to_order
-from fedlth.jobs import Failure, Job, Message, Reply
-from fedlth.params import Entry, Layout, layout_of
+from fedlth.federation.jobs import Failure, Job, Message, Reply
+from fedlth.models.layout import Entry, Layout, layout_of
 from fedlth.wire import metrics, payload
 from fedlth.wire.codec import CODECS, Codec
 from fedlth.wire.errors import PayloadError

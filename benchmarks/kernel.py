@@ -20,16 +20,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedlth.compute import columns as col
-from fedlth.compute import compact, kernel
-from fedlth.compute.graph import compile_layers
-from fedlth.compute.table import LayerTable
-from fedlth.compute.tuned import tune
+from fedlth.kernel import columns as col
+from fedlth.kernel import compact, kernel
+from fedlth.kernel.graph import compile_layers
+from fedlth.kernel.table import LayerTable
+from fedlth.models.layout import layout_of, read
 from fedlth.models.prunable import prunable_names
 from fedlth.models.registry import build
-from fedlth.params import layout_of, read
 from fedlth.tickets.granularity import GRANULARITIES
-from fedlth.train import Bound, Plan, batches, train
+from fedlth.training.train import Bound, Plan, batches, train
+from fedlth.training.tuned import tune
 
 BATCH = 32
 # Ratios to raw torch that a row must reach, by model and density; the last of each is torch, tuned.

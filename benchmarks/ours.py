@@ -11,15 +11,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from fedlth import config, rounds, session
 from fedlth.engines.choose import _engine
-from fedlth.methods.resolve import resolve
-from fedlth.runfolder import RunFolder
+from fedlth.experiment.resolve import resolve
+from fedlth.federation import rounds, session
+from fedlth.storage.run_folder import RunFolder
+from fedlth.study import schema
 
 
 def main() -> None:
     given = json.loads(sys.stdin.readline())
-    study = session.backend(resolve(config.build(given["study"]))[0])[0]
+    study = session.backend(resolve(schema.build(given["study"]))[0])[0]
     with tempfile.TemporaryDirectory(dir=given["folder"]) as place:
         folder, engine = RunFolder(Path(place)), _engine(study)
         folder.create(study)

@@ -11,10 +11,10 @@ from torch import nn
 from fedlth.data.dataset import Dataset
 from fedlth.data.idx import fashion_mnist
 from fedlth.methods.aggregate import FedAvg
-from fedlth.methods.local import Local
-from fedlth.methods.recipe import Recipe
-from fedlth.methods.state import ClientState
-from fedlth.methods.visit import MaskedVisit, Visited
+from fedlth.methods.client_update import MaskedVisit, Visited
+from fedlth.methods.method import Recipe
+from fedlth.storage.client_state import ClientState
+from fedlth.training.local_client import Local
 from fedlth.wire.payload import Content
 
 

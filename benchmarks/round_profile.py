@@ -19,17 +19,19 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from rounds import WORKS, idle_study, study
 
-from fedlth import client, config, entries, session, train
-from fedlth import rounds as loops
 from fedlth.engines.inprocess import InProcess
+from fedlth.experiment.resolve import resolve
+from fedlth.federation import client_step, ledger_rows, session
+from fedlth.federation import rounds as loops
+from fedlth.federation.update_norms import UpdateNorms
 from fedlth.methods.aggregate import CountMean, FedAvg
-from fedlth.methods.resolve import resolve
-from fedlth.methods.state import ClientState
-from fedlth.packs import Packs, Writer
-from fedlth.runfolder import RunFolder
-from fedlth.update_norms import UpdateNorms
+from fedlth.storage.client_state import ClientState
+from fedlth.storage.run_folder import RunFolder
+from fedlth.storage.state_archive import Packs, Writer
+from fedlth.study import schema
+from fedlth.training import train
+from fedlth.training.task import World
 from fedlth.wire import payload
-from fedlth.world import World
 
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "training": [(train, "train")],
@@ -42,10 +44,10 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
         (Packs, "tidy"), (RunFolder, "mirror"), (RunFolder, "packed_mask"),
     ],
     "checkpoint": [(RunFolder, "save_state"), (RunFolder, "commit"), (RunFolder, "drop_params")],
-    "ledger and logs": [(entries, "down"), (entries, "up"), (RunFolder, "append")],
+    "ledger and logs": [(ledger_rows, "down"), (ledger_rows, "up"), (RunFolder, "append")],
     "joining": [(rule, part) for rule in (FedAvg, CountMean) for part in ("init", "add", "result")],
     "distances of updates": [(UpdateNorms, "distances"), (UpdateNorms, "check")],
-    "client: all else": [(client, "client_step")],
+    "client: all else": [(client_step, "client_step")],
     "loop: all else": [(loops.Loop, "_step")],
 }  # fmt: skip
 
@@ -97,7 +99,7 @@ def main() -> None:
     options.add_argument("--data")
     args = options.parse_args()
     tree = idle_study(args) if args.work == "idle" else study(args.work, args.density, False, args.wire, args)
-    made = session.backend(resolve(config.build(tree))[0])[0]
+    made = session.backend(resolve(schema.build(tree))[0])[0]
     spent = Account()
     with tempfile.TemporaryDirectory() as place:
         folder = RunFolder(Path(place))
@@ -126,7 +128,7 @@ def _rebind() -> None:
     """Give what was imported by name the watched function."""
     import fedlth.engines.inprocess as inprocess
 
-    inprocess.client_step = client.client_step
+    inprocess.client_step = client_step.client_step
 
 
 if __name__ == "__main__":

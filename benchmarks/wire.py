@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from fedlth.data.embedded import fashion_slice
+from fedlth.models.layout import Layout, layout_of
 from fedlth.models.registry import build
-from fedlth.params import Layout, layout_of
 from fedlth.wire import payload, varint
 from fedlth.wire.codec import LOSSLESS, LOSSY_SIGN, LOSSY_STEP
 from fedlth.wire.payload import Content

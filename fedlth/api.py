@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fedlth.config import Study, dump, load
 from fedlth.engines.choose import drive, without_effect
 from fedlth.errors import StudyError
-from fedlth.methods.resolve import resolve
-from fedlth.runfolder import RunFolder
-from fedlth.session import prepared, versions
-from fedlth.store import write_atomic
-from fedlth.tickets_file import load_ticket
+from fedlth.experiment.resolve import resolve
+from fedlth.experiment.saved_ticket import load_ticket
+from fedlth.federation.session import prepared, versions
+from fedlth.storage.run_folder import RunFolder
+from fedlth.storage.store import write_atomic
+from fedlth.study.schema import Study, dump, load
+from fedlth.training.task import open_world
 from fedlth.tune import tuned
-from fedlth.world import open_world
 
 __all__ = ["Study", "check", "load", "load_ticket", "resume", "run"]
 

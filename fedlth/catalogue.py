@@ -14,9 +14,9 @@ def _tables() -> dict[str, Mapping[str, Callable[..., Any]]]:
     from fedlth.data.sources import SOURCES
     from fedlth.lab.controls import MASKS
     from fedlth.lab.probes import PROBES
-    from fedlth.methods.arms import ARMS
-    from fedlth.methods.recipes import METHODS
+    from fedlth.methods.table import METHODS
     from fedlth.models.registry import MODELS
+    from fedlth.personalization.arms import ARMS
     from fedlth.tickets.dead import DEADS
     from fedlth.tickets.gate import GATES, STOPS
     from fedlth.tickets.granularity import GRANULARITIES
@@ -95,7 +95,7 @@ def _methods(table: Mapping[str, Callable[..., Any]]) -> list[str]:
 
 def methods_markdown() -> str:
     """Return the method table of README.md and docs/methods.md."""
-    from fedlth.methods.recipes import METHODS
+    from fedlth.methods.table import METHODS
 
     lines = ["| method | what it does | down | up | evaluated | paper |", "|---|---|---|---|---|---|"]
     for name, build in METHODS.items():

@@ -31,8 +31,8 @@ def importing() -> Iterator[None]:
 
 def run(args: argparse.Namespace) -> int:
     with importing():
-        from fedlth.config import load
         from fedlth.data.sources import begin
+        from fedlth.study.schema import load
 
         study = load(args.study, args.override)
         begin(study.data.name, root=study.data.root, options=study.data.options)  # while torch is imported

@@ -8,20 +8,20 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedlth import train
-from fedlth.config import Study
 from fedlth.engines.choose import without_effect
-from fedlth.forecast_bytes import forecast_bytes
-from fedlth.methods.local import Local
-from fedlth.methods.recipe import Recipe
-from fedlth.methods.resolve import arms_of, finder_of, recipe_of
-from fedlth.rounds import steps_of
-from fedlth.server import sample
-from fedlth.session import prepared
+from fedlth.experiment.resolve import arms_of, finder_of, recipe_of
+from fedlth.federation.forecast_bytes import forecast_bytes
+from fedlth.federation.rounds import steps_of
+from fedlth.federation.server import sample
+from fedlth.federation.session import prepared
+from fedlth.methods.method import Recipe
+from fedlth.study.schema import Study
 from fedlth.tickets.finder import Finder
 from fedlth.tickets.rewind import ToInit
 from fedlth.tickets.schedule import OneShot
-from fedlth.world import World, open_world
+from fedlth.training import train
+from fedlth.training.local_client import Local
+from fedlth.training.task import World, open_world
 
 TIMED_STEPS = 5
 SEARCHES: Mapping[str, Callable[[Finder], Finder]] = {

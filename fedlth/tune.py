@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedlth.config import Study, Tune
 from fedlth.engines.choose import drive
 from fedlth.errors import NothingUsable, StudyError
-from fedlth.methods.resolve import main_density, product_arm
-from fedlth.store import write_atomic
+from fedlth.experiment.resolve import main_density, product_arm
+from fedlth.storage.store import write_atomic
+from fedlth.study.schema import Study, Tune
 
 DIVERGED = "diverged"
 

@@ -14,19 +14,22 @@ import pytest
 import torch
 import yaml
 
-from fedlth import api, config, rounds, session, store, tune
+from fedlth import api, tune
 from fedlth.engines import choose
 from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
-from fedlth.methods.resolve import kept_arm, product_arm
+from fedlth.experiment.resolve import kept_arm, product_arm
+from fedlth.federation import rounds, session
 from fedlth.report.diff import diff
-from fedlth.runfolder import RunFolder
+from fedlth.storage import store
+from fedlth.storage.run_folder import RunFolder
+from fedlth.study import schema
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 
 
-def study(out: Path, **sections: Any) -> config.Study:
+def study(out: Path, **sections: Any) -> schema.Study:
     return tiny.study(**sections, out=str(out))
 
 
@@ -35,7 +38,7 @@ def test_seeds_go_on_where_a_stop_left_them(tmp_path: Path, monkeypatch: pytest.
     api.run(study(tmp_path / "whole", seeds=[0, 1, 2]))
     began: list[int] = []
 
-    def stopped(one: config.Study, out: Path, tell: api.Tell, *, again: bool) -> None:
+    def stopped(one: schema.Study, out: Path, tell: api.Tell, *, again: bool) -> None:
         began.append(one.seed)
         if one.seed == 1:
             raise KeyboardInterrupt
@@ -62,7 +65,7 @@ def test_a_folder_is_never_run_over(tmp_path: Path) -> None:
 def test_validation_chooses_the_learning_rate(tmp_path: Path) -> None:
     out = api.run(study(tmp_path / "t", tune={"lr": [1e-6, 0.2], "rounds": 1}))
     chosen = json.loads((out / "tune" / "chosen.json").read_bytes())
-    assert chosen["lr"] == 0.2 and config.load(out / "config.yaml").train.lr == 0.2
+    assert chosen["lr"] == 0.2 and schema.load(out / "config.yaml").train.lr == 0.2
     trial = [json.loads(line) for line in (out / "tune" / "lr-0.2" / "metrics.jsonl").read_bytes().splitlines()]
     kept = [row["val_accuracy"] for row in trial if row["arm"] == "ticket"]
     assert chosen["val_accuracy"]["0.2"] == pytest.approx(sum(kept) / len(kept))
@@ -75,7 +78,7 @@ def test_tuning_goes_on_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyP
     asked = {"tune": {"lr": [0.05, 0.2], "rounds": 1}}
     api.run(study(tmp_path / "whole", **asked))
 
-    def stopped(one: config.Study, out: Path, tell: api.Tell, *, again: bool) -> None:
+    def stopped(one: schema.Study, out: Path, tell: api.Tell, *, again: bool) -> None:
         if one.train.lr == 0.2:
             raise KeyboardInterrupt
         choose.drive(one, out, tell, again=again)
@@ -103,7 +106,7 @@ def test_readme_predicts_with_a_ticket_in_three_lines(tmp_path: Path) -> None:
 def stop_at(monkeypatch: pytest.MonkeyPatch, where: Any, when: Any) -> None:
     """Let the runs of a study go on until one of which `when` is true is to begin."""
 
-    def stopped(one: config.Study, out: Path, tell: api.Tell, *, again: bool) -> None:
+    def stopped(one: schema.Study, out: Path, tell: api.Tell, *, again: bool) -> None:
         if when(one, out):
             raise KeyboardInterrupt
         choose.drive(one, out, tell, again=again)
@@ -142,7 +145,7 @@ def test_a_default_is_no_wish_after_a_resume_of_trials(tmp_path: Path, monkeypat
 def test_what_was_given_is_what_is_dumped() -> None:
     """Row 12: given and default survive a dump of what was given; a full dump makes everything given."""
     made = tiny.of_method("standalone")
-    again = config.build(config.parse(config.dump(made, given_only=True), "dump"))
+    again = schema.build(schema.parse(schema.dump(made, given_only=True), "dump"))
     assert again == made
     for place in ("finder", "finder.densities", "finder.rewind", "ray", "tune.rounds", "train.lr", "train.epochs"):
         assert again.given(place) == made.given(place), place
@@ -155,7 +158,7 @@ def test_what_the_machine_decides_is_decided_once(tmp_path: Path, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         api.run(study(tmp_path / "r", seeds=[0, 1], compute="auto", cohort="auto", device="auto", workers=1))
     monkeypatch.undo()
-    asked, begun = config.load(tmp_path / "r" / api.ASKED), RunFolder(tmp_path / "r" / "seed-0").study()
+    asked, begun = schema.load(tmp_path / "r" / api.ASKED), RunFolder(tmp_path / "r" / "seed-0").study()
     for key in ("compute", "cohort", "device"):
         assert getattr(asked, key) == getattr(begun, key) != "auto", key
 
@@ -185,7 +188,7 @@ def test_a_rate_that_diverges_loses(tmp_path: Path) -> None:
     chosen = json.loads((out / "tune" / "chosen.json").read_bytes())
     assert chosen["lr"] == 0.1 and chosen["val_accuracy"]["1000000.0"] == "diverged"
     assert "tune: lr 1000000.0: diverged" in said
-    assert config.load(out / "config.yaml").train.lr == 0.1
+    assert schema.load(out / "config.yaml").train.lr == 0.1
 
 
 def test_all_rates_diverge(tmp_path: Path) -> None:
@@ -283,7 +286,7 @@ def test_one_lock_for_the_whole_folder(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(api, "write_atomic", second_comes)
     monkeypatch.setattr(api, "drive", lambda *args, **more: None)
     api.run(study(out, train={"lr": 0.01}, seeds=[0, 1]))
-    assert len(refused) == 3 and config.load(out / api.ASKED).train.lr == 0.01
+    assert len(refused) == 3 and schema.load(out / api.ASKED).train.lr == 0.01
     monkeypatch.setattr(api, "drive", lambda *args, **more: api.resume(out))
     with pytest.raises(StudyError, match="another process is running"):
         api.resume(out)
@@ -301,7 +304,7 @@ def test_two_processes_with_seeds_in_one_folder(tmp_path: Path) -> None:
     assert sorted(one.returncode for one in ran) == [0, 2], said
     loser = said[[one.returncode for one in ran].index(2)]
     assert "another process is running this run" in loser or "holds a run already" in loser
-    assert len({config.load(out / f"seed-{s}" / "config.yaml").train.lr for s in (0, 1)}) == 1
+    assert len({schema.load(out / f"seed-{s}" / "config.yaml").train.lr for s in (0, 1)}) == 1
 
 
 def test_runs_started_together_have_each_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,38 +8,29 @@ import sys
 from functools import cache
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fedlth"
-FILES = sorted(PACKAGE.rglob("*.py"))
-# A file imports its own floor and those below; design.md has the reasons.
-FLOORS: list[set[str]] = [
-    {"errors", "__init__", "output"},
-    {"rng", "params", "config", "yaml_text", "ledger", "parts", "store", "jobs", "records"},
-    {"tickets", "wire"},
-    {"data", "models", "compute", "train", "supermask", "network", "world"},
-    {"methods"},
-    {"client", "server", "update_norms", "uplink", "downlink", "entries", "runfolder", "packs", "tickets_file"},
-    {"visits", "rounds", "lab"},
-    {"tensorboard", "session"},
-    {"engines", "forecast", "forecast_bytes", "tune", "api", "report", "catalogue", "cli", "__main__"},
-]
-FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
+FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py"))}
+# From the ground up, as docs/architecture.md draws it: a room imports from itself and from the rooms before it.
+ORDER = (
+    "errors", "output", "rng", "study", "data", "models", "kernel", "wire", "storage", "tickets", "training", "methods",
+    "personalization", "experiment", "federation", "lab", "engines", "report", "forecast", "tune", "catalogue", "api",
+    "__init__", "cli", "__main__",
+)  # fmt: skip
 MOST_LINES = 300
 
 
-def room(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def room(name: str) -> str:
+    return name.split(".")[1]
 
 
 @cache
-def parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
+def parsed(name: str) -> ast.Module:
+    return ast.parse(FILES[name].read_text(encoding="utf-8"))
 
 
 @cache
-def imports(path: Path, *, eager: bool = False) -> set[str]:
+def imports(name: str, *, eager: bool = False) -> frozenset[str]:
     """Return every module that a file imports; `eager` leaves out what stands in functions or under TYPE_CHECKING."""
     found: set[str] = set()
 
@@ -51,69 +42,84 @@ def imports(path: Path, *, eager: bool = False) -> set[str]:
         if isinstance(node, ast.Import):
             found.update(a.name for a in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
             found.update(f"{node.module}.{a.name}" for a in node.names)
         for child in ast.iter_child_nodes(node):
             visit(child)
 
-    visit(parsed(path))
-    return found
+    visit(parsed(name))
+    return frozenset(found)
+
+
+@cache
+def files_of(name: str) -> frozenset[str]:
+    """Return the files of the package that a file imports, wherever in it the import stands."""
+    def owner(module: str) -> str:
+        above = module.rpartition(".")[0]
+        return next((f for f in (module, f"{module}.__init__", above, f"{above}.__init__") if f in FILES), "")
+
+    return frozenset(map(owner, imports(name))) - {"", name}
+
+
+def tops(modules: frozenset[str]) -> set[str]:
+    return {m.partition(".")[0] for m in modules}
 
 
 def dotted(node: ast.expr) -> str:
     return f"{dotted(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else getattr(node, "id", "")
 
 
-def rooms_of(modules: set[str]) -> set[str]:
-    parts = [m.split(".") for m in modules if m.startswith("fedlth.")]
-    return {p[1] for p in parts if p[1] in FLOOR}
+def test_every_room_has_its_place_and_few_files_are_none() -> None:
+    assert {room(f) for f in FILES} == set(ORDER)
+    assert sum(p.is_file() for p in PACKAGE.iterdir() if p.suffix == ".py") <= 10
 
 
-def tops(modules: set[str]) -> set[str]:
-    return {m.partition(".")[0] for m in modules}
+def test_imports_go_down() -> None:
+    place = {name: i for i, name in enumerate(ORDER)}
+    up = [(f, other) for f in FILES for other in files_of(f) if place[room(other)] > place[room(f)]]
+    assert not up, "\n".join(f"{f} imports {other}, a room above it" for f, other in sorted(up))
 
 
-def test_every_file_has_its_floor() -> None:
-    assert {room(f) for f in FILES} - set(FLOOR) == set()
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_go_down(path: Path) -> None:
-    own = FLOOR[room(path)]
-    above = {r for r in rooms_of(imports(path)) if FLOOR[r] > own}
-    assert not above, f"{path.name} stands on floor {own} and imports {above}"
+def test_no_circle_of_files() -> None:
+    """Take away files that import nothing that is left, or that nothing left imports: what remains is a circle."""
+    left = set(FILES)
+    while free := {f for f in left if not files_of(f) & left or not any(f in files_of(o) for o in left)}:
+        left -= free
+    assert not left, f"these import each other in a circle: {sorted(left)}"
 
 
 def test_rooms_that_must_not_know_each_other() -> None:
-    for path in FILES:
-        seen, known = imports(path), rooms_of(imports(path))
-        if room(path) == "tickets":
-            assert not known & {"train", "methods", "wire", "world", "models", "data"}, path
-        if room(path) == "wire":
-            assert not known & {"methods", "tickets"}, f"{path}: the wire knows kinds, never methods"
-        if room(path) == "report":
-            assert not tops(seen) & {"torch", "ray", "flwr"}, path
-        if room(path) == "methods":
-            assert not known & {"client", "server", "engines", "rounds"}, path
+    for name in FILES:
+        known = {room(f) for f in files_of(name)}
+        if room(name) == "kernel":
+            assert known <= {"kernel", "models"}, f"{name}: the kernel knows values alone, got {known}"
+        if room(name) == "tickets":
+            assert not known & {"training", "methods", "wire", "data"}, name
+        if room(name) == "wire":
+            assert not known & {"methods", "tickets", "training"}, f"{name}: the wire knows kinds, never methods"
+        if room(name) == "report":
+            assert not tops(imports(name)) & {"torch", "ray", "flwr"}, name
+            assert known <= {"report", "storage", "study", "errors", "rng"}, f"{name}: {known}"
+        if room(name) == "storage":
+            assert "torch" not in tops(imports(name, eager=True)), f"{name}: a report reads facts without torch"
 
 
 def test_ray_and_flower_live_in_their_engines() -> None:
-    using = {name: {str(p.relative_to(PACKAGE)) for p in FILES if name in tops(imports(p))} for name in ("ray", "flwr")}
-    assert len(using["flwr"]) == 1 and all(p.startswith("engines/flower") for p in using["flwr"]), using
-    assert len(using["ray"]) == 1 and all(p.startswith("engines/ray") for p in using["ray"]), using
+    using = {top: {f for f in FILES if top in tops(imports(f))} for top in ("ray", "flwr")}
+    assert len(using["flwr"]) == 1 and all(f.startswith("fedlth.engines.flower") for f in using["flwr"]), using
+    assert len(using["ray"]) == 1 and all(f.startswith("fedlth.engines.ray") for f in using["ray"]), using
 
 
-@pytest.mark.parametrize("name", ["cli", "__main__", "config", "ledger", "errors", "rng", "catalogue"])
-def test_light_files_import_nothing_heavy(name: str) -> None:
-    assert not tops(imports(PACKAGE / f"{name}.py", eager=True)) & {"torch", "ray", "flwr", "scipy", "matplotlib"}
+def test_light_files_import_nothing_heavy() -> None:
+    for name in ("cli", "__main__", "__init__", "study.schema", "storage.ledger", "errors", "rng", "catalogue"):
+        assert not tops(imports(f"fedlth.{name}", eager=True)) & {"torch", "ray", "flwr", "scipy", "matplotlib"}, name
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_files_are_short_and_say_what_they_are_for(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert text.count("\n") <= MOST_LINES
-    assert ast.get_docstring(parsed(path)) and text.startswith('"""')
-    assert path.stem not in ("utils", "helpers", "base", "common")
+def test_files_are_short_and_say_what_they_are_for() -> None:
+    for name, path in FILES.items():
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= MOST_LINES, f"{name}: one idea a file, at most {MOST_LINES} lines"
+        assert ast.get_docstring(parsed(name)) and text.startswith('"""'), f"{name}: its first line says what it is for"
+        assert path.stem not in ("utils", "helpers", "base", "common"), name
 
 
 def test_help_is_light_and_quick() -> None:
@@ -132,12 +138,10 @@ def test_help_is_light_and_quick() -> None:
 
 
 def test_nothing_unpickles_or_uses_global_randomness() -> None:
-    for path in FILES:
-        known = imports(path)
-        calls = {dotted(n.func) for n in ast.walk(parsed(path)) if isinstance(n, ast.Call)}
-        assert "torch.load" not in calls, path
+    for name, path in FILES.items():
+        calls = {dotted(n.func) for n in ast.walk(parsed(name)) if isinstance(n, ast.Call)}
+        assert "torch.load" not in calls, name
         if path.name != "unpickle.py":
-            assert not {"pickle.load", "pickle.loads", "cloudpickle.loads"} & calls, path
-        assert not {"np.random.seed", "np.random.default_rng", "random.seed"} & calls, path
-        if path.name != "tickets_file.py":  # which puts the caller's generator back after a user's code has run
-            assert "random" not in known, path
+            assert not {"pickle.load", "pickle.loads", "cloudpickle.loads"} & calls, name
+        assert not {"np.random.seed", "np.random.default_rng", "random.seed"} & calls, name
+        assert "random" not in tops(imports(name)), name

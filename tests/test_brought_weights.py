@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from fedlth import api, forecast, session
+from fedlth import api, forecast
 from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
+from fedlth.federation import session
 from fedlth.lab import runner
-from fedlth.methods.local import Local
+from fedlth.training.local_client import Local
 from tests import tiny
 from tests.lab import tiny_lottery
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from fedlth import config
 from fedlth.errors import StudyError
-from fedlth.methods.resolve import resolve
+from fedlth.experiment.resolve import resolve
+from fedlth.study import schema
 from tests import tiny
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -48,15 +48,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("sections", "says"), REFUSED, ids=[s for _, s in REFUSED])
 def test_refused_in_one_line_that_names_the_place(sections: dict[str, Any], says: str) -> None:
     with pytest.raises(StudyError, match=f"^here: {says}") as caught:
-        config.build(tiny.tree(**sections), "here")
+        schema.build(tiny.tree(**sections), "here")
     assert "\n" not in str(caught.value)
 
 
 def test_required_and_not_a_mapping() -> None:
     with pytest.raises(StudyError, match="here: clients: required, but missing"):
-        config.build({}, "here")
+        schema.build({}, "here")
     with pytest.raises(StudyError, match="here: must be a mapping of sections, got list"):
-        config.build([], "here")
+        schema.build([], "here")
 
 
 @pytest.mark.parametrize(
@@ -75,29 +75,29 @@ def test_refused_text(tmp_path: Path, text: str, says: str) -> None:
     file = tmp_path / "s.yaml"
     file.write_text(text)
     with pytest.raises(StudyError, match=says) as caught:
-        config.load(file)
+        schema.load(file)
     assert str(caught.value).startswith(f"{file}: ") and "\n" not in str(caught.value)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="no such study file"):
-        config.load(tmp_path / "none.yaml")
+        schema.load(tmp_path / "none.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"study: caf\xe9\n")
     with pytest.raises(StudyError, match="cannot be read as UTF-8"):
-        config.load(tmp_path / "latin.yaml")
+        schema.load(tmp_path / "latin.yaml")
 
 
 def test_numbers_as_people_write_them(tmp_path: Path) -> None:
     file = tmp_path / "s.yaml"
     file.write_text("clients: {count: 2}\ntrain: {lr: 1e-3, weight_decay: 5E-4, momentum: .5}\n")
-    study = config.load(file)
+    study = schema.load(file)
     assert (study.train.lr, study.train.weight_decay, study.train.momentum) == (0.001, 0.0005, 0.5)
 
 
 def test_overrides(tmp_path: Path) -> None:
     file = tmp_path / "s.yaml"
     file.write_text("clients: {count: 2}\npartition: iid\nmodel: mlp\n")
-    study = config.load(
+    study = schema.load(
         file,
         ["train.lr=1e-2", "partition.seed=3", "seeds=[0, 1]", "finder.score.name=snip", "model.options.hidden=[4]",
          "method=fedavg", "out=runs/x=y", "data.root=/data"],
@@ -110,25 +110,25 @@ def test_overrides(tmp_path: Path) -> None:
         ("train.lr=[", "not YAML"), ("train.lrr=3", "train.lrr: unknown key; did you mean lr"),
     ):  # fmt: skip
         with pytest.raises(StudyError, match=says):
-            config.load(file, [wrong])
+            schema.load(file, [wrong])
 
 
 @pytest.mark.parametrize("name", tiny.METHODS)
 def test_what_is_dumped_loads_equal(tmp_path: Path, name: str) -> None:
     study = tiny.of_method(name, finder={"main": 0.5}, seeds=[1, 2], ray={"num_gpus": 0.25})
-    (tmp_path / "s.yaml").write_text(config.dump(study))
-    again = config.load(tmp_path / "s.yaml")
-    assert again.model_dump() == study.model_dump() and config.dump(again) == config.dump(study)
+    (tmp_path / "s.yaml").write_text(schema.dump(study))
+    again = schema.load(tmp_path / "s.yaml")
+    assert again.model_dump() == study.model_dump() and schema.dump(again) == schema.dump(study)
     assert again.science() == study.science()
-    assert config.build(json.loads(study.science())).science() == study.science()
+    assert schema.build(json.loads(study.science())).science() == study.science()
 
 
 def test_the_committed_studies_are_valid() -> None:
     files = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
     assert files
     for file in files:
-        if "lottery" not in config.read_tree(file):  # those are lottery studies, checked in test_docs.py
-            resolve(config.load(file))
+        if "lottery" not in schema.read_tree(file):  # those are lottery studies, checked in test_docs.py
+            resolve(schema.load(file))
 
 
 def test_science_is_what_decides_the_numbers() -> None:

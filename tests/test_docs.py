@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from fedlth import catalogue, config
+from fedlth import catalogue
 from fedlth.cli import parser
+from fedlth.experiment.resolve import finder_of, resolve
 from fedlth.lab import runner
 from fedlth.lab import study as lottery
 from fedlth.lab.controls import MASKS
 from fedlth.lab.probes import PROBES
-from fedlth.methods.arms import ARMS
-from fedlth.methods.resolve import finder_of, resolve
-from fedlth.yaml_text import parse
+from fedlth.personalization.arms import ARMS
+from fedlth.study import schema
+from fedlth.study.yaml_text import parse
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +48,7 @@ def test_links_point_at_files() -> None:
 
 
 CONFIGS = sorted((ROOT / "configs").glob("**/*.yaml"))
-LOTTERIES = [path for path in CONFIGS if "lottery" in config.read_tree(path)]
+LOTTERIES = [path for path in CONFIGS if "lottery" in schema.read_tree(path)]
 
 
 @pytest.mark.parametrize("path", LOTTERIES, ids=lambda p: p.name)
@@ -59,9 +60,9 @@ def test_every_lottery_config_is_one(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path not in LOTTERIES], ids=lambda p: p.name)
 def test_every_config_is_a_study_without_dead_sections(path: Path) -> None:
-    study, notes = resolve(config.load(path))
+    study, notes = resolve(schema.load(path))
     assert not [note for note in notes if "no effect" in note]
-    assert config.build(parse(config.dump(study), "dump")) == study
+    assert schema.build(parse(schema.dump(study), "dump")) == study
 
 
 def test_the_listing_names_every_kind() -> None:
@@ -72,7 +73,7 @@ def test_the_listing_names_every_kind() -> None:
 
 def test_every_key_of_a_study_is_documented() -> None:
     text = (ROOT / "docs" / "study.md").read_text()
-    for name, field in config.Study.model_fields.items():
+    for name, field in schema.Study.model_fields.items():
         inner = getattr(field.annotation, "model_fields", {})
         for key in inner:
             assert re.search(rf"`{name}\.[^|]*`|`{name}\.{key}`", text) and key in text, f"{name}.{key}"

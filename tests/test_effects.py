@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from fedlth import api, config
+from fedlth import api
 from fedlth.engines import choose
+from fedlth.experiment import feasible
+from fedlth.experiment.resolve import resolve
 from fedlth.forecast import forecast
-from fedlth.methods import feasible
-from fedlth.methods.resolve import resolve
+from fedlth.study import schema
 from tests import tiny
 
 BARE: dict[str, Any] = {  # a study in which nothing that could be idle is given
@@ -30,7 +31,7 @@ def notes(method: str, **sections: Any) -> list[str]:
         tree[key] = {**tree[key], **value} if isinstance(value, dict) and isinstance(tree.get(key), dict) else value
     if method in ("local", "standalone"):
         del tree["federate"]
-    return resolve(config.build(tree))[1]
+    return resolve(schema.build(tree))[1]
 
 
 IDLE: list[tuple[str, dict[str, Any], str]] = [
@@ -130,7 +131,7 @@ def test_a_note_is_said_once_and_not_by_a_resume(tmp_path: Path, monkeypatch: py
     made = tiny.of_method("standalone", seeds=[0, 1], ray={"workers": 3}, workers=1, out=str(tmp_path / "r"))
     said: list[str] = []
 
-    def stopped(one: config.Study, out: Path, tell: api.Tell, *, again: bool) -> None:
+    def stopped(one: schema.Study, out: Path, tell: api.Tell, *, again: bool) -> None:
         if one.seed == 1:
             raise KeyboardInterrupt
         choose.drive(one, out, tell, again=again)

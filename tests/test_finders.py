@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from fedlth import catalogue, config
+from fedlth import catalogue
 from fedlth.errors import StudyError
+from fedlth.experiment.resolve import finder_of, resolve
 from fedlth.forecast import trainings
-from fedlth.methods.arms import ARMS
-from fedlth.methods.local import Local
-from fedlth.methods.resolve import finder_of, resolve
-from fedlth.methods.step2 import Result, Step2
+from fedlth.personalization.arms import ARMS
+from fedlth.personalization.step2 import Result, Step2
+from fedlth.study import schema
 from fedlth.tickets.scope import survivors
-from fedlth.train import Plan, cut
+from fedlth.training.local_client import Local
+from fedlth.training.train import Plan, cut
 from tests import tiny
 from tests.laws.fakes import TABLES
 from tests.test_methods import step2_of
@@ -42,14 +43,14 @@ class Normed(tiny.Small):
     pass
 
 
-def study(kind: str, name: str, **sections: Any) -> config.Study:
+def study(kind: str, name: str, **sections: Any) -> schema.Study:
     parts = {kind: name, **NEEDS.get((kind, name), {})}
     more = NORMED if name == "gamma" else {}
     finder = {**parts, "densities": [0.5, 0.2], **sections.pop("finder", {})}
     return tiny.study(finder=finder, **more, **sections)
 
 
-def tickets(made: config.Study) -> tuple[Step2, list[Result]]:
+def tickets(made: schema.Study) -> tuple[Step2, list[Result]]:
     step = step2_of(resolve(made)[0])
     return step, list(ARMS["ticket"](step))
 
@@ -57,7 +58,7 @@ def tickets(made: config.Study) -> tuple[Step2, list[Result]]:
 @pytest.mark.parametrize(("kind", "name"), EVERY_PART)
 def test_every_part_finds_a_ticket_on_a_client(kind: str, name: str) -> None:
     made = study(kind, name)
-    assert config.build(made.model_dump(mode="json")) == made
+    assert schema.build(made.model_dump(mode="json")) == made
     step, found = tickets(made)
     _, again = tickets(made)
     layout, size = step.local.world.layout, step.local.full.size
@@ -196,7 +197,7 @@ def test_dead_weights_that_hold_a_value_never_move_and_stand_in_the_saved_ticket
             assert (got[~mask] != 0).sum() > 0
     import torch
 
-    from fedlth.tickets_file import load_ticket
+    from fedlth.experiment.saved_ticket import load_ticket
 
     row = next(r for r in tiny.rows(tmp_path / "r", "metrics") if r["client"] == 0 and r["target_density"] == 0.2)
     x, y = world.part(0, "test")

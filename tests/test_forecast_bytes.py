@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 
-from fedlth import config, forecast_bytes
-from fedlth.config import Study
 from fedlth.errors import StudyError
+from fedlth.experiment.resolve import recipe_of, resolve
+from fedlth.federation import forecast_bytes
+from fedlth.federation.forecast_bytes import Bytes, Forecast
 from fedlth.forecast import forecast
-from fedlth.forecast_bytes import Bytes, Forecast
-from fedlth.methods.recipe import Recipe
-from fedlth.methods.recipes import METHODS
-from fedlth.methods.resolve import recipe_of, resolve
-from fedlth.methods.visit import MaskedVisit
-from fedlth.world import open_world
+from fedlth.methods.client_update import MaskedVisit
+from fedlth.methods.method import Recipe
+from fedlth.methods.table import METHODS
+from fedlth.study import schema
+from fedlth.study.schema import Study
+from fedlth.training.task import open_world
 from tests import tiny
 
 WIRES = ("raw", "lossless", "bf16", "f16", "step", "sign")
@@ -142,4 +143,4 @@ def test_the_quickstart_s_bytes_are_as_forecast(tmp_path: Path, name: str, wire:
     less = ["personalise.arms=[global,ticket]", "personalise.epochs=1", "finder.densities=[0.2]", "finder.main=0.2"]
     if name != "quickstart":
         less = ["personalise.arms=[global,own]"]
-    compared(config.load(f"configs/{name}.yaml", [f"wire={wire}", "compute=reference", *less]), tmp_path / "run")
+    compared(schema.load(f"configs/{name}.yaml", [f"wire={wire}", "compute=reference", *less]), tmp_path / "run")

@@ -9,23 +9,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedlth import server, train
-from fedlth.client import client_step, initial, space
-from fedlth.jobs import Failure, Job, Reply
+from fedlth.experiment.resolve import finder_of, recipe_of
+from fedlth.federation import server
+from fedlth.federation.client_step import client_step, initial, space
+from fedlth.federation.jobs import Failure, Job, Reply
 from fedlth.methods.aggregate import Contribution, CountMean, join
-from fedlth.methods.arms import ARMS
 from fedlth.methods.fedpm import frozen_weights
-from fedlth.methods.local import Local
-from fedlth.methods.resolve import finder_of, recipe_of
-from fedlth.methods.server_state import ServerState
-from fedlth.methods.state import ClientState
-from fedlth.methods.step2 import Result, Step2
-from fedlth.params import Params
-from fedlth.runfolder import RunFolder
+from fedlth.models.layout import Params
+from fedlth.personalization.arms import ARMS
+from fedlth.personalization.step2 import Result, Step2
+from fedlth.storage.client_state import ClientState
+from fedlth.storage.run_folder import RunFolder
+from fedlth.storage.server_state import ServerState
 from fedlth.tickets.finder import Finder
+from fedlth.training import train
+from fedlth.training.local_client import Local
+from fedlth.training.task import World
 from fedlth.wire import payload
 from fedlth.wire.payload import Content
-from fedlth.world import World
 from tests import tiny
 
 STILL = {"rounds": 3, "clients_per_round": 2}
@@ -351,7 +352,7 @@ def test_global_mask_is_theta_gs_own_and_equal_for_all_clients() -> None:
 
 def test_ticket_0_and_one_shot_change_one_part_of_the_finder(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[Finder] = []
-    from fedlth.methods import arms
+    from fedlth.personalization import arms
 
     original = arms.find
 
@@ -516,8 +517,8 @@ def halves(compute: str, **sections: Any) -> tuple[Local, np.ndarray]:
 @pytest.mark.parametrize("compute", ["reference", "tuned", "sparse", "cohort"])
 def test_what_is_shared_moves_in_the_shared_pass_alone(compute: str) -> None:
     """Row 5: biases and norms that all clients share moved in the personal pass too."""
-    from fedlth.compute import cohort, cohort_turns
     from fedlth.methods.fedselect import crossing
+    from fedlth.training import cohort, lockstep
 
     if compute == "sparse":
         pytest.importorskip("numba")
@@ -530,7 +531,7 @@ def test_what_is_shared_moves_in_the_shared_pass_alone(compute: str) -> None:
 
         def moved(update: np.ndarray, local: Local = local, way: str = way) -> np.ndarray:
             call = lambda: local.train(local.world.theta_0, plan=local.plan, update=update).params.floats  # noqa: E731
-            return cohort_turns.side_by_side([call, call], cohort.answer)[1] if way == "cohort" else call()
+            return lockstep.side_by_side([call, call], cohort.answer)[1] if way == "cohort" else call()
 
         for update in (crosses, ~crosses):
             floats = moved(update)

@@ -19,15 +19,15 @@ from torch.nn.utils import prune
 from fedlth import rng
 from fedlth.errors import StudyError
 from fedlth.models.flops import layer_flops
+from fedlth.models.layout import Layout, Params, layout_of, read
 from fedlth.models.mlp import mlp
 from fedlth.models.prunable import prunable_names
-from fedlth.network import DataNetwork
-from fedlth.params import Layout, Params, layout_of, read
 from fedlth.tickets.evidence import Evidence, Lesson
 from fedlth.tickets.schedule import Rescore
 from fedlth.tickets.scope import SCOPES, survivors
 from fedlth.tickets.score import SCORES
-from fedlth.train import Bound
+from fedlth.training.loss_probe import DataNetwork
+from fedlth.training.train import Bound
 from tests import tiny
 
 
@@ -155,7 +155,7 @@ def test_a_recurrent_net_has_squared_gradients_too() -> None:
             data={"name": "tests.user_model:sentences"}, model={"name": "tests.user_model:reader", "options": {}}
         ).science()
     )
-    from fedlth.methods.local import Local
+    from fedlth.training.local_client import Local
 
     net = Local(world, 0, 0, "test").network(world.theta_0)
     x, y = net.data

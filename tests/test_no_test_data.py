@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedlth import world as world_module
+from fedlth.training import task as world_module
 from tests import tiny
 
 TEST_COLUMNS = {"test_accuracy", "test_loss"}

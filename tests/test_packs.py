@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedlth.errors import StudyError
-from fedlth.packs import Packs
+from fedlth.storage.state_archive import Packs
 
 
 def filled(root: Path, version: str, clients: range) -> Packs:

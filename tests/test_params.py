@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fedlth.errors import StudyError
-from fedlth.params import Params, layout_of, read, views
+from fedlth.models.layout import Params, layout_of, read, views
 from tests.tiny import Small, small_layout
 from tests.user_model import Reader
 

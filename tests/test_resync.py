@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from fedlth.engines.inprocess import InProcess
-from fedlth.jobs import Failure, Job, Reply
-from fedlth.methods.state import ClientState
+from fedlth.federation.jobs import Failure, Job, Reply
+from fedlth.storage.client_state import ClientState
 from tests import tiny
 from tests.test_transport import Counting, check
 

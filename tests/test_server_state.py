@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedlth import api, session
+from fedlth import api
 from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
+from fedlth.federation import session
+from fedlth.federation.rounds import Loop, open_loop
 from fedlth.forecast import forecast
 from fedlth.methods.aggregate import Contribution, FedAvg
-from fedlth.methods.recipe import Recipe
-from fedlth.methods.server_state import ServerState
-from fedlth.methods.visit import MaskedVisit
-from fedlth.params import Layout, Params
-from fedlth.rounds import Loop, open_loop
-from fedlth.runfolder import RunFolder
+from fedlth.methods.client_update import MaskedVisit
+from fedlth.methods.method import Recipe
+from fedlth.models.layout import Layout, Params
+from fedlth.storage.run_folder import RunFolder
+from fedlth.storage.server_state import ServerState
 from tests import tiny
 
 

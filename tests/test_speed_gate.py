@@ -15,15 +15,16 @@ import numpy as np
 import pytest
 import torch
 
-from fedlth import client, store
-from fedlth.compute import kernel
-from fedlth.compute.graph import compile_layers
-from fedlth.compute.table import LayerTable
 from fedlth.data.dataset import Dataset
+from fedlth.federation import client_step
+from fedlth.kernel import kernel
+from fedlth.kernel.graph import compile_layers
+from fedlth.kernel.table import LayerTable
+from fedlth.models.layout import layout_of, read
 from fedlth.models.prunable import prunable_names
 from fedlth.models.registry import build
-from fedlth.params import layout_of, read
-from fedlth.train import Bound, Plan, batches, train
+from fedlth.storage import store
+from fedlth.training.train import Bound, Plan, batches, train
 from fedlth.wire import payload
 from tests import tiny
 
@@ -48,11 +49,11 @@ def of_a_round(out: Path, clients: int) -> Counter[str]:
     study = tiny.of_method("fedavg", wire="raw", federate=made, clients={"count": 8, "unseen": 0.0, "test_samples": 20})
     folder = tiny.RunFolder(out)
     folder.create(study)
-    from fedlth.rounds import open_loop
+    from fedlth.federation.rounds import open_loop
 
     loop = open_loop(folder, tiny.InProcess(), tiny.quiet)
     loop.run(stop_after=2)
-    client._decoded.cache_clear()
+    client_step._decoded.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         places = {
             "encode": (payload, "encode"), "decode": (payload, "decode"), "fsync": (os, "fsync"),

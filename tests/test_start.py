@@ -33,13 +33,13 @@ def loaded(command: list[str], folder: Path, stop: str) -> set[str]:
 
 
 def test_plain_torch_loads_no_compiler(tmp_path: Path) -> None:
-    found = loaded([*SMOKE, "compute=reference"], tmp_path, "fedlth.train:_in_torch")
+    found = loaded([*SMOKE, "compute=reference"], tmp_path, "fedlth.training.train:_in_torch")
     assert not found & {"numba", "scipy", "torch._dynamo", "torch._inductor", "matplotlib", "ray", "flwr"}
 
 
 def test_the_kernel_is_loaded_without_scipy(tmp_path: Path) -> None:
     pytest.importorskip("numba")
-    found = loaded([*SMOKE, "compute=sparse"], tmp_path, "fedlth.train:_in_kernel")
+    found = loaded([*SMOKE, "compute=sparse"], tmp_path, "fedlth.training.train:_in_kernel")
     assert "numba.np.arraymath" in found
     assert not found & {"scipy.linalg", "torch._dynamo", "torch._inductor", "matplotlib", "ray", "flwr"}
 
@@ -48,7 +48,7 @@ def test_numba_still_finds_scipy_afterwards() -> None:
     pytest.importorskip("numba")
     code = (
         "import numpy as np\n"
-        "from fedlth.wire.jit import load_numba\n"
+        "from fedlth.kernel.late_jit import load_numba\n"
         "load_numba()\n"
         "from numba import njit\n"
         "x = np.eye(3)\n"

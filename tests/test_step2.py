@@ -13,21 +13,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedlth import forecast, train
-from fedlth.client import client_step
+from fedlth import forecast
 from fedlth.errors import StudyError
-from fedlth.jobs import Job
-from fedlth.methods.arms import ARMS
-from fedlth.methods.local import Local, steps_an_epoch
-from fedlth.methods.resolve import recipe_of, resolve
-from fedlth.methods.state import ClientState
-from fedlth.methods.step2 import Result, Step2
+from fedlth.experiment.resolve import recipe_of, resolve
+from fedlth.federation.client_step import client_step
+from fedlth.federation.jobs import Job
+from fedlth.personalization.arms import ARMS
+from fedlth.personalization.step2 import Result, Step2
 from fedlth.report.build import read_results
 from fedlth.report.headline import honest_notes
 from fedlth.report.tables import summary_table
 from fedlth.rng import stream
+from fedlth.storage.client_state import ClientState
 from fedlth.tickets.gate import Look, Proposal
 from fedlth.tickets.search import Walked
+from fedlth.training import train
+from fedlth.training.local_client import Local, steps_an_epoch
 from fedlth.wire.payload import Content
 from tests import tiny
 from tests.test_methods import results, step2_of
@@ -35,7 +36,7 @@ from tests.test_methods import results, step2_of
 
 def personal(made: Any, client: int = 0) -> Step2:
     """Return a step 2 whose client holds a mask of half of the weights, and so has something personal."""
-    step = step2_of(made, client)
+    step = step2_of(made, client_step)
     mask = np.random.default_rng(0).random(step.local.full.size) < 0.5
     kept = {"private": step.theta_g.floats, "private_ints": step.theta_g.ints}
     received = Content(mask, step.theta_g.masked(mask).floats, step.theta_g.ints)
@@ -118,7 +119,7 @@ def test_fedselect_reports_both_of_its_passes() -> None:
 def test_learned_masks_and_parts_of_trainings_are_counted() -> None:
     """Row 3: a score's training counts, here as a method's own and as a search's."""
     made = tiny.of_method("fedpm", personalise={"epochs": 2})
-    from fedlth.client import initial
+    from fedlth.federation.client_step import initial
 
     step = step2_of(made)
     scores = initial(step.local.world, recipe_of(made))
@@ -286,7 +287,7 @@ def test_weights_or_losses_that_are_no_numbers_are_a_divergence(monkeypatch: pyt
     with pytest.raises(FloatingPointError, match=r"training diverged: loss \d"):
         local.train(step.theta_g, plan=one)
     assert local.log[-1].steps > 0, "what it cost is counted"
-    from fedlth.client import _row
+    from fedlth.federation.client_step import _row
 
     huge = replace(step.theta_g, floats=np.full_like(step.theta_g.floats, 1e30))
     row = _row(local, Result(arm="dense", params=huge, mask=local.full))
@@ -346,17 +347,17 @@ def test_an_older_look_keeps_what_it_was_asked() -> None:
 
 def test_a_result_is_let_go_once_it_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Row 33: the client kept every result until its last row was written; it keeps its product alone."""
-    from fedlth import client
+    from fedlth.federation import client_step
 
     alive: list[int] = []
-    original = client._row
+    original = client_step._row
 
     def counting(local: Local, result: Result) -> dict[str, Any]:
         gc.collect()
         alive.append(sum(type(o) is Result for o in gc.get_objects()))
         return original(local, result)
 
-    monkeypatch.setattr(client, "_row", counting)
+    monkeypatch.setattr(client_step, "_row", counting)
     densities = [0.9, 0.7, 0.5, 0.3, 0.1]
     made = resolve(tiny.study(finder={"densities": densities, "main": 0.7}, personalise={"arms": EVERY_ARM}))[0]
     reply = client_step(Job(study=made.science(), phase="personalise", round=1, client=0, inbox=()))

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from fedlth import ledger, store
 from fedlth.errors import StudyError
-from fedlth.ledger import Row
-from fedlth.methods.state import ClientState
+from fedlth.storage import ledger, store
+from fedlth.storage.client_state import ClientState
+from fedlth.storage.ledger import Row
 
 ARRAYS = {"b": np.float32([1, -0.0, 3]), "a": np.uint8([[1, 2]]), "c": np.zeros(0, np.int64)}
 

@@ -14,15 +14,17 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from fedlth import config, session, train, world
 from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
-from fedlth.jobs import Failure, Job, Reply
-from fedlth.methods.resolve import resolve
+from fedlth.experiment.resolve import resolve
+from fedlth.experiment.saved_ticket import load_ticket
+from fedlth.federation import session
+from fedlth.federation.jobs import Failure, Job, Reply
 from fedlth.report import tickets as told
 from fedlth.report.facts import read_run
 from fedlth.report.overlap import read_masks
-from fedlth.tickets_file import load_ticket
+from fedlth.study import schema
+from fedlth.training import task, train
 from tests import tiny, user_model
 from tests.test_user_code import own
 
@@ -83,7 +85,7 @@ def test_frozen_dead_weights_need_the_dense_form() -> None:
 
 MIXED = {"model": {"name": "tests.user_model:Mixed", "options": {}}}
 REFINE = {"refine": {"rounds": 1, "clients_per_round": 2}, "personalise": {"arms": ["ticket"]}}
-RUNS: dict[str, Callable[..., config.Study]] = {
+RUNS: dict[str, Callable[..., schema.Study]] = {
     **{name: lambda name=name, **more: tiny.of_method(name, **more) for name in tiny.METHODS if name != "fedavg"},
     "two_step refined": lambda **more: tiny.of_method("two_step", **REFINE, **more),
     "lotteryfl refined": lambda **more: tiny.of_method("lotteryfl", **REFINE, **more),
@@ -143,8 +145,8 @@ def test_loading_needs_no_data_and_leaves_the_process_alone(tmp_path: Path, monk
     for name in ("images", "study"):  # the data set's factory
         monkeypatch.setattr(tiny, name, None)
     monkeypatch.setattr(user_model, "Mixed", restless)
-    world.forget_worlds()
-    world._divided.cache_clear()
+    task.forget_worlds()
+    task._divided.cache_clear()
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from fedlth import train as training
-from fedlth.params import Params, layout_of, read, views
+from fedlth.models.layout import Params, layout_of, read, views
 from fedlth.rng import stream
-from fedlth.train import Bound, Plan, batches, evaluate, gradient, loss_of
+from fedlth.training import train as training
+from fedlth.training.train import Bound, Plan, batches, evaluate, gradient, loss_of
 from tests.tiny import Small
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fedlth import cli
-from fedlth.jobs import Failure, Job, Message, Reply
+from fedlth.federation.jobs import Failure, Job, Message, Reply
 from tests import tiny
 
 REFINED = ("two_step", "lotteryfl", "sub_fedavg", "fedselect")

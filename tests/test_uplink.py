@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from fedlth.errors import StudyError
-from fedlth.methods.resolve import resolve
-from fedlth.methods.state import ClientState
-from fedlth.params import Layout
-from fedlth.uplink import Uplink
+from fedlth.experiment.resolve import resolve
+from fedlth.federation.uplink import Uplink
+from fedlth.models.layout import Layout
+from fedlth.storage.client_state import ClientState
 from fedlth.wire import payload
 from fedlth.wire.codec import CODECS, Codec
 from fedlth.wire.payload import Content

@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fedlth import rounds, session, train
 from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
-from fedlth.methods.state import ClientState
-from fedlth.params import read
-from fedlth.runfolder import RunFolder
-from fedlth.tickets_file import load_ticket
+from fedlth.experiment.saved_ticket import load_ticket
+from fedlth.federation import rounds, session
+from fedlth.models.layout import read
+from fedlth.storage.client_state import ClientState
+from fedlth.storage.run_folder import RunFolder
+from fedlth.training import train
 from fedlth.wire import mask as bitmap
 from tests import tiny
 

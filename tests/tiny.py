@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedlth import config, session
 from fedlth.engines.cohort import answered
 from fedlth.engines.inprocess import InProcess
-from fedlth.jobs import Again, Answers, Engine, Failure, Job, Reply, never
-from fedlth.methods.resolve import resolve
-from fedlth.params import Layout, layout_of
-from fedlth.runfolder import RunFolder
-from fedlth.world import World, open_world
+from fedlth.experiment.resolve import resolve
+from fedlth.federation import session
+from fedlth.federation.jobs import Again, Answers, Engine, Failure, Job, Reply, never
+from fedlth.models.layout import Layout, layout_of
+from fedlth.storage.run_folder import RunFolder
+from fedlth.study import schema
+from fedlth.training.task import World, open_world
 
 NUM_CLASSES, SIDE = 4, 8
 METHODS: dict[str, dict[str, Any]] = {
@@ -75,11 +76,11 @@ def tree(**sections: Any) -> dict[str, Any]:
     return out
 
 
-def study(**sections: Any) -> config.Study:
-    return config.build(tree(**sections))
+def study(**sections: Any) -> schema.Study:
+    return schema.build(tree(**sections))
 
 
-def of_method(name: str, **sections: Any) -> config.Study:
+def of_method(name: str, **sections: Any) -> schema.Study:
     return study(method={"name": name, **METHODS[name]}, **sections)
 
 
@@ -96,7 +97,7 @@ def quiet(line: str) -> None:
 
 
 def run(
-    made: config.Study, out: Path, *, engine: Engine | None = None, tell: Callable[[str], None] = quiet
+    made: schema.Study, out: Path, *, engine: Engine | None = None, tell: Callable[[str], None] = quiet
 ) -> RunFolder:
     return session.start(made, out, engine or InProcess(), tell)
 

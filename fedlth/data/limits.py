@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedlth.errors import wrong
-from fedlth.records import is_number as is_number
+from fedlth.study.parts import is_number as is_number
 
 
 def check_count(place: str, value: object, least: int = 1) -> None:

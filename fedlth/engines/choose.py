@@ -6,11 +6,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fedlth import session
-from fedlth.config import Study
 from fedlth.engines.forked import Forked, usable_cpus
 from fedlth.engines.inprocess import InProcess
-from fedlth.jobs import Engine
+from fedlth.federation import session
+from fedlth.federation.jobs import Engine
+from fedlth.study.schema import Study
 
 
 def drive(study: Study, out: Path, tell: Callable[[str], None], *, again: bool) -> None:

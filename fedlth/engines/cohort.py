@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 
-from fedlth.jobs import Again, Failure, Job, Reply
+from fedlth.federation.jobs import Again, Failure, Job, Reply
 
 Call = Callable[[], Reply | Failure]
 
@@ -48,9 +48,9 @@ def side_by_side(calls: Sequence[Call]) -> list[Reply | Failure]:
     """Do one cohort's client steps, each of which answers for itself; their time is shared out equally."""
     if len(calls) == 1:
         return [calls[0]()]
-    from fedlth.compute import cohort, cohort_turns
+    from fedlth.training import cohort, lockstep
 
     began = time.perf_counter()
-    answers = cohort_turns.side_by_side(calls, cohort.answer)
+    answers = lockstep.side_by_side(calls, cohort.answer)
     share = (time.perf_counter() - began) / len(calls)
     return [replace(a, seconds=share) if isinstance(a, Reply) else a for a in answers]

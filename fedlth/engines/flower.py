@@ -32,8 +32,6 @@ from flwr.supercore.inflatable.inflatable_object import (  # noqa: E402
 )
 from httpx import HTTPError  # noqa: E402
 
-from fedlth.client import client_step  # noqa: E402
-from fedlth.config import Study  # noqa: E402
 from fedlth.engines import flower_client  # noqa: E402
 from fedlth.engines.flower_client import Step  # noqa: E402
 from fedlth.engines.flower_engine import UNREADABLE, Back, FlowerEngine, Sent  # noqa: E402
@@ -42,8 +40,10 @@ from fedlth.engines.flower_record import BODY, CHUNKED, HEAD, View  # noqa: E402
 from fedlth.engines.flower_session import Task, interruptible, task_of  # noqa: E402
 from fedlth.engines.inprocess import one_line  # noqa: E402
 from fedlth.errors import StudyError  # noqa: E402
-from fedlth.methods.resolve import resolve  # noqa: E402
-from fedlth.world import open_world  # noqa: E402
+from fedlth.experiment.resolve import resolve  # noqa: E402
+from fedlth.federation.client_step import client_step  # noqa: E402
+from fedlth.study.schema import Study  # noqa: E402
+from fedlth.training.task import open_world  # noqa: E402
 
 WORKERS = 2
 SIMULATED_WAIT_S = 10.0  # a simulation registers all its nodes at once, a moment after the ServerApp has started

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedlth.client import client_step
 from fedlth.engines.flower_record import Order, Records, View, of_answer, to_order
 from fedlth.engines.inprocess import attempt, one_line
 from fedlth.errors import StudyError
-from fedlth.jobs import Failure, Job, Reply
-from fedlth.store import Store
-from fedlth.world import forget_worlds
+from fedlth.federation.client_step import client_step
+from fedlth.federation.jobs import Failure, Job, Reply
+from fedlth.storage.store import Store
+from fedlth.training.task import forget_worlds
 
 Step = Callable[[Job], Reply]
 

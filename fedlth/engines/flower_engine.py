@@ -12,13 +12,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
-from fedlth import store
-from fedlth.config import Study
 from fedlth.engines.cohort import answered
 from fedlth.engines.flower_nodes import Roll, Tell
 from fedlth.engines.flower_record import BODY, HEAD, Order, Records, View, of_order, to_answer
 from fedlth.engines.inprocess import one_line
-from fedlth.jobs import Again, Answers, Failure, Job, Reply, never
+from fedlth.federation.jobs import Again, Answers, Failure, Job, Reply, never
+from fedlth.storage import store
+from fedlth.study.schema import Study
 
 DEFAULT_TIMEOUT_S = 3600.0
 GRACE_S = 120.0  # Ray's workers, or a device's process, need up to half a minute before the first step begins

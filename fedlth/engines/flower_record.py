@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedlth.jobs import Failure, Job, Message, Reply
+from fedlth.federation.jobs import Failure, Job, Message, Reply
 
 # A record of records, as a Flower message carries it. Where a payload lies (benchmarks/flower_framing.py measures it):
 # - one client's own in the head's record, which costs 12 to 18 B;

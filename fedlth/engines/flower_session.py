@@ -12,21 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedlth import config, session
 from fedlth.engines.flower_engine import FlowerEngine
 from fedlth.engines.flower_nodes import Tell
 from fedlth.errors import StudyError
-from fedlth.methods.resolve import resolve
-from fedlth.rounds import missing
-from fedlth.runfolder import RunFolder
-from fedlth.world import open_world
+from fedlth.experiment.resolve import resolve
+from fedlth.federation import session
+from fedlth.federation.rounds import missing
+from fedlth.storage.run_folder import RunFolder
+from fedlth.study import schema
+from fedlth.training.task import open_world
 
 
 @dataclass(frozen=True)
 class Task:
     """A study, where it runs, and whether it goes on with a run that is there."""
 
-    study: config.Study
+    study: schema.Study
     out: Path
     resume: bool
 
@@ -53,13 +54,13 @@ def task_of(run_config: Mapping[str, Any], app_dir: Path) -> Task | None:
             f"""run config: out must be an absolute folder: --run-config 'out="/ABS/RUN"', got {str(out)!r}"""
         )
     path = app_dir / str(run_config.get("study", ""))
-    study = config.load(path, shlex.split(str(run_config.get("overrides", ""))))
+    study = schema.load(path, shlex.split(str(run_config.get("overrides", ""))))
     for key, given in (("seeds", study.seeds), ("tune.lr", study.tune.lr)):
         if given:
             raise StudyError(f"{path}: {key} must be empty under flwr run; `fedlth run ... engine=flower` has it")
     if not (out / "config.yaml").exists():
         return Task(study, out, resume=False)
-    there = config.load(out / "config.yaml")
+    there = schema.load(out / "config.yaml")
     if there.science() != resolve(study)[0].science():
         raise StudyError(f"{out}: holds a run of another study; give another out")
     header = out / "header.json"

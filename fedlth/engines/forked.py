@@ -16,8 +16,8 @@ from fedlth.engines.cohort import peeked, size_of
 from fedlth.engines.inprocess import one_line
 from fedlth.engines.pool import Limits, Lost, Pool, Tell, quiet
 from fedlth.engines.worker import Worker
-from fedlth.jobs import Again, Answers, Job, never
-from fedlth.world import open_world
+from fedlth.federation.jobs import Again, Answers, Job, never
+from fedlth.training.task import open_world
 
 START_S = 300.0
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from fedlth.client import client_step
 from fedlth.engines.cohort import answered, cohorts, side_by_side
-from fedlth.jobs import Again, Answers, Failure, Job, Reply, never
+from fedlth.federation.client_step import client_step
+from fedlth.federation.jobs import Again, Answers, Failure, Job, Reply, never
 
 
 def one_line(error: BaseException) -> str:

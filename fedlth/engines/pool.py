@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from fedlth.engines.worker import Born, Parcel
 from fedlth.errors import StudyError
-from fedlth.jobs import Again, Answers, Failure, Job, Reply, never
+from fedlth.federation.jobs import Again, Answers, Failure, Job, Reply, never
 
 AHEAD = 8  # cohorts a worker that may be drawn before the answer that is to be given next
 STARTS = 2  # a place whose worker cannot start twice in a row is given up

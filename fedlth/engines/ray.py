@@ -9,12 +9,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedlth import config
 from fedlth.engines.cohort import peeked, size_of
 from fedlth.engines.pool import Limits, Pool, Tell, quiet
 from fedlth.engines.ray_placement import count, in_use, share_of, shortage, taken
 from fedlth.engines.worker import Worker
-from fedlth.jobs import Again, Answers, Job, never
+from fedlth.federation.jobs import Again, Answers, Job, never
+from fedlth.study import schema
 
 if TYPE_CHECKING:
     from fedlth.engines.ray_cluster import Cluster
@@ -34,7 +34,7 @@ class RayEngine:
 
     def __init__(
         self,
-        ray: config.Ray,
+        ray: schema.Ray,
         *,
         job_timeout_s: float | None = None,
         device: str = "cpu",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from fedlth.jobs import Failure, Job, Message, Reply
+from fedlth.federation.jobs import Failure, Job, Message, Reply
 
 MIB = 2**20
 
@@ -58,8 +58,8 @@ class Worker:
         sys.path += [p for p in path if p not in sys.path]
         if Path(folder).is_dir():  # on another machine it may not be there, and then no path can be relative to it
             os.chdir(folder)
-        importlib.import_module("fedlth.client")
-        from fedlth.world import open_world
+        importlib.import_module("fedlth.federation.client_step")
+        from fedlth.training.task import open_world
 
         if memory_mb is not None:
             limit_memory(memory_mb)
@@ -70,9 +70,9 @@ class Worker:
 
     def step(self, parcels: Sequence[Parcel], study: str, *payloads: bytes) -> list[Reply | Failure]:
         """Do one cohort's jobs."""
-        from fedlth.client import client_step
         from fedlth.engines.cohort import side_by_side
         from fedlth.engines.inprocess import attempt
+        from fedlth.federation.client_step import client_step
 
         same = [self._same(i, p) for i, p in enumerate(payloads)]
         return side_by_side([partial(attempt, client_step, parcel.whole(study, same)) for parcel in parcels])

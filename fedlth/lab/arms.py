@@ -12,7 +12,7 @@ from fedlth.lab.bench import Bench
 from fedlth.lab.controls import MASKS
 from fedlth.lab.search import Round, finder_of, rounds
 from fedlth.lab.training import Run
-from fedlth.parts import make
+from fedlth.study.parts import make
 from fedlth.tickets.dead import DEADS
 from fedlth.tickets.rewind import REWINDS, changed
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fedlth.params import Params
-from fedlth.train import loss_of
+from fedlth.models.layout import Params
+from fedlth.training.train import loss_of
 
 if TYPE_CHECKING:
     from fedlth.lab.bench import Bench, Examples

@@ -15,23 +15,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedlth import store
-from fedlth.compute import kernel
-from fedlth.compute.graph import compile_layers
-from fedlth.compute.table import LayerTable
 from fedlth.data.dataset import Dataset
 from fedlth.data.sources import load
 from fedlth.data.tensors import inputs
 from fedlth.errors import StudyError
+from fedlth.kernel import kernel
+from fedlth.kernel.graph import compile_layers
+from fedlth.kernel.table import LayerTable
 from fedlth.lab.recipe import Recipe
 from fedlth.lab.study import Data, Lottery, build
 from fedlth.lab.training import Run, packed, train, unpacked, walk
 from fedlth.models.flops import layer_flops
 from fedlth.models.initial import brought, drawn, redrawn, refuse, torch_stream
+from fedlth.models.layout import Layout, Params, layout_of, read
 from fedlth.models.prunable import prunable_names
-from fedlth.params import Layout, Params, layout_of, read
 from fedlth.rng import stream, torch_seed
-from fedlth.train import Bound, evaluate
+from fedlth.storage import store
+from fedlth.training.train import Bound, evaluate
 
 Examples = tuple[Tensor, Tensor]
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fedlth.params import Layout
+from fedlth.models.layout import Layout
 from fedlth.tickets.controls import shuffled_mask
 from fedlth.tickets.scope import Layerwise
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedlth.lab import neq
 from fedlth.lab.bench import Bench
-from fedlth.train import Plan, evaluate, train
+from fedlth.training.train import Plan, evaluate, train
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.func import functional_call, hessian
 
 from fedlth.errors import StudyError
-from fedlth.params import Params
+from fedlth.models.layout import Params
 from fedlth.tickets.select import keep_top
-from fedlth.train import Bound, loss_of
+from fedlth.training.train import Bound, loss_of
 
 MOST_WEIGHTS = 2000
 

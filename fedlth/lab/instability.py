@@ -11,7 +11,7 @@ import numpy as np
 from fedlth.errors import wrong
 from fedlth.lab.bench import Bench
 from fedlth.lab.search import rounds
-from fedlth.params import Params
+from fedlth.models.layout import Params
 
 
 def between(one: Params, other: Params, alpha: float) -> Params:

@@ -12,7 +12,7 @@ from fedlth.errors import wrong
 from fedlth.lab.bench import Bench
 from fedlth.lab.search import finder_of, network_of, rounds
 from fedlth.lab.sensitivity import evidence_of
-from fedlth.params import Layout
+from fedlth.models.layout import Layout
 from fedlth.tickets.gate import mask_distance
 
 

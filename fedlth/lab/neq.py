@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fedlth.errors import wrong
-from fedlth.params import Layout, Params
-from fedlth.train import Bound, Plan, batches, loss_of
+from fedlth.models.layout import Layout, Params
+from fedlth.training.train import Bound, Plan, batches, loss_of
 
 # A transposed convolution's weight has its inputs first: a unit is no row there, and none of it rests.
 UNITS_FIRST = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -10,7 +10,7 @@ from fedlth.lab.arms import controlled
 from fedlth.lab.attack import evaluate_attacked
 from fedlth.lab.bench import Bench
 from fedlth.lab.search import rounds
-from fedlth.params import Params
+from fedlth.models.layout import Params
 
 
 @dataclass(frozen=True)

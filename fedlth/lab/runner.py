@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from fedlth import ledger, output, store
+from fedlth import output
 from fedlth.data.factory import told as said
 from fedlth.errors import StudyError
 from fedlth.lab import arms, study
@@ -23,8 +23,9 @@ from fedlth.lab.search import finder_of
 from fedlth.lab.study import Lottery
 from fedlth.lab.training import relus, scales
 from fedlth.models.initial import refuse
-from fedlth.parts import make
-from fedlth.runfolder import RunFolder
+from fedlth.storage import ledger, store
+from fedlth.storage.run_folder import RunFolder
+from fedlth.study.parts import make
 from fedlth.tickets.dead import DEADS
 from fedlth.tickets.rewind import REWINDS, Rewind
 

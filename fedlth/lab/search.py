@@ -14,9 +14,8 @@ from fedlth.lab.bench import Bench, open_bench
 from fedlth.lab.recipe import Recipe
 from fedlth.lab.study import Lottery, Search
 from fedlth.lab.training import Run
-from fedlth.network import DataNetwork
-from fedlth.params import Params
-from fedlth.parts import make
+from fedlth.models.layout import Params
+from fedlth.study.parts import make
 from fedlth.tickets.dead import DEADS
 from fedlth.tickets.finder import Finder
 from fedlth.tickets.gate import GATES, STOPS
@@ -26,6 +25,7 @@ from fedlth.tickets.schedule import SCHEDULES
 from fedlth.tickets.scope import SCOPES
 from fedlth.tickets.score import SCORES
 from fedlth.tickets.search import Walked, find
+from fedlth.training.loss_probe import DataNetwork
 
 TABLES: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "score": SCORES,

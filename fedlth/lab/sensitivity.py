@@ -18,9 +18,8 @@ from fedlth.errors import wrong
 from fedlth.lab.bench import Bench
 from fedlth.lab.search import dry, network_of
 from fedlth.models.initial import torch_stream
-from fedlth.network import DataNetwork
-from fedlth.params import Layout, layout_of, read
-from fedlth.parts import make
+from fedlth.models.layout import Layout, layout_of, read
+from fedlth.study.parts import make
 from fedlth.tickets.evidence import Evidence
 from fedlth.tickets.finder import Finder
 from fedlth.tickets.rewind import ToInit
@@ -28,7 +27,8 @@ from fedlth.tickets.schedule import Rescore
 from fedlth.tickets.scope import Global
 from fedlth.tickets.score import SCORES, Score
 from fedlth.tickets.sensitivity import Grasp, Snip, SynFlow
-from fedlth.train import Bound
+from fedlth.training.loss_probe import DataNetwork
+from fedlth.training.train import Bound
 
 
 def evidence_of(network: DataNetwork, layout: Layout, rng: np.random.Generator) -> Evidence:

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field
 
-from fedlth import config
-from fedlth.config import Count, Floats, Names, Node, Positive, Spec, as_tuple
 from fedlth.errors import StudyError
+from fedlth.study import schema
+from fedlth.study.schema import Count, Floats, Names, Node, Positive, Spec, as_tuple
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Shares = Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], BeforeValidator(as_tuple)]
@@ -127,7 +127,7 @@ def build(tree: Any, where: str = "lottery") -> Lottery:
     """Validate a plain tree; raise StudyError with `where: place: what was wanted, got`."""
     if isinstance(tree, dict) and tree.keys() & {"study", "method", "clients", "federate"}:
         raise StudyError(f"{where}: is a federated study; `fedlth run` runs it")
-    study = config.validated(Lottery, tree, where)
+    study = schema.validated(Lottery, tree, where)
     for section, names in (("searches", study.searches), ("arms", study.arms), ("probes", study.probes)):
         for name in names:
             if not re.fullmatch(r"\w[\w.-]*", name):
@@ -158,12 +158,12 @@ def build(tree: Any, where: str = "lottery") -> Lottery:
 
 def override(train: Train, changes: dict[str, Any], where: str) -> Train:
     """Return the train section with some keys changed; raise StudyError at an unknown one."""
-    return config.validated(Train, {**train.model_dump(), **changes}, where)
+    return schema.validated(Train, {**train.model_dump(), **changes}, where)
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Lottery:
     """Read a lottery study, apply `key=value` overrides with dotted keys, validate."""
-    return build(config.read_tree(path, overrides), str(path))
+    return build(schema.read_tree(path, overrides), str(path))
 
 
 def dump(study: Lottery) -> str:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, jvp
 
-from fedlth.params import Params
-from fedlth.train import Bound, Plan, batches, loss_of
+from fedlth.models.layout import Params
+from fedlth.training.train import Bound, Plan, batches, loss_of
 
 
 @dataclass(frozen=True, eq=False)

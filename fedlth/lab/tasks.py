@@ -6,8 +6,8 @@ import numpy as np
 
 from fedlth.data.partition import PARTITIONS
 from fedlth.lab.bench import Bench
-from fedlth.parts import make
 from fedlth.rng import stream
+from fedlth.study.parts import make
 
 
 def deal(bench: Bench, clients: int, alpha: float, most: int | None) -> list[np.ndarray]:

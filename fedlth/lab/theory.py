@@ -14,7 +14,7 @@ from fedlth.lab import imc, subset_sum, tangent
 from fedlth.lab.bench import Bench
 from fedlth.lab.controls import Shuffle
 from fedlth.lab.pooled import pooled
-from fedlth.train import Plan, evaluate, train
+from fedlth.training.train import Plan, evaluate, train
 
 
 @dataclass(frozen=True)

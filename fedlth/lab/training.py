@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlth import store
-from fedlth.compute import kernel
+from fedlth.kernel import kernel
 from fedlth.lab.attack import attacked, evaluate_attacked
 from fedlth.lab.recipe import Recipe
-from fedlth.params import Layout, Params
+from fedlth.models.layout import Layout, Params
 from fedlth.rng import stream, torch_seed
-from fedlth.train import evaluate, loss_of
+from fedlth.storage import store
+from fedlth.training.train import evaluate, loss_of
 
 if TYPE_CHECKING:
     from fedlth.lab.bench import Bench, Examples

@@ -15,7 +15,7 @@ from fedlth.lab.bench import Bench
 from fedlth.lab.recipe import Recipe
 from fedlth.lab.search import walked
 from fedlth.lab.tasks import deal, distance
-from fedlth.params import Params
+from fedlth.models.layout import Params
 from fedlth.tickets.controls import Random
 from fedlth.tickets.criteria import Magnitude
 from fedlth.tickets.finder import Finder

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fedlth.methods.server_state import ServerState
-from fedlth.params import Layout, Params
+from fedlth.models.layout import Layout, Params
+from fedlth.storage.server_state import ServerState
 from fedlth.wire.payload import Content
 
 

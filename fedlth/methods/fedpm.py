@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedlth import rng
-from fedlth.methods.local import Local
-from fedlth.methods.state import ClientState
-from fedlth.methods.visit import Own, Visited
-from fedlth.params import Params
+from fedlth.methods.client_update import Own, Visited
+from fedlth.models.layout import Params
+from fedlth.storage.client_state import ClientState
 from fedlth.tickets.evidence import Lesson
-from fedlth.train import Plan
+from fedlth.training.local_client import Local
+from fedlth.training.task import World
+from fedlth.training.train import Plan
 from fedlth.wire.payload import Content
-from fedlth.world import World
 
 
 def frozen_weights(world: World) -> Params:

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from fedlth.methods.local import Local
-from fedlth.methods.state import ClientState
-from fedlth.methods.visit import Own, Shrinking, Visited, geometric, private, received_params
-from fedlth.params import Params
+from fedlth.methods.client_update import Own, Shrinking, Visited, geometric, private, received_params
+from fedlth.models.layout import Params
+from fedlth.storage.client_state import ClientState
 from fedlth.tickets.score import Movement, Score
 from fedlth.tickets.select import keep_top
-from fedlth.train import Plan
+from fedlth.training.local_client import Local
+from fedlth.training.task import World
+from fedlth.training.train import Plan
 from fedlth.wire.payload import Content
-from fedlth.world import World
 
 
 @dataclass(frozen=True)

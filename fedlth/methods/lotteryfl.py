@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fedlth.methods.local import Local
-from fedlth.methods.visit import Shrinking, geometric
-from fedlth.params import Params
+from fedlth.methods.client_update import Shrinking, geometric
+from fedlth.models.layout import Params
 from fedlth.tickets.scope import Layerwise, Scope
 from fedlth.tickets.score import Magnitude, Score
-from fedlth.train import Trained
-from fedlth.world import World
+from fedlth.training.local_client import Local
+from fedlth.training.task import World
+from fedlth.training.train import Trained
 
 
 def shrink(

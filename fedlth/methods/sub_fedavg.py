@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from fedlth.methods.local import Local
+from fedlth.methods.client_update import Shrinking, geometric
 from fedlth.methods.lotteryfl import shrink
-from fedlth.methods.visit import Shrinking, geometric
-from fedlth.params import Params
+from fedlth.models.layout import Params
 from fedlth.tickets.scope import Layerwise, Scope
 from fedlth.tickets.score import Magnitude, Score
-from fedlth.train import Trained
+from fedlth.training.local_client import Local
+from fedlth.training.train import Trained
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch import nn
 
 from fedlth.data.factory import load_factory
 from fedlth.errors import StudyError
+from fedlth.models.layout import Layout, Params, layout_of, read
 from fedlth.models.registry import build
-from fedlth.params import Layout, Params, layout_of, read
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fedlth.errors import StudyError, wrong
-from fedlth.records import MetricRow
 from fedlth.report.jsonl import read_object, read_rows
 from fedlth.report.rows import FORMAT, Header, Layer, LedgerRow, RoundRow, parse
+from fedlth.storage.records import MetricRow
 
 
 @dataclass(frozen=True)

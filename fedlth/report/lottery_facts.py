@@ -11,7 +11,7 @@ import numpy as np
 
 from fedlth.errors import StudyError
 from fedlth.report.jsonl import read_rows
-from fedlth.yaml_text import parse
+from fedlth.study.yaml_text import parse
 
 Row = dict[str, Any]
 

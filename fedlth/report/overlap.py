@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fedlth.errors import StudyError
 from fedlth.report.facts import Facts, SavedTicket
 from fedlth.rng import stream
-from fedlth.tickets_file import is_mask
+from fedlth.storage.ticket_file import is_mask
 
 PERMUTATIONS = 9_999
 MOST_CLIENTS = 200  # pairs grow with their square: of more, this many are drawn

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fedlth.errors import StudyError
-from fedlth.records import read
+from fedlth.storage.records import read
 
 Row = TypeVar("Row")
 

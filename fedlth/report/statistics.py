@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlth.records import MetricRow
 from fedlth.report.arms import Choice, arm_order, densities
 from fedlth.report.facts import Facts
 from fedlth.report.intervals import Interval, interval
+from fedlth.storage.records import MetricRow
 
 Values = NDArray[np.float64]
 

@@ -14,7 +14,7 @@ from fedlth.report.overlap import Overlap, overlap
 from fedlth.report.summary import aligned
 from fedlth.report.tables import Table
 from fedlth.report.units import NOTHING, signed
-from fedlth.tickets_file import opened
+from fedlth.storage.ticket_file import opened
 
 MOST_IN_MATRIX = 12
 

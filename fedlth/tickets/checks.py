@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from fedlth.errors import StudyError
-from fedlth.params import Layout
+from fedlth.models.layout import Layout
 from fedlth.tickets.scope import survivors
 
 CALLED = {

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from fedlth.errors import StudyError
-from fedlth.params import Layout
+from fedlth.models.layout import Layout
 from fedlth.tickets.granularity import Groups
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 
 from fedlth.errors import StudyError
-from fedlth.params import Layout
+from fedlth.models.layout import Layout
 from fedlth.tickets.checks import check_chains, check_kept, check_parts
 from fedlth.tickets.dead import Dead, Zero
 from fedlth.tickets.gate import Always, AtTarget, Gate, Stop

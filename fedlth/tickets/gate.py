@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from fedlth.errors import StudyError, wrong
-from fedlth.params import Params
+from fedlth.models.layout import Params
 
 
 @dataclass(frozen=True)

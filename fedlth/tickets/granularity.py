@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from fedlth.errors import wrong
-from fedlth.params import Entry, Layout
+from fedlth.models.layout import Entry, Layout
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 
 from fedlth.errors import wrong
-from fedlth.params import Layout
+from fedlth.models.layout import Layout
 from fedlth.tickets.evidence import Evidence, Lesson, needed
 
 Frozen = Literal["init", "kaiming", "signed_constant", "binary"]

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from fedlth.errors import wrong
-from fedlth.params import Layout
+from fedlth.models.layout import Layout
 from fedlth.tickets.select import keep_top
 
 

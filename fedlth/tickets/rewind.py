@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import numpy as np
 
 from fedlth.errors import wrong
-from fedlth.params import Layout, Params
+from fedlth.models.layout import Layout, Params
 from fedlth.tickets.checks import check_values
 from fedlth.tickets.learned import Frozen, check_frozen, frozen_values
 

@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from fedlth.errors import StudyError, wrong
-from fedlth.params import Layout
+from fedlth.models.layout import Layout
 from fedlth.tickets.select import apportion, keep_top, keep_top_each
 
 

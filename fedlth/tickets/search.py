@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fedlth.errors import StudyError
-from fedlth.params import Layout, Params
+from fedlth.models.layout import Layout, Params
 from fedlth.tickets.checks import check_values
 from fedlth.tickets.evidence import Evidence, Network, needed
 from fedlth.tickets.finder import Finder

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from fedlth.kernel.late_jit import COMPILED, compiled
 from fedlth.wire.errors import PayloadError
-from fedlth.wire.jit import COMPILED, compiled
 
 INPUTS = 6
 CERTAIN = 3071  # log odds of 12, in 256ths

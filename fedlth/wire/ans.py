@@ -6,9 +6,9 @@ from importlib.util import find_spec
 
 import numpy as np
 
+from fedlth.kernel.late_jit import COMPILED
 from fedlth.wire import ans_own
 from fedlth.wire.errors import PayloadError
-from fedlth.wire.jit import COMPILED
 from fedlth.wire.table import cumulative, weights
 
 HAS_CONSTRICTION = find_spec("constriction") is not None

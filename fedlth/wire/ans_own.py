@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fedlth.wire.jit import compiled
+from fedlth.kernel.late_jit import compiled
 
 U = np.uint64
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedlth.params import Entry
+from fedlth.models.layout import Entry
 from fedlth.wire import mask as bitmap
 
 

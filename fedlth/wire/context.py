@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fedlth.params import Entry
-from fedlth.wire.jit import COMPILED, compiled
+from fedlth.kernel.late_jit import COMPILED, compiled
+from fedlth.models.layout import Entry
 
 BINS, HALF = 25, 12
 FINEST, COARSEST = 19, 22

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedlth.params import Layout
+from fedlth.models.layout import Layout
 from fedlth.wire import varint
 from fedlth.wire.codec import MASK_NAMES, VALUE_NAMES
 from fedlth.wire.payload import HEADER

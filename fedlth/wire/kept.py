@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fedlth.wire.jit import COMPILED, compiled
+from fedlth.kernel.late_jit import COMPILED, compiled
 
 TOP = np.uint32(0x80000000)
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from fedlth.params import Entry
+from fedlth.kernel.late_jit import compiled
+from fedlth.models.layout import Entry
 from fedlth.wire import adaptive
 from fedlth.wire.adaptive import INPUTS, LOGARITHM, MIXED, Model, listed
-from fedlth.wire.jit import compiled
 
 BINS, HALF, SHIFT = 40, 20, 18
 CENTRE_SHIFT = 10

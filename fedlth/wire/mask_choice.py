@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedlth.params import Entry
+from fedlth.models.layout import Entry
 from fedlth.wire import channels, context, counts, mask_bits
 from fedlth.wire.codec import (
     BITMAP,
@@ -18,7 +18,7 @@ from fedlth.wire.codec import (
     PREVIOUS,
     PREVIOUS_BITS,
     TOGETHER,
-)  # fmt: skip
+)
 from fedlth.wire.context import COARSEST, FINEST, Scale
 from fedlth.wire.reference import Reference
 

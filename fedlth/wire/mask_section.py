@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedlth.params import Entry, Layout
+from fedlth.models.layout import Entry, Layout
 from fedlth.wire import ans, channels, counts, mask_bits, varint
 from fedlth.wire import mask as bitmap
 from fedlth.wire.codec import (
@@ -20,7 +20,7 @@ from fedlth.wire.codec import (
     REUSE,
     TOGETHER,
     Codec,
-)  # fmt: skip
+)
 from fedlth.wire.context import COARSEST, FINEST, Scale, contexts
 from fedlth.wire.errors import PayloadError
 from fedlth.wire.mask_choice import Choice, cheapest

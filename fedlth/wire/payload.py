@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from fedlth.params import Layout
+from fedlth.models.layout import Layout
 from fedlth.wire import mask_section, values, varint
 from fedlth.wire.codec import BITMAP, F32, FULL, NO_VALUES, RAW, REUSE, Codec
 from fedlth.wire.errors import PayloadError, ReferenceLost

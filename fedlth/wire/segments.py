@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from fedlth.kernel.late_jit import COMPILED, compiled
 from fedlth.wire.errors import PayloadError
-from fedlth.wire.jit import COMPILED, compiled
 
 # Where the sizes of all parts are known, a loop works at four places of the mask in turn: a step need not wait for the
 # last one of the same segment.

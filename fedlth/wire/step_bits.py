@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from fedlth.params import Entry
+from fedlth.kernel.late_jit import compiled
+from fedlth.models.layout import Entry
 from fedlth.wire import adaptive
 from fedlth.wire.adaptive import CODE, INPUTS, LOGARITHM, MIXED, PACE_, Model, listed
 from fedlth.wire.errors import PayloadError
-from fedlth.wire.jit import compiled
 from fedlth.wire.mask_bits import rows_of
 
 UNARY = 24  # sizes up to here are coded as "larger still?", the rest by Elias' gamma code

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from fedlth.params import Entry, Layout
+from fedlth.models.layout import Entry, Layout
 from fedlth.wire import kept, numbers, step_bits
 from fedlth.wire import mask as bitmap
 from fedlth.wire.codec import BF16, DELTA, F16, F32, F32_PCO, SIGN, STEP, Codec

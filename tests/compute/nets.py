@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedlth.compute import kernel
-from fedlth.compute.graph import compile_layers
-from fedlth.compute.table import LayerTable
+from fedlth.kernel import kernel
+from fedlth.kernel.graph import compile_layers
+from fedlth.kernel.table import LayerTable
+from fedlth.models.layout import Layout, Params, layout_of, read
 from fedlth.models.prunable import prunable_names
-from fedlth.params import Layout, Params, layout_of, read
-from fedlth.train import Bound, Plan, batches, train
+from fedlth.training.train import Bound, Plan, batches, train
 
 
 class Residual(nn.Module):

@@ -15,8 +15,8 @@ from torch import nn
 pytest.importorskip("numba")
 pytestmark = pytest.mark.timeout(600)  # the first use on a machine compiles
 
-from fedlth.compute.tuned import tune  # noqa: E402
-from fedlth.train import Bound, evaluate, train  # noqa: E402
+from fedlth.training.train import Bound, evaluate, train  # noqa: E402
+from fedlth.training.tuned import tune  # noqa: E402
 from tests.compute.nets import Case, case  # noqa: E402
 
 # The kernel adds in another order than torch; an error of twice torch's own, against float64, is no worse arithmetic.

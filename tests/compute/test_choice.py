@@ -13,11 +13,11 @@ from torch import nn
 numba = pytest.importorskip("numba")
 pytestmark = pytest.mark.timeout(600)  # the first use on a machine compiles
 
-from fedlth import session  # noqa: E402
-from fedlth.compute import kernel  # noqa: E402
 from fedlth.errors import StudyError  # noqa: E402
+from fedlth.experiment.resolve import resolve  # noqa: E402
+from fedlth.federation import session  # noqa: E402
 from fedlth.forecast import forecast  # noqa: E402
-from fedlth.methods.resolve import resolve  # noqa: E402
+from fedlth.kernel import kernel  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.tiny import Small  # noqa: E402
 

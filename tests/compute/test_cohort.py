@@ -22,22 +22,23 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedlth import forecast, session
-from fedlth import train as training
-from fedlth.compute import cohort, cohort_size
-from fedlth.compute.cohort_turns import ASK, side_by_side
+from fedlth import forecast
 from fedlth.engines.forked import Forked
 from fedlth.engines.inprocess import InProcess
 from fedlth.engines.ray import RayEngine
 from fedlth.errors import StudyError
-from fedlth.jobs import Engine, Job
-from fedlth.methods.local import Local
+from fedlth.federation import session
+from fedlth.federation.jobs import Engine, Job
 from fedlth.models.initial import torch_stream
-from fedlth.params import Params, layout_of, read
+from fedlth.models.layout import Params, layout_of, read
 from fedlth.rng import stream
-from fedlth.runfolder import RunFolder
-from fedlth.train import Bound, Plan, Trained, batches
-from fedlth.world import World
+from fedlth.storage.run_folder import RunFolder
+from fedlth.training import cohort, cohort_size
+from fedlth.training import train as training
+from fedlth.training.local_client import Local
+from fedlth.training.lockstep import ASK, side_by_side
+from fedlth.training.task import World
+from fedlth.training.train import Bound, Plan, Trained, batches
 from tests import tiny
 
 PLANS = {

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedlth.compute.columns import CONVOLUTION, LINEAR, MAX_POOL
-from fedlth.compute.graph import compile_layers
-from fedlth.compute.table import LayerTable
+from fedlth.kernel.columns import CONVOLUTION, LINEAR, MAX_POOL
+from fedlth.kernel.graph import compile_layers
+from fedlth.kernel.table import LayerTable
+from fedlth.models.layout import layout_of
 from fedlth.models.prunable import prunable_names
 from fedlth.models.registry import build
-from fedlth.params import layout_of
 
 
 def compiled(module: nn.Module, shape: tuple[int, ...]) -> LayerTable | str:

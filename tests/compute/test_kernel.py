@@ -1,4 +1,4 @@
-"""The kernel equals fedlth.train to float32 rounding, with float64 as the judge."""
+"""The kernel equals fedlth.training.train to float32 rounding, with float64 as the judge."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 pytest.importorskip("numba")
 pytestmark = pytest.mark.timeout(600)  # the first use on a machine compiles
 
-from fedlth.compute import compact, kernel  # noqa: E402
+from fedlth.kernel import compact, kernel  # noqa: E402
 from fedlth.models.registry import build  # noqa: E402
 from tests.compute.nets import Case, Residual, case, small  # noqa: E402
 

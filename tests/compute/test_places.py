@@ -12,11 +12,11 @@ from torch import nn
 pytest.importorskip("numba")
 pytestmark = pytest.mark.timeout(600)  # the first use on a machine compiles
 
-from fedlth.compute import columns as col  # noqa: E402
-from fedlth.compute import kernel  # noqa: E402
-from fedlth.compute.arrange import arrange  # noqa: E402
-from fedlth.compute.places import EXTENTS, Arrangement, check_places, stray  # noqa: E402
-from fedlth.compute.table import LayerTable  # noqa: E402
+from fedlth.kernel import columns as col  # noqa: E402
+from fedlth.kernel import kernel  # noqa: E402
+from fedlth.kernel.bounds_check import EXTENTS, Arrangement, check_places, stray  # noqa: E402
+from fedlth.kernel.memory_layout import arrange  # noqa: E402
+from fedlth.kernel.table import LayerTable  # noqa: E402
 from tests.compute.nets import Residual, case, small  # noqa: E402
 
 LANES = 16

@@ -16,17 +16,17 @@ from torch import nn
 pytest.importorskip("numba")
 pytestmark = pytest.mark.timeout(600)  # the first use on a machine compiles
 
-from fedlth.compute import columns as col  # noqa: E402
-from fedlth.compute import compact, kernel, shrink  # noqa: E402
-from fedlth.compute.arrange import arrange  # noqa: E402
-from fedlth.compute.compact import SPARSE_BELOW  # noqa: E402
-from fedlth.compute.graph import compile_layers  # noqa: E402
-from fedlth.compute.left import costs  # noqa: E402
-from fedlth.compute.places import check_folds, check_places  # noqa: E402
-from fedlth.compute.table import LayerTable  # noqa: E402
+from fedlth.kernel import columns as col  # noqa: E402
+from fedlth.kernel import compact, kernel, shrink  # noqa: E402
+from fedlth.kernel.bounds_check import check_folds, check_places  # noqa: E402
+from fedlth.kernel.compact import SPARSE_BELOW  # noqa: E402
+from fedlth.kernel.graph import compile_layers  # noqa: E402
+from fedlth.kernel.live_channels import costs  # noqa: E402
+from fedlth.kernel.memory_layout import arrange  # noqa: E402
+from fedlth.kernel.table import LayerTable  # noqa: E402
+from fedlth.models.layout import Layout, layout_of  # noqa: E402
 from fedlth.models.prunable import prunable_names  # noqa: E402
 from fedlth.models.registry import build  # noqa: E402
-from fedlth.params import Layout, layout_of  # noqa: E402
 from fedlth.tickets.granularity import GRANULARITIES  # noqa: E402
 from tests.compute.nets import Case, Residual, case, small  # noqa: E402
 from tests.compute.test_backends import FACTOR, ROUNDING, networks  # noqa: E402

@@ -1,4 +1,4 @@
-"""Tuned torch equals fedlth.train to float32 rounding, and leaves alone what it would change."""
+"""Tuned torch equals fedlth.training.train to float32 rounding, and leaves alone what it would change."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedlth.compute.tuned import Tuned, tune
-from fedlth.params import Params, layout_of, read
-from fedlth.train import Bound, Plan, evaluate, gradient, train
+from fedlth.models.layout import Params, layout_of, read
+from fedlth.training.train import Bound, Plan, evaluate, gradient, train
+from fedlth.training.tuned import Tuned, tune
 from tests.tiny import Small
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlth.engines.worker import Born, Parcel
-from fedlth.jobs import Reply
+from fedlth.federation.jobs import Reply
 
 FAULTS = ("raise", "exit", "segfault", "hang", "stop", "memory", "killed")
 SENTINEL = 1000.0

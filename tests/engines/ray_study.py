@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedlth import session
-from fedlth.config import Study, build
 from fedlth.engines.inprocess import InProcess
 from fedlth.engines.ray import RayEngine
-from fedlth.jobs import Job
+from fedlth.federation import session
+from fedlth.federation.jobs import Job
+from fedlth.study.schema import Study, build
 
 EQUAL = ("ledger.jsonl", "metrics.jsonl", "rounds.jsonl", "digests.json")
 

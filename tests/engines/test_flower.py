@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from fedlth import config, session
-from fedlth.client import client_step
 from fedlth.engines.inprocess import InProcess
-from fedlth.jobs import Job, Reply
+from fedlth.federation import session
+from fedlth.federation.client_step import client_step
+from fedlth.federation.jobs import Job, Reply
+from fedlth.study import schema
 from tests import tiny
 
 pytestmark = [
@@ -40,7 +41,7 @@ def nothing_left() -> Iterator[None]:
     gc.collect()
 
 
-def run_under_flower(study: config.Study, out: Path, **given: Any) -> None:
+def run_under_flower(study: schema.Study, out: Path, **given: Any) -> None:
     from fedlth.engines.flower import run_under_flower
 
     run_under_flower(study, out, tiny.quiet, **given)
@@ -214,7 +215,7 @@ def flwr_run(env: dict[str, str], out: Path, nodes: int, *, app: Path = ROOT, ov
 
 
 def test_flwr_run_equals_the_in_process_run(tmp_path: Path, flwr_home: dict[str, str]) -> None:
-    study = config.load(ROOT / "configs" / "smoke.yaml", OVERRIDES.split())
+    study = schema.load(ROOT / "configs" / "smoke.yaml", OVERRIDES.split())
     session.start(study, tmp_path / "inprocess", InProcess(), tiny.quiet)
     said = flwr_run(flwr_home, tmp_path / "flwr", 3)
     assert "fedlth: done" in said

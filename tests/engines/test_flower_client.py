@@ -15,8 +15,8 @@ from fedlth.engines import flower_client
 from fedlth.engines.flower_client import Place, bounded, serve
 from fedlth.engines.flower_record import Order, of_order, to_answer
 from fedlth.errors import StudyError
-from fedlth.jobs import RESYNC, Failure, Job, Message, Reply
-from fedlth.methods.state import ClientState
+from fedlth.federation.jobs import RESYNC, Failure, Job, Message, Reply
+from fedlth.storage.client_state import ClientState
 
 RUN = "0123456789abcdef"
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from fedlth.client import client_step
 from fedlth.engines.flower_client import Place, serve
 from fedlth.engines.flower_engine import UNREADABLE, Back, FlowerEngine, Sent
 from fedlth.engines.flower_record import Records
 from fedlth.errors import StudyError
-from fedlth.jobs import Failure, Job, Reply
+from fedlth.federation.client_step import client_step
+from fedlth.federation.jobs import Failure, Job, Reply
 from tests import tiny
 
 NAMES = ("ledger", "metrics", "rounds")

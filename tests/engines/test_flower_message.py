@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fedlth.engines.flower_record import CHUNKED_ABOVE, Order, of_answer, of_order, to_answer, to_order
-from fedlth.jobs import Job, Message, Reply
+from fedlth.federation.jobs import Job, Message, Reply
 from tests import tiny
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import pytest
 
 from fedlth.engines import flower_record
 from fedlth.engines.flower_record import Order, of_answer, of_order, to_answer, to_order
-from fedlth.jobs import Failure, Job, Message, Reply
+from fedlth.federation.jobs import Failure, Job, Message, Reply
 
 JOB = Job(
     study='{"a": 1}', phase="federate", round=3, client=2, version="federate-2",

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from fedlth import session
 from fedlth.engines.forked import Forked, Forks
 from fedlth.engines.inprocess import InProcess
 from fedlth.engines.pool import Lost
 from fedlth.engines.worker import Worker
 from fedlth.errors import StudyError
-from fedlth.jobs import Failure, Job, Reply
+from fedlth.federation import rounds, session
+from fedlth.federation.jobs import Failure, Job, Reply
 from tests import tiny
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -121,7 +121,7 @@ def test_children_leave_with_a_parent_that_is_killed_and_hold_no_lock(tmp_path: 
         parent.wait()
     with pytest.MonkeyPatch.context() as patch:
         # A lock still held by a child would refuse at once.
-        patch.setattr("fedlth.rounds.Loop.run", lambda self, stop_after=None: (_ for _ in ()).throw(InterruptedError()))
+        patch.setattr(rounds.Loop, "run", lambda self, stop_after=None: (_ for _ in ()).throw(InterruptedError()))
         with pytest.raises(InterruptedError):
             session.resume(out, InProcess(), tiny.quiet)
     _until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))

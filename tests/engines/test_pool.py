@@ -13,7 +13,7 @@ from fedlth.engines import pool as pools
 from fedlth.engines.pool import AHEAD, STARTS, TRIES, Limits, Lost, Pool
 from fedlth.engines.worker import Born, Parcel
 from fedlth.errors import StudyError
-from fedlth.jobs import Answers, Failure, Job, Message, Reply
+from fedlth.federation.jobs import Answers, Failure, Job, Message, Reply
 
 Act = Callable[[Job], Any]
 HANGS = object()

@@ -14,13 +14,13 @@ import pytest
 from faulty import Clocked
 from ray_study import EQUAL, map_one, rows, run, study_of
 
-from fedlth import session
 from fedlth.engines.pool import Limits, Pool
 from fedlth.engines.ray import RayEngine
 from fedlth.engines.ray_cluster import connect
 from fedlth.engines.ray_placement import Share, count
 from fedlth.errors import StudyError
-from fedlth.jobs import Job, Reply
+from fedlth.federation import session
+from fedlth.federation.jobs import Job, Reply
 
 pytestmark = [
     pytest.mark.slow,

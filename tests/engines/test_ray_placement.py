@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from fedlth.config import Ray
 from fedlth.engines.ray_placement import Share, count, share_of, shortage, taken
 from fedlth.errors import StudyError
+from fedlth.study.schema import Ray
 
 TWO_GPUS = [{"CPU": 64.0, "GPU": 2.0}]
 

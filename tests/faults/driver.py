@@ -6,8 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-from fedlth import session
 from fedlth.engines.inprocess import InProcess
+from fedlth.federation import session
 from tests import tiny
 
 

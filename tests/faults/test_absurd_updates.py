@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedlth import session
 from fedlth.engines.inprocess import InProcess
-from fedlth.jobs import Failure, Job, Reply
-from fedlth.params import Params
+from fedlth.federation import session
+from fedlth.federation.jobs import Failure, Job, Reply
+from fedlth.federation.rounds import Loop
+from fedlth.federation.update_norms import UpdateNorms
+from fedlth.models.layout import Params
 from fedlth.report.facts import read_run
 from fedlth.report.results import results_of
 from fedlth.report.summary import summary_text
-from fedlth.rounds import Loop
-from fedlth.runfolder import RunFolder
-from fedlth.update_norms import UpdateNorms
+from fedlth.storage.run_folder import RunFolder
 from fedlth.wire import metrics, payload
 from fedlth.wire.codec import CODECS
 from fedlth.wire.errors import PayloadError

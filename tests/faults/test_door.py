@@ -14,16 +14,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedlth import server
-from fedlth.client import client_step
-from fedlth.jobs import RESYNC, Failure, Job, Message, Reply
-from fedlth.methods.resolve import recipe_of
-from fedlth.records import MetricRow, VisitRecord, read, visit_record
+from fedlth.experiment.resolve import recipe_of
+from fedlth.federation import server
+from fedlth.federation.client_step import client_step
+from fedlth.federation.jobs import RESYNC, Failure, Job, Message, Reply
 from fedlth.report.facts import read_run
 from fedlth.report.html import page
 from fedlth.report.results import results_of
 from fedlth.report.summary import summary_text
 from fedlth.report.tables import bytes_table, clients_table, summary_table
+from fedlth.storage.records import MetricRow, VisitRecord, read, visit_record
 from fedlth.wire import metrics, payload
 from fedlth.wire.codec import CODECS
 from fedlth.wire.errors import PayloadError

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-from fedlth import session
 from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
-from fedlth.jobs import Failure, Job, Reply
-from fedlth.rounds import Loop, missing
-from fedlth.runfolder import RunFolder
+from fedlth.federation import session
+from fedlth.federation.jobs import Failure, Job, Reply
+from fedlth.federation.rounds import Loop, missing
+from fedlth.storage.run_folder import RunFolder
 from fedlth.wire import metrics
 from tests import tiny
 

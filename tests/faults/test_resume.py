@@ -18,14 +18,17 @@ import numpy as np
 import pytest
 import yaml
 
-from fedlth import cli, ledger, packs, session, store
+from fedlth import cli
 from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
-from fedlth.jobs import Failure, Job, Reply
-from fedlth.rounds import Loop, open_loop, steps_of
-from fedlth.runfolder import RunFolder
+from fedlth.federation import session
+from fedlth.federation.jobs import Failure, Job, Reply
+from fedlth.federation.rounds import Loop, open_loop, steps_of
+from fedlth.storage import ledger, state_archive, store
+from fedlth.storage.run_folder import RunFolder
+from fedlth.storage.state_archive import Packs, Writer
+from fedlth.training.task import World
 from fedlth.wire import metrics, payload
-from fedlth.world import World
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -102,16 +105,16 @@ def crashing(patch: pytest.MonkeyPatch, place: str, when: int) -> None:
             return file.tell()
 
     places: dict[str, Callable[[], None]] = {
-        "before a state is written": lambda: patch.setattr(packs.Writer, "add", before(packs.Writer.add)),
-        "after a state is written": lambda: patch.setattr(packs.Writer, "add", after(packs.Writer.add)),
+        "before a state is written": lambda: patch.setattr(Writer, "add", before(Writer.add)),
+        "after a state is written": lambda: patch.setattr(Writer, "add", after(Writer.add)),
         "while any file is written": lambda: patch.setattr(store, "write_atomic", torn),
         "after theta is written": lambda: patch.setattr(RunFolder, "save_state", after(RunFolder.save_state)),
         "in the middle of a log": lambda: patch.setattr(ledger, "append", half),
         "after a log is written": lambda: patch.setattr(ledger, "append", after(ledger.append)),
         "before the checkpoint": lambda: patch.setattr(RunFolder, "commit", before(RunFolder.commit)),
         "after the checkpoint": lambda: patch.setattr(RunFolder, "commit", after(RunFolder.commit)),
-        "before old states are dropped": lambda: patch.setattr(packs.Packs, "tidy", before(packs.Packs.tidy)),
-        "after old states are dropped": lambda: patch.setattr(packs.Packs, "tidy", after(packs.Packs.tidy)),
+        "before old states are dropped": lambda: patch.setattr(Packs, "tidy", before(Packs.tidy)),
+        "after old states are dropped": lambda: patch.setattr(Packs, "tidy", after(Packs.tidy)),
         "before the tickets": lambda: patch.setattr(session, "_finish", before(session._finish)),
         "before the last header": lambda: patch.setattr(session, "_finish", after(session._finish)),
     }
@@ -239,7 +242,7 @@ def test_damage_is_told_with_the_files_name(tmp_path: Path, what: str, damage: s
     if file.suffix == ".pack":  # the one that the next step reads first
         owned = loop.progress.versions if what.startswith("state") else loop.progress.mirrors
         file = next(file.with_stem(owned[str(c)]) for c in loop._sampled(step) if str(c) in owned)
-        size = min(place[1] for place in packs._read_index(file).values())
+        size = min(place[1] for place in state_archive._read_index(file).values())
     if damage == "gone":
         if what == "checkpoint.json":
             return  # without it the run begins anew, see below
@@ -304,7 +307,7 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
 def test_two_processes_cannot_run_one_folder(tmp_path: Path) -> None:
     out = tmp_path / "run"
     folder = stopped(out)
-    code = "import sys; from pathlib import Path; from fedlth.runfolder import RunFolder\n" \
+    code = "import sys; from pathlib import Path; from fedlth.storage.run_folder import RunFolder\n" \
            "with RunFolder(Path(sys.argv[1])).locked():\n    print('held', flush=True); sys.stdin.read()"  # fmt: skip
     other = subprocess.Popen(
         [sys.executable, "-c", code, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fedlth.methods.recipes import METHODS
+from fedlth.methods.table import METHODS
 from tests import tiny
 from tests.golden.study import HERE, record, where
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from fedlth import rng
 from fedlth.errors import StudyError
 from fedlth.lab import imc, neq, subset_sum, tangent
+from fedlth.models.layout import Params, layout_of, read
 from fedlth.models.mlp import mlp
 from fedlth.models.prunable import prunable_names
-from fedlth.params import Params, layout_of, read
-from fedlth.train import Bound, Plan, evaluate, train
+from fedlth.training.train import Bound, Plan, evaluate, train
 
 # Random fixed-size subset sum
 
@@ -190,7 +190,7 @@ def test_the_spectrum_is_the_hessians() -> None:
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(values.size), atol=1e-10)
     size = values.size
     direction = vectors[:, -1]
-    from fedlth.train import gradient
+    from fedlth.training.train import gradient
 
     def slope(share: float) -> np.ndarray:
         floats = params.floats.copy()

@@ -14,7 +14,7 @@ from fedlth.lab.bench import Bench
 from fedlth.lab.controls import MASKS
 from fedlth.lab.recipe import Recipe
 from fedlth.lab.search import Round, rounds
-from fedlth.params import Params
+from fedlth.models.layout import Params
 from tests.lab import tiny_lottery as tiny
 
 

@@ -14,8 +14,8 @@ from fedlth.lab.masks import chance, jaccard
 from fedlth.lab.pooled import pooled
 from fedlth.lab.probes import PROBES
 from fedlth.lab.tasks import deal, distance
-from fedlth.params import Entry, Layout, Params
-from fedlth.parts import make
+from fedlth.models.layout import Entry, Layout, Params
+from fedlth.study.parts import make
 from tests.lab import tiny_lottery as tiny
 
 LAYOUT = Layout((Entry("a", (10,), "param", 0, prunable=True), Entry("b", (10,), "param", 10, prunable=True)))

@@ -14,9 +14,9 @@ from fedlth.lab.bench import Bench
 from fedlth.lab.recipe import Recipe
 from fedlth.lab.study import Train
 from fedlth.lab.training import Point, Run, batches, packed, unpacked
-from fedlth.params import Params
+from fedlth.models.layout import Params
 from fedlth.rng import stream
-from fedlth.train import gradient
+from fedlth.training.train import gradient
 from tests.lab import tiny_lottery as tiny
 
 

@@ -12,7 +12,7 @@ import pytest
 from fedlth.cli import main
 from fedlth.errors import StudyError
 from fedlth.report.jsonl import read_rows
-from fedlth.yaml_text import parse
+from fedlth.study.yaml_text import parse
 from tests import tiny as federated
 from tests.lab import tiny_lottery as tiny
 

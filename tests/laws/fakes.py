@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from fedlth import rng
-from fedlth.params import Params
-from fedlth.parts import make
+from fedlth.models.layout import Params
+from fedlth.study.parts import make
 from fedlth.tickets.dead import DEADS
 from fedlth.tickets.evidence import Evidence, Lesson
 from fedlth.tickets.finder import Finder

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlth.methods.aggregate import Contribution, CountMean, FedAvg, MaskMean, join
-from fedlth.methods.server_state import ServerState
-from fedlth.params import Entry, Layout, Params
+from fedlth.models.layout import Entry, Layout, Params
+from fedlth.storage.server_state import ServerState
 from fedlth.wire.payload import Content
 from tests.tiny import small_layout
 

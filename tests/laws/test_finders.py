@@ -12,7 +12,7 @@ import pytest
 
 from fedlth import rng
 from fedlth.errors import StudyError
-from fedlth.params import Params
+from fedlth.models.layout import Params
 from fedlth.tickets.gate import EarlyBird, Look, Proposal, mask_distance
 from fedlth.tickets.granularity import GRANULARITIES
 from fedlth.tickets.rewind import REWINDS, changed

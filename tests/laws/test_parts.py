@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedlth.errors import StudyError
-from fedlth.parts import make
+from fedlth.study.parts import make
 from fedlth.tickets.evidence import Evidence
 from fedlth.tickets.schedule import SCHEDULES, Shrink
 from fedlth.tickets.score import SCORES

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from fedlth import rng
 from fedlth.errors import StudyError
-from fedlth.params import Entry, Layout
-from fedlth.parts import make
+from fedlth.models.layout import Entry, Layout
+from fedlth.study.parts import make
 from fedlth.tickets.controls import Inverted, Shuffled
 from fedlth.tickets.evidence import Evidence
 from fedlth.tickets.granularity import GRANULARITIES

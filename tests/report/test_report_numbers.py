@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedlth.records import MetricRow
 from fedlth.report.arms import Choice
 from fedlth.report.bytes import Flow, traffic
 from fedlth.report.compare import holm, signed_rank
@@ -18,6 +17,7 @@ from fedlth.report.presets import Cell
 from fedlth.report.rows import LedgerRow
 from fedlth.report.statistics import difference, summarise_arm, worst_decile_mean
 from fedlth.report.units import bounds, percent, points, scaled
+from fedlth.storage.records import MetricRow
 
 OURS, THEIRS = Choice("ticket", 0.5), Choice("global", 1.0)
 

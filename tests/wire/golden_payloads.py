@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fedlth.params import Entry, Layout
+from fedlth.models.layout import Entry, Layout
 from fedlth.wire import payload
 from fedlth.wire.codec import BITMAP, CODECS, LAYERS, MAGNITUDE, PREVIOUS, TOGETHER
 from fedlth.wire.payload import Content

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlth.params import Entry, Layout
+from fedlth.models.layout import Entry, Layout
 from fedlth.wire import adaptive, mask_bits, payload, step_bits
 from fedlth.wire.codec import LOSSLESS, LOSSY_SIGN, LOSSY_STEP, SIGN, STEP, TOGETHER
 from fedlth.wire.errors import PayloadError

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlth.params import Entry, Layout
+from fedlth.models.layout import Entry, Layout
 from fedlth.wire import ans, ans_own, codec, context, mask_section, numbers, payload, segments
 from fedlth.wire.codec import CODECS, LOSSLESS, LOSSY_BF16, LOSSY_F16, LOSSY_STEP
 from fedlth.wire.errors import PayloadError

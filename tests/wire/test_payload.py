@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlth.params import Entry, Layout
+from fedlth.models.layout import Entry, Layout
 from fedlth.wire import mask as bitmap
 from fedlth.wire import payload, varint
 from fedlth.wire.errors import PayloadError

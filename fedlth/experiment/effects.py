@@ -1,0 +1,131 @@
+"""Options without effect: one table of which choice makes which option idle, and the arms that no study could mean.
+
+Another choice of the study (method, engine, arms, rounds) makes an option idle: a note, since that is how studies are
+compared. What no study could mean is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from fedlth.errors import StudyError
+from fedlth.methods.client_update import Keep, MaskedVisit
+from fedlth.methods.fedselect import SelectVisit
+from fedlth.methods.method import Recipe
+from fedlth.study.schema import Study
+
+SEARCH = frozenset({"ticket", "ticket_0", "one_shot", "random"})
+CUT = SEARCH | {"global_mask"}  # arms that hold a mask of the finder's scope
+LONG = frozenset({"local", "dense_total"})  # arms that train for as long as the search takes
+UNTRAINED = frozenset({"global", "own", "frozen_random"})
+FINDER: dict[str, frozenset[str]] = {
+    "score": SEARCH,
+    "schedule": SEARCH - {"one_shot"} | LONG,
+    "scope": CUT,
+    "rewind": SEARCH - {"ticket_0"},
+    "granularity": CUT | {"own_random"},
+    "dead": SEARCH,
+    "gate": SEARCH,
+    "stop": SEARCH,
+    "densities": CUT | LONG,
+    "main": CUT,
+}
+
+
+def check_arms(study: Study, recipe: Recipe, arms: Sequence[str]) -> None:
+    """Refuse arms that say nothing: none at all, one twice, a control of what the method does not have."""
+    if study.personalise.arms == ():
+        raise StudyError("personalise.arms: must name at least one arm, got []")
+    twice = next((a for a in arms if arms.count(a) > 1), None)
+    if twice:
+        raise StudyError(f"personalise.arms: each must stand once, got {twice} {arms.count(twice)} times")
+    if "frozen_random" in arms and recipe.space != "scores":
+        raise StudyError(f"personalise.arms: must not hold frozen_random, method {recipe.name} has no frozen weights")
+    if "own_random" in arms and (recipe.space == "scores" or not _own_mask(recipe)):
+        raise StudyError(f"personalise.arms: must not hold own_random, method {recipe.name} has no own mask of weights")
+
+
+def _own_mask(recipe: Recipe) -> bool:
+    """Say whether clients grow a mask in the rounds; a visit of the user's may."""
+    if isinstance(recipe.visit, MaskedVisit):
+        return not (isinstance(recipe.visit.before, Keep) and isinstance(recipe.visit.after, Keep))
+    return not isinstance(recipe.visit, SelectVisit)
+
+
+def notes(study: Study, recipe: Recipe, arms: Sequence[str], product: str | None) -> list[str]:
+    """Return a line for every option that was given and changes nothing; `product` is the arm that is saved."""
+    made = [*_finder(study, recipe, set(arms))]
+    idle: dict[str, list[str]] = {}
+    for place, why in _idle(study, recipe, set(arms), product):
+        if study.given(place):
+            idle.setdefault(why, []).append(place)
+    for why, places in idle.items():
+        made.append(f"{', '.join(places)}: {'has' if len(places) == 1 else 'have'} no effect, {why}")
+    only = ", ".join(a for a in arms if a not in UNTRAINED | {"own_tuned"})
+    rates = [p for p in ("train.lr", "train.momentum", "train.weight_decay") if study.given(p)]
+    if recipe.space == "scores" and not study.refine.rounds and only and rates:
+        made.append(f"{', '.join(rates)}: only for the arms {only}, method {recipe.name} learns scores at its own rate")
+    if recipe.federated and not study.federate.rounds:
+        made.append("federate.rounds: is 0, so the global model is theta_0, which no round has trained")
+    return made
+
+
+def _finder(study: Study, recipe: Recipe, arms: set[str]) -> Iterator[str]:
+    if not study.given("finder"):
+        return
+    if not arms & (CUT | LONG):
+        yield f"finder: has no effect, no arm of method {recipe.name} searches for a ticket"
+        return
+    if not arms & CUT:
+        yield (
+            f"finder: only decides how long {' and '.join(sorted(arms & LONG))} train, no arm of method {recipe.name} "
+            "searches for a ticket"
+        )
+        return
+    for key, used_by in FINDER.items():
+        if study.given(f"finder.{key}") and not arms & used_by:
+            yield f"finder.{key}: has no effect on the arms {', '.join(sorted(arms))}"
+
+
+def _idle(study: Study, recipe: Recipe, arms: set[str], product: str | None) -> Iterator[tuple[str, str]]:
+    """Yield (an option, why it changes nothing) as this study stands, given or not."""
+    method, refined = f"method {recipe.name}", study.refine.rounds > 0
+    rounds = recipe.federated and study.federate.rounds > 0 or refined
+    trained = arms - UNTRAINED - ({"own_tuned"} if recipe.space == "scores" else set())  # arms that train weights
+    weights = rounds and (recipe.space == "weights" or refined)
+    none = "federate.rounds is 0" if recipe.federated else f"{method} has no rounds"
+    untrained = f"no arm of {method} trains" if not arms - UNTRAINED else f"no arm of {method} trains weights"
+    if not recipe.federated:
+        yield "federate", none
+        yield "wire", f"{method} sends nothing"
+        yield "model.buffers", f"{method} sends nothing"
+    elif not study.federate.rounds:
+        yield "federate.clients_per_round", none
+    if not rounds:
+        yield "train.epochs", none
+        yield "clients.unseen", f"{none}: nobody is left out of them"
+    if not weights and not trained:
+        yield from ((f"train.{key}", untrained) for key in ("momentum", "weight_decay"))
+    if not rounds and not arms - UNTRAINED:
+        yield "train.batch_size", f"no arm of {method} trains"
+    if not weights and (not trained or study.personalise.lr is not None):
+        why = "every training takes personalise.lr" if trained else untrained
+        yield from (("train.lr", why), ("tune", why))
+    if not arms - UNTRAINED and not refined:
+        yield "personalise.epochs", f"no arm of {method} trains"
+    if not trained and not refined:
+        yield from ((f"personalise.{key}", untrained) for key in ("lr", "schedule"))
+    if not refined:
+        yield "refine.clients_per_round", "refine.rounds is 0"
+    if not study.tune.lr:
+        yield "tune.rounds", "tune.lr names no rates to try"
+    elif not (recipe.federated and study.federate.rounds):
+        yield "tune.rounds", none
+    if study.engine != "ray":
+        yield "ray", f"engine is {study.engine}"
+    if study.engine != "inprocess":
+        yield "workers", f"engine {study.engine} has workers of its own"
+    if product is None:
+        yield "tickets", f"no arm of {method} is a client's own model"
+    if study.seeds:
+        yield "seed", "seeds are given"

@@ -1,0 +1,99 @@
+"""What a study's data and model refuse, found before anything trains: moves beyond a training, empty masks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedlth.data.factory import told
+from fedlth.data.sources import SOURCES
+from fedlth.errors import StudyError
+from fedlth.experiment.effects import CUT, FINDER, LONG
+from fedlth.experiment.resolve import arms_of, finder_of, recipe_of
+from fedlth.models.layout import Layout
+from fedlth.rng import stream
+from fedlth.study.schema import Study
+from fedlth.tickets.finder import Finder
+from fedlth.training.task import World
+from fedlth.training.train import batches
+
+
+def check(study: Study, world: World) -> list[str]:
+    """Return notes on options that this data set or model leaves without effect; `study` knows what was given.
+
+    Raises StudyError where a schedule or scope fails, a density keeps no weight, or a move of the mask or a rewind
+    lies beyond some client's training.
+    """
+    finder, arms = finder_of(study), set(arms_of(study))
+    if arms & (CUT | LONG):
+        _check_masks(finder, study.finder.densities, world.layout, dry=bool(arms & CUT))
+    for event in ("before", "after"):  # a method that prunes in its rounds has a target of its own
+        target = getattr(getattr(recipe_of(study).visit, event, None), "density", None)
+        if isinstance(target, float) and not round(target * world.layout.num_prunable):
+            raise _empty("method.density", target, world.layout.num_prunable, "prunable weights")
+    _check_steps(world, finder, arms)
+    return _notes(study, world)
+
+
+def _check_masks(finder: Finder, targets: tuple[float, ...], layout: Layout, *, dry: bool) -> None:
+    """Ask the schedule for its chains and the scope for the smallest mask: both may be the user's."""
+    place = "schedule"
+    try:
+        finder.chains(targets)
+        if not dry:
+            return
+        place = "granularity"
+        groups = finder.granularity.groups(layout)
+        if not hasattr(finder.scope, "counts") and not round(targets[-1] * groups.layout.num_prunable):
+            what = "prunable weights" if groups.layout is layout else "prunable groups"
+            raise _empty("finder.densities", targets[-1], groups.layout.num_prunable, what)
+        place = "scope"
+        size = groups.layout.num_prunable
+        kept = finder.kept(stream(0, "dry run").random(size), np.ones(size, bool), groups.layout, targets[-1])
+    except (StudyError, MemoryError):
+        raise
+    except Exception as error:  # the user's code may raise anything
+        raise StudyError(f"finder.{place}: {getattr(finder, place)} raised {told(error)}") from error
+    if not kept.any():
+        raise _empty("finder.densities", targets[-1], size, "prunable groups")
+
+
+def _empty(place: str, density: float, size: int, what: str) -> StudyError:
+    return StudyError(f"{place}: must keep at least one of the {size:,} {what}, got {density:g}, which keeps none")
+
+
+def _check_steps(world: World, finder: Finder, arms: set[str]) -> None:
+    """Refuse a step to go back to, or a move of the mask, that the client with the fewest steps does not reach."""
+    rewind, regrow = getattr(finder.rewind, "steps", 0), getattr(finder.schedule, "regrow", None)
+    if not isinstance(rewind, int):
+        raise StudyError(f"finder.rewind: {type(finder.rewind).__name__}.steps must be a whole number, got {rewind!r}")
+    moves = [regrow.window(i)[1] for i in range(regrow.rounds)] if finder.moves and regrow is not None else []
+    last: Sequence[tuple[str, int]] = (
+        ("rewind", rewind if arms & FINDER["rewind"] else 0),
+        ("schedule", max((m for m in moves if m is not None), default=0) if arms & FINDER["schedule"] - LONG else 0),
+    )
+    sizes = [len(split.train) for split in world.splits.clients]
+    client, p, size = int(np.argmin(sizes)), world.study.personalise, world.study.train.batch_size
+    steps = p.epochs * len(batches(sizes[client], size, stream(0, "steps")))
+    for part, step in last:
+        if step >= steps:
+            raise StudyError(
+                f"finder.{part}: must stay inside every client's training, got step {step}; client {client} has "
+                f"{steps} steps: {sizes[client]} examples in batches of {size}, {p.epochs} epochs"
+            )
+
+
+def _notes(study: Study, world: World) -> list[str]:
+    notes: list[str] = []
+    norms = [e for e in world.layout.entries if e.norm]
+    if study.given("model.buffers") and recipe_of(study).federated:
+        local = world.layout.num_floats + world.layout.num_ints - world.exchange.num_floats - world.exchange.num_ints
+        if not norms or (study.model.buffers != "aggregate" and not local):
+            what = "norm" if not norms else "norm with running statistics"
+            notes.append(f"model.buffers: has no effect, {study.model.name} has no {what}")
+    source = SOURCES.get(study.data.name)
+    if study.data.root is not None and source and "root" not in inspect.signature(source).parameters:
+        notes.append(f"data.root: has no effect, {study.data.name} is not read from a folder")
+    return notes

@@ -1,0 +1,133 @@
+"""A client's saved ticket, back as a torch module: three lines to predict with it."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from fedlth.data.sources import load
+from fedlth.errors import StudyError
+from fedlth.experiment.resolve import kept_arm
+from fedlth.models.layout import Params, layout_of
+from fedlth.storage.client_state import ClientState
+from fedlth.storage.run_folder import RunFolder
+from fedlth.storage.ticket_file import opened
+from fedlth.training.task import World, initial_module
+
+
+def inputs(world: World) -> dict[str, Any]:
+    """Return what a ticket's metadata says of its network's inputs: with them the network is built without data."""
+    dtype = "int64" if world.dataset.x_train.dtype.kind == "i" else "float32"
+    shape = list(world.dataset.input_shape)
+    return {"num_classes": world.dataset.num_classes, "input_shape": shape, "input_dtype": dtype}
+
+
+def kept_ticket(world: World, state: ClientState) -> tuple[Params, np.ndarray]:
+    """Return the ticket in a client's state: whole params, and its mask (num_prunable,) bool."""
+    mask, values = state.masks["ticket"], state.vectors["ticket"]
+    floats, kept = np.zeros(world.layout.moving.num_floats, np.float32), int(np.count_nonzero(mask))
+    floats[: mask.size][mask] = values[:kept]
+    floats[mask.size :] = values[kept:]
+    if "ticket_dead" in state.vectors:
+        floats[: mask.size][~mask] = state.vectors["ticket_dead"]
+    return world.whole(Params(floats, state.vectors["ticket_ints"])), mask
+
+
+def load_ticket(run: str | Path, client: int) -> nn.Module:
+    """Return a client's own model from a finished run, in evaluation mode, on the CPU.
+
+    Needs the run's folder and the code of a user's model, no data. The caller's torch threads and the generators of
+    torch, numpy and random stay as they are.
+    Raises StudyError where the run kept no ticket for this client, and where the model's code no longer has exactly
+    the ticket's tensors: names, shapes, which are whole numbers, which are one tensor under two names.
+    """
+    path = Path(run) / "tickets" / f"client-{client:04d}.safetensors"
+    if not path.is_file():
+        raise StudyError(f"{path}: no ticket of client {client} in this run{_why_none(Path(run), client)}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = opened({name: file.get_tensor(name) for name in file.keys()}, metadata)  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise StudyError(f"{path}: a ticket is wanted, got {error}") from error
+    with _undisturbed():
+        return _filled(path, Path(run), arrays, metadata)
+
+
+def _filled(path: Path, run: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> nn.Module:
+    """Build the run's network and copy the ticket into it; every tensor of both is checked."""
+    study = RunFolder(run).study()
+    if "input_shape" in metadata:
+        num_classes, shape = int(metadata["num_classes"]), tuple(json.loads(metadata["input_shape"]))
+    else:  # files of version 0.1 do not say what goes in: the data set does
+        dataset = load(study.data.name, root=study.data.root, options=study.data.options)
+        num_classes, shape = dataset.num_classes, dataset.input_shape
+    module = initial_module(study, num_classes, shape)
+    layout, place = layout_of(module, ()), f"{path}: {study.model.name}"
+    entries = {name: e for e in layout.entries for name in (e.name, *e.aliases)}
+    for name in sorted(entries.keys() | arrays.keys()):
+        if name not in arrays:
+            raise StudyError(f"{place} has a tensor {name}, the ticket does not: the model's code has changed")
+        if name not in entries:
+            raise StudyError(f"{place} has no tensor {name}, the ticket does: the model's code has changed")
+        e, array = entries[name], arrays[name]
+        if array.shape != e.shape or (array.dtype.kind == "i") != e.is_int:
+            raise StudyError(
+                f"{place}: tensor {name} is {_told(e.shape, e.is_int)}, that of the ticket "
+                f"{_told(array.shape, array.dtype.kind == 'i')}: the model's code has changed"
+            )
+        if not np.array_equal(array, arrays[e.name]):
+            raise StudyError(
+                f"{place}: {name} is tied to {e.name}, in the ticket it is not: the model's code has changed"
+            )
+    tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    with torch.no_grad():
+        for name in entries:
+            tensors[name].copy_(torch.from_numpy(arrays[name]))
+    return module.eval()
+
+
+def _told(shape: tuple[int, ...], is_int: bool) -> str:
+    return f"{'whole numbers' if is_int else 'float32'} {list(shape)}"
+
+
+def _why_none(run: Path, client: int) -> str:
+    """Say why a run has no ticket file of a client, as far as its folder tells."""
+    seeds = sorted(inner.parent.name for inner in run.glob("seed-*/config.yaml"))
+    if seeds:
+        return f", it holds one run a seed: {', '.join(seeds)}"
+    if not (run / "config.yaml").is_file():
+        return ": it is no run's folder"
+    study = RunFolder(run).study()
+    header = run / "header.json"
+    if study.tickets == "none":
+        return ": it kept no files (tickets: none); tickets: dense or compact keeps them"
+    if not 0 <= client < study.clients.count:
+        return f", its clients are 0 to {study.clients.count - 1}"
+    if not header.is_file() or not json.loads(header.read_bytes())["finished"]:
+        return ", it has not finished"
+    if kept_arm(study) is None:
+        return f": no arm of method {study.method['name']} is a client's own"
+    return ": this client failed, or it keeps its ticket itself"
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Put torch's threads and the global generators of torch, numpy and random back as they were."""
+    threads, dice, numbers = torch.get_num_threads(), random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        random.setstate(dice)
+        np.random.set_state(numbers)

@@ -1,0 +1,1 @@
+"""A run: session, rounds, server, client step, messages."""

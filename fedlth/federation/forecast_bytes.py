@@ -1,0 +1,303 @@
+"""What will cross the wire, before a study runs: payloads encoded as they would be, counted as the loop sends them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from fedlth import rng
+from fedlth.experiment.resolve import arms_of, main_density
+from fedlth.federation import server
+from fedlth.federation.client_step import _row, initial, space
+from fedlth.federation.rounds import CONTROLS, anchors_of
+from fedlth.methods.aggregate import Contribution, join
+from fedlth.methods.client_update import Shrinking
+from fedlth.methods.method import Recipe
+from fedlth.models.layout import Layout, Params
+from fedlth.personalization.step2 import Result
+from fedlth.storage.server_state import ServerState
+from fedlth.study.schema import Study
+from fedlth.tickets.scope import Layerwise
+from fedlth.training.local_client import Local
+from fedlth.training.task import World
+from fedlth.wire import metrics, payload
+from fedlth.wire.codec import CODECS, DELTA, STEP, Codec
+from fedlth.wire.payload import Content
+
+TRIED, TRIAL_S = 4, 2.0  # how many clients try two visits each, and for how long at most
+LARGE = 1 << 18  # weights: of a larger model two densities are encoded, and those between lie on a line
+EACH_TARGET = {"ticket", "ticket_0", "one_shot", "global_mask", "random"}  # arms with a row for every density
+DENSE = {"global", "local", "dense", "dense_total"}
+
+Moved = tuple[tuple[Params, Params], ...]  # what a client was sent, and what it sent back
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Payload bytes of one direction. `bounds` say why they are at most these; without, they are an estimate.
+
+    `pruned`: where accuracy decides about prunes, the bytes if all of them happen; else None.
+    """
+
+    size: float
+    bounds: tuple[str, ...] = ()
+    pruned: float | None = None
+
+    def __str__(self) -> str:
+        pruned = "" if self.pruned is None else f" ({self.pruned / 1e6:,.2f} MB if every prune happens)"
+        return f"{'at most' if self.bounds else 'about'} {self.size / 1e6:,.2f} MB{pruned}"
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Both directions, and how many visits were tried to see how long an update is."""
+
+    down: Bytes
+    up: Bytes
+    tried: int = 0
+
+    def __str__(self) -> str:
+        ways = (("down", self.down), ("up", self.up))
+        lines = [f"{name} is an upper bound, as with {'; '.join(one.bounds)}" for name, one in ways if one.bounds]
+        if self.tried:
+            lines.append(f"an update is taken to be as long as in {self.tried} visits that were tried here")
+        return "\n  ".join([f"bytes: down {self.down}, up {self.up}", *lines])
+
+
+def forecast_bytes(world: World, recipe: Recipe, visit_s: float) -> Forecast:
+    """Return a run's payload bytes, metrics included. Failures and lost states are not foreseen.
+
+    visit_s: the seconds that a client's visit takes here. Only a training tells how far an update lies from its
+    download: under a codec of differences a few visits are tried, unless they would take longer than TRIAL_S.
+    """
+    if not recipe.federated:
+        return Forecast(Bytes(0), Bytes(_arms_bytes(world, recipe)))
+    study, codec = world.study, CODECS[world.study.wire]
+    dense = recipe.down == "broadcast"
+    shrinking: Shrinking | None = Shrinking() if dense else getattr(recipe.visit, "shrinking", None)
+    tried = _tried(world, visit_s) if dense and recipe.space == "weights" and DELTA in codec.values else ()
+    wire = _Wire(world, recipe, codec, tried or _noise(world, codec), _later(world, recipe, tried))
+    down, up = _sums(wire, shrinking or Shrinking(), pruned=True)
+    sure = shrinking is not None and shrinking.sure
+    most = (down, up) if sure else _sums(wire, shrinking or Shrinking(), pruned=False)
+    told = not sure and shrinking is not None  # both ends of what accuracy may decide
+    both = [] if sure else ["no client prunes"]
+    if study.refine.rounds and _may_stop(study):
+        both.append("tickets that stop before their first prune")
+    scores = ["scores as undecided as after the first round"] if recipe.space == "scores" and codec.refers else []
+    ups = (*both, *_why_less_goes_up(wire, shrinking))
+    ends = (down, up) if told else (None, None)
+    return Forecast(Bytes(most[0], (*both, *scores), ends[0]), Bytes(most[1], ups, ends[1]), len(tried))
+
+
+def _why_less_goes_up(wire: _Wire, shrinking: Shrinking | None) -> list[str]:
+    codec, recipe, study = wire.codec, wire.recipe, wire.world.study
+    if not codec.refers or not study.federate.rounds + study.refine.rounds:
+        return []
+    if recipe.space == "scores":
+        return ["a bit for every weight of a mask"]
+    found = []
+    if shrinking is None or len(shrinking.densities) > 1:
+        found.append("new masks at their entropy")
+    if STEP in codec.values:
+        found.append("updates that are noise")
+    elif DELTA in codec.values and not wire.moved:
+        found.append("updates as long as the download of the same weights")
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Wire:
+    """How long each message is. `theta` is a global model as it goes down after the first round."""
+
+    world: World
+    recipe: Recipe
+    codec: Codec
+    moved: Moved
+    theta: Params
+    known: dict[tuple[str, float], float] = field(default_factory=dict)
+
+    @cached_property
+    def layout(self) -> Layout:
+        return space(self.world, self.recipe)
+
+    @cached_property
+    def model(self) -> int:
+        return self.broadcast(self.theta)
+
+    def broadcast(self, theta: Params) -> int:
+        kind = "values" if self.recipe.space == "weights" else "scores"
+        return len(server.broadcast(kind, "", theta, self.layout, self.codec).payload)
+
+    def kept(self, density: float) -> float:
+        """Return the bytes of a slice."""
+        return self._line(self._slice, density)
+
+    def update(self, density: float) -> float:
+        """Return the bytes of an update whose mask the server knows."""
+        return self._line(self._update, density)
+
+    def new_mask(self, before: float, after: float) -> float:
+        """Return the most that naming `after` of the `before` takes: its entropy and the counts, or a bitmap."""
+        size, share = self.layout.num_prunable, after / before
+        bitmap = math.ceil(size / 8)
+        if not self.codec.refers or not 0 < share < 1:
+            return bitmap
+        entropy = -share * math.log2(share) - (1 - share) * math.log2(1 - share)
+        return min(bitmap, 1.02 * size * before * entropy / 8 + 8 * (1 + len(self.layout.prunable)))
+
+    def bare_mask(self, density: float) -> float:
+        whole = Content(np.ones(self.layout.num_prunable, bool), None, None)
+        return len(payload.encode("mask", self.layout, whole)) + self.new_mask(1.0, density)
+
+    def _line(self, measure: Callable[[float], float], density: float) -> float:
+        if self.layout.num_prunable <= LARGE:
+            return self._once(measure, density)
+        low, high = self._once(measure, 0.1), self._once(measure, 1.0)
+        return low + (high - low) * (density - 0.1) / 0.9
+
+    def _once(self, measure: Callable[[float], float], density: float) -> float:
+        if (measure.__name__, density) not in self.known:
+            self.known[measure.__name__, density] = measure(density)
+        return self.known[measure.__name__, density]
+
+    def _mask(self, density: float, *, by_size: bool) -> np.ndarray:
+        size = self.layout.num_prunable
+        score = np.abs(self.theta.floats[:size]) if by_size else rng.stream(0, "forecast mask").random(size)
+        return Layerwise()(score, np.ones(size, bool), self.layout, density)
+
+    def _slice(self, density: float) -> float:
+        mask = self._mask(density, by_size=True)
+        return len(server.slice_for("", self.theta, self.layout, mask, self.codec).payload)
+
+    def _update(self, density: float) -> float:
+        if self.recipe.space == "scores":
+            return self.bare_mask(0.5)
+        # Of a method with masks of its own this is a bound: weights that are alike in size take fewer bytes than any.
+        mask, sizes = self._mask(density, by_size=self.recipe.down == "broadcast"), []
+        for old, new in self.moved or ((None, self.theta),):
+            held = None if old is None else Content(mask, old.masked(mask).floats, old.ints).reference
+            sent = Content(mask, new.masked(mask).floats, new.ints)
+            coded = payload.encode("values", self.layout, sent, codec=self.codec, known_mask=mask, reference=held)
+            sizes.append(len(coded))
+        return float(np.mean(sizes))
+
+
+def _may_stop(study: Study) -> bool:
+    return study.finder.stop != {"name": "target"}
+
+
+def _sums(wire: _Wire, shrinking: Shrinking, *, pruned: bool) -> tuple[float, float]:
+    """Return the bytes down and up, if every prune happens or none does (a mask is then paid for all the same)."""
+    world, study, densities = wire.world, wire.world.study, shrinking.densities
+    count, visits = study.clients.count, study.federate.rounds * study.federate.clients_per_round
+    first = study.federate.clients_per_round if study.federate.rounds else 0
+    unknown = wire.recipe.down == "slice" and len(densities) == 1
+    down, up = 0.0, float(visits * _visit_bytes(world) + _arms_bytes(world, wire.recipe))
+    steps, behind = _prunes(world, shrinking)
+    down += first * (wire.broadcast(initial(world, wire.recipe)) - wire.model)
+    for (before, after), number in steps.items():
+        left, stays = (densities[before], densities[after]) if pruned else (1.0, 1.0)
+        down += number * (wire.kept(left) if left < 1 else wire.model)
+        up += number * wire.update(stays)
+        if before < after:
+            up += number * wire.new_mask(densities[before], densities[after])
+        elif unknown and not pruned:
+            up += number * wire.new_mask(1.0, 0.5)
+    whole = bool(CONTROLS & set(arms_of(study)))
+    down += count * wire.model if unknown and whole and not pruned else 0.0  # beside a slice that holds all
+    sliced = sum(number for prunes, number in behind.items() if prunes)
+    down += (count - sliced + count * len(anchors_of(study))) * wire.model
+    for prunes, number in behind.items():
+        if prunes:
+            # Where no prune is sure, the worst is one: a slice, and for the controls the whole model beside it.
+            own = densities[prunes if pruned else 1]
+            down += number * (wire.kept(own) + whole * wire.model if pruned or whole else wire.model)
+    if study.refine.rounds:
+        density = 1.0 if _may_stop(study) else main_density(study)
+        more = study.refine.rounds * study.refine.clients_per_round
+        down += (more + count) * wire.kept(density)
+        up += count * wire.bare_mask(min(density, 0.5))
+        up += more * (wire.update(density) + _visit_bytes(world))
+    return down, up
+
+
+def _prunes(world: World, shrinking: Shrinking) -> tuple[Mapping[tuple[int, int], int], Mapping[int, int]]:
+    """Count visits by the prunes before and after them, and clients by the prunes behind them in step 2."""
+    study = world.study
+    if len(shrinking.densities) == 1:
+        return {(0, 0): study.federate.rounds * study.federate.clients_per_round}, {}
+    seen = [c for c in range(study.clients.count) if c not in world.splits.unseen]
+    visited: Counter[int] = Counter()
+    steps: Counter[tuple[int, int]] = Counter()
+    each = study.federate.clients_per_round
+    for number in range(1, study.federate.rounds + 1):
+        for client in server.sample(study.seed, "federate", number, clients=seen, count=each):
+            steps[shrinking.prunes(visited[client]), shrinking.prunes(visited[client] + 1)] += 1
+            visited[client] += 1
+    return steps, Counter(shrinking.prunes(number) for number in visited.values())
+
+
+def _tried(world: World, visit_s: float) -> Moved:
+    """Try the visits of a few clients, small to large, from theta_0 and from the mean of what they made of it."""
+    parts, unseen = world.splits.clients, world.splits.unseen
+    clients = sorted((len(part.train), c) for c, part in enumerate(parts) if c not in unseen)
+    number = min(TRIED, len(clients), int(TRIAL_S / (2 * visit_s)))
+    if not number or not world.study.federate.rounds:
+        return ()
+    chosen = [clients[int((i + 0.5) * len(clients) / number)][1] for i in range(number)]
+    found: list[tuple[Params, Params]] = []
+    theta = world.theta_0
+    for round in (1, 2):
+        at = [Local(world, client, round, "forecast") for client in chosen]
+        ends = [local.train(theta, plan=local.plan).params for local in at]
+        if not all(np.isfinite(end.floats).all() for end in ends):
+            return ()
+        found += [(world.shared_part(theta), world.shared_part(end)) for end in ends]
+        mean: np.ndarray = np.mean([end.floats for end in ends], axis=0)
+        theta = Params(mean.astype(np.float32), ends[0].ints)
+    return tuple(found)
+
+
+def _noise(world: World, codec: Codec) -> Moved:
+    """Return an update that is noise: of all updates of one size it takes the most steps to tell."""
+    if not codec.feedback:
+        return ()
+    theta = world.shared_part(world.theta_0)
+    noise = rng.stream(0, "forecast").normal(0, 0.1 * float(np.std(theta.floats)) or 1.0, theta.floats.size)
+    return ((theta, Params((theta.floats + noise).astype(np.float32), theta.ints)),)
+
+
+def _later(world: World, recipe: Recipe, tried: Moved) -> Params:
+    """Return a global state as it goes down after the first round."""
+    first = initial(world, recipe)
+    if recipe.space == "scores" and world.study.federate.rounds:
+        draw, layout = rng.stream(0, "forecast"), space(world, recipe)
+        chance = 1 / (1 + np.exp(-first.floats[: layout.num_prunable].astype(np.float64)))
+        masks = (draw.random(chance.size) < chance for _ in range(world.study.federate.clients_per_round))
+        came = (Contribution(0, 1, Content(m, None, None)) for m in masks)
+        return join(recipe.aggregate, ServerState(first), came, layout).theta
+    return tried[-1][0] if tried else first
+
+
+def _visit_bytes(world: World) -> int:
+    examples = max(len(split.train) for split in world.splits.clients)
+    return len(metrics.encode({"num_examples": examples, "loss": 0.0, "val_accuracy": 0.0, "density": 1.0}))
+
+
+def _arms_bytes(world: World, recipe: Recipe) -> int:
+    """Return the bytes of all clients' rows of step 2; a row is as long whatever its numbers are."""
+    study, local = world.study, Local(world, world.study.clients.count - 1, 0, "forecast")
+    dense = DENSE if recipe.space == "weights" else {"local"}
+    row = _row(local, Result(arm="", params=world.theta_0, mask=local.full, start="theta_g")).record()
+    row["num_train"] = max(len(split.train) for split in world.splits.clients)
+    sent = [arm for arm in arms_of(study) for _ in (study.finder.densities if arm in EACH_TARGET else (1,))]
+    rows = [{**row, "arm": arm, "ticket": "" if arm in dense else "0" * 16} for arm in sent]
+    more = [{**row, "arm": "refined", "ticket": "0" * 16}]
+    refined = len(metrics.encode({"rows": more})) if study.refine.rounds else 0
+    return study.clients.count * (len(metrics.encode({"rows": rows})) + refined)

@@ -1,0 +1,83 @@
+"""A step's messages as ledger rows: kind, bytes, and what the payload is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from fedlth.federation.jobs import Failure, Message, Reply
+from fedlth.models.layout import Layout
+from fedlth.storage.ledger import Row, party
+from fedlth.wire import mask as bitmap
+from fedlth.wire.describe import iid_bytes, sections
+
+
+def down(
+    round: int, phase: str, client: int, inbox: Sequence[Message], mask: np.ndarray | None, framed: int | None, *,
+    layout: Layout, kind: str = "",
+) -> list[Row]:  # fmt: skip
+    """Return the rows of what a client was sent; the frame's bytes stand on the first.
+
+    `mask` is the one that the client's own slice holds; broadcasts and evaluation copies are dense. `kind` replaces
+    the first message's own: "install" for a client's first model, "resync" for one that is sent again, alone.
+    """
+    rows = []
+    for i, m in enumerate(inbox):
+        parts, held = sections(m.payload), None if m.broadcast or m.kind == "evaluation" else mask
+        rows.append(
+            Row(
+                round=round, phase=phase, sender=party(None), receiver=party(client),
+                kind=kind if kind and i == 0 else m.kind, name=m.name, payload_bytes=len(m.payload),
+                framed_bytes=framed if i == 0 else None, broadcast=m.broadcast, density=_density(held),
+                ticket=_ticket(held), coding=parts.coding, mask_bytes=parts.mask_bytes, value_bytes=parts.value_bytes,
+                iid_bytes=_iid(held, layout),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def up(
+    round: int, phase: str, reply: Reply, mask: np.ndarray | None, status: str, sends: str, *, layout: Layout
+) -> list[Row]:
+    """Return the rows of what a client sent, with the density and the name of the mask it carried.
+
+    What was refused is only counted: its sections are nobody's business.
+    """
+    rows = []
+    for i, m in enumerate(reply.outbox):
+        held = mask if m.kind == sends else None
+        row = Row(
+            round=round, phase=phase, sender=party(reply.client), receiver=party(None), kind=m.kind, name=m.name,
+            payload_bytes=len(m.payload), framed_bytes=reply.framed_up_bytes if i == 0 else None, status=status,
+            density=_density(held), ticket=_ticket(held),
+        )  # fmt: skip
+        if held is not None:
+            parts = sections(m.payload)
+            row = replace(
+                row, coding=parts.coding, mask_bytes=parts.mask_bytes, value_bytes=parts.value_bytes,
+                iid_bytes=_iid(held, layout),
+            )  # fmt: skip
+        rows.append(row)
+    return rows
+
+
+def failed(round: int, phase: str, failure: Failure) -> Row:
+    """Return the row of an answer that never came; a message may say so, and has a frame."""
+    return Row(
+        round=round, phase=phase, sender=party(failure.client), receiver=party(None), kind="none", name="",
+        payload_bytes=0, framed_bytes=failure.framed_up_bytes, status=f"failed: {failure.kind}",
+    )  # fmt: skip
+
+
+def _density(mask: np.ndarray | None) -> float:
+    return 1.0 if mask is None else int(np.count_nonzero(mask)) / mask.size
+
+
+def _ticket(mask: np.ndarray | None) -> str:
+    return "" if mask is None or mask.all() else bitmap.digest(mask)
+
+
+def _iid(mask: np.ndarray | None, layout: Layout) -> float | None:
+    return None if mask is None or mask.all() else round(iid_bytes(mask, layout), 1)

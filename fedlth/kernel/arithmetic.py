@@ -1,0 +1,119 @@
+"""Element by element arithmetic of tiles, and the tiles of zeros that start a sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+
+from fedlth.kernel.jit import intrinsic
+from fedlth.kernel.vectors import FUSE, Code, Tile, made, same
+
+
+def _pairwise(combine: Callable[[Any, list[Any]], Any]) -> Any:
+    """Return the intrinsic that makes each row of its result from the same rows of its tiles."""
+
+    def answer(*tiles: Any) -> Any:
+        def body(c: Code) -> Any:
+            columns = [c.rows(k) for k in range(len(tiles))]
+            return c.tile([combine(c.builder, list(row)) for row in zip(*columns, strict=True)])
+
+        return made(body, same)(*tiles)
+
+    return answer
+
+
+def _zero(vector: Any) -> Any:
+    return ir.Constant(vector.type, None)
+
+
+def _maximum(builder: Any, rows: list[Any]) -> Any:
+    # A comparison with NaN is false, which keeps rows[1]: a diverged value passes through relu.
+    return builder.select(builder.fcmp_ordered(">", rows[0], rows[1]), rows[0], rows[1])
+
+
+def _keep(sign: str) -> Callable[[Any, list[Any]], Any]:
+    def combine(builder: Any, rows: list[Any]) -> Any:
+        return builder.select(builder.fcmp_ordered(sign, rows[0], rows[1]), rows[2], _zero(rows[2]))
+
+    return combine
+
+
+@intrinsic
+def maximum(typing, a, b):  # type: ignore[no-untyped-def]
+    """Return a where a > b, else b."""
+    return _pairwise(_maximum)(a, b)
+
+
+@intrinsic
+def relu(typing, a):  # type: ignore[no-untyped-def]
+    """Return 0 where a < 0, else a (NaN stays NaN)."""
+    return _pairwise(lambda builder, rows: _maximum(builder, [_zero(rows[0]), rows[0]]))(a)
+
+
+@intrinsic
+def add(typing, a, b):  # type: ignore[no-untyped-def]
+    """Return a + b."""
+    return _pairwise(lambda builder, rows: builder.fadd(*rows))(a, b)
+
+
+@intrinsic
+def subtract(typing, a, b):  # type: ignore[no-untyped-def]
+    """Return a - b."""
+    return _pairwise(lambda builder, rows: builder.fsub(*rows))(a, b)
+
+
+@intrinsic
+def multiply(typing, a, b):  # type: ignore[no-untyped-def]
+    """Return a * b."""
+    return _pairwise(lambda builder, rows: builder.fmul(*rows))(a, b)
+
+
+@intrinsic
+def divide(typing, a, b):  # type: ignore[no-untyped-def]
+    """Return a / b."""
+    return _pairwise(lambda builder, rows: builder.fdiv(*rows))(a, b)
+
+
+@intrinsic
+def multiply_add(typing, a, b, c):  # type: ignore[no-untyped-def]
+    """Return a * b + c, in one rounding where the machine can."""
+
+    def combine(builder: Any, rows: list[Any]) -> Any:
+        return builder.fadd(builder.fmul(rows[0], rows[1], flags=FUSE), rows[2], flags=FUSE)
+
+    return _pairwise(combine)(a, b, c)
+
+
+@intrinsic
+def keep_positive(typing, a, g):  # type: ignore[no-untyped-def]
+    """Return g where a > 0, else 0."""
+    combine = _keep(">")
+    return _pairwise(lambda builder, rows: combine(builder, [rows[0], _zero(rows[0]), rows[1]]))(a, g)
+
+
+@intrinsic
+def keep_equal(typing, a, b, g):  # type: ignore[no-untyped-def]
+    """Return g where a == b, else 0."""
+    return _pairwise(_keep("=="))(a, b, g)
+
+
+def _filled(rows: int, width: int, value: float = 0.0) -> Any:
+    @intrinsic
+    def filled(typing):  # type: ignore[no-untyped-def]
+        tile = Tile(rows, width)
+
+        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            row = ir.Constant(ir.VectorType(ir.FloatType(), width), [value] * width)
+            return ir.Constant(context.get_value_type(tile), [row] * rows)
+
+        return tile(), code
+
+    return filled
+
+
+zeros_6x16, zeros_4x16, zeros_2x16, zeros_1x16 = (_filled(rows, 16) for rows in (6, 4, 2, 1))
+zeros_3x32, zeros_2x32, zeros_1x32 = (_filled(rows, 32) for rows in (3, 2, 1))
+zeros_10x8, zeros_8x8, zeros_5x8 = (_filled(rows, 8) for rows in (10, 8, 5))
+ones_1x16 = _filled(1, 16, 1.0)

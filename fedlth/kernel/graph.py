@@ -1,0 +1,137 @@
+"""Read a module's graph with torch.fx into the kernel's layer table, or say in one line why it cannot run there."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fedlth.kernel.fuse import fuse
+from fedlth.kernel.memory_layout import arrange
+from fedlth.kernel.reader import FUNCTIONS, METHODS, Reader, Unsupported, Value
+from fedlth.kernel.table import LayerTable
+from fedlth.models.layout import Layout
+
+LANES = 32  # examples side by side where a network is large
+
+
+def _run(reader: Reader, graph: fx.Graph) -> Value:
+    known: dict[fx.Node, Any] = {}
+    place = {node: number for number, node in enumerate(graph.nodes)}
+
+    def arguments(given: Any) -> Any:
+        return fx.node.map_arg(given, lambda node: known[node])
+
+    def read_later(value: Any, now: fx.Node) -> bool:
+        """Say whether what lies at `value`, under this name or another (a flatten, an identity), is read after now."""
+        names = [node for node, held in known.items() if isinstance(held, Value) and held.at == value.at]
+        return any(place[user] > place[now] for node in names for user in node.users)
+
+    for node in graph.nodes:
+        args, kwargs = arguments(node.args), arguments(node.kwargs)
+        changes = node.target in ("relu_", "add_", operator.iadd) or kwargs.get("inplace")
+        if node.op == "call_module":
+            changes = changes or getattr(reader.module.get_submodule(node.target), "inplace", False)
+        if changes and (len(node.args[0].users) > 1 or read_later(args[0], node)):
+            raise Unsupported(f"{node.name} changes a value in place that is read again")
+        if node.op == "placeholder":
+            if known:
+                raise Unsupported("a forward with more than one input")
+            known[node] = reader.input
+        elif node.op == "output":
+            if not isinstance(args[0], Value):
+                raise Unsupported("a forward that returns other than one tensor")
+            found: Value = args[0]
+        elif node.op == "call_module":
+            known[node] = reader.layer(node.target, reader.module.get_submodule(node.target), *args, **kwargs)
+        elif node.op == "call_function" and node.target in FUNCTIONS:
+            known[node] = FUNCTIONS[node.target](reader, *args, **kwargs)
+        elif node.op == "call_method" and node.target in METHODS:
+            known[node] = METHODS[node.target](reader, *args, **kwargs)
+        elif node.target is getattr and args[1] == "shape":
+            known[node] = reader.size(args[0])
+        elif node.target is operator.getitem and isinstance(args[0], tuple):
+            known[node] = args[0][args[1]]
+        else:
+            raise Unsupported(f"{node.op} {getattr(node.target, '__name__', node.target)}")
+    return found
+
+
+def compile_layers(module: nn.Module, layout: Layout, input_shape: tuple[int, ...]) -> LayerTable | str:
+    """Return the layer table of a module, or one line that says why the kernel cannot run it.
+
+    input_shape: an example's, without the batch: (C, H, W) or (F,). The module's values and modes stay.
+    """
+    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise Unsupported("the model has hooks")
+        traced = fx.symbolic_trace(module)
+        reader = Reader(module, layout, tuple(input_shape))
+        table = _table(reader, layout, _run(reader, traced.graph))
+        _check(module, traced, tuple(input_shape), kept)
+        return table
+    except Unsupported as reason:
+        return str(reason)
+    except Exception as error:  # torch.fx runs the user's forward on proxies, which may raise anything
+        return f"torch.fx cannot trace the model: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    finally:
+        for buffer, value in kept:
+            buffer.copy_(value)
+
+
+def _table(reader: Reader, layout: Layout, logits: Value) -> LayerTable:
+    if len(logits.shape) != 1 or reader.shapes[logits.at][1:] != (1, 1):
+        raise Unsupported(f"logits of shape {logits.shape}")
+    ops = fuse(reader.ops, logits.at)
+    if not any(op.weight >= 0 for op in ops):
+        raise Unsupported("no layer has weights")
+    frozen = tuple((e.offset, e.offset + e.size) for e in layout.floats if e.role == "param" and not e.trainable)
+    table = LayerTable(
+        ops=ops,
+        shapes=tuple(reader.shapes),
+        output=logits.at,
+        num_floats=layout.num_floats,
+        num_params=layout.num_params,
+        num_prunable=layout.num_prunable,
+        frozen=frozen,
+    )
+    try:
+        arrange(table, LANES)
+    except ValueError as error:  # maps beyond all bounds
+        raise Unsupported(str(error)) from error
+    return table
+
+
+def _check(
+    module: nn.Module, traced: fx.GraphModule, shape: tuple[int, ...], kept: list[tuple[Tensor, Tensor]]
+) -> None:
+    """Refuse a forward that is not one function of its input: a trace freezes modes, counters, dice and no_grad."""
+    modes = {part: part.training for part in module.modules()}
+    weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if any(parameter._backward_hooks for parameter in weights):
+        raise Unsupported("a parameter has hooks")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for number, mode in enumerate((True, False, True, False)):
+                x = torch.randn(2, *shape)
+                with torch.set_grad_enabled(number == 0):
+                    given, seen = (_outcome(one.train(mode), x.clone(), weights) for one in (module, traced))
+                if not all(torch.allclose(a, b, equal_nan=True) for a, b in zip(given, seen, strict=True)):
+                    raise Unsupported("a forward that is not the same function as its trace (modes, chance, no_grad)")
+    finally:
+        for part, training in modes.items():
+            part.training = training
+    if not all(torch.equal(buffer, value) for buffer, value in kept):
+        raise Unsupported("a forward that changes a buffer")
+
+
+def _outcome(module: nn.Module, x: Tensor, weights: list[nn.Parameter]) -> tuple[Tensor, ...]:
+    """Return a batch's logits and, where gradients are on, for each weight that of a function of them."""
+    logits: Tensor = module(x)
+    if not logits.requires_grad:
+        return logits, *map(torch.zeros_like, weights)
+    return logits.detach(), *torch.autograd.grad(logits.square().sum(), weights, materialize_grads=True)

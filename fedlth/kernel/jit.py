@@ -1,0 +1,74 @@
+"""How the kernel's functions are compiled; the only caller of numba.njit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numba.extending
+from numba import njit
+
+from fedlth.kernel.late_jit import load_numba
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+load_numba()
+
+# "numpy": a division by zero gives inf, as torch does, and costs no test.
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+# A part is only called by compiled code: no wrappers for Python, and nothing that it could allocate to count.
+_PART: dict[str, Any] = {**_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "_nrt": False}
+
+_COMPILED = (
+    "arithmetic",
+    "columns",
+    "constants",
+    "dense_forward",
+    "jit",
+    "loop",
+    "norm",
+    "pointwise",
+    "pools",
+    "reduce",
+    "sparse",
+    "vectors",
+    "weights",
+)
+
+
+def part(function: _Function) -> _Function:
+    """Compile a function that compiled code calls."""
+    return cast(_Function, njit(**_PART)(function))
+
+
+def inlined(function: _Function) -> _Function:
+    """The same, with its body put in place of each call: tiles must not pass through memory."""
+    return cast(_Function, njit(forceinline=True, **_PART)(function))
+
+
+def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Numba's decorator, whose own type counts the typing context as an argument of the call."""
+    return cast(Callable[..., Any], numba.extending.intrinsic(function))
+
+
+def source_stamp() -> int:
+    """Return a number that changes with any source file that is compiled.
+
+    Numba's disk cache looks only at the file of the cached function, not at the files of the functions it calls.
+    An entry point that holds this number in a closure cell is recompiled when any of them changes.
+    """
+    digest = hashlib.blake2b(digest_size=7)
+    for name in _COMPILED:
+        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
+    return int.from_bytes(digest.digest(), "big")
+
+
+def entry(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile an entry point and keep its machine code on disk; in memory only where no place is writable."""
+    try:
+        cached: Callable[..., Any] = njit(cache=True, **_OPTIONS)(function)
+    except RuntimeError:
+        cached = njit(**_OPTIONS)(function)
+    return cached

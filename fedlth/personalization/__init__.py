@@ -1,0 +1,1 @@
+"""Step 2: personal tickets and what they are compared with."""

@@ -1,0 +1,237 @@
+"""The arms of step 2: the personal ticket, and everything that a claim about it must beat. Each in the same run."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from fedlth.methods.client_update import Visit
+from fedlth.methods.fedpm import frozen_weights
+from fedlth.models.layout import Params
+from fedlth.personalization.step2 import Result, Step2
+from fedlth.storage.client_state import ClientState
+from fedlth.tickets.controls import shuffled_mask
+from fedlth.tickets.finder import Finder
+from fedlth.tickets.granularity import Element, Granularity
+from fedlth.tickets.rewind import ToInit
+from fedlth.tickets.schedule import OneShot
+from fedlth.tickets.search import find
+from fedlth.training.local_client import Cost, Local
+from fedlth.wire.payload import Content
+
+Arm = Callable[[Step2], Iterator[Result]]
+
+
+def global_model(step: Step2) -> Iterator[Result]:
+    """The shared model as it came, untouched."""
+    yield Result(arm="global", params=step.theta_g, mask=step.alive, start="theta_g")
+
+
+def local_only(step: Step2) -> Iterator[Result]:
+    """The client alone, from theta_0, for as many epochs as search and fine-tuning take together."""
+    yield _trained(step, "local", "theta_0", step.local.full, epochs=_total_epochs(step))
+
+
+def dense(step: Step2) -> Iterator[Result]:
+    """The dense twin: the whole model, as many fine-tuning epochs as the ticket's last training."""
+    yield _trained(step, "dense", "theta_g", step.local.full)
+
+
+def dense_total(step: Step2) -> Iterator[Result]:
+    """The dense twin with the search's epochs given to it as well."""
+    yield _trained(step, "dense_total", "theta_g", step.local.full, epochs=_total_epochs(step))
+
+
+def ticket(step: Step2) -> Iterator[Result]:
+    """The personal ticket, as the study's finder finds it."""
+    yield from _found("ticket", step.finder, step)
+
+
+def ticket_0(step: Step2) -> Iterator[Result]:
+    """The same search, rewound to theta_0."""
+    yield from _found("ticket_0", replace(step.finder, rewind=ToInit()), step)
+
+
+def one_shot(step: Step2) -> Iterator[Result]:
+    """The same score and rewind, pruned once instead of step by step."""
+    yield from _found("one_shot", replace(step.finder, schedule=OneShot()), step)
+
+
+def global_mask(step: Step2) -> Iterator[Result]:
+    """The global model's own magnitude mask: not personal at all, and it costs no mask bytes. The hard control."""
+    size = step.local.full.size
+    for target in step.targets:
+        mask = step.finder.pick(np.abs(step.theta_g.floats[:size]), step.local.full, step.local.world.layout, target)
+        yield _trained(step, "global_mask", "theta_g", mask, target=target)
+
+
+def random_ticket(step: Step2) -> Iterator[Result]:
+    """A random mask of the ticket's layer counts; the best of three starts, chosen on validation data.
+
+    A model that brings its weights has no third start: another draw would be theta_0 again.
+    Where the ticket's search diverged before it had a mask, the counts are those of a random score's.
+    """
+    if not step.masks:
+        deque(_found("ticket", step.finder, step), maxlen=0)
+    layout, full = step.local.world.layout, step.local.full
+    for target, counted, diverged in step.masks:
+        mask = _shuffled(step, counted, f"random@{target}", step.finder.granularity)
+        if diverged:
+            drawn = step.finder.pick(step.local.rng(f"random@{target}").random(full.size), full, layout, target)
+            mask = mask if np.count_nonzero(drawn) == np.count_nonzero(counted) else drawn
+        yield _best_start(step, mask, target)
+
+
+def _best_start(step: Step2, mask: np.ndarray, target: float) -> Result:
+    """Train a mask from each start and return the best by validation accuracy; one that diverges has none."""
+    starts = {"theta_g": step.theta_g, "theta_0": step.anchor("theta_0")}
+    if not step.local.world.brought:
+        starts["reinit"] = _rescaled(step, step.local.fresh_init("random ticket"), mask)
+    at, best, best_accuracy = len(step.log), None, -1.0
+    for name, start in starts.items():
+        found = _trained(step, "random", name, mask, target=target, begin=start)
+        accuracy = -1.0 if found.diverged else step.local.val_accuracy(found.params)
+        if best is None or accuracy > best_accuracy:
+            best, best_accuracy = found, accuracy
+    assert best is not None
+    all_of = step.spent(at)  # of equal trainings
+    searched = step.local.epochs(all_of.steps * (len(starts) - 1) // len(starts))
+    flops, cpu_s = (all_of.flops, all_of.alive_flops), (all_of.cpu_s, best.cpu_s[1])
+    return replace(best, search_epochs=searched, flops=flops, cpu_s=cpu_s)
+
+
+def own(step: Step2) -> Iterator[Result]:
+    """The method's own personal model, as the last download leaves it."""
+    held = step.visit.own(step.local, step.received, step.state)
+    yield Result(arm="own", params=held.params, mask=held.mask, start="own")
+
+
+def own_tuned(step: Step2) -> Iterator[Result]:
+    """The same after the fine-tuning epochs, by the method's own local training."""
+    yield tuned("own_tuned", step.local, step.visit, step.received, step.state)
+
+
+def own_random(step: Step2) -> Iterator[Result]:
+    """The control of `own_tuned`: a random mask of the same layer counts on the same start weights."""
+    held = step.visit.own(step.local, step.received, step.state)
+    yield _trained(step, "own_random", "theta_g", _shuffled(step, held.mask, "own_random", granularity_of(step.visit)))
+
+
+def frozen_random(step: Step2) -> Iterator[Result]:
+    """The control of learnt masks: a random mask of the same layer counts on the same frozen weights."""
+    held = step.visit.own(step.local, step.received, step.state)
+    mask = _shuffled(step, held.mask, "frozen_random", granularity_of(step.visit))
+    params = frozen_weights(step.local.world).masked(mask)
+    yield Result(arm="frozen_random", params=params, mask=mask, start="frozen")
+
+
+ARMS: Mapping[str, Arm] = {
+    "global": global_model,
+    "local": local_only,
+    "dense": dense,
+    "dense_total": dense_total,
+    "ticket": ticket,
+    "ticket_0": ticket_0,
+    "one_shot": one_shot,
+    "global_mask": global_mask,
+    "random": random_ticket,
+    "own": own,
+    "own_tuned": own_tuned,
+    "own_random": own_random,
+    "frozen_random": frozen_random,
+}
+
+
+def tuned(arm: str, local: Local, visit: Visit, received: Content, state: ClientState, target: float = 1.0) -> Result:
+    """Return a method's own model after its own training of step 2."""
+    held, at, diverged = visit.own(local, received, state), len(local.log), False
+    try:
+        held = visit.tune(local, received, state, local.personal_plan)
+    except FloatingPointError:
+        diverged = True
+    cost = sum(local.log[at:], Cost())
+    return Result(
+        arm=arm, params=held.params, mask=held.mask, target=target, start="own",
+        epochs=local.epochs(cost.steps), flops=(cost.flops, cost.alive_flops), cpu_s=(cost.cpu_s, cost.cpu_s),
+        diverged=diverged,
+    )  # fmt: skip
+
+
+def granularity_of(visit: Visit) -> Granularity:
+    """Return of what a method's masks are made: single weights, where it does not say otherwise."""
+    made: Granularity = getattr(visit, "granularity", Element())
+    return made
+
+
+def _trained(
+    step: Step2, arm: str, start: str, mask: np.ndarray, *, target: float = 1.0, epochs: int | None = None,
+    begin: Params | None = None,
+) -> Result:  # fmt: skip
+    """Train a mask once, from the weights named `start` or given as `begin`."""
+    at, diverged = len(step.log), False
+    params = step.anchor(start) if begin is None else begin
+    try:
+        params = step.train(params, mask, epochs=epochs)
+    except FloatingPointError:
+        diverged = True
+    cost = step.spent(at)
+    return Result(
+        arm=arm, params=params, mask=mask, target=target, start=start, epochs=step.local.epochs(cost.steps),
+        flops=(cost.flops, cost.alive_flops), cpu_s=(cost.cpu_s, cost.cpu_s), diverged=diverged,
+    )  # fmt: skip
+
+
+def _found(arm: str, finder: Finder, step: Step2) -> Iterator[Result]:
+    began, chain = len(step.log), 0
+    search = find(
+        finder,
+        start=step.theta_g,
+        start_name="theta_g",
+        targets=step.targets,
+        layout=step.local.world.layout,
+        anchors=step.anchor,
+        train=step.walk,
+        rng=step.local.rng,
+        network=step.network,
+        val_accuracy=step.local.val_accuracy,
+    )
+    before = began
+    for found in search:
+        if found.chain != chain:
+            began, chain = before, found.chain
+        whole, last = step.spent(began), Cost()
+        if getattr(finder.rewind, "trains", True) and step.log[began:]:
+            last = whole if finder.moves else step.log[-1]  # the parts of one training are one training
+        if arm == "ticket":
+            step.masks.append((found.target, found.mask, bool(found.diverged)))
+        yield Result(
+            arm=arm, params=found.params, mask=found.mask, target=found.target, start=found.start,
+            epochs=step.local.epochs(last.steps), search_epochs=step.local.epochs(whole.steps - last.steps),
+            flops=(whole.flops, whole.alive_flops), held=finder.dead.holds and not found.diverged,
+            cpu_s=(whole.cpu_s, last.cpu_s), diverged=bool(found.diverged),
+        )  # fmt: skip
+        before = len(step.log)
+
+
+def _total_epochs(step: Step2) -> int:
+    """Return the epochs of the longest search plus its last training."""
+    trained = step.plan.epochs * step.finder.trainings(step.targets)[0] + step.finder.learned(step.targets)[0]
+    return trained or step.plan.epochs
+
+
+def _shuffled(step: Step2, mask: np.ndarray, what: str, granularity: Granularity) -> np.ndarray:
+    """Return a random mask with the same count in every layer, of whole groups where the mask is of groups."""
+    return shuffled_mask(mask, step.local.world.layout, step.local.rng(what), granularity)
+
+
+def _rescaled(step: Step2, params: Params, mask: np.ndarray) -> Params:
+    """Scale each layer by 1 / sqrt(density), which keeps the variance of what a unit sums as in the dense net."""
+    floats = params.floats.copy()
+    for e in step.local.world.layout.prunable:
+        alive = float(mask[e.slice].mean())
+        if alive > 0:
+            floats[e.slice] /= np.sqrt(alive)
+    return replace(params, floats=floats)

@@ -1,0 +1,148 @@
+"""What an arm of step 2 works with: start weights, training with shared data order, and the cost of what was done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from fedlth.errors import StudyError
+from fedlth.methods.client_update import Visit
+from fedlth.models.layout import Params
+from fedlth.storage.client_state import ClientState
+from fedlth.tickets.finder import Finder
+from fedlth.tickets.search import Walked
+from fedlth.training.local_client import Cost, Local
+from fedlth.training.loss_probe import DataNetwork
+from fedlth.training.train import Plan
+from fedlth.wire.payload import Content
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One row of step 2: a model and what it cost.
+
+    `target` is the density asked for (1 where the method decides). `flops` are those of all trainings that lead
+    here, forward and backward, counted dense and by what is alive; `epochs` those of the last training, or of the one
+    that was chosen, `search_epochs` those of the others: all as really spent. `cpu_s` are the CPU seconds of the same
+    trainings, and of the last of them: a fact of this machine, never of the result. `held`: dead weights may be other
+    than zero. `diverged`: there is no such model, for a training did not end in numbers; `params` are where it began.
+    """
+
+    arm: str
+    params: Params
+    mask: np.ndarray
+    target: float = 1.0
+    start: str = ""
+    epochs: float = 0
+    search_epochs: float = 0
+    flops: tuple[float, float] = (0.0, 0.0)
+    held: bool = False
+    cpu_s: tuple[float, float] = (0.0, 0.0)
+    diverged: bool = False
+
+
+@dataclass(frozen=True)
+class Step2:
+    """One client's step 2.
+
+    `alive` is the mask of `theta_g` (dense but for methods that learn masks). `train` is a pure function of (start
+    bits, mask, epochs, replay). `known` remembers what every search begins with, the dense training from `theta_g` or
+    its first steps, so that arms share it instead of paying twice, and nothing else: a model is as large as the number
+    of arms and densities is not bounded. Its cost is told in full to each. `masks` holds what the arm `ticket` has
+    found, as (target, mask, whether it diverged), for its random control. All arms draw the same batches.
+    """
+
+    local: Local
+    visit: Visit
+    received: Content
+    state: ClientState
+    theta_g: Params
+    alive: np.ndarray
+    anchors: Mapping[str, Params]
+    finder: Finder
+    targets: tuple[float, ...]
+    known: dict[Plan, tuple[Walked | str, Cost]] = field(default_factory=dict)
+    masks: list[tuple[float, np.ndarray, bool]] = field(default_factory=list)
+
+    @property
+    def plan(self) -> Plan:
+        return self.local.personal_plan
+
+    @property
+    def log(self) -> list[Cost]:
+        return self.local.log
+
+    def anchor(self, name: str) -> Params:
+        """Return named weights; the round's own must have been sent."""
+        if name == "reinit":
+            return self.local.fresh_init("reinit")
+        if name not in self.anchors:
+            raise StudyError(f"finder.rewind: no weights named {name}; known: {', '.join(self.anchors)}")
+        return self.anchors[name]
+
+    def train(self, start: Params, mask: np.ndarray, replay_lr: bool = True, epochs: int | None = None) -> Params:
+        return self.walk(start, mask, replay_lr=replay_lr, epochs=epochs).params
+
+    def walk(
+        self,
+        start: Params,
+        mask: np.ndarray,
+        /,
+        *,
+        replay_lr: bool,
+        held: bool = False,
+        window: int = 0,
+        first_step: int = 0,
+        last_step: int | None = None,
+        epochs: int | None = None,
+    ) -> Walked:
+        """Train as a search asks; see tickets.search.TrainFn."""
+        plan = replace(
+            self.plan, replay_lr=replay_lr, epochs=epochs or self.plan.epochs, first_step=first_step,
+            last_step=last_step,
+        )  # fmt: skip
+        steps = plan.epochs * self.local.steps_an_epoch
+        if last_step is not None and last_step >= steps and not mask.all():
+            raise StudyError(
+                f"finder.schedule.every: all moves must come before a training's end; client {self.local.client} has "
+                f"{steps} steps, got a move at {last_step}"
+            )
+        start = start if held else start.masked(mask)
+        shared = start is self.theta_g and bool(mask.all()) and plan.epochs == self.plan.epochs
+        window = min(window, plan.epochs)
+        found = self.known.get(plan) if shared else None
+        if found is None or (isinstance(found[0], Walked) and len(found[0].previous) < window):
+            walked: Walked | str
+            try:
+                walked = self._walked(start, mask, plan, held, window)
+            except FloatingPointError as error:
+                walked = str(error)
+            found = walked, self.log.pop()
+            if shared:
+                self.known[plan] = found
+        if last_step is None or not mask.all():  # the first steps of the dense training are paid for there
+            self.log.append(found[1])
+        if isinstance(found[0], str):
+            raise FloatingPointError(found[0])
+        return found[0]
+
+    def _walked(self, start: Params, mask: np.ndarray, plan: Plan, held: bool, window: int) -> Walked:
+        epochs = plan.epochs - plan.first_step // self.local.steps_an_epoch
+        ends = range(max(0, epochs - window), epochs)
+        asked = tuple(e for e in ends if e)
+        if held:
+            done = self.local.train(start, plan=plan, update=mask, snapshots=asked)
+        else:
+            done = self.local.train(start, plan=plan, mask=mask, snapshots=asked)
+        seen = {0: start.floats, **done.snapshots}
+        return Walked(done.params, tuple(seen[e][: mask.size].copy() for e in ends if e in seen))
+
+    def network(self, at: Params) -> DataNetwork:
+        """Return the network at `at`."""
+        return self.local.network(at)
+
+    def spent(self, since: int) -> Cost:
+        """Sum the log from position `since`."""
+        return sum(self.log[since:], Cost())

@@ -1,0 +1,1 @@
+"""What a run leaves on disk: folder, states, ledger rows, ticket files."""

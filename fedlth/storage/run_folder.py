@@ -1,0 +1,170 @@
+"""A run's folder: append-only facts, a checkpoint that says how far they count, and a lock."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedlth.errors import StudyError
+from fedlth.models.layout import Params
+from fedlth.storage import ledger, store
+from fedlth.storage.server_state import ServerState
+from fedlth.storage.state_archive import Packs
+from fedlth.study import schema
+
+LOGS = ("ledger", "rounds", "metrics", "times")
+MEMORY = "memory/"  # what an aggregation rule remembers, beside the state's own arrays
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: the next step, whose state is current, and how long each log is.
+
+    `theta` names the checkpoint of the server's state, "" for the initial one. `good` names the last one that a client
+    could work with, None while there is none. `norms` are the distances of accepted updates by phase and group.
+    """
+
+    step: int = 0
+    theta: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    mirrors: dict[str, str] = field(default_factory=dict)
+    lengths: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LOGS, 0))
+    empty_rounds: int = 0
+    good: str | None = None
+    norms: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's files. A row written after the last commit is cut off on resume: it never became a fact."""
+
+    root: Path
+
+    @cached_property
+    def clients(self) -> Packs:
+        """The clients' states, where the driver keeps them."""
+        return Packs(self.root / "state")
+
+    @property
+    def devices(self) -> store.Store:
+        """The states of clients that keep their own, where they share this machine."""
+        return store.Store(self.root / "devices")
+
+    @cached_property
+    def mirrors(self) -> Packs:
+        """The server's copies of the clients' last committed masks."""
+        return Packs(self.root / "server")
+
+    def log(self, name: str) -> Path:
+        return self.root / f"{name}.jsonl"
+
+    def create(self, study: schema.Study) -> None:
+        """Start a new run; refuse a folder that already holds one."""
+        if (self.root / "config.yaml").exists():
+            raise StudyError(f"{self.root}: holds a run already; `fedlth resume {self.root}`, or give another out=")
+        self.root.mkdir(parents=True, exist_ok=True)
+        store.write_atomic(self.root / "config.yaml", schema.dump(study).encode())
+
+    def study(self) -> schema.Study:
+        if not (self.root / "config.yaml").is_file():
+            raise StudyError(f"{self.root}: no run here (config.yaml is missing)")
+        return schema.load(self.root / "config.yaml")
+
+    def progress(self) -> Progress:
+        """Return the last commit; nothing is changed. Raises StudyError where the checkpoint is damaged."""
+        file = self.root / "checkpoint.json"
+        if not file.exists():
+            return Progress()
+        try:
+            return Progress(**_checked(json.loads(file.read_bytes())))
+        except (ValueError, TypeError, KeyError) as error:
+            raise StudyError(f"{file}: damaged: {error}") from error
+
+    def recover(self) -> None:
+        """Cut the logs back to the last commit. Only for who holds the lock: another process may be writing them."""
+        for name, length in self.progress().lengths.items():
+            ledger.truncate(self.log(name), length)
+
+    def commit(self, progress: Progress) -> None:
+        record = asdict(progress)
+        store.write_atomic(self.root / "checkpoint.json", json.dumps(record | {"digest": _digest(record)}).encode())
+
+    def append(self, name: str, rows: Iterable[ledger.Row | Mapping[str, Any]]) -> int:
+        return ledger.append(self.log(name), ledger.lines(rows))
+
+    def save_params(self, name: str, params: Params) -> None:
+        self.save_state(name, ServerState(params))
+
+    def load_params(self, name: str) -> Params:
+        return self.load_state(name).theta
+
+    def has_params(self, name: str) -> bool:
+        return (self.root / "checkpoints" / f"{name}.safetensors").exists()
+
+    def save_state(self, name: str, state: ServerState) -> None:
+        """Write the server's state, its memory included, as one file."""
+        memory = {f"{MEMORY}{k}": v for k, v in state.memory.items()}
+        data = store.pack({"floats": state.theta.floats, "ints": state.theta.ints, **memory})
+        store.write_atomic(self.root / "checkpoints" / f"{name}.safetensors", data)
+
+    def load_state(self, name: str) -> ServerState:
+        file = self.root / "checkpoints" / f"{name}.safetensors"
+        try:
+            arrays, _ = store.unpack(file.read_bytes())
+            memory = {k.removeprefix(MEMORY): v for k, v in arrays.items() if k.startswith(MEMORY)}
+            return ServerState(Params(arrays["floats"], arrays["ints"]), memory)
+        except (OSError, ValueError, KeyError) as error:
+            raise StudyError(f"{file}: cannot be read: {error}") from error
+
+    def drop_params(self, keep: Iterable[str]) -> None:
+        wanted = {f"{name}.safetensors" for name in keep}
+        for file in (self.root / "checkpoints").glob("*"):
+            if file.name not in wanted:
+                file.unlink()
+
+    def mirror(self, client: int, version: str, size: int) -> np.ndarray | None:
+        """Return the server's copy of a client's last committed mask, (size,) bool."""
+        data = self.mirrors.get(client, version)
+        if data is None:
+            return None
+        return np.unpackbits(store.unpack(data)[0]["mask"], count=size).astype(bool)
+
+    def packed_mask(self, mask: np.ndarray) -> bytes:
+        """Return a mask as `mirror` reads it."""
+        return store.pack({"mask": np.packbits(mask)})
+
+    @contextmanager
+    def locked(self, name: str = ".lock") -> Iterator[None]:
+        """Keep a second process out of this folder; another `name` is another lock, for a wider or narrower claim."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            file = (self.root / name).open("w")
+        except OSError as error:
+            raise StudyError(f"{self.root}: must be a folder that can be written to, got {error.strerror}") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StudyError(f"{self.root}: another process is running this run") from None
+            yield
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _checked(record: Any) -> dict[str, Any]:
+    """Return a checkpoint without its digest; raise ValueError where they do not belong together."""
+    rest = {k: v for k, v in record.items() if k != "digest"} if isinstance(record, dict) else {}
+    if not rest or record["digest"] != _digest(rest):
+        raise ValueError("its digest does not match its content")
+    return rest

@@ -1,0 +1,1 @@
+"""The YAML study: schema, parts, catalogue."""

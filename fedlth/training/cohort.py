@@ -1,0 +1,239 @@
+"""The clients of a cohort trained and evaluated as one: each layer is one batched call over all of them.
+
+Shapes: K clients, F floats of a model, P of them parameters, S steps, B examples of a batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import functional_call, vmap
+from torch.nn import functional
+
+from fedlth.training.batch_requests import Done, Evaluation, Model, Training
+
+Q = TypeVar("Q", Training, Evaluation)
+
+# Examples of one client in a forward pass of evaluation: no more than a usual training batch, which is known to fit.
+EVALUATION_BATCH = 32
+
+
+def answer(asked: Sequence[Training | Evaluation]) -> list[Any]:
+    """Train and evaluate together what is asked at once: a Done, (accuracy, mean loss) or an exception each, in order.
+
+    Where a batched call fails each client is tried alone, in the same way, so that a faulty one costs only itself.
+    What memory refuses is refused to all: which of them would fit hangs on the machine, and so would the bits.
+    """
+    answers: dict[int, Any] = {}
+    trainings = {i: one for i, one in enumerate(asked) if isinstance(one, Training)}
+    evaluations = {i: one for i, one in enumerate(asked) if isinstance(one, Evaluation)}
+    answers.update(zip(trainings, _tried(train_together, list(trainings.values())), strict=True))
+    answers.update(zip(evaluations, _tried(evaluate_together, list(evaluations.values())), strict=True))
+    return [answers[i] for i in range(len(asked))]
+
+
+def _tried(together: Callable[[Sequence[Q]], Sequence[Any]], asked: Sequence[Q]) -> Sequence[Any]:
+    if not asked:
+        return []
+    began = time.thread_time()
+    try:
+        return together(asked)
+    except Exception as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            return [MemoryError(f"cohort of {len(asked)}: {error}") for _ in asked]
+        return [error] if len(asked) == 1 else [_tried(together, [one])[0] for one in asked]
+    finally:
+        _share(asked, time.thread_time() - began)
+
+
+def _share(asked: Sequence[Training] | Sequence[Evaluation], cpu_s: float) -> None:
+    """Share CPU seconds out by the examples that each client had in the work."""
+    for one in asked:
+        one.cpu_s[:] = [cpu_s * one.size / sum(other.size for other in asked)]
+
+
+def train_together(asked: Sequence[Training]) -> list[Done]:
+    """Train K clients by masked SGD, as `train.train` would each alone, up to float32 rounding.
+
+    Clients lie in the order of their step counts, so that those still at work are always the first rows, and nobody
+    is trained beyond its end. A batch smaller than the largest of its step is filled up with examples of weight zero.
+    """
+    order = sorted(range(len(asked)), key=lambda k: -len(asked[k].rates))
+    members = [asked[k] for k in order]
+    stack = _Stack([m.model for m in members])
+    free = _free(members, stack)
+    feed = _Feed(members, stack.device)
+    momentum = _column([m.momentum for m in members], stack.device)
+    decay = _column([m.weight_decay for m in members], stack.device)
+    velocity = None if momentum is None else torch.zeros_like(stack.grad)
+    losses = torch.zeros(feed.real.shape[:2], device=stack.device)
+    kept: list[dict[int, np.ndarray]] = [{} for _ in members]
+    count, state = 0, dict[str, Tensor]()
+    stack.module.train()
+    for step in range(feed.steps):
+        if count != feed.counts[step]:
+            count = feed.counts[step]
+            state = stack.state(count, trained=True)
+        weights, grad = stack.flat[:count, : stack.layout.num_params], stack.grad[:count]
+        x, y, weight = feed.batch(step)
+        loss = vmap(stack.loss)(state, x, y, weight)
+        slopes = torch.autograd.grad(loss.sum(), [state[e.name] for e in stack.trained], materialize_grads=True)
+        with torch.no_grad():
+            for e, slope in zip(stack.trained, slopes, strict=True):
+                grad[:, e.slice] = slope.reshape(count, -1)
+            losses[step, :count] = loss
+            if decay is not None:
+                grad.addcmul_(weights, decay[:count])
+            if free is not None:
+                grad.mul_(free[:count])
+            direction = grad
+            if velocity is not None and momentum is not None:
+                direction = velocity[:count].mul_(momentum[:count]).add_(grad)
+            weights.addcmul_(direction, feed.rates[step, :count, None], value=-1.0)
+        for row, epoch in feed.ends.get(step, ()):
+            kept[row][epoch] = stack.flat[row].cpu().numpy().copy()
+    table, floats = losses.double().cpu().numpy(), stack.flat.cpu().numpy()
+    done = [Done(floats[row].copy(), _last_loss(m, table[:, row]), kept[row]) for row, m in enumerate(members)]
+    return [done[order.index(k)] for k in range(len(asked))]
+
+
+def evaluate_together(asked: Sequence[Evaluation]) -> list[tuple[float, float]]:
+    """Return each client's (accuracy, mean loss), as `train.evaluate` would alone, up to float32 rounding."""
+    stack = _Stack([m.model for m in asked])
+    state = stack.state(len(asked), trained=False)
+    x, y, starts = _joined(asked)
+    right = torch.zeros(len(asked), dtype=torch.float64, device=stack.device)
+    loss_sum = torch.zeros_like(right)
+    stack.module.eval()
+    for at in range(0, max(len(m.y) for m in asked), EVALUATION_BATCH):
+        parts = [np.arange(at, min(at + EVALUATION_BATCH, len(m.y))) for m in asked]
+        index_KB, real_KB = _padded(parts, max(map(len, parts)))
+        index = torch.from_numpy(index_KB + starts[:, None]).to(stack.device)
+        real = torch.from_numpy(real_KB).to(stack.device)
+        with torch.no_grad():
+            logits = vmap(stack.forward)(state, x[index])
+            same = (logits.argmax(-1) == y[index]).double().reshape(*real.shape, -1).sum(2)
+            right += (same * real).sum(1)
+            loss_sum += (vmap(_example_losses)(logits, y[index]).double() * real).sum(1)
+    found = zip(asked, right.tolist(), loss_sum.tolist(), strict=True)
+    return [(hits / m.y.numel(), total / len(m.y)) for m, hits, total in found]
+
+
+class _Stack:
+    """K models as one: `flat` (K, F) and `grad` (K, P), a row a client."""
+
+    def __init__(self, models: Sequence[Model]) -> None:
+        bound = models[0].bound
+        self.module, self.layout, self.device = bound.module, bound.layout, bound.device
+        self.flat = torch.from_numpy(np.stack([m.params.floats for m in models])).to(self.device)
+        self.ints = torch.from_numpy(np.stack([m.params.ints for m in models])).to(self.device)
+        self.grad = torch.zeros(len(models), self.layout.num_params, device=self.device)
+        self.trained = [e for e in self.layout.floats if e.trainable]
+        self.dtypes = {n: b.dtype for n, b in self.module.named_buffers()}
+
+    def state(self, count: int, *, trained: bool) -> dict[str, Tensor]:
+        """Return name -> (count, *shape): views of the first rows, leaves of a graph where they are trained."""
+        out = {}
+        for e in self.layout.entries:
+            if e.is_int:
+                out[e.name] = self.ints[:count, e.slice].view(count, *e.shape).to(self.dtypes[e.name])
+                continue
+            out[e.name] = self.flat[:count, e.slice].view(count, *e.shape)
+            if trained and e.trainable:
+                out[e.name] = out[e.name].detach().requires_grad_()
+        return out
+
+    def forward(self, state: dict[str, Tensor], x: Tensor) -> Tensor:
+        logits: Tensor = functional_call(self.module, state, (x,))
+        return logits
+
+    def loss(self, state: dict[str, Tensor], x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        """Return one client's weighted loss; x (B, ...), weight (B,) sums to one."""
+        return (_example_losses(self.forward(state, x), y) * weight).sum()
+
+
+class _Feed:
+    """What each step is given: whose turn it is, which examples, what they weigh, and the learning rates."""
+
+    def __init__(self, members: Sequence[Training], device: str) -> None:
+        plans = [[part for epoch in m.epochs for part in epoch] for m in members]
+        self.steps = len(plans[0])
+        self.counts = [sum(len(plan) > step for plan in plans) for step in range(self.steps)]
+        self.widths = [max(len(plan[step]) for plan in plans[:n]) for step, n in enumerate(self.counts)]
+        self.x, self.y, starts = _joined(members)
+        shape = (self.steps, len(members), max(self.widths))
+        index_SKB, real_SKB = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+        rates_SK = np.zeros(shape[:2], np.float32)
+        for step, count in enumerate(self.counts):
+            parts = [plan[step] for plan in plans[:count]]
+            index, real = _padded(parts, shape[2])
+            index_SKB[step, :count] = index + starts[:count, None]
+            real_SKB[step, :count] = real / np.array([len(part) for part in parts], np.float32)[:, None]
+            rates_SK[step, :count] = [m.rates[step] for m in members[:count]]
+        self.index, self.real = torch.from_numpy(index_SKB).to(device), torch.from_numpy(real_SKB).to(device)
+        self.rates = torch.from_numpy(rates_SK).to(device)
+        self.ends: dict[int, list[tuple[int, int]]] = {}
+        for row, member in enumerate(members):
+            lengths = np.cumsum([len(epoch) for epoch in member.epochs])
+            for epoch in set(member.snapshots) & set(range(1, len(lengths) + 1)):
+                self.ends.setdefault(int(lengths[epoch - 1]) - 1, []).append((row, epoch))
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return x (K, B, ...), y (K, B, ...) and weights (K, B) of those at work."""
+        count, width = self.counts[step], self.widths[step]
+        index = self.index[step, :count, :width]
+        return self.x[index], self.y[index], self.real[step, :count, :width]
+
+
+def _joined(asked: Sequence[Training] | Sequence[Evaluation]) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Return the clients' examples one after the other, and where each client's begin, (K,)."""
+    sizes = [len(m.y) for m in asked]
+    return torch.cat([m.x for m in asked]), torch.cat([m.y for m in asked]), np.cumsum([0, *sizes[:-1]])
+
+
+def _padded(parts: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return indices (K, width), filled up with a part's first (0 where it is empty), and what is real, 1 or 0."""
+    index, real = np.zeros((len(parts), width), np.int64), np.zeros((len(parts), width), np.float32)
+    for row, part in enumerate(parts):
+        if len(part):
+            index[row], index[row, : len(part)], real[row, : len(part)] = part[0], part, 1.0
+    return index, real
+
+
+def _free(members: Sequence[Training], stack: _Stack) -> Tensor | None:
+    """Zero the dead weights; return (K, P) bool, what a step may change, or None where that is everything."""
+    layout = stack.layout
+    free = np.ones((len(members), layout.num_params), bool)
+    for e in layout.floats:
+        if e.role == "param" and not e.trainable:
+            free[:, e.slice] = False
+    for row, member in enumerate(members):
+        for kept in (member.mask, member.update):
+            if kept is not None:
+                free[row, : kept.size] &= kept
+        if member.mask is not None:
+            stack.flat[row, : layout.num_prunable] *= torch.from_numpy(member.mask).to(stack.device)
+    return None if free.all() else torch.from_numpy(free).to(stack.device)
+
+
+def _column(values: Sequence[float], device: str) -> Tensor | None:
+    """Return (K, 1), or None where all are zero."""
+    return torch.tensor(values, device=device)[:, None] if any(values) else None
+
+
+def _example_losses(logits: Tensor, y: Tensor) -> Tensor:
+    """Return (B,): each example's cross-entropy, its mean over positions; logits (B, [T,] C), y (B, [T])."""
+    each = functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), y.reshape(-1), reduction="none")
+    return each.reshape(len(y), -1).mean(1)
+
+
+def _last_loss(member: Training, losses: np.ndarray) -> float:
+    """Return the mean loss over the last epoch's examples."""
+    parts, end = member.epochs[-1], len(member.rates)
+    sizes = [len(part) for part in parts]
+    return float(np.dot(losses[end - len(parts) : end], sizes) / sum(sizes))

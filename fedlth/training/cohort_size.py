@@ -1,0 +1,154 @@
+"""How many clients of a study train as one: what the user asked for, or what the model and the GPU's memory allow."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlth.data.factory import told
+from fedlth.errors import StudyError
+from fedlth.models.initial import torch_stream
+from fedlth.rng import stream
+from fedlth.study.schema import Study
+from fedlth.training import cohort, train
+from fedlth.training.batch_requests import Evaluation, Model, Training
+from fedlth.training.lockstep import side_by_side
+from fedlth.training.task import World
+
+MOST = 64
+USABLE = 0.8  # of the free memory: the rest is for what the allocator cannot use and what a probe has not met
+PROBED = 4
+CLOSE = 1e-2  # of the way that the weights went: TF32 convolutions of a GPU are a few thousandths apart
+
+Peak = Callable[[Callable[[], object]], int]
+
+
+def decided(study: Study, world: World, *, engine: str) -> tuple[int, list[str]]:
+    """Return `study.cohort` as a number, and a line that says why it is not what was asked for.
+
+    `study` says where it runs, which `world` does not know. A model that cannot be trained together goes one by one.
+    Raises StudyError on Flower, whose nodes hold one client each.
+    """
+    if study.cohort == 1:
+        return 1, []
+    if engine == "flower":
+        if study.cohort != "auto":
+            raise StudyError(f"cohort: must be 1 on engine flower, a client of which is alone, got {study.cohort}")
+        return 1, ["cohort: 1, because a client on Flower is alone"]
+    if study.cohort == "auto" and world.device == "cpu":
+        return 1, ["cohort: 1, because on a CPU a cohort gains little or loses"]
+    reason = obstacle(world)
+    if reason is not None:
+        return 1, [f"cohort: 1, because {reason}"]
+    if study.cohort != "auto":
+        return study.cohort, []
+    try:
+        size = fitting(*probed(world, _cuda_peak), free=_free_bytes(study, world.device))
+    except torch.OutOfMemoryError:
+        return 1, [f"cohort: 1, because {PROBED} clients do not fit into the free memory of {world.device}"]
+    return size, [f"cohort: {size}, from the free memory of {world.device}"]
+
+
+def obstacle(world: World) -> str | None:
+    """Return one line that says why clients cannot be trained together, or None: it was tried and came out equal.
+
+    Two clients of different sizes, one under a mask, are trained for a few steps alone and together.
+    """
+    if world.study.compute == "sparse":
+        return "compute: sparse trains one client at a time in its kernel"
+    x, y = _largest(world)
+    size = world.study.train.batch_size
+    plan = train.Plan(epochs=1, batch_size=size, lr=0.01, momentum=0.5, weight_decay=1e-3)
+    long = min(len(y), 2 * size + 3)
+    short = max(1, min(long - 1, size + 2))
+    masks = np.ones(world.layout.num_prunable, bool), np.arange(world.layout.num_prunable) % 2 == 0
+
+    def visit(count: int, mask: np.ndarray) -> tuple[train.Trained, float]:
+        data = x[:count], y[:count]
+        trained = train.train(
+            world.bound, world.theta_0, data=data, plan=plan, order=stream(0, "probe"), torch_seed=0, mask=mask
+        )
+        return trained, train.evaluate(world.bound, trained.params, data)[1]
+
+    calls = [partial(visit, count, mask) for count, mask in zip((long, short), masks, strict=True)]
+    with torch_stream(0), warnings.catch_warnings():
+        # vmap does what it has no rule for client by client, slowly, and says so in a warning.
+        warnings.filterwarnings("error", message=".*performance drop.*")
+        try:
+            alone = [call() for call in calls]
+            together = side_by_side(calls, cohort.answer)
+        except Exception as error:
+            return f"its model cannot be batched over clients: {told(error)[:160]}"
+    for mask, (one, loss), (other, other_loss) in zip(masks, alone, together, strict=True):
+        moved = float(np.abs(one.params.floats - world.theta_0.masked(mask).floats).max())
+        off = float(np.abs(one.params.floats - other.params.floats).max())
+        same_ints = bool((one.params.ints == other.params.ints).all())
+        if not (off <= CLOSE * moved + 1e-6 and abs(loss - other_loss) <= CLOSE * abs(loss) and same_ints):
+            return (
+                f"a few steps together end {off:.1g} away from the same steps alone: the model mixes the examples of a "
+                "batch, counts its batches, or draws at random"
+            )
+    return None
+
+
+def probed(world: World, peak: Peak) -> tuple[int, int]:
+    """Return the peak bytes of a cohort of one and of PROBED clients, each as large as the largest."""
+    x, y = _largest(world)
+    size = min(len(y), world.study.train.batch_size)
+    model = Model(world.bound, world.theta_0)
+    training = Training(
+        model=model, x=x, y=y, epochs=[[np.arange(size)] * 2], rates=np.zeros(2), momentum=0.5, weight_decay=1e-3,
+        mask=np.zeros(world.layout.num_prunable, bool), update=None, snapshots=(),
+    )  # fmt: skip
+    evaluation = Evaluation(model=model, x=x, y=y)
+
+    def work(count: int) -> None:
+        cohort.train_together([training] * count)
+        cohort.evaluate_together([evaluation] * count)
+
+    work(1)  # what is allocated once, such as the libraries' own, is no client's
+    return peak(partial(work, 1)), peak(partial(work, PROBED))
+
+
+def fitting(one: int, several: int, *, free: int) -> int:
+    """Return the largest power of two of clients that fits, 1 to MOST.
+
+    Bits hang on the cohort's size: powers of two, so that a little more or less free memory seldom changes them.
+    """
+    member = max(1, (several - one) // (PROBED - 1))
+    count = (USABLE * free - (one - member)) / member
+    size = 1
+    while size < MOST and 2 * size <= count:
+        size *= 2
+    return size
+
+
+def _largest(world: World) -> tuple[Tensor, Tensor]:
+    sizes = [len(c.train) for c in world.splits.clients]
+    return world.part(int(np.argmax(sizes)), "train")
+
+
+def _free_bytes(study: Study, device: str) -> int:
+    """Return what one worker may use of the GPU."""
+    free = int(torch.cuda.mem_get_info(device)[0])
+    if study.engine != "ray":
+        return free
+    if study.ray.gpu_memory_mb:
+        return min(free, study.ray.gpu_memory_mb * 2**20)
+    return int(free * min(1.0, study.ray.num_gpus or 1.0))
+
+
+def _cuda_peak(work: Callable[[], object]) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    torch.cuda.synchronize()
+    used = torch.cuda.max_memory_allocated() - before
+    torch.cuda.empty_cache()  # workers of the same GPU are other processes
+    return used

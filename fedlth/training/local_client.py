@@ -1,0 +1,201 @@
+"""One client at work: its data, its streams, its training and evaluation, as a method's parts see them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fedlth import rng
+from fedlth.models.layout import Params
+from fedlth.tickets.evidence import Evidence, Lesson
+from fedlth.training import supermask, train
+from fedlth.training.batch_requests import cpu_seconds
+from fedlth.training.loss_probe import DataNetwork
+from fedlth.training.task import World
+from fedlth.training.train import Plan, Trained
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What trainings took: FLOPs, forward and backward, counted dense and by what is alive; steps; CPU seconds here."""
+
+    flops: float = 0.0
+    alive_flops: float = 0.0
+    steps: int = 0
+    cpu_s: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.flops + other.flops, self.alive_flops + other.alive_flops, self.steps + other.steps,
+            self.cpu_s + other.cpu_s,
+        )  # fmt: skip
+
+
+def steps_an_epoch(size: int, batch_size: int) -> int:
+    """Return how many batches `train.batches` makes of `size` examples."""
+    whole = -(-size // batch_size)
+    return whole - (whole > 1 and size - (whole - 1) * batch_size == 1)
+
+
+@dataclass(frozen=True)
+class Local:
+    """A client in one round. `stage` names its random streams: equal stages draw equal batches: twins share order.
+
+    `log` holds the cost of every training done here, one that diverged included; `work` is told to times.jsonl.
+    """
+
+    world: World
+    client: int
+    round: int
+    stage: str
+    work: list[dict[str, Any]] = field(default_factory=list, compare=False)
+    log: list[Cost] = field(default_factory=list, compare=False)
+
+    @cached_property
+    def train_part(self) -> tuple[Tensor, Tensor]:
+        return self.world.part(self.client, "train")
+
+    @cached_property
+    def val_part(self) -> tuple[Tensor, Tensor]:
+        return self.world.part(self.client, "val")
+
+    @property
+    def num_train(self) -> int:
+        return len(self.world.splits.clients[self.client].train)
+
+    @cached_property
+    def full(self) -> np.ndarray:
+        """The dense mask, (num_prunable,) bool."""
+        return np.ones(self.world.layout.num_prunable, bool)
+
+    @property
+    def plan(self) -> Plan:
+        """The local training of step 1."""
+        t = self.world.study.train
+        return Plan(epochs=t.epochs, batch_size=t.batch_size, lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay)
+
+    @property
+    def personal_plan(self) -> Plan:
+        """A training of step 2: the same settings for every arm."""
+        p = self.world.study.personalise
+        return replace(self.plan, epochs=p.epochs, lr=p.lr or self.plan.lr, schedule=p.schedule)
+
+    @property
+    def steps_an_epoch(self) -> int:
+        return steps_an_epoch(self.num_train, self.plan.batch_size)
+
+    def epochs(self, steps: int) -> float:
+        """Return steps as epochs, an int where they are whole."""
+        whole, rest = divmod(steps, self.steps_an_epoch)
+        return whole if not rest else steps / self.steps_an_epoch
+
+    def rng(self, what: str) -> np.random.Generator:
+        return rng.stream(self.world.study.seed, f"{self.stage}/{what}", self.round, self.client)
+
+    def torch_seed(self, what: str) -> int:
+        return rng.torch_seed(self.world.study.seed, f"{self.stage}/{what}", self.round, self.client)
+
+    def train(
+        self,
+        start: Params,
+        *,
+        plan: Plan,
+        mask: np.ndarray | None = None,
+        update: np.ndarray | None = None,
+        snapshots: tuple[int, ...] = (),
+        order: str = "order",
+    ) -> Trained:
+        data, steps = self.train_part, plan.epochs * self.steps_an_epoch
+        alive = self.full if mask is None else mask
+        if mask is None and update is not None:
+            alive = update[: alive.size] | (start.floats[: alive.size] != 0)
+        with self._counting(alive, max(0, min(plan.last_step or steps, steps) - plan.first_step)):
+            return train.train(
+                self.world.bound,
+                start,
+                data=data,
+                plan=plan,
+                order=self.rng(order),
+                torch_seed=self.torch_seed("dropout"),
+                mask=mask,
+                update=update,
+                snapshots=snapshots,
+            )
+
+    def learn(self, frozen: Params, scores: np.ndarray, lesson: Lesson) -> tuple[np.ndarray, float]:
+        """Train scores of masks over frozen weights; see `supermask.learn`."""
+        data = self.train_part
+        with self._counting(lesson.alive, lesson.epochs * self.steps_an_epoch):
+            return supermask.learn(
+                self.world.bound, frozen, scores, data=data, lesson=lesson, batch_size=self.plan.batch_size,
+                order=self.rng("order"), torch_seed=self.torch_seed("masks"),
+            )  # fmt: skip
+
+    @contextmanager
+    def _counting(self, alive: np.ndarray, steps: int) -> Iterator[None]:
+        """Note what the training inside costs; the one place where trainings are counted."""
+        began = cpu_seconds()
+        try:
+            yield
+        finally:
+            cpu_s, epochs = cpu_seconds() - began, self.epochs(steps)
+            self.work.append({"density": _share(alive), "epochs": epochs, "cpu_s": cpu_s})
+            self.log.append(Cost(*self.flops(alive, epochs), steps, cpu_s))
+
+    def flops(self, alive: np.ndarray, epochs: float) -> tuple[float, float]:
+        """Return training FLOPs (dense, by what is alive): 3 forwards an example, the usual count."""
+        dense = float(self.world.flops[""])
+        dead = sum(self.world.flops[e.name] * (1 - _share(alive[e.slice])) for e in self.world.layout.prunable)
+        scale = 3.0 * self.num_train * epochs
+        return dense * scale, (dense - dead) * scale
+
+    def val_accuracy(self, params: Params) -> float:
+        """The only accuracy that a decision may look at."""
+        return self.evaluate(params, self.val_part)[0]
+
+    def evaluate(self, params: Params, part: tuple[Tensor, Tensor]) -> tuple[float, float]:
+        """Return (accuracy, mean loss) on a part of the client's data."""
+        began = cpu_seconds()
+        found = train.evaluate(self.world.bound, params, part)
+        self.work.append({"evaluated": len(part[1]), "cpu_s": cpu_seconds() - began})
+        return found
+
+    def network(self, at: Params) -> DataNetwork:
+        """Return the network at `at` over the client's training data, as scores ask it; a mask it learns is counted."""
+        return DataNetwork(
+            bound=self.world.bound, params=at, data=self.train_part, layer_flops=lambda: self.world.flops,
+            order=lambda: self.rng("mask order"), torch_seed=self.torch_seed("mask bits"),
+            batch_size=self.plan.batch_size,
+            learning=lambda alive, epochs: self._counting(alive, epochs * self.steps_an_epoch),
+        )  # fmt: skip
+
+    def evidence(self, *, start: Params, now: Params, mask: np.ndarray, density: float) -> Evidence:
+        """Return what a score may look at after a training from `start` to `now`, to cut `mask` to `density`."""
+        size = mask.size
+        at_start = self.network(start)
+        return Evidence(
+            layout=self.world.layout,
+            init=self.world.theta_0.floats[:size],
+            start=start.floats[:size],
+            now=now.floats[:size],
+            mask=mask,
+            gradient=at_start.gradient,
+            rng=self.rng("score"),
+            density=density,
+            at_start=at_start,
+            at_now=self.network(now),
+        )
+
+    def fresh_init(self, what: str) -> Params:
+        """Draw another initialisation, from this client's own stream; see World.fresh."""
+        return self.world.fresh(self.torch_seed(what))
+
+
+def _share(mask: np.ndarray) -> float:
+    return int(np.count_nonzero(mask)) / mask.size

@@ -1,0 +1,205 @@
+"""A network with its data, as scores ask it: gradients, curvature, flow, norm scales, learned masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from fedlth.errors import StudyError
+from fedlth.models.layout import Layout, Params
+from fedlth.tickets.evidence import Lesson
+from fedlth.training.supermask import learn
+from fedlth.training.train import Bound, gradient, loss_of
+
+EXAMPLES_AT_ONCE = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataNetwork:
+    """The network of `bound` at `params` over `data` = (x, y), all in evaluation mode.
+
+    Curvature and flow are computed in float64. `layer_flops` are forward FLOPs an example by tensor name; `order` and
+    `torch_seed` give the batches and dice of learned masks, `batch_size` their batches; `learning`, given the alive
+    mask and epochs of such a training, is entered around it, since it is a cost.
+    """
+
+    bound: Bound
+    params: Params
+    data: tuple[Tensor, Tensor]
+    layer_flops: Callable[[], Mapping[str, int]]
+    order: Callable[[], np.random.Generator]
+    torch_seed: int
+    batch_size: int
+    learning: Callable[[np.ndarray, int], AbstractContextManager[None]] = lambda alive, epochs: nullcontext()
+
+    @property
+    def layout(self) -> Layout:
+        return self.bound.layout
+
+    def gradient(self, weights: np.ndarray, /) -> np.ndarray:
+        return gradient(self.bound, self._at(weights), self.data)
+
+    def hessian_gradient(self, weights: np.ndarray, /, *, temperature: float) -> np.ndarray:
+        fixed, flat = self._doubles(weights)
+        flat.requires_grad_()
+        first = torch.zeros_like(flat)
+        for x, y, share in self._shares():
+            first += torch.autograd.grad(self._loss(fixed, flat, x, y, temperature) * share, flat)[0]
+        product = torch.zeros_like(flat)
+        for x, y, share in self._shares():
+            loss = self._loss(fixed, flat, x, y, temperature) * share
+            (slope,) = torch.autograd.grad(loss, flat, create_graph=True)
+            product += torch.autograd.grad(slope @ first, flat)[0]
+        return product.cpu().numpy()
+
+    def squared_gradient(self, weights: np.ndarray, /) -> np.ndarray:
+        fixed, flat = self._doubles(weights)
+
+        def one(flat: Tensor, x: Tensor, y: Tensor) -> Tensor:
+            return self._loss(fixed, flat, x[None], y[None], 1.0)
+
+        x, y = self.data
+        x = x.double() if x.is_floating_point() else x
+        total = torch.zeros_like(flat)
+        each = EXAMPLES_AT_ONCE if _batches(one, flat, x, y) else 1
+        for at in range(0, len(y), each):
+            part = x[at : at + each], y[at : at + each]
+            slopes = vmap(grad(one), (None, 0, 0))(flat, *part) if each > 1 else grad(one)(flat, x[at], y[at])[None]
+            total += slopes.square().sum(0)
+        return (total / len(y)).cpu().numpy()
+
+    def flow(self, weights: np.ndarray, /) -> np.ndarray:
+        x = self.data[0]
+        if not x.is_floating_point():
+            raise StudyError("finder.score: synflow feeds ones in place of images, and these inputs are tokens")
+        fixed, flat = self._doubles(np.abs(weights))
+        for e in self.layout.floats[len(self.layout.prunable) :]:
+            fixed[e.name] = _positive(e.name, e.role, fixed[e.name])
+        flat.requires_grad_()
+        ones = torch.ones((1, *x.shape[1:]), dtype=torch.float64, device=self.bound.device)
+        total = self._logits(fixed, flat, ones).sum()
+        return torch.autograd.grad(total, flat)[0].cpu().numpy()
+
+    def gammas(self) -> np.ndarray:
+        behind = norm_behind(self.bound.module, self.layout, self.data[0][:2])
+        at = {name: e for e in self.layout.floats for name in (e.name, *e.aliases)}
+        out = np.zeros(self.layout.num_prunable, np.float32)
+        for e in self.layout.prunable:
+            if e.name not in behind:
+                raise StudyError(
+                    f"finder.score: gamma needs a norm layer with weights right behind {e.name}; leave that tensor "
+                    "out by model.prunable"
+                )
+            scale = np.abs(self.params.floats[at[behind[e.name]].slice])
+            out[e.slice] = np.repeat(scale, e.size // e.shape[0])
+        return out
+
+    def flops(self) -> np.ndarray:
+        costs = self.layer_flops()
+        out = np.zeros(self.layout.num_prunable)
+        for e in self.layout.prunable:
+            out[e.slice] = costs[e.name] / e.size
+        return out
+
+    def learn(self, weights: np.ndarray, lesson: Lesson, /) -> np.ndarray:
+        first = self.order().uniform(-1, 1, weights.size).astype(np.float32)
+        if lesson.rule != "bernoulli":  # whose scores are log-odds; these have the scale that edge-popup gives weights
+            for e in self.layout.prunable:
+                first[e.slice] /= np.float32(np.sqrt(e.size // e.shape[0]))
+        with self.learning(lesson.alive, lesson.epochs):
+            scores, _ = learn(
+                self.bound, self._at(weights), first, data=self.data, lesson=lesson, batch_size=self.batch_size,
+                order=self.order(), torch_seed=self.torch_seed,
+            )  # fmt: skip
+        return scores
+
+    def _at(self, weights: np.ndarray) -> Params:
+        floats = self.params.floats.copy()
+        floats[: weights.size] = weights
+        return replace(self.params, floats=floats)
+
+    def _doubles(self, weights: np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
+        """Return every tensor that is no prunable weight, by name, and the prunable weights as one flat tensor."""
+        self.bound.load(self.params)  # its integer buffers; all floats are handed in below
+        self.bound.module.eval()
+        floats = torch.from_numpy(self.params.floats.astype(np.float64)).to(self.bound.device)
+        fixed = {e.name: floats[e.slice].view(e.shape) for e in self.layout.floats if not e.prunable}
+        flat = torch.from_numpy(weights.astype(np.float64)).to(self.bound.device)
+        return fixed, flat
+
+    def _logits(self, fixed: Mapping[str, Tensor], flat: Tensor, x: Tensor) -> Tensor:
+        named = {e.name: flat[e.slice].view(e.shape) for e in self.layout.prunable}
+        logits: Tensor = functional_call(self.bound.module, {**fixed, **named}, x)
+        return logits
+
+    def _loss(self, fixed: Mapping[str, Tensor], flat: Tensor, x: Tensor, y: Tensor, temperature: float) -> Tensor:
+        return loss_of(self._logits(fixed, flat, x) / temperature, y)
+
+    def _shares(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Yield the data in parts with each part's share of the mean."""
+        x, y = self.data
+        for at in range(0, len(y), 256):
+            part = x[at : at + 256]
+            yield part.double() if part.is_floating_point() else part, y[at : at + 256], len(y[at : at + 256]) / len(y)
+
+
+def _batches(one: Callable[[Tensor, Tensor, Tensor], Tensor], flat: Tensor, x: Tensor, y: Tensor) -> bool:
+    """Say whether torch can batch the examples' own gradients: not through recurrent layers or ifs on values."""
+    try:
+        vmap(grad(one), (None, 0, 0))(flat, x[:2], y[:2])
+    except RuntimeError:
+        return False
+    return True
+
+
+def _positive(name: str, role: str, value: Tensor) -> Tensor:
+    """Return what SynFlow's linear net has in place of a tensor that is no prunable weight.
+
+    A norm becomes a positive scale, biases and running means nothing: the flow is then conserved from layer to layer.
+    """
+    last = name.rpartition(".")[2]
+    if last == "running_mean" or "bias" in last:
+        return torch.zeros_like(value)
+    return value if role == "buffer" else value.abs()
+
+
+def norm_behind(module: nn.Module, layout: Layout, x: Tensor) -> dict[str, str]:
+    """Return, for each prunable tensor, the weight of the norm layer that ran right behind its module.
+
+    x: a few examples; the module is run once in evaluation mode.
+    """
+    ran: list[nn.Module] = []
+    hooks = [m.register_forward_hook(lambda m, args, out: ran.append(m)) for m in module.modules()]
+    try:
+        module.eval()
+        with torch.no_grad():
+            module(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    names: dict[int, str] = {id(p): n for n, p in module.named_parameters(remove_duplicate=False)}
+    prunable = {n for e in layout.prunable for n in (e.name, *e.aliases)}
+    first = {n: e.name for e in layout.prunable for n in (e.name, *e.aliases)}
+    found: dict[str, str] = {}
+    waiting: list[str] = []
+    for part in ran:
+        own = [names[id(p)] for p in part.parameters(recurse=False)]
+        scale = getattr(part, "weight", None)
+        if "norm" in type(part).__name__.lower() and isinstance(scale, Tensor):
+            found.update({n: names[id(scale)] for n in waiting if _units(layout, n) == scale.numel()})
+            waiting = []
+        elif prunable & set(own):
+            waiting = [first[n] for n in own if n in prunable]
+    return found
+
+
+def _units(layout: Layout, name: str) -> int:
+    entry: Any = next(e for e in layout.prunable if e.name == name)
+    return int(entry.shape[0])

@@ -1,0 +1,271 @@
+"""Everything that a study's text decides before anything trains: data, splits, layout, theta_0. Built once a worker."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedlth.data.dataset import Dataset
+from fedlth.data.factory import told
+from fedlth.data.partition import PARTITIONS
+from fedlth.data.sources import load
+from fedlth.data.split import Splits, split_clients
+from fedlth.data.tensors import inputs
+from fedlth.errors import StudyError
+from fedlth.kernel import kernel
+from fedlth.kernel.graph import compile_layers
+from fedlth.kernel.table import LayerTable
+from fedlth.models.flops import layer_flops
+from fedlth.models.initial import brought, drawn, redrawn, refuse, torch_stream
+from fedlth.models.layout import Layout, Params, layout_of, read
+from fedlth.models.prunable import prunable_names
+from fedlth.rng import stream, torch_seed
+from fedlth.study import schema
+from fedlth.study.parts import make
+from fedlth.training.train import Bound, Plan, batches, evaluate, train
+from fedlth.training.tuned import tune
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+
+
+@dataclass(frozen=True)
+class World:
+    """A study made concrete. `layout` is the whole model, `exchange` the part of it that crosses the wire.
+
+    A parameter that nothing trains (requires_grad False) is theta_0's for good: both ends have it, so it is neither
+    sent nor part of any state.
+    """
+
+    study: schema.Study
+    dataset: Dataset
+    splits: Splits
+    layout: Layout
+    exchange: Layout
+    theta_0: Params
+
+    def module(self) -> nn.Module:
+        """Return a fresh module as theta_0 was drawn."""
+        return initial_module(self.study, self.dataset.num_classes, self.dataset.input_shape)
+
+    def fresh(self, seed: int) -> Params:
+        """Draw another initialisation; what nothing trains stays as in theta_0.
+
+        Raises StudyError where the model brings its weights: they would be theta_0's again.
+        """
+        refuse(self.brought, "start reinit")
+        return self._drawn(seed)
+
+    @cached_property
+    def brought(self) -> str:
+        """Say which of theta_0's weights the model brings, which another draw gives again; "" where none."""
+        second = self._drawn(torch_seed(self.study.seed, "second theta_0"))
+        return brought(self.study.model.name, self.layout, self.theta_0, second)
+
+    def _drawn(self, seed: int) -> Params:
+        model, shape = self.study.model, self.dataset.input_shape
+        options = {**model.options, **model.reinit_options}
+        module = drawn(model.name, num_classes=self.dataset.num_classes, input_shape=shape, options=options, seed=seed)
+        return redrawn(module, self.layout, self.theta_0)
+
+    @cached_property
+    def bound(self) -> Bound:
+        """The one module of this process, bound to flat buffers."""
+        table = self.table if self.study.compute == "sparse" else None
+        if isinstance(table, str):
+            raise StudyError(f"compute: must be tuned or reference for this study, the kernel cannot run it: {table}")
+        module, tuned = self.module().to(self.device), None
+        if self.study.compute == "tuned" or (table is not None and kernel.large(table)):
+            x, _ = inputs(self.dataset, np.arange(min(3, len(self.dataset.y_train))), train=True)
+            tuned = tune(module, x.to(self.device))
+        return Bound(module, self.layout, self.device, table, tuned)
+
+    @cached_property
+    def table(self) -> LayerTable | str:
+        """Return the network as the compute kernel sees it, or one line that says why the kernel cannot run it."""
+        if self.device != "cpu":
+            return f"the device is {self.device}"
+        if self.dataset.x_train.dtype.kind == "i":
+            return "the inputs are tokens"
+        missing = kernel.available()
+        return missing or compile_layers(self.module(), self.layout, tuple(self.dataset.x_train.shape[1:]))
+
+    def probe(self) -> list[str]:
+        """Run the model once on a few examples, in both modes; return a note for clients that cannot train it.
+
+        The examples are the data set's first, no client's own. Raises StudyError where no client can train it.
+        """
+        x, y = inputs(self.dataset, np.arange(min(4, len(self.dataset.y_train))), train=True)
+        with torch_stream(0):
+            module = self.module()
+            buffers = dict(module.named_buffers())
+            for mode in (False, True):
+                try:
+                    logits = module.train(mode)(x)
+                except Exception as error:
+                    raise StudyError(
+                        f"model: {self.study.model.name} fails on a batch {tuple(x.shape)}: {told(error)}"
+                    ) from error
+                wanted = (*y.shape, self.dataset.num_classes)
+                if not isinstance(logits, Tensor) or tuple(logits.shape) != wanted:
+                    got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                    raise StudyError(f"model: {self.study.model.name} must return logits of shape {wanted}, got {got}")
+            for name, buffer in buffers.items():
+                if dict(module.named_buffers()).get(name) is not buffer:
+                    raise StudyError(
+                        f"model: buffer {name} is replaced; write into it in place: self.{name}.copy_(...)"
+                    )
+        _ = self.bound  # a backend that cannot run this model says so
+        return self._single_batches(x[:1])
+
+    def _single_batches(self, x: Tensor) -> list[str]:
+        """Return a note that names the clients with a batch of one example, where the model cannot train on one."""
+        size = self.study.train.batch_size
+        shortest = [min(map(len, batches(len(c.train), size, stream(0, "probe")))) for c in self.splits.clients]
+        single = [client for client, count in enumerate(shortest) if count == 1]
+        if not single:
+            return []
+        try:
+            with torch_stream(0):
+                self.module().train()(x)
+        except Exception as error:  # the user's forward may raise anything
+            why = f"{self.study.model.name} cannot be trained on a batch of one example ({told(error)})"
+            if len(single) == len(shortest):
+                raise StudyError(
+                    f"train.batch_size: must be larger, or clients must have more examples: {why}"
+                ) from error
+            shown = ", ".join(map(str, single[:10])) + (", ..." if len(single) > 10 else "")
+            return [f"model: {why}; {len(single)} of {len(shortest)} clients have one and fail: {shown}"]
+        return []
+
+    def warm(self) -> None:
+        """Train and evaluate once, on next to nothing: what is loaded or compiled for it, forked workers then share."""
+        if self.study.compute == "sparse":
+            x, y = inputs(self.dataset, np.arange(min(2, len(self.dataset.y_train))), train=True)
+            plan = Plan(epochs=1, batch_size=2, lr=self.study.train.lr)
+            train(self.bound, self.theta_0, data=(x, y), plan=plan, order=stream(0, "warm"), torch_seed=0)
+            evaluate(self.bound, self.theta_0, (x, y))
+
+    @property
+    def device(self) -> str:
+        wanted = self.study.device
+        if wanted == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        if wanted != "cpu" and not (wanted.partition(":")[0] == "cuda" and torch.cuda.is_available()):
+            raise StudyError(f"device: must be auto, cpu, or cuda where torch can use one, got {wanted!r}")
+        return wanted
+
+    def part(self, client: int, name: str) -> tuple[Tensor, Tensor]:
+        """Return the tensors (x, y) of a client's "train", "val" or "test" part, on the device."""
+        x, y = inputs(self.dataset, getattr(self.splits.clients[client], name), train=name != "test")
+        return x.to(self.device), y.to(self.device)
+
+    def merge(self, received: Params, own: Params) -> Params:
+        """Return whole params: the exchanged part from `received`, the rest (local norms, frozen parts) from `own`."""
+        return self.exchange.put_into(own, self.layout, received)
+
+    def shared_part(self, whole: Params) -> Params:
+        """Return the exchanged part of whole params, in the exchange layout."""
+        return self.exchange.part_of(whole, self.layout)
+
+    def moving_part(self, whole: Params) -> Params:
+        """Return what can change of whole params, in the moving layout: what a state keeps."""
+        return self.layout.moving.part_of(whole, self.layout)
+
+    def whole(self, moving: Params) -> Params:
+        """Return whole params: what can change from `moving`, the rest from theta_0."""
+        return self.layout.moving.put_into(self.theta_0, self.layout, moving)
+
+    @cached_property
+    def flops(self) -> dict[str, int]:
+        """Forward FLOPs an example of each parameter's layer, by torch's flop counter; "" is the whole model."""
+        x, _ = inputs(self.dataset, np.arange(min(2, len(self.dataset.y_train))), train=True)
+        with torch_stream(0):
+            layers, total = layer_flops(self.module(), x)
+        return {**layers, "": total}
+
+
+def initial_module(study: schema.Study, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+    """Build a study's network as theta_0 is drawn; no data are needed."""
+    return drawn(
+        study.model.name, num_classes=num_classes, input_shape=input_shape, options=study.model.options,
+        seed=torch_seed(study.seed, "theta_0"),
+    )  # fmt: skip
+
+
+def _crosses(study: schema.Study, moving: Layout) -> Layout:
+    """Return what is exchanged under the buffer policy (FedBN keeps norms local, arXiv 2102.07623)."""
+    policy = study.model.buffers
+    if policy == "local_all":
+        return moving.select(lambda e: not e.norm)
+    if policy == "local_statistics":
+        return moving.select(lambda e: not (e.norm and e.role == "buffer"))
+    return moving
+
+
+@lru_cache(maxsize=2)
+def _divided(text: str) -> tuple[Dataset, Splits]:
+    """Return the data set and each client's part of it; cached apart: studies that differ elsewhere share it."""
+    given = json.loads(text)
+    data, clients, partition = given["data"], given["clients"], given["partition"]
+    dataset = load(data["name"], root=data["root"], options=data["options"])
+    splits = split_clients(
+        dataset,
+        make(
+            PARTITIONS, {k: v for k, v in partition.items() if k != "seed"}, "partition",
+            has="__call__(labels, keys, num_clients, rng)",
+        ),  # fmt: skip
+        num_clients=clients["count"],
+        validation=clients["validation"],
+        test_samples=clients["test_samples"],
+        unseen=clients["unseen"],
+        seed=partition.get("seed", 0),
+    )
+    return dataset, splits
+
+
+def open_world(science: str) -> World:
+    """Return the world of a study's canonical JSON; the last two are kept, since every job of a run names the same."""
+    # Each time, whoever set it in between: bits hold at one thread count, and spinning threads are 5-20 x slower.
+    torch.set_num_threads(1)
+    return _world(science)
+
+
+def forget_worlds() -> None:
+    """Build worlds anew when they are next asked for."""
+    _world.cache_clear()
+
+
+@lru_cache(maxsize=2)
+def _world(science: str) -> World:
+    _keep_pages()
+    study = schema.build(json.loads(science))
+    given = study.model_dump(mode="json", include={"data", "partition", "clients"})
+    dataset, splits = _divided(json.dumps(given, sort_keys=True))
+    module = initial_module(study, dataset.num_classes, dataset.input_shape)
+    layout = layout_of(module, prunable_names(module, study.model.prunable))
+    exchange = _crosses(study, layout.moving)
+    if exchange.num_prunable != layout.num_prunable:
+        raise StudyError("model.prunable: a norm's weight must not be prunable where model.buffers keeps norms local")
+    taken = {f"{e.name}_mask" for e in layout.prunable} & {n for e in layout.entries for n in (e.name, *e.aliases)}
+    if taken:
+        raise StudyError(f"model: no tensor must be called {min(taken)}: a ticket's file has a mask of that name")
+    return World(study, dataset, splits, layout, exchange, read(module, layout))
+
+
+def _keep_pages() -> None:
+    """Let the C library keep the pages of arrays that are freed: a visit makes and drops a model's size many times.
+
+    By default each costs the kernel a fresh, cleared page (4 % of the CPU time of a round of the LEAF CNN at density
+    0.05). Only glibc has the setting.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
