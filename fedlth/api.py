@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedlth.config import Study, dump, load
-from fedlth.engines.choose import drive
+from fedlth.engines.choose import check_engine, drive
 from fedlth.errors import StudyError
 from fedlth.methods.resolve import resolve
 from fedlth.runfolder import RunFolder
@@ -52,6 +52,7 @@ def resume(run: Path | str, *, tell: Tell = _quiet) -> Path:
 
 def check(study: Study) -> None:
     """Raise StudyError where the study cannot be run; build its data and model to know."""
+    check_engine(study)
     open_world(resolve(study)[0].science()).probe()
 
 

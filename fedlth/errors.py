@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 
 class StudyError(Exception):
     """Say in one line where the input is wrong, what was wanted and what was got."""
+
+
+class MissingExtra(StudyError):
+    """Say in one line that what was asked for needs packages that an extra of fedlth brings."""
+
+
+def require(what: str, *packages: str, extra: str) -> None:
+    """Raise MissingExtra where one of `packages` (top-level names) is not installed."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        names = ", ".join(missing)
+        raise MissingExtra(f"{what} needs the extra: pip install 'fedlth[{extra}]' ({names} not installed)")
 
 
 def wrong(place: str, wanted: str, got: object) -> StudyError:

@@ -9,6 +9,7 @@ import numpy as np
 from fedlth import train
 from fedlth.client import initial, space
 from fedlth.config import Study
+from fedlth.engines.choose import check_engine
 from fedlth.methods.local import Local
 from fedlth.methods.recipe import Recipe
 from fedlth.methods.resolve import arms_of, finder_of, recipe_of, resolve
@@ -41,6 +42,7 @@ def forecast(study: Study) -> str:
     notes += why
     world = open_world(study.science())
     world.probe()
+    check_engine(study)
     study, why = together(study, study.engine)
     notes += why
     recipe = recipe_of(study)

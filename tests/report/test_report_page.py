@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from fake_run import write_run
 
+from fedlth import errors
 from fedlth.report import read_results, summary_text, write_report
 from fedlth.report.canvas import spread
 from fedlth.report.tables import Table, csv_text, latex, markdown, summary_table
@@ -115,6 +116,15 @@ def test_a_run_without_tickets_has_a_report_and_the_same_again(tmp_path: Path) -
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     write_report(run)
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_without_matplotlib_the_tables_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "run", num_clients=8, rounds=2)
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name == "matplotlib" else name)
+    with pytest.raises(errors.MissingExtra, match=r"pip install 'fedlth\[sim\]' \(matplotlib not installed\)"):
+        write_report(run)
+    assert (run / "tables" / "summary.md").exists() and not (run / "report.html").exists()
+    assert "personal ticket" in summary_text(read_results(run))
 
 
 def test_the_terminal_table_fits(fake: Path) -> None:
