@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedlth.config import Study, dump, load
-from fedlth.engines.choose import drive, without_effect
+from fedlth.engines.choose import check_engine, drive, without_effect
 from fedlth.errors import StudyError
 from fedlth.methods.resolve import resolve
 from fedlth.runfolder import RunFolder
@@ -75,6 +75,7 @@ def resume(run: Path | str, *, tell: Tell = _quiet) -> Path:
 
 def check(study: Study) -> None:
     """Raise StudyError where the study cannot be run; build its data and model to know."""
+    check_engine(study)
     prepared(study, study.engine)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedlth import train
 from fedlth.config import Study
-from fedlth.engines.choose import without_effect
+from fedlth.engines.choose import check_engine, without_effect
 from fedlth.forecast_bytes import forecast_bytes
 from fedlth.methods.local import Local
 from fedlth.methods.recipe import Recipe
@@ -82,6 +82,7 @@ def forecast(study: Study) -> str:
 
     Bytes are estimates, or upper bounds that say so and why (forecast_bytes).
     """
+    check_engine(study)
     study, notes = prepared(study, study.engine)
     notes += without_effect(study)
     world = open_world(study.science())
