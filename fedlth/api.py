@@ -37,6 +37,7 @@ def run(study: Study, *, tell: Tell = _quiet) -> Path:
     """
     if study.out:
         _refuse_second(Path(study.out))  # before the data are read
+    check_engine(study)
     try:
         study, notes = _decided(study)
     except KeyboardInterrupt:
