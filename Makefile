@@ -30,7 +30,7 @@ types: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev,fast]"
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev,fast,sim]"
 	touch $(READY)
 
 clean:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fedlth.engines.choose import drive, without_effect
+from fedlth.engines.choose import check_engine, drive, without_effect
 from fedlth.errors import StudyError
 from fedlth.experiment.resolve import resolve
 from fedlth.experiment.saved_ticket import load_ticket
@@ -37,6 +37,7 @@ def run(study: Study, *, tell: Tell = _quiet) -> Path:
     """
     if study.out:
         _refuse_second(Path(study.out))  # before the data are read
+    check_engine(study)
     try:
         study, notes = _decided(study)
     except KeyboardInterrupt:
@@ -75,6 +76,7 @@ def resume(run: Path | str, *, tell: Tell = _quiet) -> Path:
 
 def check(study: Study) -> None:
     """Raise StudyError where the study cannot be run; build its data and model to know."""
+    check_engine(study)
     prepared(study, study.engine)
 
 

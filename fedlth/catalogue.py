@@ -51,8 +51,8 @@ FINDER = (
 )
 ENGINES = {
     "inprocess": "one job after the other, here: what the others must equal",
-    "ray": "workers on this machine or a cluster, clients placed on GPUs by fraction or memory",
-    "flower": "Flower's Message API: simulation, `flwr run`, and real devices",
+    "ray": "(extra: sim) workers on this machine or a cluster, clients placed on GPUs by fraction or memory",
+    "flower": "Flower's Message API: simulation (extra: sim), `flwr run`, and real devices",
 }
 OWN_PLACES = {
     "models": "or your own package.module:callable(num_classes=, input_shape=, **options)",

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedlth import __version__
-from fedlth.errors import StudyError
+from fedlth.errors import MissingExtra, StudyError, require
 from fedlth.output import say, settle, tell
 
 INTERRUPTED = 130
@@ -38,8 +38,7 @@ def run(args: argparse.Namespace) -> int:
         begin(study.data.name, root=study.data.root, options=study.data.options)  # while torch is imported
         from fedlth import api
 
-    folder = api.run(study, tell=tell)
-    _show(folder)
+    _show_run(api.run(study, tell=tell))
     return 0
 
 
@@ -47,7 +46,7 @@ def resume(args: argparse.Namespace) -> int:
     with importing():
         from fedlth import api
 
-    _show(api.resume(args.run, tell=tell))
+    _show_run(api.resume(args.run, tell=tell))
     return 0
 
 
@@ -115,6 +114,7 @@ def check(args: argparse.Namespace) -> int:
 
 
 def lottery(args: argparse.Namespace) -> int:
+    require("fedlth lottery", "matplotlib", "jinja2", "scipy", extra="sim")
     from fedlth.api import free_folder
     from fedlth.lab import runner, study
     from fedlth.lab.search import ladder
@@ -140,16 +140,24 @@ def lottery(args: argparse.Namespace) -> int:
     return 0
 
 
+def _show_run(run_folder: Path) -> None:
+    """Show a run that has ended; packages that only the report needs cost the report, not the run."""
+    try:
+        _show(run_folder)
+    except MissingExtra as error:
+        print(f"\ndone: {run_folder}; {error}, then fedlth report {run_folder}")
+
+
 def _show(run_folder: Path) -> None:
     from fedlth.report.build import read_results, write_report
     from fedlth.report.summary import summary_text
 
+    say(summary_text(read_results(run_folder)))
     try:
         path = write_report(run_folder)
     except OSError as error:
         error.add_note(f"the report of {run_folder} is not whole; to write it anew: fedlth report {run_folder}")
         raise
-    say(summary_text(read_results(run_folder)))
     say(f"\nreport: {path}")
 
 

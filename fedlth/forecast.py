@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedlth.engines.choose import without_effect
+from fedlth.engines.choose import check_engine, without_effect
 from fedlth.experiment.resolve import arms_of, finder_of, recipe_of
 from fedlth.federation.forecast_bytes import forecast_bytes
 from fedlth.federation.rounds import steps_of
@@ -82,6 +82,7 @@ def forecast(study: Study) -> str:
 
     Bytes are estimates, or upper bounds that say so and why (forecast_bytes).
     """
+    check_engine(study)
     study, notes = prepared(study, study.engine)
     notes += without_effect(study)
     world = open_world(study.science())

@@ -53,6 +53,7 @@ def imports(name: str, *, eager: bool = False) -> frozenset[str]:
 @cache
 def files_of(name: str) -> frozenset[str]:
     """Return the files of the package that a file imports, wherever in it the import stands."""
+
     def owner(module: str) -> str:
         above = module.rpartition(".")[0]
         return next((f for f in (module, f"{module}.__init__", above, f"{above}.__init__") if f in FILES), "")

@@ -8,13 +8,21 @@ from pathlib import Path
 
 from fedlth.engines.forked import Forked, usable_cpus
 from fedlth.engines.inprocess import InProcess
+from fedlth.errors import require
 from fedlth.federation import session
 from fedlth.federation.jobs import Engine
 from fedlth.study.schema import Study
 
 
+def check_engine(study: Study) -> None:
+    """Raise MissingExtra where the study's engine needs packages that are not installed."""
+    if study.engine in ("ray", "flower"):  # Flower's simulation runs on Ray
+        require(f"engine: {study.engine}", "ray", extra="sim")
+
+
 def drive(study: Study, out: Path, tell: Callable[[str], None], *, again: bool) -> None:
     """Run a study into `out`, or go on with the run there (`again`), on the engine that the study names."""
+    check_engine(study)
     if study.engine == "flower":
         from fedlth.engines.flower import run_under_flower
 

@@ -25,7 +25,6 @@ for _name, _value in (
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict  # noqa: E402
 from flwr.clientapp import ClientApp  # noqa: E402
 from flwr.serverapp import Grid, ServerApp  # noqa: E402
-from flwr.simulation import run_simulation  # noqa: E402
 from flwr.supercore.inflatable.inflatable_object import (  # noqa: E402
     get_all_nested_objects,
     no_object_id_recompute,
@@ -194,6 +193,8 @@ def run_under_flower(study: Study, out: Path, tell: Tell, *, resume: bool = Fals
 
     What the run raises is raised here; Ctrl-C ends it after the client steps that are under way.
     """
+    from flwr.simulation import run_simulation  # no device needs it, and it is a third of a client's start
+
     open_world(resolve(study)[0].science())  # what is wrong with the study is said before Ray starts
     # Flower's workers have working folders of their own.
     task, stop, ended = Task(study, out.resolve(), resume), threading.Event(), threading.Event()

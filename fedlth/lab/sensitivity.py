@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.func import functional_call, hessian
 from torch.func import grad as gradient
@@ -73,6 +72,8 @@ class Exact:
             without = weights.clone()
             without[i] = 0.0
             removed.append(abs(float(loss(without, 1.0) - loss(weights, 1.0))))
+        from scipy.stats import spearmanr
+
         rank = float(spearmanr(Snip()(evidence), removed).statistic)
         curvature: Any = hessian(lambda w: loss(w, self.temperature))(weights)
         slope = gradient(lambda w: loss(w, self.temperature))(weights)

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlth.errors import StudyError
+from fedlth.errors import StudyError, require
 from fedlth.report.arms import Choice, arm_of, main_choice
 from fedlth.report.facts import Facts, read_group
 from fedlth.report.intervals import Interval, interval
@@ -180,6 +180,7 @@ def compare(runs: Sequence[Path], *, arm: str | None = None, density: float | No
 
     Raises StudyError for fewer than two runs, and where seeds, partition or data digests, or clients differ.
     """
+    require("fedlth compare", "scipy", extra="sim")
     if len(runs) < 2:
         raise StudyError(f"compare: two runs or more are wanted, got {len(runs)}")
     names = _names(runs)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedlth.errors import StudyError
+from fedlth.errors import StudyError, require
 from fedlth.report.facts import Facts, SavedTicket
 from fedlth.report.overlap import Overlap, overlap
 from fedlth.report.summary import aligned
@@ -88,6 +88,7 @@ def _shown(saved: SavedTicket) -> str:
 
 def overlapping(facts: Facts, clients: Sequence[int]) -> str:
     """Return how far tickets overlap: Jaccard over pairs, chance, and whether alike labels mean alike tickets."""
+    require("fedlth tickets overlap", "scipy", extra="sim")
     found = overlap(replace(facts, tickets=chosen(facts, clients)))
     if found is None:
         raise StudyError(f"{facts.path}: at least two sparse tickets are wanted to compare, got fewer")

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     from fedlth.models.layout import Layout, Params
 
 
-def save(
-    folder: Path, form: str, layout: Layout, params: Params, mask: np.ndarray, meta: Mapping[str, Any]
-) -> str:
+def save(folder: Path, form: str, layout: Layout, params: Params, mask: np.ndarray, meta: Mapping[str, Any]) -> str:
     """Write one client's ticket as `form` says (a study's `tickets`); return its digest."""
     path = folder / f"client-{int(meta['client']):04d}.safetensors"
     if form == "dense":

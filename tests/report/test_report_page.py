@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from fake_run import write_run
 
+from fedlth import errors
 from fedlth.report import read_results, summary_text, write_report
 from fedlth.report.canvas import spread
 from fedlth.report.tables import Table, csv_text, latex, markdown, summary_table
@@ -125,6 +126,15 @@ def test_time_is_the_clock_s_and_counts_no_client_twice(tmp_path: Path) -> None:
     ]
     (run / "times.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
     assert "federate 33 s (by the clock" in write_report(run).read_text()
+
+
+def test_without_matplotlib_the_tables_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "run", num_clients=8, rounds=2)
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name == "matplotlib" else name)
+    with pytest.raises(errors.MissingExtra, match=r"pip install 'fedlth\[sim\]' \(matplotlib not installed\)"):
+        write_report(run)
+    assert (run / "tables" / "summary.md").exists() and not (run / "report.html").exists()
+    assert "personal ticket" in summary_text(read_results(run))
 
 
 def test_the_terminal_table_fits(fake: Path) -> None:
