@@ -21,7 +21,7 @@ FLOORS: list[set[str]] = [
     {"data", "models", "compute", "train", "supermask", "network", "world"},
     {"methods"},
     {"client", "server", "update_norms", "uplink", "downlink", "entries", "runfolder", "packs", "tickets_file"},
-    {"visits", "rounds", "lab"},
+    {"visits", "progress", "rounds", "lab"},
     {"tensorboard", "session"},
     {"engines", "forecast", "forecast_bytes", "tune", "api", "report", "catalogue", "cli", "__main__"},
 ]
