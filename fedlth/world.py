@@ -218,7 +218,9 @@ def _divided(text: str) -> tuple[Dataset, Splits]:
     splits = split_clients(
         dataset,
         make(
-            PARTITIONS, {k: v for k, v in partition.items() if k != "seed"}, "partition",
+            PARTITIONS,
+            {k: v for k, v in partition.items() if k != "seed"},
+            "partition",
             has="__call__(labels, keys, num_clients, rng)",
         ),  # fmt: skip
         num_clients=clients["count"],

@@ -145,6 +145,8 @@ def checked(world: World) -> list[str]:
 def random_starts(world: World) -> tuple[str, ...]:
     """Return the names of the weights that the arm `random` starts from."""
     return ("theta_g", "theta_0") if world.brought else ("theta_g", "theta_0", "reinit")
+
+
 def _check_anchor(study: Study, recipe: Recipe, finder: Finder) -> None:
     """Refuse weights to go back to that no client could have."""
     anchor = finder.rewind.anchor
