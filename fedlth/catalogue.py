@@ -100,9 +100,12 @@ def methods_markdown() -> str:
     lines = ["| method | what it does | down | up | evaluated | paper |", "|---|---|---|---|---|---|"]
     for name, build in METHODS.items():
         r = build()
-        down = "nothing" if not r.federated else ("own slice" if r.down == "slice" else f"all {r.space}")
-        masked = "values alive or shared, mask" if r.down == "slice" else "values"
-        up = "nothing" if not r.federated else ("mask bits" if r.visit.sends == "mask" else masked)
+        down, up = "nothing", "nothing"
+        if r.phases:
+            kinds = [kind for _, kind in r.phases[-1].update.sends]
+            down = "own slice" if r.slices else f"all {r.space}"
+            masked = "values alive or shared, mask" if r.slices else "values"
+            up = "mask bits" if "mask" in kinds else masked
         lines.append(f"| `{name}` | {r.summary} | {down} | {up} | {', '.join(r.arms)} | {r.paper} |")
     return "\n".join(lines)
 

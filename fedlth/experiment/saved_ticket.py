@@ -16,7 +16,7 @@ from torch import nn
 
 from fedlth.data.sources import load
 from fedlth.errors import StudyError
-from fedlth.experiment.resolve import kept_arm
+from fedlth.experiment.experiment import Experiment
 from fedlth.models.layout import Params, layout_of
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.run_folder import RunFolder
@@ -115,7 +115,7 @@ def _why_none(run: Path, client: int) -> str:
         return f", its clients are 0 to {study.clients.count - 1}"
     if not header.is_file() or not json.loads(header.read_bytes())["finished"]:
         return ", it has not finished"
-    if kept_arm(study) is None:
+    if Experiment.of(study).kept_arm is None:
         return f": no arm of method {study.method['name']} is a client's own"
     return ": this client failed, or it keeps its ticket itself"
 

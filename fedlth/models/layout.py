@@ -114,6 +114,23 @@ class Layout:
             (joined.ints if own.is_int else joined.floats)[there.slice] = _held(part, own)
         return joined
 
+    def mask_of(self, mask: np.ndarray, whole: Layout) -> np.ndarray:
+        """Return what this sub-layout holds of a mask (whole.num_prunable,) bool: (num_prunable,) bool."""
+        if self.num_prunable == whole.num_prunable:
+            return mask
+        pairs = [(e, there) for e, there in self._pairs(whole) if e.prunable]
+        return np.concatenate([np.zeros(0, bool), *(mask[there.slice] for _, there in pairs)])
+
+    def mask_into(self, mask: np.ndarray, whole: Layout, part: np.ndarray) -> np.ndarray:
+        """Return a mask (whole.num_prunable,) bool with what this sub-layout holds taken from `part`."""
+        if self.num_prunable == whole.num_prunable:
+            return part
+        joined = mask.copy()
+        for own, there in self._pairs(whole):
+            if own.prunable:
+                joined[there.slice] = part[own.slice]
+        return joined
+
     def _pairs(self, whole: Layout) -> list[tuple[Entry, Entry]]:
         """Return each entry of this sub-layout beside the same tensor's entry in `whole`."""
         there = {e.name: e for e in whole.entries}

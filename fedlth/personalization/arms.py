@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from fedlth.methods.client_update import Visit
+from fedlth.errors import StudyError, wrong
+from fedlth.methods.client_update import ClientUpdate, Inbox
 from fedlth.methods.fedpm import frozen_weights
 from fedlth.models.layout import Params
 from fedlth.personalization.step2 import Result, Step2
 from fedlth.storage.client_state import ClientState
+from fedlth.study.parts import imported
 from fedlth.tickets.controls import shuffled_mask
 from fedlth.tickets.finder import Finder
 from fedlth.tickets.granularity import Element, Granularity
@@ -20,7 +23,6 @@ from fedlth.tickets.rewind import ToInit
 from fedlth.tickets.schedule import OneShot
 from fedlth.tickets.search import find
 from fedlth.training.local_client import Cost, Local
-from fedlth.wire.payload import Content
 
 Arm = Callable[[Step2], Iterator[Result]]
 
@@ -105,25 +107,25 @@ def _best_start(step: Step2, mask: np.ndarray, target: float) -> Result:
 
 def own(step: Step2) -> Iterator[Result]:
     """The method's own personal model, as the last download leaves it."""
-    held = step.visit.own(step.local, step.received, step.state)
+    held = step.method.own(step.local, step.inbox, step.state)
     yield Result(arm="own", params=held.params, mask=held.mask, start="own")
 
 
 def own_tuned(step: Step2) -> Iterator[Result]:
     """The same after the fine-tuning epochs, by the method's own local training."""
-    yield tuned("own_tuned", step.local, step.visit, step.received, step.state)
+    yield tuned("own_tuned", step.local, step.method, step.inbox, step.state)
 
 
 def own_random(step: Step2) -> Iterator[Result]:
     """The control of `own_tuned`: a random mask of the same layer counts on the same start weights."""
-    held = step.visit.own(step.local, step.received, step.state)
-    yield _trained(step, "own_random", "theta_g", _shuffled(step, held.mask, "own_random", granularity_of(step.visit)))
+    held = step.method.own(step.local, step.inbox, step.state)
+    yield _trained(step, "own_random", "theta_g", _shuffled(step, held.mask, "own_random", granularity_of(step.method)))
 
 
 def frozen_random(step: Step2) -> Iterator[Result]:
     """The control of learnt masks: a random mask of the same layer counts on the same frozen weights."""
-    held = step.visit.own(step.local, step.received, step.state)
-    mask = _shuffled(step, held.mask, "frozen_random", granularity_of(step.visit))
+    held = step.method.own(step.local, step.inbox, step.state)
+    mask = _shuffled(step, held.mask, "frozen_random", granularity_of(step.method))
     params = frozen_weights(step.local.world).masked(mask)
     yield Result(arm="frozen_random", params=params, mask=mask, start="frozen")
 
@@ -145,11 +147,23 @@ ARMS: Mapping[str, Arm] = {
 }
 
 
-def tuned(arm: str, local: Local, visit: Visit, received: Content, state: ClientState, target: float = 1.0) -> Result:
+def arm_of(name: str) -> Arm:
+    """Return the arm of this name, or your own `package.module:arm`; raise StudyError naming the place."""
+    if ":" in name:
+        own: Arm = imported(name, "personalise.arms")
+        if not callable(own):
+            raise wrong("personalise.arms", "callables that take a Step2 and yield Results", name)
+        return own
+    if name not in ARMS:
+        raise StudyError(f"personalise.arms: must be among {', '.join(ARMS)} or package.module:arm, got {name!r}")
+    return ARMS[name]
+
+
+def tuned(arm: str, local: Local, method: Any, inbox: Inbox, state: ClientState, target: float = 1.0) -> Result:
     """Return a method's own model after its own training of step 2."""
-    held, at, diverged = visit.own(local, received, state), len(local.log), False
+    held, at, diverged = method.own(local, inbox, state), len(local.log), False
     try:
-        held = visit.tune(local, received, state, local.personal_plan)
+        held = method.tune(local, inbox, state, local.personal_plan)
     except FloatingPointError:
         diverged = True
     cost = sum(local.log[at:], Cost())
@@ -160,9 +174,9 @@ def tuned(arm: str, local: Local, visit: Visit, received: Content, state: Client
     )  # fmt: skip
 
 
-def granularity_of(visit: Visit) -> Granularity:
+def granularity_of(method: ClientUpdate) -> Granularity:
     """Return of what a method's masks are made: single weights, where it does not say otherwise."""
-    made: Granularity = getattr(visit, "granularity", Element())
+    made: Granularity = getattr(method, "granularity", Element())
     return made
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from fedlth.errors import StudyError
-from fedlth.methods.client_update import Visit
+from fedlth.methods.client_update import Inbox
 from fedlth.models.layout import Params
 from fedlth.storage.client_state import ClientState
 from fedlth.tickets.finder import Finder
@@ -16,7 +17,6 @@ from fedlth.tickets.search import Walked
 from fedlth.training.local_client import Cost, Local
 from fedlth.training.loss_probe import DataNetwork
 from fedlth.training.train import Plan
-from fedlth.wire.payload import Content
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +47,17 @@ class Result:
 class Step2:
     """One client's step 2.
 
-    `alive` is the mask of `theta_g` (dense but for methods that learn masks). `train` is a pure function of (start
-    bits, mask, epochs, replay). `known` remembers what every search begins with, the dense training from `theta_g` or
-    its first steps, so that arms share it instead of paying twice, and nothing else: a model is as large as the number
-    of arms and densities is not bounded. Its cost is told in full to each. `masks` holds what the arm `ticket` has
-    found, as (target, mask, whether it diverged), for its random control. All arms draw the same batches.
+    `method` is the update that has the method's own model, `inbox` what came down. `alive` is the mask of `theta_g`
+    (dense, but for methods that learn masks). `train` is a pure function of (start bits, mask, epochs, replay).
+    `known` remembers what every search begins with, the dense training from `theta_g` or its first steps, so that arms
+    share it instead of paying twice, and nothing else: a model is as large as the number of arms and densities is not
+    bounded. Its cost is told in full to each. `masks` holds what the arm `ticket` has found, as (target, mask, whether
+    it diverged), for its random control. All arms draw the same batches.
     """
 
     local: Local
-    visit: Visit
-    received: Content
+    method: Any
+    inbox: Inbox
     state: ClientState
     theta_g: Params
     alive: np.ndarray

@@ -6,12 +6,14 @@ import ctypes
 import json
 import sys
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedlth.data.capacity import tiers_of
 from fedlth.data.dataset import Dataset
 from fedlth.data.factory import told
 from fedlth.data.partition import PARTITIONS
@@ -24,7 +26,7 @@ from fedlth.kernel.graph import compile_layers
 from fedlth.kernel.table import LayerTable
 from fedlth.models.flops import layer_flops
 from fedlth.models.initial import brought, drawn, redrawn, refuse, torch_stream
-from fedlth.models.layout import Layout, Params, layout_of, read
+from fedlth.models.layout import Entry, Layout, Params, layout_of, read
 from fedlth.models.prunable import prunable_names
 from fedlth.rng import stream, torch_seed
 from fedlth.study import schema
@@ -95,6 +97,15 @@ class World:
             return "the inputs are tokens"
         missing = kernel.available()
         return missing or compile_layers(self.module(), self.layout, tuple(self.dataset.x_train.shape[1:]))
+
+    def capacity(self, client: int) -> schema.Tier:
+        """Return what a client can carry (clients.capacity)."""
+        return self._tiers[client]
+
+    @cached_property
+    def _tiers(self) -> tuple[schema.Tier, ...]:
+        clients = self.study.clients
+        return tiers_of(clients.capacity, clients.count, self.study.partition.get("seed", 0))
 
     def probe(self) -> list[str]:
         """Run the model once on a few examples, in both modes; return a note for clients that cannot train it.
@@ -174,6 +185,14 @@ class World:
         """Return the exchanged part of whole params, in the exchange layout."""
         return self.exchange.part_of(whole, self.layout)
 
+    def shared_mask(self, active: np.ndarray) -> np.ndarray:
+        """Return what crosses of a mask over the whole model (num_prunable,) bool, in the exchange layout."""
+        return self.exchange.mask_of(active, self.layout)
+
+    def whole_mask(self, shared: np.ndarray, own: np.ndarray) -> np.ndarray:
+        """Return a mask over the whole model: the exchanged part from `shared`, personal tensors from `own`."""
+        return self.exchange.mask_into(own, self.layout, shared)
+
     def moving_part(self, whole: Params) -> Params:
         """Return what can change of whole params, in the moving layout: what a state keeps."""
         return self.layout.moving.part_of(whole, self.layout)
@@ -200,13 +219,23 @@ def initial_module(study: schema.Study, num_classes: int, input_shape: tuple[int
 
 
 def _crosses(study: schema.Study, moving: Layout) -> Layout:
-    """Return what is exchanged under the buffer policy (FedBN keeps norms local, arXiv 2102.07623)."""
-    policy = study.model.buffers
-    if policy == "local_all":
-        return moving.select(lambda e: not e.norm)
-    if policy == "local_statistics":
-        return moving.select(lambda e: not (e.norm and e.role == "buffer"))
-    return moving
+    """Return what is exchanged: neither personal tensors, nor norms as far as the buffer policy keeps them local.
+
+    FedPer keeps a head (arXiv 1912.00818), FedBN the norms (arXiv 2102.07623).
+    """
+    policy, personal = study.model.buffers, study.model.personal or ()
+
+    def stays(e: Entry) -> bool:
+        local = policy == "local_all" or (policy == "local_statistics" and e.role == "buffer")
+        return (e.norm and local) or any(fnmatchcase(name, glob) for name in (e.name, *e.aliases) for glob in personal)
+
+    for glob in personal:
+        if not any(fnmatchcase(name, glob) for e in moving.entries for name in (e.name, *e.aliases)):
+            raise StudyError(f"model.personal: {glob!r} must match a tensor that is trained, got none")
+    found = moving.select(lambda e: not stays(e))
+    if not found.num_floats:
+        raise StudyError(f"model.personal: must leave something to share, got {list(personal)}")
+    return moving if len(found.entries) == len(moving.entries) else found
 
 
 @lru_cache(maxsize=2)
@@ -253,8 +282,6 @@ def _world(science: str) -> World:
     module = initial_module(study, dataset.num_classes, dataset.input_shape)
     layout = layout_of(module, prunable_names(module, study.model.prunable))
     exchange = _crosses(study, layout.moving)
-    if exchange.num_prunable != layout.num_prunable:
-        raise StudyError("model.prunable: a norm's weight must not be prunable where model.buffers keeps norms local")
     taken = {f"{e.name}_mask" for e in layout.prunable} & {n for e in layout.entries for n in (e.name, *e.aliases)}
     if taken:
         raise StudyError(f"model: no tensor must be called {min(taken)}: a ticket's file has a mask of that name")
