@@ -48,7 +48,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     "joining": [(rule, part) for rule in (FedAvg, CountMean) for part in ("init", "add", "result")],
     "distances of updates": [(UpdateNorms, "distances"), (UpdateNorms, "check")],
     "client: all else": [(client_step, "client_step")],
-    "loop: all else": [(loops.Loop, "_step")],
+    "loop: all else": [(loops.Federation, "_step")],
 }  # fmt: skip
 
 

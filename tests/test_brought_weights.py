@@ -14,7 +14,6 @@ from torch import nn
 from fedlth import api, forecast
 from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
-from fedlth.federation import session
 from fedlth.lab import runner
 from fedlth.training.local_client import Local
 from tests import tiny
@@ -155,7 +154,7 @@ def test_one_training_example_costs_its_own_client_alone(tmp_path: Path, client:
         personalise={"arms": ["ticket"]}, federate={"clients_per_round": 4},
     )  # fmt: skip
     lines: list[str] = []
-    session.start(made, tmp_path / "r", InProcess(), lines.append)
+    tiny.run(made, tmp_path / "r", engine=InProcess(), tell=lines.append)
     assert {f["client"] for r in tiny.rows(tmp_path / "r", "rounds") for f in r["failed"]} == {client}
     assert {r["client"] for r in tiny.rows(tmp_path / "r", "metrics")} == {0, 1, 2, 3} - {client}
     (note,) = [line for line in lines if "batch of one example" in line]

@@ -12,7 +12,8 @@ from safetensors import safe_open
 
 from fedlth import catalogue
 from fedlth.errors import StudyError
-from fedlth.experiment.resolve import finder_of, resolve
+from fedlth.experiment.experiment import finder_of
+from fedlth.experiment.resolve import resolve
 from fedlth.forecast import trainings
 from fedlth.personalization.arms import ARMS
 from fedlth.personalization.step2 import Result, Step2
@@ -187,7 +188,7 @@ def test_slow_movement_sees_the_epochs_before_the_last() -> None:
 def test_dead_weights_that_hold_a_value_never_move_and_stand_in_the_saved_ticket(tmp_path: Path, dead: str) -> None:
     made = study("dead", dead, finder={"rewind": "init"}, personalise={"arms": ["ticket"]})
     tiny.run(made, tmp_path / "r")
-    world = tiny.open_world(resolve(made)[0].science())
+    world = tiny.experiment(made).world
     with safe_open(tmp_path / "r" / "tickets" / "client-0000.safetensors", "numpy") as file:
         for e in world.layout.prunable:
             mask = np.unpackbits(file.get_tensor(f"{e.name}_mask"), count=e.size).astype(bool)
@@ -236,7 +237,7 @@ def test_a_whole_study_of_unusual_parts(tmp_path: Path) -> None:
     tiny.run(made, tmp_path / "again")
     assert tiny.facts(tmp_path / "r") == tiny.facts(tmp_path / "again")
     rows = [r for r in tiny.rows(tmp_path / "r", "metrics") if r["arm"] == "ticket"]
-    size = tiny.open_world(resolve(made)[0].science()).layout.num_prunable
+    size = tiny.experiment(made).world.layout.num_prunable
     assert {round(r["density"] * size) for r in rows} == {round(0.5 * size), round(0.2 * size)}
 
 

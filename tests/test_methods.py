@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedlth.experiment.resolve import finder_of, recipe_of
+from fedlth.experiment.experiment import finder_of, method_of
 from fedlth.federation import server
 from fedlth.federation.client_step import client_step, initial, space
 from fedlth.federation.jobs import Failure, Job, Reply
@@ -93,7 +93,7 @@ def visits(made: Any, count: int, client: int = 0, *, theta: Params | None = Non
     """Let one client visit `count` rounds by itself over raw payloads; return what it sent and kept each time."""
     made = made.model_copy(update={"wire": "raw"})
     world = tiny.open_world(made.science())
-    recipe = recipe_of(made)
+    recipe = method_of(made)
     layout = space(world, recipe)
     theta, state, out = theta or initial(world, recipe), None, []
     for r in range(1, count + 1):
@@ -187,7 +187,7 @@ def test_fedselect_keeps_what_is_personal_and_takes_what_is_shared() -> None:
     shared = state.masks["active"]
     theirs = Params(np.full(world.layout.num_floats, 7, np.float32), world.theta_0.ints)
     received = Content(shared, theirs.masked(shared).floats, theirs.ints)
-    held = recipe_of(made).visit.own(Local(world, 0, 3, "federate"), received, state)
+    held = method_of(made).own.own(Local(world, 0, 3, "federate"), received, state)
     size = shared.size
     assert (held.params.floats[:size][shared] == 7).all() and (held.params.floats[size:] == 7).all()
     np.testing.assert_array_equal(held.params.floats[:size][~shared], state.vectors["private"][:size][~shared])
@@ -197,7 +197,7 @@ def test_fedselect_keeps_what_is_personal_and_takes_what_is_shared() -> None:
 def test_fedselect_trains_one_set_at_a_time() -> None:
     made = tiny.of_method("fedselect")
     world = tiny.open_world(made.science())
-    local, visit = Local(world, 0, 1, "federate"), recipe_of(made).visit
+    local, visit = Local(world, 0, 1, "federate"), method_of(made).own
     shared = np.random.default_rng(0).random(world.layout.num_prunable) < 0.5
     calls: list[np.ndarray] = []
 
@@ -245,7 +245,7 @@ def step2_of(made: Any, client: int = 0) -> Step2:
     content = Content(local.full, theta_g.floats, theta_g.ints)
     anchors = {"theta_0": world.theta_0, "theta_g": theta_g}
     return Step2(
-        local=local, visit=recipe_of(made).visit, received=content, state=ClientState(), theta_g=theta_g,
+        local=local, visit=method_of(made).own, received=content, state=ClientState(), theta_g=theta_g,
         alive=local.full, anchors=anchors, finder=finder_of(made), targets=made.finder.densities,
     )  # fmt: skip
 
@@ -392,7 +392,7 @@ def test_own_random_and_frozen_random_keep_the_layer_counts() -> None:
     assert layer_counts(step, control.mask) == layer_counts(step, mask) and (control.mask != mask).any()
     made = tiny.of_method("fedpm")
     world = tiny.open_world(made.science())
-    scores = initial(world, recipe_of(made))
+    scores = initial(world, method_of(made))
     step = replace(step2_of(made), received=Content(np.ones(scores.floats.size, bool), scores.floats, scores.ints))
     (control,), (tuned,) = results(step, "frozen_random"), results(step, "own_tuned")
     likely = scores.floats > 0
@@ -502,7 +502,7 @@ def test_slices_after_a_lost_visit_use_the_committed_mask(tmp_path: Path) -> Non
 
 def test_count_mean_is_what_mask_methods_use() -> None:
     for name in ("lotteryfl", "sub_fedavg", "fedselect"):
-        assert recipe_of(tiny.of_method(name)).aggregate == CountMean()
+        assert method_of(tiny.of_method(name)).aggregate == CountMean()
 
 
 # FedSelect's two passes
@@ -560,7 +560,7 @@ def test_the_personal_pass_leaves_biases_norms_and_their_statistics(monkeypatch:
         with monkeypatch.context() as patch:
             patch.setattr(Local, "train", spy)
             local = Local(world, 0, 1, "federate")
-            recipe_of(made).visit._alternate(local, world.theta_0, shared, local.plan)
+            method_of(made).own._alternate(local, world.theta_0, shared, local.plan)
         (before, personal), (between, after) = steps
         entries = {e.name: e for e in world.layout.floats}
         norm, head, mean = entries["norm.weight"].slice, entries["head.bias"].slice, entries["norm.running_mean"].slice
@@ -578,7 +578,7 @@ def test_a_frozen_part_is_in_neither_pass() -> None:
     made = tiny.of_method("fedselect", model={"name": "tests.test_methods:half_frozen", "options": {}})
     world = tiny.open_world(made.science())
     assert crossing(world, np.ones(world.layout.num_prunable, bool)).all()
-    assert recipe_of(made).visit.passes(world, 0) == 1 and recipe_of(made).visit.passes(world, 1) == 2
+    assert method_of(made).own.passes(world, 0) == 1 and method_of(made).own.passes(world, 1) == 2
 
 
 def half_frozen(num_classes: int) -> tiny.Small:

@@ -49,9 +49,8 @@ def of_a_round(out: Path, clients: int) -> Counter[str]:
     study = tiny.of_method("fedavg", wire="raw", federate=made, clients={"count": 8, "unseen": 0.0, "test_samples": 20})
     folder = tiny.RunFolder(out)
     folder.create(study)
-    from fedlth.federation.rounds import open_loop
 
-    loop = open_loop(folder, tiny.InProcess(), tiny.quiet)
+    loop = tiny.opened(folder, tiny.InProcess())
     loop.run(stop_after=2)
     client_step._decoded.cache_clear()
     with pytest.MonkeyPatch.context() as patch:

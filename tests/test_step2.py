@@ -15,7 +15,8 @@ import pytest
 
 from fedlth import forecast
 from fedlth.errors import StudyError
-from fedlth.experiment.resolve import recipe_of, resolve
+from fedlth.experiment.experiment import method_of
+from fedlth.experiment.resolve import resolve
 from fedlth.federation.client_step import client_step
 from fedlth.federation.jobs import Job
 from fedlth.personalization.arms import ARMS
@@ -122,7 +123,7 @@ def test_learned_masks_and_parts_of_trainings_are_counted() -> None:
     from fedlth.federation.client_step import initial
 
     step = step2_of(made)
-    scores = initial(step.local.world, recipe_of(made))
+    scores = initial(step.local.world, method_of(made))
     step = replace(step, received=Content(np.ones(scores.floats.size, bool), scores.floats, scores.ints))
     (tuned,) = results(step, "own_tuned")
     assert tuned.epochs == 2 and tuned.flops == step.local.flops(step.local.full, 2) and tuned.cpu_s[0] > 0
@@ -163,7 +164,7 @@ def test_the_forecast_knows_every_epoch_that_is_trained(tmp_path: Path, made: An
     for row in tiny.rows(tmp_path / "r", "times"):
         epochs = sum(one["epochs"] for one in row.get("work", ()) if "density" in one)
         trained[row["phase"]] = trained.get(row["phase"], 0) + epochs
-    rounds, own = forecast.own_epochs(tiny.open_world(made.science()), recipe_of(made))
+    rounds, own = forecast.own_epochs(tiny.open_world(made.science()), method_of(made))
     assert rounds == trained.get("federate", 0) + trained.get("refine", 0)
     told = own + made.clients.count * forecast.step2_epochs(made)
     # The random control of a client that was never sampled, and so has no mask, is the dense twin.
@@ -316,7 +317,7 @@ def test_a_client_whose_round_diverges_fails_that_visit_with_the_reason() -> Non
     """Row 10: in a federated round it is the visit's failure."""
     from fedlth.engines.inprocess import attempt
 
-    science = resolve(tiny.of_method("fedavg", train={"lr": 1e30, "epochs": 2}))[0].science()
+    science = tiny.experiment(tiny.of_method("fedavg", train={"lr": 1e30, "epochs": 2})).text
     failure = attempt(client_step, Job(study=science, phase="federate", round=1, client=0, inbox=()))
     assert "training diverged" in failure.reason  # type: ignore[union-attr]
 
@@ -388,10 +389,10 @@ def test_a_result_is_let_go_once_it_is_evaluated(monkeypatch: pytest.MonkeyPatch
 def test_the_memory_forecast_does_not_grow_with_densities() -> None:
     """Row 33: what step 2 holds is the same for one density and for nine, but for the masks of the random control."""
     one, many = (
-        tiny.open_world(resolve(tiny.study(finder={"densities": d}))[0].science())
+        tiny.experiment(tiny.study(finder={"densities": d})).world
         for d in ([0.5], [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
     )
     grown = forecast._memory_mb(many) - forecast._memory_mb(one)
     assert grown == pytest.approx(8 * one.layout.num_prunable / 1e6)
-    plain = tiny.open_world(resolve(tiny.of_method("fedavg"))[0].science())
+    plain = tiny.experiment(tiny.of_method("fedavg")).world
     assert forecast._memory_mb(one) > forecast._memory_mb(plain)

@@ -18,7 +18,6 @@ from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
 from fedlth.experiment.resolve import resolve
 from fedlth.experiment.saved_ticket import load_ticket
-from fedlth.federation import session
 from fedlth.federation.jobs import Failure, Job, Reply
 from fedlth.report import tickets as told
 from fedlth.report.facts import read_run
@@ -234,7 +233,7 @@ def test_a_client_that_failed_to_refine_keeps_the_ticket_of_step_2(tmp_path: Pat
                 for j, a in zip(jobs, answers, strict=True)
             ]  # fmt: skip
 
-    session.start(tiny.of_method("two_step", **REFINE), tmp_path / "r", Failing(), tiny.quiet)
+    tiny.run(tiny.of_method("two_step", **REFINE), tmp_path / "r", engine=Failing(), tell=tiny.quiet)
     arms = {s.client: s.arm for s in read_run(tmp_path / "r").tickets}
     assert arms == {0: "refined", 1: "refined", 2: "ticket", 3: "refined"}
     (row,) = [

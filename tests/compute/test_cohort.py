@@ -398,7 +398,7 @@ class Named:
 
 def test_flower_refuses_a_cohort(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="cohort: must be 1 on engine flower"):
-        session.start(tiny.study(cohort=2), tmp_path / "r", Named(), tiny.quiet)  # type: ignore[arg-type]
+        tiny.run(tiny.study(cohort=2), tmp_path / "r", engine=Named(), tell=tiny.quiet)  # type: ignore[arg-type]
     assert not (tmp_path / "r").exists()
 
 
