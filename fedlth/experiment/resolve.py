@@ -136,15 +136,15 @@ def checked(world: World) -> list[str]:
     study, notes = world.study, world.probe()
     arms = set(arms_of(study))
     if finder_of(study).rewind.anchor == "reinit" and arms & {"ticket", "one_shot", "random"}:
-        refuse(world.brought, "finder.rewind")
-    if "random" in arms and world.brought:
-        notes.append(f"arm random: starts from {' and '.join(random_starts(world))} alone; {world.brought}")
+        refuse(world.model.brought, "finder.rewind")
+    if "random" in arms and world.model.brought:
+        notes.append(f"arm random: starts from {' and '.join(random_starts(world))} alone; {world.model.brought}")
     return notes
 
 
 def random_starts(world: World) -> tuple[str, ...]:
     """Return the names of the weights that the arm `random` starts from."""
-    return ("theta_g", "theta_0") if world.brought else ("theta_g", "theta_0", "reinit")
+    return ("theta_g", "theta_0") if world.model.brought else ("theta_g", "theta_0", "reinit")
 
 
 def _check_anchor(study: Study, recipe: Recipe, finder: Finder) -> None:

@@ -255,7 +255,7 @@ def _tried(world: World, visit_s: float) -> Moved:
     theta = world.theta_0
     for round in (1, 2):
         at = [Local(world, client, round, "forecast") for client in chosen]
-        ends = [local.train(theta, plan=local.plan).params for local in at]
+        ends = [local.train(theta, recipe=local.recipe).params for local in at]
         if not all(np.isfinite(end.floats).all() for end in ends):
             return ()
         found += [(world.shared_part(theta), world.shared_part(end)) for end in ends]

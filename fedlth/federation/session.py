@@ -214,7 +214,7 @@ def _write_header(
                 "shape": list(e.shape),
                 "size": e.size,
                 "prunable": e.prunable,
-                "flops_per_example": world.flops.get(e.name, 0),
+                "flops_per_example": world.model.flops.get(e.name, 0),
             }
             for e in world.layout.floats
             if e.role == "param"
@@ -224,7 +224,7 @@ def _write_header(
         "num_exchanged": layout.num_floats,
         "dense_payload_bytes": len(dense.payload),
         "dense_raw_bytes": 4 * world.exchange.num_floats + 8 * world.exchange.num_ints,
-        "flops_forward_per_example": world.flops[""],
+        "flops_forward_per_example": world.model.flops[""],
         "random_starts": list(random_starts(world)) if "random" in arms_of(study) else [],
         "finished": ended is not None,
     }

@@ -10,7 +10,8 @@ import numpy as np
 from fedlth.models.layout import Params
 from fedlth.storage.client_state import ClientState
 from fedlth.training.local_client import Local
-from fedlth.training.train import Plan, Trained
+from fedlth.training.recipe import TrainingRecipe
+from fedlth.training.request import TrainingResult
 from fedlth.wire.payload import Content
 
 
@@ -48,10 +49,10 @@ class Visit(Protocol):
         """Return the client's model as it stands after a download."""
         ...
 
-    def tune(self, local: Local, received: Content, state: ClientState, plan: Plan, /) -> Own:
+    def tune(self, local: Local, received: Content, state: ClientState, recipe: TrainingRecipe, /) -> Own:
         """Return the client's model after more of the method's own local training, nothing uploaded.
 
-        `plan` is that of every arm: its epochs, learning rate and schedule.
+        `recipe` is that of every arm: its epochs, learning rate and schedule.
         """
         ...
 
@@ -88,7 +89,7 @@ class Event(Protocol):
     def snapshots(self) -> tuple[int, ...]: ...
 
     def __call__(
-        self, local: Local, params: Params, mask: np.ndarray, trained: Trained | None, /
+        self, local: Local, params: Params, mask: np.ndarray, trained: TrainingResult | None, /
     ) -> tuple[Params, np.ndarray]: ...
 
 
@@ -100,7 +101,7 @@ class Keep:
     shrinking: ClassVar[Shrinking] = Shrinking()
 
     def __call__(
-        self, local: Local, params: Params, mask: np.ndarray, trained: Trained | None, /
+        self, local: Local, params: Params, mask: np.ndarray, trained: TrainingResult | None, /
     ) -> tuple[Params, np.ndarray]:
         return params, mask
 
@@ -136,7 +137,7 @@ class MaskedVisit:
         held = self.own(local, received, state)
         val_accuracy = local.val_accuracy(held.params)
         params, mask = self.before(local, held.params, held.mask, None)
-        trained = local.train(params, plan=local.plan, mask=mask, snapshots=self.after.snapshots)
+        trained = local.train(params, recipe=local.recipe, active=mask, snapshots=self.after.snapshots)
         params, mask = self.after(local, trained.params, mask, trained)
         sent = local.world.shared_part(params)
         metrics = {
@@ -156,6 +157,6 @@ class MaskedVisit:
         mask = state.masks.get("active", local.full)
         return Own(local.world.merge(received_params(received), private(local, state)).masked(mask), mask)
 
-    def tune(self, local: Local, received: Content, state: ClientState, plan: Plan, /) -> Own:
+    def tune(self, local: Local, received: Content, state: ClientState, recipe: TrainingRecipe, /) -> Own:
         held = self.own(local, received, state)
-        return Own(local.train(held.params, plan=plan, mask=held.mask).params, held.mask)
+        return Own(local.train(held.params, recipe=recipe, active=held.mask).params, held.mask)

@@ -88,7 +88,7 @@ def random_ticket(step: Step2) -> Iterator[Result]:
 def _best_start(step: Step2, mask: np.ndarray, target: float) -> Result:
     """Train a mask from each start and return the best by validation accuracy; one that diverges has none."""
     starts = {"theta_g": step.theta_g, "theta_0": step.anchor("theta_0")}
-    if not step.local.world.brought:
+    if not step.local.world.model.brought:
         starts["reinit"] = _rescaled(step, step.local.fresh_init("random ticket"), mask)
     at, best, best_accuracy = len(step.log), None, -1.0
     for name, start in starts.items():
@@ -149,7 +149,7 @@ def tuned(arm: str, local: Local, visit: Visit, received: Content, state: Client
     """Return a method's own model after its own training of step 2."""
     held, at, diverged = visit.own(local, received, state), len(local.log), False
     try:
-        held = visit.tune(local, received, state, local.personal_plan)
+        held = visit.tune(local, received, state, local.personal_recipe)
     except FloatingPointError:
         diverged = True
     cost = sum(local.log[at:], Cost())
@@ -218,8 +218,8 @@ def _found(arm: str, finder: Finder, step: Step2) -> Iterator[Result]:
 
 def _total_epochs(step: Step2) -> int:
     """Return the epochs of the longest search plus its last training."""
-    trained = step.plan.epochs * step.finder.trainings(step.targets)[0] + step.finder.learned(step.targets)[0]
-    return trained or step.plan.epochs
+    trained = step.recipe.budget.epochs * step.finder.trainings(step.targets)[0] + step.finder.learned(step.targets)[0]
+    return trained or step.recipe.budget.epochs
 
 
 def _shuffled(step: Step2, mask: np.ndarray, what: str, granularity: Granularity) -> np.ndarray:
