@@ -21,7 +21,8 @@ from fedlth.models.layout import Params, layout_of
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.ticket_file import opened
-from fedlth.training.task import World, initial_module
+from fedlth.training.model_context import initial_module
+from fedlth.training.task import World
 
 
 def inputs(world: World) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def _filled(path: Path, run: Path, arrays: Mapping[str, np.ndarray], metadata: M
     else:  # files of version 0.1 do not say what goes in: the data set does
         dataset = load(study.data.name, root=study.data.root, options=study.data.options)
         num_classes, shape = dataset.num_classes, dataset.input_shape
-    module = initial_module(study, num_classes, shape)
+    module = initial_module(study.model, num_classes, shape, study.seed)
     layout, place = layout_of(module, ()), f"{path}: {study.model.name}"
     entries = {name: e for e in layout.entries for name in (e.name, *e.aliases)}
     for name in sorted(entries.keys() | arrays.keys()):

@@ -276,7 +276,7 @@ def _tried(experiment: Experiment, visit_s: float) -> Moved:
         ends = []
         for local in (Local(world, client, round, "forecast") for client in chosen):
             with suppress(Exception):  # who cannot train, or diverges, is not tried: that is for the run to say
-                ends.append(local.train(theta, plan=local.plan).params)
+                ends.append(local.train(theta, recipe=local.recipe).params)
         if not ends:
             break
         found += [(world.shared_part(theta), world.shared_part(end)) for end in ends]

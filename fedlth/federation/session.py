@@ -162,7 +162,7 @@ def _write_header(folder: RunFolder, experiment: Experiment, engine: Engine, end
                 "shape": list(e.shape),
                 "size": e.size,
                 "prunable": e.prunable,
-                "flops_per_example": world.flops.get(e.name, 0),
+                "flops_per_example": world.model.flops.get(e.name, 0),
             }
             for e in world.layout.floats
             if e.role == "param"
@@ -172,7 +172,7 @@ def _write_header(folder: RunFolder, experiment: Experiment, engine: Engine, end
         "num_exchanged": experiment.layout.num_floats,
         "dense_payload_bytes": len(dense.payload),
         "dense_raw_bytes": 4 * world.exchange.num_floats + 8 * world.exchange.num_ints,
-        "flops_forward_per_example": world.flops[""],
+        "flops_forward_per_example": world.model.flops[""],
         "random_starts": list(experiment.random_starts) if "random" in experiment.arms else [],
         "phases": [
             {"name": p.name, "rounds": p.rounds, "step": 2 - (p in experiment.federated_phases), "joins": bool(p.join)}
