@@ -6,11 +6,11 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from fedlth.engines.choose import drive
 from fedlth.errors import NothingUsable, StudyError
 from fedlth.experiment.resolve import main_density, product_arm
+from fedlth.storage.records import MetricRow, read_log
 from fedlth.storage.store import write_atomic
 from fedlth.study.schema import Study, Tune
 
@@ -65,11 +65,10 @@ def _score(trial: Study, where: Path, tell: Callable[[str], None]) -> float | st
         tell(f"tune: lr {trial.train.lr}: {error}")
         return DIVERGED
     arm = product_arm(trial) or "global"
-    rows = [json.loads(line) for line in (where / "metrics.jsonl").read_bytes().splitlines()]
-    kept: dict[int, dict[str, Any]] = {}
-    for row in (r for r in rows if r["arm"] == arm):
-        if row["client"] not in kept or row["target_density"] == main_density(trial):
-            kept[row["client"]] = row
-    if all(row.get("diverged") for row in kept.values()):
+    kept: dict[int, MetricRow] = {}
+    for row in (r for r in read_log(where, MetricRow)[0] if r.arm == arm):
+        if row.client not in kept or row.target_density == main_density(trial):
+            kept[row.client] = row
+    if all(row.diverged for row in kept.values()):
         return DIVERGED
-    return math.fsum(row["val_accuracy"] for row in kept.values()) / trial.clients.count
+    return math.fsum(row.val_accuracy for row in kept.values()) / trial.clients.count

@@ -22,6 +22,7 @@ from fedlth.personalization.arms import ARMS, tuned
 from fedlth.personalization.step2 import Result, Step2
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.records import MetricRow
+from fedlth.storage.typed_record import as_record
 from fedlth.training.local_client import Local
 from fedlth.training.task import World, open_world
 from fedlth.wire import mask as bitmap
@@ -134,7 +135,7 @@ def _personalise(
     rows: list[dict[str, Any]] = []
     kept: Result | None = None
     for result in _results(local, job, recipe, received, state):  # each is let go, for it holds a whole model
-        rows.append(_row(local, result).record())
+        rows.append(as_record(_row(local, result)))
         if result.cpu_s[0]:
             cost = {"cpu_s": result.cpu_s[0], "last_cpu_s": result.cpu_s[1]}
             local.work.append({"arm": result.arm, "target_density": result.target, **cost})

@@ -21,6 +21,7 @@ from fedlth.methods.method import Recipe
 from fedlth.models.layout import Layout, Params
 from fedlth.personalization.step2 import Result
 from fedlth.storage.server_state import ServerState
+from fedlth.storage.typed_record import as_record
 from fedlth.study.schema import Study
 from fedlth.tickets.scope import Layerwise
 from fedlth.training.local_client import Local
@@ -294,7 +295,7 @@ def _arms_bytes(world: World, recipe: Recipe) -> int:
     """Return the bytes of all clients' rows of step 2; a row is as long whatever its numbers are."""
     study, local = world.study, Local(world, world.study.clients.count - 1, 0, "forecast")
     dense = DENSE if recipe.space == "weights" else {"local"}
-    row = _row(local, Result(arm="", params=world.theta_0, mask=local.full, start="theta_g")).record()
+    row = as_record(_row(local, Result(arm="", params=world.theta_0, mask=local.full, start="theta_g")))
     row["num_train"] = max(len(split.train) for split in world.splits.clients)
     sent = [arm for arm in arms_of(study) for _ in (study.finder.densities if arm in EACH_TARGET else (1,))]
     rows = [{**row, "arm": arm, "ticket": "" if arm in dense else "0" * 16} for arm in sent]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -21,6 +19,7 @@ from fedlth.federation.update_norms import UpdateNorms
 from fedlth.federation.visits import Stage, Visits
 from fedlth.methods.method import Recipe, in_phase
 from fedlth.models.layout import Params
+from fedlth.storage.records import Diverged, Failed, RoundRow, TimeRow
 from fedlth.storage.run_folder import Progress, RunFolder
 from fedlth.storage.server_state import ServerState
 from fedlth.study.schema import Study
@@ -99,7 +98,7 @@ class Loop:
         parameters, tickets and metrics are those of a client that was never lost. What had crossed stays in the ledger.
         """
         lost, size = missing(self.folder), self.world.study.personalise.clients_per_wave
-        phase, done = _last_phase(self.world.study), max((row["round"] for row in _last_waves(self.folder)), default=0)
+        phase, done = _last_phase(self.world.study), max((row.round for row in _last_waves(self.folder)), default=0)
         waves = [tuple(lost[i : i + size]) for i in range(0, len(lost), size)]
         first = self.progress.step
         for i, wave in enumerate(waves):
@@ -137,15 +136,15 @@ class Loop:
         if visits.versions:
             progress = replace(progress, good=self.progress.theta)
         elif self._broken(visits):
-            summary["rolled_back_to"] = self._roll_back()
+            summary = replace(summary, rolled_back_to=self._roll_back())
             progress = replace(progress, good=f"theta-{index}")
         self._commit(step, index, progress, sent, visits, summary, began)
         self.tell(_line(summary, index + 1, total, time.perf_counter() - began))
-        if "rolled_back_to" in summary:
-            self.tell(f"note: no client could use this global model; it is rolled back to {summary['rolled_back_to']}")
+        if summary.rolled_back_to:
+            self.tell(f"note: no client could use this global model; it is rolled back to {summary.rolled_back_to}")
         if joins and self.progress.empty_rounds >= EMPTY_ROUNDS_ALLOWED:
-            refused = f"every reply was refused, the first with: {visits.failed[0]['reason']}"
-            died = next((f["reason"] for f in visits.failed if f["kind"] != "refused"), refused)
+            refused = f"every reply was refused, the first with: {visits.failed[0].reason}"
+            died = next((f.reason for f in visits.failed if f.kind != "refused"), refused)
             raise NothingUsable(
                 f"{self.folder.root}: {EMPTY_ROUNDS_ALLOWED} rounds without one usable reply; last: {died}"
             )
@@ -156,7 +155,7 @@ class Loop:
         All must have answered, so that no lost machine counts, and be two at least, so that no single client can undo
         the work of others: the only client of a round counts from the second empty round on.
         """
-        answered = all(f["kind"] in ("raised", "refused") for f in visits.failed)
+        answered = all(f.kind in ("raised", "refused") for f in visits.failed)
         several = len(visits.failed) > 1 or self.progress.empty_rounds > 0
         return self.recipe.federated and answered and several and self.progress.good not in (None, self.progress.theta)
 
@@ -204,7 +203,7 @@ class Loop:
         return "mask" if step.phase == "personalise" and self.world.study.refine.rounds else ""
 
     def _commit(
-        self, step: Step, index: int, progress: Progress, sent: ServerState, visits: Visits, summary: dict[str, Any],
+        self, step: Step, index: int, progress: Progress, sent: ServerState, visits: Visits, summary: RoundRow,
         began: float,
     ) -> None:  # fmt: skip
         versions, mirrors = {**progress.versions, **visits.versions}, dict(progress.mirrors)
@@ -212,7 +211,7 @@ class Loop:
             mirrors.pop(client, None)
             if version is not None:
                 mirrors[client] = version
-        whole = {"round": step.round, "phase": step.phase, "client": None, "seconds": time.perf_counter() - began}
+        whole = TimeRow(round=step.round, phase=step.phase, seconds=time.perf_counter() - began)
         if self.state is not sent:
             progress = replace(progress, theta=f"theta-{index}")
             self.folder.save_state(progress.theta, self.state)
@@ -239,44 +238,40 @@ def _owners(versions: Mapping[str, str]) -> dict[str, set[int]]:
     return found
 
 
-def _summary(visits: Visits) -> dict[str, Any]:
-    return {
-        "round": visits.stage.round,
-        "phase": visits.stage.phase,
-        "clients": list(visits.clients),
-        "val_accuracy": float(np.mean(visits.seen)) if visits.seen else None,
-        "up_bytes": sum(r.payload_bytes for r in visits.rows if r.receiver == "server"),
-        "down_bytes": sum(r.payload_bytes for r in visits.rows if r.sender == "server"),
-        "failed": visits.failed,
-        "diverged": [
-            {key: row[key] for key in ("client", "arm", "target_density")}
-            for row in visits.metrics
-            if row.get("diverged")
-        ],
-    }
-
-
-def _line(summary: dict[str, Any], done: int, total: int, seconds: float) -> str:
-    """Return one line of live progress."""
-    accuracy = summary["val_accuracy"]
-    said = f"val {100 * accuracy:5.1f} %" if accuracy is not None else f"{len(summary['clients'])} clients"
-    failed = f"  {len(summary['failed'])} failed: {_failures(summary['failed'])}" if summary["failed"] else ""
-    for arm in dict.fromkeys(one["arm"] for one in summary["diverged"]):
-        failed += f"  {arm} diverged for {len({d['client'] for d in summary['diverged'] if d['arm'] == arm})}"
-    mb = 1e-6
-    return (
-        f"[{done}/{total}] {summary['phase']} {summary['round']}: {said}  up {summary['up_bytes'] * mb:.2f} MB  "
-        f"down {summary['down_bytes'] * mb:.2f} MB  {seconds:.1f} s{failed}"
+def _summary(visits: Visits) -> RoundRow:
+    return RoundRow(
+        round=visits.stage.round,
+        phase=visits.stage.phase,
+        clients=list(visits.clients),
+        val_accuracy=float(np.mean(visits.seen)) if visits.seen else None,
+        up_bytes=sum(r.payload_bytes for r in visits.rows if r.receiver == "server"),
+        down_bytes=sum(r.payload_bytes for r in visits.rows if r.sender == "server"),
+        failed=visits.failed,
+        diverged=[Diverged(r["client"], r["arm"], r["target_density"]) for r in visits.metrics if r.get("diverged")],
     )
 
 
-def _failures(failed: Sequence[Mapping[str, Any]]) -> str:
+def _line(summary: RoundRow, done: int, total: int, seconds: float) -> str:
+    """Return one line of live progress."""
+    accuracy = summary.val_accuracy
+    said = f"val {100 * accuracy:5.1f} %" if accuracy is not None else f"{len(summary.clients)} clients"
+    failed = f"  {len(summary.failed)} failed: {_failures(summary.failed)}" if summary.failed else ""
+    for arm in dict.fromkeys(one.arm for one in summary.diverged):
+        failed += f"  {arm} diverged for {len({d.client for d in summary.diverged if d.arm == arm})}"
+    mb = 1e-6
+    return (
+        f"[{done}/{total}] {summary.phase} {summary.round}: {said}  up {summary.up_bytes * mb:.2f} MB  "
+        f"down {summary.down_bytes * mb:.2f} MB  {seconds:.1f} s{failed}"
+    )
+
+
+def _failures(failed: Sequence[Failed]) -> str:
     """Say who failed and why, each kind once with its first client's reason."""
-    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    kinds: dict[str, list[Failed]] = {}
     for one in failed:
-        kinds.setdefault(one["kind"], []).append(one)
+        kinds.setdefault(one.kind, []).append(one)
     return "; ".join(
-        f"client{'s' * (len(of) > 1)} {_names([f['client'] for f in of])}: {kind}: {of[0]['reason'][:REASON_SHOWN]}"
+        f"client{'s' * (len(of) > 1)} {_names([f.client for f in of])}: {kind}: {of[0].reason[:REASON_SHOWN]}"
         for kind, of in kinds.items()
     )
 
@@ -292,16 +287,15 @@ def missing(folder: RunFolder) -> list[int]:
     """
     lost: dict[int, bool] = {}
     for row in _last_waves(folder):
-        kinds = {f["client"]: f["kind"] for f in row["failed"]}
-        lost |= {client: kinds.get(client) in MACHINES for client in row["clients"]}
+        kinds = {f.client: f.kind for f in row.failed}
+        lost |= {client: kinds.get(client) in MACHINES for client in row.clients}
     return sorted(client for client, is_lost in lost.items() if is_lost)
 
 
-def _last_waves(folder: RunFolder) -> list[dict[str, Any]]:
+def _last_waves(folder: RunFolder) -> list[RoundRow]:
     """Return the committed waves of the run's last phase."""
-    file, phase = folder.log("rounds"), _last_phase(folder.study())
-    rows = [json.loads(line) for line in file.read_bytes().splitlines()] if file.exists() else []
-    return [row for row in rows if row["phase"] == phase]
+    phase = _last_phase(folder.study())
+    return [row for row in folder.rows(RoundRow) if row.phase == phase]
 
 
 def _last_phase(study: Study) -> str:

@@ -17,8 +17,9 @@ from fedlth.methods.aggregate import Contribution, join
 from fedlth.methods.method import Recipe
 from fedlth.models.layout import Layout, Params
 from fedlth.storage import store
-from fedlth.storage.records import MetricRow, VisitRecord, read, visit_record
+from fedlth.storage.records import MetricRow, VisitRecord, visit_record
 from fedlth.storage.server_state import ServerState
+from fedlth.storage.typed_record import read
 from fedlth.wire import mask as bitmap
 from fedlth.wire import metrics, payload
 from fedlth.wire.codec import RAW, Codec

@@ -16,7 +16,7 @@ from fedlth.federation.update_norms import Distances, UpdateNorms
 from fedlth.methods.aggregate import Contribution
 from fedlth.methods.method import Recipe
 from fedlth.models.layout import Layout
-from fedlth.storage.ledger import Row
+from fedlth.storage.records import Failed, LedgerRow, TimeRow, Work
 from fedlth.storage.run_folder import Progress, RunFolder
 from fedlth.storage.state_archive import Writer
 from fedlth.wire.codec import Codec
@@ -68,15 +68,15 @@ class Visits:
     clients: Sequence[int]
     asked: Callable[[int], server.Asked]
     norms: UpdateNorms
-    rows: list[Row] = field(default_factory=list)
-    failed: list[dict[str, Any]] = field(default_factory=list)
-    times: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[LedgerRow] = field(default_factory=list)
+    failed: list[Failed] = field(default_factory=list)
+    times: list[TimeRow] = field(default_factory=list)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     seen: list[float] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     mirrors: dict[str, str | None] = field(default_factory=dict)
     resyncs: int = 0
-    _tries: dict[int, list[Row]] = field(default_factory=dict)
+    _tries: dict[int, list[LedgerRow]] = field(default_factory=dict)
 
     def contributions(self) -> Iterator[Contribution]:
         """Visit all clients, judging answers while others are at work; yield what was sent up.
@@ -147,7 +147,7 @@ class Visits:
             self.rows += self._tries.get(job.client, [])
             self.rows += self._rows_down(job, answer, one.kind)
             if isinstance(answer, Failure):
-                self.failed.append({"client": job.client, "kind": answer.kind, "reason": answer.reason})
+                self.failed.append(Failed(job.client, answer.kind, answer.reason))
                 self.rows.append(ledger_rows.failed(self.stage.round, self.stage.phase, answer))
                 continue
             if isinstance(got, server.Accepted) and one.distances is not None:
@@ -156,7 +156,7 @@ class Visits:
                 except PayloadError as error:
                     got = error
             if not isinstance(got, server.Accepted):
-                self.failed.append({"client": job.client, "kind": "refused", "reason": str(got)})
+                self.failed.append(Failed(job.client, "refused", str(got)))
                 self.rows += self._rows_up(answer, None, f"refused: {got}", self.stage.sends)
                 continue
             self.rows += self._rows_up(answer, got.mask, "ok", self.stage.sends)
@@ -181,14 +181,14 @@ class Visits:
         if got.visit is not None and got.visit.val_accuracy is not None:
             self.seen.append(got.visit.val_accuracy)
 
-    def _rows_down(self, job: Job, answer: Reply | Failure, kind: str = "") -> list[Row]:
+    def _rows_down(self, job: Job, answer: Reply | Failure, kind: str = "") -> list[LedgerRow]:
         first = "install" if str(job.client) not in self.progress.versions else ""
         return ledger_rows.down(
             self.stage.round, self.stage.phase, job.client, job.inbox, self.down.masks.get(job.client),
             answer.framed_down_bytes, layout=self.stage.layout, kind=kind or first,
         )  # fmt: skip
 
-    def _rows_up(self, answer: Reply, mask: np.ndarray | None, status: str, sends: str) -> list[Row]:
+    def _rows_up(self, answer: Reply, mask: np.ndarray | None, status: str, sends: str) -> list[LedgerRow]:
         stage = self.stage
         return ledger_rows.up(stage.round, stage.phase, answer, mask, status, sends, layout=stage.layout)
 
@@ -199,12 +199,8 @@ def _asks(job: Job, answer: Reply) -> bool:
     return own and [(m.kind, m.name, len(m.payload)) for m in answer.outbox] == [("control", RESYNC, 8)]
 
 
-def _time_row(stage: Stage, answer: Reply | Failure) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "round": stage.round, "phase": stage.phase, "client": answer.client, "worker": answer.worker
-    }  # fmt: skip
-    if isinstance(answer, Reply):
-        row |= {"seconds": answer.seconds, "device": answer.device}
-        if answer.work:
-            row["work"] = list(answer.work)
-    return row
+def _time_row(stage: Stage, answer: Reply | Failure) -> TimeRow:
+    row = TimeRow(round=stage.round, phase=stage.phase, client=answer.client, worker=answer.worker)
+    if isinstance(answer, Failure):
+        return row
+    return replace(row, seconds=answer.seconds, device=answer.device, work=[Work(**one) for one in answer.work])

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from fake_run import LAYERS
+from fedlth.report.bytes import Frames, frames, traffic
+from fedlth.report.rows import LedgerRow
 
 from fedlth import cli
 from fedlth.report.accounting import account, account_json, account_text
-from fedlth.report.bytes import Frames, frames, traffic
 from fedlth.report.facts import read_run
-from fedlth.report.rows import LedgerRow
 
 
 def ledger_of(run: Path) -> list[dict[str, Any]]:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from fedlth.report.arms import Choice
 from fedlth.report.bytes import Flow, traffic
+from fedlth.report.rows import LedgerRow
+
 from fedlth.report.compare import holm, signed_rank
 from fedlth.report.facts import Facts, read_run
 from fedlth.report.intervals import interval
 from fedlth.report.presets import Cell
-from fedlth.report.rows import LedgerRow
 from fedlth.report.statistics import difference, summarise_arm, worst_decile_mean
 from fedlth.report.units import bounds, percent, points, scaled
 from fedlth.storage.records import MetricRow

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fedlth.report.rows import Layer, LedgerRow
 
 from fedlth.report.facts import Facts, read_run
 from fedlth.report.presets import MIB, PRESETS, Cell, FedDST, FedPM, LotteryFL, Preset, Sizes, lotteryfl_bytes, sizes_of
-from fedlth.report.rows import Layer, LedgerRow
 
 ROOT = Path(__file__).parents[2]
 MASKABLE, HEAD, BIAS = 8, 4, 2
