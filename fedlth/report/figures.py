@@ -212,8 +212,8 @@ class AtBytes:
         axes = figure.add_subplot()
         alone = len(self.results.group) == 1
         for facts, moved in zip(self.results.group, self.results.traffics, strict=True):
-            for phase in facts.header.phases:
-                x, y = curve(facts, moved, phase=phase.name) if phase.joins else ([], [])
+            for phase in (one for one in facts.header.phases if one.joins):
+                x, y = curve(facts, moved, phase=phase.name)
                 colour = theme.colour("global" if phase.step == 1 else "refined")
                 axes.plot(x, y, color=colour, linewidth=1.8 if alone else 1, alpha=1 if alone else 0.6)
                 if alone:

@@ -167,6 +167,10 @@ class Work:
     An arm's `last_cpu_s` is that of its last training; what came before is its search.
     """
 
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset(
+        {"density", "epochs", "evaluated", "arm", "target_density", "last_cpu_s"}
+    )
+
     cpu_s: float
     density: float | None = None
     epochs: float | None = None

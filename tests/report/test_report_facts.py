@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_run import write_run
-from fedlth.report.arms import Choice, densities, main_choice
-from fedlth.report.summary import summary_text
 
 from fedlth.errors import StudyError
+from fedlth.report.choice import Choice, densities, main_choice
 from fedlth.report.facts import one_cell, read_group, read_run
-from fedlth.report.headline import honest_notes
+from fedlth.report.headline import honest_notes, summary_text
 from fedlth.report.results import results_of
 
 

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fedlth.report.lottery_tables import arms_table, probe_table
 
 from fedlth.errors import StudyError
-from fedlth.report.lottery import alarms, legend, lottery_text, words, write_lottery
+from fedlth.report.lottery import alarms, arms_table, legend, lottery_text, probe_table, words, write_lottery
 from fedlth.report.lottery_facts import over_seeds, read_lottery
 
 CONFIG = """
