@@ -19,7 +19,7 @@ from fedlth.errors import StudyError
 from fedlth.experiment.resolve import resolve
 from fedlth.experiment.saved_ticket import load_ticket
 from fedlth.federation.jobs import Failure, Job, Reply
-from fedlth.report import tickets as told
+from fedlth.report import ticket_text as told
 from fedlth.report.facts import read_run
 from fedlth.report.overlap import read_masks
 from fedlth.study import schema

@@ -18,12 +18,13 @@ from fedlth.experiment.experiment import method_of
 from fedlth.federation import server
 from fedlth.federation.client_step import client_step
 from fedlth.federation.jobs import RESYNC, Failure, Job, Message, Reply
+from fedlth.report.build import page
 from fedlth.report.facts import read_run
-from fedlth.report.html import page
+from fedlth.report.headline import summary_text
 from fedlth.report.results import results_of
-from fedlth.report.summary import summary_text
 from fedlth.report.tables import bytes_table, clients_table, summary_table
-from fedlth.storage.records import MetricRow, VisitRecord, read, visit_record
+from fedlth.storage.records import MetricRow, VisitRecord, visit_record
+from fedlth.storage.typed_record import read
 from fedlth.wire import metrics, payload
 from fedlth.wire.codec import CODECS
 from fedlth.wire.errors import PayloadError
