@@ -106,7 +106,7 @@ def _coded(rows: list[LedgerRow]) -> Coded:
 
 
 def _dense(found: Traffic, up: int, down: int) -> Flow:
-    return Flow(found.dense_ups + found.dense_downs, found.dense_ups * up, found.dense_downs * down, 0)
+    return Flow(found.dense_ups + found.dense_downs, found.dense_ups * up, found.dense_downs * down)
 
 
 def _spread(found: Traffic, key: str) -> Spread:

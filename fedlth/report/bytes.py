@@ -14,17 +14,16 @@ ROUNDS = ("federate", "refine")  # the phases whose visits send an update back
 
 @dataclass(frozen=True)
 class Flow:
-    """Payload bytes and messages of some rows, by direction; peer is from client to client."""
+    """Payload bytes and messages of some rows, by direction."""
 
     messages: int
     up_bytes: int
     down_bytes: int
-    peer_bytes: int
 
     @property
     def total_bytes(self) -> int:
-        """Return all directions together."""
-        return self.up_bytes + self.down_bytes + self.peer_bytes
+        """Return both directions together."""
+        return self.up_bytes + self.down_bytes
 
 
 @dataclass(frozen=True)
@@ -98,24 +97,17 @@ class Traffic:
         """Return the dense baseline, both ways."""
         return self.dense_up_bytes + self.dense_down_bytes
 
-    @property
-    def saved_share(self) -> float | None:
-        """Return 1 - total / dense; negative where more was moved than dense would; None without a visit."""
-        return 1 - self.unicast.total_bytes / self.dense_bytes if self.dense_bytes else None
-
 
 def flow(rows: Iterable[LedgerRow]) -> Flow:
     """Return the sum of payload bytes of `rows`, by direction."""
-    messages = up = down = peer = 0
+    messages = up = down = 0
     for row in rows:
         messages += 1
         if row.receiver == SERVER:
             up += row.payload_bytes
-        elif row.sender == SERVER:
-            down += row.payload_bytes
         else:
-            peer += row.payload_bytes
-    return Flow(messages, up, down, peer)
+            down += row.payload_bytes
+    return Flow(messages, up, down)
 
 
 def frames(rows: Iterable[LedgerRow]) -> Frames:

@@ -148,10 +148,9 @@ def numbers(results: Results) -> tuple[Number, ...]:
             (results.traffics, "dense_bytes"),
         )
     )
-    peer = float(np.mean([one.unicast.peer_bytes for one in results.traffics]))
     small = f"dense FedAvg: {scaled(dense, 'B')} both ways" if dense else "no visit in the ledger"
     found.append(Number(scaled(up, "B"), "payload up", small))
-    found.append(Number(scaled(down, "B"), "payload down", _saved(up + down + peer, dense)))
+    found.append(Number(scaled(down, "B"), "payload down", _saved(up + down, dense)))
     return tuple(found)
 
 

@@ -92,12 +92,11 @@ def bytes_table(results: Results) -> Table:
 
     def row(name: str, flows: list[Flow]) -> tuple[str, ...]:
         means = [float(np.mean([getattr(flow, key) for flow in flows])) for key in ("up_bytes", "down_bytes")]
-        peer = float(np.mean([flow.peer_bytes for flow in flows]))
         number = float(np.mean([flow.messages for flow in flows]))
-        return (name, count(number), *(scaled(mean, "B") for mean in (*means, sum(means) + peer)))
+        return (name, count(number), *(scaled(mean, "B") for mean in (*means, sum(means))))
 
     all_of = results.traffics
-    nothing = Flow(0, 0, 0, 0)
+    nothing = Flow(0, 0, 0)
     rows = [row("all messages, each receiver counted", [one.unicast for one in all_of])]
     rows.append(row("the same, a broadcast counted once", [one.once for one in all_of]))
     for phase in dict.fromkeys(phase for one in all_of for phase in one.by_phase):

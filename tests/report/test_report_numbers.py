@@ -115,22 +115,19 @@ def test_four_messages_and_more(fake: Path) -> None:
         ledger_row(0, "server", "client:2", 100, broadcast=True, framed_bytes=110),
         ledger_row(0, "client:1", "server", 30, kind="mask"),
         ledger_row(0, "client:2", "server", 30, status="refused: shape"),
-        ledger_row(1, "client:1", "client:2", 7),
         ledger_row(1, "server", "client:1", 50, phase="personalise"),
     )
     header = replace(base.header, dense_payload_bytes=100)
     found = traffic(replace(base, header=header, ledger=rows))
-    assert found.unicast == Flow(6, 60, 250, 7)
-    assert found.once == Flow(5, 60, 150, 7)
-    assert found.refused == Flow(1, 30, 0, 0)
+    assert found.unicast == Flow(5, 60, 250)
+    assert found.once == Flow(4, 60, 150)
+    assert found.refused == Flow(1, 30, 0)
     assert found.framed_bytes is None
-    assert found.by_kind == {"mask": Flow(1, 30, 0, 0), "values": Flow(5, 30, 250, 7)}
-    assert found.by_client == {1: Flow(4, 30, 150, 7), 2: Flow(3, 30, 100, 7)}
-    assert [one.cumulative_bytes for one in found.by_round] == [260, 267, 317]
-    # visits: (0, 1), (0, 2), (1, 1), (1, 2) federate both ways; client 1 personalises, down only
-    assert (found.dense_up_bytes, found.dense_down_bytes) == (400, 500)
-    assert found.saved_share == pytest.approx(1 - 317 / 900)
-    assert traffic(replace(base, ledger=())).saved_share is None
+    assert found.by_kind == {"mask": Flow(1, 30, 0), "values": Flow(4, 30, 250)}
+    assert found.by_client == {1: Flow(3, 30, 150), 2: Flow(2, 30, 100)}
+    assert [one.cumulative_bytes for one in found.by_round] == [260, 310]
+    # visits: (0, 1) and (0, 2) federate both ways; client 1 personalises, down only
+    assert (found.dense_up_bytes, found.dense_down_bytes) == (200, 300)
 
 
 def test_numbers_as_people_read_them() -> None:
