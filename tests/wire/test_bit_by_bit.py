@@ -57,7 +57,7 @@ def test_without_a_compiler_the_bytes_are_the_same() -> None:
         "import importlib.util as u\n"
         "find = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'numba' else find(name, *a)\n"
-        "from fedlth.wire import jit\n"
+        "from fedlth.kernel import late_jit as jit\n"
         "assert not jit.COMPILED\n"
         "from tests.wire.golden_payloads import HERE, cases, encoded\n"
         "from tests.wire.test_golden_payloads import test_both_decoders_read_it as read\n"
