@@ -18,7 +18,6 @@ from fedlth import api, tune
 from fedlth.engines import choose
 from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
-from fedlth.experiment.resolve import kept_arm, product_arm
 from fedlth.federation import rounds, session
 from fedlth.report.diff import diff
 from fedlth.storage import store
@@ -229,7 +228,8 @@ def test_own_is_a_model_like_any_other(tmp_path: Path) -> None:
     """Row 15: `own` is kept after tuned models and before dense ones, saved, loaded, and scored."""
     order = ("ticket", "own_tuned", "own", "dense", "local")
     for i, arm in enumerate(order):
-        assert kept_arm(tiny.of_method("lotteryfl", personalise={"arms": ["global", *reversed(order[i:])]})) == arm
+        made = tiny.of_method("lotteryfl", personalise={"arms": ["global", *reversed(order[i:])]})
+        assert tiny.experiment(made).kept_arm == arm
     made = tiny.of_method(
         "lotteryfl", personalise={"arms": ["global", "own"]}, tune={"lr": [1e-6, 0.2], "rounds": 2}, workers=1,
         out=str(tmp_path / "r"),
@@ -239,7 +239,7 @@ def test_own_is_a_model_like_any_other(tmp_path: Path) -> None:
     assert chosen["lr"] == 0.2 and all(0 <= score <= 1 for score in chosen["val_accuracy"].values())
     assert sorted(tiny.digests(out)["tickets"]) == ["0", "1", "2", "3"]
     api.load_ticket(out, client=1)
-    assert product_arm(made) == "own"
+    assert tiny.experiment(made).product_arm == "own"
 
 
 # Folders

@@ -58,8 +58,9 @@ class Experiment:
         """The study's canonical JSON: what a worker is given, and makes the same experiment of."""
         return self.study.science()
 
-    @cached_property
+    @property
     def world(self) -> World:
+        """The world, asked for each time: after a hung step it is another (forget_worlds)."""
         return open_world(self.text)
 
     @cached_property
@@ -229,6 +230,7 @@ def method_of(study: Study) -> FederatedMethod:
             ("down", phase.down, phase.down in ("broadcast", "slice"), "broadcast or slice"),
             ("update", phase.update, callable(phase.update) and hasattr(phase.update, "sends"), "a ClientUpdate"),
             ("join", phase.join, rule, "a rule with init, add and result"),
+            ("who", phase.who, callable(phase.who) and not phase.in_waves, "a choice of clients, not Waves, step 2's"),
         ]
     for place, value, fits, wanted in checks:
         if not fits:

@@ -160,12 +160,13 @@ def test_a_run_that_loses_its_superlink_says_how_to_go_on(
     from flwr.supercore.run import RunNotRunningException
 
     from fedlth.engines import flower
-    from fedlth.engines.flower_session import Task
+    from fedlth.engines.flower_session import FlowerRun
 
     def ended(*_: Any, **__: Any) -> None:
         raise RunNotRunningException
 
-    monkeypatch.setattr(flower, "task_of", lambda *_: Task(tiny.study(), tmp_path / "r", resume=False))
+    task = FlowerRun(tiny.experiment(tiny.study()), tmp_path / "r", resume=False)
+    monkeypatch.setattr(flower, "task_of", lambda *_: task)
     monkeypatch.setattr(flower, "_run", ended)
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={"wait-s": 1})
     with pytest.raises(RunNotRunningException):
@@ -181,5 +182,5 @@ def test_the_simulation_starts_a_ray_of_its_own(tmp_path: Path, monkeypatch: pyt
 
     given: list[dict[str, Any]] = []
     monkeypatch.setattr(flower, "run_simulation", lambda **more: given.append(more["backend_config"]["init_args"]))
-    flower.run_under_flower(tiny.study(), tmp_path / "r", tiny.quiet)
+    flower.run_under_flower(tiny.experiment(tiny.study()), tmp_path / "r", tiny.quiet)
     assert given[0]["address"] == "local"

@@ -14,9 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedlth.experiment.experiment import method_of
-from fedlth.federation import server
 from fedlth.federation.client_step import client_step
+from fedlth.federation.door import Accepted, Asked, Held, accept
 from fedlth.federation.jobs import RESYNC, Failure, Job, Message, Reply
 from fedlth.report.facts import read_run
 from fedlth.report.html import page
@@ -53,15 +52,14 @@ def reply() -> Reply:
     return client_step(Job(study=made.science(), phase="personalise", round=1, client=CLIENT, inbox=()))
 
 
-def judged(answer: Reply) -> server.Accepted:
+def judged(answer: Reply) -> Accepted:
     world = tiny.open_world(STUDY.model_copy(update={"wire": "raw"}).science())
-    asked = server.Asked(
-        world.splits.clients[CLIENT], CLIENT in world.splits.unseen, frozenset(ARMS), frozenset({1.0, 0.5, 0.2})
-    )
-    return server.accept(
-        answer, recipe=method_of(STUDY), layout=world.exchange, sends="mask", codec=CODECS["raw"],
-        held=server.Held(None, None), asked=asked,
+    asked = Asked(
+        world.splits.clients[CLIENT], CLIENT in world.splits.unseen, sends={"ticket": ("mask", world.exchange)},
+        own_mask=True, arms=frozenset(ARMS), targets=frozenset({1.0, 0.5, 0.2}),
+        layers=frozenset(e.name for e in world.layout.prunable),
     )  # fmt: skip
+    return accept(answer, codec=CODECS["raw"], held=Held(None, None), asked=asked)
 
 
 def with_rows(answer: Reply, rows: Any) -> Reply:
@@ -151,7 +149,7 @@ def test_only_the_messages_that_were_asked_for_under_their_names(reply: Reply) -
     for outbox, message in (
         ((told,), "no mask came"),
         ((mask,), "no metrics came"),
-        ((told, mask, mask), "a second mask message"),
+        ((told, mask, mask), "a 'mask' message 'ticket' came twice"),
         ((told, replace(mask, name="x" * 5000)), "a 'mask' message 'xxx.*' was not asked for"),
         ((told, mask, Message("control", RESYNC, bytes(8))), "a 'control' message 'resync' was not asked for"),
         ((told, replace(mask, kind="", name="ticket")), "a '' message 'ticket' was not asked for"),

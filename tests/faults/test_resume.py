@@ -23,7 +23,7 @@ from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
 from fedlth.federation import session
 from fedlth.federation.jobs import Failure, Job, Reply
-from fedlth.federation.rounds import Federation, steps_of
+from fedlth.federation.rounds import Federation
 from fedlth.storage import ledger, state_archive, store
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.state_archive import Packs, Writer
@@ -236,12 +236,12 @@ def test_damage_is_told_with_the_files_name(tmp_path: Path, what: str, damage: s
     out = tmp_path / "run"
     stopped(out, after=2)
     loop = tiny.opened(RunFolder(out), InProcess())
-    step = steps_of(loop.world, loop.recipe)[loop.progress.step]
+    clients = loop.experiment.clients(*loop.experiment.steps[loop.progress.step])
     found = sorted(out.glob(what))
     file, size = found[-1], found[-1].stat().st_size
     if file.suffix == ".pack":  # the one that the next step reads first
         owned = loop.progress.versions if what.startswith("state") else loop.progress.mirrors
-        file = next(file.with_stem(owned[str(c)]) for c in loop._sampled(step) if str(c) in owned)
+        file = next(file.with_stem(owned[str(c)]) for c in clients if str(c) in owned)
         size = min(place[1] for place in state_archive._read_index(file).values())
     if damage == "gone":
         if what == "checkpoint.json":
