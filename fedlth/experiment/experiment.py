@@ -225,12 +225,13 @@ def method_of(study: Study) -> FederatedMethod:
     ]
     for phase in method.phases:
         rule = all(hasattr(phase.join, part) for part in ("init", "add", "result"))
+        update, place = phase.update, phase.name
         checks += [
-            ("name", phase.name, bool(re.fullmatch("[a-z_]+", phase.name)), "letters a-z and _"),
-            ("down", phase.down, phase.down in ("broadcast", "slice"), "broadcast or slice"),
-            ("update", phase.update, callable(phase.update) and hasattr(phase.update, "sends"), "a ClientUpdate"),
-            ("join", phase.join, rule, "a rule with init, add and result"),
-            ("who", phase.who, callable(phase.who) and not phase.in_waves, "a choice of clients, not Waves, step 2's"),
+            ("phase name", place, bool(re.fullmatch("[a-z_]+", place)), "letters a-z and _"),
+            (f"{place}.down", phase.down, phase.down in ("broadcast", "slice"), "broadcast or slice"),
+            (f"{place}.update", update, callable(update) and hasattr(update, "sends"), "a ClientUpdate"),
+            (f"{place}.join", phase.join, rule, "a rule with init, add and result"),
+            (f"{place}.who", phase.who, callable(phase.who) and not phase.in_waves, "clients, not Waves, step 2's"),
         ]
     for place, value, fits, wanted in checks:
         if not fits:

@@ -87,6 +87,8 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
     both = [] if sure else ["no client prunes"]
     if study.refine.rounds and _may_stop(study):
         both.append("tickets that stop before their first prune")
+    if len(experiment.federated_phases) > 1:
+        both.append("earlier phases that leave the model whole")
     scores = ["scores as undecided as after the first round"] if method.space == "scores" and codec.refers else []
     ups = (*both, *_why_less_goes_up(wire, shrinking))
     ends = (down, up) if shrinking is not None and not sure else (None, None)  # of what accuracy may decide

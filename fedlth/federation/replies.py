@@ -18,6 +18,7 @@ from fedlth.federation.update_norms import Distances, UpdateNorms
 from fedlth.methods.aggregate import Contribution
 from fedlth.methods.client_update import VALUES
 from fedlth.methods.method import Phase
+from fedlth.personalization.arms import row_name
 from fedlth.storage.ledger import Row
 from fedlth.storage.run_folder import Progress, RunFolder
 from fedlth.storage.state_archive import Writer
@@ -160,7 +161,7 @@ class Replies:
         layout, sends = experiment.world.layout, phase.update.sends
         arms: tuple[str, ...] = ()
         if phase.in_waves:
-            arms = ("refined",) if phase.name == "refined" else experiment.arms
+            arms = ("refined",) if phase.name == "refined" else tuple(map(row_name, experiment.arms))
         return Asked(
             split=experiment.world.splits.clients[0], unseen=False, own_mask=phase.own_mask,
             sends={name: (kind, experiment.layout_of(kind)) for name, kind in sends}, arms=frozenset(arms),

@@ -115,11 +115,11 @@ class Layout:
         return joined
 
     def mask_of(self, mask: np.ndarray, whole: Layout) -> np.ndarray:
-        """Return what this sub-layout holds of a mask (whole.num_prunable,) bool: (num_prunable,) bool."""
+        """Return what this sub-layout holds of a mask (or any one number a weight) of `whole`: (num_prunable,)."""
         if self.num_prunable == whole.num_prunable:
             return mask
         pairs = [(e, there) for e, there in self._pairs(whole) if e.prunable]
-        return np.concatenate([np.zeros(0, bool), *(mask[there.slice] for _, there in pairs)])
+        return np.concatenate([mask[:0], *(mask[there.slice] for _, there in pairs)])
 
     def mask_into(self, mask: np.ndarray, whole: Layout, part: np.ndarray) -> np.ndarray:
         """Return a mask (whole.num_prunable,) bool with what this sub-layout holds taken from `part`."""

@@ -34,17 +34,17 @@ def global_model(step: Step2) -> Iterator[Result]:
 
 def local_only(step: Step2) -> Iterator[Result]:
     """The client alone, from theta_0, for as many epochs as search and fine-tuning take together."""
-    yield _trained(step, "local", "theta_0", step.local.full, epochs=_total_epochs(step))
+    yield trained(step, "local", "theta_0", step.local.full, epochs=_total_epochs(step))
 
 
 def dense(step: Step2) -> Iterator[Result]:
     """The dense twin: the whole model, as many fine-tuning epochs as the ticket's last training."""
-    yield _trained(step, "dense", "theta_g", step.local.full)
+    yield trained(step, "dense", "theta_g", step.local.full)
 
 
 def dense_total(step: Step2) -> Iterator[Result]:
     """The dense twin with the search's epochs given to it as well."""
-    yield _trained(step, "dense_total", "theta_g", step.local.full, epochs=_total_epochs(step))
+    yield trained(step, "dense_total", "theta_g", step.local.full, epochs=_total_epochs(step))
 
 
 def ticket(step: Step2) -> Iterator[Result]:
@@ -67,7 +67,7 @@ def global_mask(step: Step2) -> Iterator[Result]:
     size = step.local.full.size
     for target in step.targets:
         mask = step.finder.pick(np.abs(step.theta_g.floats[:size]), step.local.full, step.local.world.layout, target)
-        yield _trained(step, "global_mask", "theta_g", mask, target=target)
+        yield trained(step, "global_mask", "theta_g", mask, target=target)
 
 
 def random_ticket(step: Step2) -> Iterator[Result]:
@@ -94,7 +94,7 @@ def _best_start(step: Step2, mask: np.ndarray, target: float) -> Result:
         starts["reinit"] = _rescaled(step, step.local.fresh_init("random ticket"), mask)
     at, best, best_accuracy = len(step.log), None, -1.0
     for name, start in starts.items():
-        found = _trained(step, "random", name, mask, target=target, begin=start)
+        found = trained(step, "random", name, mask, target=target, begin=start)
         accuracy = -1.0 if found.diverged else step.local.val_accuracy(found.params)
         if best is None or accuracy > best_accuracy:
             best, best_accuracy = found, accuracy
@@ -119,7 +119,7 @@ def own_tuned(step: Step2) -> Iterator[Result]:
 def own_random(step: Step2) -> Iterator[Result]:
     """The control of `own_tuned`: a random mask of the same layer counts on the same start weights."""
     held = step.method.own(step.local, step.inbox, step.state)
-    yield _trained(step, "own_random", "theta_g", _shuffled(step, held.mask, "own_random", granularity_of(step.method)))
+    yield trained(step, "own_random", "theta_g", _shuffled(step, held.mask, "own_random", granularity_of(step.method)))
 
 
 def frozen_random(step: Step2) -> Iterator[Result]:
@@ -145,6 +145,11 @@ ARMS: Mapping[str, Arm] = {
     "own_random": own_random,
     "frozen_random": frozen_random,
 }
+
+
+def row_name(name: str) -> str:
+    """Return the name that an arm's rows carry: that of the function, for your own."""
+    return name.rpartition(":")[2]
 
 
 def arm_of(name: str) -> Arm:
@@ -180,7 +185,7 @@ def granularity_of(method: ClientUpdate) -> Granularity:
     return made
 
 
-def _trained(
+def trained(
     step: Step2, arm: str, start: str, mask: np.ndarray, *, target: float = 1.0, epochs: int | None = None,
     begin: Params | None = None,
 ) -> Result:  # fmt: skip

@@ -186,7 +186,7 @@ class World:
         return self.exchange.part_of(whole, self.layout)
 
     def shared_mask(self, active: np.ndarray) -> np.ndarray:
-        """Return what crosses of a mask over the whole model (num_prunable,) bool, in the exchange layout."""
+        """Return what crosses of a mask (or any one number a weight) over the whole model, in the exchange layout."""
         return self.exchange.mask_of(active, self.layout)
 
     def whole_mask(self, shared: np.ndarray, own: np.ndarray) -> np.ndarray:
