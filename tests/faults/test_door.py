@@ -36,6 +36,7 @@ STUDY = tiny.study(
     personalise={"arms": list(ARMS), "epochs": 1, "clients_per_wave": 4},
 )  # fmt: skip
 CLIENT = 2
+NONE = np.zeros(0, np.int64)
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +159,23 @@ def test_only_the_messages_that_were_asked_for_under_their_names(reply: Reply) -
         with pytest.raises(PayloadError, match=message) as refused:
             judged(replace(reply, outbox=outbox))
         assert len(str(refused.value)) < 300, "a refusal is written into two files"
+
+
+def test_an_update_is_the_message_that_was_asked_for_first_whatever_came_first() -> None:
+    """What came first was joined as the update: scores are no model, and the round ended with numpy's error."""
+    world = tiny.world()
+    layout, scores = world.exchange, world.exchange.select(lambda e: e.prunable)
+    ones, theta = np.ones(layout.num_prunable, bool), world.shared_part(world.theta_0)
+    sends = {"update": ("values", layout), "saliency": ("scores", scores)}
+    outbox = (
+        Message("scores", "saliency", payload.encode("scores", scores, Content(ones, theta.floats[: ones.size], NONE))),
+        Message("metrics", "visit", metrics.encode({"num_examples": len(world.splits.clients[0].train)})),
+        Message("values", "update", payload.encode("values", layout, Content(ones, theta.floats, theta.ints))),
+    )
+    asked = Asked(world.splits.clients[0], False, sends=sends, own_mask=False)
+    got = accept(Reply(round=1, client=0, outbox=outbox), codec=CODECS["raw"], held=Held(None, None), asked=asked)
+    assert got.contribution is not None and np.array_equal(got.contribution.content.floats, theta.floats)
+    assert list(got.masks) == ["update", "saliency"] and list(got.contribution.others) == ["saliency"]
 
 
 JSON = st.recursive(
