@@ -71,7 +71,7 @@ def test_a_run_that_ends_for_refused_replies_says_what_was_wrong_with_them(tmp_p
             bad = metrics.encode({"num_examples": -1})
             return [replace(a, outbox=(a.outbox[0], replace(a.outbox[1], payload=bad))) for a in answers]
 
-    with pytest.raises(StudyError, match="every reply was refused, the first with: num_examples must be"):
+    with pytest.raises(StudyError, match="every reply was refused, the first with: metrics: num_examples must be"):
         tiny.run(tiny.study(federate={"rounds": 3}), tmp_path / "r", engine=Odd())
 
 
