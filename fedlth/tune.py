@@ -22,8 +22,8 @@ def tuned(study: Study, out: Path, tell: Callable[[str], None]) -> Study:
 
     Each candidate runs `tune.rounds` rounds and all that comes after in its own folder under `out`/tune, where it can
     be resumed and read. The mean validation accuracy of the model that would be kept, at the density that would be
-    kept, decides; a client without one counts as 0, and ties go to the first. A candidate whose training diverges has
-    lost; chosen.json says so. Raises StudyError where all have.
+    kept, decides; a client without one counts as 0, and ties go to the first. A candidate that diverges for
+    any client has lost; chosen.json says so. Raises StudyError where all have.
     """
     if not study.tune.lr:
         return study
@@ -70,6 +70,6 @@ def _score(trial: Study, where: Path, tell: Callable[[str], None]) -> float | st
     for row in (r for r in rows if r["arm"] == arm):
         if row["client"] not in kept or row["target_density"] == main_density(trial):
             kept[row["client"]] = row
-    if all(row.get("diverged") for row in kept.values()):
+    if not kept or any(row.get("diverged") for row in kept.values()):
         return DIVERGED
     return math.fsum(row["val_accuracy"] for row in kept.values()) / trial.clients.count

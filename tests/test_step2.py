@@ -291,7 +291,25 @@ def test_weights_or_losses_that_are_no_numbers_are_a_divergence(monkeypatch: pyt
 
     huge = replace(step.theta_g, floats=np.full_like(step.theta_g.floats, 1e30))
     row = _row(local, Result(arm="dense", params=huge, mask=local.full))
-    assert row["diverged"] and row["test_loss"] == math.log(4)
+    assert row.diverged and row.val_loss == row.test_loss == math.log(4)
+
+
+def test_what_is_kept_does_not_depend_on_test_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 10's brother: a test loss that is no number took the client's ticket file, and in a trial its rate."""
+    made = tiny.study(personalise={"arms": ["ticket"]})
+    tiny.run(made, tmp_path / "whole")
+    original = Local.evaluate
+
+    def infinite(self: Local, params: Any, data: Any) -> tuple[float, float]:
+        accuracy, loss = original(self, params, data)
+        return (accuracy, loss) if data is self.val_part else (accuracy, math.inf)
+
+    monkeypatch.setattr(Local, "evaluate", infinite)
+    tiny.run(made, tmp_path / "r")
+    assert tiny.digests(tmp_path / "r")["tickets"] == tiny.digests(tmp_path / "whole")["tickets"] != {}
+    rows, whole = tiny.rows(tmp_path / "r", "metrics"), tiny.rows(tmp_path / "whole", "metrics")
+    guess = {"test_accuracy": 1 / 4, "test_loss": math.log(4)}
+    assert rows == [row | guess for row in whole], "the row is a guess on test data alone"
 
 
 def test_a_client_whose_round_diverges_fails_that_visit_with_the_reason() -> None:

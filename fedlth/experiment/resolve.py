@@ -32,6 +32,7 @@ def recipe_of(study: Study) -> Recipe:
     name = study.method["name"]
     if not isinstance(recipe, Recipe):
         raise StudyError(f"method: {name} must return a fedlth.methods.method.Recipe, got {type(recipe).__name__}")
+    check_frozen(recipe)
     for field, names in (("visit", ("__call__", "sends", "own", "tune")), ("aggregate", ("init", "add", "result"))):
         lacks = [n for n in names if not hasattr(getattr(recipe, field), n)]
         if lacks:
@@ -85,7 +86,6 @@ def resolve(study: Study) -> tuple[Study, list[str]]:
     Raises StudyError naming the place.
     """
     recipe = recipe_of(study)
-    check_frozen(recipe)
     arms = arms_of(study)
     unknown = [a for a in arms if a not in ARMS]
     if unknown:

@@ -196,7 +196,8 @@ def _kept(world: World, kept: Result | None, result: Result) -> Result | None:
 def _row(local: Local, result: Result) -> MetricRow:
     """Evaluate one finished model. Test data is read here alone; no training and no choice sees it.
 
-    A model that diverged, or whose loss is not finite, counts as a uniform guess among the classes; its row says so.
+    A model that diverged, or whose loss is not finite, counts as a uniform guess among the classes. Its row says so for
+    what training and validation show; of a test loss no ticket file and no choice may depend.
     """
     world, size = local.world, local.full.size
     if not (result.held or result.diverged) and ((result.params.floats[:size] != 0) & ~result.mask).any():
@@ -206,8 +207,10 @@ def _row(local: Local, result: Result) -> MetricRow:
     if not diverged:
         val = local.evaluate(result.params, local.val_part)
         test = local.evaluate(result.params, world.part(local.client, "test"))
-        if not (math.isfinite(val[1]) and math.isfinite(test[1])):
+        if not math.isfinite(val[1]):
             val, test, diverged = guess, guess, True
+        elif not math.isfinite(test[1]):
+            test = guess
     split = world.splits.clients[local.client]
     return MetricRow(
         client=local.client,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -85,13 +86,12 @@ def forecast_bytes(world: World, recipe: Recipe, visit_s: float) -> Forecast:
     down, up = _sums(wire, shrinking or Shrinking(), pruned=True)
     sure = shrinking is not None and shrinking.sure
     most = (down, up) if sure else _sums(wire, shrinking or Shrinking(), pruned=False)
-    told = not sure and shrinking is not None  # both ends of what accuracy may decide
     both = [] if sure else ["no client prunes"]
     if study.refine.rounds and _may_stop(study):
         both.append("tickets that stop before their first prune")
     scores = ["scores as undecided as after the first round"] if recipe.space == "scores" and codec.refers else []
     ups = (*both, *_why_less_goes_up(wire, shrinking))
-    ends = (down, up) if told else (None, None)
+    ends = (down, up) if shrinking is not None and not sure else (None, None)  # of what accuracy may decide
     return Forecast(Bytes(most[0], (*both, *scores), ends[0]), Bytes(most[1], ups, ends[1]), len(tried))
 
 
@@ -198,9 +198,9 @@ def _sums(wire: _Wire, shrinking: Shrinking, *, pruned: bool) -> tuple[float, fl
     count, visits = study.clients.count, study.federate.rounds * study.federate.clients_per_round
     first = study.federate.clients_per_round if study.federate.rounds else 0
     unknown = wire.recipe.down == "slice" and len(densities) == 1
-    down, up = 0.0, float(visits * _visit_bytes(world) + _arms_bytes(world, wire.recipe))
     steps, behind = _prunes(world, shrinking)
-    down += first * (wire.broadcast(initial(world, wire.recipe)) - wire.model)
+    down = float(first * (wire.broadcast(initial(world, wire.recipe)) - wire.model))
+    up = float(visits * _visit_bytes(world) + _arms_bytes(world, wire.recipe))
     for (before, after), number in steps.items():
         left, stays = (densities[before], densities[after]) if pruned else (1.0, 1.0)
         down += number * (wire.kept(left) if left < 1 else wire.model)
@@ -230,8 +230,6 @@ def _sums(wire: _Wire, shrinking: Shrinking, *, pruned: bool) -> tuple[float, fl
 def _prunes(world: World, shrinking: Shrinking) -> tuple[Mapping[tuple[int, int], int], Mapping[int, int]]:
     """Count visits by the prunes before and after them, and clients by the prunes behind them in step 2."""
     study = world.study
-    if len(shrinking.densities) == 1:
-        return {(0, 0): study.federate.rounds * study.federate.clients_per_round}, {}
     seen = [c for c in range(study.clients.count) if c not in world.splits.unseen]
     visited: Counter[int] = Counter()
     steps: Counter[tuple[int, int]] = Counter()
@@ -254,13 +252,14 @@ def _tried(world: World, visit_s: float) -> Moved:
     found: list[tuple[Params, Params]] = []
     theta = world.theta_0
     for round in (1, 2):
-        at = [Local(world, client, round, "forecast") for client in chosen]
-        ends = [local.train(theta, plan=local.plan).params for local in at]
-        if not all(np.isfinite(end.floats).all() for end in ends):
-            return ()
+        ends = []
+        for local in (Local(world, client, round, "forecast") for client in chosen):
+            with suppress(Exception):  # who cannot train, or diverges, is not tried: that is for the run to say
+                ends.append(local.train(theta, plan=local.plan).params)
+        if not ends:
+            break
         found += [(world.shared_part(theta), world.shared_part(end)) for end in ends]
-        mean: np.ndarray = np.mean([end.floats for end in ends], axis=0)
-        theta = Params(mean.astype(np.float32), ends[0].ints)
+        theta = Params(np.mean([end.floats for end in ends], axis=0).astype(np.float32), ends[0].ints)
     return tuple(found)
 
 
@@ -298,6 +297,5 @@ def _arms_bytes(world: World, recipe: Recipe) -> int:
     row["num_train"] = max(len(split.train) for split in world.splits.clients)
     sent = [arm for arm in arms_of(study) for _ in (study.finder.densities if arm in EACH_TARGET else (1,))]
     rows = [{**row, "arm": arm, "ticket": "" if arm in dense else "0" * 16} for arm in sent]
-    more = [{**row, "arm": "refined", "ticket": "0" * 16}]
-    refined = len(metrics.encode({"rows": more})) if study.refine.rounds else 0
-    return study.clients.count * (len(metrics.encode({"rows": rows})) + refined)
+    refined = [[{**row, "arm": "refined", "ticket": "0" * 16}]] if study.refine.rounds else []
+    return study.clients.count * sum(len(metrics.encode({"rows": part})) for part in (rows, *refined))

@@ -9,14 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from fedlth.errors import NothingUsable
 from fedlth.experiment.resolve import arms_of, finder_of, main_density, recipe_of
 from fedlth.federation import server
 from fedlth.federation.client_step import initial, space
 from fedlth.federation.downlink import Downlink
 from fedlth.federation.jobs import MACHINES, Engine
+from fedlth.federation.progress import line, summary_of
 from fedlth.federation.update_norms import UpdateNorms
 from fedlth.federation.visits import Stage, Visits
 from fedlth.methods.method import Recipe, in_phase
@@ -28,7 +27,6 @@ from fedlth.training.task import World, open_world
 from fedlth.wire.codec import CODECS
 
 EMPTY_ROUNDS_ALLOWED = 3
-CLIENTS_SHOWN, REASON_SHOWN = 5, 100  # of failures on a line
 CONTROLS = {"global", "dense", "dense_total", "own_random", "global_mask", "random", "ticket", "ticket_0", "one_shot"}
 
 Tell = Callable[[str], None]
@@ -133,14 +131,14 @@ class Loop:
             deque(visits.contributions(), maxlen=0)  # a ticket's mask is mirrored, not joined
         if visits.resyncs:
             self.tell(f"note: {visits.resyncs} clients had lost what they held; their download was sent again, whole")
-        summary = _summary(visits)
+        summary = summary_of(visits)
         if visits.versions:
             progress = replace(progress, good=self.progress.theta)
         elif self._broken(visits):
             summary["rolled_back_to"] = self._roll_back()
             progress = replace(progress, good=f"theta-{index}")
         self._commit(step, index, progress, sent, visits, summary, began)
-        self.tell(_line(summary, index + 1, total, time.perf_counter() - began))
+        self.tell(line(summary, index + 1, total, time.perf_counter() - began))
         if "rolled_back_to" in summary:
             self.tell(f"note: no client could use this global model; it is rolled back to {summary['rolled_back_to']}")
         if joins and self.progress.empty_rounds >= EMPTY_ROUNDS_ALLOWED:
@@ -237,52 +235,6 @@ def _owners(versions: Mapping[str, str]) -> dict[str, set[int]]:
     for client, version in versions.items():
         found.setdefault(version, set()).add(int(client))
     return found
-
-
-def _summary(visits: Visits) -> dict[str, Any]:
-    return {
-        "round": visits.stage.round,
-        "phase": visits.stage.phase,
-        "clients": list(visits.clients),
-        "val_accuracy": float(np.mean(visits.seen)) if visits.seen else None,
-        "up_bytes": sum(r.payload_bytes for r in visits.rows if r.receiver == "server"),
-        "down_bytes": sum(r.payload_bytes for r in visits.rows if r.sender == "server"),
-        "failed": visits.failed,
-        "diverged": [
-            {key: row[key] for key in ("client", "arm", "target_density")}
-            for row in visits.metrics
-            if row.get("diverged")
-        ],
-    }
-
-
-def _line(summary: dict[str, Any], done: int, total: int, seconds: float) -> str:
-    """Return one line of live progress."""
-    accuracy = summary["val_accuracy"]
-    said = f"val {100 * accuracy:5.1f} %" if accuracy is not None else f"{len(summary['clients'])} clients"
-    failed = f"  {len(summary['failed'])} failed: {_failures(summary['failed'])}" if summary["failed"] else ""
-    for arm in dict.fromkeys(one["arm"] for one in summary["diverged"]):
-        failed += f"  {arm} diverged for {len({d['client'] for d in summary['diverged'] if d['arm'] == arm})}"
-    mb = 1e-6
-    return (
-        f"[{done}/{total}] {summary['phase']} {summary['round']}: {said}  up {summary['up_bytes'] * mb:.2f} MB  "
-        f"down {summary['down_bytes'] * mb:.2f} MB  {seconds:.1f} s{failed}"
-    )
-
-
-def _failures(failed: Sequence[Mapping[str, Any]]) -> str:
-    """Say who failed and why, each kind once with its first client's reason."""
-    kinds: dict[str, list[Mapping[str, Any]]] = {}
-    for one in failed:
-        kinds.setdefault(one["kind"], []).append(one)
-    return "; ".join(
-        f"client{'s' * (len(of) > 1)} {_names([f['client'] for f in of])}: {kind}: {of[0]['reason'][:REASON_SHOWN]}"
-        for kind, of in kinds.items()
-    )
-
-
-def _names(clients: Sequence[int]) -> str:
-    return ", ".join(map(str, clients[:CLIENTS_SHOWN])) + (", ..." if len(clients) > CLIENTS_SHOWN else "")
 
 
 def missing(folder: RunFolder) -> list[int]:
