@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedlth.errors import NothingUsable
 from fedlth.federation.client_step import client_step
 from fedlth.federation.door import Accepted, Asked, Held, accept
 from fedlth.federation.jobs import RESYNC, Failure, Job, Message, Reply
+from fedlth.methods.aggregate import FedAvg
+from fedlth.methods.client_update import Inbox, MaskedUpdate, Update
+from fedlth.methods.method import FederatedMethod, Phase
 from fedlth.report.facts import read_run
 from fedlth.report.html import page
 from fedlth.report.results import results_of
 from fedlth.report.summary import summary_text
 from fedlth.report.tables import bytes_table, clients_table, summary_table
+from fedlth.storage.client_state import ClientState
 from fedlth.storage.records import MetricRow, VisitRecord, read, visit_record
+from fedlth.training.local_client import Local
 from fedlth.wire import metrics, payload
 from fedlth.wire.codec import CODECS
 from fedlth.wire.errors import PayloadError
@@ -176,6 +182,38 @@ def test_an_update_is_the_message_that_was_asked_for_first_whatever_came_first()
     got = accept(Reply(round=1, client=0, outbox=outbox), codec=CODECS["raw"], held=Held(None, None), asked=asked)
     assert got.contribution is not None and np.array_equal(got.contribution.content.floats, theta.floats)
     assert list(got.masks) == ["update", "saliency"] and list(got.contribution.others) == ["saliency"]
+
+
+@dataclass(frozen=True)
+class Both(MaskedUpdate):
+    """Send a bare mask beside the update, named in another order than promised, or under another name."""
+
+    sends: tuple[tuple[str, str], ...] = (("update", "values"), ("extra", "mask"))
+    name: str = "extra"
+
+    def __call__(self, local: Local, inbox: Inbox, state: ClientState, /) -> Update:
+        done = super().__call__(local, inbox, state)
+        return replace(
+            done, contents={self.name: Content(np.arange(local.full.size) % 2 == 0, None, None), **done.contents}
+        )
+
+
+def both(other: str = "extra") -> FederatedMethod:
+    phase = Phase(name="federate", update=Both(name=other), join=FedAvg())
+    return FederatedMethod(name="both", paper="", summary="", phases=(phase,), arms=("global",))
+
+
+def test_messages_go_up_in_the_order_that_both_ends_know(tmp_path: Path) -> None:
+    """The first message refers to the download: the client took the first it was given, the door the first promised."""
+    tiny.run(tiny.study(method="tests.faults.test_door:both", wire="lossless"), tmp_path / "r")
+    assert not any(r["failed"] for r in tiny.rows(tmp_path / "r", "rounds"))
+    up = [
+        r["name"] for r in tiny.rows(tmp_path / "r", "ledger") if r["sender"] != "server" and r["phase"] == "federate"
+    ]
+    assert up[:3] == ["update", "extra", "visit"]
+    wrong = {"name": "tests.faults.test_door:both", "other": "other"}
+    with pytest.raises(NothingUsable, match=r"federate: must send \['update', 'extra'\], got \['other', 'update'\]"):
+        tiny.run(tiny.study(method=wrong, federate={"rounds": 3}), tmp_path / "wrong")
 
 
 JSON = st.recursive(
