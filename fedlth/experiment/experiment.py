@@ -21,6 +21,7 @@ from fedlth.methods.method import Dense, Down, FederatedMethod, Phase, Sampled, 
 from fedlth.methods.table import METHODS
 from fedlth.models.layout import Layout, Params
 from fedlth.personalization.personalise import NEED_NO_GLOBAL, TICKET, Personalise, Refined
+from fedlth.storage.client_state import ClientState
 from fedlth.study import schema
 from fedlth.study.parts import make
 from fedlth.study.schema import Study
@@ -165,6 +166,13 @@ class Experiment:
             return None
         mask = self.world.shared_mask(self.method.first_mask(self.world, client))
         return None if mask.all() else mask
+
+    def first_state(self, client: int) -> ClientState:
+        """Return what a client holds before its first visit: of personal tensors, only it keeps the first mask."""
+        world = self.world
+        if self.method.first_mask == Dense() or world.exchange.num_prunable == world.layout.num_prunable:
+            return ClientState()
+        return ClientState(masks={"active": self.method.first_mask(world, client)})
 
     @cached_property
     def rewind_targets(self) -> list[str]:

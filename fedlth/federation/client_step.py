@@ -27,9 +27,9 @@ def client_step(job: Job) -> Reply:
     began = time.perf_counter()
     experiment = open_experiment(job.study)
     phase = experiment.phase(job.phase)
-    state = ClientState.from_bytes(job.state)
     if job.version and job.state is None:
         return _resync(job, began, bytes(8))
+    state = experiment.first_state(job.client) if job.state is None else ClientState.from_bytes(job.state)
     known = state.masks.get("shared")
     if known is None and not job.version:
         known = experiment.first_mask(job.client)
