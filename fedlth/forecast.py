@@ -17,9 +17,11 @@ from fedlth.study.schema import Study
 from fedlth.tickets.finder import Finder
 from fedlth.tickets.rewind import ToInit
 from fedlth.tickets.schedule import OneShot
-from fedlth.training import train
 from fedlth.training.local_client import Local
+from fedlth.training.recipe import Epochs, TrainingRecipe
+from fedlth.training.request import drawn_request
 from fedlth.training.task import World
+from fedlth.training.train import train
 
 TIMED_STEPS = 5
 SEARCHES: Mapping[str, Callable[[Finder], Finder]] = {
@@ -96,7 +98,7 @@ def forecast(study: Study) -> str:
     per_epoch = float(np.mean([-(-n // study.train.batch_size) for n in sizes]))
     steps = per_epoch * (sum(own_epochs(experiment)) + study.clients.count * step2_epochs(experiment))
     moved = forecast_bytes(experiment, step_s * per_epoch * study.train.epochs)
-    per_step = 3 * world.flops[""] * study.train.batch_size
+    per_step = 3 * world.model.flops[""] * study.train.batch_size
     lines = [
         f"study {study.study}: method {experiment.method.name}, {len(experiment.steps)} commits",
         *(f"note: {n}" for n in notes),
@@ -121,14 +123,12 @@ def _step_seconds(world: World) -> float:
     x, y = local.train_part
     size = min(len(y), world.study.train.batch_size * TIMED_STEPS)
     count = max(1, -(-size // world.study.train.batch_size))
+    recipe = TrainingRecipe(budget=Epochs(1), batch_size=world.study.train.batch_size, lr=1e-6)
+    request = drawn_request(world.theta_0, (x[:size], y[:size]), recipe, order=local.rng("order"), torch_seed=0)
     best = float("inf")
     for _ in range(2):
         began = time.perf_counter()
-        train.train(
-            world.bound, world.theta_0, data=(x[:size], y[:size]), plan=local.plan.__class__(
-                epochs=1, batch_size=world.study.train.batch_size, lr=1e-6
-            ), order=local.rng("order"), torch_seed=0,
-        )  # fmt: skip
+        train(world.flat_model, request)
         best = min(best, (time.perf_counter() - began) / count)
     return best
 
@@ -170,7 +170,7 @@ def _compute_lines(world: World) -> list[str]:
     """Say what computes this study, and which layers the kernel runs or why it cannot."""
     lines = [f"compute: {world.study.compute}"]
     if world.study.compute == "tuned":
-        lines.append(f"  torch, {world.bound.forward.note}")
+        lines.append(f"  torch, {world.flat_model.forward.note}")
     if isinstance(world.table, str):
         return [*lines, f"  the kernel cannot run this study: {world.table}"]
     runs = "runs" if world.study.compute == "sparse" else "could run (compute: sparse)"

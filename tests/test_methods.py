@@ -22,8 +22,10 @@ from fedlth.storage.client_state import ClientState
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.server_state import ServerState
 from fedlth.tickets.finder import Finder
-from fedlth.training import train
+from fedlth.training import recipe as training_recipe
 from fedlth.training.local_client import Local
+from fedlth.training.recipe import Epochs
+from fedlth.training.request import TrainingResult
 from fedlth.training.task import World
 from fedlth.wire import payload
 from fedlth.wire.payload import Content
@@ -46,7 +48,7 @@ def manual_fedavg(made: Any, *, weighted: bool) -> Params:
         for c in experiment.clients(phase, r):
             local = Local(world, c, r, "federate")
             share = local.num_train if weighted else 1
-            total += local.train(theta, plan=local.plan).params.floats.astype(np.float64) * share
+            total += local.train(theta, recipe=local.recipe).params.floats.astype(np.float64) * share
             weight += share
         theta = Params((total / weight).astype(np.float32), theta.ints)
     return theta
@@ -143,7 +145,7 @@ def test_lotteryfl_rewinds_to_theta_0_and_keeps_statistics() -> None:
     made = tiny.study(model={"name": "tests.test_methods:normed", "options": {}})
     world = tiny.open_world(made.science())
     local = Local(world, 0, 1, "federate")
-    moved = local.train(world.theta_0, plan=local.plan).params
+    moved = local.train(world.theta_0, recipe=local.recipe).params
     params, mask = PruneAndRewind(0.2, 0.1, -1.0)(local, moved, local.full, None)
     weights = world.layout.num_params
     np.testing.assert_array_equal(params.floats[:weights], world.theta_0.masked(mask).floats[:weights])
@@ -202,15 +204,15 @@ def test_fedselect_trains_one_set_at_a_time() -> None:
     calls: list[np.ndarray] = []
 
     class Spy(Local):
-        def train(self, start: Params, **more: Any) -> train.Trained:
-            calls.append(more["update"])
+        def train(self, start: Params, **more: Any) -> TrainingResult:
+            calls.append(more["trainable"])
             return Local.train(self, start, **more)
 
-    update._alternate(Spy(world, 0, 1, "federate"), world.theta_0, shared, replace(local.plan, epochs=2))
+    update._alternate(Spy(world, 0, 1, "federate"), world.theta_0, shared, replace(local.recipe, budget=Epochs(2)))
     size = shared.size
     assert [np.array_equal(c[:size], ~shared) for c in calls] == [True, False, True, False]
     assert all(np.array_equal(c[:size], shared) and c[size:].all() for c in calls[1::2])
-    assert local.plan.epochs == 1
+    assert local.recipe.budget.epochs == 1
 
 
 def test_fedpm_sends_bits_and_learns_probabilities(tmp_path: Path) -> None:
@@ -309,13 +311,13 @@ def test_dense_total_trains_as_long_as_the_search() -> None:
 
 def orders(monkeypatch: pytest.MonkeyPatch) -> list[list[np.ndarray]]:
     seen: list[list[np.ndarray]] = []
-    original = train.batches
+    original = training_recipe.batches
 
     def spy(size: int, batch_size: int, order: np.random.Generator) -> list[np.ndarray]:
         seen[-1:] = [[*seen[-1], *(parts := original(size, batch_size, order))]]
         return parts
 
-    monkeypatch.setattr(train, "batches", spy)
+    monkeypatch.setattr(training_recipe, "batches", spy)
     return seen
 
 
@@ -536,7 +538,7 @@ def test_what_is_shared_moves_in_the_shared_pass_alone(compute: str) -> None:
         assert crosses[size:].all() and np.array_equal(crosses[:size], shared)
 
         def moved(update: np.ndarray, local: Local = local, way: str = way) -> np.ndarray:
-            call = lambda: local.train(local.world.theta_0, plan=local.plan, update=update).params.floats  # noqa: E731
+            call = lambda: local.train(local.world.theta_0, recipe=local.recipe, trainable=update).params.floats  # noqa: E731
             return lockstep.side_by_side([call, call], cohort.answer)[1] if way == "cohort" else call()
 
         for update in (crosses, ~crosses):
@@ -566,7 +568,7 @@ def test_the_personal_pass_leaves_biases_norms_and_their_statistics(monkeypatch:
         with monkeypatch.context() as patch:
             patch.setattr(Local, "train", spy)
             local = Local(world, 0, 1, "federate")
-            own_of(made)._alternate(local, world.theta_0, shared, local.plan)
+            own_of(made)._alternate(local, world.theta_0, shared, local.recipe)
         (before, personal), (between, after) = steps
         entries = {e.name: e for e in world.layout.floats}
         norm, head, mean = entries["norm.weight"].slice, entries["head.bias"].slice, entries["norm.running_mean"].slice

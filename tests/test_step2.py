@@ -32,7 +32,11 @@ from fedlth.storage.records import MetricRow
 from fedlth.tickets.gate import Look, Proposal
 from fedlth.tickets.search import Walked
 from fedlth.training import train
-from fedlth.training.local_client import Local, steps_an_epoch
+from fedlth.training.batches import batches, steps_an_epoch
+from fedlth.training.flat_model import FlatModel
+from fedlth.training.local_client import Local
+from fedlth.training.recipe import Sgd, TrainingRecipe
+from fedlth.training.request import TrainingRequest
 from fedlth.wire.payload import Content
 from tests import tiny
 from tests.test_methods import given, results, step2_of
@@ -52,11 +56,10 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[float]]]:
     seen: list[tuple[str, list[float]]] = []
     original = Local.train
 
-    def spy(self: Local, start: Any, *, plan: train.Plan, **more: Any) -> Any:
-        steps = plan.epochs * self.steps_an_epoch
-        rates = [plan.rate(k, steps) for k in range(plan.first_step, min(plan.last_step or steps, steps))]
-        seen.append((self.stage, rates))
-        return original(self, start, plan=plan, **more)
+    def spy(self: Local, start: Any, *, recipe: TrainingRecipe, **more: Any) -> Any:
+        steps = recipe.budget.epochs * self.steps_an_epoch
+        seen.append((self.stage, [recipe.rate(k, steps) for k in range(recipe.first_step, recipe.end(steps))]))
+        return original(self, start, recipe=recipe, **more)
 
     monkeypatch.setattr(Local, "train", spy)
     return seen
@@ -65,7 +68,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[float]]]:
 @pytest.mark.parametrize("size", [1, 2, 15, 16, 17, 33, 48])
 @pytest.mark.parametrize("batch", [1, 2, 16])
 def test_steps_of_an_epoch(size: int, batch: int) -> None:
-    assert steps_an_epoch(size, batch) == len(train.batches(size, batch, stream(0, "any")))
+    assert steps_an_epoch(size, batch) == len(batches(size, batch, stream(0, "any")))
 
 
 @pytest.mark.parametrize("name", ["lotteryfl", "sub_fedavg", "fedselect"])
@@ -197,14 +200,13 @@ def test_the_controls_of_a_methods_mask_are_of_its_own_granularity(name: str) ->
 
 
 def breaks(monkeypatch: pytest.MonkeyPatch, where: Any) -> None:
-    """Let the trainings of step 2 diverge whose (plan, mask) `where` picks."""
+    """Let the trainings of step 2 diverge whose density `where` picks."""
     original = train.train
 
-    def broken(bound: Any, start: Any, *, plan: train.Plan, **more: Any) -> Any:
-        mask = more["mask"]
-        if mask is not None and where(plan, float(mask.mean())):
+    def broken(model: FlatModel, request: TrainingRequest) -> Any:
+        if request.active is not None and where(float(request.active.mean())):
             raise FloatingPointError("training diverged: loss nan")
-        return original(bound, start, plan=plan, **more)
+        return original(model, request)
 
     monkeypatch.setattr(train, "train", broken)
 
@@ -212,7 +214,7 @@ def breaks(monkeypatch: pytest.MonkeyPatch, where: Any) -> None:
 def test_an_arm_that_diverges_costs_the_client_that_arm_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row 10: the client lost all its arms, and every mean was over the survivors."""
     arms = ["global", "dense", "ticket", "global_mask", "random"]
-    breaks(monkeypatch, lambda plan, density: density < 0.3)
+    breaks(monkeypatch, lambda density: density < 0.3)
     told: list[str] = []
     tiny.run(tiny.study(personalise={"arms": arms}), tmp_path / "r", tell=told.append)
     rows = tiny.rows(tmp_path / "r", "metrics")
@@ -236,7 +238,7 @@ def test_an_arm_that_diverges_costs_the_client_that_arm_alone(tmp_path: Path, mo
 
 def test_without_a_dense_training_the_random_control_still_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     """Row 10: a search whose first training diverges has no mask to shuffle; the other arms go on."""
-    breaks(monkeypatch, lambda plan, density: density == 1)
+    breaks(monkeypatch, lambda density: density == 1)
     step = step2_of(tiny.study(personalise={"epochs": 1}))
     every = {arm: results(step, arm) for arm in ("dense", "ticket", "one_shot", "random", "global_mask")}
     assert all(r.diverged for arm in ("dense", "ticket", "one_shot") for r in every[arm])
@@ -268,11 +270,11 @@ def test_a_client_goes_on_to_refinement_when_its_ticket_diverged(
     )  # fmt: skip
     original, lost = train.train, [1]
 
-    def broken(bound: Any, start: Any, *, mask: Any = None, **more: Any) -> Any:
-        if mask is not None and not mask.all() and lost:
+    def broken(model: FlatModel, request: TrainingRequest) -> Any:
+        if request.active is not None and not request.active.all() and lost:
             lost.pop()
             raise FloatingPointError("training diverged: loss nan")
-        return original(bound, start, mask=mask, **more)
+        return original(model, request)
 
     monkeypatch.setattr(train, "train", broken)
     tiny.run(made, tmp_path / "r")
@@ -285,9 +287,11 @@ def test_weights_or_losses_that_are_no_numbers_are_a_divergence(monkeypatch: pyt
     """Row 10: the last step may break a model whose losses were finite; then its row cannot be sent as it is."""
     step = step2_of(tiny.study())
     local = step.local
-    one = replace(local.plan, batch_size=10**6, lr=3e38, weight_decay=1e3)  # a single step, whose loss is finite
+    one = replace(
+        local.recipe, batch_size=10**6, lr=3e38, optimizer=Sgd(weight_decay=1e3)
+    )  # a single step, whose loss is finite
     with pytest.raises(FloatingPointError, match=r"training diverged: loss \d"):
-        local.train(step.theta_g, plan=one)
+        local.train(step.theta_g, recipe=one)
     assert local.log[-1].steps > 0, "what it cost is counted"
     huge = replace(step.theta_g, floats=np.full_like(step.theta_g.floats, 1e30))
     row = row_of(local, Result(arm="dense", params=huge, mask=local.full))

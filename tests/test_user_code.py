@@ -18,7 +18,7 @@ from fedlth.federation import session
 from fedlth.models.layout import read
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.run_folder import RunFolder
-from fedlth.training import train
+from fedlth.training.evaluation import evaluate
 from fedlth.wire import mask as bitmap
 from tests import tiny
 
@@ -97,7 +97,7 @@ def test_what_stays_local_is_the_clients_own(tmp_path: Path, buffers: str) -> No
     theta = folder.load_params(folder.progress().theta)
     vectors = states[str(client)].vectors
     mine = world.merge(theta, world.whole(type(theta)(vectors["private"], vectors["private_ints"])))
-    accuracy, _ = train.evaluate(world.bound, mine, world.part(client, "test"))
+    accuracy, _ = evaluate(world.flat_model, mine, world.part(client, "test"))
     assert accuracy == row["test_accuracy"]
 
 

@@ -23,6 +23,7 @@ from fedlth.federation.rounds import Federation
 from fedlth.models.layout import Layout, layout_of
 from fedlth.storage.run_folder import RunFolder
 from fedlth.study import schema
+from fedlth.training.recipe import PARTS, Epochs, Sgd, TrainingRecipe
 from fedlth.training.task import World, open_world
 
 NUM_CLASSES, SIDE = 4, 8
@@ -84,6 +85,14 @@ def study(**sections: Any) -> schema.Study:
 
 def of_method(name: str, **sections: Any) -> schema.Study:
     return study(method={"name": name, **METHODS[name]}, **sections)
+
+
+def recipe(
+    *, epochs: int = 1, momentum: float = 0.0, weight_decay: float = 0.0, schedule: str = "constant", **more: Any
+) -> TrainingRecipe:
+    """Return a recipe of SGD, its parts given as plain numbers."""
+    optimizer = Sgd(momentum=momentum, weight_decay=weight_decay)
+    return TrainingRecipe(budget=Epochs(epochs), optimizer=optimizer, schedule=PARTS["schedule"][schedule](), **more)
 
 
 def world(**sections: Any) -> World:

@@ -205,7 +205,7 @@ class Experiment:
     @property
     def random_starts(self) -> tuple[str, ...]:
         """The names of the weights that the arm `random` starts from."""
-        return ("theta_g", "theta_0") if self.world.brought else ("theta_g", "theta_0", "reinit")
+        return ("theta_g", "theta_0") if self.world.model.brought else ("theta_g", "theta_0", "reinit")
 
 
 def open_experiment(text: str) -> Experiment:

@@ -16,8 +16,8 @@ from fedlth.models.layout import Layout
 from fedlth.rng import stream
 from fedlth.study.schema import Study
 from fedlth.tickets.finder import Finder
+from fedlth.training.batches import batches
 from fedlth.training.task import World
-from fedlth.training.train import batches
 
 
 def check(study: Study, experiment: Experiment) -> list[str]:

@@ -118,9 +118,9 @@ def _checked(experiment: Experiment) -> list[str]:
     world, arms = experiment.world, set(experiment.arms)
     notes = world.probe()
     if experiment.finder.rewind.anchor == "reinit" and arms & {"ticket", "one_shot", "random"}:
-        refuse(world.brought, "finder.rewind")
-    if "random" in arms and world.brought:
-        notes.append(f"arm random: starts from {' and '.join(experiment.random_starts)} alone; {world.brought}")
+        refuse(world.model.brought, "finder.rewind")
+    if "random" in arms and world.model.brought:
+        notes.append(f"arm random: starts from {' and '.join(experiment.random_starts)} alone; {world.model.brought}")
     world.capacity(0)  # says what is wrong with clients.capacity
     return notes
 

@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fedlth.data.sources import load
 from fedlth.errors import StudyError
 from fedlth.experiment.experiment import Experiment
 from fedlth.models.layout import Params, layout_of
+from fedlth.storage import ticket_file
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.run_folder import RunFolder
-from fedlth.storage.ticket_file import opened
-from fedlth.training.task import World, initial_module
+from fedlth.training.model_context import initial_module
+from fedlth.training.task import World
 
 
 def inputs(world: World) -> dict[str, Any]:
@@ -53,11 +53,10 @@ def load_ticket(run: str | Path, client: int) -> nn.Module:
     path = Path(run) / "tickets" / f"client-{client:04d}.safetensors"
     if not path.is_file():
         raise StudyError(f"{path}: no ticket of client {client} in this run{_why_none(Path(run), client)}")
+    tensors, metadata = ticket_file.read(path)
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            arrays = opened({name: file.get_tensor(name) for name in file.keys()}, metadata)  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        arrays = ticket_file.opened(tensors, metadata)
+    except (KeyError, ValueError) as error:
         raise StudyError(f"{path}: a ticket is wanted, got {error}") from error
     with _undisturbed():
         return _filled(path, Path(run), arrays, metadata)
@@ -71,7 +70,7 @@ def _filled(path: Path, run: Path, arrays: Mapping[str, np.ndarray], metadata: M
     else:  # files of version 0.1 do not say what goes in: the data set does
         dataset = load(study.data.name, root=study.data.root, options=study.data.options)
         num_classes, shape = dataset.num_classes, dataset.input_shape
-    module = initial_module(study, num_classes, shape)
+    module = initial_module(study.model, num_classes, shape, study.seed)
     layout, place = layout_of(module, ()), f"{path}: {study.model.name}"
     entries = {name: e for e in layout.entries for name in (e.name, *e.aliases)}
     for name in sorted(entries.keys() | arrays.keys()):
@@ -107,13 +106,12 @@ def _why_none(run: Path, client: int) -> str:
         return f", it holds one run a seed: {', '.join(seeds)}"
     if not (run / "config.yaml").is_file():
         return ": it is no run's folder"
-    study = RunFolder(run).study()
-    header = run / "header.json"
+    study, header = RunFolder(run).study(), RunFolder(run).header()
     if study.tickets == "none":
         return ": it kept no files (tickets: none); tickets: dense or compact keeps them"
     if not 0 <= client < study.clients.count:
         return f", its clients are 0 to {study.clients.count - 1}"
-    if not header.is_file() or not json.loads(header.read_bytes())["finished"]:
+    if header is None or not header.finished:
         return ", it has not finished"
     if Experiment.of(study).kept_arm is None:
         return f": no arm of method {study.method['name']} is a client's own"

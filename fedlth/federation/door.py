@@ -13,7 +13,8 @@ from fedlth.data.split import ClientSplit
 from fedlth.federation.jobs import Reply
 from fedlth.methods.aggregate import Contribution
 from fedlth.models.layout import Layout
-from fedlth.storage.records import MetricRow, VisitRecord, read, visit_record
+from fedlth.storage.records import MetricRow, VisitRecord, visit_record
+from fedlth.storage.typed_record import read
 from fedlth.wire import mask as bitmap
 from fedlth.wire import metrics, payload
 from fedlth.wire.codec import Codec

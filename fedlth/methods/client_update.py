@@ -11,7 +11,8 @@ import numpy as np
 from fedlth.models.layout import Params
 from fedlth.storage.client_state import ClientState
 from fedlth.training.local_client import Local
-from fedlth.training.train import Plan, Trained
+from fedlth.training.recipe import TrainingRecipe
+from fedlth.training.request import TrainingResult
 from fedlth.wire.payload import Content
 
 THETA_G, UPDATE = "theta_g", "update"  # the names of the global state on its way down, and of what comes up for it
@@ -60,10 +61,10 @@ class PersonalUpdate(ClientUpdate, Protocol):
         """Return the client's model as it is after a download."""
         ...
 
-    def tune(self, local: Local, inbox: Inbox, state: ClientState, plan: Plan, /) -> Own:
+    def tune(self, local: Local, inbox: Inbox, state: ClientState, recipe: TrainingRecipe, /) -> Own:
         """Return the client's model after more of the method's own local training, nothing uploaded.
 
-        `plan` is that of every arm: its epochs, learning rate and schedule.
+        `recipe` is that of every arm: its epochs, learning rate and schedule.
         """
         ...
 
@@ -100,7 +101,7 @@ class Event(Protocol):
     def snapshots(self) -> tuple[int, ...]: ...
 
     def __call__(
-        self, local: Local, params: Params, mask: np.ndarray, trained: Trained | None, /
+        self, local: Local, params: Params, mask: np.ndarray, trained: TrainingResult | None, /
     ) -> tuple[Params, np.ndarray]: ...
 
 
@@ -112,7 +113,7 @@ class Keep:
     shrinking: ClassVar[Shrinking] = Shrinking()
 
     def __call__(
-        self, local: Local, params: Params, mask: np.ndarray, trained: Trained | None, /
+        self, local: Local, params: Params, mask: np.ndarray, trained: TrainingResult | None, /
     ) -> tuple[Params, np.ndarray]:
         return params, mask
 
@@ -161,7 +162,7 @@ class MaskedUpdate:
         held, world = self.own(local, inbox, state), local.world
         val_accuracy = local.val_accuracy(held.params)
         params, mask = self.before(local, held.params, held.mask, None)
-        trained = local.train(params, plan=local.plan, mask=mask, snapshots=self.after.snapshots)
+        trained = local.train(params, recipe=local.recipe, active=mask, snapshots=self.after.snapshots)
         params, mask = self.after(local, trained.params, mask, trained)
         sent, shared = world.shared_part(params), world.shared_mask(mask)
         metrics = {
@@ -179,6 +180,6 @@ class MaskedUpdate:
         mask = local.world.whole_mask(inbox[THETA_G].mask, state.masks.get("active", local.full))
         return Own(merged(local, inbox, state).masked(mask), mask)
 
-    def tune(self, local: Local, inbox: Inbox, state: ClientState, plan: Plan, /) -> Own:
+    def tune(self, local: Local, inbox: Inbox, state: ClientState, recipe: TrainingRecipe, /) -> Own:
         held = self.own(local, inbox, state)
-        return Own(local.train(held.params, plan=plan, mask=held.mask).params, held.mask)
+        return Own(local.train(held.params, recipe=recipe, active=held.mask).params, held.mask)

@@ -17,8 +17,8 @@ from fedlth.models.layout import Params
 from fedlth.storage.client_state import ClientState
 from fedlth.tickets.evidence import Lesson
 from fedlth.training.local_client import Local
+from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.task import World
-from fedlth.training.train import Plan
 from fedlth.wire.payload import Content
 
 
@@ -45,7 +45,7 @@ def first_scores(world: World) -> Params:
 class ScoreUpdate:
     """Train scores through sampled masks (straight-through), send one sampled mask.
 
-    Of a plan only the epochs count: scores have another unit than weights, and their own rate `lr`.
+    Of a recipe only the epochs count: scores have another unit than weights, and their own rate `lr`.
     """
 
     lr: float
@@ -53,7 +53,7 @@ class ScoreUpdate:
 
     def __call__(self, local: Local, inbox: Inbox, state: ClientState, /) -> Update:
         val_accuracy = local.val_accuracy(self.own(local, inbox, state).params)
-        scores, loss = self._train(local, _scores(inbox), local.plan.epochs)
+        scores, loss = self._train(local, _scores(inbox), local.recipe.budget.epochs)
         mask = local.rng("upload mask").random(scores.size) < 1 / (1 + np.exp(-scores.astype(np.float64)))
         metrics = {"loss": loss, "val_accuracy": val_accuracy, "density": float(mask.mean())}
         return Update(replace(state, visits=state.visits + 1), {UPDATE: Content(mask, None, None)}, metrics)
@@ -61,8 +61,8 @@ class ScoreUpdate:
     def own(self, local: Local, inbox: Inbox, state: ClientState, /) -> Own:
         return self._likely(local, _scores(inbox))
 
-    def tune(self, local: Local, inbox: Inbox, state: ClientState, plan: Plan, /) -> Own:
-        return self._likely(local, self._train(local, _scores(inbox), plan.epochs)[0])
+    def tune(self, local: Local, inbox: Inbox, state: ClientState, recipe: TrainingRecipe, /) -> Own:
+        return self._likely(local, self._train(local, _scores(inbox), recipe.budget.epochs)[0])
 
     def _likely(self, local: Local, scores: np.ndarray) -> Own:
         """Return the net of the weights that are more likely there than not (no dice in an evaluation)."""

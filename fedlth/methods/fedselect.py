@@ -27,8 +27,8 @@ from fedlth.storage.client_state import ClientState
 from fedlth.tickets.score import Movement, Score
 from fedlth.tickets.select import keep_top
 from fedlth.training.local_client import Local
+from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.task import World
-from fedlth.training.train import Plan
 from fedlth.wire.payload import Content
 
 
@@ -57,7 +57,7 @@ class SelectUpdate:
     def __call__(self, local: Local, inbox: Inbox, state: ClientState, /) -> Update:
         held, shared = self.own(local, inbox, state), _shared(local, inbox)
         val_accuracy = local.val_accuracy(held.params)
-        params, loss = self._alternate(local, held.params, shared, local.plan)
+        params, loss = self._alternate(local, held.params, shared, local.recipe)
         visits = state.visits + 1
         if visits % self.every == 0:
             shared = self._grow(local, held.params, params, shared)
@@ -74,9 +74,9 @@ class SelectUpdate:
         floats[: shared.size][~shared] = mine.floats[: shared.size][~shared]
         return Own(replace(whole, floats=floats), local.full)
 
-    def tune(self, local: Local, inbox: Inbox, state: ClientState, plan: Plan, /) -> Own:
+    def tune(self, local: Local, inbox: Inbox, state: ClientState, recipe: TrainingRecipe, /) -> Own:
         held = self.own(local, inbox, state)
-        return Own(self._alternate(local, held.params, _shared(local, inbox), plan)[0], local.full)
+        return Own(self._alternate(local, held.params, _shared(local, inbox), recipe)[0], local.full)
 
     def passes(self, world: World, visits: int) -> int:
         """Return how many trainings an epoch is to a client after so many own visits."""
@@ -85,16 +85,18 @@ class SelectUpdate:
         local_norms = not crossing(world, np.ones(world.layout.num_prunable, bool)).all()
         return 1 + (local_norms or (grows and visits >= self.every))
 
-    def _alternate(self, local: Local, params: Params, shared: np.ndarray, plan: Plan) -> tuple[Params, float]:
+    def _alternate(
+        self, local: Local, params: Params, shared: np.ndarray, recipe: TrainingRecipe
+    ) -> tuple[Params, float]:
         crosses, steps, loss = crossing(local.world, shared), local.steps_an_epoch, 0.0
         weights = crosses.size
-        for epoch in range(plan.epochs):
-            # An epoch is a piece of the whole plan, so that batches and rates are those of any other training.
-            piece = replace(plan, first_step=epoch * steps, last_step=(epoch + 1) * steps)
+        for epoch in range(recipe.budget.epochs):
+            # An epoch is a piece of the whole recipe, so that batches and rates are those of any other training.
+            piece = replace(recipe, first_step=epoch * steps, last_step=(epoch + 1) * steps)
             if not crosses.all():
-                moved = local.train(params, plan=piece, update=~crosses).params
+                moved = local.train(params, recipe=piece, trainable=~crosses).params
                 params = replace(params, floats=np.concatenate((moved.floats[:weights], params.floats[weights:])))
-            trained = local.train(params, plan=piece, update=crosses)
+            trained = local.train(params, recipe=piece, trainable=crosses)
             params, loss = trained.params, trained.loss
         return params, loss
 

@@ -87,6 +87,19 @@ class Layout:
         whole = all(e.trainable or e.role == "buffer" for e in self.entries)
         return self if whole else self.select(lambda e: e.trainable or e.role == "buffer")
 
+    @cached_property
+    def trainable(self) -> np.ndarray:
+        """Which parameters training can change at all, (num_params,) bool."""
+        found = np.ones(self.num_params, bool)
+        for e in self.floats:
+            if e.role == "param":
+                found[e.slice] = e.trainable
+        return found
+
+    def over_params(self, mask: np.ndarray) -> np.ndarray:
+        """Return (num_params,) bool: `mask` (num_prunable,) over the prunable parameters, True for all others."""
+        return np.concatenate([mask, np.ones(self.num_params - mask.size, bool)])
+
     def digest(self, kind: str) -> bytes:
         """Return the 8-byte schema id of messages of `kind` over this layout (names, shapes, roles)."""
         rows = [kind, *[[e.name, list(e.shape), e.is_int, e.prunable] for e in self.entries]]

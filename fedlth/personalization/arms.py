@@ -90,7 +90,7 @@ def random_ticket(step: Step2) -> Iterator[Result]:
 def _best_start(step: Step2, mask: np.ndarray, target: float) -> Result:
     """Train a mask from each start and return the best by validation accuracy; one that diverges has none."""
     starts = {"theta_g": step.theta_g, "theta_0": step.anchor("theta_0")}
-    if not step.local.world.brought:
+    if not step.local.world.model.brought:
         starts["reinit"] = _rescaled(step, step.local.fresh_init("random ticket"), mask)
     at, best, best_accuracy = len(step.log), None, -1.0
     for name, start in starts.items():
@@ -168,7 +168,7 @@ def tuned(arm: str, local: Local, method: Any, inbox: Inbox, state: ClientState,
     """Return a method's own model after its own training of step 2."""
     held, at, diverged = method.own(local, inbox, state), len(local.log), False
     try:
-        held = method.tune(local, inbox, state, local.personal_plan)
+        held = method.tune(local, inbox, state, local.personal_recipe)
     except FloatingPointError:
         diverged = True
     cost = sum(local.log[at:], Cost())
@@ -237,8 +237,10 @@ def _found(arm: str, finder: Finder, step: Step2) -> Iterator[Result]:
 
 def _total_epochs(step: Step2) -> int:
     """Return the epochs of the longest search plus its last training."""
-    trained = step.plan.epochs * step.finder.trainings(step.targets)[0] + step.finder.learned(step.targets)[0]
-    return trained or step.plan.epochs
+    count: int = (
+        step.recipe.budget.epochs * step.finder.trainings(step.targets)[0] + step.finder.learned(step.targets)[0]
+    )
+    return count or step.recipe.budget.epochs
 
 
 def _shuffled(step: Step2, mask: np.ndarray, what: str, granularity: Granularity) -> np.ndarray:

@@ -21,13 +21,14 @@ from fedlth.federation.jobs import RESYNC, Failure, Job, Message, Reply
 from fedlth.methods.aggregate import FedAvg
 from fedlth.methods.client_update import Inbox, MaskedUpdate, Update
 from fedlth.methods.method import FederatedMethod, Phase
+from fedlth.report.build import page
 from fedlth.report.facts import read_run
-from fedlth.report.html import page
+from fedlth.report.headline import summary_text
 from fedlth.report.results import results_of
-from fedlth.report.summary import summary_text
 from fedlth.report.tables import bytes_table, clients_table, summary_table
 from fedlth.storage.client_state import ClientState
-from fedlth.storage.records import MetricRow, VisitRecord, read, visit_record
+from fedlth.storage.records import MetricRow, VisitRecord, visit_record
+from fedlth.storage.typed_record import read
 from fedlth.training.local_client import Local
 from fedlth.wire import metrics, payload
 from fedlth.wire.codec import CODECS

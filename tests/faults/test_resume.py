@@ -26,7 +26,7 @@ from fedlth.errors import StudyError
 from fedlth.federation import session
 from fedlth.federation.jobs import Failure, Job, Reply
 from fedlth.federation.rounds import Federation
-from fedlth.storage import ledger, state_archive, store
+from fedlth.storage import json_lines, state_archive, store
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.state_archive import Packs, Writer
 from fedlth.training.task import World
@@ -111,8 +111,8 @@ def crashing(patch: pytest.MonkeyPatch, place: str, when: int) -> None:
         "after a state is written": lambda: patch.setattr(Writer, "add", after(Writer.add)),
         "while any file is written": lambda: patch.setattr(store, "write_atomic", torn),
         "after theta is written": lambda: patch.setattr(RunFolder, "save_state", after(RunFolder.save_state)),
-        "in the middle of a log": lambda: patch.setattr(ledger, "append", half),
-        "after a log is written": lambda: patch.setattr(ledger, "append", after(ledger.append)),
+        "in the middle of a log": lambda: patch.setattr(json_lines, "append", half),
+        "after a log is written": lambda: patch.setattr(json_lines, "append", after(json_lines.append)),
         "before the checkpoint": lambda: patch.setattr(RunFolder, "commit", before(RunFolder.commit)),
         "after the checkpoint": lambda: patch.setattr(RunFolder, "commit", after(RunFolder.commit)),
         "before old states are dropped": lambda: patch.setattr(Packs, "tidy", before(Packs.tidy)),

@@ -38,7 +38,7 @@ def group_norm(num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
 
 
 def study(model: str, compute: str) -> Any:
-    return tiny.study(model={"name": f"tests.compute.test_choice:{model}", "options": {}}, compute=compute)
+    return tiny.study(model={"name": f"tests.training.test_choice:{model}", "options": {}}, compute=compute)
 
 
 @pytest.mark.parametrize(
