@@ -53,7 +53,7 @@ def study(kind: str, name: str, **sections: Any) -> schema.Study:
 
 
 def tickets(made: schema.Study) -> tuple[Step2, list[Result]]:
-    step = step2_of(resolve(made)[0])
+    step = step2_of(made)
     return step, list(ARMS["ticket"](step))
 
 
@@ -214,7 +214,7 @@ def test_dead_weights_that_hold_a_value_never_move_and_stand_in_the_saved_ticket
 
 def test_a_structured_ticket_has_a_structured_control() -> None:
     made = study("granularity", "row", personalise={"arms": ["ticket", "random", "global_mask"]})
-    step = step2_of(resolve(made)[0])
+    step = step2_of(made)
     groups = step.finder.granularity.groups(step.local.world.layout)
     own = [r.mask for r in ARMS["ticket"](step)]
     for arm in ("random", "global_mask"):
@@ -328,7 +328,7 @@ def test_early_bird_draws_whole_channels_once_their_scales_have_settled() -> Non
 
 
 def test_the_random_control_has_its_dead_at_zero_whatever_the_tickets_hold() -> None:
-    step = step2_of(resolve(study("dead", "init", personalise={"arms": ["ticket", "random"]}))[0])
+    step = step2_of(study("dead", "init", personalise={"arms": ["ticket", "random"]}))
     size = step.local.full.size
     for one in ARMS["random"](step):
         assert not one.held and not one.params.floats[:size][~one.mask].any()

@@ -90,10 +90,10 @@ def accept(reply: Reply, *, codec: Codec, held: Held, asked: Asked) -> Accepted:
     if record is None:
         raise PayloadError("no metrics came")
     for name, (kind, _) in asked.sends.items():
-        if name not in contents and not asked.arms:
+        if name not in contents:
             raise PayloadError(f"no {kind} came")
-        if name in contents:
-            _check_content(contents[name], kind, held, asked)
+        _check_content(contents[name], kind, held, asked)
+    contents = {name: contents[name] for name in asked.sends}  # in our order, whatever the sender's
     masks = {name: content.mask for name, content in contents.items()}
     first = next(iter(contents.values()), None)
     try:

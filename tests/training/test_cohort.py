@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import re
@@ -25,7 +24,6 @@ from torch.nn import functional
 from fedlth import forecast
 from fedlth.engines.forked import Forked
 from fedlth.engines.inprocess import InProcess
-from fedlth.engines.ray import RayEngine
 from fedlth.errors import StudyError
 from fedlth.federation import session
 from fedlth.federation.jobs import Engine, Job
@@ -533,18 +531,6 @@ def test_the_benchmark_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert (
         "cpu" in out and re.search(r"lenet5, .* one by one", out) and re.search(r"cohort of 2: .* clients a CPU", out)
     )
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings(r"ignore:subprocess \d+ is still running:ResourceWarning")
-@pytest.mark.filterwarnings(r"ignore:unclosed file <_io\.\w+ name='/dev/null':ResourceWarning")
-def test_ray_workers_train_the_same_cohorts(tmp_path: Path) -> None:
-    shape = {"federate": {"rounds": 2, "clients_per_round": 3}, "cohort": 2}
-    tiny.run(tiny.study(**shape), tmp_path / "here")
-    made = tiny.study(**shape, engine="ray", ray={"workers": 2})
-    tiny.run(made, tmp_path / "ray", engine=RayEngine(made.ray))
-    assert tiny.facts(tmp_path / "ray") == tiny.facts(tmp_path / "here")
-    gc.collect()
 
 
 def test_a_members_cpu_seconds_are_those_of_its_share_of_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
