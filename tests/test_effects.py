@@ -12,7 +12,7 @@ from fedlth import api
 from fedlth.engines import choose
 from fedlth.experiment import feasible
 from fedlth.experiment.experiment import Experiment
-from fedlth.experiment.resolve import resolve
+from fedlth.experiment.resolve import read
 from fedlth.forecast import forecast
 from fedlth.study import schema
 from tests import tiny
@@ -32,7 +32,7 @@ def notes(method: str, **sections: Any) -> list[str]:
         tree[key] = {**tree[key], **value} if isinstance(value, dict) and isinstance(tree.get(key), dict) else value
     if method in ("local", "standalone"):
         del tree["federate"]
-    return resolve(schema.build(tree))[1]
+    return read(schema.build(tree))[1]
 
 
 IDLE: list[tuple[str, dict[str, Any], str]] = [
@@ -141,7 +141,7 @@ def test_a_note_is_said_once_and_not_by_a_resume(tmp_path: Path, monkeypatch: py
     with pytest.raises(KeyboardInterrupt):
         api.run(made, tell=said.append)
     found = [line for line in said if line.startswith("note: ")]
-    assert found == [f"note: {n}" for n in resolve(made)[1]]
+    assert found == [f"note: {n}" for n in read(made)[1]]
     assert "note: ray: has no effect, engine is inprocess" in found
     monkeypatch.undo()
     said.clear()

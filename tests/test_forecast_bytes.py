@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedlth.errors import StudyError
-from fedlth.experiment.resolve import resolve
+from fedlth.experiment.resolve import read
 from fedlth.federation import forecast_bytes
 from fedlth.federation.forecast_bytes import Bytes, Forecast
 from fedlth.forecast import forecast
@@ -40,7 +40,7 @@ def near(told: Bytes, moved: int) -> bool:
 
 
 def foretold(made: Study, visit_s: float = 0.01) -> Forecast:
-    return forecast_bytes.forecast_bytes(resolve(made)[0], visit_s)
+    return forecast_bytes.forecast_bytes(read(made)[0], visit_s)
 
 
 def compared(made: Study, out: Path) -> None:
@@ -61,7 +61,7 @@ def test_bytes_are_as_forecast(tmp_path: Path, name: str, sections: dict[str, An
     """Row 11: every method over every wire."""
     made = tiny.of_method(name, **{"federate": {"rounds": 4}, **sections}, wire=wire)
     try:
-        resolve(made)
+        read(made)
     except StudyError as error:
         assert "wire: must not be" in str(error)
         return

@@ -15,7 +15,7 @@ import pytest
 
 from fedlth import forecast
 from fedlth.errors import StudyError
-from fedlth.experiment.resolve import resolve
+from fedlth.experiment.resolve import read
 from fedlth.federation.client_step import client_step
 from fedlth.federation.jobs import Job
 from fedlth.methods.client_update import THETA_G
@@ -108,9 +108,9 @@ def test_a_refined_ticket_is_tuned_by_the_settings_of_every_arm(
 
 def test_a_rate_that_scores_do_not_use_is_noted() -> None:
     """Row 2: FedPM's scores learn at method.score_lr."""
-    _, notes = resolve(tiny.of_method("fedpm", personalise={"lr": 0.01}))
+    _, notes = read(tiny.of_method("fedpm", personalise={"lr": 0.01}))
     assert any(note.startswith("personalise.lr and .schedule: have no effect on own_tuned") for note in notes)
-    assert not any("personalise" in note for note in resolve(tiny.of_method("fedpm"))[1])
+    assert not any("personalise" in note for note in read(tiny.of_method("fedpm"))[1])
 
 
 def test_fedselect_reports_both_of_its_passes() -> None:
@@ -162,7 +162,7 @@ EVERY_ARM = ["global", "local", "dense", "dense_total", "ticket", "ticket_0", "o
 def test_the_forecast_knows_every_epoch_that_is_trained(tmp_path: Path, made: Any) -> None:
     """Row 3: FedSelect was forecast as fedavg_ft; what arms share, once; a search for the random control alone."""
     tiny.run(made, tmp_path / "r")
-    experiment = resolve(made)[0]
+    experiment = read(made)[0]
     trained: dict[str, float] = {}
     for row in tiny.rows(tmp_path / "r", "times"):
         epochs = sum(one["epochs"] for one in row.get("work", ()) if "density" in one)

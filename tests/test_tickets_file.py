@@ -16,7 +16,7 @@ from torch import nn
 
 from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
-from fedlth.experiment.resolve import resolve
+from fedlth.experiment.resolve import read
 from fedlth.experiment.saved_ticket import load_ticket
 from fedlth.federation.jobs import Failure, Job, Reply
 from fedlth.report import ticket_text as told
@@ -80,7 +80,7 @@ def test_without_files_only_digests_are_left(tmp_path: Path) -> None:
 def test_frozen_dead_weights_need_the_dense_form() -> None:
     study = tiny.of_method("two_step", finder=FINDER | {"dead": "init"}, tickets="compact")
     with pytest.raises(StudyError, match="tickets: must be dense"):
-        resolve(study)
+        read(study)
 
 
 MIXED = {"model": {"name": "tests.user_model:Mixed", "options": {}}}
