@@ -36,7 +36,7 @@ class Forgetful(Counting):
         if self.how == "lost":
             return replace(job, state=None)
         state = ClientState.from_bytes(job.state)
-        return replace(job, state=state.with_(masks={"active": np.roll(state.masks["active"], 1)}).to_bytes())
+        return replace(job, state=state.with_(masks={"shared": np.roll(state.masks["shared"], 1)}).to_bytes())
 
 
 @pytest.mark.parametrize("wire", ["raw", "lossless", "step"])
