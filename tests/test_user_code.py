@@ -101,12 +101,13 @@ def test_what_stays_local_is_the_clients_own(tmp_path: Path, buffers: str) -> No
     assert accuracy == row["test_accuracy"]
 
 
-def test_a_prunable_norm_cannot_stay_local() -> None:
-    sections = {
-        "model": {"name": "tests.user_model:reader", "buffers": "local_all", "prunable": ["*weight*"], "options": {}}
-    }
-    with pytest.raises(StudyError, match="model.prunable: a norm's weight"):
-        tiny.open_world(tiny.study(data={"name": "tests.user_model:sentences"}, **sections).science())
+def test_a_prunable_norm_may_stay_local(tmp_path: Path) -> None:
+    model = {"name": "tests.user_model:reader", "buffers": "local_all", "prunable": ["*weight*"], "options": {}}
+    folder = tiny.run(tiny.study(data={"name": "tests.user_model:sentences"}, model=model), tmp_path / "r")
+    world = tiny.world_of(folder.root)
+    assert any(e.norm for e in world.layout.prunable) and not any(e.norm for e in world.exchange.entries)
+    assert not [f for r in tiny.rows(folder.root, "rounds") for f in r["failed"]]
+    assert len(tiny.digests(folder.root)["tickets"]) == 4
 
 
 def test_masks_are_named_by_their_bits(tmp_path: Path) -> None:

@@ -140,6 +140,10 @@ class Experiment:
         """Say whether any phase sends slices: both ends then keep the mask of what each client shares."""
         return any(phase.down == "slice" for phase in self.phases)
 
+    def chooses(self, phase: Phase) -> bool:
+        """Say whether a client's reply decides what it shares from then on: both ends then remember its mask."""
+        return self.slices and phase.own_mask
+
     @cached_property
     def layout(self) -> Layout:
         """The layout of the global state: the exchanged model, or its prunable tensors as scores."""
@@ -227,9 +231,13 @@ def method_of(study: Study) -> FederatedMethod:
     if not isinstance(method, FederatedMethod):
         wanted = "fedlth.methods.method.FederatedMethod"
         raise StudyError(f"method: {name} must return a {wanted}, got {type(method).__name__}")
+    if not isinstance(method.phases, tuple) or not all(isinstance(phase, Phase) for phase in method.phases):
+        raise StudyError(f"method: {name}: its phases must be a tuple of Phase, got {method.phases!r}")
     check_frozen(method)
+    dense = method.first_mask == Dense()
     checks: list[tuple[str, Any, bool, str]] = [
-        ("space", method.space, method.space in ("weights", "scores"), "weights or scores")
+        ("space", method.space, method.space in ("weights", "scores"), "weights or scores"),
+        ("first_mask", method.first_mask, dense or method.slices, "Dense where no phase sends slices"),
     ]
     for phase in method.phases:
         rule = all(hasattr(phase.join, part) for part in ("init", "add", "result"))

@@ -122,6 +122,12 @@ def _checked(experiment: Experiment) -> list[str]:
     if "random" in arms and world.model.brought:
         notes.append(f"arm random: starts from {' and '.join(experiment.random_starts)} alone; {world.model.brought}")
     world.capacity(0)  # says what is wrong with clients.capacity
+    method = experiment.method
+    if method.space == "scores" and world.exchange.num_prunable != world.layout.num_prunable:
+        raise StudyError(
+            f"model.personal: must leave all that is prunable shared, method {method.name} learns one mask of it, got "
+            f"{list(world.study.model.personal or ())} and buffers {world.study.model.buffers}"
+        )
     return notes
 
 

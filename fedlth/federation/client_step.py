@@ -93,7 +93,7 @@ def _encoded(
     known = None if phase.in_waves else received.mask
     up = Uplink(codec, known, received.reference if job.inbox and codec.refers else None)
     plain = Uplink(codec)
-    if experiment.slices and not received.mask.all():
+    if job.inbox and not job.inbox[0].broadcast and not received.mask.all():
         # A slice is of the client's own mask; one that was sent again brings it back to a client that has lost it.
         state = state.with_(masks={"shared": received.mask})
     sends = phase.update.sends
@@ -106,8 +106,9 @@ def _encoded(
         else:
             data = (up if refers else plain).encode(kind, layout, content)
         sent.append(Message(kind, name, data))
-        if i == 0 and experiment.slices:
-            state = state.without("shared") if content.mask.all() else state.with_(masks={"shared": content.mask})
+        if i == 0 and experiment.chooses(phase):
+            dense = content.mask.all() and experiment.first_mask(job.client) is None
+            state = state.without("shared") if dense else state.with_(masks={"shared": content.mask})
     if phase.in_waves:
         record = Message("metrics", "arms", metrics.encode({"rows": list(update.rows)}))
         return state, (record, *sent)

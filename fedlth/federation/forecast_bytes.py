@@ -16,6 +16,7 @@ from fedlth.experiment.experiment import Experiment
 from fedlth.federation import downloads
 from fedlth.methods.aggregate import Contribution, join
 from fedlth.methods.client_update import Shrinking
+from fedlth.methods.method import Dense
 from fedlth.models.layout import Layout, Params
 from fedlth.personalization.personalise import NEED_NO_GLOBAL, row_of
 from fedlth.personalization.step2 import Result
@@ -88,8 +89,10 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
     both = [] if sure else ["no client prunes"]
     if study.refine.rounds and _may_stop(study):
         both.append("tickets that stop before their first prune")
-    if len(experiment.federated_phases) > 1:
-        both.append("earlier phases that leave the model whole")
+    if method.first_mask != Dense():
+        both.append("clients that begin with the whole model")
+    if len(method.phases) > 1:
+        both.append("no mask that all clients share")
     scores = ["scores as undecided as after the first round"] if method.space == "scores" and codec.refers else []
     ups = (*both, *_why_less_goes_up(wire, shrinking))
     ends = (down, up) if shrinking is not None and not sure else (None, None)  # of what accuracy may decide

@@ -74,7 +74,7 @@ def failed(round: int, phase: str, failure: Failure) -> LedgerRow:
 
 
 def _density(mask: np.ndarray | None) -> float:
-    return 1.0 if mask is None else int(np.count_nonzero(mask)) / mask.size
+    return 1.0 if mask is None or not mask.size else int(np.count_nonzero(mask)) / mask.size
 
 
 def _ticket(mask: np.ndarray | None) -> str:

@@ -175,11 +175,11 @@ class Replies:
         self.versions[client] = self.version
         if not self.holds_state and answer.state is not None:
             states.add(answer.client, answer.state)
-        if got.mask is not None and got.mask.all():
-            self.mirrors[client] = None
-        elif got.mask is not None and self.experiment.slices:
-            masks.add(answer.client, self.folder.packed_mask(got.mask))
-            self.mirrors[client] = self.version
+        if got.mask is not None and self.experiment.chooses(self.phase):
+            self.mirrors[client] = None  # all, unless something else was the client's first
+            if not got.mask.all() or self.experiment.first_mask(answer.client) is not None:
+                masks.add(answer.client, self.folder.packed_mask(got.mask))
+                self.mirrors[client] = self.version
         self.metrics += got.rows
         if got.visit is not None and got.visit.val_accuracy is not None:
             self.seen.append(got.visit.val_accuracy)

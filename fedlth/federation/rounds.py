@@ -129,8 +129,7 @@ class Federation:
         for client in step.clients if step.phase.down == "slice" else ():
             version = self.progress.mirrors.get(str(client), "")
             mask = self.folder.mirror(client, version, self.experiment.layout.num_prunable)
-            if mask is None and str(client) not in self.progress.versions:
-                mask = self.experiment.first_mask(client)
+            mask = self.experiment.first_mask(client) if mask is None else mask
             if mask is not None:
                 masks[client] = mask
         names = self.experiment.rewind_targets if step.phase.name == "personalise" else ()
