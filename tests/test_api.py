@@ -249,13 +249,13 @@ def test_looking_at_progress_changes_nothing(tmp_path: Path, monkeypatch: pytest
     """Row 25: only who goes on with a run cuts its logs, and holds the lock while doing so."""
     made = tiny.of_method("fedavg")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(rounds.Loop, "_step", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-        session.start(made, tmp_path / "r", InProcess(), tiny.quiet)
+        patch.setattr(rounds.Federation, "_step", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        tiny.run(made, tmp_path / "r", engine=InProcess(), tell=tiny.quiet)
     log = tmp_path / "r" / "ledger.jsonl"
     log.write_bytes(b"a row that another process is writing")
     folder = RunFolder(tmp_path / "r")
     assert folder.progress().step == 0 and log.read_bytes()
-    rounds.open_loop(folder, InProcess(), tiny.quiet)
+    tiny.opened(folder, InProcess())
     assert log.read_bytes()
     held: list[bool] = []
     recover = RunFolder.recover

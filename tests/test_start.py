@@ -42,13 +42,13 @@ def test_neither_plain_torch_nor_counting_flops_loads_a_compiler(tmp_path: Path)
         "layer_flops(torch.nn.Linear(2, 2), torch.zeros(1, 2))\n"
         "assert 'torch._dynamo' not in sys.modules\n"
     )
-    found = loaded([*SMOKE, "compute=reference"], tmp_path, "fedlth.training.train:_in_torch", then=flops)
+    found = loaded([*SMOKE, "compute=reference"], tmp_path, "fedlth.training.torch_backend:train", then=flops)
     assert not found & {"numba", "scipy", "torch._dynamo", "torch._inductor", "matplotlib", "ray", "flwr"}
 
 
 def test_the_kernel_is_loaded_without_scipy_and_numba_finds_it_afterwards(tmp_path: Path) -> None:
     pytest.importorskip("numba")
     dot = "import numpy, numba; x = numpy.eye(3); assert (numba.njit(lambda a: numpy.dot(a, a))(x) == x).all()"
-    found = loaded([*SMOKE, "compute=sparse"], tmp_path, "fedlth.training.train:_in_kernel", then=dot)
+    found = loaded([*SMOKE, "compute=sparse"], tmp_path, "fedlth.training.kernel_backend:train", then=dot)
     assert "numba.np.arraymath" in found
     assert not found & {"scipy.linalg", "torch._dynamo", "torch._inductor", "matplotlib", "ray", "flwr"}

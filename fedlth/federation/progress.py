@@ -1,4 +1,4 @@
-"""What a run says of a step that has ended: a row of rounds.jsonl, and one line of live progress."""
+"""What a run says of a round that has ended: a row of rounds.jsonl, and one line of live progress."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import Any
 
 import numpy as np
 
-from fedlth.federation.visits import Visits
+from fedlth.federation.replies import Replies
 
 CLIENTS_SHOWN, REASON_SHOWN = 5, 100  # of failures on a line
 
 
-def summary_of(visits: Visits) -> dict[str, Any]:
-    """Return a step's row of rounds.jsonl."""
+def summary_of(replies: Replies) -> dict[str, Any]:
+    """Return a round's row of rounds.jsonl."""
     return {
-        "round": visits.stage.round,
-        "phase": visits.stage.phase,
-        "clients": list(visits.clients),
-        "val_accuracy": float(np.mean(visits.seen)) if visits.seen else None,
-        "up_bytes": sum(r.payload_bytes for r in visits.rows if r.receiver == "server"),
-        "down_bytes": sum(r.payload_bytes for r in visits.rows if r.sender == "server"),
-        "failed": visits.failed,
+        "round": replies.round,
+        "phase": replies.phase.name,
+        "clients": list(replies.clients),
+        "val_accuracy": float(np.mean(replies.seen)) if replies.seen else None,
+        "up_bytes": sum(r.payload_bytes for r in replies.rows if r.receiver == "server"),
+        "down_bytes": sum(r.payload_bytes for r in replies.rows if r.sender == "server"),
+        "failed": replies.failed,
         "diverged": [
             {key: row[key] for key in ("client", "arm", "target_density")}
-            for row in visits.metrics
+            for row in replies.metrics
             if row.get("diverged")
         ],
     }
