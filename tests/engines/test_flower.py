@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from fedlth.engines.flower_client import Step
+from fedlth.engines.flower_nodes import Tell
+from fedlth.experiment.resolve import resolve
 from fedlth.federation.client_step import client_step
 from fedlth.federation.jobs import Job, Reply
 from fedlth.study import schema
@@ -103,6 +105,12 @@ class Stop(Exception):
     pass
 
 
+def run_under_flower(study: schema.Study, out: Path, tell: Tell = tiny.quiet, **given: Any) -> None:
+    from fedlth.engines import flower
+
+    flower.run_under_flower(resolve(study)[0], out, tell, **given)
+
+
 @pytest.mark.usefixtures("one_simulation")
 class TestInOneSimulation:
     @pytest.mark.parametrize(
@@ -131,7 +139,7 @@ class TestInOneSimulation:
         transport = flower.GridTransport
         monkeypatch.setattr(flower, "GridTransport", metered)
         study, out = tiny.of_method(method, **sections), tmp_path / "flower"
-        flower.run_under_flower(study, out, tiny.quiet, step=step)
+        run_under_flower(study, out, step=step)
         (meter,) = meters
         lines, equal = meter.compare(tiny.rows(out, "ledger"))
         assert equal, "\n".join(lines)
@@ -145,13 +153,11 @@ class TestInOneSimulation:
         assert failed == ([1] if step is unlucky else [])
 
     def test_a_client_that_raises_dies_or_hangs_costs_only_itself(self, tmp_path: Path) -> None:
-        from fedlth.engines.flower import run_under_flower
-
         study = tiny.study(
             clients={"unseen": 0.0}, federate={"clients_per_round": 4}, personalise={"clients_per_wave": 4},
             job_timeout_s=4.0,
         )  # fmt: skip
-        run_under_flower(study, tmp_path / "run", tiny.quiet, step=unruly)
+        run_under_flower(study, tmp_path / "run", step=unruly)
         first, *rest = tiny.rows(tmp_path / "run", "rounds")
         assert {f["client"]: f["kind"] for f in first["failed"]} == {1: "raised", 2: "died", 3: "hung"}
         assert [r["failed"] for r in rest] == [[], []]
@@ -159,8 +165,6 @@ class TestInOneSimulation:
 
     def test_a_run_that_was_stopped_goes_on(self, tmp_path: Path) -> None:
         """What is raised in the ServerApp arrives here, and the state that the clients keep is found again."""
-        from fedlth.engines.flower import run_under_flower
-
         study = tiny.of_method("lotteryfl")
         tiny.run(study, tmp_path / "inprocess")
         lines: list[str] = []
@@ -172,7 +176,7 @@ class TestInOneSimulation:
 
         with pytest.raises(Stop, match="enough"):
             run_under_flower(study, tmp_path / "flower", tell)
-        run_under_flower(study, tmp_path / "flower", tiny.quiet, resume=True)
+        run_under_flower(study, tmp_path / "flower", resume=True)
         assert_equal(tmp_path / "inprocess", tmp_path / "flower")
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from fedlth.engines.flower_record import CHUNKED_ABOVE, Order, of_answer, of_order, to_answer, to_order
 from fedlth.errors import StudyError
+from fedlth.experiment.resolve import resolve
 from fedlth.federation.jobs import Job, Message, Reply
 from tests import tiny
 
@@ -161,12 +162,12 @@ def test_a_run_that_loses_its_superlink_says_how_to_go_on(
     from flwr.supercore.run import RunNotRunningException
 
     from fedlth.engines import flower
-    from fedlth.engines.flower_session import Task
+    from fedlth.engines.flower_session import FlowerRun
 
     def ended(*_: Any, **__: Any) -> None:
         raise RunNotRunningException
 
-    monkeypatch.setattr(flower, "task_of", lambda *_: Task(tiny.study(), tmp_path / "r", resume=False))
+    monkeypatch.setattr(flower, "task_of", lambda *_: FlowerRun(resolve(tiny.study())[0], tmp_path / "r", False))
     monkeypatch.setattr(flower, "_run", ended)
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={"wait-s": 1})
     with pytest.raises(RunNotRunningException):
