@@ -59,7 +59,7 @@ def nothing_left() -> Iterator[None]:
     gc.collect()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def one_simulation() -> Iterator[None]:
     """Run every study in one simulation; it starts though RAY_ADDRESS names a Ray, here one that has gone."""
     from simulation import Simulation
