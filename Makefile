@@ -12,8 +12,8 @@ export OMP_WAIT_POLICY = PASSIVE
 run: $(READY)  ## set up, then run the quickstart study
 	$(BIN)/fedlth run configs/quickstart.yaml
 
-test: $(READY)  ## set up, then run every test
-	$(BIN)/python -m pytest -q -m ""
+test: $(READY)  ## set up, then run every test, in two processes, a file in one of them
+	$(BIN)/python -m pytest -q -m "" -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(READY) lint types test  ## what CI runs
 

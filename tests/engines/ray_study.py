@@ -12,6 +12,7 @@ from fedlth.experiment.resolve import resolve
 from fedlth.federation import session
 from fedlth.federation.jobs import Job
 from fedlth.study.schema import Study, build
+from tests import tiny
 
 EQUAL = ("ledger.jsonl", "metrics.jsonl", "rounds.jsonl", "digests.json")
 

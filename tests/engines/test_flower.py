@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from fedlth.engines.flower_client import Step
-from fedlth.engines.inprocess import InProcess
+from fedlth.engines.flower_nodes import Tell
 from fedlth.experiment.resolve import resolve
 from fedlth.federation.client_step import client_step
 from fedlth.federation.jobs import Job, Reply
@@ -58,7 +59,7 @@ def nothing_left() -> Iterator[None]:
     gc.collect()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def one_simulation() -> Iterator[None]:
     """Run every study in one simulation; it starts though RAY_ADDRESS names a Ray, here one that has gone."""
     from simulation import Simulation
@@ -104,6 +105,12 @@ class Stop(Exception):
     pass
 
 
+def run_under_flower(study: schema.Study, out: Path, tell: Tell = tiny.quiet, **given: Any) -> None:
+    from fedlth.engines import flower
+
+    flower.run_under_flower(resolve(study)[0], out, tell, **given)
+
+
 @pytest.mark.usefixtures("one_simulation")
 class TestInOneSimulation:
     @pytest.mark.parametrize(
@@ -132,7 +139,7 @@ class TestInOneSimulation:
         transport = flower.GridTransport
         monkeypatch.setattr(flower, "GridTransport", metered)
         study, out = tiny.of_method(method, **sections), tmp_path / "flower"
-        flower.run_under_flower(resolve(study)[0], out, tiny.quiet, step=step)
+        run_under_flower(study, out, step=step)
         (meter,) = meters
         lines, equal = meter.compare(tiny.rows(out, "ledger"))
         assert equal, "\n".join(lines)
@@ -146,13 +153,11 @@ class TestInOneSimulation:
         assert failed == ([1] if step is unlucky else [])
 
     def test_a_client_that_raises_dies_or_hangs_costs_only_itself(self, tmp_path: Path) -> None:
-        from fedlth.engines.flower import run_under_flower
-
         study = tiny.study(
             clients={"unseen": 0.0}, federate={"clients_per_round": 4}, personalise={"clients_per_wave": 4},
             job_timeout_s=4.0,
         )  # fmt: skip
-        run_under_flower(resolve(study)[0], tmp_path / "run", tiny.quiet, step=unruly)
+        run_under_flower(study, tmp_path / "run", step=unruly)
         first, *rest = tiny.rows(tmp_path / "run", "rounds")
         assert {f["client"]: f["kind"] for f in first["failed"]} == {1: "raised", 2: "died", 3: "hung"}
         assert [r["failed"] for r in rest] == [[], []]
@@ -160,8 +165,6 @@ class TestInOneSimulation:
 
     def test_a_run_that_was_stopped_goes_on(self, tmp_path: Path) -> None:
         """What is raised in the ServerApp arrives here, and the state that the clients keep is found again."""
-        from fedlth.engines.flower import run_under_flower
-
         study = tiny.of_method("lotteryfl")
         tiny.run(study, tmp_path / "inprocess")
         lines: list[str] = []
@@ -172,8 +175,8 @@ class TestInOneSimulation:
                 raise Stop("enough")
 
         with pytest.raises(Stop, match="enough"):
-            run_under_flower(resolve(study)[0], tmp_path / "flower", tell)
-        run_under_flower(resolve(study)[0], tmp_path / "flower", tiny.quiet, resume=True)
+            run_under_flower(study, tmp_path / "flower", tell)
+        run_under_flower(study, tmp_path / "flower", resume=True)
         assert_equal(tmp_path / "inprocess", tmp_path / "flower")
 
 
@@ -186,9 +189,11 @@ OVERRIDES = (
 def flwr_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Give a Flower home and a port of our own; end the local SuperLink that `flwr run` leaves behind."""
     home = tmp_path_factory.mktemp("flwr-home")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     yield {
-        **os.environ, "PATH": path, "FLWR_HOME": str(home), "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": "39873",
+        **os.environ, "PATH": path, "FLWR_HOME": str(home), "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": port,
         "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     }  # fmt: skip
@@ -213,7 +218,7 @@ def flwr_run(env: dict[str, str], out: Path, *, app: Path = ROOT, overrides: str
 
 def test_flwr_run_equals_the_in_process_run(tmp_path: Path, flwr_home: dict[str, str]) -> None:
     study = schema.load(ROOT / "configs" / "smoke.yaml", OVERRIDES.split())
-    tiny.run(study, tmp_path / "inprocess", engine=InProcess(), tell=tiny.quiet)
+    tiny.run(study, tmp_path / "inprocess")
     said = flwr_run(flwr_home, tmp_path / "flwr")
     assert "fedlth: done" in said
     assert_equal(tmp_path / "inprocess", tmp_path / "flwr")

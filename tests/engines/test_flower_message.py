@@ -10,6 +10,7 @@ import pytest
 
 from fedlth.engines.flower_record import CHUNKED_ABOVE, Order, of_answer, of_order, to_answer, to_order
 from fedlth.errors import StudyError
+from fedlth.experiment.resolve import resolve
 from fedlth.federation.jobs import Job, Message, Reply
 from tests import tiny
 
@@ -166,8 +167,7 @@ def test_a_run_that_loses_its_superlink_says_how_to_go_on(
     def ended(*_: Any, **__: Any) -> None:
         raise RunNotRunningException
 
-    task = FlowerRun(tiny.experiment(tiny.study()), tmp_path / "r", resume=False)
-    monkeypatch.setattr(flower, "task_of", lambda *_: task)
+    monkeypatch.setattr(flower, "task_of", lambda *_: FlowerRun(resolve(tiny.study())[0], tmp_path / "r", False))
     monkeypatch.setattr(flower, "_run", ended)
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={"wait-s": 1})
     with pytest.raises(RunNotRunningException):

@@ -122,7 +122,7 @@ class TestOnOneRay:
         settings = {**TWO_STEP, "fault": "killed", "marker": str(marker), "finder": {"densities": [0.5]}}
         told: list[str] = []
         study = study_of(**settings, engine="ray", ray={"workers": 1})
-        run(study, tmp_path / "there", RayEngine(study.ray, tell=told.append))
+        tiny.run(study, tmp_path / "there", engine=RayEngine(study.ray, tell=told.append))
         assert marker.exists() and len(told) == 1 and "done again: client 2" in told[0]
         assert "ActorDiedError: The actor is dead because its worker process has died" in told[0]
         here = run(study_of(**settings), tmp_path / "here")
