@@ -128,7 +128,7 @@ def _content(path: Path) -> dict[str, Any]:
             for name, tensor in load_file(path).items()
         }
     except SafetensorError as error:
-        raise StudyError(f"{path}: a safetensors file is wanted, got {error}") from None
+        raise StudyError(f"{path}: expected a safetensors file, got {error}") from None
     return {**found, "metadata": dict(meta)}
 
 

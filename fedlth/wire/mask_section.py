@@ -62,12 +62,12 @@ def decode(
     size = layout.num_prunable
     if mode in (FULL, REUSE):
         if section:
-            raise PayloadError("a mask section where none belongs")
+            raise PayloadError("an unexpected mask section")
         return np.ones(size, bool) if mode == FULL or known is None else known
     if mode == BITMAP:
         mask = bitmap.unpack(section, size)
     elif len(section) >= (size + 7) // 8:
-        raise PayloadError("a coded mask is no shorter than its bitmap")
+        raise PayloadError("a coded mask is not shorter than its bitmap")
     elif mode == CHANNELS:
         mask = channels.unpack(section, layout.prunable, size)
     elif mode >= BY_BIT:
@@ -153,7 +153,7 @@ def _read_bits(
     if mode == MAGNITUDE_BITS and reference is not None:
         one, at = section[0] if section else 2, 1
         if one > 1:
-            raise PayloadError(f"{one} says neither one centre nor one a tensor")
+            raise PayloadError(f"{one} means neither one centre nor one for each tensor")
         found, at = _centres(section, at, 1 if one else number, mask_bits.CENTRE_SHIFT)
         centres = tuple(found * number) if one else tuple(found)
         floats = reference.floats[: layout.num_prunable]

@@ -108,7 +108,7 @@ def test_a_long_probe_is_pointed_at_in_the_terminal(tmp_path: Path) -> None:
 def test_the_words_say_where_the_search_ends(tmp_path: Path) -> None:
     (told,) = words(read_lottery(folder(tmp_path)))
     assert "dense network has 81.00 %" in told
-    assert "ticket that validation data prefer has 83.00 % at 80.0 %" in told
+    assert "ticket that is best on validation data has 83.00 % at 80.0 %" in told
     assert "sparsest ticket not below it on validation data keeps 80.0 %" in told
     assert told.endswith(
         " At 80.0 % of the weights the ticket has 83.00 % and the best of its arms there, reinit, 80.50 %."
@@ -120,7 +120,7 @@ def test_without_a_dense_round_no_ticket_is_called_dense(tmp_path: Path) -> None
     rows = [line for line in (run / "results.jsonl").read_text().splitlines() if json.loads(line).get("round") != 0]
     (run / "results.jsonl").write_text("\n".join(rows) + "\n")
     (told,) = words(read_lottery(run))
-    assert told.startswith("imp: trains no dense network; the ticket that validation data prefer has 83.00 %")
+    assert told.startswith("imp: trains no dense network; the ticket that is best on validation data has 83.00 %")
     write_lottery(run)
 
 
@@ -132,7 +132,7 @@ def test_validation_data_choose_and_test_data_do_not(tmp_path: Path) -> None:
             row["validation_accuracy"] = 0.99
     (run / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (told,) = words(read_lottery(run))
-    assert "validation data prefer has 80.00 % at 64.0 %" in told
+    assert "best on validation data has 80.00 % at 64.0 %" in told
 
 
 def test_a_stop_that_comes_at_another_density_for_each_seed(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_time_is_the_clock_s_and_counts_no_client_twice(tmp_path: Path) -> None:
         {"round": 1, "phase": "federate", "client": c, "seconds": s} for c, s in ((0, 30.0), (1, 32.0), (None, 33.0))
     ]
     (run / "times.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
-    assert "federate 33 s (by the clock" in write_report(run).read_text()
+    assert "federate 33 s (wall time" in write_report(run).read_text()
 
 
 def test_without_matplotlib_the_tables_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
