@@ -14,8 +14,11 @@ from fedlth.models.layout import layout_of, read
 from fedlth.models.prunable import prunable_names
 from fedlth.models.registry import build
 from fedlth.training import cohort
+from fedlth.training.flat_model import FlatModel
 from fedlth.training.lockstep import side_by_side
-from fedlth.training.train import Bound, Plan, Trained, train
+from fedlth.training.recipe import Epochs, TrainingRecipe
+from fedlth.training.request import TrainingResult, drawn_request
+from fedlth.training.train import train
 
 SIZES = {"cuda": (1, 2, 4, 8, 16, 32, 64), "cpu": (1, 4, 16)}
 SHAPE, BATCH, DENSITY = (1, 28, 28), 32, 0.2
@@ -37,18 +40,18 @@ def measure(name: str, epochs: int, *, device: str, sizes: tuple[int, ...], exam
     torch.manual_seed(0)
     module = build(name, num_classes=10, input_shape=SHAPE, options={})
     layout = layout_of(module, prunable_names(module, None))
-    start, bound = read(module, layout), Bound(module, layout, device)
+    start, model = read(module, layout), FlatModel(module, layout, device)
     rng = np.random.default_rng(0)
-    plan, most = Plan(epochs=epochs, batch_size=BATCH, lr=0.05), max(sizes)
+    recipe, most = TrainingRecipe(budget=Epochs(epochs), batch_size=BATCH, lr=0.05), max(sizes)
     parts = [
         (torch.randn(examples, *SHAPE, device=device), torch.randint(0, 10, (examples,), device=device))
         for _ in range(most)
     ]
     masks = [rng.random(layout.num_prunable) < DENSITY if k % 2 else None for k in range(most)]
 
-    def client(k: int) -> Trained:
+    def client(k: int) -> TrainingResult:
         order = np.random.default_rng(k)
-        return train(bound, start, data=parts[k], plan=plan, order=order, torch_seed=0, mask=masks[k])
+        return train(model, drawn_request(start, parts[k], recipe, order=order, torch_seed=0, active=masks[k]))
 
     def alone(count: int) -> None:
         for k in range(count):

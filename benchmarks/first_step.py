@@ -33,12 +33,12 @@ class Watch(MetaPathFinder):
             run(module)
             real = module.train
 
-            def stamped(*args: Any, **more: Any) -> Any:
-                if len(more["data"][1]) > 2:  # not the warm-up of the kernel
+            def stamped(model: Any, request: Any) -> Any:
+                if len(request.y) > 2:  # not the warm-up of the kernel
                     told = f"first step {time.time() - BEGAN} {time.process_time()}\n"
                     os.write(1, told.encode())  # one write: two workers tell it at once
                     module.train = real  # type: ignore[attr-defined]
-                return real(*args, **more)
+                return real(model, request)
 
             module.train = stamped  # type: ignore[attr-defined]
 

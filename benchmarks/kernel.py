@@ -28,7 +28,11 @@ from fedlth.models.layout import layout_of, read
 from fedlth.models.prunable import prunable_names
 from fedlth.models.registry import build
 from fedlth.tickets.granularity import GRANULARITIES
-from fedlth.training.train import Bound, Plan, batches, train
+from fedlth.training.batches import batches
+from fedlth.training.flat_model import FlatModel
+from fedlth.training.recipe import Epochs, TrainingRecipe
+from fedlth.training.request import drawn_request
+from fedlth.training.train import train
 from fedlth.training.tuned import tune
 
 BATCH = 32
@@ -84,9 +88,10 @@ class Work:
         module = copy.deepcopy(self.module)
         layout = layout_of(module, prunable_names(module, None))
         start = read(module, layout)
-        bound = Bound(module, layout, "cpu", None, tune(module, self.x[:3]))
-        plan, data = Plan(epochs=1, batch_size=BATCH, lr=0.05), (self.x, self.y)
-        return lambda: train(bound, start, data=data, plan=plan, order=np.random.default_rng(1), torch_seed=0)
+        model = FlatModel(module, layout, "cpu", None, tune(module, self.x[:3]))
+        recipe = TrainingRecipe(budget=Epochs(1), batch_size=BATCH, lr=0.05)
+        request = drawn_request(start, (self.x, self.y), recipe, order=np.random.default_rng(1), torch_seed=0)
+        return lambda: train(model, request)
 
     def kernel(self, density: float, granularity: str = "element", *, predict: bool = False) -> Callable[[], object]:
         layout = layout_of(self.module, prunable_names(self.module, None))

@@ -36,7 +36,7 @@ def main() -> None:
             engine.close()
 
 
-def _steps(loop: rounds.Loop) -> int:
+def _steps(loop: rounds.Federation) -> int:
     """Return how many client-steps the last round had."""
     row = json.loads(loop.folder.log("rounds").read_bytes().splitlines()[-1])
     assert not row["failed"], row["failed"]

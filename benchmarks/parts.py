@@ -11,26 +11,26 @@ from torch import nn
 from fedlth.data.dataset import Dataset
 from fedlth.data.idx import fashion_mnist
 from fedlth.methods.aggregate import FedAvg
-from fedlth.methods.client_update import MaskedVisit, Visited
-from fedlth.methods.method import Recipe
+from fedlth.methods.client_update import MaskedUpdate, Update
+from fedlth.methods.method import FederatedMethod
 from fedlth.storage.client_state import ClientState
 from fedlth.training.local_client import Local
 from fedlth.wire.payload import Content
 
 
 @dataclass(frozen=True)
-class Idle(MaskedVisit):
+class Idle(MaskedUpdate):
     """A visit without training: decode, keep a count, encode."""
 
-    def __call__(self, local: Local, received: Content, state: ClientState, /) -> Visited:
+    def __call__(self, local: Local, received: Content, state: ClientState, /) -> Update:
         kept = replace(state, visits=state.visits + 1)
-        return Visited("values", received, kept, {"loss": 0.0, "val_accuracy": 0.0, "density": 1.0})
+        return Update("values", received, kept, {"loss": 0.0, "val_accuracy": 0.0, "density": 1.0})
 
 
-def idle() -> Recipe:
+def idle() -> FederatedMethod:
     """Return FedAvg whose clients send back what they were sent."""
     about = {"paper": "benchmark", "summary": "no training"}
-    return Recipe(name="idle", visit=Idle(), aggregate=FedAvg(), arms=("global",), **about)
+    return FederatedMethod(name="idle", visit=Idle(), aggregate=FedAvg(), arms=("global",), **about)
 
 
 def small(*, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:

@@ -29,13 +29,13 @@ from fedlth.storage.client_state import ClientState
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.state_archive import Packs, Writer
 from fedlth.study import schema
-from fedlth.training import train
+from fedlth.training import evaluation, train
 from fedlth.training.task import World
 from fedlth.wire import payload
 
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "training": [(train, "train")],
-    "validation of the received model": [(train, "evaluate")],
+    "validation of the received model": [(evaluation, "evaluate")],
     "images to tensors": [(World, "part")],
     "payloads: encode": [(payload, "encode")],
     "payloads: decode and check": [(payload, "decode")],
@@ -48,7 +48,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     "joining": [(rule, part) for rule in (FedAvg, CountMean) for part in ("init", "add", "result")],
     "distances of updates": [(UpdateNorms, "distances"), (UpdateNorms, "check")],
     "client: all else": [(client_step, "client_step")],
-    "loop: all else": [(loops.Loop, "_step")],
+    "loop: all else": [(loops.Federation, "_step")],
 }  # fmt: skip
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from fedlth.engines.choose import check_engine, drive, without_effect
 from fedlth.errors import StudyError
+from fedlth.experiment.experiment import Experiment
 from fedlth.experiment.resolve import resolve
 from fedlth.experiment.saved_ticket import load_ticket
-from fedlth.federation.session import prepared, versions
+from fedlth.federation.session import versions
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.store import write_atomic
 from fedlth.study.schema import Study, dump, load
-from fedlth.training.task import open_world
 from fedlth.tune import tuned
 
 __all__ = ["Study", "check", "load", "load_ticket", "resume", "run"]
@@ -39,7 +39,8 @@ def run(study: Study, *, tell: Tell = _quiet) -> Path:
         _refuse_second(Path(study.out))  # before the data are read
     check_engine(study)
     try:
-        study, notes = _decided(study)
+        ready = resolve(study)
+        study, notes = _decided(study, ready[0]), [*ready[1], *without_effect(ready[0].study)]
     except KeyboardInterrupt:
         tell("stopped before anything was written")
         raise
@@ -52,7 +53,7 @@ def run(study: Study, *, tell: Tell = _quiet) -> Path:
             # These are more than one run: what was asked for is kept, so that a resume knows what has not begun yet.
             # Only that: a default that is written down would come back as a wish.
             write_atomic(out / ASKED, dump(study, given_only=True).encode())
-        _all(study, out, tell, notes)
+        _all(study, out, tell, notes, None if study.seeds or study.tune.lr else ready[0])
     return out
 
 
@@ -68,8 +69,9 @@ def resume(run: Path | str, *, tell: Tell = _quiet) -> Path:
         study = load(out / ASKED)
         notes: list[str] = []
         if not all((folder / "config.yaml").exists() for _, folder in _runs(study, out)):
-            study, notes = _decided(study)
-            _check_others(study, out, tell)
+            ready = resolve(study)
+            study, notes = _decided(study, ready[0]), [*ready[1], *without_effect(ready[0].study)]
+            _check_others(ready[0], out, tell)
         _all(study, out, tell, notes)
     return out
 
@@ -77,20 +79,18 @@ def resume(run: Path | str, *, tell: Tell = _quiet) -> Path:
 def check(study: Study) -> None:
     """Raise StudyError where the study cannot be run; build its data and model to know."""
     check_engine(study)
-    prepared(study, study.engine)
+    resolve(study)
 
 
-def _decided(study: Study) -> tuple[Study, list[str]]:
-    """Return the study with what depends on this machine decided, once for all its runs, and the notes on it."""
-    done, notes = prepared(study, study.engine)
-    chosen = {key: getattr(done, key) for key in ("compute", "cohort", "device")}
-    study = study.model_copy(update={k: v for k, v in chosen.items() if v != getattr(study, k)})
-    return study, notes + without_effect(study)
+def _decided(study: Study, ready: Experiment) -> Study:
+    """Return the study as written, with what depends on this machine decided, once for all its runs."""
+    chosen = {key: getattr(ready.study, key) for key in ("compute", "cohort", "device")}
+    return study.model_copy(update={k: v for k, v in chosen.items() if v != getattr(study, k)})
 
 
-def _check_others(study: Study, out: Path, tell: Tell) -> None:
+def _check_others(ready: Experiment, out: Path, tell: Tell) -> None:
     """Refuse to begin a run on other data than the study's runs before it; say where versions are others."""
-    world = open_world(resolve(study)[0].science())
+    world = ready.world
     ours = (world.dataset.digest(), world.splits.digest)
     headers = [h for pattern in ("*", "tune/*", "*/tune/*") for h in sorted(out.glob(f"{pattern}/header.json"))]
     others = {file: json.loads(file.read_bytes()) for file in headers}
@@ -108,8 +108,8 @@ def _runs(study: Study, out: Path) -> list[tuple[Study, Path]]:
     return [(study.model_copy(update={"seed": seed, "seeds": ()}), out / f"seed-{seed}") for seed in study.seeds]
 
 
-def _all(study: Study, out: Path, tell: Tell, notes: Sequence[str]) -> None:
-    """Run what has not ended; `notes` have been told already."""
+def _all(study: Study, out: Path, tell: Tell, notes: Sequence[str], ready: Experiment | None = None) -> None:
+    """Run what has not ended; `notes` have been printed already, `ready` is the experiment of a single run."""
     known = {f"note: {note}" for note in notes}
 
     def news(line: str) -> None:
@@ -117,8 +117,11 @@ def _all(study: Study, out: Path, tell: Tell, notes: Sequence[str]) -> None:
             tell(line)
 
     for one, folder in _runs(study, out):
-        begun = (folder / "config.yaml").exists()
-        drive(RunFolder(folder).study() if begun else tuned(one, folder, news), folder, news, again=begun)
+        if (folder / "config.yaml").exists():
+            drive(Experiment.of(RunFolder(folder).study()), folder, news, again=True)
+        else:
+            experiment, more = (ready, []) if ready else resolve(tuned(one, folder, news))
+            drive(experiment, folder, news, again=False, notes=more)
 
 
 def _begun(out: Path) -> bool:

@@ -60,9 +60,15 @@ OWN_PLACES = {
 }
 
 
-def listing(what: str) -> str:
-    """Return the listing of one kind, or of all. Raises StudyError at an unknown kind."""
+def listing(what: str, name: str = "", study: str = "") -> str:
+    """Return the listing of one kind, or of all; of one kind also of one name alone, which may be your own.
+
+    Of one method that is its phases and messages too, and what they weigh in a study (a YAML file; without one, LeNet-5
+    on the embedded images). Raises StudyError at an unknown kind or name.
+    """
     tables = _tables()
+    if name:
+        return _one(what, name, study, tables)
     kinds = [*tables, "finders", "engines"]
     if what and what not in kinds:
         raise StudyError(f"list: must be one of {', '.join(kinds)}, got {what!r}")
@@ -85,6 +91,44 @@ def _section(kind: str, tables: Mapping[str, Mapping[str, Callable[..., Any]]]) 
     return "\n".join(lines)
 
 
+def _one(kind: str, name: str, study: str, tables: Mapping[str, Mapping[str, Callable[..., Any]]]) -> str:
+    from fedlth.study.parts import imported
+
+    if kind not in tables:
+        raise StudyError(f"list: a name is listed of one of {', '.join(tables)}, got {kind!r}")
+    if ":" not in name and name not in tables[kind]:
+        known = ", ".join(tables[kind])
+        raise StudyError(f"list {kind}: must be one of {known} or package.module:name, got {name!r}")
+    part = imported(name, f"list {kind}") if ":" in name else tables[kind][name]
+    if kind != "methods":
+        return f"{kind}\n  {name}{_options(part)}\n  {_first_line(part)}{_rows(part)}".rstrip()
+    return "\n".join(["methods", *_methods({name: part}), *_phases(name, study)])
+
+
+def _phases(name: str, file: str) -> list[str]:
+    """Return a method's phases, and the forecast of its ledger."""
+    from fedlth.experiment.resolve import resolve
+    from fedlth.federation.forecast_bytes import forecast_bytes
+    from fedlth.study.schema import build, load
+
+    plain = {"study": "list", "clients": {"count": 20, "unseen": 0.2}, "method": name}
+    study = load(file, [f"method={name}"]) if file else build(plain)
+    what = file or "LeNet-5 on the embedded images, 20 clients"
+    try:
+        experiment, _ = resolve(study)
+    except StudyError as error:
+        return [f"  no forecast for {what}: {error}", f"  for another study: fedlth list methods {name} STUDY.yaml"]
+    lines = []
+    for phase in experiment.phases:
+        up = ", ".join(f"{kind} ({message})" for message, kind in phase.update.sends) or "metrics alone"
+        space = f"all {experiment.method.space}"
+        down = {"nothing": "nothing", "slice": "what each client shares"}.get(phase.down, space)
+        count = len(experiment.clients(phase, 1))
+        lines.append(f"  phase {phase.name}: {phase.rounds} x {count} clients; down {down}; up {up}")
+    text = str(forecast_bytes(experiment, 1.0)).splitlines()
+    return [*lines, f"  ledger of {what}:", *(f"    {line.strip()}" for line in text)]
+
+
 def _methods(table: Mapping[str, Callable[..., Any]]) -> list[str]:
     lines = []
     for name, build in table.items():
@@ -100,9 +144,12 @@ def methods_markdown() -> str:
     lines = ["| method | what it does | down | up | evaluated | paper |", "|---|---|---|---|---|---|"]
     for name, build in METHODS.items():
         r = build()
-        down = "nothing" if not r.federated else ("own slice" if r.down == "slice" else f"all {r.space}")
-        masked = "values alive or shared, mask" if r.down == "slice" else "values"
-        up = "nothing" if not r.federated else ("mask bits" if r.visit.sends == "mask" else masked)
+        down, up = "nothing", "nothing"
+        if r.phases:
+            kinds = [kind for _, kind in r.phases[-1].update.sends]
+            down = "own slice" if r.slices else f"all {r.space}"
+            masked = "values alive or shared, mask" if r.slices else "values"
+            up = "mask bits" if "mask" in kinds else masked
         lines.append(f"| `{name}` | {r.summary} | {down} | {up} | {', '.join(r.arms)} | {r.paper} |")
     return "\n".join(lines)
 

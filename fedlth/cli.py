@@ -102,7 +102,7 @@ def tickets(args: argparse.Namespace) -> int:
 def list_(args: argparse.Namespace) -> int:
     from fedlth import catalogue
 
-    say(catalogue.listing(args.what))
+    say(catalogue.listing(args.what, args.name, args.study))
     return 0
 
 
@@ -234,6 +234,8 @@ def parser() -> argparse.ArgumentParser:
     )
     sub = command("list", list_, "list the names that a study may use", text)
     sub.add_argument("what", nargs="?", default="", metavar="KIND")
+    sub.add_argument("name", nargs="?", default="", metavar="NAME", help="one of them, or package.module:name")
+    sub.add_argument("study", nargs="?", default="", metavar="STUDY.yaml", help="forecast a method's ledger for it")
 
     text = "Validates everything, tries a few training steps and client visits, and forecasts; writes nothing.\n\n"
     sub = command("check", check, "validate a study and forecast its cost", text + study_text)

@@ -9,19 +9,19 @@ from dataclasses import replace
 import numpy as np
 
 from fedlth.engines.choose import check_engine, without_effect
-from fedlth.experiment.resolve import arms_of, finder_of, recipe_of
+from fedlth.experiment.experiment import Experiment
+from fedlth.experiment.resolve import resolve
 from fedlth.federation.forecast_bytes import forecast_bytes
-from fedlth.federation.rounds import steps_of
-from fedlth.federation.server import sample
-from fedlth.federation.session import prepared
-from fedlth.methods.method import Recipe
+from fedlth.methods.fedselect import SelectUpdate
 from fedlth.study.schema import Study
 from fedlth.tickets.finder import Finder
 from fedlth.tickets.rewind import ToInit
 from fedlth.tickets.schedule import OneShot
-from fedlth.training import train
 from fedlth.training.local_client import Local
-from fedlth.training.task import World, open_world
+from fedlth.training.recipe import Epochs, TrainingRecipe
+from fedlth.training.request import drawn_request
+from fedlth.training.task import World
+from fedlth.training.train import train
 
 TIMED_STEPS = 5
 SEARCHES: Mapping[str, Callable[[Finder], Finder]] = {
@@ -31,12 +31,12 @@ SEARCHES: Mapping[str, Callable[[Finder], Finder]] = {
 }
 
 
-def trainings(arm: str, study: Study) -> int:
+def trainings(arm: str, experiment: Experiment) -> int:
     """Return how many trainings an arm takes, the dense one that a search begins with included.
 
     Each is of `personalise.epochs`. The random control's are those beside the search, which it shares with `ticket`.
     """
-    finder, targets = finder_of(study), study.finder.densities
+    finder, targets = experiment.finder, experiment.study.finder.densities
     if arm in SEARCHES:
         return SEARCHES[arm](finder).trainings(targets)[1]
     once, longest = len(targets), finder.trainings(targets)[0] or int(not finder.learned(targets)[0])
@@ -45,9 +45,9 @@ def trainings(arm: str, study: Study) -> int:
     }.get(arm, 0)  # fmt: skip
 
 
-def step2_epochs(study: Study) -> int:
+def step2_epochs(experiment: Experiment) -> int:
     """Return the epochs of a client's step 2, the method's own training aside; what arms share counts once."""
-    arms, finder, targets = set(arms_of(study)), finder_of(study), study.finder.densities
+    arms, finder, targets = set(experiment.arms), experiment.finder, experiment.study.finder.densities
     if "random" in arms:
         arms.add("ticket")  # the control walks the search for the masks where the arm does not
     searches = [SEARCHES[arm](finder) for arm in sorted(arms & SEARCHES.keys())]
@@ -55,26 +55,33 @@ def step2_epochs(study: Study) -> int:
     learned = finder.learned(targets)[0] * len({"local", "dense_total"} & arms) + sum(
         f.learned(targets)[1] for f in searches
     )
-    return (sum(trainings(arm, study) for arm in arms) - shared) * study.personalise.epochs + learned
+    epochs = experiment.study.personalise.epochs
+    return (sum(trainings(arm, experiment) for arm in arms) - shared) * epochs + learned
 
 
-def own_epochs(world: World, recipe: Recipe) -> tuple[float, float]:
+def own_epochs(experiment: Experiment) -> tuple[float, float]:
     """Return the epochs of the method's own trainings of all clients: in the rounds of step 1, and in step 2.
 
     A client's visits are those that the server will sample: a method may train more than once an epoch after some.
     """
-    study, visits, told = world.study, dict.fromkeys(range(world.study.clients.count), 0), 0
-    passes = getattr(recipe.visit, "passes", lambda world, visits: 1)
-    seen = [c for c in visits if c not in world.splits.unseen]
-    for round in range(1, study.federate.rounds + 1 if recipe.federated else 1):
-        for client in sample(study.seed, "federate", round, clients=seen, count=study.federate.clients_per_round):
-            told += passes(world, visits[client])
-            visits[client] += 1
-    tuned = sum(passes(world, count) for count in visits.values()) if "own_tuned" in arms_of(study) else 0
+    study, world, trained = experiment.study, experiment.world, 0
+    visits = dict.fromkeys(range(study.clients.count), 0)
+    refined = study.refine.rounds * study.refine.clients_per_round
+    for phase, round in experiment.steps:
+        if phase in experiment.federated_phases:
+            passes = getattr(phase.update, "passes", _once)
+            for client in experiment.clients(phase, round):
+                trained += passes(world, visits[client])
+                visits[client] += 1
+    passes = getattr(experiment.method.own, "passes", _once)
+    tuned = sum(passes(world, count) for count in visits.values()) if "own_tuned" in experiment.arms else 0
     if study.refine.rounds:
         tuned += len(visits)
-    refined = study.refine.rounds * study.refine.clients_per_round
-    return float((told + refined) * study.train.epochs), float(tuned * study.personalise.epochs)
+    return float((trained + refined) * study.train.epochs), float(tuned * study.personalise.epochs)
+
+
+def _once(world: World, visits: int) -> int:
+    return 1
 
 
 def forecast(study: Study) -> str:
@@ -83,18 +90,17 @@ def forecast(study: Study) -> str:
     Bytes are estimates, or upper bounds that say so and why (forecast_bytes).
     """
     check_engine(study)
-    study, notes = prepared(study, study.engine)
+    experiment, notes = resolve(study)
+    study, world = experiment.study, experiment.world
     notes += without_effect(study)
-    world = open_world(study.science())
-    recipe = recipe_of(study)
     step_s = _step_seconds(world)
     sizes = [len(c.train) for c in world.splits.clients]
     per_epoch = float(np.mean([-(-n // study.train.batch_size) for n in sizes]))
-    steps = per_epoch * (sum(own_epochs(world, recipe)) + study.clients.count * step2_epochs(study))
-    moved = forecast_bytes(world, recipe, step_s * per_epoch * study.train.epochs)
-    per_step = 3 * world.flops[""] * study.train.batch_size
+    steps = per_epoch * (sum(own_epochs(experiment)) + study.clients.count * step2_epochs(experiment))
+    moved = forecast_bytes(experiment, step_s * per_epoch * study.train.epochs)
+    per_step = 3 * world.model.flops[""] * study.train.batch_size
     lines = [
-        f"study {study.study}: method {recipe.name}, {len(steps_of(world, recipe))} commits",
+        f"study {study.study}: method {experiment.method.name}, {len(experiment.steps)} commits",
         *(f"note: {n}" for n in notes),
         f"clients: {study.clients.count} ({len(world.splits.unseen)} unseen), "
         f"train examples {min(sizes)}-{max(sizes)}, partition {world.splits.digest[:16]}",
@@ -105,7 +111,7 @@ def forecast(study: Study) -> str:
         str(moved),
         f"training: {steps:,.0f} steps, {steps * per_step / 1e12:,.2f} TFLOP (dense), at {1e3 * step_s:.2f} ms a step "
         f"about {steps * step_s / 60:,.1f} min on one core",
-        f"memory: about {_memory_mb(world):,.0f} MB a worker; disk about {_disk_mb(world, recipe):,.0f} MB",
+        f"memory: about {_memory_mb(experiment):,.0f} MB a worker; disk about {_disk_mb(experiment):,.0f} MB",
     ]
     return "\n".join(lines)
 
@@ -117,53 +123,54 @@ def _step_seconds(world: World) -> float:
     x, y = local.train_part
     size = min(len(y), world.study.train.batch_size * TIMED_STEPS)
     count = max(1, -(-size // world.study.train.batch_size))
+    recipe = TrainingRecipe(budget=Epochs(1), batch_size=world.study.train.batch_size, lr=1e-6)
+    request = drawn_request(world.theta_0, (x[:size], y[:size]), recipe, order=local.rng("order"), torch_seed=0)
     best = float("inf")
     for _ in range(2):
         began = time.perf_counter()
-        train.train(
-            world.bound, world.theta_0, data=(x[:size], y[:size]), plan=local.plan.__class__(
-                epochs=1, batch_size=world.study.train.batch_size, lr=1e-6
-            ), order=local.rng("order"), torch_seed=0,
-        )  # fmt: skip
+        train(world.flat_model, request)
         best = min(best, (time.perf_counter() - began) / count)
     return best
 
 
-def _memory_mb(world: World) -> float:
+def _memory_mb(experiment: Experiment) -> float:
+    world = experiment.world
     data = sum(a.nbytes for a in (world.dataset.x_train, world.dataset.x_test))
     largest = max(len(c.train) + len(c.val) for c in world.splits.clients)
     example = 4 * int(np.prod(world.dataset.x_train.shape[1:]))
-    models = 12 + _step2_models(world.study)
-    masks = len(world.study.finder.densities) if "random" in arms_of(world.study) else 0
+    models = 12 + _step2_models(experiment)
+    masks = len(world.study.finder.densities) if "random" in experiment.arms else 0
     return (
         350
         + (data + largest * example + models * 4 * world.layout.num_floats + masks * world.layout.num_prunable) / 1e6
     )
 
 
-def _step2_models(study: Study) -> int:
+def _step2_models(experiment: Experiment) -> int:
     """Return how many models step 2 holds beside those of any training: no more with more arms or densities.
 
     The dense twin, with the epochs that a score looks back to; the kept result; of a search its start, its end, the
     ticket before and the scores; an earlier global model to rewind to.
     """
-    arms, finder = set(arms_of(study)), finder_of(study)
+    arms, finder = set(experiment.arms), experiment.finder
     searching = bool(arms & {*SEARCHES, "random"})
     anchor = finder.rewind.anchor
     return 2 + searching * (4 + 2 * finder.window + bool(anchor and "@" in anchor))
 
 
-def _disk_mb(world: World, recipe: Recipe) -> float:
-    count, whole = world.study.clients.count, 4 * world.layout.num_floats
-    tickets = count * (whole + world.layout.num_prunable / 8) if arms_of(world.study) != ("global",) else 0
-    return float(2 * tickets + 3 * whole + (count * whole if recipe.name == "fedselect" else 0)) / 1e6
+def _disk_mb(experiment: Experiment) -> float:
+    world, count = experiment.world, experiment.study.clients.count
+    whole = 4 * world.layout.num_floats
+    tickets = count * (whole + world.layout.num_prunable / 8) if experiment.arms != ("global",) else 0
+    private = isinstance(experiment.method.own, SelectUpdate) or world.exchange is not world.layout.moving
+    return float(2 * tickets + 3 * whole + (count * whole if private else 0)) / 1e6
 
 
 def _compute_lines(world: World) -> list[str]:
     """Say what computes this study, and which layers the kernel runs or why it cannot."""
     lines = [f"compute: {world.study.compute}"]
     if world.study.compute == "tuned":
-        lines.append(f"  torch, {world.bound.forward.note}")
+        lines.append(f"  torch, {world.flat_model.forward.note}")
     if isinstance(world.table, str):
         return [*lines, f"  the kernel cannot run this study: {world.table}"]
     runs = "runs" if world.study.compute == "sparse" else "could run (compute: sparse)"

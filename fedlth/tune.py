@@ -10,7 +10,9 @@ from typing import Any
 
 from fedlth.engines.choose import drive
 from fedlth.errors import NothingUsable, StudyError
-from fedlth.experiment.resolve import main_density, product_arm
+from fedlth.experiment.experiment import Experiment
+from fedlth.experiment.resolve import resolve
+from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.store import write_atomic
 from fedlth.study.schema import Study, Tune
 
@@ -22,8 +24,8 @@ def tuned(study: Study, out: Path, tell: Callable[[str], None]) -> Study:
 
     Each candidate runs `tune.rounds` rounds and all that comes after in its own folder under `out`/tune, where it can
     be resumed and read. The mean validation accuracy of the model that would be kept, at the density that would be
-    kept, decides; a client without one counts as 0, and ties go to the first. A candidate whose training diverges has
-    lost; chosen.json says so. Raises StudyError where all have.
+    kept, decides; a client without one counts as 0, and ties go to the first. A candidate that diverges for
+    any client has lost; chosen.json says so. Raises StudyError where all have.
     """
     if not study.tune.lr:
         return study
@@ -60,16 +62,18 @@ def _trial(study: Study, lr: float) -> Study:
 def _score(trial: Study, where: Path, tell: Callable[[str], None]) -> float | str:
     """Run a candidate, or go on with it, and return the mean validation accuracy of what it keeps, or DIVERGED."""
     try:
-        drive(trial, where, lambda _: None, again=(where / "config.yaml").exists())
+        again = (where / "config.yaml").exists()
+        experiment = Experiment.of(RunFolder(where).study()) if again else resolve(trial)[0]
+        drive(experiment, where, lambda _: None, again=again)
     except NothingUsable as error:
         tell(f"tune: lr {trial.train.lr}: {error}")
         return DIVERGED
-    arm = product_arm(trial) or "global"
+    arm = experiment.product_arm or "global"
     rows = [json.loads(line) for line in (where / "metrics.jsonl").read_bytes().splitlines()]
     kept: dict[int, dict[str, Any]] = {}
     for row in (r for r in rows if r["arm"] == arm):
-        if row["client"] not in kept or row["target_density"] == main_density(trial):
+        if row["client"] not in kept or row["target_density"] == experiment.main_density:
             kept[row["client"]] = row
-    if all(row.get("diverged") for row in kept.values()):
+    if not kept or any(row.get("diverged") for row in kept.values()):
         return DIVERGED
     return math.fsum(row["val_accuracy"] for row in kept.values()) / trial.clients.count

@@ -183,18 +183,18 @@ def test_a_rate_that_diverges_loses(tmp_path: Path) -> None:
     """Row 14: a diverging candidate has lost; its study does not die of it, and a resume does not try it again."""
     said: list[str] = []
     out = api.run(
-        study(tmp_path / "t", tune={"lr": [1e6, 0.1], "rounds": 1}, federate={"rounds": 1}, workers=1), tell=said.append
+        study(tmp_path / "t", tune={"lr": [1e8, 0.1], "rounds": 1}, federate={"rounds": 1}, workers=1), tell=said.append
     )
     chosen = json.loads((out / "tune" / "chosen.json").read_bytes())
-    assert chosen["lr"] == 0.1 and chosen["val_accuracy"]["1000000.0"] == "diverged"
-    assert "tune: lr 1000000.0: diverged" in said
+    assert chosen["lr"] == 0.1 and chosen["val_accuracy"]["100000000.0"] == "diverged"
+    assert "tune: lr 100000000.0: diverged" in said
     assert schema.load(out / "config.yaml").train.lr == 0.1
 
 
 def test_all_rates_diverge(tmp_path: Path) -> None:
     """Row 14: one clear line where no candidate is left."""
-    with pytest.raises(StudyError, match=r"tune: every rate of tune\.lr diverged, got \[1000000\.0, 10000000\.0\]"):
-        api.run(study(tmp_path / "t", tune={"lr": [1e6, 1e7], "rounds": 1}, workers=1))
+    with pytest.raises(StudyError, match=r"tune: every rate of tune\.lr diverged, got \[100000000\.0, 1000000000\.0\]"):
+        api.run(study(tmp_path / "t", tune={"lr": [1e8, 1e9], "rounds": 1}, workers=1))
 
 
 def row(client: int, arm: str, target: float, accuracy: float, **more: Any) -> str:
@@ -208,7 +208,7 @@ def row(client: int, arm: str, target: float, accuracy: float, **more: Any) -> s
         ({"finder": {"main": 0.5}}, [row(0, "ticket", 0.5, 0.8), row(0, "ticket", 0.2, 0.4)], 0.2),
         ({"refine": {"rounds": 1, "clients_per_round": 2}},
          [row(0, "ticket", 0.2, 0.9), row(0, "refined", 0.2, 0.4)], 0.1),
-        ({}, [row(0, "ticket", 0.2, 0.25, diverged=True), row(1, "ticket", 0.2, 0.75)], 0.25),
+        ({}, [row(0, "ticket", 0.2, 0.25, diverged=True), row(1, "ticket", 0.2, 0.75)], "diverged"),
         ({}, [row(c, "ticket", 0.2, 0.25, diverged=True) for c in range(4)], "diverged"),
         ({"personalise": {"arms": ["own", "global"]}}, [row(0, "own", 1.0, 0.8), row(0, "global", 1.0, 0.4)], 0.2),
     ],
@@ -249,13 +249,13 @@ def test_looking_at_progress_changes_nothing(tmp_path: Path, monkeypatch: pytest
     """Row 25: only who goes on with a run cuts its logs, and holds the lock while doing so."""
     made = tiny.of_method("fedavg")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(rounds.Loop, "_step", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-        session.start(made, tmp_path / "r", InProcess(), tiny.quiet)
+        patch.setattr(rounds.Federation, "_step", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        tiny.run(made, tmp_path / "r", engine=InProcess(), tell=tiny.quiet)
     log = tmp_path / "r" / "ledger.jsonl"
     log.write_bytes(b"a row that another process is writing")
     folder = RunFolder(tmp_path / "r")
     assert folder.progress().step == 0 and log.read_bytes()
-    rounds.open_loop(folder, InProcess(), tiny.quiet)
+    tiny.opened(folder, InProcess())
     assert log.read_bytes()
     held: list[bool] = []
     recover = RunFolder.recover
@@ -352,7 +352,7 @@ def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left") as error:
-        patch.setattr(RunFolder, "save_params", full)
+        patch.setattr(RunFolder, "save_state", full)
         api.run(study(tmp_path / "r", workers=1))
     assert error.value.__notes__ == [f"what was committed is kept: fedlth resume {tmp_path / 'r'}"]
     api.resume(tmp_path / "r")

@@ -12,7 +12,7 @@ from torch import nn
 
 from fedlth import cli
 from fedlth.methods.aggregate import FedAvg
-from fedlth.methods.method import Recipe
+from fedlth.methods.method import FederatedMethod
 from tests import tiny
 
 
@@ -42,8 +42,8 @@ def keyed(**options: Any) -> Any:
     return options["rate"]
 
 
-def half_a_method() -> Recipe:
-    return Recipe(name="half", paper="", summary="", visit=3, aggregate=FedAvg(), arms=("global",))  # type: ignore[arg-type]
+def half_a_method() -> FederatedMethod:
+    return FederatedMethod(name="half", paper="", summary="", visit=3, aggregate=FedAvg(), arms=("global",))  # type: ignore[arg-type]
 
 
 class Nowhere:
@@ -145,7 +145,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"finder": {"scope": {"name": "global", "floor": 200}}}, "finder.scope.floor: 200 of each layer"),
     "row 23: a method that is a number": (
         {"method": {"name": f"{HERE}:three"}}, "method: tests.test_bad_input:three must return a fedlth.methods.method."
-        "Recipe, got int"),
+        "FederatedMethod, got int"),
     "row 23: what cannot be called": ({"method": {"name": f"{HERE}:HERE"}}, "must be a class or a function"),
     "row 23: half a method": ({"method": {"name": f"{HERE}:half_a_method"}}, "its visit must have __call__, got 3"),
     "row 23: a factory that raises": (

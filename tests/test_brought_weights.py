@@ -14,7 +14,6 @@ from torch import nn
 from fedlth import api, forecast
 from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
-from fedlth.federation import session
 from fedlth.lab import runner
 from fedlth.training.local_client import Local
 from tests import tiny
@@ -69,12 +68,12 @@ def test_named_options_draw_every_weight_anew() -> None:
     assert (other.floats[:size] != world.theta_0.floats[:size]).all()
     wider = tiny.world(model={**DRAWN, "reinit_options": {"trained": False, "hidden": 9}})
     with pytest.raises(StudyError, match="reinit_options: must give a model of the same tensors"):
-        _ = wider.brought
+        _ = wider.model.brought
 
 
 def test_what_nothing_trains_stays_in_another_draw() -> None:
     world = tiny.world(model={"name": "tests.user_model:Mixed", "options": {}})
-    other, names = world.fresh(1), {e.name: e for e in world.layout.entries}
+    other, names = world.model.fresh("other"), {e.name: e for e in world.layout.entries}
     for name, same in (("features.weight", True), ("head.weight", False)):
         at = names[name].slice
         assert np.array_equal(other.floats[at], world.theta_0.floats[at]) is same, name
@@ -93,7 +92,7 @@ class Zeros(nn.Module):
 
 
 def test_a_branch_that_starts_at_zero_is_drawn() -> None:
-    assert not tiny.world(model={"name": "tests.test_brought_weights:Zeros", "options": {}}).brought
+    assert not tiny.world(model={"name": "tests.test_brought_weights:Zeros", "options": {}}).model.brought
 
 
 @pytest.mark.parametrize(
@@ -109,7 +108,7 @@ def test_the_laboratory_refuses_it_too(tmp_path: Path, place: str, sections: dic
         tiny_lottery.run(tmp_path / "r", model=PRETRAINED, **sections)
     assert not (tmp_path / "r").exists()
     with pytest.raises(StudyError, match=BRINGS):
-        tiny_lottery.bench(model=PRETRAINED).fresh("reinit")
+        tiny_lottery.bench(model=PRETRAINED).model.fresh("reinit")
     for model in (DRAWN, {**PRETRAINED, "init": "glorot_normal"}):
         runner.check(tiny_lottery.made(model=model, **sections))
 
@@ -121,7 +120,7 @@ def test_importing_a_model_does_not_decide_theta_0(tmp_path: Path, monkeypatch: 
     monkeypatch.syspath_prepend(str(tmp_path))
     model = {"name": "seeding:seeds", "options": {}}
     first, second = tiny.world(model=model), tiny.world(model=model, seed=1)
-    again = second.module()
+    again = second.model.module()
     assert torch.equal(
         again[1].weight.reshape(-1), torch.from_numpy(second.theta_0.floats[: second.layout.num_prunable])
     )
@@ -155,7 +154,7 @@ def test_one_training_example_costs_its_own_client_alone(tmp_path: Path, client:
         personalise={"arms": ["ticket"]}, federate={"clients_per_round": 4},
     )  # fmt: skip
     lines: list[str] = []
-    session.start(made, tmp_path / "r", InProcess(), lines.append)
+    tiny.run(made, tmp_path / "r", engine=InProcess(), tell=lines.append)
     assert {f["client"] for r in tiny.rows(tmp_path / "r", "rounds") for f in r["failed"]} == {client}
     assert {r["client"] for r in tiny.rows(tmp_path / "r", "metrics")} == {0, 1, 2, 3} - {client}
     (note,) = [line for line in lines if "batch of one example" in line]

@@ -8,7 +8,8 @@ import pytest
 
 from fedlth import catalogue
 from fedlth.cli import parser
-from fedlth.experiment.resolve import finder_of, resolve
+from fedlth.experiment.experiment import finder_of
+from fedlth.experiment.resolve import resolve
 from fedlth.lab import runner
 from fedlth.lab import study as lottery
 from fedlth.lab.controls import MASKS

@@ -111,7 +111,7 @@ def test_a_buffer_policy_without_a_norm_is_said() -> None:
 
 def test_a_root_that_nothing_reads_is_said(tmp_path: Path) -> None:
     made = tiny.study(data={"name": "fashion_slice", "root": str(tmp_path)}, model={"name": "lenet300", "options": {}})
-    assert feasible.check(made, tiny.open_world(resolve(made)[0].science())) == [
+    assert feasible.check(made, tiny.experiment(made).world) == [
         "data.root: has no effect, fashion_slice is not read from a folder"
     ]
 

@@ -12,14 +12,16 @@ from safetensors import safe_open
 
 from fedlth import catalogue
 from fedlth.errors import StudyError
-from fedlth.experiment.resolve import finder_of, resolve
+from fedlth.experiment.experiment import finder_of
+from fedlth.experiment.resolve import resolve
 from fedlth.forecast import trainings
 from fedlth.personalization.arms import ARMS
 from fedlth.personalization.step2 import Result, Step2
 from fedlth.study import schema
 from fedlth.tickets.scope import survivors
+from fedlth.training.batches import window
 from fedlth.training.local_client import Local
-from fedlth.training.train import Plan, cut
+from fedlth.training.recipe import Sgd
 from tests import tiny
 from tests.laws.fakes import TABLES
 from tests.test_methods import step2_of
@@ -111,18 +113,18 @@ def test_frozen_tickets_keep_their_weights_bit_for_bit() -> None:
 def test_step_k_is_where_the_dense_run_stood_and_the_rates_go_on() -> None:
     made = study("rewind", "step", personalise={"epochs": 2, "schedule": "cosine"}, finder={"densities": [0.5]})
     step, (one,) = tickets(made)
-    dense = step.plan
-    to_k = step.local.train(step.theta_g, plan=replace(dense, last_step=2)).params
-    expected = step.local.train(to_k.masked(one.mask), plan=replace(dense, first_step=2), mask=one.mask).params
+    dense = step.recipe
+    to_k = step.local.train(step.theta_g, recipe=replace(dense, last_step=2)).params
+    expected = step.local.train(to_k.masked(one.mask), recipe=replace(dense, first_step=2), active=one.mask).params
     np.testing.assert_array_equal(one.params.floats, expected.floats)
-    whole = step.local.train(step.theta_g, plan=dense).params
-    resumed = step.local.train(to_k, plan=replace(dense, first_step=2)).params
-    momentum_free = replace(dense, momentum=0.0)
+    whole = step.local.train(step.theta_g, recipe=dense).params
+    resumed = step.local.train(to_k, recipe=replace(dense, first_step=2)).params
+    momentum_free = replace(dense, optimizer=Sgd())
     pieces = step.local.train(
-        step.local.train(step.theta_g, plan=replace(momentum_free, last_step=2)).params,
-        plan=replace(momentum_free, first_step=2),
+        step.local.train(step.theta_g, recipe=replace(momentum_free, last_step=2)).params,
+        recipe=replace(momentum_free, first_step=2),
     ).params
-    plain = step.local.train(step.theta_g, plan=momentum_free).params
+    plain = step.local.train(step.theta_g, recipe=momentum_free).params
     np.testing.assert_array_equal(pieces.floats, plain.floats)
     assert resumed.digest() != whole.digest(), "the momentum is rebuilt at a rewind"
     with pytest.raises(StudyError, match=r"finder\.rewind\.step: must lie inside a training's \d+ steps, got 9999"):
@@ -144,7 +146,9 @@ def test_a_mask_moves_inside_one_training_by_the_gradient_of_that_moment() -> No
         else:
             grown = np.abs(step.network(at).gradient(at.floats[:size]))
             mask, stayed = regrow(np.abs(at.floats[:size]), grown, mask, local.world.layout, move - 1)
-        at = local.train(at.masked(stayed), plan=replace(step.plan, first_step=first, last_step=last), mask=mask).params
+        at = local.train(
+            at.masked(stayed), recipe=replace(step.recipe, first_step=first, last_step=last), active=mask
+        ).params
     np.testing.assert_array_equal(one.mask, mask)
     np.testing.assert_array_equal(one.params.floats, at.floats)
     assert one.search_epochs == 0 and one.epochs == 2, "it is one training"
@@ -152,7 +156,7 @@ def test_a_mask_moves_inside_one_training_by_the_gradient_of_that_moment() -> No
     still, (same,) = tickets(
         study("schedule", "constant", finder={**finder, "schedule": {**schedule, "drop": 1e-9}}, **sections)
     )
-    plain = still.local.train(still.theta_g.masked(same.mask), plan=still.plan, mask=same.mask).params
+    plain = still.local.train(still.theta_g.masked(same.mask), recipe=still.recipe, active=same.mask).params
     np.testing.assert_array_equal(same.params.floats, plain.floats)
     with pytest.raises(StudyError, match=r"finder\.schedule\.every: all moves must come before .* client 0 has \d+"):
         tickets(study("schedule", "constant", finder={**finder, "schedule": {**schedule, "every": 500}}))
@@ -163,10 +167,10 @@ def test_a_run_cut_in_steps_is_the_run() -> None:
     flat = [int(b[0]) for parts in epochs for b in parts]
     for first in range(9):
         for last in range(first + 1, 10):
-            got = cut(epochs, first, last)
+            got = window(epochs, first, last)
             assert all(got) and [int(b[0]) for parts in got for b in parts] == flat[first:last]
-    plan = Plan(epochs=3, batch_size=1, lr=1.0, schedule="cosine", first_step=4)
-    assert plan.rate(4, 9) == pytest.approx(1.0 * (0.01 + 0.99 * 0.5)), "the schedule is the whole run's"
+    recipe = tiny.recipe(epochs=3, batch_size=1, lr=1.0, schedule="cosine", first_step=4)
+    assert recipe.rate(4, 9) == pytest.approx(1.0 * (0.01 + 0.99 * 0.5)), "the schedule is the whole run's"
 
 
 def test_slow_movement_sees_the_epochs_before_the_last() -> None:
@@ -175,7 +179,7 @@ def test_slow_movement_sees_the_epochs_before_the_last() -> None:
     )
     step, _ = tickets(made)
     walked = step.walk(step.theta_g, step.local.full, replay_lr=True, window=2)
-    ends = step.local.train(step.theta_g, plan=step.plan, snapshots=(1, 2)).snapshots
+    ends = step.local.train(step.theta_g, recipe=step.recipe, snapshots=(1, 2)).snapshots
     for got, epoch in zip(walked.previous, (1, 2), strict=True):
         np.testing.assert_array_equal(got, ends[epoch][: got.size])
     whole = step.walk(step.theta_g, step.local.full, replay_lr=True, window=9)
@@ -187,7 +191,7 @@ def test_slow_movement_sees_the_epochs_before_the_last() -> None:
 def test_dead_weights_that_hold_a_value_never_move_and_stand_in_the_saved_ticket(tmp_path: Path, dead: str) -> None:
     made = study("dead", dead, finder={"rewind": "init"}, personalise={"arms": ["ticket"]})
     tiny.run(made, tmp_path / "r")
-    world = tiny.open_world(resolve(made)[0].science())
+    world = tiny.experiment(made).world
     with safe_open(tmp_path / "r" / "tickets" / "client-0000.safetensors", "numpy") as file:
         for e in world.layout.prunable:
             mask = np.unpackbits(file.get_tensor(f"{e.name}_mask"), count=e.size).astype(bool)
@@ -236,7 +240,7 @@ def test_a_whole_study_of_unusual_parts(tmp_path: Path) -> None:
     tiny.run(made, tmp_path / "again")
     assert tiny.facts(tmp_path / "r") == tiny.facts(tmp_path / "again")
     rows = [r for r in tiny.rows(tmp_path / "r", "metrics") if r["arm"] == "ticket"]
-    size = tiny.open_world(resolve(made)[0].science()).layout.num_prunable
+    size = tiny.experiment(made).world.layout.num_prunable
     assert {round(r["density"] * size) for r in rows} == {round(0.5 * size), round(0.2 * size)}
 
 
@@ -318,7 +322,7 @@ def test_early_bird_draws_whole_channels_once_their_scales_have_settled() -> Non
     gammas = next(e for e in step.local.world.layout.floats if e.norm and e.name.endswith("weight"))
     dense = step.theta_g
     for _ in range(looks):
-        dense = step.local.train(dense, plan=replace(step.plan, replay_lr=False), mask=step.local.full).params
+        dense = step.local.train(dense, recipe=replace(step.recipe, replay_lr=False), active=step.local.full).params
     scale = np.abs(dense.floats[gammas.slice])
     assert not rows[int(np.argmin(scale))].any(), "the channel of the smallest scale goes"
 

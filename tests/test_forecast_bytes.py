@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from fedlth.errors import StudyError
-from fedlth.experiment.resolve import recipe_of, resolve
+from fedlth.experiment.experiment import method_of
+from fedlth.experiment.resolve import resolve
 from fedlth.federation import forecast_bytes
 from fedlth.federation.forecast_bytes import Bytes, Forecast
 from fedlth.forecast import forecast
-from fedlth.methods.client_update import MaskedVisit
-from fedlth.methods.method import Recipe
+from fedlth.methods.client_update import MaskedUpdate
+from fedlth.methods.method import FederatedMethod
 from fedlth.methods.table import METHODS
 from fedlth.study import schema
 from fedlth.study.schema import Study
@@ -42,7 +43,7 @@ def near(told: Bytes, moved: int) -> bool:
 
 def foretold(made: Study, visit_s: float = 0.01) -> Forecast:
     study, _ = resolve(made)
-    return forecast_bytes.forecast_bytes(open_world(study.science()), recipe_of(study), visit_s)
+    return forecast_bytes.forecast_bytes(open_world(study.science()), method_of(study), visit_s)
 
 
 def compared(made: Study, out: Path) -> None:
@@ -82,14 +83,14 @@ def test_where_accuracy_decides_both_ends_are_told(tmp_path: Path, name: str, wi
     compared(made, tmp_path / "run")
 
 
-def sliced() -> Recipe:
+def sliced() -> FederatedMethod:
     """Return a method with masks of which it says nothing beforehand."""
     return replace(METHODS["lotteryfl"](rate=0.2, density=0.3, val_accuracy=-1.0), name="mine", visit=Silent())
 
 
 @dataclass(frozen=True)
 class Silent:
-    inner: MaskedVisit = METHODS["lotteryfl"](rate=0.2, density=0.3, val_accuracy=-1.0).visit
+    inner: MaskedUpdate = METHODS["lotteryfl"](rate=0.2, density=0.3, val_accuracy=-1.0).visit
     sends: str = "values"
 
     def __call__(self, *args: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedlth.experiment.resolve import finder_of, recipe_of
+from fedlth.experiment.experiment import finder_of, method_of
 from fedlth.federation import server
 from fedlth.federation.client_step import client_step, initial, space
 from fedlth.federation.jobs import Failure, Job, Reply
@@ -22,8 +22,10 @@ from fedlth.storage.client_state import ClientState
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.server_state import ServerState
 from fedlth.tickets.finder import Finder
-from fedlth.training import train
+from fedlth.training import recipe as training_recipe
 from fedlth.training.local_client import Local
+from fedlth.training.recipe import Epochs
+from fedlth.training.request import TrainingResult
 from fedlth.training.task import World
 from fedlth.wire import payload
 from fedlth.wire.payload import Content
@@ -46,7 +48,7 @@ def manual_fedavg(made: Any, *, weighted: bool) -> Params:
         for c in server.sample(made.seed, "federate", r, clients=seen, count=made.federate.clients_per_round):
             local = Local(world, c, r, "federate")
             share = local.num_train if weighted else 1
-            total += local.train(theta, plan=local.plan).params.floats.astype(np.float64) * share
+            total += local.train(theta, recipe=local.recipe).params.floats.astype(np.float64) * share
             weight += share
         theta = Params((total / weight).astype(np.float32), theta.ints)
     return theta
@@ -93,7 +95,7 @@ def visits(made: Any, count: int, client: int = 0, *, theta: Params | None = Non
     """Let one client visit `count` rounds by itself over raw payloads; return what it sent and kept each time."""
     made = made.model_copy(update={"wire": "raw"})
     world = tiny.open_world(made.science())
-    recipe = recipe_of(made)
+    recipe = method_of(made)
     layout = space(world, recipe)
     theta, state, out = theta or initial(world, recipe), None, []
     for r in range(1, count + 1):
@@ -143,7 +145,7 @@ def test_lotteryfl_rewinds_to_theta_0_and_keeps_statistics() -> None:
     made = tiny.study(model={"name": "tests.test_methods:normed", "options": {}})
     world = tiny.open_world(made.science())
     local = Local(world, 0, 1, "federate")
-    moved = local.train(world.theta_0, plan=local.plan).params
+    moved = local.train(world.theta_0, recipe=local.recipe).params
     params, mask = PruneAndRewind(0.2, 0.1, -1.0)(local, moved, local.full, None)
     weights = world.layout.num_params
     np.testing.assert_array_equal(params.floats[:weights], world.theta_0.masked(mask).floats[:weights])
@@ -187,7 +189,7 @@ def test_fedselect_keeps_what_is_personal_and_takes_what_is_shared() -> None:
     shared = state.masks["active"]
     theirs = Params(np.full(world.layout.num_floats, 7, np.float32), world.theta_0.ints)
     received = Content(shared, theirs.masked(shared).floats, theirs.ints)
-    held = recipe_of(made).visit.own(Local(world, 0, 3, "federate"), received, state)
+    held = method_of(made).own.own(Local(world, 0, 3, "federate"), received, state)
     size = shared.size
     assert (held.params.floats[:size][shared] == 7).all() and (held.params.floats[size:] == 7).all()
     np.testing.assert_array_equal(held.params.floats[:size][~shared], state.vectors["private"][:size][~shared])
@@ -197,20 +199,20 @@ def test_fedselect_keeps_what_is_personal_and_takes_what_is_shared() -> None:
 def test_fedselect_trains_one_set_at_a_time() -> None:
     made = tiny.of_method("fedselect")
     world = tiny.open_world(made.science())
-    local, visit = Local(world, 0, 1, "federate"), recipe_of(made).visit
+    local, visit = Local(world, 0, 1, "federate"), method_of(made).own
     shared = np.random.default_rng(0).random(world.layout.num_prunable) < 0.5
     calls: list[np.ndarray] = []
 
     class Spy(Local):
-        def train(self, start: Params, **more: Any) -> train.Trained:
-            calls.append(more["update"])
+        def train(self, start: Params, **more: Any) -> TrainingResult:
+            calls.append(more["trainable"])
             return Local.train(self, start, **more)
 
-    visit._alternate(Spy(world, 0, 1, "federate"), world.theta_0, shared, replace(local.plan, epochs=2))
+    visit._alternate(Spy(world, 0, 1, "federate"), world.theta_0, shared, replace(local.recipe, budget=Epochs(2)))
     size = shared.size
     assert [np.array_equal(c[:size], ~shared) for c in calls] == [True, False, True, False]
     assert all(np.array_equal(c[:size], shared) and c[size:].all() for c in calls[1::2])
-    assert local.plan.epochs == 1
+    assert local.recipe.budget.epochs == 1
 
 
 def test_fedpm_sends_bits_and_learns_probabilities(tmp_path: Path) -> None:
@@ -245,7 +247,7 @@ def step2_of(made: Any, client: int = 0) -> Step2:
     content = Content(local.full, theta_g.floats, theta_g.ints)
     anchors = {"theta_0": world.theta_0, "theta_g": theta_g}
     return Step2(
-        local=local, visit=recipe_of(made).visit, received=content, state=ClientState(), theta_g=theta_g,
+        local=local, visit=method_of(made).own, received=content, state=ClientState(), theta_g=theta_g,
         alive=local.full, anchors=anchors, finder=finder_of(made), targets=made.finder.densities,
     )  # fmt: skip
 
@@ -299,13 +301,13 @@ def test_dense_total_trains_as_long_as_the_search() -> None:
 
 def orders(monkeypatch: pytest.MonkeyPatch) -> list[list[np.ndarray]]:
     seen: list[list[np.ndarray]] = []
-    original = train.batches
+    original = training_recipe.batches
 
     def spy(size: int, batch_size: int, order: np.random.Generator) -> list[np.ndarray]:
         seen[-1:] = [[*seen[-1], *(parts := original(size, batch_size, order))]]
         return parts
 
-    monkeypatch.setattr(train, "batches", spy)
+    monkeypatch.setattr(training_recipe, "batches", spy)
     return seen
 
 
@@ -392,7 +394,7 @@ def test_own_random_and_frozen_random_keep_the_layer_counts() -> None:
     assert layer_counts(step, control.mask) == layer_counts(step, mask) and (control.mask != mask).any()
     made = tiny.of_method("fedpm")
     world = tiny.open_world(made.science())
-    scores = initial(world, recipe_of(made))
+    scores = initial(world, method_of(made))
     step = replace(step2_of(made), received=Content(np.ones(scores.floats.size, bool), scores.floats, scores.ints))
     (control,), (tuned,) = results(step, "frozen_random"), results(step, "own_tuned")
     likely = scores.floats > 0
@@ -502,7 +504,7 @@ def test_slices_after_a_lost_visit_use_the_committed_mask(tmp_path: Path) -> Non
 
 def test_count_mean_is_what_mask_methods_use() -> None:
     for name in ("lotteryfl", "sub_fedavg", "fedselect"):
-        assert recipe_of(tiny.of_method(name)).aggregate == CountMean()
+        assert method_of(tiny.of_method(name)).aggregate == CountMean()
 
 
 # FedSelect's two passes
@@ -530,7 +532,7 @@ def test_what_is_shared_moves_in_the_shared_pass_alone(compute: str) -> None:
         assert crosses[size:].all() and np.array_equal(crosses[:size], shared)
 
         def moved(update: np.ndarray, local: Local = local, way: str = way) -> np.ndarray:
-            call = lambda: local.train(local.world.theta_0, plan=local.plan, update=update).params.floats  # noqa: E731
+            call = lambda: local.train(local.world.theta_0, recipe=local.recipe, trainable=update).params.floats  # noqa: E731
             return lockstep.side_by_side([call, call], cohort.answer)[1] if way == "cohort" else call()
 
         for update in (crosses, ~crosses):
@@ -560,7 +562,7 @@ def test_the_personal_pass_leaves_biases_norms_and_their_statistics(monkeypatch:
         with monkeypatch.context() as patch:
             patch.setattr(Local, "train", spy)
             local = Local(world, 0, 1, "federate")
-            recipe_of(made).visit._alternate(local, world.theta_0, shared, local.plan)
+            method_of(made).own._alternate(local, world.theta_0, shared, local.plan)
         (before, personal), (between, after) = steps
         entries = {e.name: e for e in world.layout.floats}
         norm, head, mean = entries["norm.weight"].slice, entries["head.bias"].slice, entries["norm.running_mean"].slice
@@ -578,7 +580,7 @@ def test_a_frozen_part_is_in_neither_pass() -> None:
     made = tiny.of_method("fedselect", model={"name": "tests.test_methods:half_frozen", "options": {}})
     world = tiny.open_world(made.science())
     assert crossing(world, np.ones(world.layout.num_prunable, bool)).all()
-    assert recipe_of(made).visit.passes(world, 0) == 1 and recipe_of(made).visit.passes(world, 1) == 2
+    assert method_of(made).own.passes(world, 0) == 1 and method_of(made).own.passes(world, 1) == 2
 
 
 def half_frozen(num_classes: int) -> tiny.Small:

@@ -14,11 +14,11 @@ from fedlth import api
 from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
 from fedlth.federation import session
-from fedlth.federation.rounds import Loop, open_loop
+from fedlth.federation.rounds import Federation
 from fedlth.forecast import forecast
 from fedlth.methods.aggregate import Contribution, FedAvg
-from fedlth.methods.client_update import MaskedVisit
-from fedlth.methods.method import Recipe
+from fedlth.methods.client_update import MaskedUpdate
+from fedlth.methods.method import FederatedMethod
 from fedlth.models.layout import Layout, Params
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.server_state import ServerState
@@ -104,9 +104,9 @@ RULES: Mapping[str, type] = {
 }
 
 
-def method(rule: str = "FedAvgM", loose: bool = False) -> Recipe:
-    visit: Any = Loose() if loose else MaskedVisit()
-    return Recipe(name="own", paper="", summary="", visit=visit, aggregate=RULES[rule](), arms=("global",))
+def method(rule: str = "FedAvgM", loose: bool = False) -> FederatedMethod:
+    visit: Any = Loose() if loose else MaskedUpdate()
+    return FederatedMethod(name="own", paper="", summary="", visit=visit, aggregate=RULES[rule](), arms=("global",))
 
 
 def study(**options: Any) -> Any:
@@ -120,7 +120,7 @@ def test_a_rule_with_memory_resumes_to_equal_bits(tmp_path: Path, after: int) ->
     """Row 13: what a rule remembers lies beside theta in the checkpoint."""
     tiny.run(study(), tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "run", lambda self: stop(self, after))
+        patch.setattr(Federation, "run", lambda self: stop(self, after))
         with pytest.raises(Stopped):
             tiny.run(study(), tmp_path / "cut")
     kept = RunFolder(tmp_path / "cut").load_state(f"theta-{after - 1}")
@@ -135,7 +135,7 @@ class Stopped(Exception):
     pass
 
 
-RUN = Loop.run
+RUN = Federation.run
 
 
 def stop(loop: Any, after: int) -> None:
@@ -166,4 +166,4 @@ def test_a_rule_that_hides_state_is_refused_before_anything_runs(
 
 def test_a_loop_holds_what_the_checkpoint_holds(tmp_path: Path) -> None:
     folder = tiny.run(study(), tmp_path / "run")
-    assert open_loop(folder, InProcess(), tiny.quiet).state.memory["rounds"] == 4
+    assert tiny.opened(folder, InProcess()).state.memory["rounds"] == 4

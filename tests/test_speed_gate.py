@@ -24,7 +24,10 @@ from fedlth.models.layout import layout_of, read
 from fedlth.models.prunable import prunable_names
 from fedlth.models.registry import build
 from fedlth.storage import store
-from fedlth.training.train import Bound, Plan, batches, train
+from fedlth.training.batches import batches
+from fedlth.training.flat_model import FlatModel
+from fedlth.training.request import drawn_request
+from fedlth.training.train import train
 from fedlth.wire import payload
 from tests import tiny
 
@@ -49,9 +52,8 @@ def of_a_round(out: Path, clients: int) -> Counter[str]:
     study = tiny.of_method("fedavg", wire="raw", federate=made, clients={"count": 8, "unseen": 0.0, "test_samples": 20})
     folder = tiny.RunFolder(out)
     folder.create(study)
-    from fedlth.federation.rounds import open_loop
 
-    loop = open_loop(folder, tiny.InProcess(), tiny.quiet)
+    loop = tiny.opened(folder, tiny.InProcess())
     loop.run(stop_after=2)
     client_step._decoded.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
@@ -111,11 +113,12 @@ def test_the_kernel_is_ahead_of_eager_torch_and_a_ticket_of_its_dense_twin() -> 
     rng = np.random.default_rng(0)
     data = torch.from_numpy(rng.standard_normal((320, 1, 28, 28)).astype(np.float32)), torch.arange(320) % 10
     mask = rng.random(layout.num_prunable) < 0.1
-    plan, bound = Plan(epochs=1, batch_size=32, lr=0.01), Bound(module, layout, "cpu")
+    model, recipe = FlatModel(module, layout, "cpu"), tiny.recipe(batch_size=32, lr=0.01)
+    request = drawn_request(start, data, recipe, order=np.random.default_rng(1), torch_seed=0)
     parts = [batches(320, 32, np.random.default_rng(1))]
 
     def eager() -> object:
-        return train(bound, start, data=data, plan=plan, order=np.random.default_rng(1), torch_seed=0)
+        return train(model, request)
 
     def kernels(mask: np.ndarray | None) -> object:
         x, y = (part.numpy() for part in data)

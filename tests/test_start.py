@@ -33,13 +33,13 @@ def loaded(command: list[str], folder: Path, stop: str) -> set[str]:
 
 
 def test_plain_torch_loads_no_compiler(tmp_path: Path) -> None:
-    found = loaded([*SMOKE, "compute=reference"], tmp_path, "fedlth.training.train:_in_torch")
+    found = loaded([*SMOKE, "compute=reference"], tmp_path, "fedlth.training.torch_backend:train")
     assert not found & {"numba", "scipy", "torch._dynamo", "torch._inductor", "matplotlib", "ray", "flwr"}
 
 
 def test_the_kernel_is_loaded_without_scipy(tmp_path: Path) -> None:
     pytest.importorskip("numba")
-    found = loaded([*SMOKE, "compute=sparse"], tmp_path, "fedlth.training.train:_in_kernel")
+    found = loaded([*SMOKE, "compute=sparse"], tmp_path, "fedlth.training.kernel_backend:train")
     assert "numba.np.arraymath" in found
     assert not found & {"scipy.linalg", "torch._dynamo", "torch._inductor", "matplotlib", "ray", "flwr"}
 

@@ -15,7 +15,8 @@ import pytest
 
 from fedlth import forecast
 from fedlth.errors import StudyError
-from fedlth.experiment.resolve import recipe_of, resolve
+from fedlth.experiment.experiment import method_of
+from fedlth.experiment.resolve import resolve
 from fedlth.federation.client_step import client_step
 from fedlth.federation.jobs import Job
 from fedlth.personalization.arms import ARMS
@@ -28,7 +29,11 @@ from fedlth.storage.client_state import ClientState
 from fedlth.tickets.gate import Look, Proposal
 from fedlth.tickets.search import Walked
 from fedlth.training import train
-from fedlth.training.local_client import Local, steps_an_epoch
+from fedlth.training.batches import batches, steps_an_epoch
+from fedlth.training.flat_model import FlatModel
+from fedlth.training.local_client import Local
+from fedlth.training.recipe import Sgd, TrainingRecipe
+from fedlth.training.request import TrainingRequest
 from fedlth.wire.payload import Content
 from tests import tiny
 from tests.test_methods import results, step2_of
@@ -48,11 +53,10 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[float]]]:
     seen: list[tuple[str, list[float]]] = []
     original = Local.train
 
-    def spy(self: Local, start: Any, *, plan: train.Plan, **more: Any) -> Any:
-        steps = plan.epochs * self.steps_an_epoch
-        rates = [plan.rate(k, steps) for k in range(plan.first_step, min(plan.last_step or steps, steps))]
-        seen.append((self.stage, rates))
-        return original(self, start, plan=plan, **more)
+    def spy(self: Local, start: Any, *, recipe: TrainingRecipe, **more: Any) -> Any:
+        steps = recipe.budget.epochs * self.steps_an_epoch
+        seen.append((self.stage, [recipe.rate(k, steps) for k in range(recipe.first_step, recipe.end(steps))]))
+        return original(self, start, recipe=recipe, **more)
 
     monkeypatch.setattr(Local, "train", spy)
     return seen
@@ -61,7 +65,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[float]]]:
 @pytest.mark.parametrize("size", [1, 2, 15, 16, 17, 33, 48])
 @pytest.mark.parametrize("batch", [1, 2, 16])
 def test_steps_of_an_epoch(size: int, batch: int) -> None:
-    assert steps_an_epoch(size, batch) == len(train.batches(size, batch, stream(0, "any")))
+    assert steps_an_epoch(size, batch) == len(batches(size, batch, stream(0, "any")))
 
 
 @pytest.mark.parametrize("name", ["lotteryfl", "sub_fedavg", "fedselect"])
@@ -122,7 +126,7 @@ def test_learned_masks_and_parts_of_trainings_are_counted() -> None:
     from fedlth.federation.client_step import initial
 
     step = step2_of(made)
-    scores = initial(step.local.world, recipe_of(made))
+    scores = initial(step.local.world, method_of(made))
     step = replace(step, received=Content(np.ones(scores.floats.size, bool), scores.floats, scores.ints))
     (tuned,) = results(step, "own_tuned")
     assert tuned.epochs == 2 and tuned.flops == step.local.flops(step.local.full, 2) and tuned.cpu_s[0] > 0
@@ -163,7 +167,7 @@ def test_the_forecast_knows_every_epoch_that_is_trained(tmp_path: Path, made: An
     for row in tiny.rows(tmp_path / "r", "times"):
         epochs = sum(one["epochs"] for one in row.get("work", ()) if "density" in one)
         trained[row["phase"]] = trained.get(row["phase"], 0) + epochs
-    rounds, own = forecast.own_epochs(tiny.open_world(made.science()), recipe_of(made))
+    rounds, own = forecast.own_epochs(tiny.open_world(made.science()), method_of(made))
     assert rounds == trained.get("federate", 0) + trained.get("refine", 0)
     told = own + made.clients.count * forecast.step2_epochs(made)
     # The random control of a client that was never sampled, and so has no mask, is the dense twin.
@@ -195,14 +199,13 @@ def test_the_controls_of_a_methods_mask_are_of_its_own_granularity(name: str) ->
 
 
 def breaks(monkeypatch: pytest.MonkeyPatch, where: Any) -> None:
-    """Let the trainings of step 2 diverge whose (plan, mask) `where` picks."""
+    """Let the trainings of step 2 diverge whose density `where` picks."""
     original = train.train
 
-    def broken(bound: Any, start: Any, *, plan: train.Plan, **more: Any) -> Any:
-        mask = more["mask"]
-        if mask is not None and where(plan, float(mask.mean())):
+    def broken(model: FlatModel, request: TrainingRequest) -> Any:
+        if request.active is not None and where(float(request.active.mean())):
             raise FloatingPointError("training diverged: loss nan")
-        return original(bound, start, plan=plan, **more)
+        return original(model, request)
 
     monkeypatch.setattr(train, "train", broken)
 
@@ -210,7 +213,7 @@ def breaks(monkeypatch: pytest.MonkeyPatch, where: Any) -> None:
 def test_an_arm_that_diverges_costs_the_client_that_arm_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row 10: the client lost all its arms, and every mean was over the survivors."""
     arms = ["global", "dense", "ticket", "global_mask", "random"]
-    breaks(monkeypatch, lambda plan, density: density < 0.3)
+    breaks(monkeypatch, lambda density: density < 0.3)
     told: list[str] = []
     tiny.run(tiny.study(personalise={"arms": arms}), tmp_path / "r", tell=told.append)
     rows = tiny.rows(tmp_path / "r", "metrics")
@@ -234,7 +237,7 @@ def test_an_arm_that_diverges_costs_the_client_that_arm_alone(tmp_path: Path, mo
 
 def test_without_a_dense_training_the_random_control_still_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     """Row 10: a search whose first training diverges has no mask to shuffle; the other arms go on."""
-    breaks(monkeypatch, lambda plan, density: density == 1)
+    breaks(monkeypatch, lambda density: density == 1)
     step = step2_of(tiny.study(personalise={"epochs": 1}))
     every = {arm: results(step, arm) for arm in ("dense", "ticket", "one_shot", "random", "global_mask")}
     assert all(r.diverged for arm in ("dense", "ticket", "one_shot") for r in every[arm])
@@ -266,11 +269,11 @@ def test_a_client_goes_on_to_refinement_when_its_ticket_diverged(
     )  # fmt: skip
     original, lost = train.train, [1]
 
-    def broken(bound: Any, start: Any, *, mask: Any = None, **more: Any) -> Any:
-        if mask is not None and not mask.all() and lost:
+    def broken(model: FlatModel, request: TrainingRequest) -> Any:
+        if request.active is not None and not request.active.all() and lost:
             lost.pop()
             raise FloatingPointError("training diverged: loss nan")
-        return original(bound, start, mask=mask, **more)
+        return original(model, request)
 
     monkeypatch.setattr(train, "train", broken)
     tiny.run(made, tmp_path / "r")
@@ -283,22 +286,42 @@ def test_weights_or_losses_that_are_no_numbers_are_a_divergence(monkeypatch: pyt
     """Row 10: the last step may break a model whose losses were finite; then its row cannot be sent as it is."""
     step = step2_of(tiny.study())
     local = step.local
-    one = replace(local.plan, batch_size=10**6, lr=3e38, weight_decay=1e3)  # a single step, whose loss is finite
+    one = replace(
+        local.recipe, batch_size=10**6, lr=3e38, optimizer=Sgd(weight_decay=1e3)
+    )  # a single step, whose loss is finite
     with pytest.raises(FloatingPointError, match=r"training diverged: loss \d"):
-        local.train(step.theta_g, plan=one)
+        local.train(step.theta_g, recipe=one)
     assert local.log[-1].steps > 0, "what it cost is counted"
     from fedlth.federation.client_step import _row
 
     huge = replace(step.theta_g, floats=np.full_like(step.theta_g.floats, 1e30))
     row = _row(local, Result(arm="dense", params=huge, mask=local.full))
-    assert row["diverged"] and row["test_loss"] == math.log(4)
+    assert row.diverged and row.val_loss == row.test_loss == math.log(4)
+
+
+def test_what_is_kept_does_not_depend_on_test_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 10's brother: a test loss that is no number took the client's ticket file, and in a trial its rate."""
+    made = tiny.study(personalise={"arms": ["ticket"]})
+    tiny.run(made, tmp_path / "whole")
+    original = Local.evaluate
+
+    def infinite(self: Local, params: Any, data: Any) -> tuple[float, float]:
+        accuracy, loss = original(self, params, data)
+        return (accuracy, loss) if data is self.val_part else (accuracy, math.inf)
+
+    monkeypatch.setattr(Local, "evaluate", infinite)
+    tiny.run(made, tmp_path / "r")
+    assert tiny.digests(tmp_path / "r")["tickets"] == tiny.digests(tmp_path / "whole")["tickets"] != {}
+    rows, whole = tiny.rows(tmp_path / "r", "metrics"), tiny.rows(tmp_path / "whole", "metrics")
+    guess = {"test_accuracy": 1 / 4, "test_loss": math.log(4)}
+    assert rows == [row | guess for row in whole], "the row is a guess on test data alone"
 
 
 def test_a_client_whose_round_diverges_fails_that_visit_with_the_reason() -> None:
     """Row 10: in a federated round it is the visit's failure."""
     from fedlth.engines.inprocess import attempt
 
-    science = resolve(tiny.of_method("fedavg", train={"lr": 1e30, "epochs": 2}))[0].science()
+    science = tiny.experiment(tiny.of_method("fedavg", train={"lr": 1e30, "epochs": 2})).text
     failure = attempt(client_step, Job(study=science, phase="federate", round=1, client=0, inbox=()))
     assert "training diverged" in failure.reason  # type: ignore[union-attr]
 
@@ -370,10 +393,10 @@ def test_a_result_is_let_go_once_it_is_evaluated(monkeypatch: pytest.MonkeyPatch
 def test_the_memory_forecast_does_not_grow_with_densities() -> None:
     """Row 33: what step 2 holds is the same for one density and for nine, but for the masks of the random control."""
     one, many = (
-        tiny.open_world(resolve(tiny.study(finder={"densities": d}))[0].science())
+        tiny.experiment(tiny.study(finder={"densities": d})).world
         for d in ([0.5], [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
     )
     grown = forecast._memory_mb(many) - forecast._memory_mb(one)
     assert grown == pytest.approx(8 * one.layout.num_prunable / 1e6)
-    plain = tiny.open_world(resolve(tiny.of_method("fedavg"))[0].science())
+    plain = tiny.experiment(tiny.of_method("fedavg")).world
     assert forecast._memory_mb(one) > forecast._memory_mb(plain)

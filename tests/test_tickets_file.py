@@ -18,13 +18,13 @@ from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
 from fedlth.experiment.resolve import resolve
 from fedlth.experiment.saved_ticket import load_ticket
-from fedlth.federation import session
 from fedlth.federation.jobs import Failure, Job, Reply
 from fedlth.report import tickets as told
 from fedlth.report.facts import read_run
 from fedlth.report.overlap import read_masks
 from fedlth.study import schema
-from fedlth.training import task, train
+from fedlth.training import task
+from fedlth.training.loss import cross_entropy
 from tests import tiny, user_model
 from tests.test_user_code import own
 
@@ -121,7 +121,7 @@ def test_every_saved_ticket_is_its_own_row(tmp_path: Path, name: str, form: str)
 def measured(model: nn.Module, data: tuple[torch.Tensor, torch.Tensor]) -> tuple[float, float]:
     with torch.inference_mode():
         logits = model(data[0])
-    return float((logits.argmax(-1) == data[1]).double().mean()), float(train.loss_of(logits, data[1]))
+    return float((logits.argmax(-1) == data[1]).double().mean()), float(cross_entropy(logits, data[1]))
 
 
 @pytest.mark.parametrize("form", ["dense", "compact"])
@@ -234,7 +234,7 @@ def test_a_client_that_failed_to_refine_keeps_the_ticket_of_step_2(tmp_path: Pat
                 for j, a in zip(jobs, answers, strict=True)
             ]  # fmt: skip
 
-    session.start(tiny.of_method("two_step", **REFINE), tmp_path / "r", Failing(), tiny.quiet)
+    tiny.run(tiny.of_method("two_step", **REFINE), tmp_path / "r", engine=Failing(), tell=tiny.quiet)
     arms = {s.client: s.arm for s in read_run(tmp_path / "r").tickets}
     assert arms == {0: "refined", 1: "refined", 2: "ticket", 3: "refined"}
     (row,) = [

@@ -14,11 +14,11 @@ from safetensors import safe_open
 from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
 from fedlth.experiment.saved_ticket import load_ticket
-from fedlth.federation import rounds, session
+from fedlth.federation import session
 from fedlth.models.layout import read
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.run_folder import RunFolder
-from fedlth.training import train
+from fedlth.training.evaluation import evaluate
 from fedlth.wire import mask as bitmap
 from tests import tiny
 
@@ -97,7 +97,7 @@ def test_what_stays_local_is_the_clients_own(tmp_path: Path, buffers: str) -> No
     theta = folder.load_params(folder.progress().theta)
     vectors = states[str(client)].vectors
     mine = world.merge(theta, world.whole(type(theta)(vectors["private"], vectors["private_ints"])))
-    accuracy, _ = train.evaluate(world.bound, mine, world.part(client, "test"))
+    accuracy, _ = evaluate(world.flat_model, mine, world.part(client, "test"))
     assert accuracy == row["test_accuracy"]
 
 
@@ -167,7 +167,7 @@ def test_a_run_goes_on_with_what_crossed(tmp_path: Path) -> None:
     engine, folder = InProcess(), RunFolder(tmp_path / "r")
     folder.create(made)
     session._write_header(folder, made, tiny.world_of(folder.root), engine)
-    rounds.open_loop(folder, engine, tiny.quiet).run(stop_after=1)
+    tiny.opened(folder, engine).run(stop_after=1)
     text = (folder.root / "config.yaml").read_text()
     (folder.root / "config.yaml").write_text(text.replace("trains: true", "trains: false"))
     with pytest.raises(StudyError, match="must go on with the 1173 numbers that crossed, got 133"):

@@ -15,12 +15,15 @@ from torch import nn
 
 from fedlth.engines.cohort import answered
 from fedlth.engines.inprocess import InProcess
-from fedlth.experiment.resolve import resolve
+from fedlth.experiment.experiment import Experiment
+from fedlth.experiment.resolve import read, resolve
 from fedlth.federation import session
 from fedlth.federation.jobs import Again, Answers, Engine, Failure, Job, Reply, never
+from fedlth.federation.rounds import Federation
 from fedlth.models.layout import Layout, layout_of
 from fedlth.storage.run_folder import RunFolder
 from fedlth.study import schema
+from fedlth.training.recipe import PARTS, Epochs, Sgd, TrainingRecipe
 from fedlth.training.task import World, open_world
 
 NUM_CLASSES, SIDE = 4, 8
@@ -84,8 +87,21 @@ def of_method(name: str, **sections: Any) -> schema.Study:
     return study(method={"name": name, **METHODS[name]}, **sections)
 
 
+def recipe(
+    *, epochs: int = 1, momentum: float = 0.0, weight_decay: float = 0.0, schedule: str = "constant", **more: Any
+) -> TrainingRecipe:
+    """Return a recipe of SGD, its parts given as plain numbers."""
+    optimizer = Sgd(momentum=momentum, weight_decay=weight_decay)
+    return TrainingRecipe(budget=Epochs(epochs), optimizer=optimizer, schedule=PARTS["schedule"][schedule](), **more)
+
+
 def world(**sections: Any) -> World:
-    return open_world(resolve(study(**sections))[0].science())
+    return experiment(study(**sections)).world
+
+
+def experiment(made: schema.Study) -> Experiment:
+    """Return what a study means, nothing tried."""
+    return read(made)[0]
 
 
 def world_of(out: Path) -> World:
@@ -99,7 +115,13 @@ def quiet(line: str) -> None:
 def run(
     made: schema.Study, out: Path, *, engine: Engine | None = None, tell: Callable[[str], None] = quiet
 ) -> RunFolder:
-    return session.start(made, out, engine or InProcess(), tell)
+    experiment, notes = resolve(made)
+    return session.start(experiment, notes, out, engine or InProcess(), tell)
+
+
+def opened(folder: RunFolder, engine: Engine | None = None) -> Federation:
+    """Open a run folder where its last commit left it."""
+    return Federation(Experiment.of(folder.study()), folder, engine or InProcess(), quiet)
 
 
 def facts(out: Path) -> dict[str, bytes]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedlth.engines.forked import Forked, usable_cpus
 from fedlth.engines.inprocess import InProcess
 from fedlth.errors import require
+from fedlth.experiment.experiment import Experiment
 from fedlth.federation import session
 from fedlth.federation.jobs import Engine
 from fedlth.study.schema import Study
@@ -20,19 +21,22 @@ def check_engine(study: Study) -> None:
         require(f"engine: {study.engine}", "ray", extra="sim")
 
 
-def drive(study: Study, out: Path, tell: Callable[[str], None], *, again: bool) -> None:
-    """Run a study into `out`, or go on with the run there (`again`), on the engine that the study names."""
+def drive(
+    experiment: Experiment, out: Path, tell: Callable[[str], None], *, again: bool, notes: Sequence[str] = ()
+) -> None:
+    """Run an experiment into `out`, or go on with the run there (`again`), on the engine that its study names."""
+    study = experiment.study
     check_engine(study)
     if study.engine == "flower":
         from fedlth.engines.flower import run_under_flower
 
-        run_under_flower(study, out, tell, resume=again)
+        run_under_flower(experiment, out, tell, resume=again, notes=notes)
         return
     engine = _engine(study, tell)
     if again:
         session.resume(out, engine, tell)
     else:
-        session.start(study, out, engine, tell)
+        session.start(experiment, notes, out, engine, tell)
 
 
 def _engine(study: Study, tell: Callable[[str], None]) -> Engine:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,11 @@ from fedlth.engines.flower_client import Step  # noqa: E402
 from fedlth.engines.flower_engine import UNREADABLE, Back, FlowerEngine, Sent  # noqa: E402
 from fedlth.engines.flower_nodes import Tell  # noqa: E402
 from fedlth.engines.flower_record import BODY, CHUNKED, HEAD, View  # noqa: E402
-from fedlth.engines.flower_session import Task, interruptible, task_of  # noqa: E402
+from fedlth.engines.flower_session import FlowerRun, interruptible, task_of  # noqa: E402
 from fedlth.engines.inprocess import one_line  # noqa: E402
 from fedlth.errors import StudyError  # noqa: E402
-from fedlth.experiment.resolve import resolve  # noqa: E402
+from fedlth.experiment.experiment import Experiment  # noqa: E402
 from fedlth.federation.client_step import client_step  # noqa: E402
-from fedlth.study.schema import Study  # noqa: E402
-from fedlth.training.task import open_world  # noqa: E402
 
 WORKERS = 2
 SIMULATED_WAIT_S = 10.0  # a simulation registers all its nodes at once, a moment after the ServerApp has started
@@ -179,25 +177,27 @@ def make_server_app(app_dir: Path) -> ServerApp:
     return app
 
 
-def _run(task: Task, grid: Grid, tell: Tell, stop: threading.Event, *, wait_s: float) -> None:
+def _run(task: FlowerRun, grid: Grid, tell: Tell, stop: threading.Event, *, wait_s: float) -> None:
     transport = GridTransport(grid)
     engine = FlowerEngine(
-        transport, study=task.study, out=task.out, tell=tell, stop=stop,
+        transport, study=task.experiment.study, out=task.out, tell=tell, stop=stop,
         wait_s=SIMULATED_WAIT_S if transport.simulated else wait_s,
     )  # fmt: skip
     task.run(engine, tell)
 
 
-def run_under_flower(study: Study, out: Path, tell: Tell, *, resume: bool = False, step: Step = client_step) -> None:
-    """Run a study in Flower's simulation on this machine, one SuperNode a client, two workers.
+def run_under_flower(
+    experiment: Experiment, out: Path, tell: Tell, *, resume: bool = False, notes: Sequence[str] = (),
+    step: Step = client_step,
+) -> None:  # fmt: skip
+    """Run an experiment in Flower's simulation on this machine, one SuperNode a client, two workers.
 
     What the run raises is raised here; Ctrl-C ends it after the client steps that are under way.
     """
     from flwr.simulation import run_simulation  # no device needs it, and it is a third of a client's start
 
-    open_world(resolve(study)[0].science())  # what is wrong with the study is said before Ray starts
     # Flower's workers have working folders of their own.
-    task, stop, ended = Task(study, out.resolve(), resume), threading.Event(), threading.Event()
+    task, stop, ended = FlowerRun(experiment, out.resolve(), resume, tuple(notes)), threading.Event(), threading.Event()
     raised: list[BaseException] = []
     app = ServerApp()
 
@@ -215,7 +215,7 @@ def run_under_flower(study: Study, out: Path, tell: Tell, *, resume: bool = Fals
             run_simulation(
                 server_app=app,
                 client_app=make_client_app(str(task.out), restarts=True, step=step),
-                num_supernodes=study.clients.count,
+                num_supernodes=experiment.study.clients.count,
                 backend_config={
                     "init_args": {
                         "address": "local",  # or it joins the cluster of RAY_ADDRESS, or one that has left its address

@@ -15,33 +15,32 @@ from typing import Any
 from fedlth.engines.flower_engine import FlowerEngine
 from fedlth.engines.flower_nodes import Tell
 from fedlth.errors import StudyError
+from fedlth.experiment.experiment import Experiment
 from fedlth.experiment.resolve import resolve
 from fedlth.federation import session
 from fedlth.federation.rounds import missing
 from fedlth.storage.run_folder import RunFolder
 from fedlth.study import schema
-from fedlth.training.task import open_world
 
 
 @dataclass(frozen=True)
-class Task:
-    """A study, where it runs, and whether it goes on with a run that is there."""
+class FlowerRun:
+    """An experiment, where it runs, whether it goes on with a run that is there, and the notes to begin with."""
 
-    study: schema.Study
+    experiment: Experiment
     out: Path
     resume: bool
+    notes: tuple[str, ...] = ()
 
     def run(self, engine: FlowerEngine, tell: Tell) -> None:
-        # What can be wrong is found before anything is written: first the study, then the SuperNodes.
-        open_world(resolve(self.study)[0].science())
-        engine.ready()
+        engine.ready()  # before anything is written
         if self.resume:
             session.resume(self.out, engine, tell)
         else:
-            session.start(self.study, self.out, engine, tell)
+            session.start(self.experiment, self.notes, self.out, engine, tell)
 
 
-def task_of(run_config: Mapping[str, Any], app_dir: Path) -> Task | None:
+def task_of(run_config: Mapping[str, Any], app_dir: Path) -> FlowerRun | None:
     """Return what `flwr run --run-config` asks for; None where that run has ended and no client is to be visited again.
 
     `study` is a path in the app (Flower runs an installed copy) or an absolute one, `out` an absolute folder,
@@ -59,14 +58,15 @@ def task_of(run_config: Mapping[str, Any], app_dir: Path) -> Task | None:
         if given:
             raise StudyError(f"{path}: {key} must be empty under flwr run; `fedlth run ... engine=flower` has it")
     if not (out / "config.yaml").exists():
-        return Task(study, out, resume=False)
-    there = schema.load(out / "config.yaml")
-    if there.science() != resolve(study)[0].science():
+        experiment, notes = resolve(study)
+        return FlowerRun(experiment, out, False, tuple(notes))
+    there = Experiment.of(schema.load(out / "config.yaml"))
+    if there.text != resolve(study)[0].text:
         raise StudyError(f"{out}: holds a run of another study; give another out")
     header = out / "header.json"
     if header.exists() and json.loads(header.read_bytes()).get("finished") and not missing(RunFolder(out)):
         return None
-    return Task(there, out, resume=True)
+    return FlowerRun(there, out, resume=True)
 
 
 @contextmanager

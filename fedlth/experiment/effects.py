@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from fedlth.errors import StudyError
-from fedlth.methods.client_update import Keep, MaskedVisit
-from fedlth.methods.fedselect import SelectVisit
-from fedlth.methods.method import Recipe
+from fedlth.experiment.experiment import Experiment
+from fedlth.methods.client_update import Keep, MaskedUpdate
+from fedlth.methods.fedselect import SelectUpdate
+from fedlth.methods.method import FederatedMethod
 from fedlth.study.schema import Study
 
 SEARCH = frozenset({"ticket", "ticket_0", "one_shot", "random"})
@@ -32,53 +33,59 @@ FINDER: dict[str, frozenset[str]] = {
 }
 
 
-def check_arms(study: Study, recipe: Recipe, arms: Sequence[str]) -> None:
+def check_arms(study: Study, method: FederatedMethod, arms: Sequence[str]) -> None:
     """Refuse arms that say nothing: none at all, one twice, a control of what the method does not have."""
     if study.personalise.arms == ():
         raise StudyError("personalise.arms: must name at least one arm, got []")
     twice = next((a for a in arms if arms.count(a) > 1), None)
     if twice:
         raise StudyError(f"personalise.arms: each must stand once, got {twice} {arms.count(twice)} times")
-    if "frozen_random" in arms and recipe.space != "scores":
-        raise StudyError(f"personalise.arms: must not hold frozen_random, method {recipe.name} has no frozen weights")
-    if "own_random" in arms and (recipe.space == "scores" or not _own_mask(recipe)):
-        raise StudyError(f"personalise.arms: must not hold own_random, method {recipe.name} has no own mask of weights")
+    own, name = method.own, method.name
+    if "frozen_random" in arms and method.space != "scores":
+        raise StudyError(f"personalise.arms: must not hold frozen_random, method {name} has no frozen weights")
+    if "own_random" in arms and (method.space == "scores" or not _own_mask(method)):
+        raise StudyError(f"personalise.arms: must not hold own_random, method {name} has no own mask of weights")
+    for arm in {"own", "own_tuned", "own_random"} & set(arms):
+        if not (hasattr(own, "own") and hasattr(own, "tune")):
+            raise StudyError(f"personalise.arms: must not hold {arm}, {type(own).__name__} has no own and tune")
 
 
-def _own_mask(recipe: Recipe) -> bool:
-    """Say whether clients grow a mask in the rounds; a visit of the user's may."""
-    if isinstance(recipe.visit, MaskedVisit):
-        return not (isinstance(recipe.visit.before, Keep) and isinstance(recipe.visit.after, Keep))
-    return not isinstance(recipe.visit, SelectVisit)
+def _own_mask(method: FederatedMethod) -> bool:
+    """Say whether clients have masks of their own in the rounds; an update of the user's may make some."""
+    own = method.own
+    if isinstance(own, MaskedUpdate):
+        return own.before != Keep() or own.after != Keep() or method.slices
+    return not isinstance(own, SelectUpdate)
 
 
-def notes(study: Study, recipe: Recipe, arms: Sequence[str], product: str | None) -> list[str]:
-    """Return a line for every option that was given and changes nothing; `product` is the arm that is saved."""
-    made = [*_finder(study, recipe, set(arms))]
+def notes(study: Study, experiment: Experiment) -> list[str]:
+    """Return a line for every option that was given in the study as written and changes nothing."""
+    method, arms, product = experiment.method, experiment.arms, experiment.product_arm
+    made = [*_finder(study, method, set(arms))]
     idle: dict[str, list[str]] = {}
-    for place, why in _idle(study, recipe, set(arms), product):
+    for place, why in _idle(study, method, set(arms), product):
         if study.given(place):
             idle.setdefault(why, []).append(place)
     for why, places in idle.items():
         made.append(f"{', '.join(places)}: {'has' if len(places) == 1 else 'have'} no effect, {why}")
     only = ", ".join(a for a in arms if a not in UNTRAINED | {"own_tuned"})
     rates = [p for p in ("train.lr", "train.momentum", "train.weight_decay") if study.given(p)]
-    if recipe.space == "scores" and not study.refine.rounds and only and rates:
-        made.append(f"{', '.join(rates)}: only for the arms {only}, method {recipe.name} learns scores at its own rate")
-    if recipe.federated and not study.federate.rounds:
+    if method.space == "scores" and not study.refine.rounds and only and rates:
+        made.append(f"{', '.join(rates)}: only for the arms {only}, method {method.name} learns scores at its own rate")
+    if method.phases and not study.federate.rounds:
         made.append("federate.rounds: is 0, so the global model is theta_0, which no round has trained")
     return made
 
 
-def _finder(study: Study, recipe: Recipe, arms: set[str]) -> Iterator[str]:
+def _finder(study: Study, method: FederatedMethod, arms: set[str]) -> Iterator[str]:
     if not study.given("finder"):
         return
     if not arms & (CUT | LONG):
-        yield f"finder: has no effect, no arm of method {recipe.name} searches for a ticket"
+        yield f"finder: has no effect, no arm of method {method.name} searches for a ticket"
         return
     if not arms & CUT:
         yield (
-            f"finder: only decides how long {' and '.join(sorted(arms & LONG))} train, no arm of method {recipe.name} "
+            f"finder: only decides how long {' and '.join(sorted(arms & LONG))} train, no arm of method {method.name} "
             "searches for a ticket"
         )
         return
@@ -87,18 +94,19 @@ def _finder(study: Study, recipe: Recipe, arms: set[str]) -> Iterator[str]:
             yield f"finder.{key}: has no effect on the arms {', '.join(sorted(arms))}"
 
 
-def _idle(study: Study, recipe: Recipe, arms: set[str], product: str | None) -> Iterator[tuple[str, str]]:
+def _idle(study: Study, method: FederatedMethod, arms: set[str], product: str | None) -> Iterator[tuple[str, str]]:
     """Yield (an option, why it changes nothing) as this study stands, given or not."""
-    method, refined = f"method {recipe.name}", study.refine.rounds > 0
-    rounds = recipe.federated and study.federate.rounds > 0 or refined
-    trained = arms - UNTRAINED - ({"own_tuned"} if recipe.space == "scores" else set())  # arms that train weights
-    weights = rounds and (recipe.space == "weights" or refined)
-    none = "federate.rounds is 0" if recipe.federated else f"{method} has no rounds"
-    untrained = f"no arm of {method} trains" if not arms - UNTRAINED else f"no arm of {method} trains weights"
-    if not recipe.federated:
+    said, refined = f"method {method.name}", study.refine.rounds > 0
+    rounds = bool(method.phases) and study.federate.rounds > 0 or refined
+    trained = arms - UNTRAINED - ({"own_tuned"} if method.space == "scores" else set())  # arms that train weights
+    weights = rounds and (method.space == "weights" or refined)
+    none = "federate.rounds is 0" if method.phases else f"{said} has no rounds"
+    untrained = f"no arm of {said} trains" if not arms - UNTRAINED else f"no arm of {said} trains weights"
+    if not method.phases:
         yield "federate", none
-        yield "wire", f"{method} sends nothing"
-        yield "model.buffers", f"{method} sends nothing"
+        yield "wire", f"{said} sends nothing"
+        yield "model.buffers", f"{said} sends nothing"
+        yield "model.personal", f"{said} sends nothing"
     elif not study.federate.rounds:
         yield "federate.clients_per_round", none
     if not rounds:
@@ -107,25 +115,27 @@ def _idle(study: Study, recipe: Recipe, arms: set[str], product: str | None) -> 
     if not weights and not trained:
         yield from ((f"train.{key}", untrained) for key in ("momentum", "weight_decay"))
     if not rounds and not arms - UNTRAINED:
-        yield "train.batch_size", f"no arm of {method} trains"
+        yield "train.batch_size", f"no arm of {said} trains"
     if not weights and (not trained or study.personalise.lr is not None):
         why = "every training takes personalise.lr" if trained else untrained
         yield from (("train.lr", why), ("tune", why))
     if not arms - UNTRAINED and not refined:
-        yield "personalise.epochs", f"no arm of {method} trains"
+        yield "personalise.epochs", f"no arm of {said} trains"
     if not trained and not refined:
         yield from ((f"personalise.{key}", untrained) for key in ("lr", "schedule"))
     if not refined:
         yield "refine.clients_per_round", "refine.rounds is 0"
     if not study.tune.lr:
         yield "tune.rounds", "tune.lr names no rates to try"
-    elif not (recipe.federated and study.federate.rounds):
+    elif not (method.phases and study.federate.rounds):
         yield "tune.rounds", none
     if study.engine != "ray":
         yield "ray", f"engine is {study.engine}"
     if study.engine != "inprocess":
         yield "workers", f"engine {study.engine} has workers of its own"
+    if not method.reads_capacity:
+        yield "clients.capacity", f"{said} does not ask for it"
     if product is None:
-        yield "tickets", f"no arm of {method} is a client's own model"
+        yield "tickets", f"no arm of {said} is a client's own model"
     if study.seeds:
         yield "seed", "seeds are given"

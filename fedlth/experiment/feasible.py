@@ -11,30 +11,30 @@ from fedlth.data.factory import told
 from fedlth.data.sources import SOURCES
 from fedlth.errors import StudyError
 from fedlth.experiment.effects import CUT, FINDER, LONG
-from fedlth.experiment.resolve import arms_of, finder_of, recipe_of
+from fedlth.experiment.experiment import Experiment
 from fedlth.models.layout import Layout
 from fedlth.rng import stream
 from fedlth.study.schema import Study
 from fedlth.tickets.finder import Finder
+from fedlth.training.batches import batches
 from fedlth.training.task import World
-from fedlth.training.train import batches
 
 
-def check(study: Study, world: World) -> list[str]:
+def check(study: Study, experiment: Experiment) -> list[str]:
     """Return notes on options that this data set or model leaves without effect; `study` knows what was given.
 
     Raises StudyError where a schedule or scope fails, a density keeps no weight, or a move of the mask or a rewind
     lies beyond some client's training.
     """
-    finder, arms = finder_of(study), set(arms_of(study))
+    finder, arms, world = experiment.finder, set(experiment.arms), experiment.world
     if arms & (CUT | LONG):
         _check_masks(finder, study.finder.densities, world.layout, dry=bool(arms & CUT))
     for event in ("before", "after"):  # a method that prunes in its rounds has a target of its own
-        target = getattr(getattr(recipe_of(study).visit, event, None), "density", None)
+        target = getattr(getattr(experiment.method.own, event, None), "density", None)
         if isinstance(target, float) and not round(target * world.layout.num_prunable):
             raise _empty("method.density", target, world.layout.num_prunable, "prunable weights")
     _check_steps(world, finder, arms)
-    return _notes(study, world)
+    return _notes(study, experiment)
 
 
 def _check_masks(finder: Finder, targets: tuple[float, ...], layout: Layout, *, dry: bool) -> None:
@@ -85,10 +85,11 @@ def _check_steps(world: World, finder: Finder, arms: set[str]) -> None:
             )
 
 
-def _notes(study: Study, world: World) -> list[str]:
+def _notes(study: Study, experiment: Experiment) -> list[str]:
     notes: list[str] = []
+    world = experiment.world
     norms = [e for e in world.layout.entries if e.norm]
-    if study.given("model.buffers") and recipe_of(study).federated:
+    if study.given("model.buffers") and experiment.federated:
         local = world.layout.num_floats + world.layout.num_ints - world.exchange.num_floats - world.exchange.num_ints
         if not norms or (study.model.buffers != "aggregate" and not local):
             what = "norm" if not norms else "norm with running statistics"

@@ -16,12 +16,13 @@ from torch import nn
 
 from fedlth.data.sources import load
 from fedlth.errors import StudyError
-from fedlth.experiment.resolve import kept_arm
+from fedlth.experiment.experiment import Experiment
 from fedlth.models.layout import Params, layout_of
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.ticket_file import opened
-from fedlth.training.task import World, initial_module
+from fedlth.training.model_context import initial_module
+from fedlth.training.task import World
 
 
 def inputs(world: World) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def _filled(path: Path, run: Path, arrays: Mapping[str, np.ndarray], metadata: M
     else:  # files of version 0.1 do not say what goes in: the data set does
         dataset = load(study.data.name, root=study.data.root, options=study.data.options)
         num_classes, shape = dataset.num_classes, dataset.input_shape
-    module = initial_module(study, num_classes, shape)
+    module = initial_module(study.model, num_classes, shape, study.seed)
     layout, place = layout_of(module, ()), f"{path}: {study.model.name}"
     entries = {name: e for e in layout.entries for name in (e.name, *e.aliases)}
     for name in sorted(entries.keys() | arrays.keys()):
@@ -115,7 +116,7 @@ def _why_none(run: Path, client: int) -> str:
         return f", its clients are 0 to {study.clients.count - 1}"
     if not header.is_file() or not json.loads(header.read_bytes())["finished"]:
         return ", it has not finished"
-    if kept_arm(study) is None:
+    if Experiment.of(study).kept_arm is None:
         return f": no arm of method {study.method['name']} is a client's own"
     return ": this client failed, or it keeps its ticket itself"
 

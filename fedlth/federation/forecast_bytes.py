@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
 from fedlth import rng
-from fedlth.experiment.resolve import arms_of, main_density
-from fedlth.federation import server
-from fedlth.federation.client_step import _row, initial, space
-from fedlth.federation.rounds import CONTROLS, anchors_of
+from fedlth.experiment.experiment import Experiment
+from fedlth.federation import downloads
 from fedlth.methods.aggregate import Contribution, join
 from fedlth.methods.client_update import Shrinking
-from fedlth.methods.method import Recipe
 from fedlth.models.layout import Layout, Params
+from fedlth.personalization.personalise import NEED_NO_GLOBAL, row_of
 from fedlth.personalization.step2 import Result
 from fedlth.storage.server_state import ServerState
 from fedlth.study.schema import Study
@@ -26,7 +25,7 @@ from fedlth.tickets.scope import Layerwise
 from fedlth.training.local_client import Local
 from fedlth.training.task import World
 from fedlth.wire import metrics, payload
-from fedlth.wire.codec import CODECS, DELTA, STEP, Codec
+from fedlth.wire.codec import DELTA, STEP, Codec
 from fedlth.wire.payload import Content
 
 TRIED, TRIAL_S = 4, 2.0  # how many clients try two visits each, and for how long at most
@@ -69,37 +68,38 @@ class Forecast:
         return "\n  ".join([f"bytes: down {self.down}, up {self.up}", *lines])
 
 
-def forecast_bytes(world: World, recipe: Recipe, visit_s: float) -> Forecast:
+def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
     """Return a run's payload bytes, metrics included. Failures and lost states are not foreseen.
 
     visit_s: the seconds that a client's visit takes here. Only a training tells how far an update lies from its
     download: under a codec of differences a few visits are tried, unless they would take longer than TRIAL_S.
     """
-    if not recipe.federated:
-        return Forecast(Bytes(0), Bytes(_arms_bytes(world, recipe)))
-    study, codec = world.study, CODECS[world.study.wire]
-    dense = recipe.down == "broadcast"
-    shrinking: Shrinking | None = Shrinking() if dense else getattr(recipe.visit, "shrinking", None)
-    tried = _tried(world, visit_s) if dense and recipe.space == "weights" and DELTA in codec.values else ()
-    wire = _Wire(world, recipe, codec, tried or _noise(world, codec), _later(world, recipe, tried))
+    world, study, codec, method = experiment.world, experiment.study, experiment.codec, experiment.method
+    if not experiment.federated:
+        return Forecast(Bytes(0), Bytes(_arms_bytes(experiment)))
+    dense = not method.slices
+    shrinking: Shrinking | None = Shrinking() if dense else getattr(method.own, "shrinking", None)
+    tried = _tried(experiment, visit_s) if dense and method.space == "weights" and DELTA in codec.values else ()
+    wire = _Wire(experiment, tried or _noise(world, codec), _later(experiment, tried))
     down, up = _sums(wire, shrinking or Shrinking(), pruned=True)
     sure = shrinking is not None and shrinking.sure
     most = (down, up) if sure else _sums(wire, shrinking or Shrinking(), pruned=False)
-    told = not sure and shrinking is not None  # both ends of what accuracy may decide
     both = [] if sure else ["no client prunes"]
     if study.refine.rounds and _may_stop(study):
         both.append("tickets that stop before their first prune")
-    scores = ["scores as undecided as after the first round"] if recipe.space == "scores" and codec.refers else []
+    if len(experiment.federated_phases) > 1:
+        both.append("earlier phases that leave the model whole")
+    scores = ["scores as undecided as after the first round"] if method.space == "scores" and codec.refers else []
     ups = (*both, *_why_less_goes_up(wire, shrinking))
-    ends = (down, up) if told else (None, None)
+    ends = (down, up) if shrinking is not None and not sure else (None, None)  # of what accuracy may decide
     return Forecast(Bytes(most[0], (*both, *scores), ends[0]), Bytes(most[1], ups, ends[1]), len(tried))
 
 
 def _why_less_goes_up(wire: _Wire, shrinking: Shrinking | None) -> list[str]:
-    codec, recipe, study = wire.codec, wire.recipe, wire.world.study
+    codec, study = wire.codec, wire.experiment.study
     if not codec.refers or not study.federate.rounds + study.refine.rounds:
         return []
-    if recipe.space == "scores":
+    if wire.experiment.method.space == "scores":
         return ["a bit for every weight of a mask"]
     found = []
     if shrinking is None or len(shrinking.densities) > 1:
@@ -115,24 +115,32 @@ def _why_less_goes_up(wire: _Wire, shrinking: Shrinking | None) -> list[str]:
 class _Wire:
     """How long each message is. `theta` is a global model as it goes down after the first round."""
 
-    world: World
-    recipe: Recipe
-    codec: Codec
+    experiment: Experiment
     moved: Moved
     theta: Params
     known: dict[tuple[str, float], float] = field(default_factory=dict)
 
-    @cached_property
+    @property
+    def codec(self) -> Codec:
+        return self.experiment.codec
+
+    @property
     def layout(self) -> Layout:
-        return space(self.world, self.recipe)
+        return self.experiment.layout
 
     @cached_property
     def model(self) -> int:
         return self.broadcast(self.theta)
 
     def broadcast(self, theta: Params) -> int:
-        kind = "values" if self.recipe.space == "weights" else "scores"
-        return len(server.broadcast(kind, "", theta, self.layout, self.codec).payload)
+        kind = "values" if self.experiment.method.space == "weights" else "scores"
+        return len(downloads.broadcast(kind, "", theta, self.layout, self.codec).payload)
+
+    def message(self, kind: str) -> float:
+        """Return the most that a message of this kind takes which holds everything."""
+        if kind == "values":
+            return self.update(1.0)
+        return self.bare_mask(0.5) if kind == "mask" else 4.0 * self.experiment.layout_of(kind).num_floats + 64
 
     def kept(self, density: float) -> float:
         """Return the bytes of a slice."""
@@ -173,13 +181,13 @@ class _Wire:
 
     def _slice(self, density: float) -> float:
         mask = self._mask(density, by_size=True)
-        return len(server.slice_for("", self.theta, self.layout, mask, self.codec).payload)
+        return len(downloads.slice_for("", self.theta, self.layout, mask, self.codec).payload)
 
     def _update(self, density: float) -> float:
-        if self.recipe.space == "scores":
+        if self.experiment.method.space == "scores":
             return self.bare_mask(0.5)
         # Of a method with masks of its own this is a bound: weights that are alike in size take fewer bytes than any.
-        mask, sizes = self._mask(density, by_size=self.recipe.down == "broadcast"), []
+        mask, sizes = self._mask(density, by_size=not self.experiment.method.slices), []
         for old, new in self.moved or ((None, self.theta),):
             held = None if old is None else Content(mask, old.masked(mask).floats, old.ints).reference
             sent = Content(mask, new.masked(mask).floats, new.ints)
@@ -194,13 +202,16 @@ def _may_stop(study: Study) -> bool:
 
 def _sums(wire: _Wire, shrinking: Shrinking, *, pruned: bool) -> tuple[float, float]:
     """Return the bytes down and up, if every prune happens or none does (a mask is then paid for all the same)."""
-    world, study, densities = wire.world, wire.world.study, shrinking.densities
-    count, visits = study.clients.count, study.federate.rounds * study.federate.clients_per_round
-    first = study.federate.clients_per_round if study.federate.rounds else 0
-    unknown = wire.recipe.down == "slice" and len(densities) == 1
-    down, up = 0.0, float(visits * _visit_bytes(world) + _arms_bytes(world, wire.recipe))
-    steps, behind = _prunes(world, shrinking)
-    down += first * (wire.broadcast(initial(world, wire.recipe)) - wire.model)
+    experiment, densities = wire.experiment, shrinking.densities
+    world, study, method = experiment.world, experiment.study, experiment.method
+    count, own = study.clients.count, experiment.federated_phases
+    first = len(experiment.clients(own[0], 1)) if own else 0
+    unknown = method.slices and len(densities) == 1
+    steps, behind = _prunes(experiment, shrinking)
+    down = float(first * (wire.broadcast(experiment.initial()) - wire.model))
+    up = float(sum(steps.values()) * _visit_bytes(world) + _arms_bytes(experiment))
+    earlier = _earlier(wire)
+    down, up = down + earlier[0], up + earlier[1]
     for (before, after), number in steps.items():
         left, stays = (densities[before], densities[after]) if pruned else (1.0, 1.0)
         down += number * (wire.kept(left) if left < 1 else wire.model)
@@ -209,17 +220,17 @@ def _sums(wire: _Wire, shrinking: Shrinking, *, pruned: bool) -> tuple[float, fl
             up += number * wire.new_mask(densities[before], densities[after])
         elif unknown and not pruned:
             up += number * wire.new_mask(1.0, 0.5)
-    whole = bool(CONTROLS & set(arms_of(study)))
+    whole = not set(experiment.arms) <= NEED_NO_GLOBAL
     down += count * wire.model if unknown and whole and not pruned else 0.0  # beside a slice that holds all
     sliced = sum(number for prunes, number in behind.items() if prunes)
-    down += (count - sliced + count * len(anchors_of(study))) * wire.model
+    down += (count - sliced + count * len(experiment.rewind_targets)) * wire.model
     for prunes, number in behind.items():
         if prunes:
             # Where no prune is sure, the worst is one: a slice, and for the controls the whole model beside it.
-            own = densities[prunes if pruned else 1]
-            down += number * (wire.kept(own) + whole * wire.model if pruned or whole else wire.model)
+            left = densities[prunes if pruned else 1]
+            down += number * (wire.kept(left) + whole * wire.model if pruned or whole else wire.model)
     if study.refine.rounds:
-        density = 1.0 if _may_stop(study) else main_density(study)
+        density = 1.0 if _may_stop(study) else experiment.main_density
         more = study.refine.rounds * study.refine.clients_per_round
         down += (more + count) * wire.kept(density)
         up += count * wire.bare_mask(min(density, 0.5))
@@ -227,24 +238,32 @@ def _sums(wire: _Wire, shrinking: Shrinking, *, pruned: bool) -> tuple[float, fl
     return down, up
 
 
-def _prunes(world: World, shrinking: Shrinking) -> tuple[Mapping[tuple[int, int], int], Mapping[int, int]]:
+def _prunes(experiment: Experiment, shrinking: Shrinking) -> tuple[Mapping[tuple[int, int], int], Mapping[int, int]]:
     """Count visits by the prunes before and after them, and clients by the prunes behind them in step 2."""
-    study = world.study
-    if len(shrinking.densities) == 1:
-        return {(0, 0): study.federate.rounds * study.federate.clients_per_round}, {}
-    seen = [c for c in range(study.clients.count) if c not in world.splits.unseen]
     visited: Counter[int] = Counter()
     steps: Counter[tuple[int, int]] = Counter()
-    each = study.federate.clients_per_round
-    for number in range(1, study.federate.rounds + 1):
-        for client in server.sample(study.seed, "federate", number, clients=seen, count=each):
-            steps[shrinking.prunes(visited[client]), shrinking.prunes(visited[client] + 1)] += 1
-            visited[client] += 1
+    for phase, number in experiment.steps:
+        if phase in experiment.federated_phases[-1:]:
+            for client in experiment.clients(phase, number):
+                steps[shrinking.prunes(visited[client]), shrinking.prunes(visited[client] + 1)] += 1
+                visited[client] += 1
     return steps, Counter(shrinking.prunes(number) for number in visited.values())
 
 
-def _tried(world: World, visit_s: float) -> Moved:
+def _earlier(wire: _Wire) -> tuple[float, float]:
+    """Return the bytes down and up of a method's phases before its last: whole models down, what they name up."""
+    experiment, down, up = wire.experiment, 0.0, 0.0
+    for phase, number in experiment.steps:
+        if phase in experiment.federated_phases[:-1]:
+            count = len(experiment.clients(phase, number))
+            down += count * wire.model
+            up += count * (_visit_bytes(experiment.world) + sum(wire.message(kind) for _, kind in phase.update.sends))
+    return down, up
+
+
+def _tried(experiment: Experiment, visit_s: float) -> Moved:
     """Try the visits of a few clients, small to large, from theta_0 and from the mean of what they made of it."""
+    world = experiment.world
     parts, unseen = world.splits.clients, world.splits.unseen
     clients = sorted((len(part.train), c) for c, part in enumerate(parts) if c not in unseen)
     number = min(TRIED, len(clients), int(TRIAL_S / (2 * visit_s)))
@@ -254,13 +273,14 @@ def _tried(world: World, visit_s: float) -> Moved:
     found: list[tuple[Params, Params]] = []
     theta = world.theta_0
     for round in (1, 2):
-        at = [Local(world, client, round, "forecast") for client in chosen]
-        ends = [local.train(theta, plan=local.plan).params for local in at]
-        if not all(np.isfinite(end.floats).all() for end in ends):
-            return ()
+        ends = []
+        for local in (Local(world, client, round, "forecast") for client in chosen):
+            with suppress(Exception):  # who cannot train, or diverges, is not tried: that is for the run to say
+                ends.append(local.train(theta, recipe=local.recipe).params)
+        if not ends:
+            break
         found += [(world.shared_part(theta), world.shared_part(end)) for end in ends]
-        mean: np.ndarray = np.mean([end.floats for end in ends], axis=0)
-        theta = Params(mean.astype(np.float32), ends[0].ints)
+        theta = Params(np.mean([end.floats for end in ends], axis=0).astype(np.float32), ends[0].ints)
     return tuple(found)
 
 
@@ -273,15 +293,16 @@ def _noise(world: World, codec: Codec) -> Moved:
     return ((theta, Params((theta.floats + noise).astype(np.float32), theta.ints)),)
 
 
-def _later(world: World, recipe: Recipe, tried: Moved) -> Params:
+def _later(experiment: Experiment, tried: Moved) -> Params:
     """Return a global state as it goes down after the first round."""
-    first = initial(world, recipe)
-    if recipe.space == "scores" and world.study.federate.rounds:
-        draw, layout = rng.stream(0, "forecast"), space(world, recipe)
+    first, study = experiment.initial(), experiment.study
+    rule = experiment.method.phases[-1].join
+    if experiment.method.space == "scores" and study.federate.rounds and rule is not None:
+        draw, layout = rng.stream(0, "forecast"), experiment.layout
         chance = 1 / (1 + np.exp(-first.floats[: layout.num_prunable].astype(np.float64)))
-        masks = (draw.random(chance.size) < chance for _ in range(world.study.federate.clients_per_round))
+        masks = (draw.random(chance.size) < chance for _ in range(study.federate.clients_per_round))
         came = (Contribution(0, 1, Content(m, None, None)) for m in masks)
-        return join(recipe.aggregate, ServerState(first), came, layout).theta
+        return join(rule, ServerState(first), came, layout).theta
     return tried[-1][0] if tried else first
 
 
@@ -290,14 +311,14 @@ def _visit_bytes(world: World) -> int:
     return len(metrics.encode({"num_examples": examples, "loss": 0.0, "val_accuracy": 0.0, "density": 1.0}))
 
 
-def _arms_bytes(world: World, recipe: Recipe) -> int:
+def _arms_bytes(experiment: Experiment) -> int:
     """Return the bytes of all clients' rows of step 2; a row is as long whatever its numbers are."""
-    study, local = world.study, Local(world, world.study.clients.count - 1, 0, "forecast")
-    dense = DENSE if recipe.space == "weights" else {"local"}
-    row = _row(local, Result(arm="", params=world.theta_0, mask=local.full, start="theta_g")).record()
+    study, world = experiment.study, experiment.world
+    local = Local(world, study.clients.count - 1, 0, "forecast")
+    dense = DENSE if experiment.method.space == "weights" else {"local"}
+    row = row_of(local, Result(arm="", params=world.theta_0, mask=local.full, start="theta_g")).record()
     row["num_train"] = max(len(split.train) for split in world.splits.clients)
-    sent = [arm for arm in arms_of(study) for _ in (study.finder.densities if arm in EACH_TARGET else (1,))]
+    sent = [arm for arm in experiment.arms for _ in (study.finder.densities if arm in EACH_TARGET else (1,))]
     rows = [{**row, "arm": arm, "ticket": "" if arm in dense else "0" * 16} for arm in sent]
-    more = [{**row, "arm": "refined", "ticket": "0" * 16}]
-    refined = len(metrics.encode({"rows": more})) if study.refine.rounds else 0
-    return study.clients.count * (len(metrics.encode({"rows": rows})) + refined)
+    refined = [[{**row, "arm": "refined", "ticket": "0" * 16}]] if study.refine.rounds else []
+    return study.clients.count * sum(len(metrics.encode({"rows": part})) for part in (rows, *refined))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,16 +16,17 @@ from fedlth.wire.describe import iid_bytes, sections
 
 def down(
     round: int, phase: str, client: int, inbox: Sequence[Message], mask: np.ndarray | None, framed: int | None, *,
-    layout: Layout, kind: str = "",
+    layout: Layout, everyones: np.ndarray | None = None, kind: str = "",
 ) -> list[Row]:  # fmt: skip
     """Return the rows of what a client was sent; the frame's bytes stand on the first.
 
-    `mask` is the one that the client's own slice holds; broadcasts and evaluation copies are dense. `kind` replaces
-    the first message's own: "install" for a client's first model, "resync" for one that is sent again, alone.
+    `mask` is the one that the client's own slice holds, `everyones` that of broadcasts and evaluation copies (None:
+    dense). `kind` replaces the first message's own: "install" for a client's first model, "resync" for one that is
+    sent again, alone.
     """
     rows = []
     for i, m in enumerate(inbox):
-        parts, held = sections(m.payload), None if m.broadcast or m.kind == "evaluation" else mask
+        parts, held = sections(m.payload), everyones if m.broadcast or m.kind == "evaluation" else mask
         rows.append(
             Row(
                 round=round, phase=phase, sender=party(None), receiver=party(client),
@@ -39,15 +40,16 @@ def down(
 
 
 def up(
-    round: int, phase: str, reply: Reply, mask: np.ndarray | None, status: str, sends: str, *, layout: Layout
-) -> list[Row]:
+    round: int, phase: str, reply: Reply, masks: Mapping[str, np.ndarray], status: str, *,
+    layout_of: Callable[[str], Layout],
+) -> list[Row]:  # fmt: skip
     """Return the rows of what a client sent, with the density and the name of the mask it carried.
 
     What was refused is only counted: its sections are nobody's business.
     """
     rows = []
     for i, m in enumerate(reply.outbox):
-        held = mask if m.kind == sends else None
+        held = masks.get(m.name) if m.kind != "metrics" else None
         row = Row(
             round=round, phase=phase, sender=party(reply.client), receiver=party(None), kind=m.kind, name=m.name,
             payload_bytes=len(m.payload), framed_bytes=reply.framed_up_bytes if i == 0 else None, status=status,
@@ -57,7 +59,7 @@ def up(
             parts = sections(m.payload)
             row = replace(
                 row, coding=parts.coding, mask_bytes=parts.mask_bytes, value_bytes=parts.value_bytes,
-                iid_bytes=_iid(held, layout),
+                iid_bytes=_iid(held, layout_of(m.kind)),
             )  # fmt: skip
         rows.append(row)
     return rows

@@ -17,7 +17,7 @@ EXTENTS = (col.X, col.Y, col.DX, col.DY, col.X2, col.DX2, col.SPREAD)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arrangement:
+class MemoryLayout:
     """rows (ops, NUM_COLUMNS) int64, inlet (NUM_COLUMNS,) the input's place, index int32, scales (ops,) float32.
 
     extents (ops, 7, 2) int64: first and end of each layer's EXTENTS in the work array, rims included; (0, 0) for none.
@@ -35,7 +35,7 @@ class Arrangement:
 class _Layer:
     """One layer's row, and what it can reach."""
 
-    def __init__(self, plan: Arrangement, at: int, lanes: int) -> None:
+    def __init__(self, plan: MemoryLayout, at: int, lanes: int) -> None:
         self.plan, self.at, self.lanes = plan, at, lanes
         self.row = [int(n) for n in plan.rows[at]]
 
@@ -69,7 +69,7 @@ class _Layer:
         self.reach(column, (channels - 1) * plane, (height - 1) * line, (width - 1) * self.lanes)
 
 
-def check_places(plan: Arrangement, lanes: int, num_params: int) -> None:
+def check_bounds(plan: MemoryLayout, lanes: int, num_params: int) -> None:
     """Raise ValueError where a layer could reach outside its maps, its lists, the scratch or the parameters."""
     for at in range(len(plan.rows)):
         layer = _Layer(plan, at, lanes)
@@ -177,7 +177,7 @@ def check_folds(rows: np.ndarray, lists: np.ndarray, num_weights: int) -> None:
             raise ValueError(f"kernel: layer {at} would reach outside its constants")
 
 
-def stray(plan: Arrangement, work: np.ndarray, lanes: int) -> int:
+def stray_writes(plan: MemoryLayout, work: np.ndarray, lanes: int) -> int:
     """Return how many floats of the work array are not zero though no layer may write there: rims, and gaps."""
     rest = work != 0
     for row in [plan.inlet, *plan.rows]:

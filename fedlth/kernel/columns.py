@@ -1,4 +1,4 @@
-"""The columns of the kernel's layer table: one int64 row a layer, written by arrange.py and read by loop.py.
+"""The columns of the kernel's layer table: one int64 row a layer, written by memory_layout.py and read by loop.py.
 
 Places are element indices into the work array, weights into the compact weight vector, lists into the index array.
 """

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedlth.kernel import columns as col
-from fedlth.kernel.bounds_check import Arrangement
-from fedlth.kernel.memory_layout import arrange
+from fedlth.kernel.bounds_check import MemoryLayout
+from fedlth.kernel.memory_layout import lay_out
 from fedlth.kernel.shrink import Shrunk, shrink
 from fedlth.kernel.table import LayerTable, Op
 
@@ -22,12 +22,12 @@ _NEAR, _TAPS = 5120, 16  # floats of a chunk's inputs (20 of 32 KB), kept weight
 
 @dataclass(frozen=True)
 class Prepared:
-    """An arrangement whose sparse layers have their lists; keep: places of the parameters in the compact vector.
+    """A memory layout whose sparse layers have their lists; keep: places of the parameters in the compact vector.
 
     num_params and num_params + 1 stand in `keep` for a zero and a one that do not move.
     """
 
-    plan: Arrangement
+    plan: MemoryLayout
     lists: np.ndarray
     work: np.ndarray
     lanes: int
@@ -69,7 +69,7 @@ def _prepare(table: LayerTable, lanes: int, kept: np.ndarray | None) -> Prepared
     """Choose sparse layers by their density, and give every weight its place in the compact vector."""
     from fedlth.kernel import loop
 
-    plan = arrange(table, lanes)
+    plan = lay_out(table, lanes)
     rows = plan.rows.copy()
     work = np.zeros(plan.work_size + 16, np.float32)
     start = -(work.ctypes.data // 4) % 16

@@ -9,7 +9,7 @@ from fedlth.kernel.jit import inlined, part
 from fedlth.kernel.vectors import collect, number, outer, scatter, spread
 
 
-class Gather(NamedTuple):
+class TapSum(NamedTuple):
     """A sum over taps for every output channel and pixel: a layer forward, or its input's gradient.
 
     Taps are listed by chunk of input channels, then by kernel row, kernel column and channel, so that those whose
@@ -57,7 +57,7 @@ def _height(left: int, most: int) -> int:
 
 
 @inlined
-def _pack(work: Any, index: Any, w: Any, job: Gather) -> None:
+def _pack(work: Any, index: Any, w: Any, job: TapSum) -> None:
     """Lay the weights out in the order of their use: by tile, tap, channel of the tile."""
     q, taps = job.pack, job.inputs * job.window_y * job.window_x
     for group in range(job.groups):
@@ -74,7 +74,7 @@ def _pack(work: Any, index: Any, w: Any, job: Gather) -> None:
 
 
 @inlined
-def _begin(zero: Any, work: Any, index: Any, w: Any, channel: int, place: int, first: bool, job: Gather) -> Any:
+def _begin(zero: Any, work: Any, index: Any, w: Any, channel: int, place: int, first: bool, job: TapSum) -> Any:
     tile = zero
     if first and job.bias >= 0:
         tile = spread(zero, w, job.bias + channel, 1)
@@ -84,7 +84,7 @@ def _begin(zero: Any, work: Any, index: Any, w: Any, channel: int, place: int, f
 
 
 @inlined
-def _end(tile: Any, work: Any, index: Any, channel: int, place: int, last: bool, job: Gather) -> None:
+def _end(tile: Any, work: Any, index: Any, channel: int, place: int, last: bool, job: TapSum) -> None:
     if job.relu and last:
         tile = relu(tile)
     scatter(tile, work, index, job.out_places + channel, place)
@@ -103,7 +103,7 @@ def _stretch(
     source: int,
     row: int,
     first: int,
-    job: Gather,
+    job: TapSum,
 ) -> None:
     """Add a chunk's taps for `height` channels of an output row; the tile stays in registers meanwhile."""
     count = min(job.chunk, job.inputs - first)
@@ -123,7 +123,7 @@ def _stretch(
 
 
 @part
-def gather(work: Any, index: Any, w: Any, job: Gather) -> None:
+def sum_taps(work: Any, index: Any, w: Any, job: TapSum) -> None:
     """Run a job of many rows."""
     _pack(work, index, w, job)
     wide, taps = job.lanes % 32 == 0, job.inputs * job.window_y * job.window_x
@@ -153,7 +153,7 @@ def gather(work: Any, index: Any, w: Any, job: Gather) -> None:
 
 @inlined
 def _column(
-    zero: Any, work: Any, index: Any, w: Any, channel: int, p: int, first: int, last: int, step: int, job: Gather
+    zero: Any, work: Any, index: Any, w: Any, channel: int, p: int, first: int, last: int, step: int, job: TapSum
 ) -> None:
     """The same for the one pixel of a linear layer, whose weights are read where they are, `step` apart by tap."""
     tile = _begin(zero, work, index, w, channel, job.out + p, first == 0, job)
@@ -165,7 +165,7 @@ def _column(
 
 
 @part
-def gather_one(work: Any, index: Any, w: Any, job: Gather) -> None:
+def sum_taps_of_vector(work: Any, index: Any, w: Any, job: TapSum) -> None:
     """Run a job of one row, one pixel and one group: packing would cost as much as the sum.
 
     Where a channel's weights lie side by side they stream past in one go; where they lie far apart, a chunk of their

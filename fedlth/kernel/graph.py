@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fedlth.kernel.forward_proof import outcomes, restored
 from fedlth.kernel.fuse import fuse
-from fedlth.kernel.memory_layout import arrange
+from fedlth.kernel.memory_layout import lay_out
 from fedlth.kernel.reader import FUNCTIONS, METHODS, Reader, Unsupported, Value
 from fedlth.kernel.table import LayerTable
 from fedlth.models.layout import Layout
@@ -64,22 +65,19 @@ def compile_layers(module: nn.Module, layout: Layout, input_shape: tuple[int, ..
 
     input_shape: an example's, without the batch: (C, H, W) or (F,). The module's values and modes stay.
     """
-    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         if module._forward_hooks or module._forward_pre_hooks:
             raise Unsupported("the model has hooks")
-        traced = fx.symbolic_trace(module)
-        reader = Reader(module, layout, tuple(input_shape))
-        table = _table(reader, layout, _run(reader, traced.graph))
-        _check(module, traced, tuple(input_shape), kept)
+        with restored(module) as buffers:
+            traced = fx.symbolic_trace(module)
+            reader = Reader(module, layout, tuple(input_shape))
+            table = _table(reader, layout, _run(reader, traced.graph))
+            _check(module, traced, tuple(input_shape), buffers)
         return table
     except Unsupported as reason:
         return str(reason)
     except Exception as error:  # torch.fx runs the user's forward on proxies, which may raise anything
         return f"torch.fx cannot trace the model: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-    finally:
-        for buffer, value in kept:
-            buffer.copy_(value)
 
 
 def _table(reader: Reader, layout: Layout, logits: Value) -> LayerTable:
@@ -99,39 +97,26 @@ def _table(reader: Reader, layout: Layout, logits: Value) -> LayerTable:
         frozen=frozen,
     )
     try:
-        arrange(table, LANES)
+        lay_out(table, LANES)
     except ValueError as error:  # maps beyond all bounds
         raise Unsupported(str(error)) from error
     return table
 
 
 def _check(
-    module: nn.Module, traced: fx.GraphModule, shape: tuple[int, ...], kept: list[tuple[Tensor, Tensor]]
+    module: nn.Module, traced: fx.GraphModule, shape: tuple[int, ...], buffers: list[tuple[Tensor, Tensor]]
 ) -> None:
     """Refuse a forward that is not one function of its input: a trace freezes modes, counters, dice and no_grad."""
-    modes = {part: part.training for part in module.modules()}
-    weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    if any(parameter._backward_hooks for parameter in weights):
+    if any(parameter._backward_hooks for parameter in module.parameters()):
         raise Unsupported("a parameter has hooks")
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            for number, mode in enumerate((True, False, True, False)):
-                x = torch.randn(2, *shape)
-                with torch.set_grad_enabled(number == 0):
-                    given, seen = (_outcome(one.train(mode), x.clone(), weights) for one in (module, traced))
-                if not all(torch.allclose(a, b, equal_nan=True) for a, b in zip(given, seen, strict=True)):
-                    raise Unsupported("a forward that is not the same function as its trace (modes, chance, no_grad)")
-    finally:
-        for part, training in modes.items():
-            part.training = training
-    if not all(torch.equal(buffer, value) for buffer, value in kept):
+    torch.manual_seed(0)
+    examples = [torch.randn(2, *shape) for _ in range(2)]
+    given, seen = (outcomes(module, forward, forward, examples) for forward in (module, traced))
+    if not all(
+        len(ours) == len(theirs)
+        and all(torch.allclose(a, b, equal_nan=True) for a, b in zip(ours, theirs, strict=True))
+        for ours, theirs in zip(given, seen, strict=True)
+    ):
+        raise Unsupported("a forward that is not the same function as its trace (modes, chance, no_grad)")
+    if not all(torch.equal(buffer, value) for buffer, value in buffers):
         raise Unsupported("a forward that changes a buffer")
-
-
-def _outcome(module: nn.Module, x: Tensor, weights: list[nn.Parameter]) -> tuple[Tensor, ...]:
-    """Return a batch's logits and, where gradients are on, for each weight that of a function of them."""
-    logits: Tensor = module(x)
-    if not logits.requires_grad:
-        return logits, *map(torch.zeros_like, weights)
-    return logits.detach(), *torch.autograd.grad(logits.square().sum(), weights, materialize_grads=True)

@@ -11,11 +11,11 @@ from functools import lru_cache
 import numpy as np
 
 from fedlth.kernel import columns as col
-from fedlth.kernel.bounds_check import stray
+from fedlth.kernel.bounds_check import stray_writes
 from fedlth.kernel.compact import SPARSE_BELOW, prepare
 from fedlth.kernel.graph import LANES
 from fedlth.kernel.live_channels import costs
-from fedlth.kernel.memory_layout import arrange
+from fedlth.kernel.memory_layout import lay_out
 from fedlth.kernel.table import LayerTable, Op
 
 _LARGE_BYTES = 64 << 20
@@ -151,7 +151,7 @@ def train_epochs(
         at = end
         if epoch in snapshots:
             kept[epoch] = state()
-    if debug and (strays := stray(ready.plan, ready.work, ready.lanes)):
+    if debug and (strays := stray_writes(ready.plan, ready.work, ready.lanes)):
         raise RuntimeError(f"kernel: {strays} values were written where no layer may write")
     last = len(epochs[-1])
     return Outcome(state(), float(losses[-last:].sum() / (starts[-1] - starts[-1 - last])), kept)
@@ -177,7 +177,7 @@ def predict(table: LayerTable, floats: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 def large(table: LayerTable) -> bool:
     """Say whether the maps of 32 examples leave the last-level cache, where the kernel's layout loses its lead."""
-    return 4 * arrange(table, LANES).work_size > _LARGE_BYTES
+    return 4 * lay_out(table, LANES).work_size > _LARGE_BYTES
 
 
 def suits(table: LayerTable, kept: np.ndarray | None) -> bool:

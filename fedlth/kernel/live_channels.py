@@ -71,7 +71,7 @@ def costs(
 ) -> tuple[float, float]:
     """Return the multiply-adds of an example's forward before and after; one on a list costs more, by its kind."""
     before = after = 0.0
-    for layer in layers_left(table, kept, sparse_below) if layers is None else layers:
+    for layer in live_layers(table, kept, sparse_below) if layers is None else layers:
         pixels, below = math.prod(table.shapes[layer.op.out][1:]), sparse_below[layer.op.kind]
         before += pixels * _cost(layer.kept.size, int(np.count_nonzero(layer.kept)), below)
         after += pixels * _cost(*layer.size(), below)
@@ -83,7 +83,7 @@ def _cost(size: int, alive: int, below: float) -> float:
     return size if alive >= below * size else alive / below
 
 
-def layers_left(table: LayerTable, kept: np.ndarray, sparse_below: Mapping[int, float]) -> list[Layer]:
+def live_layers(table: LayerTable, kept: np.ndarray, sparse_below: Mapping[int, float]) -> list[Layer]:
     """Find what is left of every weighted layer."""
     owner, whole = owners(table)
     matrices: dict[int, tuple[np.ndarray, int]] = {}
@@ -108,7 +108,7 @@ def layers_left(table: LayerTable, kept: np.ndarray, sparse_below: Mapping[int, 
     channels = {
         at: Channels(np.arange(len(wanted)), np.zeros(0, np.int64))
         if at in whole
-        else _left(wanted, alive[at], makers[at])
+        else _live(wanted, alive[at], makers[at])
         for at, wanted in read.items()
     }
     readers = Counter(value for op in table.ops for value in op.reads)
@@ -150,7 +150,7 @@ def owners(table: LayerTable) -> tuple[dict[int, int], set[int]]:
     return owner, whole | {owner[table.output]}
 
 
-def _left(read: np.ndarray, alive: np.ndarray, maker: Op) -> Channels:
+def _live(read: np.ndarray, alive: np.ndarray, maker: Op) -> Channels:
     computed, constant = np.flatnonzero(read & alive), np.flatnonzero(read & ~alive)
     if maker.bias < 0:  # constants of zero do nothing
         constant = constant[:0]

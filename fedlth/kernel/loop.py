@@ -14,8 +14,8 @@ from fedlth.kernel.jit import entry, inlined, part, source_stamp
 
 
 @inlined
-def _forward_job(row: Any, lanes: int) -> dense_forward.Gather:
-    return dense_forward.Gather(
+def _forward_job(row: Any, lanes: int) -> dense_forward.TapSum:
+    return dense_forward.TapSum(
         row[col.X],
         row[col.TAP_ROW],
         row[col.TAP_STEP],
@@ -47,8 +47,8 @@ def _forward_job(row: Any, lanes: int) -> dense_forward.Gather:
 
 
 @inlined
-def _backward_job(row: Any, lanes: int) -> dense_forward.Gather:
-    return dense_forward.Gather(
+def _backward_job(row: Any, lanes: int) -> dense_forward.TapSum:
+    return dense_forward.TapSum(
         row[col.SPREAD],
         row[col.SPREAD_ROW],
         lanes,
@@ -80,11 +80,11 @@ def _backward_job(row: Any, lanes: int) -> dense_forward.Gather:
 
 
 @inlined
-def _gather(work: Any, index: Any, w: Any, job: Any, kind: int) -> None:
+def _sum_taps(work: Any, index: Any, w: Any, job: Any, kind: int) -> None:
     if kind == col.LINEAR:
-        dense_forward.gather_one(work, index, w, job)
+        dense_forward.sum_taps_of_vector(work, index, w, job)
     else:
-        dense_forward.gather(work, index, w, job)
+        dense_forward.sum_taps(work, index, w, job)
 
 
 @part
@@ -96,7 +96,7 @@ def forward(rows: Any, index: Any, lists: Any, scales: Any, work: Any, w: Any, l
             if row[col.SPARSE]:
                 sparse.forward(work, index, lists, w, row, lanes)
             else:
-                _gather(work, index, w, _forward_job(row, lanes), kind)
+                _sum_taps(work, index, w, _forward_job(row, lanes), kind)
         elif kind == col.MAX_POOL:
             pools.max_pool(work, row, lanes)
         elif kind == col.AVERAGE_POOL:
@@ -129,7 +129,7 @@ def backward(rows: Any, index: Any, lists: Any, scales: Any, work: Any, w: Any, 
                 elif row[col.SPARSE]:
                     sparse.input_gradient(work, index, lists, w, row, lanes)
                 else:
-                    _gather(work, index, w, _backward_job(row, lanes), kind)
+                    _sum_taps(work, index, w, _backward_job(row, lanes), kind)
             if row[col.BIAS] >= 0:
                 weights.biases(work, grad, row, lanes)
             if row[col.SPARSE] and kind == col.LINEAR:

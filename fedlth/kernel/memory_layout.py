@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from fedlth.kernel import columns as col
-from fedlth.kernel.bounds_check import EXTENTS, Arrangement, check_places
+from fedlth.kernel.bounds_check import EXTENTS, MemoryLayout, check_bounds
 from fedlth.kernel.table import LayerTable, Op, Shape
 
 _ALIGNED = 16  # floats: one cache line
@@ -29,7 +29,7 @@ class _Buffer:
     row: int
 
 
-class _Arranger:
+class _Allocator:
     def __init__(self, table: LayerTable, lanes: int) -> None:
         self.table, self.lanes = table, lanes
         self.size = _ALIGNED
@@ -80,11 +80,11 @@ def _rest(op: Op, shape: Shape) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 @lru_cache(maxsize=16)
-def arrange(table: LayerTable, lanes: int) -> Arrangement:
-    """Return the arrangement of all dense layers; lanes must be a multiple of 16."""
+def lay_out(table: LayerTable, lanes: int) -> MemoryLayout:
+    """Return the memory layout of all dense layers; lanes must be a multiple of 16."""
     if lanes < 16 or lanes % 16:
-        raise ValueError(f"arrange: lanes must be a multiple of 16, got {lanes}")
-    plan, trained = _Arranger(table, lanes), _trained(table)
+        raise ValueError(f"kernel: lanes must be a multiple of 16, got {lanes}")
+    plan, trained = _Allocator(table, lanes), _trained(table)
     makers = {op.out: op for op in table.ops}
     values, gradients = [], []
     for at, shape in enumerate(table.shapes):
@@ -128,11 +128,11 @@ def arrange(table: LayerTable, lanes: int) -> Arrangement:
     inlet[[col.CHANNELS, col.HEIGHT, col.WIDTH]] = table.shapes[0]
     index = np.concatenate(plan.lists).astype(np.int32) if plan.lists else np.zeros(1, np.int32)
     if plan.size >= 2**31:
-        raise ValueError(f"arrange: a batch of the network must fit 2**31 floats, got {plan.size}")
-    found = Arrangement(
+        raise ValueError(f"kernel: a batch of the network must fit 2**31 floats, got {plan.size}")
+    found = MemoryLayout(
         rows=rows, inlet=inlet, index=index, scales=scales, extents=extents, scratch=scratch, work_size=plan.size
     )
-    check_places(found, lanes, table.num_params)
+    check_bounds(found, lanes, table.num_params)
     return found
 
 
@@ -164,7 +164,7 @@ def _common(
     row[[col.PADDING_Y, col.PADDING_X]] = op.padding
 
 
-def _weighted(row: np.ndarray, op: Op, plan: _Arranger, x: _Buffer | None, dx: _Buffer | None) -> None:
+def _weighted(row: np.ndarray, op: Op, plan: _Allocator, x: _Buffer | None, dx: _Buffer | None) -> None:
     shape, lanes = plan.table.shapes[op.source], plan.lanes
     channels, out, groups = shape[0], plan.table.shapes[op.out], op.groups
     assert x is not None

@@ -20,7 +20,7 @@ import numpy as np
 
 from fedlth.kernel import columns as col
 from fedlth.kernel.bounds_check import check_folds
-from fedlth.kernel.live_channels import WEIGHTED, Layer, costs, layers_left, owners
+from fedlth.kernel.live_channels import WEIGHTED, Layer, costs, live_layers, owners
 from fedlth.kernel.table import LayerTable, Op
 
 # Of the multiply-adds at most. Arranging the smaller network takes 5 ms (LeNet-5) to 10 ms (LEAF CNN) a training, which
@@ -86,7 +86,7 @@ def shrink(table: LayerTable, kept: np.ndarray, sparse_below: Mapping[int, float
     places = Counter(place for op in table.ops for place in (op.weight, op.bias) if place >= 0)
     if max(places.values()) > 1:
         return None  # two layers share their weights, and may keep different channels
-    layers = layers_left(table, kept, sparse_below)
+    layers = live_layers(table, kept, sparse_below)
     before, after = costs(table, kept, sparse_below, layers)
     return _built(table, kept, layers) if after < _WORTH * before else None
 

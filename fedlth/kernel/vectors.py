@@ -2,7 +2,7 @@
 
 Plain numba loops spill their accumulators (2-12 GFLOP/s against 47-85). A Tile is `rows` vectors of `width` float32;
 the same source lowers to AVX2, AVX-512 or NEON. Every address is an element index into a one-dimensional float32
-array; the arranger of the arrays (arrange.py) keeps the indices inside them, nothing is checked here.
+array; memory_layout.py, which lays the arrays out, keeps the indices inside them, nothing is checked here.
 """
 
 from __future__ import annotations

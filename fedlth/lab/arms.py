@@ -41,7 +41,7 @@ def controlled(bench: Bench, name: str, one: Round) -> tuple[np.ndarray, Run]:
     search = bench.study.searches[arm.of]
     finder = finder_of(search, f"searches.{arm.of}")
     # What the arm does not name is as in its search, or it would change two things at once.
-    recipe = bench.recipe({**search.train, **arm.train})
+    config = bench.train_config({**search.train, **arm.train})
     groups = finder.granularity.groups(bench.layout)
     control = make(MASKS, arm.mask, f"{place}.mask")
     # The streams have the round, not the arm: two arms that shuffle see the same shuffle. Groups, as a shuffle of
@@ -51,12 +51,12 @@ def controlled(bench: Bench, name: str, one: Round) -> tuple[np.ndarray, Run]:
     dead = finder.dead if arm.dead is None else make(DEADS, arm.dead, f"{place}.dead")
     steps = int(getattr(rewind, "steps", 0))
     if steps:
-        origin = bench.trained(bench.theta_0, bench.full, replace(recipe, last=steps)).final
+        origin = bench.trained(bench.theta_0, bench.full, replace(config, last=steps)).final
     elif rewind.anchor is None:
         origin = one.before
-        recipe = replace(recipe, constant_lr=not rewind.replay_lr)
+        config = replace(config, constant_lr=not rewind.replay_lr)
     else:
-        origin = bench.fresh("reinit") if rewind.anchor == "reinit" else bench.theta_0
+        origin = bench.model.fresh("reinit") if rewind.anchor == "reinit" else bench.theta_0
     start = changed(rewind, origin, mask, bench.layout, bench.rng("start", one.number)).masked(mask)
     if dead.holds:
         first = bench.theta_0 if origin is one.before else origin  # as a search does
@@ -64,7 +64,7 @@ def controlled(bench: Bench, name: str, one: Round) -> tuple[np.ndarray, Run]:
         start.floats[: mask.size][~mask] = held[~mask]
     if not getattr(rewind, "trains", True):
         return mask, bench.untrained(start, mask)
-    return mask, bench.trained(start, mask, replace(recipe, first=steps), free=dead.holds)
+    return mask, bench.trained(start, mask, replace(config, first=steps), free=dead.holds)
 
 
 def _row(bench: Bench, arm: str, number: int, mask: np.ndarray, run: Run) -> Row:

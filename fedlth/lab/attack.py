@@ -6,41 +6,40 @@ Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018, arXiv 1706.060
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from fedlth.data.dataset import Dataset
 from fedlth.models.layout import Params
-from fedlth.training.train import loss_of
-
-if TYPE_CHECKING:
-    from fedlth.lab.bench import Bench, Examples
+from fedlth.training.flat_model import FlatModel
+from fedlth.training.loss import cross_entropy
 
 
-def scale_of(bench: Bench) -> tuple[Tensor, Tensor]:
+def scale_of(dataset: Dataset) -> tuple[Tensor, Tensor]:
     """Return (mean, std), (C, 1, 1) each: a pixel p in [0, 1] is given to the network as (p - mean) / std."""
-    channels = bench.shape[0]
-    mean = torch.tensor(bench.dataset.mean or (0.0,) * channels).reshape(-1, 1, 1)
-    return mean, torch.tensor(bench.dataset.std or (1.0,) * channels).reshape(-1, 1, 1)
+    channels = dataset.input_shape[0]
+    mean = torch.tensor(dataset.mean or (0.0,) * channels).reshape(-1, 1, 1)
+    return mean, torch.tensor(dataset.std or (1.0,) * channels).reshape(-1, 1, 1)
 
 
-def attacked(bench: Bench, x: Tensor, y: Tensor, kind: str, eps: float, steps: int) -> Tensor:
-    """Return x (n, C, H, W) moved within eps so that the loss of the weights now in `bench.bound` grows.
+def attacked(
+    model: FlatModel, dataset: Dataset, x: Tensor, y: Tensor, *, kind: str, eps: float, steps: int
+) -> Tensor:  # fmt: skip
+    """Return x (n, C, H, W), scaled as `dataset` is, moved within eps so that the loss of the model as it stands grows.
 
     "fgsm": one step of eps. "pgd": `steps` steps of eps / 4 from x itself, each cut back to the ball; the last step's
     image counts. Pixels stay in [0, 1]. The module is left in evaluation mode, its gradients as they were.
     """
     if eps == 0:
         return x
-    mean, std = scale_of(bench)
+    mean, std = scale_of(dataset)
     lowest, highest = (0.0 - mean) / std, (1.0 - mean) / std
-    bench.bound.module.eval()
+    model.module.eval()
     size = eps if kind == "fgsm" else eps / 4
     moved = x
     for _ in range(1 if kind == "fgsm" else steps):
         probe = moved.detach().requires_grad_()
-        (grad,) = torch.autograd.grad(loss_of(bench.bound.module(probe), y), probe)
+        (grad,) = torch.autograd.grad(cross_entropy(model.module(probe), y), probe)
         moved = moved + size / std * grad.sign()
         moved = torch.maximum(torch.minimum(moved, x + eps / std), x - eps / std)
         moved = torch.maximum(torch.minimum(moved, highest), lowest)
@@ -48,9 +47,10 @@ def attacked(bench: Bench, x: Tensor, y: Tensor, kind: str, eps: float, steps: i
 
 
 def evaluate_attacked(
-    bench: Bench,
+    model: FlatModel,
+    dataset: Dataset,
     params: Params,
-    data: Examples,
+    data: tuple[Tensor, Tensor],
     *,
     kind: str,
     eps: float,
@@ -62,12 +62,12 @@ def evaluate_attacked(
     right, total = 0, 0.0
     for at in range(0, len(y), 500):
         part, labels = x[at : at + 500], y[at : at + 500]
-        bench.bound.load(params if crafted_on is None else crafted_on)
-        part = attacked(bench, part, labels, kind, eps, steps)
-        bench.bound.load(params)
-        bench.bound.module.eval()
+        model.load(params if crafted_on is None else crafted_on)
+        part = attacked(model, dataset, part, labels, kind=kind, eps=eps, steps=steps)
+        model.load(params)
+        model.module.eval()
         with torch.inference_mode():
-            logits = bench.bound.module(part)
+            logits = model.module(part)
             right += int((logits.argmax(-1) == labels).sum())
-            total += float(loss_of(logits, labels)) * len(labels)
+            total += float(cross_entropy(logits, labels)) * len(labels)
     return right / len(y), total / len(y)

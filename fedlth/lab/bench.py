@@ -6,34 +6,27 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedlth.data.dataset import Dataset
 from fedlth.data.sources import load
 from fedlth.data.tensors import inputs
 from fedlth.errors import StudyError
-from fedlth.kernel import kernel
-from fedlth.kernel.graph import compile_layers
-from fedlth.kernel.table import LayerTable
-from fedlth.lab.recipe import Recipe
 from fedlth.lab.study import Data, Lottery, build
-from fedlth.lab.training import Run, packed, train, unpacked, walk
-from fedlth.models.flops import layer_flops
-from fedlth.models.initial import brought, drawn, redrawn, refuse, torch_stream
-from fedlth.models.layout import Layout, Params, layout_of, read
-from fedlth.models.prunable import prunable_names
+from fedlth.lab.train_config import TrainConfig
+from fedlth.lab.training import Examples, Run, packed, train, unpacked, walk
+from fedlth.models.layout import Layout, Params
 from fedlth.rng import stream, torch_seed
 from fedlth.storage import store
-from fedlth.training.train import Bound, evaluate
-
-Examples = tuple[Tensor, Tensor]
+from fedlth.training.evaluation import evaluate
+from fedlth.training.flat_model import FlatModel
+from fedlth.training.model_context import AsDrawn, ModelContext
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,87 +45,50 @@ class Bench:
     diverged: list[str] = field(default_factory=list)
     _digests: dict[str, tuple[Tensor, bytes]] = field(default_factory=dict)
 
+    @cached_property
+    def model(self) -> ModelContext:
+        spec = self.study.model
+        init = GlorotNormal() if spec.init == "glorot_normal" else AsDrawn()
+        return ModelContext(spec=spec, dataset=self.dataset, seed=self.seed, init=init)
+
     @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.dataset.input_shape)
-
-    def module(self) -> nn.Module:
-        """Return a fresh module as theta_0 was drawn."""
-        return self._built("theta_0", self.study.model.options)
-
-    @cached_property
     def layout(self) -> Layout:
-        module = self.module()
-        return layout_of(module, prunable_names(module, self.study.model.prunable))
+        return self.model.layout
 
-    @cached_property
+    @property
     def theta_0(self) -> Params:
-        return self._initial(read(self.module(), self.layout), "theta_0")
-
-    def fresh(self, what: str) -> Params:
-        """Draw other initial weights from the stream that `what` names; what nothing trains stays as in theta_0.
-
-        Raises StudyError where the model brings its weights: they would be theta_0's again.
-        """
-        refuse(self.brought, "start reinit")
-        return self._drawn(what)
-
-    @cached_property
-    def brought(self) -> str:
-        """Say which of theta_0's weights the model brings, which another draw gives again; "" where none."""
-        return brought(self.study.model.name, self.layout, self.theta_0, self._drawn("second theta_0"))
-
-    def _drawn(self, what: str) -> Params:
-        model, moving = self.study.model, self.layout.moving
-        module = self._built(what, {**model.options, **model.reinit_options})
-        params = self._initial(redrawn(module, self.layout, self.theta_0), what)
-        return moving.put_into(self.theta_0, self.layout, moving.part_of(params, self.layout))
-
-    def _initial(self, params: Params, what: str) -> Params:
-        return glorot(params, self.layout, self.rng(what)) if self.study.model.init == "glorot_normal" else params
-
-    def _built(self, what: str, options: Mapping[str, object]) -> nn.Module:
-        return drawn(
-            self.study.model.name, num_classes=self.dataset.num_classes, input_shape=self.shape, options=options,
-            seed=torch_seed(self.seed, what),
-        )  # fmt: skip
+        return self.model.theta_0
 
     def rng(self, what: str, number: int = 0) -> np.random.Generator:
         return stream(self.seed, what, number)
 
     @cached_property
-    def table(self) -> LayerTable | str:
-        """Return the network as the compute kernel sees it, or why the kernel cannot run it."""
-        if self.dataset.x_train.dtype.kind == "i":
-            return "the inputs are tokens"
-        return kernel.available() or compile_layers(self.module(), self.layout, self.shape)
-
-    @cached_property
-    def bound(self) -> Bound:
+    def flat_model(self) -> FlatModel:
         """The one module of this process in plain torch."""
-        return Bound(self.module(), self.layout, "cpu")
+        return FlatModel(self.model.module(), self.layout, "cpu")
 
     @cached_property
-    def fast(self) -> Bound:
+    def fast_model(self) -> FlatModel:
         """The same in the compute kernel where it can run the network."""
-        return Bound(self.module(), self.layout, "cpu", None if isinstance(self.table, str) else self.table)
+        table = self.model.table
+        return FlatModel(self.model.module(), self.layout, "cpu", None if isinstance(table, str) else table)
 
     @property
     def full(self) -> np.ndarray:
         return np.ones(self.layout.num_prunable, bool)
 
-    def recipe(self, changes: dict[str, object] | None = None) -> Recipe:
+    def train_config(self, changes: dict[str, object] | None = None) -> TrainConfig:
         """Return the study's way to train, some keys of its train section changed."""
-        return Recipe(train=self.study.train.model_validate({**self.study.train.model_dump(), **(changes or {})}))
+        return TrainConfig(train=self.study.train.model_validate({**self.study.train.model_dump(), **(changes or {})}))
 
     def accuracy(self, params: Params, part: str = "test") -> float:
-        return evaluate(self.fast, params, self.parts[part])[0]
+        return evaluate(self.fast_model, params, self.parts[part])[0]
 
     def trained(
         self,
         start: Params,
         mask: np.ndarray,
-        recipe: Recipe,
+        config: TrainConfig,
         *,
         free: bool = False,
         data: str = "",
@@ -144,7 +100,7 @@ class Bench:
         window: how many states before the last, one an evaluation, come with the result.
         The file's name is a digest of everything that decides the result, so nothing stale is ever read.
         """
-        told = f"{self.seed}/{recipe.text()}/{free}/{data}/{window}"
+        told = f"{self.seed}/{config.text()}/{free}/{data}/{window}"
         state = hashlib.blake2b(told.encode(), digest_size=16)
         state.update(start.floats.tobytes() + start.ints.tobytes() + np.packbits(mask).tobytes())
         if data:  # the whole data set is the study's own, and a folder holds one study
@@ -155,7 +111,7 @@ class Bench:
                 return self._noted(unpacked(path.read_bytes(), start, None if free else mask), told)
             except ValueError as error:
                 raise StudyError(f"{path}: damaged; delete it to train again: {error}") from error
-        run = train(self, start, mask, recipe, parts=self.task(data), free=free, window=window)
+        run = train(self, start, mask, config, parts=self.task(data), free=free, window=window)
         if path is not None:
             own = path.with_suffix(f".{os.getpid()}")  # two workers may come to the same training
             store.write_atomic(own, packed(run, None if free else mask))
@@ -177,43 +133,40 @@ class Bench:
             self._digests[data] = examples["train"][0], state.digest()
         return self._digests[data][1]
 
-    def states(self, start: Params, mask: np.ndarray, recipe: Recipe) -> list[Params]:
+    def states(self, start: Params, mask: np.ndarray, config: TrainConfig) -> list[Params]:
         """Train and return the start and the state at every evaluation; nothing is kept."""
         begun = start.masked(mask)
-        return [begun, *walk(self, begun, mask, recipe, data=self.parts["train"], free=False)]
+        return [begun, *walk(self, begun, mask, config, data=self.parts["train"], free=False)]
 
     def untrained(self, params: Params, mask: np.ndarray, *, data: str = "") -> Run:
         """Return the run of no iterations: the weights as they are, evaluated."""
-        nothing = Recipe(train=self.study.train, last=0)
+        nothing = TrainConfig(train=self.study.train, last=0)
         return train(self, params, mask, nothing, parts=self.task(data), free=False, window=0)
 
     def task(self, data: str) -> dict[str, Examples]:
         """Return the train, validation and test parts of a task; "" is the whole data set."""
         return {p: self.parts[f"{data}/{p}" if data else p] for p in ("train", "validation", "test")}
 
-    @cached_property
-    def flops(self) -> dict[str, int]:
-        """Forward FLOPs an example of each parameter's layer."""
-        with torch_stream(0):
-            return layer_flops(self.module(), self.parts["train"][0][:2])[0]
-
     def torch_seed(self, what: str) -> int:
         return torch_seed(self.seed, what)
 
 
-def glorot(params: Params, layout: Layout, rng: np.random.Generator) -> Params:
-    """Return params with prunable tensors drawn from N(0, 2 / (fan_in + fan_out)) and all biases zero."""
-    floats = params.floats.copy()
-    for e in layout.floats:
-        if e.norm or e.role == "buffer":
-            continue
-        if len(e.shape) < 2:
-            floats[e.slice] = 0.0
-            continue
-        field = math.prod(e.shape[2:])
-        std = math.sqrt(2.0 / ((e.shape[0] + e.shape[1]) * field))
-        floats[e.slice] = rng.normal(0.0, std, e.size).astype(np.float32)
-    return Params(floats, params.ints)
+@dataclass(frozen=True)
+class GlorotNormal:
+    """Weights from N(0, 2 / (fan_in + fan_out)), biases zero, norms as they are. Glorot & Bengio, AISTATS 2010."""
+
+    def __call__(self, params: Params, layout: Layout, rng: np.random.Generator, /) -> Params:
+        floats = params.floats.copy()
+        for e in layout.floats:
+            if e.norm or e.role == "buffer":
+                continue
+            if len(e.shape) < 2:
+                floats[e.slice] = 0.0
+                continue
+            field = math.prod(e.shape[2:])
+            std = math.sqrt(2.0 / ((e.shape[0] + e.shape[1]) * field))
+            floats[e.slice] = rng.normal(0.0, std, e.size).astype(np.float32)
+        return Params(floats, params.ints)
 
 
 @lru_cache(maxsize=2)

@@ -10,7 +10,10 @@ import numpy as np
 
 from fedlth.lab import neq
 from fedlth.lab.bench import Bench
-from fedlth.training.train import Plan, evaluate, train
+from fedlth.training.evaluation import evaluate
+from fedlth.training.recipe import Epochs, Sgd, TrainingRecipe
+from fedlth.training.request import drawn_request
+from fedlth.training.train import train
 
 
 @dataclass(frozen=True)
@@ -31,15 +34,19 @@ class NeuronsAtEquilibrium:
     def __call__(self, bench: Bench, /) -> Iterator[dict[str, Any]]:
         x, y = bench.parts["train"]
         data, test = (x[: self.examples], y[: self.examples]), bench.parts["test"]
-        plan = Plan(epochs=self.epochs, batch_size=bench.study.train.batch_size, lr=self.lr, momentum=self.momentum)
-        epochs = neq.train(
-            bench.bound, bench.theta_0, data=data, held_out=bench.parts["validation"][0][: self.held_out], plan=plan,
-            gate=neq.UpdateGate(epsilon=self.epsilon), order=bench.rng("neq"), torch_seed=0,
+        recipe = TrainingRecipe(
+            budget=Epochs(self.epochs), batch_size=bench.study.train.batch_size, lr=self.lr,
+            optimizer=Sgd(momentum=self.momentum),
         )  # fmt: skip
-        plain = train(
-            bench.bound, bench.theta_0, data=data, plan=plan, order=bench.rng("neq"), torch_seed=0,
+        epochs = neq.train(
+            bench.flat_model, bench.theta_0, data=data, held_out=bench.parts["validation"][0][: self.held_out],
+            recipe=recipe, gate=neq.UpdateGate(epsilon=self.epsilon), order=bench.rng("neq"), torch_seed=0,
+        )  # fmt: skip
+        request = drawn_request(
+            bench.theta_0, data, recipe, order=bench.rng("neq"), torch_seed=0,
             snapshots=tuple(range(1, self.epochs + 1)),
         )  # fmt: skip
+        plain = train(bench.flat_model, request)
         before, size = bench.theta_0.floats, bench.layout.num_params
         for number, one in enumerate(epochs, 1):
             rested = ~one.moves
@@ -48,7 +55,7 @@ class NeuronsAtEquilibrium:
             yield {
                 "epoch": number, "parameters": size, "frozen": one.frozen, "moved": float(moved),
                 "upload_bytes": float(4 * np.count_nonzero(one.moves)),
-                "accuracy": evaluate(bench.bound, one.params, test)[0],
-                "baseline": evaluate(bench.bound, baseline, test)[0],
+                "accuracy": evaluate(bench.flat_model, one.params, test)[0],
+                "baseline": evaluate(bench.flat_model, baseline, test)[0],
             }  # fmt: skip
             before = one.params.floats

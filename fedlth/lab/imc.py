@@ -17,7 +17,8 @@ from torch.func import functional_call, hessian
 from fedlth.errors import StudyError
 from fedlth.models.layout import Params
 from fedlth.tickets.select import keep_top
-from fedlth.training.train import Bound, loss_of
+from fedlth.training.flat_model import FlatModel
+from fedlth.training.loss import cross_entropy
 
 MOST_WEIGHTS = 2000
 
@@ -35,23 +36,23 @@ class Split:
         return float(self.eigenvalues[self.dropped] - self.eigenvalues[self.dropped - 1])
 
 
-def spectrum(bound: Bound, at: Params, data: tuple[Tensor, Tensor]) -> tuple[np.ndarray, np.ndarray]:
+def spectrum(model: FlatModel, at: Params, data: tuple[Tensor, Tensor]) -> tuple[np.ndarray, np.ndarray]:
     """Return (eigenvalues ascending, eigenvectors in columns) of the loss's Hessian over the prunable weights.
 
     In float64 and in full, so only for small networks; raises StudyError beyond MOST_WEIGHTS.
     """
-    layout, size = bound.layout, bound.layout.num_prunable
+    layout, size = model.layout, model.layout.num_prunable
     if size > MOST_WEIGHTS:
         raise StudyError(f"imc: the full Hessian needs at most {MOST_WEIGHTS} prunable weights, got {size}")
-    bound.load(at)
-    bound.module.eval()
+    model.load(at)
+    model.module.eval()
     x, y = data
-    flat = torch.from_numpy(at.floats.astype(np.float64)).to(bound.device)
+    flat = torch.from_numpy(at.floats.astype(np.float64)).to(model.device)
     fixed = {e.name: flat[e.slice].view(e.shape) for e in layout.floats if not e.prunable}
 
     def loss(weights: Tensor) -> Tensor:
         named = {e.name: weights[e.slice].view(e.shape) for e in layout.prunable}
-        return loss_of(functional_call(bound.module, {**fixed, **named}, x.double()), y)
+        return cross_entropy(functional_call(model.module, {**fixed, **named}, x.double()), y)
 
     matrix: Tensor = hessian(loss)(flat[:size])
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)

@@ -45,16 +45,16 @@ class Instability:
             raise wrong("probes.instability.alphas", "at least 2", self.alphas)
 
     def __call__(self, bench: Bench, /) -> Iterator[dict[str, Any]]:
-        recipe = bench.recipe()
+        config = bench.train_config()
         for one in rounds(bench, self.search):
             if one.number not in self.rounds:
                 continue
             for step in self.steps:
                 start = bench.theta_0
                 if step:
-                    start = bench.trained(start, bench.full, replace(recipe, last=step)).final
+                    start = bench.trained(start, bench.full, replace(config, last=step)).final
                 copies = [
-                    bench.trained(start.masked(one.mask), one.mask, replace(recipe, first=step, order=f"order/{copy}"))
+                    bench.trained(start.masked(one.mask), one.mask, replace(config, first=step, order=f"order/{copy}"))
                     for copy in ("a", "b")
                 ]
                 ends = copies[0].final, copies[1].final

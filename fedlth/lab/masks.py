@@ -75,16 +75,16 @@ class Settling:
     def __call__(self, bench: Bench, /) -> Iterator[dict[str, Any]]:
         search = bench.study.searches[self.search]
         finder = finder_of(search, f"searches.{self.search}")
-        recipe = bench.recipe({**search.train, **({"iterations": self.iterations} if self.iterations else {})})
+        config = bench.train_config({**search.train, **({"iterations": self.iterations} if self.iterations else {})})
         groups = finder.granularity.groups(bench.layout)
         masks = []
         theta_0 = bench.theta_0.floats[: bench.layout.num_prunable]
-        for state in bench.states(bench.theta_0, bench.full, recipe)[:: self.every]:
+        for state in bench.states(bench.theta_0, bench.full, config)[:: self.every]:
             evidence = evidence_of(network_of(bench, state, "settling"), bench.layout, bench.rng("settling"))
             score = finder.score(replace(evidence, init=theta_0, start=theta_0, density=self.density))
             masks.append(groups.reduced(finder.pick(score, bench.full, bench.layout, self.density)) > 0)
-        step = recipe.train.evaluate_every * self.every
-        at = [min(i * step, recipe.end) for i in range(len(masks))]  # the last stretch may be shorter
+        step = config.train.evaluate_every * self.every
+        at = [min(i * step, config.end) for i in range(len(masks))]  # the last stretch may be shorter
         for i, one in zip(at, masks, strict=True):
             for j, other in zip(at, masks, strict=True):
                 yield {"iteration": i, "other": j, "distance": mask_distance(one, other)}

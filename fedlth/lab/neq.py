@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fedlth.errors import wrong
 from fedlth.models.layout import Layout, Params
-from fedlth.training.train import Bound, Plan, batches, loss_of
+from fedlth.training.flat_model import FlatModel
+from fedlth.training.recipe import TrainingRecipe
 
 # A transposed convolution's weight has its inputs first: a unit is no row there, and none of it rests.
 UNITS_FIRST = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -68,7 +69,7 @@ def _cosine(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.where(both, 1.0, (one * other).sum(axis=1) / np.where(product == 0, 1.0, product))
 
 
-def unit_outputs(bound: Bound, params: Params, x: Tensor) -> Outputs:
+def unit_outputs(model: FlatModel, params: Params, x: Tensor) -> Outputs:
     """Return the outputs of every linear and convolutional unit on held-out examples x, before any activation."""
     seen: dict[str, Tensor] = {}
 
@@ -79,13 +80,13 @@ def unit_outputs(bound: Bound, params: Params, x: Tensor) -> Outputs:
 
         return hook
 
-    counted = ((n, m) for n, m in bound.module.named_modules() if isinstance(m, (nn.Linear, *UNITS_FIRST)))
+    counted = ((n, m) for n, m in model.module.named_modules() if isinstance(m, (nn.Linear, *UNITS_FIRST)))
     hooks = [module.register_forward_hook(look(name)) for name, module in counted]
-    bound.load(params)
-    bound.module.eval()
+    model.load(params)
+    model.module.eval()
     try:
         with torch.no_grad():
-            bound.module(x)
+            model.module(x)
     finally:
         for handle in hooks:
             handle.remove()
@@ -94,14 +95,10 @@ def unit_outputs(bound: Bound, params: Params, x: Tensor) -> Outputs:
 
 def moving(layout: Layout, frozen: dict[str, np.ndarray]) -> np.ndarray:
     """Return (num_params,) bool: the parameters that may move, a frozen unit's row and bias left out."""
-    moves = np.ones(layout.num_params, bool)
+    moves = layout.trainable.copy()
     for e in layout.floats:
-        if e.role != "param":
-            continue
         stay = frozen.get(e.name.rpartition(".")[0])
-        if not e.trainable:
-            moves[e.slice] = False
-        elif stay is not None and e.shape and e.shape[0] == len(stay):
+        if e.trainable and stay is not None and e.shape and e.shape[0] == len(stay):
             moves[e.slice] = np.repeat(~stay, e.size // e.shape[0])
     return moves
 
@@ -120,42 +117,41 @@ class Epoch:
 
 
 def train(
-    bound: Bound,
+    model: FlatModel,
     start: Params,
     *,
     data: tuple[Tensor, Tensor],
     held_out: Tensor,
-    plan: Plan,
+    recipe: TrainingRecipe,
     gate: UpdateGate,
     order: np.random.Generator,
     torch_seed: int,
 ) -> tuple[Epoch, ...]:
-    """Train by SGD with momentum, an epoch at a time, freezing what is at equilibrium; return every epoch."""
+    """Train as the recipe says, an epoch at a time, freezing what is at equilibrium; return every epoch."""
     x, y = data
-    layout = bound.layout
-    momentum = torch.zeros(layout.num_params, device=bound.device)
-    state, frozen = gate(Equilibrium(), unit_outputs(bound, start, held_out))
-    parts = [batches(len(y), plan.batch_size, order) for _ in range(plan.epochs)]
+    layout = model.layout
+    memory = recipe.optimizer.memory(model.grad)
+    state, frozen = gate(Equilibrium(), unit_outputs(model, start, held_out))
+    parts = recipe.budget(len(y), recipe.batch_size, order)
     steps, step, now, epochs = sum(map(len, parts)), 0, start, []
     torch.manual_seed(torch_seed)
     for epoch in parts:
         moves = moving(layout, frozen)
-        alive = bound.arranged(moves.astype(np.float32))
-        bound.load(now)
-        bound.module.train()
-        weights = bound.flat[: layout.num_params]
+        alive = model.arranged(moves.astype(np.float32))
+        model.load(now)
+        model.module.train()
+        weights = model.flat[: layout.num_params]
         for part in epoch:
             index = torch.from_numpy(part)
-            bound.grad.zero_()
-            loss = loss_of(bound.module(x[index]), y[index])
+            model.grad.zero_()
+            loss = recipe.loss(model.module(x[index]), y[index])
             loss.backward()  # type: ignore[no-untyped-call]
             with torch.no_grad():
-                slope = bound.grad.add(weights, alpha=plan.weight_decay)
-                # Before momentum and after it: what a neuron gathered earlier must not move it either.
-                momentum.mul_(plan.momentum).add_(slope.mul_(alive))
-                weights.add_(momentum * alive, alpha=-plan.rate(step, steps))
+                direction = recipe.optimizer(model.grad, weights, memory, step + 1, alive)
+                # Once more: what a neuron gathered earlier must not move it either.
+                weights.add_(direction * alive, alpha=-recipe.rate(step, steps))
             step += 1
-        now = bound.save()
+        now = model.save()
         epochs.append(Epoch(moves, now))
-        state, frozen = gate(state, unit_outputs(bound, now, held_out))
+        state, frozen = gate(state, unit_outputs(model, now, held_out))
     return tuple(epochs)

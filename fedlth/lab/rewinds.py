@@ -26,16 +26,16 @@ class Rewinds:
     def __call__(self, bench: Bench, /) -> Iterator[dict[str, Any]]:
         for name in self.searches:
             search = bench.study.searches[name]
-            finder, recipe = finder_of(search, f"searches.{name}"), bench.recipe(dict(search.train))
+            finder, config = finder_of(search, f"searches.{name}"), bench.train_config(dict(search.train))
             steps = int(getattr(finder.rewind, "steps", 0))
             for one in rounds(bench, name):
                 if one.number == 0:
                     continue
                 origin = one.before if finder.rewind.anchor is None else bench.theta_0
                 if finder.rewind.anchor == "reinit":
-                    origin = bench.fresh("reinit")
+                    origin = bench.model.fresh("reinit")
                 if steps:
-                    origin = bench.trained(bench.theta_0, bench.full, replace(recipe, last=steps)).final
+                    origin = bench.trained(bench.theta_0, bench.full, replace(config, last=steps)).final
                 dice = bench.rng(f"search/{name}/rewind")
                 wanted = changed(finder.rewind, origin, one.mask, bench.layout, dice).masked(one.mask)
                 if finder.dead.holds:
@@ -43,8 +43,8 @@ class Rewinds:
                     held = finder.dead(first.floats[: dead.size], one.before.floats[: dead.size])
                     wanted.floats[: dead.size][dead] = held[dead]
                 gap = np.abs(one.start.floats - wanted.floats).max()
-                there = replace(recipe, first=steps, constant_lr=not finder.rewind.replay_lr)
+                there = replace(config, first=steps, constant_lr=not finder.rewind.replay_lr)
                 yield {
                     "search": name, "round": one.number, "rewind": str(finder.rewind), "furthest": float(gap),
-                    "first_rate": there.rate(steps), "schedule_there": recipe.rate(steps),
+                    "first_rate": there.rate(steps), "schedule_there": config.rate(steps),
                 }  # fmt: skip

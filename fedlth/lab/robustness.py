@@ -40,9 +40,19 @@ class Attack:
         for name, params in networks.items():
             for kind in ("fgsm", "pgd"):
                 for eps in self.eps:
-                    found = {"robust_accuracy": evaluate_attacked(bench, params, data, kind=kind, eps=eps)[0]}
+                    found = {
+                        "robust_accuracy": evaluate_attacked(
+                            bench.flat_model, bench.dataset, params, data, kind=kind, eps=eps
+                        )[0]
+                    }
                     if "dense" in networks:
                         found["from_dense"], _ = evaluate_attacked(
-                            bench, params, data, kind=kind, eps=eps, crafted_on=networks["dense"]
+                            bench.flat_model,
+                            bench.dataset,
+                            params,
+                            data,
+                            kind=kind,
+                            eps=eps,
+                            crafted_on=networks["dense"],
                         )
                     yield {"network": name, "attack": kind, "eps": f"{eps:g}", **found}

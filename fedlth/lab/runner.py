@@ -82,7 +82,7 @@ def _check_rewind(bench: Bench, rewind: Rewind, place: str, train: Mapping[str, 
     if rewind.anchor not in ("theta_0", "reinit", None):
         raise StudyError(f"{place}: the laboratory has no weights called {rewind.anchor!r}, got {rewind}")
     if rewind.anchor == "reinit":
-        refuse(bench.brought, place)
+        refuse(bench.model.brought, place)
     _check_step(int(getattr(rewind, "steps", 0)), place, train["iterations"])
 
 
@@ -94,7 +94,7 @@ def _check_step(step: int, place: str, iterations: int) -> None:
 def _check_acts(train: Mapping[str, Any], made: Lottery, place: str) -> None:
     """Refuse an option that finds nothing in the network to act on."""
     bench = open_bench(made.science(), made.seeds[0], None)
-    if train["dropout"] and not relus(bench.bound.module):
+    if train["dropout"] and not relus(bench.flat_model.module):
         raise StudyError(f"{place}.train.dropout: {made.model.name} has no module nn.ReLU to follow, so nothing drops")
     if train["norm_l1"] and not scales(bench.layout):
         raise StudyError(f"{place}.train.norm_l1: {made.model.name} has no norm layer with a scale")

@@ -11,8 +11,8 @@ import numpy as np
 
 from fedlth.errors import StudyError
 from fedlth.lab.bench import Bench, open_bench
-from fedlth.lab.recipe import Recipe
 from fedlth.lab.study import Lottery, Search
+from fedlth.lab.train_config import TrainConfig
 from fedlth.lab.training import Run
 from fedlth.models.layout import Params
 from fedlth.study.parts import make
@@ -25,7 +25,7 @@ from fedlth.tickets.schedule import SCHEDULES
 from fedlth.tickets.scope import SCOPES
 from fedlth.tickets.score import SCORES
 from fedlth.tickets.search import Walked, find
-from fedlth.training.loss_probe import DataNetwork
+from fedlth.training.loss_probe import LossProbe
 
 TABLES: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "score": SCORES,
@@ -62,7 +62,7 @@ class Trainer:
     """The way to train that `find` is given: it remembers its trainings, newest last."""
 
     bench: Bench
-    recipe: Recipe
+    config: TrainConfig
     data: str = ""
     done: list[tuple[Params, Run]] = field(default_factory=list)
 
@@ -70,11 +70,11 @@ class Trainer:
         self, start: Params, mask: np.ndarray, /, *, replay_lr: bool, held: bool = False, window: int = 0,
         first_step: int = 0, last_step: int | None = None,
     ) -> Walked:  # fmt: skip
-        steps = self.recipe.train.iterations
+        steps = self.config.train.iterations
         if last_step is not None and last_step >= steps:
             place = "rewind.step" if mask.all() else "schedule.every"
             raise StudyError(f"finder.{place}: must lie inside a training's {steps} steps, got {last_step}")
-        how = replace(self.recipe, first=first_step, last=last_step, constant_lr=not replay_lr)
+        how = replace(self.config, first=first_step, last=last_step, constant_lr=not replay_lr)
         run = self.bench.trained(start, mask, how, free=held, data=self.data, window=window)
         self.done.append((start, run))
         return Walked(run.final, run.previous)
@@ -104,25 +104,25 @@ def rounds(bench: Bench, name: str) -> Iterator[Round]:
     search = bench.study.searches[name]
     finder = finder_of(search, f"searches.{name}")
     with _named(f"searches.{name}"):
-        yield from walked(bench, finder, search.targets, bench.recipe(dict(search.train)), what=f"search/{name}")
+        yield from walked(bench, finder, search.targets, bench.train_config(dict(search.train)), what=f"search/{name}")
 
 
 def walked(
-    bench: Bench, finder: Finder, targets: tuple[float, ...], recipe: Recipe, *, what: str, data: str = "",
+    bench: Bench, finder: Finder, targets: tuple[float, ...], config: TrainConfig, *, what: str, data: str = "",
     start: Params | None = None,
 ) -> Iterator[Round]:  # fmt: skip
     """Yield the rounds of a finder from `start` (theta_0) on one task's data; `what` names its random streams."""
     theta_0 = bench.theta_0 if start is None else start
-    trainer = Trainer(bench, recipe, data)
+    trainer = Trainer(bench, config, data)
 
     def anchors(anchor: str) -> Params:
         if anchor == "theta_0":
             return theta_0
         if anchor == "reinit":
-            return bench.fresh("reinit")
+            return bench.model.fresh("reinit")
         raise StudyError(f"finder.rewind: the laboratory has no weights called {anchor!r}")
 
-    def network(at: Params) -> DataNetwork:
+    def network(at: Params) -> LossProbe:
         few = None if hasattr(finder.score, "epochs") else EXAMPLES_A_CLASS * bench.dataset.num_classes
         return network_of(bench, at, what, data, few)
 
@@ -149,11 +149,11 @@ def walked(
         yield Round(number, ticket.mask, *done, ticket.before, ticket.fallen, ticket.trainings)
 
 
-def network_of(bench: Bench, at: Params, what: str, data: str = "", few: int | None = None) -> DataNetwork:
+def network_of(bench: Bench, at: Params, what: str, data: str = "", few: int | None = None) -> LossProbe:
     """Return the network at `at` over the first `few` training examples, or all, as scores ask it."""
     x, y = bench.task(data)["train"]
-    return DataNetwork(
-        bound=bench.bound, params=at, data=(x[:few], y[:few]), layer_flops=lambda: bench.flops,
+    return LossProbe(
+        model=bench.flat_model, params=at, data=(x[:few], y[:few]), layer_flops=lambda: bench.model.flops,
         order=lambda: bench.rng(f"{what}/mask order"), torch_seed=bench.torch_seed(f"{what}/mask bits"),
         batch_size=bench.study.train.batch_size,
     )  # fmt: skip

@@ -26,11 +26,11 @@ from fedlth.tickets.schedule import Rescore
 from fedlth.tickets.scope import Global
 from fedlth.tickets.score import SCORES, Score
 from fedlth.tickets.sensitivity import Grasp, Snip, SynFlow
-from fedlth.training.loss_probe import DataNetwork
-from fedlth.training.train import Bound
+from fedlth.training.flat_model import FlatModel
+from fedlth.training.loss_probe import LossProbe
 
 
-def evidence_of(network: DataNetwork, layout: Layout, rng: np.random.Generator) -> Evidence:
+def evidence_of(network: LossProbe, layout: Layout, rng: np.random.Generator) -> Evidence:
     """Return what a score sees before any training."""
     floats = network.params.floats[: layout.num_prunable]
     full = np.ones(layout.num_prunable, bool)
@@ -61,9 +61,9 @@ class Exact:
             )
         layout = layout_of(module, ("0.weight", "2.weight"))
         params = read(module, layout)
-        weights, loss = _loss_of(module, layout, few)  # before the module's tensors become views of a Bound
-        network = DataNetwork(
-            bound=Bound(module, layout, "cpu"), params=params, data=few, layer_flops=lambda: {},
+        weights, loss = _loss_of(module, layout, few)  # before the module's tensors become views of a FlatModel
+        network = LossProbe(
+            model=FlatModel(module, layout, "cpu"), params=params, data=few, layer_flops=lambda: {},
             order=lambda: bench.rng("exact"), torch_seed=0, batch_size=1,
         )  # fmt: skip
         evidence = evidence_of(network, layout, bench.rng("exact"))

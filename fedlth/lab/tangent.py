@@ -14,14 +14,15 @@ from torch import Tensor
 from torch.func import functional_call, jvp
 
 from fedlth.models.layout import Params
-from fedlth.training.train import Bound, Plan, batches, loss_of
+from fedlth.training.flat_model import FlatModel
+from fedlth.training.recipe import TrainingRecipe
 
 
 @dataclass(frozen=True, eq=False)
 class Tangent:
     """f_lin(d; x) = f(theta; x) + J(theta; x) d, over all parameters, buffers fixed, in evaluation mode."""
 
-    bound: Bound
+    model: FlatModel
     theta: Params
     double: bool = False
 
@@ -48,17 +49,17 @@ class Tangent:
         return torch.zeros_like(self._split()[0])
 
     def _split(self) -> tuple[Tensor, dict[str, Tensor]]:
-        layout, size = self.bound.layout, self.bound.layout.num_params
-        flat = torch.from_numpy(self.theta.floats.copy()).to(self.bound.device)
+        layout, size = self.model.layout, self.model.layout.num_params
+        flat = torch.from_numpy(self.theta.floats.copy()).to(self.model.device)
         flat = flat.double() if self.double else flat
         fixed = {e.name: flat[e.slice].view(e.shape) for e in layout.floats if e.role == "buffer"}
         return flat[:size], fixed
 
     def _call(self, weights: Tensor, fixed: dict[str, Tensor], x: Tensor) -> Tensor:
-        layout = self.bound.layout
-        self.bound.module.eval()
+        layout = self.model.layout
+        self.model.module.eval()
         named = {e.name: weights[e.slice].view(e.shape) for e in layout.floats if e.role == "param"}
-        out: Tensor = functional_call(self.bound.module, {**named, **fixed}, x)
+        out: Tensor = functional_call(self.model.module, {**named, **fixed}, x)
         return out
 
 
@@ -71,7 +72,7 @@ def fine_tune(
     tangent: Tangent,
     data: tuple[Tensor, Tensor],
     *,
-    plan: Plan,
+    recipe: TrainingRecipe,
     order: np.random.Generator,
     mask: np.ndarray | None = None,
 ) -> Tensor:
@@ -81,25 +82,22 @@ def fine_tune(
     """
     x, y = data
     delta = tangent.zero()
-    moves = torch.ones_like(delta)
-    for e in tangent.bound.layout.floats:
-        if e.role == "param" and not e.trainable:
-            moves[e.slice] = 0
-    if mask is not None:
-        moves[: mask.size] *= torch.from_numpy(mask).to(delta)
-    momentum = torch.zeros_like(delta)
-    epochs = [batches(len(y), plan.batch_size, order) for _ in range(plan.epochs)]
+    layout = tangent.model.layout
+    free = layout.trainable if mask is None else layout.trainable & layout.over_params(mask)
+    moves, memory = torch.from_numpy(free).to(delta), recipe.optimizer.memory(delta)
+    epochs = recipe.budget(len(y), recipe.batch_size, order)
     steps, step = sum(map(len, epochs)), 0
     for parts in epochs:
         for part in parts:
             index = torch.from_numpy(part)
             delta.requires_grad_()
-            loss = loss_of(tangent.logits(delta, x[index]), y[index])
+            loss = recipe.loss(tangent.logits(delta, x[index]), y[index])
             if not torch.isfinite(loss):
-                raise FloatingPointError(f"linearised training diverged: loss {float(loss)} at rate {plan.lr}")
+                raise FloatingPointError(f"linearised training diverged: loss {float(loss)} at rate {recipe.lr}")
             (slope,) = torch.autograd.grad(loss, delta)
-            momentum.mul_(plan.momentum).add_(slope * moves)
-            delta = (delta - plan.rate(step, steps) * momentum).detach()
+            with torch.no_grad():
+                direction = recipe.optimizer(slope, delta, memory, step + 1, moves)
+                delta = delta - recipe.rate(step, steps) * direction
             step += 1
     return delta
 

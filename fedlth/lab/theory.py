@@ -14,7 +14,10 @@ from fedlth.lab import imc, subset_sum, tangent
 from fedlth.lab.bench import Bench
 from fedlth.lab.controls import Shuffle
 from fedlth.lab.pooled import pooled
-from fedlth.training.train import Plan, evaluate, train
+from fedlth.training.evaluation import evaluate
+from fedlth.training.recipe import Epochs, TrainingRecipe
+from fedlth.training.request import drawn_request
+from fedlth.training.train import train
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,12 @@ class TangentSpace:
     lr: float = 0.01
 
     def __call__(self, bench: Bench, /) -> Iterator[dict[str, Any]]:
-        recipe = replace(bench.recipe(), last=self.iterations)
-        moved = bench.trained(bench.theta_0, bench.full, recipe).final
+        config = replace(bench.train_config(), last=self.iterations)
+        moved = bench.trained(bench.theta_0, bench.full, config).final
         size = bench.layout.num_params
         delta = torch.from_numpy(moved.floats[:size].astype(np.float64) - bench.theta_0.floats[:size])
         x = bench.parts["test"][0][: self.examples].double()
-        path = tangent.Tangent(bench.bound, bench.theta_0, double=True)
+        path = tangent.Tangent(bench.flat_model, bench.theta_0, double=True)
         missed = tangent.remainders(path, delta, x, self.halvings)
         zero = path.remainder(torch.zeros_like(delta), x)
         for i, (before, after) in enumerate(zip(missed, missed[1:], strict=False)):
@@ -46,17 +49,18 @@ class TangentSpace:
                 "ratio": before / after,
                 "at_zero": zero,
             }
-        plan = Plan(epochs=1, batch_size=recipe.train.batch_size, lr=self.lr)
-        there = tangent.Tangent(bench.bound, moved)
+        recipe = TrainingRecipe(budget=Epochs(1), batch_size=config.train.batch_size, lr=self.lr)
+        there = tangent.Tangent(bench.flat_model, moved)
         data, (x, y) = bench.parts["train"], bench.parts["test"]
         test = x[:2000], y[:2000]
-        learned = tangent.fine_tune(there, data, plan=plan, order=bench.rng("tangent"))
-        real = train(bench.bound, moved, data=data, plan=plan, order=bench.rng("tangent"), torch_seed=0).params
+        learned = tangent.fine_tune(there, data, recipe=recipe, order=bench.rng("tangent"))
+        request = drawn_request(moved, data, recipe, order=bench.rng("tangent"), torch_seed=0)
+        real = train(bench.flat_model, request).params
         yield {
-            "step": "fine-tuned", "before": evaluate(bench.bound, moved, test)[0],
+            "step": "fine-tuned", "before": evaluate(bench.flat_model, moved, test)[0],
             "linear": tangent.accuracy(there, learned, test, linear=True),
             "linear_weights_in_the_network": tangent.accuracy(there, learned, test, linear=False),
-            "network": evaluate(bench.bound, real, test)[0],
+            "network": evaluate(bench.flat_model, real, test)[0],
         }  # fmt: skip
 
 
@@ -77,18 +81,18 @@ class SpectralGap:
 
     def __call__(self, bench: Bench, /) -> Iterator[dict[str, Any]]:
         small = pooled(bench, side=self.side, hidden=self.hidden)
-        recipe, size = small.recipe(), small.layout.num_prunable
-        near = small.trained(small.theta_0, small.full, replace(recipe, last=self.steps)).final
+        config, size = small.train_config(), small.layout.num_prunable
+        near = small.trained(small.theta_0, small.full, replace(config, last=self.steps)).final
         x, y = small.parts["train"]
-        values, vectors = imc.spectrum(small.bound, near, (x[: self.examples], y[: self.examples]))
+        values, vectors = imc.spectrum(small.flat_model, near, (x[: self.examples], y[: self.examples]))
         cut = imc.split(values, vectors, near.floats[:size], most=self.most)
         rng = small.rng("spectral gap")
         masks = [Shuffle()(cut.mask, small.layout, rng) for _ in range(self.draws)]
-        random = [small.trained(near.masked(mask), mask, recipe).test for mask in masks]
+        random = [small.trained(near.masked(mask), mask, config).test for mask in masks]
         yield {
             "weights": size, "kept": float(cut.mask.sum()), "ascending": str(bool((np.diff(values) >= 0).all())),
-            "gap": cut.gap, "dense": small.trained(near, small.full, recipe).test,
-            "ticket": small.trained(near.masked(cut.mask), cut.mask, recipe).test, "random": float(np.mean(random)),
+            "gap": cut.gap, "dense": small.trained(near, small.full, config).test,
+            "ticket": small.trained(near.masked(cut.mask), cut.mask, config).test, "random": float(np.mean(random)),
         }  # fmt: skip
 
 

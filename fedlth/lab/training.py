@@ -4,25 +4,42 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlth.kernel import kernel
+from fedlth.data.dataset import Dataset
 from fedlth.lab.attack import attacked, evaluate_attacked
-from fedlth.lab.recipe import Recipe
+from fedlth.lab.train_config import TrainConfig
 from fedlth.models.layout import Layout, Params
 from fedlth.rng import stream, torch_seed
 from fedlth.storage import store
-from fedlth.training.train import evaluate, loss_of
+from fedlth.training import kernel_backend
+from fedlth.training.evaluation import evaluate
+from fedlth.training.flat_model import FlatModel
+from fedlth.training.recipe import PARTS, Epochs, TrainingRecipe
+from fedlth.training.request import TrainingRequest
 
-if TYPE_CHECKING:
-    from fedlth.lab.bench import Bench, Examples
+Examples = tuple[Tensor, Tensor]
+
+
+class Networks(Protocol):
+    """What a training needs of its bench: one module in plain torch, one in the kernel where that can run it."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def dataset(self) -> Dataset: ...
+    @property
+    def flat_model(self) -> FlatModel: ...
+    @property
+    def fast_model(self) -> FlatModel: ...
 
 
 @dataclass(frozen=True)
@@ -56,18 +73,18 @@ class Run:
         return min(self.curve, key=lambda p: p.loss)
 
 
-def batches(size: int, recipe: Recipe, order: np.random.Generator) -> list[np.ndarray]:
+def batches(size: int, config: TrainConfig, order: np.random.Generator) -> list[np.ndarray]:
     """Return the batches of iterations [first, end): every epoch is a shuffle, batches run on across epochs."""
-    need = recipe.end * recipe.train.batch_size
+    need = config.end * config.train.batch_size
     drawn = np.concatenate([order.permutation(size) for _ in range(-(-need // size))])[:need]
-    return list(drawn.reshape(recipe.end, recipe.train.batch_size)[recipe.first :])
+    return list(drawn.reshape(config.end, config.train.batch_size)[config.first :])
 
 
 def train(
-    bench: Bench,
+    bench: Networks,
     start: Params,
     mask: np.ndarray,
-    recipe: Recipe,
+    config: TrainConfig,
     *,
     parts: Mapping[str, Examples],
     free: bool,
@@ -75,124 +92,90 @@ def train(
 ) -> Run:
     """Train and watch, as far as weights and loss are numbers; raises FloatingPointError where they never were."""
     begun = start if free else start.masked(mask)
-    states = walk(bench, begun, mask, recipe, data=parts["train"], free=free) or [begun]
+    states = walk(bench, begun, mask, config, data=parts["train"], free=free) or [begun]
     curve: list[Point] = []
     for number, state in enumerate(states, 1):
-        done = min(recipe.first + number * recipe.train.evaluate_every, recipe.end)
-        accuracy, loss = _watched(bench, state, recipe, parts["validation"])
+        done = min(config.first + number * config.train.evaluate_every, config.end)
+        accuracy, loss = _watched(bench, state, config, parts["validation"])
         if not (np.isfinite(state.floats).all() and math.isfinite(loss)):
             break
         curve.append(Point(done, loss, accuracy))
     diverged, states = len(curve) < len(states), states[: len(curve)]
     if not states:
-        accuracy, loss = _watched(bench, begun, recipe, parts["validation"])
+        accuracy, loss = _watched(bench, begun, config, parts["validation"])
         if not math.isfinite(loss):
-            raise FloatingPointError(f"training began with loss {loss}, learning rate {recipe.train.lr}")
-        states, curve = [begun], [Point(recipe.first, loss, accuracy)]
+            raise FloatingPointError(f"training began with loss {loss}, learning rate {config.train.lr}")
+        states, curve = [begun], [Point(config.first, loss, accuracy)]
     best = min(range(len(curve)), key=lambda i: curve[i].loss)
-    tests = {i: evaluate(bench.fast, states[i], parts["test"])[0] for i in {best, len(states) - 1}}
+    tests = {i: evaluate(bench.fast_model, states[i], parts["test"])[0] for i in {best, len(states) - 1}}
     older = tuple(state.floats[: mask.size] for state in [begun, *states][-1 - window : -1]) if window else ()
     return Run(states[-1], states[best], tuple(curve), tests[best], tests[len(states) - 1], older, diverged)
 
 
-def _watched(bench: Bench, state: Params, recipe: Recipe, data: Examples) -> tuple[float, float]:
+def _watched(bench: Networks, state: Params, config: TrainConfig, data: Examples) -> tuple[float, float]:
     """Return (accuracy, loss) on validation data; a training on attacked images is watched on PGD's."""
-    t = recipe.train
+    t = config.train
     if t.attack == "none":
-        return evaluate(bench.fast, state, data)
-    return evaluate_attacked(bench, state, data, kind="pgd", eps=t.attack_eps, steps=t.attack_steps)
+        return evaluate(bench.fast_model, state, data)
+    return evaluate_attacked(
+        bench.flat_model, bench.dataset, state, data, kind="pgd", eps=t.attack_eps, steps=t.attack_steps
+    )
 
 
-def walk(bench: Bench, start: Params, mask: np.ndarray, recipe: Recipe, *, data: Examples, free: bool) -> list[Params]:
+def walk(
+    bench: Networks, start: Params, mask: np.ndarray, config: TrainConfig, *, data: Examples, free: bool
+) -> list[Params]:
     """Train, and return the state at every evaluation; of no iterations, none."""
-    if not recipe.steps:
+    if not config.steps:
         return []
-    plan = batches(len(data[1]), recipe, stream(bench.seed, recipe.order))
-    every, t = recipe.train.evaluate_every, recipe.train
-    chunks = [plan[i : i + every] for i in range(0, len(plan), every)]
-    plain = t.optimiser == "sgd" and not (t.dropout or t.attack != "none" or t.norm_l1)
-    way = _in_kernel if plain and bench.fast.table is not None else _in_torch
-    return way(bench, start, mask, recipe, chunks, data, free)
-
-
-def _in_kernel(
-    bench: Bench, start: Params, mask: np.ndarray, recipe: Recipe, chunks: list[list[np.ndarray]],
-    data: Examples, free: bool,
-) -> list[Params]:  # fmt: skip
-    """Train in the compute kernel; return the state after each chunk."""
-    table = bench.fast.table
-    assert table is not None
-    moves = None
-    if free:
-        moves = np.ones(table.num_params, np.float32)
-        moves[: mask.size] = mask
-    done = kernel.train_epochs(
-        table, start.floats, data[0].numpy(), data[1].numpy(), chunks,
-        rates=np.array([recipe.rate(step) for step in range(recipe.first, recipe.end)]),
-        momentum=recipe.train.momentum, weight_decay=recipe.train.weight_decay,
-        mask=None if free or mask.all() else mask, moves=moves, snapshots=tuple(range(1, len(chunks) + 1)),
+    t, layout = config.train, bench.flat_model.layout
+    steps = batches(len(data[1]), config, stream(bench.seed, config.order))
+    chunks = [steps[i : i + t.evaluate_every] for i in range(0, len(steps), t.evaluate_every)]
+    momentum = {"momentum": t.momentum} if t.optimiser == "sgd" else {}
+    optimizer = PARTS["optimizer"][t.optimiser](weight_decay=t.weight_decay, **momentum)
+    request = TrainingRequest(
+        start=start, x=data[0], y=data[1], batches=chunks,
+        recipe=TrainingRecipe(budget=Epochs(len(chunks)), batch_size=t.batch_size, lr=t.lr, optimizer=optimizer),
+        rates=[config.rate(step) for step in range(config.first, config.end)],
+        torch_seed=torch_seed(bench.seed, f"dropout/{config.order}"), active=None if free or mask.all() else mask,
+        trainable=layout.over_params(mask) if free else None, snapshots=tuple(range(1, len(chunks) + 1)),
     )  # fmt: skip
-    return [Params(done.snapshots[i], start.ints.copy()) for i in range(1, len(chunks) + 1)]
+    plain = t.optimiser == "sgd" and not (t.dropout or t.attack != "none" or t.norm_l1)
+    if not plain or bench.fast_model.table is None:
+        return _in_torch(bench, config, request)
+    result = kernel_backend.train(bench.fast_model, request)
+    return [Params(result.snapshots[i], result.params.ints) for i in request.snapshots]
 
 
-class _Optimiser:
-    """SGD with momentum, or Adam (Kingma & Ba, ICLR 2015, arXiv 1412.6980), over one flat vector."""
-
-    def __init__(self, recipe: Recipe, size: int) -> None:
-        self.train = recipe.train
-        self.first, self.second, self.step = torch.zeros(size), torch.zeros(size), 0
-
-    def direction(self, grad: Tensor) -> Tensor:
-        if self.train.optimiser == "sgd":
-            return self.first.mul_(self.train.momentum).add_(grad)
-        self.step += 1
-        self.first.mul_(0.9).add_(grad, alpha=0.1)
-        self.second.mul_(0.999).addcmul_(grad, grad, value=0.001)
-        scale = (self.second / (1 - 0.999**self.step)).sqrt_().add_(1e-8)
-        return self.first / (1 - 0.9**self.step) / scale
-
-
-def _in_torch(
-    bench: Bench, start: Params, mask: np.ndarray, recipe: Recipe, chunks: list[list[np.ndarray]],
-    data: Examples, free: bool,
-) -> list[Params]:  # fmt: skip
-    """Train in plain torch; return the state after each chunk."""
-    bound, layout = bench.bound, bench.layout
-    size, t = layout.num_prunable, recipe.train
-    moves = torch.ones(layout.num_params)
-    for e in layout.floats:
-        if e.role == "param" and not e.trainable:
-            moves[e.slice] = 0.0
-    moves[:size] *= torch.from_numpy(mask.astype(np.float32))
+def _in_torch(bench: Networks, config: TrainConfig, request: TrainingRequest) -> list[Params]:
+    """Train with what no backend has: dropout behind every relu, attacked images, scales of norms drawn to zero."""
+    model, t, optimizer = bench.flat_model, config.train, request.recipe.optimizer
+    layout, allowed = model.layout, request.free(model.layout)
+    free = None if allowed is None else torch.from_numpy(allowed.astype(np.float32))
     gammas = torch.zeros(layout.num_params)
     for place in scales(layout):
         gammas[place] = t.norm_l1
-    weights, optimiser = bound.flat[: layout.num_params], _Optimiser(recipe, layout.num_params)
-    bound.load(start)
-    torch.manual_seed(torch_seed(bench.seed, f"dropout/{recipe.order}"))
-    hooks = [m.register_forward_hook(_dropping(t.dropout)) for m in relus(bound.module)]
-    states, step = [], recipe.first
-    for chunk in chunks:
-        for part in chunk:
-            index = torch.from_numpy(part)
-            x, y = data[0][index], data[1][index]
-            if t.attack != "none":
-                x = attacked(bench, x, y, t.attack, t.attack_eps, t.attack_steps)
-            bound.module.train()
-            bound.grad.zero_()
-            loss_of(bound.module(x), y).backward()  # type: ignore[no-untyped-call]
-            with torch.no_grad():
-                grad = bound.grad
-                if t.norm_l1:
-                    grad.add_(gammas * weights.sign())
-                if t.weight_decay:
-                    grad.add_(weights, alpha=t.weight_decay)
-                # Last on the direction: Adam's would be moved by its own past, momentum by weight decay.
-                weights.sub_(optimiser.direction(grad.mul_(moves)).mul(moves), alpha=recipe.rate(step))
-            step += 1
-        states.append(bound.save())
-    for hook in hooks:
-        hook.remove()
+    weights, memory = model.flat[: layout.num_params], optimizer.memory(model.grad)
+    model.load(request.start)
+    torch.manual_seed(request.torch_seed)
+    states, step = [], 0
+    with _dropout(model.module, t.dropout):
+        for chunk in request.batches:
+            for part in chunk:
+                index = torch.from_numpy(part)
+                x, y = request.x[index], request.y[index]
+                if t.attack != "none":
+                    x = attacked(model, bench.dataset, x, y, kind=t.attack, eps=t.attack_eps, steps=t.attack_steps)
+                model.module.train()
+                model.grad.zero_()
+                request.recipe.loss(model.module(x), y).backward()  # type: ignore[no-untyped-call]
+                with torch.no_grad():
+                    if t.norm_l1:
+                        model.grad.add_(gammas * weights.sign())
+                    direction = optimizer(model.grad, weights, memory, step + 1, free)
+                    weights.sub_(direction, alpha=request.rates[step])
+                step += 1
+            states.append(model.save())
     return states
 
 
@@ -206,14 +189,19 @@ def relus(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if isinstance(m, nn.ReLU)]
 
 
-class _dropping:
-    """Dropout after a module, where the module itself has none. Srivastava et al., JMLR 2014."""
+@contextmanager
+def _dropout(module: nn.Module, share: float) -> Iterator[None]:
+    """Drop a share of every relu's output in training. Srivastava et al., JMLR 2014."""
 
-    def __init__(self, share: float) -> None:
-        self.share = share
+    def drop(relu: nn.Module, _: object, output: Tensor) -> Tensor:
+        return functional.dropout(output, share, relu.training)
 
-    def __call__(self, module: nn.Module, _: object, output: Tensor) -> Tensor:
-        return functional.dropout(output, self.share, module.training) if self.share else output
+    hooks = [relu.register_forward_hook(drop) for relu in relus(module)] if share else []
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def packed(run: Run, mask: np.ndarray | None) -> bytes:

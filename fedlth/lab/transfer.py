@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from fedlth.lab.bench import Bench
-from fedlth.lab.recipe import Recipe
 from fedlth.lab.search import walked
 from fedlth.lab.tasks import deal, distance
+from fedlth.lab.train_config import TrainConfig
 from fedlth.models.layout import Params
 from fedlth.tickets.controls import Random
 from fedlth.tickets.criteria import Magnitude
@@ -26,8 +26,8 @@ from fedlth.tickets.scope import Global
 
 def pretrained(bench: Bench, iterations: int) -> Params:
     """Return the weights after a training on the union of all clients' data: theta_0 of what follows."""
-    recipe = bench.recipe()
-    union = replace(recipe, train=recipe.train.model_copy(update={"iterations": iterations}))
+    config = bench.train_config()
+    union = replace(config, train=config.train.model_copy(update={"iterations": iterations}))
     return bench.trained(bench.theta_0, bench.full, union).final
 
 
@@ -55,7 +55,7 @@ class Pretrained:
         for client in range(self.clients):
             for arm, score in (("ticket", Magnitude()), ("random", Random())):
                 found = walked(
-                    bench, down(score), targets, bench.recipe(), what=f"pretrained/{client}/{arm}",
+                    bench, down(score), targets, bench.train_config(), what=f"pretrained/{client}/{arm}",
                     data=f"client{client}", start=theta_0,
                 )  # fmt: skip
                 for one in found:
@@ -81,15 +81,15 @@ class Transfer:
 
     def __call__(self, bench: Bench, /) -> Iterator[dict[str, Any]]:
         shares = deal(bench, self.clients, self.alpha, self.examples)
-        theta_0, recipe = pretrained(bench, self.pretraining), bench.recipe()
+        theta_0, config = pretrained(bench, self.pretraining), bench.train_config()
         targets = [f"client{j}" for j in range(self.clients)]
-        masks = {name: self._found(bench, theta_0, recipe, name) for name in targets}
-        masks["all data"] = self._found(bench, theta_0, recipe, "")
+        masks = {name: self._found(bench, theta_0, config, name) for name in targets}
+        masks["all data"] = self._found(bench, theta_0, config, "")
         size = bench.layout.num_prunable
         masks["theta_0 itself"] = Global()(np.abs(theta_0.floats[:size]), bench.full, bench.layout, self.density)
-        dense = {t: bench.trained(theta_0, bench.full, recipe, data=t).test for t in targets}
+        dense = {t: bench.trained(theta_0, bench.full, config, data=t).test for t in targets}
         found = {
-            (source, t): bench.trained(theta_0.masked(mask), mask, recipe, data=t).test
+            (source, t): bench.trained(theta_0.masked(mask), mask, config, data=t).test
             for source, mask in masks.items()
             for t in targets
         }
@@ -105,8 +105,8 @@ class Transfer:
                 row["shift"] = distance(shares[targets.index(source)], shares[targets.index(t)])
             yield row
 
-    def _found(self, bench: Bench, theta_0: Params, recipe: Recipe, data: str) -> np.ndarray:
+    def _found(self, bench: Bench, theta_0: Params, config: TrainConfig, data: str) -> np.ndarray:
         *_, last = walked(
-            bench, down(Magnitude()), (self.density,), recipe, what=f"transfer/{data}", data=data, start=theta_0
+            bench, down(Magnitude()), (self.density,), config, what=f"transfer/{data}", data=data, start=theta_0
         )
         return last.mask

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,11 +15,15 @@ from fedlth.wire.payload import Content
 
 @dataclass(frozen=True)
 class Contribution:
-    """One valid reply in client order: its decoded content and its number of training examples."""
+    """One valid reply in client order: its number of training examples, and what it sent.
+
+    `content` is the first of what its phase's update sends; `others` the rest, by name.
+    """
 
     client: int
     num_examples: int
     content: Content
+    others: Mapping[str, Content] = field(default_factory=dict)
 
 
 class Aggregate(Protocol):

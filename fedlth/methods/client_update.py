@@ -1,27 +1,45 @@
-"""What a sampled client does with what it received: the visits that train plain weights under a mask."""
+"""What a client does with what it received: the protocol, and the update that trains plain weights under a mask."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from fedlth.models.layout import Params
 from fedlth.storage.client_state import ClientState
 from fedlth.training.local_client import Local
-from fedlth.training.train import Plan, Trained
+from fedlth.training.recipe import TrainingRecipe
+from fedlth.training.request import TrainingResult
 from fedlth.wire.payload import Content
+
+THETA_G, UPDATE = "theta_g", "update"  # the names of the global state on its way down, and of what comes up for it
+VALUES = ((UPDATE, "values"),)
+
+# What came down, by name: the global state under THETA_G, in the exchange layout (or as scores). Its mask says what of
+# it was sent: all, what everyone keeps, or what this client shares.
+Inbox = Mapping[str, Content]
 
 
 @dataclass(frozen=True)
-class Visited:
-    """A visit's outcome: what to send (in the recipe's space), the state to keep, numbers to report."""
+class Update:
+    """What a client's update made: the state to keep, what goes up by name, numbers of its own, rows of step 2."""
 
-    kind: str
-    content: Content
     state: ClientState
-    metrics: dict[str, float]
+    contents: Mapping[str, Content] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    rows: tuple[dict[str, Any], ...] = ()
+
+
+class ClientUpdate(Protocol):
+    """A phase's client side; a frozen value. `sends` are (name, kind) of what it sends up."""
+
+    @property
+    def sends(self) -> tuple[tuple[str, str], ...]: ...
+
+    def __call__(self, local: Local, inbox: Inbox, state: ClientState, /) -> Update: ...
 
 
 @dataclass(frozen=True)
@@ -32,26 +50,21 @@ class Own:
     mask: np.ndarray
 
 
-class Visit(Protocol):
-    """A method's client side. `sends` is the kind it uploads.
+class PersonalUpdate(ClientUpdate, Protocol):
+    """An update that gives the client a model of its own: what the arms `own` and `own_tuned` evaluate.
 
     Two attributes may say more: `granularity`, of what the method's masks are made where that is not single weights;
     `passes(world, visits)`, how many trainings an epoch is to a client after so many own visits, where it is not one.
     """
 
-    @property
-    def sends(self) -> str: ...
-
-    def __call__(self, local: Local, received: Content, state: ClientState, /) -> Visited: ...
-
-    def own(self, local: Local, received: Content, state: ClientState, /) -> Own:
-        """Return the client's model as it stands after a download."""
+    def own(self, local: Local, inbox: Inbox, state: ClientState, /) -> Own:
+        """Return the client's model as it is after a download."""
         ...
 
-    def tune(self, local: Local, received: Content, state: ClientState, plan: Plan, /) -> Own:
+    def tune(self, local: Local, inbox: Inbox, state: ClientState, recipe: TrainingRecipe, /) -> Own:
         """Return the client's model after more of the method's own local training, nothing uploaded.
 
-        `plan` is that of every arm: its epochs, learning rate and schedule.
+        `recipe` is that of every arm: its epochs, learning rate and schedule.
         """
         ...
 
@@ -88,7 +101,7 @@ class Event(Protocol):
     def snapshots(self) -> tuple[int, ...]: ...
 
     def __call__(
-        self, local: Local, params: Params, mask: np.ndarray, trained: Trained | None, /
+        self, local: Local, params: Params, mask: np.ndarray, trained: TrainingResult | None, /
     ) -> tuple[Params, np.ndarray]: ...
 
 
@@ -100,7 +113,7 @@ class Keep:
     shrinking: ClassVar[Shrinking] = Shrinking()
 
     def __call__(
-        self, local: Local, params: Params, mask: np.ndarray, trained: Trained | None, /
+        self, local: Local, params: Params, mask: np.ndarray, trained: TrainingResult | None, /
     ) -> tuple[Params, np.ndarray]:
         return params, mask
 
@@ -113,18 +126,31 @@ def received_params(content: Content) -> Params:
 
 
 def private(local: Local, state: ClientState) -> Params:
-    """Return the client's whole params so far: theta_0, with its own norms where the buffer policy keeps them local."""
+    """Return the client's whole params so far: theta_0, with its own personal tensors and norms where it has any."""
     kept = state.vectors.get("private")
     return local.world.theta_0 if kept is None else local.world.whole(Params(kept, state.vectors["private_ints"]))
 
 
+def merged(local: Local, inbox: Inbox, state: ClientState) -> Params:
+    """Return whole params: what was shared as it came, personal tensors and local norms as the client left them."""
+    return local.world.merge(received_params(inbox[THETA_G]), private(local, state))
+
+
+def kept_private(local: Local, state: ClientState, params: Params) -> ClientState:
+    """Return the state with what does not cross of `params`, where anything does not."""
+    if local.world.exchange is local.world.layout.moving:
+        return state
+    own = local.world.moving_part(params)
+    return state.with_(vectors={"private": own.floats, "private_ints": own.ints})
+
+
 @dataclass(frozen=True)
-class MaskedVisit:
-    """Merge, maybe prune, train under the mask, maybe prune, send what is alive."""
+class MaskedUpdate:
+    """Merge, maybe prune, train under the mask, maybe prune, send what is alive of what is shared."""
 
     before: Event = field(default_factory=Keep)
     after: Event = field(default_factory=Keep)
-    sends: str = "values"
+    sends: tuple[tuple[str, str], ...] = VALUES
 
     @property
     def shrinking(self) -> Shrinking | None:
@@ -132,30 +158,28 @@ class MaskedVisit:
         found: Shrinking | None = getattr(self.before if self.after == Keep() else self.after, "shrinking", None)
         return found
 
-    def __call__(self, local: Local, received: Content, state: ClientState, /) -> Visited:
-        held = self.own(local, received, state)
+    def __call__(self, local: Local, inbox: Inbox, state: ClientState, /) -> Update:
+        held, world = self.own(local, inbox, state), local.world
         val_accuracy = local.val_accuracy(held.params)
         params, mask = self.before(local, held.params, held.mask, None)
-        trained = local.train(params, plan=local.plan, mask=mask, snapshots=self.after.snapshots)
+        trained = local.train(params, recipe=local.recipe, active=mask, snapshots=self.after.snapshots)
         params, mask = self.after(local, trained.params, mask, trained)
-        sent = local.world.shared_part(params)
+        sent, shared = world.shared_part(params), world.shared_mask(mask)
         metrics = {
             "loss": trained.loss,
             "val_accuracy": val_accuracy,
             "density": int(np.count_nonzero(mask)) / mask.size,
         }
         new = replace(state, visits=state.visits + 1)
-        if not mask.all() or "active" in state.masks:
-            new = new.with_(masks={"active": mask})
-        if local.world.exchange is not local.world.layout.moving:
-            own = local.world.moving_part(params)
-            new = new.with_(vectors={"private": own.floats, "private_ints": own.ints})
-        return Visited(self.sends, Content(mask, sent.floats, sent.ints), new, metrics)
+        if shared is not mask and not mask.all():
+            new = new.with_(masks={"active": mask})  # of personal tensors only the client knows what is alive
+        content = Content(shared, sent.floats, sent.ints)
+        return Update(kept_private(local, new, params), {UPDATE: content}, metrics)
 
-    def own(self, local: Local, received: Content, state: ClientState, /) -> Own:
-        mask = state.masks.get("active", local.full)
-        return Own(local.world.merge(received_params(received), private(local, state)).masked(mask), mask)
+    def own(self, local: Local, inbox: Inbox, state: ClientState, /) -> Own:
+        mask = local.world.whole_mask(inbox[THETA_G].mask, state.masks.get("active", local.full))
+        return Own(merged(local, inbox, state).masked(mask), mask)
 
-    def tune(self, local: Local, received: Content, state: ClientState, plan: Plan, /) -> Own:
-        held = self.own(local, received, state)
-        return Own(local.train(held.params, plan=plan, mask=held.mask).params, held.mask)
+    def tune(self, local: Local, inbox: Inbox, state: ClientState, recipe: TrainingRecipe, /) -> Own:
+        held = self.own(local, inbox, state)
+        return Own(local.train(held.params, recipe=recipe, active=held.mask).params, held.mask)

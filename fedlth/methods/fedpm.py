@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedlth import rng
-from fedlth.methods.client_update import Own, Visited
+from fedlth.methods.client_update import THETA_G, UPDATE, Inbox, Own, Update
 from fedlth.models.layout import Params
 from fedlth.storage.client_state import ClientState
 from fedlth.tickets.evidence import Lesson
 from fedlth.training.local_client import Local
+from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.task import World
-from fedlth.training.train import Plan
 from fedlth.wire.payload import Content
 
 
@@ -42,27 +42,27 @@ def first_scores(world: World) -> Params:
 
 
 @dataclass(frozen=True)
-class ScoreVisit:
+class ScoreUpdate:
     """Train scores through sampled masks (straight-through), send one sampled mask.
 
-    Of a plan only the epochs count: scores have another unit than weights, and their own rate `lr`.
+    Of a recipe only the epochs count: scores have another unit than weights, and their own rate `lr`.
     """
 
     lr: float
-    sends: str = "mask"
+    sends: tuple[tuple[str, str], ...] = ((UPDATE, "mask"),)
 
-    def __call__(self, local: Local, received: Content, state: ClientState, /) -> Visited:
-        val_accuracy = local.val_accuracy(self.own(local, received, state).params)
-        scores, loss = self._train(local, _scores(received), local.plan.epochs)
+    def __call__(self, local: Local, inbox: Inbox, state: ClientState, /) -> Update:
+        val_accuracy = local.val_accuracy(self.own(local, inbox, state).params)
+        scores, loss = self._train(local, _scores(inbox), local.recipe.budget.epochs)
         mask = local.rng("upload mask").random(scores.size) < 1 / (1 + np.exp(-scores.astype(np.float64)))
         metrics = {"loss": loss, "val_accuracy": val_accuracy, "density": float(mask.mean())}
-        return Visited(self.sends, Content(mask, None, None), replace(state, visits=state.visits + 1), metrics)
+        return Update(replace(state, visits=state.visits + 1), {UPDATE: Content(mask, None, None)}, metrics)
 
-    def own(self, local: Local, received: Content, state: ClientState, /) -> Own:
-        return self._likely(local, _scores(received))
+    def own(self, local: Local, inbox: Inbox, state: ClientState, /) -> Own:
+        return self._likely(local, _scores(inbox))
 
-    def tune(self, local: Local, received: Content, state: ClientState, plan: Plan, /) -> Own:
-        return self._likely(local, self._train(local, _scores(received), plan.epochs)[0])
+    def tune(self, local: Local, inbox: Inbox, state: ClientState, recipe: TrainingRecipe, /) -> Own:
+        return self._likely(local, self._train(local, _scores(inbox), recipe.budget.epochs)[0])
 
     def _likely(self, local: Local, scores: np.ndarray) -> Own:
         """Return the net of the weights that are more likely there than not (no dice in an evaluation)."""
@@ -74,7 +74,8 @@ class ScoreVisit:
         return local.learn(frozen_weights(local.world), start, lesson)
 
 
-def _scores(received: Content) -> np.ndarray:
-    if received.floats is None:
+def _scores(inbox: Inbox) -> np.ndarray:
+    scores = inbox[THETA_G].floats
+    if scores is None:
         raise ValueError("scores were wanted, a bare mask came")
-    return received.floats
+    return scores

@@ -10,19 +10,30 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from fedlth.methods.client_update import Own, Shrinking, Visited, geometric, private, received_params
+from fedlth.methods.client_update import (
+    THETA_G,
+    UPDATE,
+    VALUES,
+    Inbox,
+    Own,
+    Shrinking,
+    Update,
+    geometric,
+    merged,
+    private,
+)
 from fedlth.models.layout import Params
 from fedlth.storage.client_state import ClientState
 from fedlth.tickets.score import Movement, Score
 from fedlth.tickets.select import keep_top
 from fedlth.training.local_client import Local
+from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.task import World
-from fedlth.training.train import Plan
 from fedlth.wire.payload import Content
 
 
 @dataclass(frozen=True)
-class SelectVisit:
+class SelectUpdate:
     """Alternate an epoch on what is personal and one on what is shared, grow the personal set, send the shared.
 
     Personal is what does not cross: the personal weights, and norms where the buffer policy keeps them local. All else,
@@ -36,41 +47,36 @@ class SelectVisit:
     limit: float
     every: int
     score: Score = field(default_factory=Movement)
-    sends: str = "values"
+    sends: tuple[tuple[str, str], ...] = VALUES
 
     @property
     def shrinking(self) -> Shrinking:
         """How the shared mask shrinks."""
         return Shrinking(geometric(self.rate, 1 - self.limit), every=self.every)
 
-    def __call__(self, local: Local, received: Content, state: ClientState, /) -> Visited:
-        held = self.own(local, received, state)
-        shared = state.masks.get("active", local.full)
+    def __call__(self, local: Local, inbox: Inbox, state: ClientState, /) -> Update:
+        held, shared = self.own(local, inbox, state), _shared(local, inbox)
         val_accuracy = local.val_accuracy(held.params)
-        params, loss = self._alternate(local, held.params, shared, local.plan)
+        params, loss = self._alternate(local, held.params, shared, local.recipe)
         visits = state.visits + 1
         if visits % self.every == 0:
             shared = self._grow(local, held.params, params, shared)
         own = local.world.moving_part(params)
-        new = replace(state, visits=visits).with_(
-            masks={"active": shared}, vectors={"private": own.floats, "private_ints": own.ints}
-        )
+        new = replace(state, visits=visits).with_(vectors={"private": own.floats, "private_ints": own.ints})
         sent = local.world.shared_part(params.masked(shared))
         metrics = {"loss": loss, "val_accuracy": val_accuracy, "density": float(shared.mean())}
-        return Visited(self.sends, Content(shared, sent.floats, sent.ints), new, metrics)
+        return Update(new, {UPDATE: Content(local.world.shared_mask(shared), sent.floats, sent.ints)}, metrics)
 
-    def own(self, local: Local, received: Content, state: ClientState, /) -> Own:
-        shared = state.masks.get("active", local.full)
-        mine = private(local, state)
-        merged = local.world.merge(received_params(received), mine)
-        floats = merged.floats.copy()
+    def own(self, local: Local, inbox: Inbox, state: ClientState, /) -> Own:
+        shared, mine = _shared(local, inbox), private(local, state)
+        whole = merged(local, inbox, state)
+        floats = whole.floats.copy()
         floats[: shared.size][~shared] = mine.floats[: shared.size][~shared]
-        return Own(replace(merged, floats=floats), local.full)
+        return Own(replace(whole, floats=floats), local.full)
 
-    def tune(self, local: Local, received: Content, state: ClientState, plan: Plan, /) -> Own:
-        held = self.own(local, received, state)
-        shared = state.masks.get("active", local.full)
-        return Own(self._alternate(local, held.params, shared, plan)[0], local.full)
+    def tune(self, local: Local, inbox: Inbox, state: ClientState, recipe: TrainingRecipe, /) -> Own:
+        held = self.own(local, inbox, state)
+        return Own(self._alternate(local, held.params, _shared(local, inbox), recipe)[0], local.full)
 
     def passes(self, world: World, visits: int) -> int:
         """Return how many trainings an epoch is to a client after so many own visits."""
@@ -79,16 +85,18 @@ class SelectVisit:
         local_norms = not crossing(world, np.ones(world.layout.num_prunable, bool)).all()
         return 1 + (local_norms or (grows and visits >= self.every))
 
-    def _alternate(self, local: Local, params: Params, shared: np.ndarray, plan: Plan) -> tuple[Params, float]:
+    def _alternate(
+        self, local: Local, params: Params, shared: np.ndarray, recipe: TrainingRecipe
+    ) -> tuple[Params, float]:
         crosses, steps, loss = crossing(local.world, shared), local.steps_an_epoch, 0.0
         weights = crosses.size
-        for epoch in range(plan.epochs):
-            # An epoch is a piece of the whole plan, so that batches and rates are those of any other training.
-            piece = replace(plan, first_step=epoch * steps, last_step=(epoch + 1) * steps)
+        for epoch in range(recipe.budget.epochs):
+            # An epoch is a piece of the whole recipe, so that batches and rates are those of any other training.
+            piece = replace(recipe, first_step=epoch * steps, last_step=(epoch + 1) * steps)
             if not crosses.all():
-                moved = local.train(params, plan=piece, update=~crosses).params
+                moved = local.train(params, recipe=piece, trainable=~crosses).params
                 params = replace(params, floats=np.concatenate((moved.floats[:weights], params.floats[weights:])))
-            trained = local.train(params, plan=piece, update=crosses)
+            trained = local.train(params, recipe=piece, trainable=crosses)
             params, loss = trained.params, trained.loss
         return params, loss
 
@@ -113,3 +121,8 @@ def crossing(world: World, shared: np.ndarray) -> np.ndarray:
             crosses[e.slice] = False
     crosses[: shared.size] &= shared
     return crosses
+
+
+def _shared(local: Local, inbox: Inbox) -> np.ndarray:
+    """Return (num_prunable,) bool over the whole model: the weights that this client shares."""
+    return local.world.whole_mask(inbox[THETA_G].mask, np.zeros(local.full.size, bool))

@@ -15,8 +15,8 @@ from fedlth.models.layout import Params
 from fedlth.tickets.scope import Layerwise, Scope
 from fedlth.tickets.score import Magnitude, Score
 from fedlth.training.local_client import Local
+from fedlth.training.request import TrainingResult
 from fedlth.training.task import World
-from fedlth.training.train import Trained
 
 
 def shrink(
@@ -47,7 +47,7 @@ class PruneAndRewind:
         return Shrinking(geometric(self.rate, self.density), sure=self.val_accuracy < 0)
 
     def __call__(
-        self, local: Local, params: Params, mask: np.ndarray, trained: Trained | None, /
+        self, local: Local, params: Params, mask: np.ndarray, trained: TrainingResult | None, /
     ) -> tuple[Params, np.ndarray]:
         now = float(mask.mean())
         target = max(self.density, now * (1 - self.rate))

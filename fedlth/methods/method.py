@@ -1,54 +1,150 @@
-"""A federated method as a value: what the client does, what the server sends, how it joins, what it is compared to."""
+"""A federated method as a value: its phases, what crosses in each, how the server joins, what it is compared with."""
 
 from __future__ import annotations
 
 import types
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
+
+import numpy as np
 
 from fedlth.errors import StudyError
-from fedlth.methods.aggregate import Aggregate, CountMean
-from fedlth.methods.client_update import MaskedVisit, Visit
+from fedlth.methods.aggregate import Aggregate
+from fedlth.methods.client_update import ClientUpdate, MaskedUpdate
+from fedlth.training.task import World
+
+Down = Literal["broadcast", "slice", "nothing"]
+
+
+class Who(Protocol):
+    """Which clients take part in a round: `seen` are those of the federation, `everyone` the unseen too, sorted."""
+
+    def __call__(
+        self, round: int, /, *, seen: Sequence[int], everyone: Sequence[int], rng: np.random.Generator
+    ) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """`count` clients drawn anew each round, without replacement; 0: the study's federate.clients_per_round."""
+
+    count: int = 0
+
+    def __call__(
+        self, round: int, /, *, seen: Sequence[int], everyone: Sequence[int], rng: np.random.Generator
+    ) -> list[int]:
+        return sorted(seen[int(i)] for i in rng.choice(len(seen), size=self.count, replace=False))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Every client of the federation, each round."""
+
+    def __call__(
+        self, round: int, /, *, seen: Sequence[int], everyone: Sequence[int], rng: np.random.Generator
+    ) -> list[int]:
+        return list(seen)
+
+
+@dataclass(frozen=True)
+class Waves:
+    """Every client once, the unseen too, `size` of them a round: which wave a client falls into changes nothing."""
+
+    size: int
+
+    def __call__(
+        self, round: int, /, *, seen: Sequence[int], everyone: Sequence[int], rng: np.random.Generator
+    ) -> list[int]:
+        return list(everyone[(round - 1) * self.size : round * self.size])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Phase:
+    """Rounds that are alike.
+
+    `name` is in the ledger, and names the random streams. `down` is what a client is sent: the global state as one
+    payload for all ("broadcast"), what its own shared mask holds of it ("slice"), or "nothing". `update` is what a
+    client does with it. `own_mask` says that an update may hold other weights than were sent down (a client that
+    prunes, or selects); one that does is otherwise refused. `join` makes the next server state of what came up; None:
+    nothing is joined. `rounds` 0 stands for the study's federate.rounds.
+    """
+
+    name: str
+    update: ClientUpdate
+    join: Aggregate | None = None
+    who: Who = field(default_factory=Sampled)
+    rounds: int = 0
+    down: Down = "broadcast"
+    own_mask: bool = False
+
+    @property
+    def in_waves(self) -> bool:
+        """Say whether it is of step 2: every client once, whose random streams then carry no round."""
+        return isinstance(self.who, Waves)
+
+
+class FirstMask(Protocol):
+    """The mask that a client starts with. Both ends know it, so that it costs no bytes."""
+
+    def __call__(self, task: World, client: int, /) -> np.ndarray:
+        """Return (num_prunable,) bool; a pure function of its arguments."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Every weight."""
+
+    def __call__(self, task: World, client: int, /) -> np.ndarray:
+        return np.ones(task.layout.num_prunable, bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederatedMethod:
     """A method.
 
-    `space` says what the global state is: "weights", or "scores" of frozen weights. `down` is "broadcast" (one
-    payload for all) or "slice" (each client gets what its own last committed mask holds). `arms` are evaluated in
-    step 2. `federated` False means no rounds: every client stands alone. `rewind` names the finder's rewind where
-    the study names none.
+    `phases` come before step 2; without any, every client stands alone. The last of them has the method's own personal
+    model (arms `own`, `own_tuned`). `arms` are the models that step 2 evaluates: names of `fedlth list arms`, or your
+    own `package.module:arm`. `space` says what the global state is: "weights", or "scores" of frozen weights.
+    `personal` are glob patterns of tensors that stay with the client (FedPer's head), `first_mask` what a client keeps
+    of the model before it has chosen for itself, `reads_capacity` whether any part asks for clients.capacity. `rewind`
+    names the finder's rewind where the study names none.
     """
 
     name: str
     paper: str
     summary: str
-    visit: Visit
-    aggregate: Aggregate
+    phases: tuple[Phase, ...]
     arms: tuple[str, ...]
     space: Literal["weights", "scores"] = "weights"
-    down: Literal["broadcast", "slice"] = "broadcast"
-    federated: bool = True
+    personal: tuple[str, ...] = ()
+    first_mask: FirstMask = field(default_factory=Dense)
+    reads_capacity: bool = False
     rewind: str | None = None
 
+    @property
+    def own(self) -> ClientUpdate:
+        """The update that has the method's personal model."""
+        return self.phases[-1].update if self.phases else MaskedUpdate()
 
-def in_phase(recipe: Recipe, phase: str) -> Recipe:
-    """Return what a phase runs: refinement trains inside each client's ticket, whatever step 1 was."""
-    if phase not in ("refine", "refined"):
-        return recipe
-    return replace(recipe, visit=MaskedVisit(), aggregate=CountMean(), down="slice")
+    @property
+    def slices(self) -> bool:
+        """Say whether clients are sent their own part of the model: both ends then keep what a client shares."""
+        return any(phase.down == "slice" for phase in self.phases)
 
 
-def check_frozen(recipe: Recipe) -> None:
+def check_frozen(method: FederatedMethod) -> None:
     """Raise StudyError where a part of a method is no frozen value: what it kept in itself would be lost on resume."""
-    for name in ("visit", "aggregate"):
-        loose = _loose(getattr(recipe, name), name)
+    parts = [("first_mask", method.first_mask)]
+    parts += [(f"{p.name}.{part}", getattr(p, part)) for p in method.phases for part in ("update", "join", "who")]
+    for name, value in parts:
+        loose = _loose(value, name)
         if loose:
             raise StudyError(
-                f"method: {recipe.name} must be made of frozen dataclasses whose fields are immutable, got {loose}; "
+                f"method: {method.name} must be made of frozen dataclasses whose fields are immutable, got {loose}; "
                 "what a rule remembers belongs into the memory of the server's state, what a client does into its state"
             )
 

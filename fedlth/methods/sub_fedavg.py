@@ -16,7 +16,7 @@ from fedlth.models.layout import Params
 from fedlth.tickets.scope import Layerwise, Scope
 from fedlth.tickets.score import Magnitude, Score
 from fedlth.training.local_client import Local
-from fedlth.training.train import Trained
+from fedlth.training.request import TrainingResult
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class PruneWhenMaskMoves:
         return Shrinking(geometric(self.rate, self.density), sure=self.val_accuracy < 0 and self.distance < 0)
 
     def __call__(
-        self, local: Local, params: Params, mask: np.ndarray, trained: Trained | None, /
+        self, local: Local, params: Params, mask: np.ndarray, trained: TrainingResult | None, /
     ) -> tuple[Params, np.ndarray]:
         if trained is None:
             raise ValueError("this prune follows a training")

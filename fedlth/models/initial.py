@@ -32,15 +32,14 @@ def drawn(
         return build(name, num_classes=num_classes, input_shape=input_shape, options=options)
 
 
-def redrawn(module: nn.Module, layout: Layout, theta_0: Params) -> Params:
-    """Return another draw's weights, with theta_0's where nothing trains.
+def redrawn(module: nn.Module, layout: Layout) -> Params:
+    """Return another draw's weights.
 
     Raises StudyError where the module has other tensors than `layout`.
     """
     if layout_of(module, [e.name for e in layout.prunable]).digest("") != layout.digest(""):
         raise StudyError("model.reinit_options: must give a model of the same tensors, got others")
-    moving = layout.moving
-    return moving.put_into(theta_0, layout, moving.part_of(read(module, layout), layout))
+    return read(module, layout)
 
 
 def brought(name: str, layout: Layout, theta_0: Params, second: Params) -> str:

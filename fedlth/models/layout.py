@@ -87,6 +87,19 @@ class Layout:
         whole = all(e.trainable or e.role == "buffer" for e in self.entries)
         return self if whole else self.select(lambda e: e.trainable or e.role == "buffer")
 
+    @cached_property
+    def trainable(self) -> np.ndarray:
+        """Which parameters training can change at all, (num_params,) bool."""
+        found = np.ones(self.num_params, bool)
+        for e in self.floats:
+            if e.role == "param":
+                found[e.slice] = e.trainable
+        return found
+
+    def over_params(self, mask: np.ndarray) -> np.ndarray:
+        """Return (num_params,) bool: `mask` (num_prunable,) over the prunable parameters, True for all others."""
+        return np.concatenate([mask, np.ones(self.num_params - mask.size, bool)])
+
     def digest(self, kind: str) -> bytes:
         """Return the 8-byte schema id of messages of `kind` over this layout (names, shapes, roles)."""
         rows = [kind, *[[e.name, list(e.shape), e.is_int, e.prunable] for e in self.entries]]
@@ -112,6 +125,23 @@ class Layout:
         joined = Params(params.floats.copy(), params.ints.copy())
         for own, there in self._pairs(whole):
             (joined.ints if own.is_int else joined.floats)[there.slice] = _held(part, own)
+        return joined
+
+    def mask_of(self, mask: np.ndarray, whole: Layout) -> np.ndarray:
+        """Return what this sub-layout holds of a mask (or any one number a weight) of `whole`: (num_prunable,)."""
+        if self.num_prunable == whole.num_prunable:
+            return mask
+        pairs = [(e, there) for e, there in self._pairs(whole) if e.prunable]
+        return np.concatenate([mask[:0], *(mask[there.slice] for _, there in pairs)])
+
+    def mask_into(self, mask: np.ndarray, whole: Layout, part: np.ndarray) -> np.ndarray:
+        """Return a mask (whole.num_prunable,) bool with what this sub-layout holds taken from `part`."""
+        if self.num_prunable == whole.num_prunable:
+            return part
+        joined = mask.copy()
+        for own, there in self._pairs(whole):
+            if own.prunable:
+                joined[there.slice] = part[own.slice]
         return joined
 
     def _pairs(self, whole: Layout) -> list[tuple[Entry, Entry]]:

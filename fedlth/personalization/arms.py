@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from fedlth.methods.client_update import Visit
+from fedlth.errors import StudyError, wrong
+from fedlth.methods.client_update import ClientUpdate, Inbox
 from fedlth.methods.fedpm import frozen_weights
 from fedlth.models.layout import Params
 from fedlth.personalization.step2 import Result, Step2
 from fedlth.storage.client_state import ClientState
+from fedlth.study.parts import imported
 from fedlth.tickets.controls import shuffled_mask
 from fedlth.tickets.finder import Finder
 from fedlth.tickets.granularity import Element, Granularity
@@ -20,7 +23,6 @@ from fedlth.tickets.rewind import ToInit
 from fedlth.tickets.schedule import OneShot
 from fedlth.tickets.search import find
 from fedlth.training.local_client import Cost, Local
-from fedlth.wire.payload import Content
 
 Arm = Callable[[Step2], Iterator[Result]]
 
@@ -32,17 +34,17 @@ def global_model(step: Step2) -> Iterator[Result]:
 
 def local_only(step: Step2) -> Iterator[Result]:
     """The client alone, from theta_0, for as many epochs as search and fine-tuning take together."""
-    yield _trained(step, "local", "theta_0", step.local.full, epochs=_total_epochs(step))
+    yield trained(step, "local", "theta_0", step.local.full, epochs=_total_epochs(step))
 
 
 def dense(step: Step2) -> Iterator[Result]:
     """The dense twin: the whole model, as many fine-tuning epochs as the ticket's last training."""
-    yield _trained(step, "dense", "theta_g", step.local.full)
+    yield trained(step, "dense", "theta_g", step.local.full)
 
 
 def dense_total(step: Step2) -> Iterator[Result]:
     """The dense twin with the search's epochs given to it as well."""
-    yield _trained(step, "dense_total", "theta_g", step.local.full, epochs=_total_epochs(step))
+    yield trained(step, "dense_total", "theta_g", step.local.full, epochs=_total_epochs(step))
 
 
 def ticket(step: Step2) -> Iterator[Result]:
@@ -65,7 +67,7 @@ def global_mask(step: Step2) -> Iterator[Result]:
     size = step.local.full.size
     for target in step.targets:
         mask = step.finder.pick(np.abs(step.theta_g.floats[:size]), step.local.full, step.local.world.layout, target)
-        yield _trained(step, "global_mask", "theta_g", mask, target=target)
+        yield trained(step, "global_mask", "theta_g", mask, target=target)
 
 
 def random_ticket(step: Step2) -> Iterator[Result]:
@@ -88,11 +90,11 @@ def random_ticket(step: Step2) -> Iterator[Result]:
 def _best_start(step: Step2, mask: np.ndarray, target: float) -> Result:
     """Train a mask from each start and return the best by validation accuracy; one that diverges has none."""
     starts = {"theta_g": step.theta_g, "theta_0": step.anchor("theta_0")}
-    if not step.local.world.brought:
+    if not step.local.world.model.brought:
         starts["reinit"] = _rescaled(step, step.local.fresh_init("random ticket"), mask)
     at, best, best_accuracy = len(step.log), None, -1.0
     for name, start in starts.items():
-        found = _trained(step, "random", name, mask, target=target, begin=start)
+        found = trained(step, "random", name, mask, target=target, begin=start)
         accuracy = -1.0 if found.diverged else step.local.val_accuracy(found.params)
         if best is None or accuracy > best_accuracy:
             best, best_accuracy = found, accuracy
@@ -105,25 +107,25 @@ def _best_start(step: Step2, mask: np.ndarray, target: float) -> Result:
 
 def own(step: Step2) -> Iterator[Result]:
     """The method's own personal model, as the last download leaves it."""
-    held = step.visit.own(step.local, step.received, step.state)
+    held = step.method.own(step.local, step.inbox, step.state)
     yield Result(arm="own", params=held.params, mask=held.mask, start="own")
 
 
 def own_tuned(step: Step2) -> Iterator[Result]:
     """The same after the fine-tuning epochs, by the method's own local training."""
-    yield tuned("own_tuned", step.local, step.visit, step.received, step.state)
+    yield tuned("own_tuned", step.local, step.method, step.inbox, step.state)
 
 
 def own_random(step: Step2) -> Iterator[Result]:
     """The control of `own_tuned`: a random mask of the same layer counts on the same start weights."""
-    held = step.visit.own(step.local, step.received, step.state)
-    yield _trained(step, "own_random", "theta_g", _shuffled(step, held.mask, "own_random", granularity_of(step.visit)))
+    held = step.method.own(step.local, step.inbox, step.state)
+    yield trained(step, "own_random", "theta_g", _shuffled(step, held.mask, "own_random", granularity_of(step.method)))
 
 
 def frozen_random(step: Step2) -> Iterator[Result]:
     """The control of learnt masks: a random mask of the same layer counts on the same frozen weights."""
-    held = step.visit.own(step.local, step.received, step.state)
-    mask = _shuffled(step, held.mask, "frozen_random", granularity_of(step.visit))
+    held = step.method.own(step.local, step.inbox, step.state)
+    mask = _shuffled(step, held.mask, "frozen_random", granularity_of(step.method))
     params = frozen_weights(step.local.world).masked(mask)
     yield Result(arm="frozen_random", params=params, mask=mask, start="frozen")
 
@@ -145,11 +147,28 @@ ARMS: Mapping[str, Arm] = {
 }
 
 
-def tuned(arm: str, local: Local, visit: Visit, received: Content, state: ClientState, target: float = 1.0) -> Result:
+def row_name(name: str) -> str:
+    """Return the name that an arm's rows carry: that of the function, for your own."""
+    return name.rpartition(":")[2]
+
+
+def arm_of(name: str) -> Arm:
+    """Return the arm of this name, or your own `package.module:arm`; raise StudyError naming the place."""
+    if ":" in name:
+        own: Arm = imported(name, "personalise.arms")
+        if not callable(own):
+            raise wrong("personalise.arms", "callables that take a Step2 and yield Results", name)
+        return own
+    if name not in ARMS:
+        raise StudyError(f"personalise.arms: must be among {', '.join(ARMS)} or package.module:arm, got {name!r}")
+    return ARMS[name]
+
+
+def tuned(arm: str, local: Local, method: Any, inbox: Inbox, state: ClientState, target: float = 1.0) -> Result:
     """Return a method's own model after its own training of step 2."""
-    held, at, diverged = visit.own(local, received, state), len(local.log), False
+    held, at, diverged = method.own(local, inbox, state), len(local.log), False
     try:
-        held = visit.tune(local, received, state, local.personal_plan)
+        held = method.tune(local, inbox, state, local.personal_recipe)
     except FloatingPointError:
         diverged = True
     cost = sum(local.log[at:], Cost())
@@ -160,13 +179,13 @@ def tuned(arm: str, local: Local, visit: Visit, received: Content, state: Client
     )  # fmt: skip
 
 
-def granularity_of(visit: Visit) -> Granularity:
+def granularity_of(method: ClientUpdate) -> Granularity:
     """Return of what a method's masks are made: single weights, where it does not say otherwise."""
-    made: Granularity = getattr(visit, "granularity", Element())
+    made: Granularity = getattr(method, "granularity", Element())
     return made
 
 
-def _trained(
+def trained(
     step: Step2, arm: str, start: str, mask: np.ndarray, *, target: float = 1.0, epochs: int | None = None,
     begin: Params | None = None,
 ) -> Result:  # fmt: skip
@@ -218,8 +237,10 @@ def _found(arm: str, finder: Finder, step: Step2) -> Iterator[Result]:
 
 def _total_epochs(step: Step2) -> int:
     """Return the epochs of the longest search plus its last training."""
-    trained = step.plan.epochs * step.finder.trainings(step.targets)[0] + step.finder.learned(step.targets)[0]
-    return trained or step.plan.epochs
+    count: int = (
+        step.recipe.budget.epochs * step.finder.trainings(step.targets)[0] + step.finder.learned(step.targets)[0]
+    )
+    return count or step.recipe.budget.epochs
 
 
 def _shuffled(step: Step2, mask: np.ndarray, what: str, granularity: Granularity) -> np.ndarray:

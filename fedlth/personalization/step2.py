@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from fedlth.errors import StudyError
-from fedlth.methods.client_update import Visit
+from fedlth.methods.client_update import Inbox
 from fedlth.models.layout import Params
 from fedlth.storage.client_state import ClientState
 from fedlth.tickets.finder import Finder
 from fedlth.tickets.search import Walked
 from fedlth.training.local_client import Cost, Local
-from fedlth.training.loss_probe import DataNetwork
-from fedlth.training.train import Plan
-from fedlth.wire.payload import Content
+from fedlth.training.loss_probe import LossProbe
+from fedlth.training.recipe import Epochs, TrainingRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,28 +47,29 @@ class Result:
 class Step2:
     """One client's step 2.
 
-    `alive` is the mask of `theta_g` (dense but for methods that learn masks). `train` is a pure function of (start
-    bits, mask, epochs, replay). `known` remembers what every search begins with, the dense training from `theta_g` or
-    its first steps, so that arms share it instead of paying twice, and nothing else: a model is as large as the number
-    of arms and densities is not bounded. Its cost is told in full to each. `masks` holds what the arm `ticket` has
-    found, as (target, mask, whether it diverged), for its random control. All arms draw the same batches.
+    `method` is the update that has the method's own model, `inbox` what came down. `alive` is the mask of `theta_g`
+    (dense, but for methods that learn masks). `train` is a pure function of (start bits, mask, epochs, replay).
+    `known` remembers what every search begins with, the dense training from `theta_g` or its first steps, so that arms
+    share it instead of paying twice, and nothing else: a model is as large as the number of arms and densities is not
+    bounded. Its cost is told in full to each. `masks` holds what the arm `ticket` has found, as (target, mask, whether
+    it diverged), for its random control. All arms draw the same batches.
     """
 
     local: Local
-    visit: Visit
-    received: Content
+    method: Any
+    inbox: Inbox
     state: ClientState
     theta_g: Params
     alive: np.ndarray
     anchors: Mapping[str, Params]
     finder: Finder
     targets: tuple[float, ...]
-    known: dict[Plan, tuple[Walked | str, Cost]] = field(default_factory=dict)
+    known: dict[TrainingRecipe, tuple[Walked | str, Cost]] = field(default_factory=dict)
     masks: list[tuple[float, np.ndarray, bool]] = field(default_factory=list)
 
     @property
-    def plan(self) -> Plan:
-        return self.local.personal_plan
+    def recipe(self) -> TrainingRecipe:
+        return self.local.personal_recipe
 
     @property
     def log(self) -> list[Cost]:
@@ -99,47 +100,45 @@ class Step2:
         epochs: int | None = None,
     ) -> Walked:
         """Train as a search asks; see tickets.search.TrainFn."""
-        plan = replace(
-            self.plan, replay_lr=replay_lr, epochs=epochs or self.plan.epochs, first_step=first_step,
-            last_step=last_step,
+        recipe = replace(
+            self.recipe, replay_lr=replay_lr, budget=Epochs(epochs or self.recipe.budget.epochs),
+            first_step=first_step, last_step=last_step,
         )  # fmt: skip
-        steps = plan.epochs * self.local.steps_an_epoch
+        steps = recipe.budget.epochs * self.local.steps_an_epoch
         if last_step is not None and last_step >= steps and not mask.all():
             raise StudyError(
                 f"finder.schedule.every: all moves must come before a training's end; client {self.local.client} has "
                 f"{steps} steps, got a move at {last_step}"
             )
         start = start if held else start.masked(mask)
-        shared = start is self.theta_g and bool(mask.all()) and plan.epochs == self.plan.epochs
-        window = min(window, plan.epochs)
-        found = self.known.get(plan) if shared else None
+        shared = start is self.theta_g and bool(mask.all()) and recipe.budget.epochs == self.recipe.budget.epochs
+        window = min(window, recipe.budget.epochs)
+        found = self.known.get(recipe) if shared else None
         if found is None or (isinstance(found[0], Walked) and len(found[0].previous) < window):
             walked: Walked | str
             try:
-                walked = self._walked(start, mask, plan, held, window)
+                walked = self._walked(start, mask, recipe, held, window)
             except FloatingPointError as error:
                 walked = str(error)
             found = walked, self.log.pop()
             if shared:
-                self.known[plan] = found
+                self.known[recipe] = found
         if last_step is None or not mask.all():  # the first steps of the dense training are paid for there
             self.log.append(found[1])
         if isinstance(found[0], str):
             raise FloatingPointError(found[0])
         return found[0]
 
-    def _walked(self, start: Params, mask: np.ndarray, plan: Plan, held: bool, window: int) -> Walked:
-        epochs = plan.epochs - plan.first_step // self.local.steps_an_epoch
+    def _walked(self, start: Params, mask: np.ndarray, recipe: TrainingRecipe, held: bool, window: int) -> Walked:
+        epochs = recipe.budget.epochs - recipe.first_step // self.local.steps_an_epoch
         ends = range(max(0, epochs - window), epochs)
         asked = tuple(e for e in ends if e)
-        if held:
-            done = self.local.train(start, plan=plan, update=mask, snapshots=asked)
-        else:
-            done = self.local.train(start, plan=plan, mask=mask, snapshots=asked)
+        active, trainable = (None, self.local.world.layout.over_params(mask)) if held else (mask, None)
+        done = self.local.train(start, recipe=recipe, active=active, trainable=trainable, snapshots=asked)
         seen = {0: start.floats, **done.snapshots}
         return Walked(done.params, tuple(seen[e][: mask.size].copy() for e in ends if e in seen))
 
-    def network(self, at: Params) -> DataNetwork:
+    def network(self, at: Params) -> LossProbe:
         """Return the network at `at`."""
         return self.local.network(at)
 

@@ -112,8 +112,10 @@ class RunFolder:
 
     def save_state(self, name: str, state: ServerState) -> None:
         """Write the server's state, its memory included, as one file."""
-        memory = {f"{MEMORY}{k}": v for k, v in state.memory.items()}
-        data = store.pack({"floats": state.theta.floats, "ints": state.theta.ints, **memory})
+        more = {f"{MEMORY}{k}": v for k, v in state.memory.items()}
+        if state.mask is not None:
+            more["mask"] = state.mask.astype(np.uint8)
+        data = store.pack({"floats": state.theta.floats, "ints": state.theta.ints, **more})
         store.write_atomic(self.root / "checkpoints" / f"{name}.safetensors", data)
 
     def load_state(self, name: str) -> ServerState:
@@ -121,7 +123,8 @@ class RunFolder:
         try:
             arrays, _ = store.unpack(file.read_bytes())
             memory = {k.removeprefix(MEMORY): v for k, v in arrays.items() if k.startswith(MEMORY)}
-            return ServerState(Params(arrays["floats"], arrays["ints"]), memory)
+            mask = arrays["mask"].astype(bool) if "mask" in arrays else None
+            return ServerState(Params(arrays["floats"], arrays["ints"]), memory, mask)
         except (OSError, ValueError, KeyError) as error:
             raise StudyError(f"{file}: cannot be read: {error}") from error
 

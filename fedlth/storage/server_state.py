@@ -14,8 +14,11 @@ from fedlth.models.layout import Params
 class ServerState:
     """The global state `theta`, and a rule's own `memory` by name (a momentum, say), checkpointed with it.
 
-    Treat as immutable. The memory is that of the rule that joined last; a rule without any leaves it empty.
+    `mask` (num_prunable of the exchanged part,) bool is everyone's, where a rule has found one: a broadcast then holds
+    nothing else; a rule that gives none leaves it as it was. Treat as immutable. The memory is that of the rule that
+    joined last; a rule without any leaves it empty.
     """
 
     theta: Params
     memory: Mapping[str, np.ndarray] = field(default_factory=dict)
+    mask: np.ndarray | None = None

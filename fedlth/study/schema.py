@@ -48,22 +48,34 @@ class Data(Node):
     options: dict[str, Any] = {}
 
 
+class Tier(Node):
+    """What some clients can carry, as parts of a whole device's: those named, or a share of them all."""
+
+    clients: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(as_tuple)] | None = None
+    share: Fraction | None = None
+    density: Fraction = 1.0
+    width: Fraction = 1.0
+    speed: Positive = 1.0
+
+
 class Clients(Node):
-    """How many clients, and how each one's examples are split."""
+    """How many clients, how each one's examples are split, and what each can carry."""
 
     count: Count
+    capacity: Annotated[tuple[Tier, ...], BeforeValidator(as_tuple)] = ()
     unseen: Annotated[float, Field(ge=0, lt=1)] = 0.0
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.2
     test_samples: Count = 100
 
 
 class Model(Node):
-    """Which network (and with what other options it is drawn anew), what of it is prunable, how norms are shared."""
+    """Which network (and with what other options it is drawn anew), what is prunable, what stays with a client."""
 
     name: str = "lenet5"
     options: dict[str, Any] = {}
     reinit_options: dict[str, Any] = {}
     prunable: Names | None = None
+    personal: Names | None = None
     buffers: Literal["aggregate", "local_statistics", "local_all"] = "aggregate"
 
 

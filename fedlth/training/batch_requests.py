@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
-import numpy as np
 from torch import Tensor
 
+from fedlth.models.layout import Params
+from fedlth.training.flat_model import FlatModel
 from fedlth.training.lockstep import ASK
-
-if TYPE_CHECKING:
-    from fedlth.models.layout import Params
-    from fedlth.training.train import Bound, Plan
+from fedlth.training.loss import CrossEntropy
+from fedlth.training.recipe import Sgd
+from fedlth.training.request import TrainingRequest, TrainingResult
 
 
 class _Shares(threading.local):
@@ -33,88 +32,66 @@ def cpu_seconds() -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class Model:
-    """One client's values for the module that all clients of a cohort share."""
-
-    bound: Bound
-    params: Params
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Training:
-    """One client's training: `epochs` of batches, a learning rate a step; `mask` and `update` as in `train.train`.
+    """One client's training. Whoever does the work notes this client's share of its CPU seconds in `cpu_s`."""
 
-    Whoever does the work notes this client's share of its CPU seconds in `cpu_s`.
-    """
-
-    model: Model
-    x: Tensor
-    y: Tensor
-    epochs: list[list[np.ndarray]]
-    rates: np.ndarray
-    momentum: float
-    weight_decay: float
-    mask: np.ndarray | None
-    update: np.ndarray | None
-    snapshots: tuple[int, ...]
+    model: FlatModel
+    request: TrainingRequest
     cpu_s: list[float] = field(default_factory=list)
 
     @property
-    def size(self) -> int:
-        """The examples that it trains on, each as often as it is seen."""
-        return sum(len(part) for parts in self.epochs for part in parts)
+    def params(self) -> Params:
+        return self.request.start
+
+    @property
+    def data(self) -> tuple[Tensor, Tensor]:
+        return self.request.x, self.request.y
+
+    @property
+    def num_examples(self) -> int:
+        return self.request.num_examples
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     """One client's evaluation, on a part that is not empty; `cpu_s` as in a training."""
 
-    model: Model
-    x: Tensor
-    y: Tensor
+    model: FlatModel
+    params: Params
+    data: tuple[Tensor, Tensor]
     cpu_s: list[float] = field(default_factory=list)
 
     @property
-    def size(self) -> int:
-        return len(self.y)
+    def num_examples(self) -> int:
+        return len(self.data[1])
 
 
-@dataclass(frozen=True)
-class Done:
-    """Where a training ended: floats (F,), the last epoch's mean loss, floats after the epochs that were asked for."""
-
-    floats: np.ndarray
-    loss: float
-    snapshots: dict[int, np.ndarray] = field(default_factory=dict)
-
-
-def trained(
-    bound: Bound, start: Params, data: tuple[Tensor, Tensor], plan: Plan, epochs: list[list[np.ndarray]],
-    rates: Sequence[float], mask: np.ndarray | None, update: np.ndarray | None, snapshots: tuple[int, ...],
-) -> Done | None:  # fmt: skip
-    """Ask for a training with those of the cohort that this call is in; None outside one."""
-    ask = ASK.get()
-    if ask is None:
-        return None
-    asked = Training(
-        model=Model(bound, start), x=data[0], y=data[1], epochs=epochs, rates=np.array(rates), momentum=plan.momentum,
-        weight_decay=plan.weight_decay, mask=mask, update=update, snapshots=snapshots,
-    )  # fmt: skip
-    try:
-        done: Done = ask(asked)
-    finally:
-        _shares.cpu_s += sum(asked.cpu_s)
-    return done
+def obstacle(request: TrainingRequest) -> str:
+    """Say why a training does not go to the cohort that this call is in; "" where it does."""
+    if ASK.get() is None:
+        return "no cohort"
+    for part, known in ((request.recipe.optimizer, Sgd), (request.recipe.loss, CrossEntropy)):
+        if type(part) is not known:
+            return f"a cohort has no {type(part).__name__}"
+    return ""
 
 
-def evaluated(bound: Bound, params: Params, data: tuple[Tensor, Tensor]) -> tuple[float, float] | None:
+def train(model: FlatModel, request: TrainingRequest) -> TrainingResult:
+    """Ask for a training with those of the cohort that this call is in."""
+    result: TrainingResult = _answer(Training(model, request))
+    return result
+
+
+def evaluated(model: FlatModel, params: Params, data: tuple[Tensor, Tensor]) -> tuple[float, float] | None:
     """Ask for an evaluation with those of the cohort that this call is in; None outside one."""
+    found: tuple[float, float] | None = None if ASK.get() is None else _answer(Evaluation(model, params, data))
+    return found
+
+
+def _answer(asked: Training | Evaluation) -> Any:
     ask = ASK.get()
-    if ask is None:
-        return None
-    asked = Evaluation(model=Model(bound, params), x=data[0], y=data[1])
+    assert ask is not None
     try:
-        found: tuple[float, float] = ask(asked)
+        return ask(asked)
     finally:
         _shares.cpu_s += sum(asked.cpu_s)
-    return found

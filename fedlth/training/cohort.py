@@ -13,9 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
-from torch.nn import functional
 
-from fedlth.training.batch_requests import Done, Evaluation, Model, Training
+from fedlth.models.layout import Params
+from fedlth.training.batch_requests import Evaluation, Training
+from fedlth.training.loss import cross_entropy
+from fedlth.training.recipe import Sgd
+from fedlth.training.request import TrainingRequest, TrainingResult
 
 Q = TypeVar("Q", Training, Evaluation)
 
@@ -24,10 +27,11 @@ EVALUATION_BATCH = 32
 
 
 def answer(asked: Sequence[Training | Evaluation]) -> list[Any]:
-    """Train and evaluate together what is asked at once: a Done, (accuracy, mean loss) or an exception each, in order.
+    """Train and evaluate together what is asked at once; return what came of each, in order.
 
+    That is a TrainingResult, (accuracy, mean loss), or an exception.
     Where a batched call fails each client is tried alone, in the same way, so that a faulty one costs only itself.
-    What memory refuses is refused to all: which of them would fit hangs on the machine, and so would the bits.
+    What memory refuses is refused to all: which of them would fit depends on the machine, and so would the bits.
     """
     answers: dict[int, Any] = {}
     trainings = {i: one for i, one in enumerate(asked) if isinstance(one, Training)}
@@ -54,25 +58,27 @@ def _tried(together: Callable[[Sequence[Q]], Sequence[Any]], asked: Sequence[Q])
 def _share(asked: Sequence[Training] | Sequence[Evaluation], cpu_s: float) -> None:
     """Share CPU seconds out by the examples that each client had in the work."""
     for one in asked:
-        one.cpu_s[:] = [cpu_s * one.size / sum(other.size for other in asked)]
+        one.cpu_s[:] = [cpu_s * one.num_examples / sum(other.num_examples for other in asked)]
 
 
-def train_together(asked: Sequence[Training]) -> list[Done]:
-    """Train K clients by masked SGD, as `train.train` would each alone, up to float32 rounding.
+def train_together(asked: Sequence[Training]) -> list[TrainingResult]:
+    """Train K clients by masked SGD, as `torch_backend.train` would each alone, up to float32 rounding.
 
     Clients lie in the order of their step counts, so that those still at work are always the first rows, and nobody
     is trained beyond its end. A batch smaller than the largest of its step is filled up with examples of weight zero.
     """
-    order = sorted(range(len(asked)), key=lambda k: -len(asked[k].rates))
+    order = sorted(range(len(asked)), key=lambda k: -len(asked[k].request.rates))
     members = [asked[k] for k in order]
-    stack = _Stack([m.model for m in members])
-    free = _free(members, stack)
+    requests = [m.request for m in members]
+    stack = _Stack(members)
+    free = _free(requests, stack)
     feed = _Feed(members, stack.device)
-    momentum = _column([m.momentum for m in members], stack.device)
-    decay = _column([m.weight_decay for m in members], stack.device)
+    optimizers = [r.recipe.optimizer for r in requests if isinstance(r.recipe.optimizer, Sgd)]
+    momentum = _column([o.momentum for o in optimizers], stack.device)
+    decay = _column([o.weight_decay for o in optimizers], stack.device)
     velocity = None if momentum is None else torch.zeros_like(stack.grad)
     losses = torch.zeros(feed.real.shape[:2], device=stack.device)
-    kept: list[dict[int, np.ndarray]] = [{} for _ in members]
+    snapshots: list[dict[int, np.ndarray]] = [{} for _ in members]
     count, state = 0, dict[str, Tensor]()
     stack.module.train()
     for step in range(feed.steps):
@@ -96,22 +102,25 @@ def train_together(asked: Sequence[Training]) -> list[Done]:
                 direction = velocity[:count].mul_(momentum[:count]).add_(grad)
             weights.addcmul_(direction, feed.rates[step, :count, None], value=-1.0)
         for row, epoch in feed.ends.get(step, ()):
-            kept[row][epoch] = stack.flat[row].cpu().numpy().copy()
+            snapshots[row][epoch] = stack.flat[row].cpu().numpy().copy()
     table, floats = losses.double().cpu().numpy(), stack.flat.cpu().numpy()
-    done = [Done(floats[row].copy(), _last_loss(m, table[:, row]), kept[row]) for row, m in enumerate(members)]
-    return [done[order.index(k)] for k in range(len(asked))]
+    results = [
+        TrainingResult(Params(floats[row].copy(), r.start.ints.copy()), _last_loss(r, table[:, row]), snapshots[row])
+        for row, r in enumerate(requests)
+    ]
+    return [results[order.index(k)] for k in range(len(asked))]
 
 
 def evaluate_together(asked: Sequence[Evaluation]) -> list[tuple[float, float]]:
-    """Return each client's (accuracy, mean loss), as `train.evaluate` would alone, up to float32 rounding."""
-    stack = _Stack([m.model for m in asked])
+    """Return each client's (accuracy, mean loss), as `evaluation.evaluate` would alone, up to float32 rounding."""
+    stack = _Stack(asked)
     state = stack.state(len(asked), trained=False)
     x, y, starts = _joined(asked)
     right = torch.zeros(len(asked), dtype=torch.float64, device=stack.device)
     loss_sum = torch.zeros_like(right)
     stack.module.eval()
-    for at in range(0, max(len(m.y) for m in asked), EVALUATION_BATCH):
-        parts = [np.arange(at, min(at + EVALUATION_BATCH, len(m.y))) for m in asked]
+    for at in range(0, max(m.num_examples for m in asked), EVALUATION_BATCH):
+        parts = [np.arange(at, min(at + EVALUATION_BATCH, m.num_examples)) for m in asked]
         index_KB, real_KB = _padded(parts, max(map(len, parts)))
         index = torch.from_numpy(index_KB + starts[:, None]).to(stack.device)
         real = torch.from_numpy(real_KB).to(stack.device)
@@ -119,20 +128,20 @@ def evaluate_together(asked: Sequence[Evaluation]) -> list[tuple[float, float]]:
             logits = vmap(stack.forward)(state, x[index])
             same = (logits.argmax(-1) == y[index]).double().reshape(*real.shape, -1).sum(2)
             right += (same * real).sum(1)
-            loss_sum += (vmap(_example_losses)(logits, y[index]).double() * real).sum(1)
+            loss_sum += (vmap(cross_entropy.examples)(logits, y[index]).double() * real).sum(1)
     found = zip(asked, right.tolist(), loss_sum.tolist(), strict=True)
-    return [(hits / m.y.numel(), total / len(m.y)) for m, hits, total in found]
+    return [(hits / m.data[1].numel(), total / m.num_examples) for m, hits, total in found]
 
 
 class _Stack:
     """K models as one: `flat` (K, F) and `grad` (K, P), a row a client."""
 
-    def __init__(self, models: Sequence[Model]) -> None:
-        bound = models[0].bound
-        self.module, self.layout, self.device = bound.module, bound.layout, bound.device
-        self.flat = torch.from_numpy(np.stack([m.params.floats for m in models])).to(self.device)
-        self.ints = torch.from_numpy(np.stack([m.params.ints for m in models])).to(self.device)
-        self.grad = torch.zeros(len(models), self.layout.num_params, device=self.device)
+    def __init__(self, asked: Sequence[Training] | Sequence[Evaluation]) -> None:
+        model = asked[0].model
+        self.module, self.layout, self.device = model.module, model.layout, model.device
+        self.flat = torch.from_numpy(np.stack([m.params.floats for m in asked])).to(self.device)
+        self.ints = torch.from_numpy(np.stack([m.params.ints for m in asked])).to(self.device)
+        self.grad = torch.zeros(len(asked), self.layout.num_params, device=self.device)
         self.trained = [e for e in self.layout.floats if e.trainable]
         self.dtypes = {n: b.dtype for n, b in self.module.named_buffers()}
 
@@ -154,14 +163,14 @@ class _Stack:
 
     def loss(self, state: dict[str, Tensor], x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         """Return one client's weighted loss; x (B, ...), weight (B,) sums to one."""
-        return (_example_losses(self.forward(state, x), y) * weight).sum()
+        return (cross_entropy.examples(self.forward(state, x), y) * weight).sum()
 
 
 class _Feed:
     """What each step is given: whose turn it is, which examples, what they weigh, and the learning rates."""
 
     def __init__(self, members: Sequence[Training], device: str) -> None:
-        plans = [[part for epoch in m.epochs for part in epoch] for m in members]
+        plans = [[part for epoch in m.request.batches for part in epoch] for m in members]
         self.steps = len(plans[0])
         self.counts = [sum(len(plan) > step for plan in plans) for step in range(self.steps)]
         self.widths = [max(len(plan[step]) for plan in plans[:n]) for step, n in enumerate(self.counts)]
@@ -174,13 +183,13 @@ class _Feed:
             index, real = _padded(parts, shape[2])
             index_SKB[step, :count] = index + starts[:count, None]
             real_SKB[step, :count] = real / np.array([len(part) for part in parts], np.float32)[:, None]
-            rates_SK[step, :count] = [m.rates[step] for m in members[:count]]
+            rates_SK[step, :count] = [m.request.rates[step] for m in members[:count]]
         self.index, self.real = torch.from_numpy(index_SKB).to(device), torch.from_numpy(real_SKB).to(device)
         self.rates = torch.from_numpy(rates_SK).to(device)
         self.ends: dict[int, list[tuple[int, int]]] = {}
         for row, member in enumerate(members):
-            lengths = np.cumsum([len(epoch) for epoch in member.epochs])
-            for epoch in set(member.snapshots) & set(range(1, len(lengths) + 1)):
+            lengths = np.cumsum([len(epoch) for epoch in member.request.batches])
+            for epoch in set(member.request.snapshots) & set(range(1, len(lengths) + 1)):
                 self.ends.setdefault(int(lengths[epoch - 1]) - 1, []).append((row, epoch))
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,8 +201,8 @@ class _Feed:
 
 def _joined(asked: Sequence[Training] | Sequence[Evaluation]) -> tuple[Tensor, Tensor, np.ndarray]:
     """Return the clients' examples one after the other, and where each client's begin, (K,)."""
-    sizes = [len(m.y) for m in asked]
-    return torch.cat([m.x for m in asked]), torch.cat([m.y for m in asked]), np.cumsum([0, *sizes[:-1]])
+    x, y = ([m.data[i] for m in asked] for i in (0, 1))
+    return torch.cat(x), torch.cat(y), np.cumsum([0, *map(len, y[:-1])])
 
 
 def _padded(parts: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -205,20 +214,16 @@ def _padded(parts: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.nda
     return index, real
 
 
-def _free(members: Sequence[Training], stack: _Stack) -> Tensor | None:
-    """Zero the dead weights; return (K, P) bool, what a step may change, or None where that is everything."""
-    layout = stack.layout
-    free = np.ones((len(members), layout.num_params), bool)
-    for e in layout.floats:
-        if e.role == "param" and not e.trainable:
-            free[:, e.slice] = False
-    for row, member in enumerate(members):
-        for kept in (member.mask, member.update):
-            if kept is not None:
-                free[row, : kept.size] &= kept
-        if member.mask is not None:
-            stack.flat[row, : layout.num_prunable] *= torch.from_numpy(member.mask).to(stack.device)
-    return None if free.all() else torch.from_numpy(free).to(stack.device)
+def _free(requests: Sequence[TrainingRequest], stack: _Stack) -> Tensor | None:
+    """Zero the pruned weights; return (K, P) bool, what a step may change, or None where that is everything."""
+    rows = [request.free(stack.layout) for request in requests]
+    for row, request in enumerate(requests):
+        if request.active is not None:
+            stack.flat[row, : stack.layout.num_prunable] *= torch.from_numpy(request.active).to(stack.device)
+    if all(row is None for row in rows):
+        return None
+    whole = np.ones(stack.layout.num_params, bool)
+    return torch.from_numpy(np.stack([whole if row is None else row for row in rows])).to(stack.device)
 
 
 def _column(values: Sequence[float], device: str) -> Tensor | None:
@@ -226,14 +231,8 @@ def _column(values: Sequence[float], device: str) -> Tensor | None:
     return torch.tensor(values, device=device)[:, None] if any(values) else None
 
 
-def _example_losses(logits: Tensor, y: Tensor) -> Tensor:
-    """Return (B,): each example's cross-entropy, its mean over positions; logits (B, [T,] C), y (B, [T])."""
-    each = functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), y.reshape(-1), reduction="none")
-    return each.reshape(len(y), -1).mean(1)
-
-
-def _last_loss(member: Training, losses: np.ndarray) -> float:
+def _last_loss(request: TrainingRequest, losses: np.ndarray) -> float:
     """Return the mean loss over the last epoch's examples."""
-    parts, end = member.epochs[-1], len(member.rates)
+    parts, end = request.batches[-1], len(request.rates)
     sizes = [len(part) for part in parts]
     return float(np.dot(losses[end - len(parts) : end], sizes) / sum(sizes))

@@ -15,14 +15,19 @@ from fedlth.errors import StudyError
 from fedlth.models.initial import torch_stream
 from fedlth.rng import stream
 from fedlth.study.schema import Study
-from fedlth.training import cohort, train
-from fedlth.training.batch_requests import Evaluation, Model, Training
+from fedlth.training import cohort
+from fedlth.training.batch_requests import Evaluation, Training
+from fedlth.training.evaluation import evaluate
 from fedlth.training.lockstep import side_by_side
+from fedlth.training.recipe import Epochs, Sgd, TrainingRecipe
+from fedlth.training.request import TrainingRequest, TrainingResult, drawn_request
 from fedlth.training.task import World
+from fedlth.training.train import train
 
 MOST = 64
 USABLE = 0.8  # of the free memory: the rest is for what the allocator cannot use and what a probe has not met
 PROBED = 4
+PROBE = Sgd(momentum=0.5, weight_decay=1e-3)
 CLOSE = 1e-2  # of the way that the weights went: TF32 convolutions of a GPU are a few thousandths apart
 
 Peak = Callable[[Callable[[], object]], int]
@@ -63,19 +68,18 @@ def obstacle(world: World) -> str | None:
         return "compute: sparse trains one client at a time in its kernel"
     x, y = _largest(world)
     size = world.study.train.batch_size
-    plan = train.Plan(epochs=1, batch_size=size, lr=0.01, momentum=0.5, weight_decay=1e-3)
+    recipe = TrainingRecipe(budget=Epochs(1), batch_size=size, lr=0.01, optimizer=PROBE)
     long = min(len(y), 2 * size + 3)
     short = max(1, min(long - 1, size + 2))
     masks = np.ones(world.layout.num_prunable, bool), np.arange(world.layout.num_prunable) % 2 == 0
 
-    def visit(count: int, mask: np.ndarray) -> tuple[train.Trained, float]:
+    def client(count: int, mask: np.ndarray) -> tuple[TrainingResult, float]:
         data = x[:count], y[:count]
-        trained = train.train(
-            world.bound, world.theta_0, data=data, plan=plan, order=stream(0, "probe"), torch_seed=0, mask=mask
-        )
-        return trained, train.evaluate(world.bound, trained.params, data)[1]
+        request = drawn_request(world.theta_0, data, recipe, order=stream(0, "probe"), torch_seed=0, active=mask)
+        result = train(world.flat_model, request)
+        return result, evaluate(world.flat_model, result.params, data)[1]
 
-    calls = [partial(visit, count, mask) for count, mask in zip((long, short), masks, strict=True)]
+    calls = [partial(client, count, mask) for count, mask in zip((long, short), masks, strict=True)]
     with torch_stream(0), warnings.catch_warnings():
         # vmap does what it has no rule for client by client, slowly, and says so in a warning.
         warnings.filterwarnings("error", message=".*performance drop.*")
@@ -100,12 +104,13 @@ def probed(world: World, peak: Peak) -> tuple[int, int]:
     """Return the peak bytes of a cohort of one and of PROBED clients, each as large as the largest."""
     x, y = _largest(world)
     size = min(len(y), world.study.train.batch_size)
-    model = Model(world.bound, world.theta_0)
-    training = Training(
-        model=model, x=x, y=y, epochs=[[np.arange(size)] * 2], rates=np.zeros(2), momentum=0.5, weight_decay=1e-3,
-        mask=np.zeros(world.layout.num_prunable, bool), update=None, snapshots=(),
+    request = TrainingRequest(
+        start=world.theta_0, x=x, y=y, batches=[[np.arange(size)] * 2], rates=[0.0, 0.0], torch_seed=0,
+        recipe=TrainingRecipe(budget=Epochs(1), batch_size=size, lr=0.01, optimizer=PROBE),
+        active=np.zeros(world.layout.num_prunable, bool),
     )  # fmt: skip
-    evaluation = Evaluation(model=model, x=x, y=y)
+    training = Training(world.flat_model, request)
+    evaluation = Evaluation(world.flat_model, world.theta_0, (x, y))
 
     def work(count: int) -> None:
         cohort.train_together([training] * count)
@@ -118,7 +123,7 @@ def probed(world: World, peak: Peak) -> tuple[int, int]:
 def fitting(one: int, several: int, *, free: int) -> int:
     """Return the largest power of two of clients that fits, 1 to MOST.
 
-    Bits hang on the cohort's size: powers of two, so that a little more or less free memory seldom changes them.
+    Bits depend on the cohort's size: powers of two, so that a little more or less free memory seldom changes them.
     """
     member = max(1, (several - one) // (PROBED - 1))
     count = (USABLE * free - (one - member)) / member

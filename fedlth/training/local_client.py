@@ -14,11 +14,13 @@ from torch import Tensor
 from fedlth import rng
 from fedlth.models.layout import Params
 from fedlth.tickets.evidence import Evidence, Lesson
-from fedlth.training import supermask, train
+from fedlth.training import evaluation, supermask, train
 from fedlth.training.batch_requests import cpu_seconds
-from fedlth.training.loss_probe import DataNetwork
+from fedlth.training.batches import steps_an_epoch
+from fedlth.training.loss_probe import LossProbe
+from fedlth.training.recipe import PARTS, Epochs, Sgd, TrainingRecipe
+from fedlth.training.request import TrainingResult, drawn_request
 from fedlth.training.task import World
-from fedlth.training.train import Plan, Trained
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,6 @@ class Cost:
             self.flops + other.flops, self.alive_flops + other.alive_flops, self.steps + other.steps,
             self.cpu_s + other.cpu_s,
         )  # fmt: skip
-
-
-def steps_an_epoch(size: int, batch_size: int) -> int:
-    """Return how many batches `train.batches` makes of `size` examples."""
-    whole = -(-size // batch_size)
-    return whole - (whole > 1 and size - (whole - 1) * batch_size == 1)
 
 
 @dataclass(frozen=True)
@@ -75,20 +71,22 @@ class Local:
         return np.ones(self.world.layout.num_prunable, bool)
 
     @property
-    def plan(self) -> Plan:
+    def recipe(self) -> TrainingRecipe:
         """The local training of step 1."""
         t = self.world.study.train
-        return Plan(epochs=t.epochs, batch_size=t.batch_size, lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay)
+        optimizer = Sgd(momentum=t.momentum, weight_decay=t.weight_decay)
+        return TrainingRecipe(budget=Epochs(t.epochs), batch_size=t.batch_size, lr=t.lr, optimizer=optimizer)
 
     @property
-    def personal_plan(self) -> Plan:
+    def personal_recipe(self) -> TrainingRecipe:
         """A training of step 2: the same settings for every arm."""
-        p = self.world.study.personalise
-        return replace(self.plan, epochs=p.epochs, lr=p.lr or self.plan.lr, schedule=p.schedule)
+        p, shared = self.world.study.personalise, self.recipe
+        schedule = PARTS["schedule"][p.schedule]()
+        return replace(shared, budget=Epochs(p.epochs), lr=p.lr or shared.lr, schedule=schedule)
 
     @property
     def steps_an_epoch(self) -> int:
-        return steps_an_epoch(self.num_train, self.plan.batch_size)
+        return steps_an_epoch(self.num_train, self.recipe.batch_size)
 
     def epochs(self, steps: int) -> float:
         """Return steps as epochs, an int where they are whole."""
@@ -105,35 +103,29 @@ class Local:
         self,
         start: Params,
         *,
-        plan: Plan,
-        mask: np.ndarray | None = None,
-        update: np.ndarray | None = None,
+        recipe: TrainingRecipe,
+        active: np.ndarray | None = None,
+        trainable: np.ndarray | None = None,
         snapshots: tuple[int, ...] = (),
         order: str = "order",
-    ) -> Trained:
-        data, steps = self.train_part, plan.epochs * self.steps_an_epoch
-        alive = self.full if mask is None else mask
-        if mask is None and update is not None:
-            alive = update[: alive.size] | (start.floats[: alive.size] != 0)
-        with self._counting(alive, max(0, min(plan.last_step or steps, steps) - plan.first_step)):
-            return train.train(
-                self.world.bound,
-                start,
-                data=data,
-                plan=plan,
-                order=self.rng(order),
-                torch_seed=self.torch_seed("dropout"),
-                mask=mask,
-                update=update,
-                snapshots=snapshots,
-            )
+    ) -> TrainingResult:
+        """Train on this client's data, and note what it cost; the masks as in `TrainingRequest`."""
+        request = drawn_request(
+            start, self.train_part, recipe, order=self.rng(order), torch_seed=self.torch_seed("dropout"),
+            active=active, trainable=trainable, snapshots=snapshots,
+        )  # fmt: skip
+        alive = self.full if active is None else active
+        if active is None and trainable is not None:
+            alive = trainable[: alive.size] | (start.floats[: alive.size] != 0)
+        with self._counting(alive, len(request.rates)):
+            return train.train(self.world.flat_model, request)
 
     def learn(self, frozen: Params, scores: np.ndarray, lesson: Lesson) -> tuple[np.ndarray, float]:
         """Train scores of masks over frozen weights; see `supermask.learn`."""
         data = self.train_part
         with self._counting(lesson.alive, lesson.epochs * self.steps_an_epoch):
             return supermask.learn(
-                self.world.bound, frozen, scores, data=data, lesson=lesson, batch_size=self.plan.batch_size,
+                self.world.flat_model, frozen, scores, data=data, lesson=lesson, batch_size=self.recipe.batch_size,
                 order=self.rng("order"), torch_seed=self.torch_seed("masks"),
             )  # fmt: skip
 
@@ -150,8 +142,8 @@ class Local:
 
     def flops(self, alive: np.ndarray, epochs: float) -> tuple[float, float]:
         """Return training FLOPs (dense, by what is alive): 3 forwards an example, the usual count."""
-        dense = float(self.world.flops[""])
-        dead = sum(self.world.flops[e.name] * (1 - _share(alive[e.slice])) for e in self.world.layout.prunable)
+        dense = float(self.world.model.flops[""])
+        dead = sum(self.world.model.flops[e.name] * (1 - _share(alive[e.slice])) for e in self.world.layout.prunable)
         scale = 3.0 * self.num_train * epochs
         return dense * scale, (dense - dead) * scale
 
@@ -162,16 +154,16 @@ class Local:
     def evaluate(self, params: Params, part: tuple[Tensor, Tensor]) -> tuple[float, float]:
         """Return (accuracy, mean loss) on a part of the client's data."""
         began = cpu_seconds()
-        found = train.evaluate(self.world.bound, params, part)
+        found = evaluation.evaluate(self.world.flat_model, params, part)
         self.work.append({"evaluated": len(part[1]), "cpu_s": cpu_seconds() - began})
         return found
 
-    def network(self, at: Params) -> DataNetwork:
+    def network(self, at: Params) -> LossProbe:
         """Return the network at `at` over the client's training data, as scores ask it; a mask it learns is counted."""
-        return DataNetwork(
-            bound=self.world.bound, params=at, data=self.train_part, layer_flops=lambda: self.world.flops,
+        return LossProbe(
+            model=self.world.flat_model, params=at, data=self.train_part, layer_flops=lambda: self.world.model.flops,
             order=lambda: self.rng("mask order"), torch_seed=self.torch_seed("mask bits"),
-            batch_size=self.plan.batch_size,
+            batch_size=self.recipe.batch_size,
             learning=lambda alive, epochs: self._counting(alive, epochs * self.steps_an_epoch),
         )  # fmt: skip
 
@@ -193,8 +185,8 @@ class Local:
         )
 
     def fresh_init(self, what: str) -> Params:
-        """Draw another initialisation, from this client's own stream; see World.fresh."""
-        return self.world.fresh(self.torch_seed(what))
+        """Draw another initialisation, from this client's own stream; see `ModelContext.fresh`."""
+        return self.world.model.fresh(f"{self.stage}/{what}", self.round, self.client)
 
 
 def _share(mask: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""A network with its data, as scores ask it: gradients, curvature, flow, norm scales, learned masks."""
+"""The loss of a network on data, as scores ask about it: gradients, curvature, flow, norm scales, learned masks."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ from torch.func import functional_call, grad, vmap
 from fedlth.errors import StudyError
 from fedlth.models.layout import Layout, Params
 from fedlth.tickets.evidence import Lesson
+from fedlth.training.evaluation import gradient
+from fedlth.training.flat_model import FlatModel
+from fedlth.training.loss import cross_entropy
 from fedlth.training.supermask import learn
-from fedlth.training.train import Bound, gradient, loss_of
 
 EXAMPLES_AT_ONCE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataNetwork:
-    """The network of `bound` at `params` over `data` = (x, y), all in evaluation mode.
+class LossProbe:
+    """The network of `model` at `params` over `data` = (x, y), all in evaluation mode.
 
     Curvature and flow are computed in float64. `layer_flops` are forward FLOPs an example by tensor name; `order` and
     `torch_seed` give the batches and dice of learned masks, `batch_size` their batches; `learning`, given the alive
     mask and epochs of such a training, is entered around it, since it is a cost.
     """
 
-    bound: Bound
+    model: FlatModel
     params: Params
     data: tuple[Tensor, Tensor]
     layer_flops: Callable[[], Mapping[str, int]]
@@ -41,10 +43,10 @@ class DataNetwork:
 
     @property
     def layout(self) -> Layout:
-        return self.bound.layout
+        return self.model.layout
 
     def gradient(self, weights: np.ndarray, /) -> np.ndarray:
-        return gradient(self.bound, self._at(weights), self.data)
+        return gradient(self.model, self._at(weights), self.data)
 
     def hessian_gradient(self, weights: np.ndarray, /, *, temperature: float) -> np.ndarray:
         fixed, flat = self._doubles(weights)
@@ -83,12 +85,12 @@ class DataNetwork:
         for e in self.layout.floats[len(self.layout.prunable) :]:
             fixed[e.name] = _positive(e.name, e.role, fixed[e.name])
         flat.requires_grad_()
-        ones = torch.ones((1, *x.shape[1:]), dtype=torch.float64, device=self.bound.device)
+        ones = torch.ones((1, *x.shape[1:]), dtype=torch.float64, device=self.model.device)
         total = self._logits(fixed, flat, ones).sum()
         return torch.autograd.grad(total, flat)[0].cpu().numpy()
 
     def gammas(self) -> np.ndarray:
-        behind = norm_behind(self.bound.module, self.layout, self.data[0][:2])
+        behind = norm_behind(self.model.module, self.layout, self.data[0][:2])
         at = {name: e for e in self.layout.floats for name in (e.name, *e.aliases)}
         out = np.zeros(self.layout.num_prunable, np.float32)
         for e in self.layout.prunable:
@@ -115,7 +117,7 @@ class DataNetwork:
                 first[e.slice] /= np.float32(np.sqrt(e.size // e.shape[0]))
         with self.learning(lesson.alive, lesson.epochs):
             scores, _ = learn(
-                self.bound, self._at(weights), first, data=self.data, lesson=lesson, batch_size=self.batch_size,
+                self.model, self._at(weights), first, data=self.data, lesson=lesson, batch_size=self.batch_size,
                 order=self.order(), torch_seed=self.torch_seed,
             )  # fmt: skip
         return scores
@@ -127,20 +129,20 @@ class DataNetwork:
 
     def _doubles(self, weights: np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
         """Return every tensor that is no prunable weight, by name, and the prunable weights as one flat tensor."""
-        self.bound.load(self.params)  # its integer buffers; all floats are handed in below
-        self.bound.module.eval()
-        floats = torch.from_numpy(self.params.floats.astype(np.float64)).to(self.bound.device)
+        self.model.load(self.params)  # its integer buffers; all floats are handed in below
+        self.model.module.eval()
+        floats = torch.from_numpy(self.params.floats.astype(np.float64)).to(self.model.device)
         fixed = {e.name: floats[e.slice].view(e.shape) for e in self.layout.floats if not e.prunable}
-        flat = torch.from_numpy(weights.astype(np.float64)).to(self.bound.device)
+        flat = torch.from_numpy(weights.astype(np.float64)).to(self.model.device)
         return fixed, flat
 
     def _logits(self, fixed: Mapping[str, Tensor], flat: Tensor, x: Tensor) -> Tensor:
         named = {e.name: flat[e.slice].view(e.shape) for e in self.layout.prunable}
-        logits: Tensor = functional_call(self.bound.module, {**fixed, **named}, x)
+        logits: Tensor = functional_call(self.model.module, {**fixed, **named}, x)
         return logits
 
     def _loss(self, fixed: Mapping[str, Tensor], flat: Tensor, x: Tensor, y: Tensor, temperature: float) -> Tensor:
-        return loss_of(self._logits(fixed, flat, x) / temperature, y)
+        return cross_entropy(self._logits(fixed, flat, x) / temperature, y)
 
     def _shares(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Yield the data in parts with each part's share of the mean."""

@@ -11,11 +11,13 @@ from torch.func import functional_call
 
 from fedlth.models.layout import Layout, Params
 from fedlth.tickets.evidence import Lesson
-from fedlth.training.train import Bound, batches, loss_of
+from fedlth.training.batches import batches
+from fedlth.training.flat_model import FlatModel
+from fedlth.training.loss import cross_entropy
 
 
 def learn(
-    bound: Bound,
+    model: FlatModel,
     frozen: Params,
     scores: np.ndarray,
     *,
@@ -33,26 +35,26 @@ def learn(
     for the last two. A loss that is not finite raises FloatingPointError.
     """
     x, y = data
-    layout, sampled = bound.layout, lesson.rule == "bernoulli"
-    bound.load(frozen)
-    bound.module.train()
-    weights = _by_name(torch.from_numpy(frozen.floats).to(bound.device), layout)
-    alive = None if lesson.alive.all() else torch.from_numpy(lesson.alive.astype(np.float32)).to(bound.device)
+    layout, sampled = model.layout, lesson.rule == "bernoulli"
+    model.load(frozen)
+    model.module.train()
+    weights = _by_name(torch.from_numpy(frozen.floats).to(model.device), layout)
+    alive = None if lesson.alive.all() else torch.from_numpy(lesson.alive.astype(np.float32)).to(model.device)
     torch.manual_seed(torch_seed)
-    learned = torch.from_numpy(scores.copy()).to(bound.device).requires_grad_()
+    learned = torch.from_numpy(scores.copy()).to(model.device).requires_grad_()
     momentum = torch.zeros_like(learned)
     epochs = [batches(len(y), batch_size, order) for _ in range(lesson.epochs)]
     steps, step, loss_sum = sum(map(len, epochs)), 0, 0.0
     for parts in epochs:
         loss_sum = 0.0
         for part in parts:
-            index = torch.from_numpy(part).to(bound.device)
+            index = torch.from_numpy(part).to(model.device)
             bits = _sampled(learned) if sampled else _top(learned, layout, lesson)
             if alive is not None:
                 bits = bits * alive
             masks = _by_name(bits, layout, prunable=True)
             net = {n: _one_bit(weights[n], m) if lesson.rule == "biprop" else weights[n] * m for n, m in masks.items()}
-            loss = loss_of(functional_call(bound.module, net, x[index]), y[index])
+            loss = cross_entropy(functional_call(model.module, net, x[index]), y[index])
             (slope,) = torch.autograd.grad(loss, learned)
             with torch.no_grad():
                 if lesson.weight_decay:

@@ -6,12 +6,14 @@ import ctypes
 import json
 import sys
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fedlth.data.capacity import tiers_of
 from fedlth.data.dataset import Dataset
 from fedlth.data.factory import told
 from fedlth.data.partition import PARTITIONS
@@ -20,16 +22,19 @@ from fedlth.data.split import Splits, split_clients
 from fedlth.data.tensors import inputs
 from fedlth.errors import StudyError
 from fedlth.kernel import kernel
-from fedlth.kernel.graph import compile_layers
 from fedlth.kernel.table import LayerTable
-from fedlth.models.flops import layer_flops
-from fedlth.models.initial import brought, drawn, redrawn, refuse, torch_stream
-from fedlth.models.layout import Layout, Params, layout_of, read
-from fedlth.models.prunable import prunable_names
-from fedlth.rng import stream, torch_seed
+from fedlth.models.initial import torch_stream
+from fedlth.models.layout import Entry, Layout, Params
+from fedlth.rng import stream
 from fedlth.study import schema
 from fedlth.study.parts import make
-from fedlth.training.train import Bound, Plan, batches, evaluate, train
+from fedlth.training.batches import batches
+from fedlth.training.evaluation import evaluate
+from fedlth.training.flat_model import FlatModel
+from fedlth.training.model_context import ModelContext
+from fedlth.training.recipe import Epochs, TrainingRecipe
+from fedlth.training.request import drawn_request
+from fedlth.training.train import train
 from fedlth.training.tuned import tune
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
@@ -46,55 +51,42 @@ class World:
     study: schema.Study
     dataset: Dataset
     splits: Splits
-    layout: Layout
+    model: ModelContext
     exchange: Layout
-    theta_0: Params
 
-    def module(self) -> nn.Module:
-        """Return a fresh module as theta_0 was drawn."""
-        return initial_module(self.study, self.dataset.num_classes, self.dataset.input_shape)
+    @property
+    def layout(self) -> Layout:
+        return self.model.layout
 
-    def fresh(self, seed: int) -> Params:
-        """Draw another initialisation; what nothing trains stays as in theta_0.
-
-        Raises StudyError where the model brings its weights: they would be theta_0's again.
-        """
-        refuse(self.brought, "start reinit")
-        return self._drawn(seed)
+    @property
+    def theta_0(self) -> Params:
+        return self.model.theta_0
 
     @cached_property
-    def brought(self) -> str:
-        """Say which of theta_0's weights the model brings, which another draw gives again; "" where none."""
-        second = self._drawn(torch_seed(self.study.seed, "second theta_0"))
-        return brought(self.study.model.name, self.layout, self.theta_0, second)
-
-    def _drawn(self, seed: int) -> Params:
-        model, shape = self.study.model, self.dataset.input_shape
-        options = {**model.options, **model.reinit_options}
-        module = drawn(model.name, num_classes=self.dataset.num_classes, input_shape=shape, options=options, seed=seed)
-        return redrawn(module, self.layout, self.theta_0)
-
-    @cached_property
-    def bound(self) -> Bound:
+    def flat_model(self) -> FlatModel:
         """The one module of this process, bound to flat buffers."""
         table = self.table if self.study.compute == "sparse" else None
         if isinstance(table, str):
             raise StudyError(f"compute: must be tuned or reference for this study, the kernel cannot run it: {table}")
-        module, tuned = self.module().to(self.device), None
+        module, tuned = self.model.module().to(self.device), None
         if self.study.compute == "tuned" or (table is not None and kernel.large(table)):
             x, _ = inputs(self.dataset, np.arange(min(3, len(self.dataset.y_train))), train=True)
             tuned = tune(module, x.to(self.device))
-        return Bound(module, self.layout, self.device, table, tuned)
+        return FlatModel(module, self.layout, self.device, table, tuned)
 
     @cached_property
     def table(self) -> LayerTable | str:
         """Return the network as the compute kernel sees it, or one line that says why the kernel cannot run it."""
-        if self.device != "cpu":
-            return f"the device is {self.device}"
-        if self.dataset.x_train.dtype.kind == "i":
-            return "the inputs are tokens"
-        missing = kernel.available()
-        return missing or compile_layers(self.module(), self.layout, tuple(self.dataset.x_train.shape[1:]))
+        return self.model.table if self.device == "cpu" else f"the device is {self.device}"
+
+    def capacity(self, client: int) -> schema.Tier:
+        """Return what a client can carry (clients.capacity)."""
+        return self._tiers[client]
+
+    @cached_property
+    def _tiers(self) -> tuple[schema.Tier, ...]:
+        clients = self.study.clients
+        return tiers_of(clients.capacity, clients.count, self.study.partition.get("seed", 0))
 
     def probe(self) -> list[str]:
         """Run the model once on a few examples, in both modes; return a note for clients that cannot train it.
@@ -103,7 +95,7 @@ class World:
         """
         x, y = inputs(self.dataset, np.arange(min(4, len(self.dataset.y_train))), train=True)
         with torch_stream(0):
-            module = self.module()
+            module = self.model.module()
             buffers = dict(module.named_buffers())
             for mode in (False, True):
                 try:
@@ -121,7 +113,7 @@ class World:
                     raise StudyError(
                         f"model: buffer {name} is replaced; write into it in place: self.{name}.copy_(...)"
                     )
-        _ = self.bound  # a backend that cannot run this model says so
+        _ = self.flat_model  # a backend that cannot run this model says so
         return self._single_batches(x[:1])
 
     def _single_batches(self, x: Tensor) -> list[str]:
@@ -133,7 +125,7 @@ class World:
             return []
         try:
             with torch_stream(0):
-                self.module().train()(x)
+                self.model.module().train()(x)
         except Exception as error:  # the user's forward may raise anything
             why = f"{self.study.model.name} cannot be trained on a batch of one example ({told(error)})"
             if len(single) == len(shortest):
@@ -148,9 +140,10 @@ class World:
         """Train and evaluate once, on next to nothing: what is loaded or compiled for it, forked workers then share."""
         if self.study.compute == "sparse":
             x, y = inputs(self.dataset, np.arange(min(2, len(self.dataset.y_train))), train=True)
-            plan = Plan(epochs=1, batch_size=2, lr=self.study.train.lr)
-            train(self.bound, self.theta_0, data=(x, y), plan=plan, order=stream(0, "warm"), torch_seed=0)
-            evaluate(self.bound, self.theta_0, (x, y))
+            recipe = TrainingRecipe(budget=Epochs(1), batch_size=2, lr=self.study.train.lr)
+            request = drawn_request(self.theta_0, (x, y), recipe, order=stream(0, "warm"), torch_seed=0)
+            train(self.flat_model, request)
+            evaluate(self.flat_model, self.theta_0, (x, y))
 
     @property
     def device(self) -> str:
@@ -174,6 +167,14 @@ class World:
         """Return the exchanged part of whole params, in the exchange layout."""
         return self.exchange.part_of(whole, self.layout)
 
+    def shared_mask(self, active: np.ndarray) -> np.ndarray:
+        """Return what crosses of a mask (or any one number a weight) over the whole model, in the exchange layout."""
+        return self.exchange.mask_of(active, self.layout)
+
+    def whole_mask(self, shared: np.ndarray, own: np.ndarray) -> np.ndarray:
+        """Return a mask over the whole model: the exchanged part from `shared`, personal tensors from `own`."""
+        return self.exchange.mask_into(own, self.layout, shared)
+
     def moving_part(self, whole: Params) -> Params:
         """Return what can change of whole params, in the moving layout: what a state keeps."""
         return self.layout.moving.part_of(whole, self.layout)
@@ -182,31 +183,25 @@ class World:
         """Return whole params: what can change from `moving`, the rest from theta_0."""
         return self.layout.moving.put_into(self.theta_0, self.layout, moving)
 
-    @cached_property
-    def flops(self) -> dict[str, int]:
-        """Forward FLOPs an example of each parameter's layer, by torch's flop counter; "" is the whole model."""
-        x, _ = inputs(self.dataset, np.arange(min(2, len(self.dataset.y_train))), train=True)
-        with torch_stream(0):
-            layers, total = layer_flops(self.module(), x)
-        return {**layers, "": total}
-
-
-def initial_module(study: schema.Study, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
-    """Build a study's network as theta_0 is drawn; no data are needed."""
-    return drawn(
-        study.model.name, num_classes=num_classes, input_shape=input_shape, options=study.model.options,
-        seed=torch_seed(study.seed, "theta_0"),
-    )  # fmt: skip
-
 
 def _crosses(study: schema.Study, moving: Layout) -> Layout:
-    """Return what is exchanged under the buffer policy (FedBN keeps norms local, arXiv 2102.07623)."""
-    policy = study.model.buffers
-    if policy == "local_all":
-        return moving.select(lambda e: not e.norm)
-    if policy == "local_statistics":
-        return moving.select(lambda e: not (e.norm and e.role == "buffer"))
-    return moving
+    """Return what is exchanged: neither personal tensors, nor norms as far as the buffer policy keeps them local.
+
+    FedPer keeps a head (arXiv 1912.00818), FedBN the norms (arXiv 2102.07623).
+    """
+    policy, personal = study.model.buffers, study.model.personal or ()
+
+    def stays(e: Entry) -> bool:
+        local = policy == "local_all" or (policy == "local_statistics" and e.role == "buffer")
+        return (e.norm and local) or any(fnmatchcase(name, glob) for name in (e.name, *e.aliases) for glob in personal)
+
+    for glob in personal:
+        if not any(fnmatchcase(name, glob) for e in moving.entries for name in (e.name, *e.aliases)):
+            raise StudyError(f"model.personal: {glob!r} must match a tensor that is trained, got none")
+    found = moving.select(lambda e: not stays(e))
+    if not found.num_floats:
+        raise StudyError(f"model.personal: must leave something to share, got {list(personal)}")
+    return moving if len(found.entries) == len(moving.entries) else found
 
 
 @lru_cache(maxsize=2)
@@ -250,19 +245,17 @@ def _world(science: str) -> World:
     study = schema.build(json.loads(science))
     given = study.model_dump(mode="json", include={"data", "partition", "clients"})
     dataset, splits = _divided(json.dumps(given, sort_keys=True))
-    module = initial_module(study, dataset.num_classes, dataset.input_shape)
-    layout = layout_of(module, prunable_names(module, study.model.prunable))
+    model = ModelContext(spec=study.model, dataset=dataset, seed=study.seed)
+    layout = model.layout
     exchange = _crosses(study, layout.moving)
-    if exchange.num_prunable != layout.num_prunable:
-        raise StudyError("model.prunable: a norm's weight must not be prunable where model.buffers keeps norms local")
     taken = {f"{e.name}_mask" for e in layout.prunable} & {n for e in layout.entries for n in (e.name, *e.aliases)}
     if taken:
         raise StudyError(f"model: no tensor must be called {min(taken)}: a ticket's file has a mask of that name")
-    return World(study, dataset, splits, layout, exchange, read(module, layout))
+    return World(study, dataset, splits, model, exchange)
 
 
 def _keep_pages() -> None:
-    """Let the C library keep the pages of arrays that are freed: a visit makes and drops a model's size many times.
+    """Let the C library keep the pages of arrays that are freed: a client update makes and drops many models.
 
     By default each costs the kernel a fresh, cleared page (4 % of the CPU time of a round of the LEAF CNN at density
     0.05). Only glibc has the setting.

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from fedlth.kernel.forward_proof import outcomes, restored
+
 _RELU: tuple[Any, ...] = (F.relu, torch.relu, "relu", "relu_")
 _POOL: tuple[Any, ...] = (F.max_pool2d, torch.max_pool2d)
 _TOLERANCE = 1e-3  # of the largest value: float32 rounding is a hundredth of it, a different function far beyond
@@ -74,23 +76,17 @@ def _rewritten(module: nn.Module) -> tuple[tuple[fx.GraphModule, fx.GraphModule]
     hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules())
     if hooked:
         return None, 0
-    modes = {part: part.training for part in module.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     found, swapped = [], 0
     try:
-        for mode in (True, False):
-            graph = fx.symbolic_trace(module.train(mode))
-            _reshape(graph)
-            swapped = _pool_first(graph)
-            graph.recompile()
-            found.append(graph)
+        with restored(module):
+            for mode in (True, False):
+                graph = fx.symbolic_trace(module.train(mode))
+                _reshape(graph)
+                swapped = _pool_first(graph)
+                graph.recompile()
+                found.append(graph)
     except Exception:  # torch.fx runs the user's forward on proxies, which may raise anything
         return None, 0
-    finally:
-        for part, training in modes.items():
-            part.training = training
-        for buffer, value in buffers:  # a forward that counts its calls has counted the trace
-            buffer.copy_(value)
     return (found[0], found[1]), swapped
 
 
@@ -138,32 +134,12 @@ def _is_pool(graph: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _results(forward: Tuned, module: nn.Module, example: Tensor) -> tuple[list[Tensor], ...]:
-    """Return logits of batches of two sizes in both modes, the gradients in training, and the buffers at the end.
-
-    What it does to the module is undone.
-    """
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    modes = {part: part.training for part in module.modules()}
-    weights = [p for p in module.parameters() if p.requires_grad]
-    outputs: list[Tensor] = []
-    gradients: list[Tensor] = []
-    with torch.random.fork_rng(devices=[]):
+    """Return logits of batches of two sizes in both modes, the gradients in training, and the buffers at the end."""
+    with restored(module) as buffers:
         torch.manual_seed(0)
-        try:
-            for x in (example, example[:-1]):
-                module.train()
-                logits = forward.train(forward.images(x))
-                slopes = torch.autograd.grad((logits * logits.detach().cos()).sum(), weights, allow_unused=True)
-                module.eval()
-                gradients += [slope for slope in slopes if slope is not None]
-                with torch.no_grad():
-                    outputs += [logits.detach(), forward.evaluate(forward.images(x))]
-            ends = [[buffer.to(torch.float64, copy=True)] for buffer, _ in buffers]
-        finally:
-            for part, training in modes.items():
-                part.training = training
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        examples = map(forward.images, (example, example[:-1]))
+        outputs, gradients = outcomes(module, forward.train, forward.evaluate, examples)
+        ends = [[buffer.to(torch.float64, copy=True)] for buffer, _ in buffers]
     return outputs, gradients, *ends
 
 

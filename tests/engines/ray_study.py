@@ -8,7 +8,6 @@ from typing import Any
 
 from fedlth.engines.inprocess import InProcess
 from fedlth.engines.ray import RayEngine
-from fedlth.federation import session
 from fedlth.federation.jobs import Job
 from fedlth.study.schema import Study, build
 
@@ -34,7 +33,7 @@ def engine_of(study: Study) -> RayEngine:
 
 def run(study: Study, out: Path) -> Path:
     """Run on the engine that the study names."""
-    session.start(study, out, engine_of(study) if study.engine == "ray" else InProcess(), lambda line: None)
+    tiny.run(study, out, engine=engine_of(study) if study.engine == "ray" else InProcess(), tell=lambda line: None)
     return out
 
 

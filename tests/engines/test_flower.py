@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from fedlth.engines.inprocess import InProcess
-from fedlth.federation import session
 from fedlth.federation.client_step import client_step
 from fedlth.federation.jobs import Job, Reply
 from fedlth.study import schema
@@ -216,7 +215,7 @@ def flwr_run(env: dict[str, str], out: Path, nodes: int, *, app: Path = ROOT, ov
 
 def test_flwr_run_equals_the_in_process_run(tmp_path: Path, flwr_home: dict[str, str]) -> None:
     study = schema.load(ROOT / "configs" / "smoke.yaml", OVERRIDES.split())
-    session.start(study, tmp_path / "inprocess", InProcess(), tiny.quiet)
+    tiny.run(study, tmp_path / "inprocess", engine=InProcess(), tell=tiny.quiet)
     said = flwr_run(flwr_home, tmp_path / "flwr", 3)
     assert "fedlth: done" in said
     assert_equal(tmp_path / "inprocess", tmp_path / "flwr")

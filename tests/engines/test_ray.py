@@ -19,7 +19,6 @@ from fedlth.engines.ray import RayEngine
 from fedlth.engines.ray_cluster import connect
 from fedlth.engines.ray_placement import Share, count
 from fedlth.errors import StudyError
-from fedlth.federation import session
 from fedlth.federation.jobs import Job, Reply
 
 pytestmark = [
@@ -135,7 +134,7 @@ class TestOnOneRay:
         settings = {**TWO_STEP, "fault": "killed", "marker": str(marker), "finder": {"densities": [0.5]}}
         told: list[str] = []
         study = study_of(**settings, engine="ray", ray={"workers": 2})
-        session.start(study, tmp_path / "there", RayEngine(study.ray, tell=told.append), lambda line: None)
+        tiny.run(study, tmp_path / "there", engine=RayEngine(study.ray, tell=told.append), tell=lambda line: None)
         assert marker.exists() and len(told) == 1 and "done again: client 2" in told[0]
         assert "ActorDiedError: The actor is dead because its worker process has died" in told[0]
         here = run(study_of(**settings), tmp_path / "here")

@@ -15,7 +15,7 @@ def main(out: Path, sections: str) -> None:
     if (out / "config.yaml").exists():
         session.resume(out, InProcess(), print)
     else:
-        session.start(tiny.study(**json.loads(sections)), out, InProcess(), print)
+        tiny.run(tiny.study(**json.loads(sections)), out, engine=InProcess(), tell=print)
 
 
 if __name__ == "__main__":

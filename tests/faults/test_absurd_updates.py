@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedlth.engines.inprocess import InProcess
 from fedlth.federation import session
 from fedlth.federation.jobs import Failure, Job, Reply
-from fedlth.federation.rounds import Loop
+from fedlth.federation.rounds import Federation
 from fedlth.federation.update_norms import UpdateNorms
 from fedlth.models.layout import Params
 from fedlth.report.facts import read_run
@@ -183,9 +183,9 @@ def test_a_global_model_that_nobody_can_train_is_rolled_back(tmp_path: Path) -> 
 def test_a_roll_back_resumes_like_anything_else(tmp_path: Path, after: int) -> None:
     """Row 27: the good state, and what is known of norms, are part of the checkpoint."""
     broken(tmp_path / "whole")
-    stepped = Loop.run
+    stepped = Federation.run
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "run", lambda self: stepped(self, stop_after=after))
+        patch.setattr(Federation, "run", lambda self: stepped(self, stop_after=after))
         patch.setattr(session, "_finish", lambda *_: None)
         with pytest.raises(Exception, match="no client finished"):
             broken(tmp_path / "cut")

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedlth.experiment.resolve import recipe_of
+from fedlth.experiment.experiment import method_of
 from fedlth.federation import server
 from fedlth.federation.client_step import client_step
 from fedlth.federation.jobs import RESYNC, Failure, Job, Message, Reply
@@ -59,7 +59,7 @@ def judged(answer: Reply) -> server.Accepted:
         world.splits.clients[CLIENT], CLIENT in world.splits.unseen, frozenset(ARMS), frozenset({1.0, 0.5, 0.2})
     )
     return server.accept(
-        answer, recipe=recipe_of(STUDY), layout=world.exchange, sends="mask", codec=CODECS["raw"],
+        answer, recipe=method_of(STUDY), layout=world.exchange, sends="mask", codec=CODECS["raw"],
         held=server.Held(None, None), asked=asked,
     )  # fmt: skip
 

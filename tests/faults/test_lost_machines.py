@@ -14,7 +14,7 @@ from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
 from fedlth.federation import session
 from fedlth.federation.jobs import Failure, Job, Reply
-from fedlth.federation.rounds import Loop, missing
+from fedlth.federation.rounds import Federation, missing
 from fedlth.storage.run_folder import RunFolder
 from fedlth.wire import metrics
 from tests import tiny
@@ -71,7 +71,7 @@ def test_a_run_that_ends_for_refused_replies_says_what_was_wrong_with_them(tmp_p
             bad = metrics.encode({"num_examples": -1})
             return [replace(a, outbox=(a.outbox[0], replace(a.outbox[1], payload=bad))) for a in answers]
 
-    with pytest.raises(StudyError, match="every reply was refused, the first with: num_examples must be"):
+    with pytest.raises(StudyError, match="every reply was refused, the first with: metrics: num_examples must be"):
         tiny.run(tiny.study(federate={"rounds": 3}), tmp_path / "r", engine=Odd())
 
 
@@ -126,14 +126,14 @@ def test_a_stop_in_the_revisit_is_gone_on_from(tmp_path: Path, monkeypatch: pyte
     made, out = tiny.study(), tmp_path / "r"
     tiny.run(made, tmp_path / "whole")
     tiny.run(made, out, engine=losing({0: "died", 1: "died", 3: "died"}, "personalise"))
-    step, finish = Loop._step, session._finish
+    step, finish = Federation._step, session._finish
 
-    def stopped(self: Loop, *given: Any) -> None:
+    def stopped(self: Federation, *given: Any) -> None:
         step(self, *given)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_step", stopped)
+        patch.setattr(Federation, "_step", stopped)
         with pytest.raises(KeyboardInterrupt):
             session.resume(out, InProcess(), tiny.quiet)
     assert missing(RunFolder(out)) == [3]

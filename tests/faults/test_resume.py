@@ -23,7 +23,7 @@ from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
 from fedlth.federation import session
 from fedlth.federation.jobs import Failure, Job, Reply
-from fedlth.federation.rounds import Loop, open_loop, steps_of
+from fedlth.federation.rounds import Federation, steps_of
 from fedlth.storage import ledger, state_archive, store
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.state_archive import Packs, Writer
@@ -235,7 +235,7 @@ def flip(path: Path, at: int) -> None:
 def test_damage_is_told_with_the_files_name(tmp_path: Path, what: str, damage: str) -> None:
     out = tmp_path / "run"
     stopped(out, after=2)
-    loop = open_loop(RunFolder(out), InProcess(), tiny.quiet)
+    loop = tiny.opened(RunFolder(out), InProcess())
     step = steps_of(loop.world, loop.recipe)[loop.progress.step]
     found = sorted(out.glob(what))
     file, size = found[-1], found[-1].stat().st_size
@@ -468,14 +468,14 @@ def test_three_rounds_without_an_answer_end_the_run_with_its_reason(tmp_path: Pa
 def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, out = tmp_path / "s.yaml", tmp_path / "run"
     file.write_text(yaml.safe_dump(tiny.tree(method={"name": "fedavg"})))
-    committed = Loop._commit
+    committed = Federation._commit
 
-    def interrupted(self: Loop, *args: Any, **more: Any) -> None:
+    def interrupted(self: Federation, *args: Any, **more: Any) -> None:
         committed(self, *args, **more)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "_commit", interrupted)
+        patch.setattr(Federation, "_commit", interrupted)
         assert cli.main(["run", str(file), f"out={out}"]) == 130
     assert f"fedlth resume {out}" in capsys.readouterr().err
     session.resume(out, InProcess(), tiny.quiet)
@@ -505,5 +505,5 @@ def test_a_real_sigint(tmp_path: Path) -> None:
 
 def test_a_loop_opens_where_the_last_commit_left_it(tmp_path: Path) -> None:
     folder = stopped(tmp_path / "run", after=2)
-    loop = open_loop(folder, InProcess(), tiny.quiet)
+    loop = tiny.opened(folder, InProcess())
     assert loop.progress.step == 2 and loop.progress.theta == "theta-1"

@@ -16,7 +16,11 @@ from fedlth.lab import imc, neq, subset_sum, tangent
 from fedlth.models.layout import Params, layout_of, read
 from fedlth.models.mlp import mlp
 from fedlth.models.prunable import prunable_names
-from fedlth.training.train import Bound, Plan, evaluate, train
+from fedlth.training.evaluation import evaluate
+from fedlth.training.flat_model import FlatModel
+from fedlth.training.request import drawn_request
+from fedlth.training.train import train
+from tests import tiny
 
 # Random fixed-size subset sum
 
@@ -52,20 +56,20 @@ def blobs(size: int = 160, classes: int = 4, seed: int = 0) -> tuple[Tensor, Ten
     return centre[y] + 0.6 * torch.randn((size, 8), generator=draw), y
 
 
-def bound_of(module: nn.Module) -> tuple[Bound, Params]:
+def model_of(module: nn.Module) -> tuple[FlatModel, Params]:
     layout = layout_of(module, prunable_names(module, None))
     params = read(module, layout)
-    return Bound(module, layout, "cpu"), params
+    return FlatModel(module, layout, "cpu"), params
 
 
-def relu_net(seed: int = 0, hidden: tuple[int, ...] = (16, 16)) -> tuple[Bound, Params]:
+def relu_net(seed: int = 0, hidden: tuple[int, ...] = (16, 16)) -> tuple[FlatModel, Params]:
     torch.manual_seed(seed)
-    return bound_of(mlp(num_classes=4, input_shape=(8,), hidden=hidden))
+    return model_of(mlp(num_classes=4, input_shape=(8,), hidden=hidden))
 
 
-def smooth_net(seed: int = 0) -> tuple[Bound, Params]:
+def smooth_net(seed: int = 0) -> tuple[FlatModel, Params]:
     torch.manual_seed(seed)
-    return bound_of(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)))
+    return model_of(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)))
 
 
 # The tangent space
@@ -73,8 +77,8 @@ def smooth_net(seed: int = 0) -> tuple[Bound, Params]:
 
 @pytest.mark.parametrize(("net", "least"), [(relu_net, 2.3), (smooth_net, 3.5)])
 def test_the_remainder_falls_faster_than_the_step(net: object, least: float) -> None:
-    bound, params = net()  # type: ignore[operator]
-    view = tangent.Tangent(bound, params, double=True)
+    model, params = net()  # type: ignore[operator]
+    view = tangent.Tangent(model, params, double=True)
     x = blobs()[0].double()
     ratios = []
     for seed in range(5):
@@ -86,8 +90,8 @@ def test_the_remainder_falls_faster_than_the_step(net: object, least: float) -> 
 
 
 def test_the_linearised_logits_are_those_of_the_jacobian() -> None:
-    bound, params = smooth_net()
-    view, x = tangent.Tangent(bound, params, double=True), blobs(6)[0].double()
+    model, params = smooth_net()
+    view, x = tangent.Tangent(model, params, double=True), blobs(6)[0].double()
     delta = torch.from_numpy(np.random.default_rng(0).normal(size=view.zero().shape))
     rows = torch.autograd.functional.jacobian(lambda w: view._call(w, {}, x), view._split()[0])
     np.testing.assert_allclose(view.logits(delta, x), view.exact(view.zero(), x) + rows @ delta, rtol=1e-9)
@@ -96,17 +100,17 @@ def test_the_linearised_logits_are_those_of_the_jacobian() -> None:
 
 
 def test_linearised_fine_tuning_learns_and_holds_what_is_masked() -> None:
-    bound, params = relu_net()
-    view, data = tangent.Tangent(bound, params), blobs()
-    mask = np.arange(bound.layout.num_prunable) % 2 == 0
-    plan = Plan(epochs=4, batch_size=16, lr=0.1, momentum=0.5)
-    delta = tangent.fine_tune(view, data, plan=plan, order=rng.stream(0, "order"), mask=mask)
+    model, params = relu_net()
+    view, data = tangent.Tangent(model, params), blobs()
+    mask = np.arange(model.layout.num_prunable) % 2 == 0
+    recipe = tiny.recipe(epochs=4, batch_size=16, lr=0.1, momentum=0.5)
+    delta = tangent.fine_tune(view, data, recipe=recipe, order=rng.stream(0, "order"), mask=mask)
     assert not delta[: mask.size][torch.from_numpy(~mask)].any() and delta[: mask.size].any()
     before = tangent.accuracy(view, view.zero(), data, linear=True)
     after = tangent.accuracy(view, delta, data, linear=True)
     assert after > before + 0.2 and after > 0.8
     assert tangent.accuracy(view, delta, data, linear=False) > before, "reported beside it"
-    again = tangent.fine_tune(view, data, plan=plan, order=rng.stream(0, "order"), mask=mask)
+    again = tangent.fine_tune(view, data, recipe=recipe, order=rng.stream(0, "order"), mask=mask)
     assert torch.equal(delta, again)
 
 
@@ -138,11 +142,11 @@ def test_a_dead_unit_is_at_equilibrium() -> None:
 
 
 def test_frozen_units_are_frozen_whole_and_byte_for_byte() -> None:
-    bound, params = relu_net()
+    model, params = relu_net()
     x, y = blobs()
-    plan = Plan(epochs=8, batch_size=16, lr=0.1, momentum=0.9, weight_decay=1e-3)
+    recipe = tiny.recipe(epochs=8, batch_size=16, lr=0.1, momentum=0.9, weight_decay=1e-3)
     epochs = neq.train(
-        bound, params, data=(x, y), held_out=x[:20], plan=plan, gate=neq.UpdateGate(epsilon=2e-2),
+        model, params, data=(x, y), held_out=x[:20], recipe=recipe, gate=neq.UpdateGate(epsilon=2e-2),
         order=rng.stream(0, "order"), torch_seed=0,
     )  # fmt: skip
     assert [e.frozen for e in epochs[:2]] == [0, 0] and max(e.frozen for e in epochs) > 0.3
@@ -154,27 +158,27 @@ def test_frozen_units_are_frozen_whole_and_byte_for_byte() -> None:
         moved = epoch.params.floats[:size] != before.floats[:size]
         assert moved.sum() > 0.5 * epoch.moves.sum()
         before = epoch.params
-    plain = train(bound, params, data=(x, y), plan=plan, order=rng.stream(0, "order"), torch_seed=0).params
+    plain = train(model, drawn_request(params, (x, y), recipe, order=rng.stream(0, "order"), torch_seed=0)).params
     held_out = blobs(400, seed=5)
-    assert evaluate(bound, epochs[-1].params, held_out)[0] >= evaluate(bound, plain, held_out)[0] - 0.05
+    assert evaluate(model, epochs[-1].params, held_out)[0] >= evaluate(model, plain, held_out)[0] - 0.05
 
 
 def test_a_gate_that_never_freezes_is_plain_training() -> None:
-    bound, params = relu_net()
+    model, params = relu_net()
     x, y = blobs()
-    plan = Plan(epochs=1, batch_size=16, lr=0.1, momentum=0.9)
+    recipe = tiny.recipe(epochs=1, batch_size=16, lr=0.1, momentum=0.9)
     (epoch,) = neq.train(
-        bound, params, data=(x, y), held_out=x[:20], plan=plan, gate=neq.UpdateGate(), order=rng.stream(0, "order"),
+        model, params, data=(x, y), held_out=x[:20], recipe=recipe, gate=neq.UpdateGate(), order=rng.stream(0, "order"),
         torch_seed=0,
     )  # fmt: skip
-    plain = train(bound, params, data=(x, y), plan=plan, order=rng.stream(0, "order"), torch_seed=0)
+    plain = train(model, drawn_request(params, (x, y), recipe, order=rng.stream(0, "order"), torch_seed=0))
     np.testing.assert_allclose(epoch.params.floats, plain.params.floats, atol=1e-6)
 
 
 def test_what_may_move_is_everything_but_the_frozen_units_rows_and_biases() -> None:
-    bound, _ = relu_net(hidden=(3,))
-    moves = neq.moving(bound.layout, {"1": np.array([True, False, False]), "3": np.zeros(4, bool)})
-    at = {e.name: moves[e.slice].reshape(e.shape) for e in bound.layout.floats}
+    model, _ = relu_net(hidden=(3,))
+    moves = neq.moving(model.layout, {"1": np.array([True, False, False]), "3": np.zeros(4, bool)})
+    at = {e.name: moves[e.slice].reshape(e.shape) for e in model.layout.floats}
     assert not at["1.weight"][0].any() and at["1.weight"][1:].all()
     assert at["1.bias"].tolist() == [False, True, True] and at["3.weight"].all() and at["3.bias"].all()
 
@@ -183,19 +187,19 @@ def test_what_may_move_is_everything_but_the_frozen_units_rows_and_biases() -> N
 
 
 def test_the_spectrum_is_the_hessians() -> None:
-    bound, params = smooth_net()
+    model, params = smooth_net()
     x, y = blobs(40)
-    values, vectors = imc.spectrum(bound, params, (x, y))
+    values, vectors = imc.spectrum(model, params, (x, y))
     assert (np.diff(values) >= 0).all()
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(values.size), atol=1e-10)
     size = values.size
     direction = vectors[:, -1]
-    from fedlth.training.train import gradient
+    from fedlth.training.evaluation import gradient
 
     def slope(share: float) -> np.ndarray:
         floats = params.floats.copy()
         floats[:size] += (share * direction).astype(np.float32)
-        return gradient(bound, Params(floats, params.ints), (x, y)).astype(float)
+        return gradient(model, Params(floats, params.ints), (x, y)).astype(float)
 
     np.testing.assert_allclose((slope(0.01) - slope(-0.01)) / 0.02, values[-1] * direction, atol=0.01 * values[-1])
 
@@ -212,29 +216,31 @@ def test_the_cut_lies_at_the_largest_gap_allowed_and_keeps_what_curves() -> None
 
 
 def test_too_large_a_net_is_refused() -> None:
-    bound, params = relu_net(hidden=(200, 100))
+    model, params = relu_net(hidden=(200, 100))
     with pytest.raises(StudyError, match="imc: the full Hessian needs at most 2000 prunable weights, got 22000"):
-        imc.spectrum(bound, params, blobs(10))
+        imc.spectrum(model, params, blobs(10))
 
 
 def test_the_spectral_ticket_beats_a_random_one_of_its_size() -> None:
     data, held_out = blobs(), blobs(400, seed=5)
     better = []
     for seed in range(3):
-        bound, params = smooth_net(seed)
-        few = Plan(epochs=1, batch_size=16, lr=0.1)
-        near = train(bound, params, data=data, plan=few, order=rng.stream(seed, "few"), torch_seed=0).params
-        cut = imc.split(*imc.spectrum(bound, near, data), near.floats[: bound.layout.num_prunable], most=0.3)
+        model, params = smooth_net(seed)
+        few = tiny.recipe(epochs=1, batch_size=16, lr=0.1)
+        near = train(model, drawn_request(params, data, few, order=rng.stream(seed, "few"), torch_seed=0)).params
+        cut = imc.split(*imc.spectrum(model, near, data), near.floats[: model.layout.num_prunable], most=0.3)
         other = np.random.default_rng(seed).permutation(cut.mask)
-        plan = Plan(epochs=3, batch_size=16, lr=0.1)
+        recipe = tiny.recipe(epochs=3, batch_size=16, lr=0.1)
         accuracy = [
             evaluate(
-                bound,
-                train(bound, near, data=data, plan=plan, order=rng.stream(seed, "o"), torch_seed=0, mask=m).params,
+                model,
+                train(
+                    model, drawn_request(near, data, recipe, order=rng.stream(seed, "o"), torch_seed=0, active=m)
+                ).params,
                 held_out,
             )[0]
             for m in (cut.mask, other)
         ]
-        assert cut.mask.sum() == other.sum() == bound.layout.num_prunable - cut.dropped
+        assert cut.mask.sum() == other.sum() == model.layout.num_prunable - cut.dropped
         better.append(accuracy[0] - accuracy[1])
     assert np.median(better) >= 0, better

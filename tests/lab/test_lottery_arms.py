@@ -12,22 +12,24 @@ from fedlth.errors import StudyError
 from fedlth.lab import arms
 from fedlth.lab.bench import Bench
 from fedlth.lab.controls import MASKS
-from fedlth.lab.recipe import Recipe
 from fedlth.lab.search import Round, rounds
+from fedlth.lab.train_config import TrainConfig
 from fedlth.models.layout import Params
 from tests.lab import tiny_lottery as tiny
 
 
-def seen(monkeypatch: pytest.MonkeyPatch, **arm: object) -> tuple[Bench, Round, Params, np.ndarray, Recipe, bool]:
+def seen(monkeypatch: pytest.MonkeyPatch, **arm: object) -> tuple[Bench, Round, Params, np.ndarray, TrainConfig, bool]:
     """Return what an arm hands to its training, beside the round whose mask it wears."""
     bench = tiny.bench(arms={"arm": {"of": "imp", "rounds": [2], **arm}})
     one = next(r for r in rounds(bench, "imp") if r.number == 2)
-    told: list[tuple[Params, np.ndarray, Recipe, bool]] = []
+    told: list[tuple[Params, np.ndarray, TrainConfig, bool]] = []
     real = Bench.trained
 
-    def trained(self: Bench, start: Params, mask: np.ndarray, recipe: Recipe, *, free: bool = False, **named: object):
-        told.append((start, mask, recipe, free))
-        return real(self, start, mask, recipe, free=free)
+    def trained(
+        self: Bench, start: Params, mask: np.ndarray, config: TrainConfig, *, free: bool = False, **named: object
+    ):
+        told.append((start, mask, config, free))
+        return real(self, start, mask, config, free=free)
 
     monkeypatch.setattr(Bench, "trained", trained)
     arms.controlled(bench, "arm", one)
@@ -43,24 +45,24 @@ def counts(bench: Bench, mask: np.ndarray) -> list[int]:
 
 
 def test_the_plain_arm_is_the_ticket(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench, one, start, mask, recipe, free = seen(monkeypatch)
+    bench, one, start, mask, config, free = seen(monkeypatch)
     assert np.array_equal(mask, one.mask)
     assert np.array_equal(start.floats, one.start.floats)
-    assert (recipe, free) == (bench.recipe(), False)
-    assert bench.trained(start, mask, recipe).final.digest() == one.run.final.digest()
+    assert (config, free) == (bench.train_config(), False)
+    assert bench.trained(start, mask, config).final.digest() == one.run.final.digest()
 
 
 def test_reinit_changes_every_weight_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench, one, start, mask, recipe, _ = seen(monkeypatch, start="reinit")
-    assert np.array_equal(mask, one.mask) and recipe == bench.recipe()
+    bench, one, start, mask, config, _ = seen(monkeypatch, start="reinit")
+    assert np.array_equal(mask, one.mask) and config == bench.train_config()
     assert (alive(start, mask) != alive(bench.theta_0, mask)).all()
 
 
 @pytest.mark.parametrize("name", ["shuffle", "random"])
 def test_a_mask_control_keeps_counts_and_theta_0(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    bench, one, start, mask, recipe, _ = seen(monkeypatch, mask=name)
+    bench, one, start, mask, config, _ = seen(monkeypatch, mask=name)
     assert not np.array_equal(mask, one.mask)
-    assert mask.sum() == one.mask.sum() and recipe == bench.recipe()
+    assert mask.sum() == one.mask.sum() and config == bench.train_config()
     assert np.array_equal(alive(start, mask), alive(bench.theta_0, mask))
     assert not start.floats[: mask.size][~mask].any()
     if name == "shuffle":
@@ -77,27 +79,27 @@ def test_noise_moves_survivors_by_so_many_sigmas(monkeypatch: pytest.MonkeyPatch
 
 
 def test_dead_weights_at_init_stay_there_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench, one, start, mask, recipe, free = seen(monkeypatch, dead="init")
+    bench, one, start, mask, config, free = seen(monkeypatch, dead="init")
     assert free and np.array_equal(mask, one.mask)
     assert np.array_equal(start.floats, bench.theta_0.floats)
-    end = bench.trained(start, mask, recipe, free=True).final
+    end = bench.trained(start, mask, config, free=True).final
     assert np.array_equal(end.floats[: mask.size][~mask], bench.theta_0.floats[: mask.size][~mask])
     assert (alive(end, mask) != alive(start, mask)).mean() > 0.9
 
 
 def test_a_late_start_goes_on_where_the_dense_training_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench, _, start, mask, recipe, _ = seen(monkeypatch, start={"name": "step", "step": 10})
-    dense = bench.trained(bench.theta_0, bench.full, replace(bench.recipe(), last=10)).final
+    bench, _, start, mask, config, _ = seen(monkeypatch, start={"name": "step", "step": 10})
+    dense = bench.trained(bench.theta_0, bench.full, replace(bench.train_config(), last=10)).final
     assert np.array_equal(start.floats, dense.masked(mask).floats)
-    assert recipe.first == 10
+    assert config.first == 10
 
 
 @pytest.mark.parametrize(("start", "constant"), [("lr", False), ("none", True)])
 def test_an_arm_goes_on_from_the_weights_that_were_scored(
     monkeypatch: pytest.MonkeyPatch, start: str, constant: bool
 ) -> None:
-    bench, one, began, mask, recipe, _ = seen(monkeypatch, start=start)
-    assert np.array_equal(mask, one.mask) and recipe == replace(bench.recipe(), constant_lr=constant)
+    bench, one, began, mask, config, _ = seen(monkeypatch, start=start)
+    assert np.array_equal(mask, one.mask) and config == replace(bench.train_config(), constant_lr=constant)
     assert np.array_equal(began.floats, one.before.masked(mask).floats)
     assert (alive(began, mask) != alive(bench.theta_0, mask)).mean() > 0.9
 
@@ -119,9 +121,9 @@ def test_a_control_of_a_mask_of_rows_moves_whole_rows(name: str) -> None:
 
 
 def test_an_arm_trains_its_own_way_and_only_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench, one, start, mask, recipe, _ = seen(monkeypatch, train={"lr": 0.01, "warmup": 5})
+    bench, one, start, mask, config, _ = seen(monkeypatch, train={"lr": 0.01, "warmup": 5})
     assert np.array_equal(start.floats, one.start.floats) and np.array_equal(mask, one.mask)
-    assert recipe.train == bench.study.train.model_copy(update={"lr": 0.01, "warmup": 5})
+    assert config.train == bench.study.train.model_copy(update={"lr": 0.01, "warmup": 5})
 
 
 def test_what_an_arm_does_not_name_is_as_in_its_search() -> None:
@@ -131,7 +133,7 @@ def test_what_an_arm_does_not_name_is_as_in_its_search() -> None:
     )
     one = list(rounds(bench, "imp"))[2]
     assert arms.controlled(bench, "arm", one)[1].final.digest() == one.run.final.digest()
-    start, slow = one.start, bench.recipe({"lr": 0.01, "iterations": 15})
+    start, slow = one.start, bench.train_config({"lr": 0.01, "iterations": 15})
     assert arms.controlled(bench, "slow", one)[1].final.digest() == bench.trained(start, one.mask, slow).final.digest()
 
 
@@ -228,7 +230,7 @@ def test_rigl_moves_its_mask_inside_one_training() -> None:
     still = tiny.bench(searches={"imp": {**rigl, "schedule": {**rigl["schedule"], "drop": 1e-9}}})  # type: ignore[dict-item]
     (same,) = rounds(still, "imp")
     assert not np.array_equal(one.mask, same.mask), "it acts"
-    whole = still.trained(still.theta_0.masked(same.mask), same.mask, still.recipe()).final
+    whole = still.trained(still.theta_0.masked(same.mask), same.mask, still.train_config()).final
     assert whole.digest() == same.run.final.digest(), "with nothing moved it is the plain training"
     late = {**rigl, "schedule": {"name": "constant", "every": 50}}
     with pytest.raises(StudyError, match=r"searches\.imp\.schedule\.every: must lie inside a training's 20 steps"):

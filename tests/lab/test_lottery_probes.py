@@ -53,31 +53,35 @@ def test_distance_of_label_shares() -> None:
 @pytest.mark.parametrize("kind", ["fgsm", "pgd"])
 def test_an_attack_stays_in_its_ball_and_in_the_image_and_hurts(kind: str) -> None:
     bench = tiny.bench()
-    trained = bench.trained(bench.theta_0, bench.full, bench.recipe()).final
+    trained = bench.trained(bench.theta_0, bench.full, bench.train_config()).final
     x, y = bench.parts["test"]
-    bench.bound.load(trained)
-    moved = attacked(bench, x, y, kind, 0.1, 5)
-    _, std = scale_of(bench)
+    bench.flat_model.load(trained)
+    moved = attacked(bench.flat_model, bench.dataset, x, y, kind=kind, eps=0.1, steps=5)
+    _, std = scale_of(bench.dataset)
     assert float(((moved - x) * std).abs().max()) <= 0.1 + 1e-6
-    mean, _ = scale_of(bench)
+    mean, _ = scale_of(bench.dataset)
     pixels = moved * std + mean
     assert float(pixels.min()) >= -1e-6 and float(pixels.max()) <= 1 + 1e-6
-    assert torch.equal(attacked(bench, x, y, kind, 0.0, 5), x)
-    clean = evaluate_attacked(bench, trained, (x, y), kind=kind, eps=0.0)
-    hurt = evaluate_attacked(bench, trained, (x, y), kind=kind, eps=0.1)
+    assert torch.equal(attacked(bench.flat_model, bench.dataset, x, y, kind=kind, eps=0.0, steps=5), x)
+    clean = evaluate_attacked(bench.flat_model, bench.dataset, trained, (x, y), kind=kind, eps=0.0)
+    hurt = evaluate_attacked(bench.flat_model, bench.dataset, trained, (x, y), kind=kind, eps=0.1)
     assert clean[0] == bench.accuracy(trained)
     assert hurt[0] < clean[0] and hurt[1] > clean[1]
 
 
 def test_fgsm_on_a_linear_network_is_the_sign_of_the_weights() -> None:
     bench = tiny.bench(model={"name": "mlp", "options": {"hidden": []}})
-    bench.bound.load(bench.theta_0)
+    bench.flat_model.load(bench.theta_0)
     x, y = bench.parts["test"][0][:1], bench.parts["test"][1][:1]
     weight = bench.theta_0.floats[bench.layout.prunable[0].slice].reshape(4, 64)
-    share = torch.softmax(bench.bound.module(x), -1)[0].detach().numpy()
+    share = torch.softmax(bench.flat_model.module(x), -1)[0].detach().numpy()
     share[int(y)] -= 1
-    _, std = scale_of(bench)
-    step = ((attacked(bench, x, y, "fgsm", 0.001, 1) - x) * std).reshape(-1).numpy()
+    _, std = scale_of(bench.dataset)
+    step = (
+        ((attacked(bench.flat_model, bench.dataset, x, y, kind="fgsm", eps=0.001, steps=1) - x) * std)
+        .reshape(-1)
+        .numpy()
+    )
     np.testing.assert_allclose(step, 0.001 * np.sign(share @ weight), atol=1e-6)
 
 

@@ -11,26 +11,26 @@ import torch
 
 from fedlth.lab.attack import attacked, evaluate_attacked
 from fedlth.lab.bench import Bench
-from fedlth.lab.recipe import Recipe
 from fedlth.lab.study import Train
+from fedlth.lab.train_config import TrainConfig
 from fedlth.lab.training import Point, Run, batches, packed, unpacked
 from fedlth.models.layout import Params
 from fedlth.rng import stream
-from fedlth.training.train import gradient
+from fedlth.training.evaluation import gradient
 from tests.lab import tiny_lottery as tiny
 
 
 def test_rates_warm_up_then_fall_at_milestones() -> None:
-    recipe = Recipe(train=Train(iterations=100, lr=1.0, warmup=10, warmup_lr=0.1, milestones=(0.5, 0.75)))
-    assert recipe.rate(0) == pytest.approx(0.1 + 0.9 / 10)
-    assert recipe.rate(9) == recipe.rate(10) == recipe.rate(49) == pytest.approx(1.0)
-    assert recipe.rate(50) == pytest.approx(0.1) and recipe.rate(99) == pytest.approx(0.01)
-    assert replace(recipe, constant_lr=True).rate(0) == pytest.approx(0.01)
-    assert Recipe(train=Train(iterations=100, schedule="cosine")).rate(99) == pytest.approx(0.001)
+    config = TrainConfig(train=Train(iterations=100, lr=1.0, warmup=10, warmup_lr=0.1, milestones=(0.5, 0.75)))
+    assert config.rate(0) == pytest.approx(0.1 + 0.9 / 10)
+    assert config.rate(9) == config.rate(10) == config.rate(49) == pytest.approx(1.0)
+    assert config.rate(50) == pytest.approx(0.1) and config.rate(99) == pytest.approx(0.01)
+    assert replace(config, constant_lr=True).rate(0) == pytest.approx(0.01)
+    assert TrainConfig(train=Train(iterations=100, schedule="cosine")).rate(99) == pytest.approx(0.001)
 
 
 def test_a_training_from_step_k_has_the_batches_of_step_k() -> None:
-    whole = Recipe(train=Train(iterations=30, batch_size=7))
+    whole = TrainConfig(train=Train(iterations=30, batch_size=7))
     late = batches(40, replace(whole, first=12), stream(0, "order"))
     for one, other in zip(batches(40, whole, stream(0, "order"))[12:], late, strict=True):
         assert np.array_equal(one, other)
@@ -40,10 +40,10 @@ def test_a_training_from_step_k_has_the_batches_of_step_k() -> None:
 
 def test_two_halves_are_the_whole() -> None:
     bench = tiny.bench()
-    recipe = bench.recipe()
-    whole = bench.trained(bench.theta_0, bench.full, recipe)
-    half = bench.trained(bench.theta_0, bench.full, replace(recipe, last=10))
-    rest = bench.trained(half.final, bench.full, replace(recipe, first=10))
+    config = bench.train_config()
+    whole = bench.trained(bench.theta_0, bench.full, config)
+    half = bench.trained(bench.theta_0, bench.full, replace(config, last=10))
+    rest = bench.trained(half.final, bench.full, replace(config, first=10))
     assert rest.final.digest() == whole.final.digest()
     assert half.curve + rest.curve == whole.curve
 
@@ -51,20 +51,20 @@ def test_two_halves_are_the_whole() -> None:
 @pytest.mark.parametrize("train", [{"optimiser": "adam", "lr": 0.01}, {"momentum": 0.9, "weight_decay": 1e-3}])
 def test_torch_and_ours_take_the_same_steps(train: dict[str, float]) -> None:
     bench = tiny.bench()
-    recipe = replace(bench.recipe({**train, "dropout": 1e-12}), last=5)  # dropout: the plain torch way
-    ours = bench.trained(bench.theta_0, bench.full, recipe).final
-    module, layout = bench.module(), bench.layout
+    config = replace(bench.train_config({**train, "dropout": 1e-12}), last=5)  # dropout: the plain torch way
+    ours = bench.trained(bench.theta_0, bench.full, config).final
+    module, layout = bench.model.module(), bench.layout
     named = dict(module.named_parameters())
     with torch.no_grad():
         for e in layout.floats:
             named[e.name].copy_(torch.from_numpy(bench.theta_0.floats[e.slice].reshape(e.shape)))
-    t = recipe.train
+    t = config.train
     if t.optimiser == "adam":
         optimiser: torch.optim.Optimizer = torch.optim.Adam(module.parameters(), lr=t.lr)
     else:
         optimiser = torch.optim.SGD(module.parameters(), lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay)
     x, y = bench.parts["train"]
-    for part in batches(len(y), recipe, stream(bench.seed, "order")):
+    for part in batches(len(y), config, stream(bench.seed, "order")):
         optimiser.zero_grad()
         torch.nn.functional.cross_entropy(module(x[part]), y[part]).backward()
         optimiser.step()
@@ -77,7 +77,7 @@ def test_torch_and_ours_take_the_same_steps(train: dict[str, float]) -> None:
 def test_the_dead_stay_dead_under_every_optimiser(train: dict[str, object]) -> None:
     bench = tiny.bench()
     mask = bench.rng("mask").random(bench.layout.num_prunable) < 0.3
-    end = bench.trained(bench.theta_0, mask, bench.recipe(train)).final
+    end = bench.trained(bench.theta_0, mask, bench.train_config(train)).final
     assert not end.floats[: mask.size][~mask].any()
     assert (end.floats[: mask.size][mask] != bench.theta_0.floats[: mask.size][mask]).any()
 
@@ -92,7 +92,7 @@ def test_the_early_stop_is_the_first_least_loss() -> None:
 def test_what_is_kept_on_disk_comes_back(masked: bool) -> None:
     bench = tiny.bench()
     mask = bench.rng("mask").random(bench.layout.num_prunable) < 0.2 if masked else bench.full
-    run = bench.trained(bench.theta_0, mask, bench.recipe(), window=2)
+    run = bench.trained(bench.theta_0, mask, bench.train_config(), window=2)
     back = unpacked(packed(run, mask), bench.theta_0, mask)
     assert back.final.digest() == run.final.digest() and back.best.digest() == run.best.digest()
     assert (back.curve, back.test, back.test_final) == (run.curve, run.test, run.test_final)
@@ -102,21 +102,21 @@ def test_what_is_kept_on_disk_comes_back(masked: bool) -> None:
 
 def test_a_training_is_done_once(tmp_path: Path) -> None:
     bench = tiny.bench(tmp_path)
-    one = bench.trained(bench.theta_0, bench.full, bench.recipe())
+    one = bench.trained(bench.theta_0, bench.full, bench.train_config())
     assert len(list((tmp_path / "trainings").iterdir())) == 1
-    assert bench.trained(bench.theta_0, bench.full, bench.recipe()).final.digest() == one.final.digest()
-    bench.trained(bench.theta_0, bench.full, bench.recipe({"lr": 0.2}))
+    assert bench.trained(bench.theta_0, bench.full, bench.train_config()).final.digest() == one.final.digest()
+    bench.trained(bench.theta_0, bench.full, bench.train_config({"lr": 0.2}))
     assert len(list((tmp_path / "trainings").iterdir())) == 2
 
 
 def test_a_diverging_training_ends_where_it_was_numbers_last(tmp_path: Path) -> None:
     """Row 10: it was an error, and ended the whole study."""
     bench = tiny.bench(tmp_path)
-    recipe = bench.recipe({"lr": 1e30, "evaluate_every": 1})
-    for run in (bench.trained(bench.theta_0, bench.full, recipe) for _ in range(2)):  # done, then read back
+    config = bench.train_config({"lr": 1e30, "evaluate_every": 1})
+    for run in (bench.trained(bench.theta_0, bench.full, config) for _ in range(2)):  # done, then read back
         assert run.diverged and np.isfinite(run.final.floats).all()
-        assert run.curve[-1].iteration < recipe.end and all(np.isfinite(p.loss) for p in run.curve)
-    assert len(bench.diverged) == 2 and not bench.trained(bench.theta_0, bench.full, bench.recipe()).diverged
+        assert run.curve[-1].iteration < config.end and all(np.isfinite(p.loss) for p in run.curve)
+    assert len(bench.diverged) == 2 and not bench.trained(bench.theta_0, bench.full, bench.train_config()).diverged
 
 
 def test_glorot_has_its_variance_and_no_bias() -> None:
@@ -138,8 +138,8 @@ def normed(**train: object) -> Bench:
 
 def test_an_l1_penalty_on_norm_scales_acts_and_on_nothing_else_at_the_first_step() -> None:
     plain, pulled = normed(), normed(norm_l1=0.5)
-    recipes = [replace(bench.recipe(), last=1) for bench in (plain, pulled)]
-    ends = [b.trained(b.theta_0, b.full, r).final.floats for b, r in zip((plain, pulled), recipes, strict=True)]
+    configs = [replace(bench.train_config(), last=1) for bench in (plain, pulled)]
+    ends = [b.trained(b.theta_0, b.full, r).final.floats for b, r in zip((plain, pulled), configs, strict=True)]
     for e in plain.layout.floats:
         moved = ends[0][e.slice] - ends[1][e.slice]
         if e.norm and e.role == "param" and e.name.endswith("weight"):
@@ -147,31 +147,33 @@ def test_an_l1_penalty_on_norm_scales_acts_and_on_nothing_else_at_the_first_step
         else:
             assert np.abs(moved).max() < 1e-5, e.name
     scale = next(e for e in plain.layout.floats if e.norm and e.name.endswith("weight"))
-    long = [b.trained(b.theta_0, b.full, b.recipe()).final.floats[scale.slice] for b in (plain, pulled)]
+    long = [b.trained(b.theta_0, b.full, b.train_config()).final.floats[scale.slice] for b in (plain, pulled)]
     assert np.abs(long[1]).mean() < np.abs(long[0]).mean() - 0.2
 
 
 def test_dropout_acts_while_training_and_only_then() -> None:
     bench = tiny.bench()
-    plain, dropped = (bench.trained(bench.theta_0, bench.full, bench.recipe({"dropout": p})) for p in (0.0, 0.5))
+    plain, dropped = (bench.trained(bench.theta_0, bench.full, bench.train_config({"dropout": p})) for p in (0.0, 0.5))
     assert plain.final.digest() != dropped.final.digest()
     assert dropped.test_final == bench.accuracy(dropped.final), "evaluated without"
-    again = bench.trained(bench.theta_0, bench.full, bench.recipe({"dropout": 0.5}))
+    again = bench.trained(bench.theta_0, bench.full, bench.train_config({"dropout": 0.5}))
     assert again.final.digest() == dropped.final.digest()
 
 
 @pytest.mark.parametrize("kind", ["fgsm", "pgd"])
 def test_a_step_on_attacked_images_is_a_step_on_those_images(kind: str) -> None:
     bench = tiny.bench()
-    recipe = bench.recipe({"attack": kind, "attack_eps": 0.1, "attack_steps": 3})
-    one = bench.trained(bench.theta_0, bench.full, replace(recipe, last=1))
-    (part,) = batches(len(bench.parts["train"][1]), replace(recipe, last=1), stream(bench.seed, "order"))
+    config = bench.train_config({"attack": kind, "attack_eps": 0.1, "attack_steps": 3})
+    one = bench.trained(bench.theta_0, bench.full, replace(config, last=1))
+    (part,) = batches(len(bench.parts["train"][1]), replace(config, last=1), stream(bench.seed, "order"))
     x, y = (data[torch.from_numpy(part)] for data in bench.parts["train"])
-    bench.bound.load(bench.theta_0)
-    moved = attacked(bench, x, y, kind, 0.1, 3)
+    bench.flat_model.load(bench.theta_0)
+    moved = attacked(bench.flat_model, bench.dataset, x, y, kind=kind, eps=0.1, steps=3)
     assert not torch.equal(moved, x)
-    slope = gradient(bench.bound, bench.theta_0, (moved, y))
+    slope = gradient(bench.flat_model, bench.theta_0, (moved, y))
     size = bench.layout.num_prunable
     np.testing.assert_allclose(one.final.floats[:size], bench.theta_0.floats[:size] - 0.1 * slope, atol=1e-6)
-    told = evaluate_attacked(bench, one.final, bench.parts["validation"], kind="pgd", eps=0.1, steps=3)
+    told = evaluate_attacked(
+        bench.flat_model, bench.dataset, one.final, bench.parts["validation"], kind="pgd", eps=0.1, steps=3
+    )
     assert one.curve[-1].accuracy == told[0], "validation is on PGD's images, whatever it trained on"

@@ -87,4 +87,7 @@ def test_a_model_that_nothing_searched_for_has_no_search_to_pay(tmp_path: Path) 
 
 def test_where_no_training_was_timed_evaluation_is_not_all_of_it(tmp_path: Path) -> None:
     tiny.run(tiny.of_method("fedpm", personalise={"arms": ["global"]}), tmp_path / "r")
-    assert cost_text(results_of(read_group(tmp_path / "r"))) == ""
+    told = cost_text(results_of(read_group(tmp_path / "r")))
+    assert "in step 1" in told and "step 2" not in told, "its scores are trained in step 1, in step 2 nothing is"
+    tiny.run(tiny.of_method("local", personalise={"arms": ["global"]}), tmp_path / "none")
+    assert cost_text(results_of(read_group(tmp_path / "none"))) == ""

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.timeout(600)  # the first use on a machine compiles
 
 from fedlth.kernel import compact, kernel  # noqa: E402
 from fedlth.models.registry import build  # noqa: E402
-from tests.compute.nets import Case, Residual, case, small  # noqa: E402
+from tests.kernel.nets import Case, Residual, case, small  # noqa: E402
 
 
 def agrees(found: Case) -> None:

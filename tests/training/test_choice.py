@@ -39,7 +39,7 @@ def group_norm(num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
 
 
 def study(model: str, compute: str) -> Any:
-    made = tiny.study(model={"name": f"tests.compute.test_choice:{model}", "options": {}, "buffers": "aggregate"})
+    made = tiny.study(model={"name": f"tests.training.test_choice:{model}", "options": {}, "buffers": "aggregate"})
     return resolve(made.model_copy(update={"compute": compute}))[0]
 
 

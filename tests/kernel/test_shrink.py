@@ -18,18 +18,18 @@ pytestmark = pytest.mark.timeout(600)  # the first use on a machine compiles
 
 from fedlth.kernel import columns as col  # noqa: E402
 from fedlth.kernel import compact, kernel, shrink  # noqa: E402
-from fedlth.kernel.bounds_check import check_folds, check_places  # noqa: E402
+from fedlth.kernel.bounds_check import check_bounds, check_folds  # noqa: E402
 from fedlth.kernel.compact import SPARSE_BELOW  # noqa: E402
 from fedlth.kernel.graph import compile_layers  # noqa: E402
 from fedlth.kernel.live_channels import costs  # noqa: E402
-from fedlth.kernel.memory_layout import arrange  # noqa: E402
+from fedlth.kernel.memory_layout import lay_out  # noqa: E402
 from fedlth.kernel.table import LayerTable  # noqa: E402
 from fedlth.models.layout import Layout, layout_of  # noqa: E402
 from fedlth.models.prunable import prunable_names  # noqa: E402
 from fedlth.models.registry import build  # noqa: E402
 from fedlth.tickets.granularity import GRANULARITIES  # noqa: E402
-from tests.compute.nets import Case, Residual, case, small  # noqa: E402
-from tests.compute.test_backends import FACTOR, ROUNDING, networks  # noqa: E402
+from tests.kernel.nets import Case, Residual, case, small  # noqa: E402
+from tests.kernel.test_backends import FACTOR, ROUNDING, networks  # noqa: E402
 
 KINDS = ("row", "channel", "both", "row and weights")
 
@@ -189,18 +189,18 @@ def test_convolutions_choose_among_channels_that_stay(kind: str, bias: bool) -> 
     chosen = [op for op in small_one.table.ops if op.kind == col.CHOOSE]
     # By rows each of the four puts its outputs in place, by channels it picks its inputs, and by both it does both.
     assert len(chosen) == (8 if kind == "both" else 4)
-    plan = arrange(small_one.table, 16)
+    plan = lay_out(small_one.table, 16)
     for column, by in ((col.CHOICE, 10**6), (col.X, 10**7), (col.DX, -(10**7)), (col.BIAS, 10**7)):
         rows = plan.rows.copy()
         used = (rows[:, col.KIND] == col.CHOOSE) & (rows[:, column] != -1)
         rows[used, column] += by
         if used.any() and (column != col.DX or rows[used, col.NEEDS_DX].any()):
             with pytest.raises(ValueError, match="would reach outside"):
-                check_places(replace(plan, rows=rows), 16, small_one.table.num_params)
+                check_bounds(replace(plan, rows=rows), 16, small_one.table.num_params)
     index = plan.index.copy()
     index[plan.rows[plan.rows[:, col.KIND] == col.CHOOSE, col.CHOICE][0]] = 8
     with pytest.raises(ValueError, match="would reach outside its map"):
-        check_places(replace(plan, index=index), 16, small_one.table.num_params)
+        check_bounds(replace(plan, index=index), 16, small_one.table.num_params)
 
 
 @pytest.mark.parametrize("bias", [True, False])

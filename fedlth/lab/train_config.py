@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass
 
 from fedlth.lab.study import Train
+from fedlth.training.recipe import Cosine
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class TrainConfig:
     """A train section, and where in it this training begins and ends.
 
     `first` and `last` are iterations of the whole schedule: a training that was rewound to step k begins at k, with
@@ -40,7 +40,7 @@ class Recipe:
         if step < t.warmup:
             return t.warmup_lr + (lr - t.warmup_lr) * (step + 1) / t.warmup
         if t.schedule == "cosine":
-            lr *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / max(1, t.iterations - 1)))
+            lr *= Cosine()(step / max(1, t.iterations - 1))
         return lr * 0.1 ** sum(step >= share * t.iterations for share in t.milestones)
 
     def text(self) -> str:

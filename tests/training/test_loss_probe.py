@@ -26,18 +26,18 @@ from fedlth.tickets.evidence import Evidence, Lesson
 from fedlth.tickets.schedule import Rescore
 from fedlth.tickets.scope import SCOPES, survivors
 from fedlth.tickets.score import SCORES
-from fedlth.training.loss_probe import DataNetwork
-from fedlth.training.train import Bound
+from fedlth.training.flat_model import FlatModel
+from fedlth.training.loss_probe import LossProbe
 from tests import tiny
 
 
 def network(
     module: nn.Module, data: tuple[Tensor, Tensor], *, prunable: tuple[str, ...] | None = None
-) -> tuple[DataNetwork, Layout, Params]:
+) -> tuple[LossProbe, Layout, Params]:
     layout = layout_of(module, prunable_names(module, prunable))
     params = read(module, layout)
-    made = DataNetwork(
-        bound=Bound(module, layout, "cpu"), params=params, data=data,
+    made = LossProbe(
+        model=FlatModel(module, layout, "cpu"), params=params, data=data,
         layer_flops=lambda: layer_flops(module, data[0][:2])[0], order=lambda: rng.stream(0, "order"), torch_seed=0,
         batch_size=16,
     )  # fmt: skip
@@ -49,7 +49,7 @@ def data_of(shape: tuple[int, ...], size: int = 24, classes: int = 3, seed: int 
     return torch.randn((size, *shape), generator=draw), torch.randint(0, classes, (size,), generator=draw)
 
 
-def at_init(net: DataNetwork, layout: Layout, params: Params, *, mask: np.ndarray | None = None) -> Evidence:
+def at_init(net: LossProbe, layout: Layout, params: Params, *, mask: np.ndarray | None = None) -> Evidence:
     weights = params.floats[: layout.num_prunable]
     mask = np.ones(weights.size, bool) if mask is None else mask
     weights = weights * mask
@@ -73,14 +73,14 @@ class Fifty(nn.Module):
         return out
 
 
-def fifty(seed: int = 0) -> tuple[DataNetwork, Layout, Params]:
+def fifty(seed: int = 0) -> tuple[LossProbe, Layout, Params]:
     torch.manual_seed(seed)
     return network(Fifty(), data_of((4,), classes=2, seed=seed))
 
 
-def loss_at(net: DataNetwork, layout: Layout) -> Callable[[Tensor], Tensor]:
+def loss_at(net: LossProbe, layout: Layout) -> Callable[[Tensor], Tensor]:
     """Return the loss as a function of the flat prunable weights, in float64, written out anew."""
-    module = net.bound.module
+    module = net.model.module
     x, y = net.data[0].double(), net.data[1]
 
     def loss(flat: Tensor, temperature: float = 1.0) -> Tensor:
@@ -90,7 +90,7 @@ def loss_at(net: DataNetwork, layout: Layout) -> Callable[[Tensor], Tensor]:
     return loss
 
 
-def removed(net: DataNetwork, layout: Layout, params: Params, share: float) -> list[float]:
+def removed(net: LossProbe, layout: Layout, params: Params, share: float) -> list[float]:
     """Return |L(m) - L(m - share e_i)| of every weight i."""
     flat = torch.from_numpy(params.floats.astype(np.float64))
     loss = loss_at(net, layout)
@@ -190,7 +190,7 @@ def test_gradient_weight_is_taken_where_training_ended() -> None:
 # SynFlow
 
 
-def deep(seed: int = 0, *, size: int = 100) -> tuple[DataNetwork, Layout, Params]:
+def deep(seed: int = 0, *, size: int = 100) -> tuple[LossProbe, Layout, Params]:
     """The bias-free 784-300-100-100-100-10 of the maximal critical compression check."""
     torch.manual_seed(seed)
     widths = (784, 300, 100, 100, 100, 10)
@@ -206,7 +206,7 @@ def layer_sums(score: np.ndarray, layout: Layout) -> np.ndarray:
 
 
 def pruned_at_init(
-    score: str, steps: int, density: float, made: tuple[DataNetwork, Layout, Params]
+    score: str, steps: int, density: float, made: tuple[LossProbe, Layout, Params]
 ) -> tuple[np.ndarray, Layout]:
     net, layout, params = made
     mask = np.ones(layout.num_prunable, bool)
@@ -314,9 +314,9 @@ def test_a_learned_mask_beats_its_untrained_net_and_leaves_weights_alone(rule: s
         values = frozen_values(score.weights, at.init, chosen, layout) * chosen
         floats = params.floats.copy()
         floats[: mask.size] = values
-        net.bound.load(replace(params, floats=floats))
+        net.model.load(replace(params, floats=floats))
         with torch.no_grad():
-            accuracy[name] = float((net.bound.module(net.data[0]).argmax(-1) == net.data[1]).double().mean())
+            accuracy[name] = float((net.model.module(net.data[0]).argmax(-1) == net.data[1]).double().mean())
     assert accuracy["learned"] > 0.8 and accuracy["learned"] > max(accuracy["full"], accuracy["random"]) + 0.2, accuracy
 
 

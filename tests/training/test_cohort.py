@@ -34,17 +34,21 @@ from fedlth.models.layout import Params, layout_of, read
 from fedlth.rng import stream
 from fedlth.storage.run_folder import RunFolder
 from fedlth.training import cohort, cohort_size
-from fedlth.training import train as training
+from fedlth.training.evaluation import evaluate
+from fedlth.training.flat_model import FlatModel
 from fedlth.training.local_client import Local
 from fedlth.training.lockstep import ASK, side_by_side
+from fedlth.training.loss import cross_entropy
+from fedlth.training.recipe import Epochs, TrainingRecipe
+from fedlth.training.request import TrainingRequest, TrainingResult, drawn_request
 from fedlth.training.task import World
-from fedlth.training.train import Bound, Plan, Trained, batches
+from fedlth.training.train import train
 from tests import tiny
 
-PLANS = {
-    "plain": Plan(epochs=2, batch_size=8, lr=0.05),
-    "momentum": Plan(epochs=3, batch_size=8, lr=0.05, momentum=0.9, weight_decay=0.01),
-    "cosine": Plan(epochs=2, batch_size=8, lr=0.05, momentum=0.5, schedule="cosine"),
+RECIPES = {
+    "plain": tiny.recipe(epochs=2, batch_size=8, lr=0.05),
+    "momentum": tiny.recipe(epochs=3, batch_size=8, lr=0.05, momentum=0.9, weight_decay=0.01),
+    "cosine": tiny.recipe(epochs=2, batch_size=8, lr=0.05, momentum=0.5, schedule="cosine"),
 }
 SIZES = (41, 20, 9, 33, 8)
 
@@ -77,7 +81,7 @@ def made(factory: Callable[[], nn.Module] = Net, prunable: tuple[str, ...] = ("c
         module = factory()
     layout = layout_of(module, prunable)
     start = read(module, layout)
-    return Bound(module, layout, "cpu"), start
+    return FlatModel(module, layout, "cpu"), start
 
 
 def data(size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,112 +89,108 @@ def data(size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.randn(size, 1, 8, 8), torch.randint(0, tiny.NUM_CLASSES, (size,))
 
 
-def members(bound: Bound, start: Params, plan: Plan) -> list[dict[str, Any]]:
-    """Return five clients' arguments: other sizes, starts, masks, update masks, snapshots and lengths."""
-    rng, size = np.random.default_rng(0), bound.layout.num_prunable
+def members(model: FlatModel, start: Params, recipe: TrainingRecipe) -> list[TrainingRequest]:
+    """Return five clients' trainings: other sizes, starts, both masks, snapshots and lengths."""
+    rng, size = np.random.default_rng(0), model.layout.num_prunable
+    epochs = recipe.budget.epochs
     found = []
     for k, count in enumerate(SIZES):
         floats = start.floats.copy()
-        floats[: bound.layout.num_params] += 0.1 * rng.standard_normal(bound.layout.num_params).astype(np.float32)
-        found.append({
-            "start": Params(floats, start.ints), "data": data(count, k),
-            "plan": Plan(**{**vars(plan), "epochs": plan.epochs + (k == 2)}),
-            "mask": rng.random(size) < 0.4 if k in (1, 3) else None,
-            "update": rng.random(size) < 0.5 if k in (2, 3) else None,
-            "snapshots": (1, plan.epochs) if k != 4 else (),
-        })  # fmt: skip
+        floats[: model.layout.num_params] += 0.1 * rng.standard_normal(model.layout.num_params).astype(np.float32)
+        active = rng.random(size) < 0.4 if k in (1, 3) else None
+        trainable = rng.random(model.layout.num_params) < 0.5 if k in (2, 3) else None
+        found.append(drawn_request(
+            Params(floats, start.ints), data(count, k), replace(recipe, budget=Epochs(epochs + (k == 2))),
+            order=stream(0, "order", k, 0), torch_seed=0, active=active, trainable=trainable,
+            snapshots=(1, epochs) if k != 4 else (),
+        ))  # fmt: skip
     return found
 
 
-def train_one(bound: Bound, k: int, given: dict[str, Any]) -> Trained:
-    more = {key: value for key, value in given.items() if key != "start"}
-    return training.train(bound, given["start"], order=stream(0, "order", k, 0), torch_seed=0, **more)
-
-
-def judge(bound: Bound, k: int, given: dict[str, Any]) -> np.ndarray:
+def judge(model: FlatModel, given: TrainingRequest) -> np.ndarray:
     """The same training in float64, written out."""
-    layout, plan, size = bound.layout, given["plan"], bound.layout.num_prunable
+    layout, size, sgd = model.layout, model.layout.num_prunable, given.recipe.optimizer
     with torch_stream(0):
-        module = type(bound.module)()
+        module = type(model.module)()
     module = module.double()
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    flat = given["start"].floats.astype(np.float64)
+    flat = given.start.floats.astype(np.float64)
     keep, move = np.ones(flat.size), np.ones(flat.size)
-    if given["mask"] is not None:
-        keep[:size] = given["mask"]
-    if given["update"] is not None:
-        move[:size] = given["update"]
+    if given.active is not None:
+        keep[:size] = given.active
+    if given.trainable is not None:
+        move[: layout.num_params] = given.trainable
     for e in layout.floats:
         if not e.trainable:
             move[e.slice] = 0
-    x, y = given["data"][0].double(), given["data"][1]
-    order, flat, velocity = stream(0, "order", k, 0), flat * keep, np.zeros(flat.size)
-    steps = [part for epoch in [batches(len(y), plan.batch_size, order) for _ in range(plan.epochs)] for part in epoch]
-    for number, part in enumerate(steps):
+    x, y = given.x.double(), given.y
+    flat, velocity = flat * keep, np.zeros(flat.size)
+    steps = [part for epoch in given.batches for part in epoch]
+    for rate, part in zip(given.rates, steps, strict=True):
         grad = np.zeros(flat.size)
         with torch.no_grad():
             for e in layout.floats:
                 named[e.name].copy_(torch.from_numpy(flat[e.slice].reshape(e.shape)))
         module.zero_grad()
-        training.loss_of(module(x[part]), y[part]).backward()
+        cross_entropy(module(x[part]), y[part]).backward()
         for e in layout.floats:
             if e.trainable:
                 grad[e.slice] = named[e.name].grad.reshape(-1).numpy()
-        velocity = plan.momentum * velocity + (grad + plan.weight_decay * flat) * move * keep
-        flat = flat - plan.rate(number, len(steps)) * velocity
+        velocity = sgd.momentum * velocity + (grad + sgd.weight_decay * flat) * move * keep
+        flat = flat - rate * velocity
     return flat
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_a_cohort_equals_its_members_one_by_one(plan: Plan) -> None:
-    bound, start = made()
-    given = members(bound, start, plan)
-    before = [g["start"].digest() for g in given]
-    calls = [partial(train_one, bound, k, g) for k, g in enumerate(given)]
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_a_cohort_equals_its_members_one_by_one(recipe: TrainingRecipe) -> None:
+    model, start = made()
+    given = members(model, start, recipe)
+    before = [g.start.digest() for g in given]
+    calls = [partial(train, model, g) for g in given]
     alone = [call() for call in calls]
     together = side_by_side(calls, cohort.answer)
-    assert [g["start"].digest() for g in given] == before
+    assert [g.start.digest() for g in given] == before
     for k, (one, other, g) in enumerate(zip(alone, together, given, strict=True)):
         np.testing.assert_allclose(other.params.floats, one.params.floats, rtol=1e-5, atol=2e-6)
         assert other.loss == pytest.approx(one.loss, rel=1e-5)
-        assert set(other.snapshots) == set(one.snapshots) == set(g["snapshots"])
-        for epoch in g["snapshots"]:
+        assert set(other.snapshots) == set(one.snapshots) == set(g.snapshots)
+        for epoch in g.snapshots:
             np.testing.assert_allclose(other.snapshots[epoch], one.snapshots[epoch], rtol=1e-5, atol=2e-6)
         np.testing.assert_array_equal(other.params.ints, one.params.ints)
-        exact = judge(bound, k, g)
+        exact = judge(model, g)
         errors = [float(np.abs(t.params.floats - exact).max()) for t in (one, other)]
         assert errors[1] <= 3 * errors[0] + 1e-7, f"client {k}: further from float64 than training alone: {errors}"
-        size = bound.layout.num_prunable
-        if g["mask"] is not None:
-            assert not other.params.floats[:size][~g["mask"]].any()
-        if g["update"] is not None:
-            still = ~g["update"] & (g["mask"] if g["mask"] is not None else True)
-            np.testing.assert_array_equal(other.params.floats[:size][still], g["start"].floats[:size][still])
-        for e in bound.layout.floats:
+        size, layout = model.layout.num_params, model.layout
+        alive = np.ones(size, bool) if g.active is None else layout.over_params(g.active)
+        assert not other.params.floats[:size][~alive].any()
+        if g.trainable is not None:
+            still = ~g.trainable & alive
+            np.testing.assert_array_equal(other.params.floats[:size][still], g.start.floats[:size][still])
+        for e in model.layout.floats:
             if not e.trainable:
-                np.testing.assert_array_equal(other.params.floats[e.slice], g["start"].floats[e.slice])
+                np.testing.assert_array_equal(other.params.floats[e.slice], g.start.floats[e.slice])
 
 
 def test_evaluation_of_a_cohort_equals_one_by_one() -> None:
-    bound, start = made()
-    given = members(bound, start, PLANS["plain"])
-    calls = [partial(training.evaluate, bound, g["start"], data(3 + 60 * k, k)) for k, g in enumerate(given)]
+    model, start = made()
+    given = members(model, start, RECIPES["plain"])
+    calls = [partial(evaluate, model, g.start, data(3 + 60 * k, k)) for k, g in enumerate(given)]
     for (right, loss), (accuracy, mean) in zip(side_by_side(calls, cohort.answer), [c() for c in calls], strict=True):
         assert right == pytest.approx(accuracy, abs=1e-12) and loss == pytest.approx(mean, rel=1e-5)
 
 
 def test_calls_of_different_lengths_meet_and_end() -> None:
     """A member that trains once, one that never does, one that evaluates in between: equal to each alone."""
-    bound, start = made()
-    given = members(bound, start, PLANS["plain"])
+    model, start = made()
+    given = members(model, start, RECIPES["plain"])
 
     def visit(k: int) -> list[Any]:
         found: list[Any] = []
         for turn in range(k):
             if (turn + k) % 2:
-                found.append(training.evaluate(bound, start, given[k]["data"]))
+                found.append(evaluate(model, start, (given[k].x, given[k].y)))
             else:
-                found.append(train_one(bound, k, given[k]).params.floats)
+                found.append(train(model, given[k]).params.floats)
         return found
 
     calls = [partial(visit, k) for k in range(4)]
@@ -234,15 +234,16 @@ def test_an_interrupt_ends_every_member() -> None:
 
 
 def test_a_faulty_member_costs_only_itself() -> None:
-    bound, start = made()
-    given = members(bound, start, PLANS["plain"])
-    x, y = given[1]["data"]
-    given[1]["data"] = (x, y + tiny.NUM_CLASSES)  # a class that is not there: the whole batched call raises
-    given[3]["data"] = (torch.full_like(given[3]["data"][0], float("nan")), given[3]["data"][1])
+    model, start = made()
+    given = members(model, start, RECIPES["plain"])
+    given[1] = replace(
+        given[1], y=given[1].y + tiny.NUM_CLASSES
+    )  # a class that is not there: the whole batched call raises
+    given[3] = replace(given[3], x=torch.full_like(given[3].x, float("nan")))
 
-    def visit(k: int) -> Trained | str:
+    def visit(k: int) -> TrainingResult | str:
         try:
-            return train_one(bound, k, given[k])
+            return train(model, given[k])
         except (IndexError, RuntimeError) as error:
             return type(error).__name__
         except FloatingPointError as error:
@@ -250,7 +251,7 @@ def test_a_faulty_member_costs_only_itself() -> None:
 
     calls = [partial(visit, k) for k in range(5)]
     for k, (other, one) in enumerate(zip(side_by_side(calls, cohort.answer), [c() for c in calls], strict=True)):
-        if isinstance(one, Trained) and isinstance(other, Trained):
+        if isinstance(one, TrainingResult) and isinstance(other, TrainingResult):
             np.testing.assert_allclose(other.params.floats, one.params.floats, rtol=1e-5, atol=2e-6)
         else:
             # On a CPU torch checks a class in another place of a batched call.
@@ -264,9 +265,9 @@ def test_what_memory_refuses_is_refused_to_all() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cohort, "evaluate_together", refuse)
-        bound, start = made()
+        model, start = made()
         with pytest.raises(MemoryError, match="cohort of 2: CUDA out of memory"):
-            side_by_side([partial(training.evaluate, bound, start, data(4, 0))] * 2, cohort.answer)
+            side_by_side([partial(evaluate, model, start, data(4, 0))] * 2, cohort.answer)
 
 
 STUDIES: dict[str, dict[str, Any]] = {
@@ -398,7 +399,7 @@ class Named:
 
 def test_flower_refuses_a_cohort(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="cohort: must be 1 on engine flower"):
-        session.start(tiny.study(cohort=2), tmp_path / "r", Named(), tiny.quiet)  # type: ignore[arg-type]
+        tiny.run(tiny.study(cohort=2), tmp_path / "r", engine=Named(), tell=tiny.quiet)  # type: ignore[arg-type]
     assert not (tmp_path / "r").exists()
 
 
@@ -439,9 +440,9 @@ def test_our_own_models_without_batch_norm_can_be_batched(name: str, compute: st
     ("sections", "reason"),
     [
         ({"model": {"name": "tests.tiny:Small", "options": {}}}, "cannot be batched over clients|mixes the examples"),
-        ({"model": {"name": "tests.compute.test_cohort:Dropped", "options": {}}}, "batched over clients.*random"),
-        ({"model": {"name": "tests.compute.test_cohort:Mixing", "options": {}}}, "mixes the examples of a batch"),
-        ({"model": {"name": "tests.compute.test_cohort:Deciding", "options": {}}}, "data-dependent control flow"),
+        ({"model": {"name": "tests.training.test_cohort:Dropped", "options": {}}}, "batched over clients.*random"),
+        ({"model": {"name": "tests.training.test_cohort:Mixing", "options": {}}}, "mixes the examples of a batch"),
+        ({"model": {"name": "tests.training.test_cohort:Deciding", "options": {}}}, "data-dependent control flow"),
         (READER, "batched over clients|mixes the examples"),
         ({"cohort": "auto"}, "on a CPU a cohort gains little or loses"),
     ],
@@ -562,7 +563,7 @@ def test_a_members_cpu_seconds_are_those_of_its_share_of_the_work(monkeypatch: p
     members = [Local(world, client, 1, "federate") for client in (0, 1, 2)]
 
     def step(local: Local) -> None:
-        local.val_accuracy(local.train(world.theta_0, plan=local.plan).params)
+        local.val_accuracy(local.train(world.theta_0, recipe=local.recipe).params)
 
     side_by_side([partial(step, m) for m in members], cohort.answer)
     for kind, sizes in (

@@ -15,9 +15,11 @@ from torch import nn
 pytest.importorskip("numba")
 pytestmark = pytest.mark.timeout(600)  # the first use on a machine compiles
 
-from fedlth.training.train import Bound, evaluate, train  # noqa: E402
+from fedlth.training.evaluation import evaluate  # noqa: E402
+from fedlth.training.flat_model import FlatModel  # noqa: E402
+from fedlth.training.train import train  # noqa: E402
 from fedlth.training.tuned import tune  # noqa: E402
-from tests.compute.nets import Case, case  # noqa: E402
+from tests.kernel.nets import Case, case  # noqa: E402
 
 # The kernel adds in another order than torch; an error of twice torch's own, against float64, is no worse arithmetic.
 FACTOR, ROUNDING = 2.0, 1e-6
@@ -74,11 +76,7 @@ def agrees(found: Case) -> None:
     """Assert that tuned and sparse are as near to float64 as the reference is."""
     reference, loss = found.reference()
     module = copy.deepcopy(found.module)
-    bound = Bound(module, found.layout, "cpu", None, tune(module, found.x[:3]))
-    masks = {"mask": found.mask, "update": found.update}
-    tuned = train(
-        bound, found.start, data=(found.x, found.y), plan=found.plan, order=found.order(), torch_seed=0, **masks
-    )
+    tuned = train(FlatModel(module, found.layout, "cpu", None, tune(module, found.x[:3])), found.request)
     outcome, truth = found.kernel(debug=True), found.judge()
     allowed = FACTOR * np.abs(reference - truth).max() + ROUNDING
     for name, floats, its_loss in (
@@ -134,22 +132,19 @@ def test_backends_agree_on_random_networks(
 
 
 @pytest.mark.parametrize("density", [None, 0.2])
-def test_threads_that_share_a_bound_are_bit_identical_to_one(density: float | None) -> None:
-    """The kernel runs side by side; torch's backends of one Bound take turns."""
+def test_threads_that_share_a_model_are_bit_identical_to_one(density: float | None) -> None:
+    """The kernel runs side by side; torch's backends of one FlatModel take turns."""
     found = case(
         nn.Sequential(nn.Conv2d(1, 5, 3), nn.GroupNorm(5, 5), nn.ReLU(), nn.Flatten(), nn.Linear(180, 3)),
         (1, 8, 8),
         density=density,
     )
     for table in (found.table, None):
-        bound = Bound(copy.deepcopy(found.module), found.layout, "cpu", table)
-        data = (found.x, found.y)
+        model = FlatModel(copy.deepcopy(found.module), found.layout, "cpu", table)
 
-        def one(bound: Bound = bound, data: tuple[torch.Tensor, torch.Tensor] = data) -> tuple[bytes, float, float]:
-            done = train(
-                bound, found.start, data=data, plan=found.plan, order=found.order(), torch_seed=0, mask=found.mask
-            )
-            return done.params.floats.tobytes(), *evaluate(bound, done.params, data)
+        def one(model: FlatModel = model) -> tuple[bytes, float, float]:
+            done = train(model, found.request)
+            return done.params.floats.tobytes(), *evaluate(model, done.params, (found.x, found.y))
 
         with torch.random.fork_rng(devices=[]):
             alone = one()

@@ -14,17 +14,17 @@ pytestmark = pytest.mark.timeout(600)  # the first use on a machine compiles
 
 from fedlth.kernel import columns as col  # noqa: E402
 from fedlth.kernel import kernel  # noqa: E402
-from fedlth.kernel.bounds_check import EXTENTS, Arrangement, check_places, stray  # noqa: E402
-from fedlth.kernel.memory_layout import arrange  # noqa: E402
+from fedlth.kernel.bounds_check import EXTENTS, MemoryLayout, check_bounds, stray_writes  # noqa: E402
+from fedlth.kernel.memory_layout import lay_out  # noqa: E402
 from fedlth.kernel.table import LayerTable  # noqa: E402
-from tests.compute.nets import Residual, case, small  # noqa: E402
+from tests.kernel.nets import Residual, case, small  # noqa: E402
 
 LANES = 16
 
 
-def residual() -> tuple[LayerTable, Arrangement]:
+def residual() -> tuple[LayerTable, MemoryLayout]:
     table = case(Residual(), (1, 9, 9)).table
-    return table, arrange(table, LANES)
+    return table, lay_out(table, LANES)
 
 
 PLACES = [
@@ -45,7 +45,7 @@ def test_a_place_that_is_off_is_refused(column: int) -> None:
         assert used.any()
         rows[used, column] += by
         with pytest.raises(ValueError, match="would reach outside"):
-            check_places(replace(plan, rows=rows), LANES, table.num_params)
+            check_bounds(replace(plan, rows=rows), LANES, table.num_params)
 
 
 @pytest.mark.parametrize("column", [col.TAP_PLACES, col.OUT_PLACES, col.BACK_PLACES, col.BACK_OUT_PLACES, col.TOP])
@@ -55,7 +55,7 @@ def test_a_list_with_one_wrong_number_is_refused(column: int) -> None:
     at = int(plan.rows[1, column])  # the strided convolution
     index[at] = plan.work_size
     with pytest.raises(ValueError, match="would reach outside"):
-        check_places(replace(plan, index=index), LANES, table.num_params)
+        check_bounds(replace(plan, index=index), LANES, table.num_params)
 
 
 @pytest.mark.parametrize("column", [col.X, col.Y, col.DX, col.DY])
@@ -72,10 +72,10 @@ def test_one_float_too_far_is_refused(column: int) -> None:
             rows = plan.rows.copy()
             rows[at, column] += by
             if by == room:
-                check_places(replace(plan, rows=rows), LANES, table.num_params)
+                check_bounds(replace(plan, rows=rows), LANES, table.num_params)
             else:
                 with pytest.raises(ValueError, match="would reach outside"):
-                    check_places(replace(plan, rows=rows), LANES, table.num_params)
+                    check_bounds(replace(plan, rows=rows), LANES, table.num_params)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -84,7 +84,7 @@ def test_random_networks_are_arranged_inside(seed: int) -> None:
     module, shape = small(np.random.default_rng(seed))
     table = case(module, shape).table
     for lanes in (16, 32):
-        check_places(arrange(table, lanes), lanes, table.num_params)
+        check_bounds(lay_out(table, lanes), lanes, table.num_params)
 
 
 @pytest.mark.parametrize("density", [None, 0.3])
@@ -101,9 +101,9 @@ def test_nothing_is_written_between_the_maps(density: float | None) -> None:
 def test_a_stray_value_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     _, plan = residual()
     work = np.zeros(plan.work_size, np.float32)
-    assert stray(plan, work, LANES) == 0
+    assert stray_writes(plan, work, LANES) == 0
     work[3] = 1.0
-    assert stray(plan, work, LANES) == 1
-    monkeypatch.setattr(kernel, "stray", lambda *_: 1)
+    assert stray_writes(plan, work, LANES) == 1
+    monkeypatch.setattr(kernel, "stray_writes", lambda *_: 1)
     with pytest.raises(RuntimeError, match="no layer may write"):
         case(Residual(), (1, 9, 9)).kernel(debug=True)

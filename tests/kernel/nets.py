@@ -15,7 +15,11 @@ from fedlth.kernel.graph import compile_layers
 from fedlth.kernel.table import LayerTable
 from fedlth.models.layout import Layout, Params, layout_of, read
 from fedlth.models.prunable import prunable_names
-from fedlth.training.train import Bound, Plan, batches, train
+from fedlth.training.flat_model import FlatModel
+from fedlth.training.recipe import TrainingRecipe
+from fedlth.training.request import TrainingRequest, drawn_request
+from fedlth.training.train import train
+from tests import tiny
 
 
 class Residual(nn.Module):
@@ -69,7 +73,7 @@ def small(rng: np.random.Generator) -> tuple[nn.Module, tuple[int, int, int]]:
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: a module with its data, plan and masks."""
+    """One comparison: a module with its data, recipe and masks."""
 
     module: nn.Module
     layout: Layout
@@ -77,48 +81,29 @@ class Case:
     start: Params
     x: torch.Tensor
     y: torch.Tensor
-    plan: Plan
+    recipe: TrainingRecipe
     mask: np.ndarray | None
-    update: np.ndarray | None
+    trainable: np.ndarray | None
 
-    def order(self) -> np.random.Generator:
-        return np.random.default_rng(7)
-
-    def epochs(self) -> list[list[np.ndarray]]:
-        order = self.order()
-        return [batches(len(self.y), self.plan.batch_size, order) for _ in range(self.plan.epochs)]
-
-    def rates(self) -> np.ndarray:
-        steps = sum(map(len, self.epochs()))
-        return np.array([self.plan.rate(step, steps) for step in range(steps)])
+    @property
+    def request(self) -> TrainingRequest:
+        return drawn_request(
+            self.start, (self.x, self.y), self.recipe, order=np.random.default_rng(7), torch_seed=0,
+            active=self.mask, trainable=self.trainable,
+        )  # fmt: skip
 
     def reference(self) -> tuple[np.ndarray, float]:
-        bound = Bound(copy.deepcopy(self.module), self.layout, "cpu")
-        masks = {"mask": self.mask, "update": self.update}
-        done = train(
-            bound, self.start, data=(self.x, self.y), plan=self.plan, order=self.order(), torch_seed=0, **masks
-        )
+        done = train(FlatModel(copy.deepcopy(self.module), self.layout, "cpu"), self.request)
         return done.params.floats, done.loss
 
     def kernel(self, snapshots: tuple[int, ...] = (), *, debug: bool = False) -> kernel.Outcome:
-        moves = None
-        if self.update is not None:
-            moves = np.ones(self.layout.num_params, np.float32)
-            moves[: self.update.size] = self.update
+        request = self.request
         return kernel.train_epochs(
-            self.table,
-            self.start.floats,
-            self.x.numpy(),
-            self.y.numpy(),
-            self.epochs(),
-            rates=self.rates(),
-            momentum=self.plan.momentum,
-            weight_decay=self.plan.weight_decay,
-            mask=self.mask,
-            moves=moves,
-            snapshots=snapshots,
+            self.table, self.start.floats, self.x.numpy(), self.y.numpy(), request.batches,
+            rates=np.array(request.rates), **vars(self.recipe.optimizer), mask=self.mask,
+            moves=None if self.trainable is None else self.trainable.astype(np.float32), snapshots=snapshots,
             debug=debug,
-        )
+        )  # fmt: skip
 
     def judge(self) -> np.ndarray:
         """The same training in float64, written out plainly."""
@@ -129,11 +114,12 @@ class Case:
         alive = factor.clone()
         if self.mask is not None:
             alive[: self.mask.size] = torch.from_numpy(self.mask.astype(np.float64))
-        if self.update is not None:
-            factor[: self.update.size] = torch.from_numpy(self.update.astype(np.float64))
+        if self.trainable is not None:
+            factor = torch.from_numpy(self.trainable.astype(np.float64))
         flat = torch.from_numpy(self.start.floats.astype(np.float64)) * alive
-        velocity, rates, step = torch.zeros_like(flat), self.rates(), 0
-        for parts in self.epochs():
+        velocity, rates, step = torch.zeros_like(flat), self.request.rates, 0
+        sgd = self.recipe.optimizer
+        for parts in self.request.batches:
             for part in parts:
                 for e, tensor in entries:
                     tensor.data = flat[e.slice].view(e.shape).clone()
@@ -141,8 +127,8 @@ class Case:
                 F.cross_entropy(module(self.x[part].double()), self.y[part]).backward()
                 grad = torch.cat([t.grad.reshape(-1) if t.grad is not None else t.reshape(-1) * 0 for _, t in entries])
                 frozen = torch.cat([torch.full((e.size,), float(e.trainable), dtype=torch.float64) for e, _ in entries])
-                grad = (grad + self.plan.weight_decay * flat) * factor * alive * frozen
-                velocity = self.plan.momentum * velocity + grad
+                grad = (grad + sgd.weight_decay * flat) * factor * alive * frozen
+                velocity = sgd.momentum * velocity + grad
                 flat = flat - float(rates[step]) * velocity
                 step += 1
         return flat.detach().numpy()
@@ -156,15 +142,16 @@ def case(
     examples: int = 40,
     density: float | None = None,
     movable: float | None = None,
-    **plan: float,
+    **recipe: float,
 ) -> Case:
-    """Return a case of random data; `density` and `movable` are the shares of the mask and of the update mask."""
+    """Return a case of random data; `density` and `movable` are shares of weights: alive, and trainable."""
     rng = np.random.default_rng(seed)
     layout = layout_of(module, prunable_names(module, None))
     table = compile_layers(module, layout, shape)
     assert isinstance(table, LayerTable), table
     x = torch.from_numpy(rng.standard_normal((examples, *shape)).astype(np.float32))
     y = torch.from_numpy(rng.integers(0, table.num_classes, examples))
-    options = {"epochs": 2, "batch_size": 16, "lr": 0.05, **plan}
+    options = {"epochs": 2, "batch_size": 16, "lr": 0.05, **recipe}
     masks = [None if share is None else rng.random(layout.num_prunable) < share for share in (density, movable)]
-    return Case(module, layout, table, read(module, layout), x, y, Plan(**options), *masks)  # type: ignore[arg-type]
+    trainable = None if masks[1] is None else layout.over_params(masks[1])
+    return Case(module, layout, table, read(module, layout), x, y, tiny.recipe(**options), masks[0], trainable)

@@ -11,8 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedlth.models.layout import Params, layout_of, read
-from fedlth.training.train import Bound, Plan, evaluate, gradient, train
+from fedlth.training.evaluation import evaluate, gradient
+from fedlth.training.flat_model import FlatModel
+from fedlth.training.request import drawn_request
+from fedlth.training.train import train
 from fedlth.training.tuned import Tuned, tune
+from tests import tiny
 from tests.tiny import Small
 
 
@@ -47,11 +51,11 @@ def seeded(factory: object) -> nn.Module:
         return module
 
 
-def two(module: nn.Module, x: torch.Tensor) -> tuple[Bound, Bound, Params, Tuned]:
+def two(module: nn.Module, x: torch.Tensor) -> tuple[FlatModel, FlatModel, Params, Tuned]:
     layout = layout_of(module, [n for n, p in module.named_parameters() if p.dim() > 1])
     start, other = read(module, layout), copy.deepcopy(module)
     tuned = tune(other, x[:3])
-    return Bound(module, layout, "cpu"), Bound(other, layout, "cpu", None, tuned), start, tuned
+    return FlatModel(module, layout, "cpu"), FlatModel(other, layout, "cpu", None, tuned), start, tuned
 
 
 @pytest.mark.parametrize("way", ["flatten", "view"])
@@ -64,15 +68,17 @@ def test_training_evaluation_and_gradient_equal_the_reference(way: str, masked: 
     draw = np.random.default_rng(0)
     mask = draw.random(plain.layout.num_prunable) < 0.5 if masked else None
     update = draw.random(plain.layout.num_prunable) < 0.5 if masked else None
-    plan, found = Plan(epochs=2, batch_size=8, lr=0.05, momentum=0.9, weight_decay=0.01), []
-    for bound in (plain, quick):
+    recipe, found = tiny.recipe(epochs=2, batch_size=8, lr=0.05, momentum=0.9, weight_decay=0.01), []
+    trainable = None if update is None else plain.layout.over_params(update)
+    request = drawn_request(
+        start, (x, y), recipe, order=np.random.default_rng(1), torch_seed=3, active=mask, trainable=trainable,
+        snapshots=(1,),
+    )  # fmt: skip
+    for model in (plain, quick):
         with torch.random.fork_rng(devices=[]):
-            done = train(
-                bound, start, data=(x, y), plan=plan, order=np.random.default_rng(1), torch_seed=3,
-                mask=mask, update=update, snapshots=(1,),
-            )  # fmt: skip
-            part = gradient(bound, done.params, (x, y))
-            found.append((done, evaluate(bound, done.params, (x, y)), part))
+            done = train(model, request)
+            part = gradient(model, done.params, (x, y))
+            found.append((done, evaluate(model, done.params, (x, y)), part))
     (a, seen, slope), (b, seen_2, slope_2) = found
     assert np.abs(a.params.floats - b.params.floats).max() < 1e-5 and (a.params.ints == b.params.ints).all()
     assert np.abs(a.snapshots[1] - b.snapshots[1]).max() < 1e-5

@@ -1,0 +1,255 @@
+"""A study, resolved once: method, finder, arms, phases, and the task they run on. What comes later is handed this."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedlth import rng
+from fedlth.errors import StudyError
+from fedlth.methods.aggregate import CountMean
+from fedlth.methods.client_update import ClientUpdate, MaskedUpdate
+from fedlth.methods.fedpm import first_scores
+from fedlth.methods.method import Dense, Down, FederatedMethod, Phase, Sampled, Waves, check_frozen
+from fedlth.methods.table import METHODS
+from fedlth.models.layout import Layout, Params
+from fedlth.personalization.personalise import NEED_NO_GLOBAL, TICKET, Personalise, Refined
+from fedlth.study import schema
+from fedlth.study.parts import make
+from fedlth.study.schema import Study
+from fedlth.tickets.dead import DEADS
+from fedlth.tickets.finder import Finder
+from fedlth.tickets.gate import GATES, STOPS
+from fedlth.tickets.granularity import GRANULARITIES
+from fedlth.tickets.rewind import REWINDS
+from fedlth.tickets.schedule import SCHEDULES
+from fedlth.tickets.scope import SCOPES
+from fedlth.tickets.score import SCORES
+from fedlth.training.task import World, open_world
+from fedlth.wire.codec import CODECS, Codec
+
+KEPT_FIRST = ("ticket", "own_tuned", "own", "dense", "local")  # tuned before untuned, personal before dense
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a resolved study means. Cheap to make: data and model are built when `world` is first asked for."""
+
+    study: Study
+    method: FederatedMethod
+    finder: Finder
+    arms: tuple[str, ...]
+
+    @staticmethod
+    def of(study: Study) -> Experiment:
+        """Return what a resolved study means; raise StudyError naming the place."""
+        method = method_of(study)
+        return Experiment(study, method, finder_of(study), study.personalise.arms or method.arms)
+
+    @cached_property
+    def text(self) -> str:
+        """The study's canonical JSON: what a worker is given, and makes the same experiment of."""
+        return self.study.science()
+
+    @cached_property
+    def world(self) -> World:
+        return open_world(self.text)
+
+    @cached_property
+    def codec(self) -> Codec:
+        return CODECS[self.study.wire]
+
+    @cached_property
+    def phases(self) -> tuple[Phase, ...]:
+        """The method's phases, then step 2, then the rounds inside the tickets, with the study's counts filled in."""
+        study, slices = self.study, self.method.slices
+        found = [self._filled(phase) for phase in self.method.phases]
+        personalise = Personalise(
+            own=self.method.own, finder=self.finder, arms=self.arms, targets=study.finder.densities,
+            main=self.main_density, kept=self.kept_arm, learns_scores=self.method.space == "scores",
+            sends=((TICKET, "mask"),) if study.refine.rounds else (),
+        )  # fmt: skip
+        found.append(self._wave("personalise", personalise, "slice" if slices else "broadcast" if found else "nothing"))
+        if study.refine.rounds:
+            found.append(
+                Phase(
+                    name="refine",
+                    update=MaskedUpdate(),
+                    join=CountMean(),
+                    down="slice",
+                    own_mask=True,
+                    who=Sampled(study.refine.clients_per_round),
+                    rounds=study.refine.rounds,
+                )  # fmt: skip
+            )
+            found.append(self._wave("refined", Refined(main=self.main_density), "slice"))
+        return tuple(phase for phase in found if phase.rounds)
+
+    def _wave(self, name: str, update: ClientUpdate, down: Down) -> Phase:
+        size = self.study.personalise.clients_per_wave
+        rounds = math.ceil(self.study.clients.count / size)
+        return Phase(name=name, update=update, who=Waves(size), rounds=rounds, down=down, own_mask=True)
+
+    def _filled(self, phase: Phase) -> Phase:
+        federate, who = self.study.federate, phase.who
+        if isinstance(who, Sampled) and not who.count:
+            who = Sampled(federate.clients_per_round)
+        return replace(phase, who=who, rounds=phase.rounds or federate.rounds)
+
+    @cached_property
+    def federated_phases(self) -> tuple[Phase, ...]:
+        """Step 1: the method's own phases."""
+        own = {phase.name for phase in self.method.phases}
+        return tuple(phase for phase in self.phases if phase.name in own)
+
+    def phase(self, name: str) -> Phase:
+        return next(phase for phase in self.phases if phase.name == name)
+
+    @cached_property
+    def steps(self) -> tuple[tuple[Phase, int], ...]:
+        """Every commit's phase and round, in order; they depend on the study alone."""
+        return tuple((phase, round) for phase in self.phases for round in range(1, phase.rounds + 1))
+
+    def clients(self, phase: Phase, round: int) -> list[int]:
+        """Return who takes part in a round, sorted."""
+        everyone = range(self.study.clients.count)
+        seen = [c for c in everyone if c not in self.world.splits.unseen]
+        draw = rng.stream(self.study.seed, f"sample {phase.name}", round)
+        return phase.who(round, seen=seen, everyone=everyone, rng=draw)
+
+    @property
+    def federated(self) -> bool:
+        """Say whether anything crosses: a method without phases, and no rounds inside tickets, sends nothing."""
+        return bool(self.method.phases)
+
+    @property
+    def trains_weights(self) -> bool:
+        return self.federated and self.method.space == "weights"
+
+    @cached_property
+    def slices(self) -> bool:
+        """Say whether any phase sends slices: both ends then keep the mask of what each client shares."""
+        return any(phase.down == "slice" for phase in self.phases)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The layout of the global state: the exchanged model, or its prunable tensors as scores."""
+        return self.layout_of("values")
+
+    def layout_of(self, kind: str) -> Layout:
+        """Return the layout of a message's kind."""
+        if self.method.space == "scores" or kind == "scores":
+            return self._scores
+        return self.world.exchange
+
+    @cached_property
+    def _scores(self) -> Layout:
+        return self.world.exchange.select(lambda e: e.prunable)
+
+    def initial(self) -> Params:
+        """Return round 0's global state, which both ends draw from the study's seed."""
+        world = self.world
+        return world.shared_part(world.theta_0) if self.method.space == "weights" else first_scores(world)
+
+    def first_mask(self, client: int) -> np.ndarray | None:
+        """Return what a client shares before it has chosen, (exchange.num_prunable,) bool; None for everything."""
+        if self.method.first_mask == Dense():
+            return None
+        mask = self.world.shared_mask(self.method.first_mask(self.world, client))
+        return None if mask.all() else mask
+
+    @cached_property
+    def rewind_targets(self) -> list[str]:
+        """Name the earlier global models that step 2 rewinds to; they are kept and shipped once each."""
+        anchor = self.finder.rewind.anchor
+        searched = {"ticket", "one_shot", "random"} & set(self.arms)
+        # theta_g@0 is theta_0, which every client draws from the seed.
+        return [anchor] if anchor and "@" in anchor and anchor != "theta_g@0" and searched else []
+
+    def needs_whole(self, phase: Phase) -> bool:
+        """Say whether controls need the whole global model beside a client's slice; it is counted as evaluation."""
+        return phase.name == "personalise" and not set(self.arms) <= NEED_NO_GLOBAL
+
+    @property
+    def main_density(self) -> float:
+        """The density of the ticket that is kept."""
+        f = self.study.finder
+        return f.main if f.main is not None else f.densities[-1]
+
+    @property
+    def kept_arm(self) -> str | None:
+        """The arm whose model is saved for each client; None where nothing is personal."""
+        return next((arm for arm in KEPT_FIRST if arm in self.arms), None)
+
+    @property
+    def product_arm(self) -> str | None:
+        """The arm that is what a client ends with: the kept one, refined where the study refines."""
+        return "refined" if self.study.refine.rounds else self.kept_arm
+
+    @property
+    def random_starts(self) -> tuple[str, ...]:
+        """The names of the weights that the arm `random` starts from."""
+        return ("theta_g", "theta_0") if self.world.model.brought else ("theta_g", "theta_0", "reinit")
+
+
+def open_experiment(text: str) -> Experiment:
+    """Return the experiment of a study's canonical JSON; the last two are kept, since every job of a run names one."""
+    # Each time, whoever set it in between: bits hold at one thread count, and spinning threads are 5-20 x slower.
+    torch.set_num_threads(1)
+    return _opened(text)
+
+
+@lru_cache(maxsize=2)
+def _opened(text: str) -> Experiment:
+    return Experiment.of(schema.build(json.loads(text)))
+
+
+def method_of(study: Study) -> FederatedMethod:
+    """Return the study's method; raise StudyError naming the place."""
+    method = make(METHODS, study.method, "method")
+    name = study.method["name"]
+    if not isinstance(method, FederatedMethod):
+        wanted = "fedlth.methods.method.FederatedMethod"
+        raise StudyError(f"method: {name} must return a {wanted}, got {type(method).__name__}")
+    check_frozen(method)
+    checks: list[tuple[str, Any, bool, str]] = [
+        ("space", method.space, method.space in ("weights", "scores"), "weights or scores")
+    ]
+    for phase in method.phases:
+        rule = all(hasattr(phase.join, part) for part in ("init", "add", "result"))
+        checks += [
+            ("name", phase.name, bool(re.fullmatch("[a-z_]+", phase.name)), "letters a-z and _"),
+            ("down", phase.down, phase.down in ("broadcast", "slice"), "broadcast or slice"),
+            ("update", phase.update, callable(phase.update) and hasattr(phase.update, "sends"), "a ClientUpdate"),
+            ("join", phase.join, rule, "a rule with init, add and result"),
+        ]
+    for place, value, fits, wanted in checks:
+        if not fits:
+            raise StudyError(f"method: {name}: its {place} must be {wanted}, got {value!r}")
+    names = [phase.name for phase in method.phases]
+    taken = {n for n in names if names.count(n) > 1 or n in ("personalise", "refine", "refined")}
+    if taken:
+        raise StudyError(f"method: {name}: phase names must be unique and not those of step 2, got {min(taken)}")
+    return method
+
+
+def finder_of(study: Study) -> Finder:
+    """Return the study's ticket finder; raise StudyError naming the place."""
+    f = study.finder
+    return Finder(
+        score=make(SCORES, f.score, "finder.score"),
+        schedule=make(SCHEDULES, f.schedule, "finder.schedule"),
+        scope=make(SCOPES, f.scope, "finder.scope"),
+        rewind=make(REWINDS, f.rewind, "finder.rewind"),
+        granularity=make(GRANULARITIES, f.granularity, "finder.granularity"),
+        dead=make(DEADS, f.dead, "finder.dead"),
+        gate=make(GATES, f.gate, "finder.gate"),
+        stop=make(STOPS, f.stop, "finder.stop"),
+    )

@@ -1,0 +1,157 @@
+"""The door: every reply is decoded and checked here, and nothing of it is believed before."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fedlth.data.split import ClientSplit
+from fedlth.federation.jobs import Reply
+from fedlth.methods.aggregate import Contribution
+from fedlth.models.layout import Layout
+from fedlth.storage.records import MetricRow, VisitRecord, read, visit_record
+from fedlth.wire import mask as bitmap
+from fedlth.wire import metrics, payload
+from fedlth.wire.codec import Codec
+from fedlth.wire.errors import PayloadError
+from fedlth.wire.payload import Content
+from fedlth.wire.reference import Reference
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A reply that passed every check: an update's contribution, a visit's numbers, rows of step 2 as sent.
+
+    `masks` are those of each message with a mask, by name.
+    """
+
+    contribution: Contribution | None = None
+    masks: Mapping[str, np.ndarray] = field(default_factory=dict)
+    visit: VisitRecord | None = None
+    rows: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def mask(self) -> np.ndarray | None:
+        """The mask of the first message, None where none came."""
+        return next(iter(self.masks.values()), None)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a client's upload may refer to: the mask of what it was sent, None for all, and the floats that it held."""
+
+    mask: np.ndarray | None
+    sent: Reference | None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a reply must fit.
+
+    The client's own parts of the data; in step 2, the arms and their target densities, and what tensors are prunable;
+    the messages that its phase's update sends, by name: kind and layout. `named`: the mask that comes up is that of a
+    model in the rows. `own_mask`: values may lie under another mask than what was sent.
+    """
+
+    split: ClientSplit
+    unseen: bool
+    sends: Mapping[str, tuple[str, Layout]]
+    own_mask: bool
+    arms: frozenset[str] = frozenset()
+    targets: frozenset[float] = frozenset()
+    layers: frozenset[str] = frozenset()
+    named: bool = True
+
+
+def accept(reply: Reply, *, codec: Codec, held: Held, asked: Asked) -> Accepted:
+    """Decode and check one reply; raise PayloadError saying why it is refused. A refusal costs only its sender."""
+    record_name = "arms" if asked.arms else "visit"
+    contents: dict[str, Content] = {}
+    record: dict[str, Any] | None = None
+    for message in reply.outbox:
+        kind, name = message.kind, message.name
+        if (kind, name) == ("metrics", record_name) and record is None:
+            record = metrics.decode(message.payload)
+        elif name in asked.sends and asked.sends[name][0] == kind and name not in contents:
+            refers = kind != "scores" and name == next(iter(asked.sends))  # as the client encodes it
+            contents[name] = payload.decode(
+                message.payload, kind, asked.sends[name][1], codec=codec, known_mask=held.mask if refers else None,
+                reference=held.sent if refers else None,
+            )  # fmt: skip
+        else:
+            again = name in contents or ((kind, name) == ("metrics", record_name))
+            why = "came twice" if again else "was not asked for"
+            raise PayloadError(f"a {_short(kind)} message {_short(name)} {why}")
+    if record is None:
+        raise PayloadError("no metrics came")
+    for name, (kind, _) in asked.sends.items():
+        if name not in contents and not asked.arms:
+            raise PayloadError(f"no {kind} came")
+        if name in contents:
+            _check_content(contents[name], kind, held, asked)
+    masks = {name: content.mask for name, content in contents.items()}
+    first = next(iter(contents.values()), None)
+    try:
+        if asked.arms:
+            return Accepted(masks=masks, rows=_rows(record, first, reply, asked))
+        visit = visit_record(record)
+        if visit.num_examples != len(asked.split.train):
+            raise ValueError(f"num_examples must be {len(asked.split.train)}, got {visit.num_examples}")
+    except ValueError as error:
+        raise PayloadError(f"metrics: {error}") from error
+    if first is None:
+        return Accepted(visit=visit)
+    others = {name: content for name, content in contents.items() if content is not first}
+    return Accepted(Contribution(reply.client, visit.num_examples, first, others), masks, visit)
+
+
+def _check_content(content: Content, kind: str, held: Held, asked: Asked) -> None:
+    if kind != "mask" and content.floats is None:
+        raise PayloadError(f"{kind} were wanted, a bare mask came")
+    if kind == "mask" and content.floats is not None:
+        raise PayloadError("a bare mask was wanted, values came")
+    if kind != "values" or asked.own_mask:
+        return
+    if held.mask is None and not content.mask.all():
+        raise PayloadError("a dense update was wanted, a sparse one came")
+    if held.mask is not None and not np.array_equal(content.mask, held.mask):
+        raise PayloadError("an update of what was sent was wanted, one under another mask came")
+
+
+def _rows(record: Mapping[str, Any], content: Content | None, reply: Reply, asked: Asked) -> tuple[dict[str, Any], ...]:
+    """Return step 2's rows, each as it came; raise ValueError naming the field that is wrong."""
+    rows = record.get("rows")
+    if set(record) != {"rows"} or not isinstance(rows, list) or not rows or not all(isinstance(r, dict) for r in rows):
+        raise ValueError(f"rows must be a list of records and all there is, got {_short(record)}")
+    parsed = [read(MetricRow, row, strict=True) for row in rows]
+    known = {
+        "client": reply.client, "unseen": asked.unseen, "num_train": len(asked.split.train),
+        "num_val": len(asked.split.val), "num_test": len(asked.split.test),
+    }  # fmt: skip
+    met: set[tuple[str, float]] = set()
+    for row in parsed:
+        for name, value in known.items():
+            if getattr(row, name) != value:
+                raise ValueError(f"{name} must be {value}, got {getattr(row, name)}")
+        if row.arm not in asked.arms or row.target_density not in asked.targets:
+            raise ValueError(f"arm {row.arm!r} at target_density {row.target_density} was not asked for")
+        if (row.arm, row.target_density) in met:
+            raise ValueError(f"arm {row.arm!r} at target_density {row.target_density} came twice")
+        if row.layer_density.keys() != asked.layers:
+            raise ValueError(f"layer_density must name the model's prunable tensors, got {_short(row.layer_density)}")
+        met.add((row.arm, row.target_density))
+    if content is not None and asked.named and _name(content.mask) not in {row.ticket for row in parsed}:
+        raise ValueError("ticket must name the mask that came with the rows, in one of them")
+    return tuple(rows)
+
+
+def _name(mask: np.ndarray) -> str:
+    return "" if mask.all() else bitmap.digest(mask)
+
+
+def _short(value: object) -> str:
+    return reprlib.repr(value)

@@ -1,0 +1,97 @@
+"""What a round sends down: each client's inbox, and what its answer may refer to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from fedlth.experiment.experiment import Experiment
+from fedlth.federation.door import Held
+from fedlth.federation.jobs import Message
+from fedlth.methods.client_update import THETA_G
+from fedlth.methods.method import Phase
+from fedlth.models.layout import Layout, Params
+from fedlth.storage.server_state import ServerState
+from fedlth.wire import payload
+from fedlth.wire.codec import RAW, Codec
+from fedlth.wire.payload import Content
+from fedlth.wire.reference import Reference
+
+
+def broadcast(
+    kind: str, name: str, theta: Params, layout: Layout, codec: Codec = RAW, mask: np.ndarray | None = None
+) -> Message:
+    """Encode the global state once, for everyone; of a model with a mask, what it keeps."""
+    content = Content(np.ones(layout.num_prunable, bool) if mask is None else mask, theta.floats, theta.ints)
+    return Message(kind, name, payload.encode(kind, layout, content, codec=codec), broadcast=True)
+
+
+def slice_for(
+    name: str, theta: Params, layout: Layout, mask: np.ndarray, codec: Codec = RAW, *, alone: bool = False
+) -> Message:
+    """Encode what a client's last committed mask holds; the client has that mask, so no bits of it are sent.
+
+    `alone` sends the mask too, to a client that has lost it.
+    """
+    content, known = Content(mask, theta.floats, theta.ints), None if alone else mask
+    return Message("values", name, payload.encode("values", layout, content, codec=codec, known_mask=known))
+
+
+@dataclass(frozen=True)
+class Downloads:
+    """One round's downloads. The global state is encoded once for everyone, and decoded here at most once.
+
+    `masks` are what each client shares, where the phase sends slices; `rewind_targets` earlier global models by name.
+    """
+
+    experiment: Experiment
+    phase: Phase
+    state: ServerState
+    masks: Mapping[int, np.ndarray]
+    rewind_targets: Mapping[str, Params]
+
+    def inbox(self, client: int, *, alone: bool = False) -> tuple[Message, ...]:
+        """Return what a client is sent; `alone` means that nothing in it depends on what the client holds."""
+        if self.phase.down == "nothing":
+            return ()
+        mask = self.masks.get(client)
+        if mask is None:
+            return self._shared
+        theta, layout, codec = self.state.theta, self.experiment.layout, self.experiment.codec
+        own = slice_for(THETA_G, theta, layout, mask, codec, alone=alone)
+        whole = self._shared[:1] if self.experiment.needs_whole(self.phase) else ()
+        return (own, *(replace(m, kind="evaluation") for m in whole), *self._shared[1:])
+
+    def held(self, client: int, inbox: Sequence[Message]) -> Held:
+        """Return what a client's answer may refer to: its download, decoded as the client decoded it.
+
+        In step 2 a mask comes on its own, not as a change of what the client shared before.
+        """
+        known = self.mask(client)
+        floats = None
+        if inbox and self.experiment.codec.refers and self.phase.update.sends:
+            floats = self._whole if inbox[0].broadcast else self._decoded(inbox[0], known)
+        return Held(None if self.phase.in_waves else known, floats)
+
+    def mask(self, client: int) -> np.ndarray | None:
+        """Return the mask of what a client is sent, None for all."""
+        return self.masks.get(client, self.state.mask)
+
+    @cached_property
+    def _shared(self) -> tuple[Message, ...]:
+        experiment, codec, mask = self.experiment, self.experiment.codec, self.state.mask
+        kind = "values" if experiment.method.space == "weights" else "scores"
+        first = broadcast(kind, THETA_G, self.state.theta, experiment.layout, codec, mask)
+        rest = (broadcast("values", n, p, experiment.layout, codec, mask) for n, p in self.rewind_targets.items())
+        return (first, *rest)
+
+    @cached_property
+    def _whole(self) -> Reference | None:
+        return self._decoded(self._shared[0], None)
+
+    def _decoded(self, own: Message, known: np.ndarray | None) -> Reference | None:
+        layout, codec = self.experiment.layout, self.experiment.codec
+        return payload.decode(own.payload, own.kind, layout, codec=codec, known_mask=known).reference

@@ -1,0 +1,212 @@
+"""One round's jobs and replies: each reply is judged in client order, recorded, kept, and let go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from fedlth.experiment.experiment import Experiment
+from fedlth.federation import ledger_rows
+from fedlth.federation.door import Accepted, Asked, accept
+from fedlth.federation.downloads import Downloads
+from fedlth.federation.jobs import RESYNC, Failure, Job, Message, Reply
+from fedlth.federation.update_norms import Distances, UpdateNorms
+from fedlth.methods.aggregate import Contribution
+from fedlth.methods.client_update import VALUES
+from fedlth.methods.method import Phase
+from fedlth.personalization.arms import row_name
+from fedlth.storage.ledger import Row
+from fedlth.storage.run_folder import Progress, RunFolder
+from fedlth.storage.state_archive import Writer
+from fedlth.wire.errors import PayloadError
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """An answer at the door: what was accepted of it, or why it is refused; None where there is no reply."""
+
+    job: Job
+    answer: Reply | Failure
+    kind: str
+    got: Accepted | PayloadError | None
+    distances: Distances | None = None
+
+
+@dataclass
+class Replies:
+    """A round's replies and what came of them.
+
+    The round loop draws `jobs`, hands every reply to `judged`, and joins what that yields. States and masks are written
+    as they come; they are current only once the round is committed.
+    """
+
+    experiment: Experiment
+    phase: Phase
+    round: int
+    folder: RunFolder
+    progress: Progress
+    downloads: Downloads
+    clients: Sequence[int]
+    norms: UpdateNorms
+    holds_state: bool
+    rows: list[Row] = field(default_factory=list)
+    failed: list[dict[str, Any]] = field(default_factory=list)
+    times: list[dict[str, Any]] = field(default_factory=list)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    seen: list[float] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    mirrors: dict[str, str | None] = field(default_factory=dict)
+    resyncs: int = 0
+    _tries: dict[int, list[Row]] = field(default_factory=dict)
+    _waiting: list[Arrived] = field(default_factory=list)
+
+    @property
+    def version(self) -> str:
+        """Name the states that this round makes."""
+        return f"{self.phase.name}-{self.round}"
+
+    def jobs(self) -> Iterator[Job]:
+        return (self._job(c, self.downloads.inbox(c)) for c in self.clients)
+
+    def _job(self, client: int, inbox: tuple[Message, ...], *, forget: bool = False) -> Job:
+        version = "" if forget else self.progress.versions.get(str(client), "")
+        state = None if self.holds_state else self.folder.clients.get(client, version)
+        return Job(
+            study=self.experiment.text, phase=self.phase.name, round=self.round, client=client, inbox=inbox,
+            version=version, state=state,
+        )  # fmt: skip
+
+    def again(self, job: Job, reply: Reply) -> Job | None:
+        """Return a job that depends on nothing, once, for a client that has lost what its download referred to.
+
+        Notes the rows of the first try, which was sent too.
+        """
+        depends = job.version or job.client in self.downloads.masks  # nothing else can have been lost
+        if not _asks(job, reply) or not depends or job.client in self._tries:
+            return None
+        self._tries[job.client] = self._rows_down(job, reply) + self._rows_up(reply, {}, "ok")
+        self.resyncs += 1
+        forget = not any(reply.outbox[0].payload)
+        return self._job(job.client, self.downloads.inbox(job.client, alone=True), forget=forget)
+
+    def judged(self, job: Job, answer: Reply | Failure, states: Writer, masks: Writer) -> Iterator[Contribution]:
+        """Check an answer, and yield what may be joined; the first updates of a phase wait for a majority."""
+        self._waiting.append(self._opened(job, answer))
+        # A first majority must be there before anyone is held against it: two updates wait for a third.
+        updates = [one.distances for one in self._waiting if one.distances is not None]
+        if not updates or self.norms.known(updates):
+            yield from self.rest(states, masks)
+
+    def rest(self, states: Writer, masks: Writer) -> Iterator[Contribution]:
+        """Yield what still waits, in client order: ledger rows of each answer, and what was accepted."""
+        updates = [one.distances for one in self._waiting if one.distances is not None]
+        while self._waiting:
+            one = self._waiting.pop(0)
+            job, answer, got = one.job, one.answer, one.got
+            self.times.append(self._time_row(answer))
+            self.rows += self._tries.get(job.client, [])
+            self.rows += self._rows_down(job, answer, one.kind)
+            if isinstance(answer, Failure):
+                self.failed.append({"client": job.client, "kind": answer.kind, "reason": answer.reason})
+                self.rows.append(ledger_rows.failed(self.round, self.phase.name, answer))
+                continue
+            if isinstance(got, Accepted) and one.distances is not None:
+                try:
+                    self.norms.check(one.distances, updates)
+                except PayloadError as error:
+                    got = error
+            if not isinstance(got, Accepted):
+                self.failed.append({"client": job.client, "kind": "refused", "reason": str(got)})
+                self.rows += self._rows_up(answer, {}, f"refused: {got}")
+                continue
+            self.rows += self._rows_up(answer, got.masks, "ok")
+            self._keep(answer, got, states, masks)
+            if one.distances is not None:
+                self.norms.accept(one.distances)
+                updates.remove(one.distances)
+            if got.contribution:
+                yield got.contribution
+
+    def _opened(self, job: Job, answer: Reply | Failure) -> Arrived:
+        """Decode and check an answer; each is judged alone."""
+        kind = "resync" if job.client in self._tries else ""
+        if isinstance(answer, Failure):
+            return Arrived(job, answer, kind, None)
+        try:
+            if (answer.client, answer.round) != (job.client, job.round):
+                raise PayloadError(f"client {answer.client} answered for client {job.client}")
+            held = self.downloads.held(job.client, job.inbox)
+            got = accept(answer, codec=self.experiment.codec, held=held, asked=self._asked(job.client))
+            update = got.contribution.content if got.contribution and self._sends_values else None
+            return Arrived(job, answer, kind, got, self.norms.distances(update) if update else None)
+        except PayloadError as error:
+            return Arrived(job, replace(answer, client=job.client), kind, error)
+
+    @property
+    def _sends_values(self) -> bool:
+        return self.phase.update.sends[:1] == VALUES
+
+    def _asked(self, client: int) -> Asked:
+        """Return what the server knows of a client's answer before it comes."""
+        splits = self.experiment.world.splits
+        return replace(self._asked_of_all, split=splits.clients[client], unseen=client in splits.unseen)
+
+    @cached_property
+    def _asked_of_all(self) -> Asked:
+        experiment, phase = self.experiment, self.phase
+        layout, sends = experiment.world.layout, phase.update.sends
+        arms: tuple[str, ...] = ()
+        if phase.in_waves:
+            arms = ("refined",) if phase.name == "refined" else tuple(map(row_name, experiment.arms))
+        return Asked(
+            split=experiment.world.splits.clients[0], unseen=False, own_mask=phase.own_mask,
+            sends={name: (kind, experiment.layout_of(kind)) for name, kind in sends}, arms=frozenset(arms),
+            targets=frozenset((1.0, *experiment.study.finder.densities, experiment.main_density)),
+            layers=frozenset(e.name for e in layout.prunable),
+            named=experiment.layout.num_prunable == layout.num_prunable,
+        )  # fmt: skip
+
+    def _keep(self, answer: Reply, got: Accepted, states: Writer, masks: Writer) -> None:
+        client = str(answer.client)
+        self.versions[client] = self.version
+        if not self.holds_state and answer.state is not None:
+            states.add(answer.client, answer.state)
+        if got.mask is not None and got.mask.all():
+            self.mirrors[client] = None
+        elif got.mask is not None and self.experiment.slices:
+            masks.add(answer.client, self.folder.packed_mask(got.mask))
+            self.mirrors[client] = self.version
+        self.metrics += got.rows
+        if got.visit is not None and got.visit.val_accuracy is not None:
+            self.seen.append(got.visit.val_accuracy)
+
+    def _rows_down(self, job: Job, answer: Reply | Failure, kind: str = "") -> list[Row]:
+        first = "install" if str(job.client) not in self.progress.versions else ""
+        return ledger_rows.down(
+            self.round, self.phase.name, job.client, job.inbox, self.downloads.masks.get(job.client),
+            answer.framed_down_bytes, layout=self.experiment.layout, everyones=self.downloads.state.mask,
+            kind=kind or first,
+        )  # fmt: skip
+
+    def _rows_up(self, answer: Reply, masks: Mapping[str, np.ndarray], status: str) -> list[Row]:
+        return ledger_rows.up(self.round, self.phase.name, answer, masks, status, layout_of=self.experiment.layout_of)
+
+    def _time_row(self, answer: Reply | Failure) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "round": self.round, "phase": self.phase.name, "client": answer.client, "worker": answer.worker
+        }  # fmt: skip
+        if isinstance(answer, Reply):
+            row |= {"seconds": answer.seconds, "device": answer.device}
+            if answer.work:
+                row["work"] = list(answer.work)
+        return row
+
+
+def _asks(job: Job, answer: Reply) -> bool:
+    """Say whether an answer is nothing but the request to send the download again."""
+    own = (answer.client, answer.round) == (job.client, job.round)
+    return own and [(m.kind, m.name, len(m.payload)) for m in answer.outbox] == [("control", RESYNC, 8)]

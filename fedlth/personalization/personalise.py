@@ -1,0 +1,172 @@
+"""Step 2 as a client update: the arms on the client's own data, one row a model, and the ticket that is kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from fedlth.methods.client_update import (
+    THETA_G,
+    ClientUpdate,
+    Inbox,
+    MaskedUpdate,
+    PersonalUpdate,
+    Update,
+    private,
+    received_params,
+)
+from fedlth.personalization.arms import arm_of, tuned
+from fedlth.personalization.step2 import Result, Step2
+from fedlth.storage.client_state import ClientState
+from fedlth.storage.records import MetricRow
+from fedlth.tickets.finder import Finder
+from fedlth.training.local_client import Local
+from fedlth.wire import mask as bitmap
+from fedlth.wire.payload import Content
+
+EVALUATION, TICKET = (
+    "evaluation",
+    "ticket",
+)  # the whole global model for controls beside a slice; a bare mask on its way up
+NEED_NO_GLOBAL = frozenset({"own", "own_tuned", "local", "frozen_random"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Personalise:
+    """Search, train and evaluate the `arms`; keep the model of the arm `kept` at the density `main`.
+
+    `own` has the method's own model. `learns_scores`: the global state are scores. `sends` the ticket's mask where
+    federated rounds inside the tickets follow.
+    """
+
+    own: ClientUpdate
+    finder: Finder
+    arms: tuple[str, ...]
+    targets: tuple[float, ...]
+    main: float
+    kept: str | None
+    learns_scores: bool = False
+    sends: tuple[tuple[str, str], ...] = ()
+
+    def __call__(self, local: Local, inbox: Inbox, state: ClientState, /) -> Update:
+        return _reported(local, self._results(local, inbox, state), state, self.kept, self.main, bool(self.sends))
+
+    def _results(self, local: Local, inbox: Inbox, state: ClientState) -> Iterator[Result]:
+        """Yield the models one at a time: each is let go, for it holds a whole model."""
+        step = self.step2(local, inbox, state)
+        for name in sorted(self.arms, key="random".__eq__):  # last: it shuffles the masks that the ticket has found
+            yield from arm_of(name)(step)
+
+    def step2(self, local: Local, inbox: Inbox, state: ClientState) -> Step2:
+        """Return what the arms work with."""
+        world, own = local.world, private(local, state)
+        if self.learns_scores:
+            update: Any = self.own
+            held = update.own(local, inbox, state)
+            theta_g, alive = held.params, held.mask
+        else:
+            whole = inbox.get(EVALUATION, inbox[THETA_G])
+            theta_g, alive = world.merge(received_params(whole), own), world.whole_mask(whole.mask, local.full)
+        anchors = {"theta_0": world.theta_0, "theta_g@0": world.theta_0, "theta_g": theta_g}
+        for name, content in inbox.items():
+            if name.startswith("theta_g@"):
+                anchors[name] = world.merge(received_params(content), own)
+        return Step2(local, self.own, inbox, state, theta_g, alive, anchors, self.finder, self.targets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refined:
+    """Evaluate the ticket after the federated rounds inside the tickets, trained once more on the client's own data."""
+
+    main: float
+    own: PersonalUpdate = field(default_factory=MaskedUpdate)
+    sends: tuple[tuple[str, str], ...] = ()
+
+    def __call__(self, local: Local, inbox: Inbox, state: ClientState, /) -> Update:
+        results = (tuned("refined", local, self.own, inbox, state, self.main) for _ in range(1))
+        return _reported(local, results, state, "refined", self.main, mask=False)
+
+
+def _reported(
+    local: Local, results: Iterator[Result], state: ClientState, arm: str | None, main: float, mask: bool
+) -> Update:
+    """Evaluate each model, keep one in the state; `mask`: send its mask up, in which the client goes on."""
+    world = local.world
+    rows: list[dict[str, Any]] = []
+    kept: Result | None = None
+    for result in results:
+        row = row_of(local, result)
+        rows.append(row.record())
+        if result.cpu_s[0]:
+            cost = {"cpu_s": result.cpu_s[0], "last_cpu_s": result.cpu_s[1]}
+            local.work.append({"arm": result.arm, "target_density": result.target, **cost})
+        # The kept arm's at the main density, else its first.
+        if result.arm == arm and (kept is None or result.target == main != kept.target):
+            kept = replace(result, diverged=row.diverged)
+    if kept is not None and kept.diverged:
+        state = state.without("ticket").without("ticket_ints").without("ticket_dead")
+    elif kept is not None:
+        rest, moving = world.layout.num_prunable, world.moving_part(kept.params)
+        values = np.concatenate((moving.floats[np.flatnonzero(kept.mask)], moving.floats[rest:]))
+        state = state.with_(masks={"ticket": kept.mask}, vectors={"ticket": values, "ticket_ints": moving.ints})
+        if kept.held:
+            state = state.with_(vectors={"ticket_dead": kept.params.floats[:rest][~kept.mask]})
+    if kept is None or not mask:
+        return Update(state, rows=tuple(rows))
+    # Of a ticket that diverged too: refinement needs the mask alone, and trains the server's weights in it.
+    shared = world.shared_mask(kept.mask)
+    state = state.without("owed")
+    if shared is not kept.mask:
+        state = state.with_(masks={"active": kept.mask})
+    return Update(state, {TICKET: Content(shared, None, None)}, rows=tuple(rows))
+
+
+def row_of(local: Local, result: Result) -> MetricRow:
+    """Evaluate one finished model. Test data is read here alone; no training and no choice sees it.
+
+    A model that diverged, or whose loss is not finite, counts as a uniform guess among the classes. Its row says so for
+    what training and validation show; of a test loss no ticket file and no choice may depend.
+    """
+    world, size = local.world, local.full.size
+    if not (result.held or result.diverged) and ((result.params.floats[:size] != 0) & ~result.mask).any():
+        raise AssertionError(f"arm {result.arm}: a dead weight is not zero")
+    guess = 1 / world.dataset.num_classes, math.log(world.dataset.num_classes)
+    val, test, diverged = guess, guess, result.diverged
+    if not diverged:
+        val = local.evaluate(result.params, local.val_part)
+        test = local.evaluate(result.params, world.part(local.client, "test"))
+        if not math.isfinite(val[1]):
+            val, test, diverged = guess, guess, True
+        elif not math.isfinite(test[1]):
+            test = guess
+    split = world.splits.clients[local.client]
+    return MetricRow(
+        client=local.client,
+        unseen=local.client in world.splits.unseen,
+        arm=result.arm,
+        density=_share(result.mask),
+        target_density=result.target,
+        start=result.start,
+        epochs=result.epochs,
+        search_epochs=result.search_epochs,
+        train_flops=result.flops[0],
+        train_flops_effective=result.flops[1],
+        val_accuracy=val[0],
+        val_loss=val[1],
+        test_accuracy=test[0],
+        test_loss=test[1],
+        num_train=len(split.train),
+        num_val=len(split.val),
+        num_test=len(split.test),
+        ticket="" if result.mask.all() else bitmap.digest(result.mask),
+        layer_density={e.name: _share(result.mask[e.slice]) for e in world.layout.prunable},
+        diverged=diverged,
+    )
+
+
+def _share(mask: np.ndarray) -> float:
+    return int(np.count_nonzero(mask)) / mask.size

@@ -1,0 +1,122 @@
+"""One model on one data set, as the federation and the laboratory both need it: module, layout, weights, FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+from torch import nn
+
+from fedlth.data.dataset import Dataset
+from fedlth.data.tensors import inputs
+from fedlth.kernel import kernel
+from fedlth.kernel.graph import compile_layers
+from fedlth.kernel.table import LayerTable
+from fedlth.models.flops import layer_flops
+from fedlth.models.initial import brought, drawn, redrawn, refuse, torch_stream
+from fedlth.models.layout import Layout, Params, layout_of, read
+from fedlth.models.prunable import prunable_names
+from fedlth.rng import stream, torch_seed
+
+
+class ModelSpec(Protocol):
+    """A study's model section: which network, with what other options it is drawn anew, what of it is prunable."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def options(self) -> Mapping[str, Any]: ...
+    @property
+    def reinit_options(self) -> Mapping[str, Any]: ...
+    @property
+    def prunable(self) -> tuple[str, ...] | None: ...
+
+
+class Init(Protocol):
+    def __call__(self, params: Params, layout: Layout, rng: np.random.Generator, /) -> Params:
+        """Return initial weights in place of those that the network was drawn with."""
+        ...
+
+
+@dataclass(frozen=True)
+class AsDrawn:
+    """The network's own initialisation."""
+
+    def __call__(self, params: Params, layout: Layout, rng: np.random.Generator, /) -> Params:
+        return params
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ModelContext:
+    """What a model section decides before anything trains; weights are drawn from named streams of `seed`."""
+
+    spec: ModelSpec
+    dataset: Dataset
+    seed: int
+    init: Init = AsDrawn()
+
+    def module(self) -> nn.Module:
+        """Return a fresh module as theta_0 was drawn."""
+        return initial_module(self.spec, self.dataset.num_classes, self.dataset.input_shape, self.seed)
+
+    @cached_property
+    def _built(self) -> tuple[Layout, Params]:
+        module = self.module()
+        layout = layout_of(module, prunable_names(module, self.spec.prunable))
+        return layout, self.init(read(module, layout), layout, stream(self.seed, "theta_0"))
+
+    @property
+    def layout(self) -> Layout:
+        return self._built[0]
+
+    @property
+    def theta_0(self) -> Params:
+        return self._built[1]
+
+    def fresh(self, what: str, round: int = 0, client: int = -1) -> Params:
+        """Draw other initial weights from the stream so named; what nothing trains stays as in theta_0.
+
+        Raises StudyError where the model brings its weights: they would be theta_0's again.
+        """
+        refuse(self.brought, "start reinit")
+        return self._drawn(what, round, client)
+
+    @cached_property
+    def brought(self) -> str:
+        """Say which of theta_0's weights the model brings, which another draw gives again; "" where none."""
+        return brought(self.spec.name, self.layout, self.theta_0, self._drawn("second theta_0"))
+
+    def _drawn(self, what: str, round: int = 0, client: int = -1) -> Params:
+        module = drawn(
+            self.spec.name, num_classes=self.dataset.num_classes, input_shape=self.dataset.input_shape,
+            options={**self.spec.options, **self.spec.reinit_options}, seed=torch_seed(self.seed, what, round, client),
+        )  # fmt: skip
+        params = self.init(redrawn(module, self.layout), self.layout, stream(self.seed, what, round, client))
+        moving = self.layout.moving
+        return moving.put_into(self.theta_0, self.layout, moving.part_of(params, self.layout))
+
+    @cached_property
+    def table(self) -> LayerTable | str:
+        """Return the network as the compute kernel sees it, or one line that says why the kernel cannot run it."""
+        if self.dataset.x_train.dtype.kind == "i":
+            return "the inputs are tokens"
+        return kernel.available() or compile_layers(self.module(), self.layout, tuple(self.dataset.x_train.shape[1:]))
+
+    @cached_property
+    def flops(self) -> dict[str, int]:
+        """Forward FLOPs an example of each parameter's layer, by torch's flop counter; "" is the whole model."""
+        x, _ = inputs(self.dataset, np.arange(min(2, len(self.dataset.y_train))), train=True)
+        with torch_stream(0):
+            layers, total = layer_flops(self.module(), x)
+        return {**layers, "": total}
+
+
+def initial_module(spec: ModelSpec, num_classes: int, input_shape: tuple[int, ...], seed: int) -> nn.Module:
+    """Build a network as theta_0 is drawn; no data are needed."""
+    return drawn(
+        spec.name, num_classes=num_classes, input_shape=input_shape, options=spec.options,
+        seed=torch_seed(seed, "theta_0"),
+    )  # fmt: skip
