@@ -8,8 +8,7 @@ import pytest
 
 from fedlth import catalogue
 from fedlth.cli import parser
-from fedlth.experiment.experiment import finder_of
-from fedlth.experiment.resolve import resolve
+from fedlth.experiment.resolve import read
 from fedlth.lab import runner
 from fedlth.lab import study as lottery
 from fedlth.lab.controls import MASKS
@@ -89,9 +88,9 @@ def test_every_lottery_config_is_one(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path not in LOTTERIES], ids=lambda p: p.name)
 def test_every_config_is_a_study_without_dead_sections(path: Path) -> None:
-    study, notes = resolve(schema.load(path))
+    experiment, notes = read(schema.load(path))
     assert not [note for note in notes if "no effect" in note]
-    assert schema.build(parse(schema.dump(study), "dump")) == study
+    assert schema.build(parse(schema.dump(experiment.study), "dump")) == experiment.study
 
 
 def test_the_listing_names_every_kind() -> None:
@@ -119,8 +118,9 @@ def test_the_tables_of_finders_are_the_registry() -> None:
 
 @pytest.mark.parametrize("line", re.findall(r"^\| [^|`]+(?:`[^`]+`[^|]*)? \| `(\{.+\})` \|$", FINDERS, re.M))
 def test_every_composition_with_a_name_is_a_finder(line: str) -> None:
-    study, notes = resolve(tiny.study(finder=parse(line, "finders.md"), federate={"rounds": 5, "clients_per_round": 2}))
-    assert not notes and finder_of(study)
+    study = tiny.study(finder=parse(line, "finders.md"), federate={"rounds": 5, "clients_per_round": 2})
+    experiment, notes = read(study)
+    assert not notes and experiment.finder
 
 
 def test_the_parts_shown_in_the_docs_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
