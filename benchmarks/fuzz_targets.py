@@ -83,9 +83,8 @@ class Payloads:
         held, known = _held(self.layout)
         size, draw = self.layout.num_prunable, np.random.default_rng(1)
         floats = held + (0.05 * draw.normal(size=held.size)).astype(np.float32)
-        rows = [np.repeat(draw.random(e.shape[0]) < 0.5, e.size // e.shape[0]) for e in self.layout.prunable]
         near, far = np.abs(floats[:size]) > 1.2, draw.random(size) < 0.05
-        for mask in (near, far, np.concatenate(rows), known, np.ones(size, bool), draw.random(size) < 0.5):
+        for mask in (near, far, known, np.ones(size, bool), draw.random(size) < 0.5):
             sent = floats.copy()
             sent[:size][~mask] = 0
             whole = Content(mask, sent, np.full(self.layout.num_ints, 3))

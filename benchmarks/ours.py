@@ -13,19 +13,19 @@ from pathlib import Path
 
 from fedlth.engines.choose import _engine
 from fedlth.experiment.resolve import resolve
-from fedlth.federation import rounds, session
+from fedlth.federation.rounds import Federation
 from fedlth.storage.run_folder import RunFolder
 from fedlth.study import schema
 
 
 def main() -> None:
     given = json.loads(sys.stdin.readline())
-    study = session.backend(resolve(schema.build(given["study"]))[0])[0]
+    experiment, _ = resolve(schema.build(given["study"]))
     with tempfile.TemporaryDirectory(dir=given["folder"]) as place:
-        folder, engine = RunFolder(Path(place)), _engine(study)
-        folder.create(study)
+        folder, engine = RunFolder(Path(place)), _engine(experiment.study, lambda line: None)
+        folder.create(experiment.study)
         try:
-            loop = rounds.open_loop(folder, engine, lambda line: None)
+            loop = Federation(experiment, folder, engine, lambda line: None)
             loop.run(stop_after=given["skip"])
             print("ready", flush=True)
             for _ in sys.stdin:
@@ -36,11 +36,11 @@ def main() -> None:
             engine.close()
 
 
-def _steps(loop: rounds.Federation) -> int:
+def _steps(loop: Federation) -> int:
     """Return how many client-steps the last round had."""
     row = json.loads(loop.folder.log("rounds").read_bytes().splitlines()[-1])
     assert not row["failed"], row["failed"]
-    study, splits = loop.world.study, loop.world.splits.clients
+    study, splits = loop.experiment.study, loop.experiment.world.splits.clients
     return sum(study.train.epochs * -(-len(splits[c].train) // study.train.batch_size) for c in row["clients"])
 
 

@@ -11,26 +11,27 @@ from torch import nn
 from fedlth.data.dataset import Dataset
 from fedlth.data.idx import fashion_mnist
 from fedlth.methods.aggregate import FedAvg
-from fedlth.methods.client_update import MaskedUpdate, Update
-from fedlth.methods.method import FederatedMethod
+from fedlth.methods.client_update import THETA_G, UPDATE, Inbox, MaskedUpdate, Update
+from fedlth.methods.method import FederatedMethod, Phase
 from fedlth.storage.client_state import ClientState
 from fedlth.training.local_client import Local
-from fedlth.wire.payload import Content
 
 
 @dataclass(frozen=True)
 class Idle(MaskedUpdate):
-    """A visit without training: decode, keep a count, encode."""
+    """An update without training: decode, keep a count, encode."""
 
-    def __call__(self, local: Local, received: Content, state: ClientState, /) -> Update:
+    def __call__(self, local: Local, inbox: Inbox, state: ClientState, /) -> Update:
         kept = replace(state, visits=state.visits + 1)
-        return Update("values", received, kept, {"loss": 0.0, "val_accuracy": 0.0, "density": 1.0})
+        return Update(kept, {UPDATE: inbox[THETA_G]}, {"loss": 0.0, "val_accuracy": 0.0, "density": 1.0})
 
 
 def idle() -> FederatedMethod:
     """Return FedAvg whose clients send back what they were sent."""
-    about = {"paper": "benchmark", "summary": "no training"}
-    return FederatedMethod(name="idle", visit=Idle(), aggregate=FedAvg(), arms=("global",), **about)
+    phase = Phase(name="federate", update=Idle(), join=FedAvg())
+    return FederatedMethod(
+        name="idle", paper="benchmark", summary="no training", phases=(phase,), arms=("global",)
+    )  # fmt: skip
 
 
 def small(*, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:

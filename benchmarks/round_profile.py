@@ -21,7 +21,7 @@ from rounds import WORKS, idle_study, study
 
 from fedlth.engines.inprocess import InProcess
 from fedlth.experiment.resolve import resolve
-from fedlth.federation import client_step, ledger_rows, session
+from fedlth.federation import client_step, ledger_rows
 from fedlth.federation import rounds as loops
 from fedlth.federation.update_norms import UpdateNorms
 from fedlth.methods.aggregate import CountMean, FedAvg
@@ -99,13 +99,13 @@ def main() -> None:
     options.add_argument("--data")
     args = options.parse_args()
     tree = idle_study(args) if args.work == "idle" else study(args.work, args.density, False, args.wire, args)
-    made = session.backend(resolve(schema.build(tree))[0])[0]
+    experiment, _ = resolve(schema.build(tree))
     spent = Account()
     with tempfile.TemporaryDirectory() as place:
         folder = RunFolder(Path(place))
-        folder.create(made)
+        folder.create(experiment.study)
         engine = InProcess()
-        loop = loops.open_loop(folder, engine, lambda line: None)
+        loop = loops.Federation(experiment, folder, engine, lambda line: None)
         first = 1 if args.density == 1 or args.work == "idle" else 3
         loop.run(stop_after=first)
         for name, places in PARTS.items():

@@ -56,13 +56,12 @@ def report(args: argparse.Namespace) -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
+    from fedlth.report.build import write_tables
     from fedlth.report.compare import compare as compared
 
     result = compared(args.run, arm=args.arm)
     if args.tables:
-        args.tables.mkdir(parents=True, exist_ok=True)
-        for suffix, text in (("md", result.markdown()), ("tex", result.latex()), ("csv", result.csv())):
-            (args.tables / f"compare.{suffix}").write_text(text)
+        write_tables(args.tables, {"compare": result.table()})
     say(result.text())
     return 0
 
@@ -91,7 +90,7 @@ def bytes_(args: argparse.Namespace) -> int:
 
 
 def tickets(args: argparse.Namespace) -> int:
-    from fedlth.report import tickets as told
+    from fedlth.report import ticket_text as told
     from fedlth.report.facts import read_run
 
     act = {"ls": told.listing, "show": told.shown, "overlap": told.overlapping}[args.what]
@@ -150,7 +149,7 @@ def _show_run(run_folder: Path) -> None:
 
 def _show(run_folder: Path) -> None:
     from fedlth.report.build import read_results, write_report
-    from fedlth.report.summary import summary_text
+    from fedlth.report.headline import summary_text
 
     say(summary_text(read_results(run_folder)))
     try:

@@ -6,12 +6,12 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from fedlth.engines.choose import drive
 from fedlth.errors import NothingUsable, StudyError
 from fedlth.experiment.experiment import Experiment
 from fedlth.experiment.resolve import resolve
+from fedlth.storage.records import MetricRow, read_log
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.store import write_atomic
 from fedlth.study.schema import Study, Tune
@@ -69,11 +69,10 @@ def _score(trial: Study, where: Path, tell: Callable[[str], None]) -> float | st
         tell(f"tune: lr {trial.train.lr}: {error}")
         return DIVERGED
     arm = experiment.product_arm or "global"
-    rows = [json.loads(line) for line in (where / "metrics.jsonl").read_bytes().splitlines()]
-    kept: dict[int, dict[str, Any]] = {}
-    for row in (r for r in rows if r["arm"] == arm):
-        if row["client"] not in kept or row["target_density"] == experiment.main_density:
-            kept[row["client"]] = row
-    if not kept or any(row.get("diverged") for row in kept.values()):
+    kept: dict[int, MetricRow] = {}
+    for row in (r for r in read_log(where, MetricRow)[0] if r.arm == arm):
+        if row.client not in kept or row.target_density == experiment.main_density:
+            kept[row.client] = row
+    if not kept or any(row.diverged for row in kept.values()):
         return DIVERGED
-    return math.fsum(row["val_accuracy"] for row in kept.values()) / trial.clients.count
+    return math.fsum(row.val_accuracy for row in kept.values()) / trial.clients.count

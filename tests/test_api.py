@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from fedlth import api, tune
 from fedlth.engines import choose
 from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
-from fedlth.experiment.resolve import kept_arm, product_arm
+from fedlth.experiment.experiment import Experiment
 from fedlth.federation import rounds, session
 from fedlth.report.diff import diff
 from fedlth.storage import store
@@ -33,18 +34,24 @@ def study(out: Path, **sections: Any) -> schema.Study:
     return tiny.study(**sections, out=str(out))
 
 
+def stop_at(monkeypatch: pytest.MonkeyPatch, where: Any, when: Callable[[schema.Study], bool]) -> list[int]:
+    """Let the runs of a study go on until one of which `when` is true is to begin; return the seeds that began."""
+    began: list[int] = []
+
+    def stopped(experiment: Experiment, out: Path, tell: api.Tell, **more: Any) -> None:
+        began.append(experiment.study.seed)
+        if when(experiment.study):
+            raise KeyboardInterrupt
+        choose.drive(experiment, out, tell, **more)
+
+    monkeypatch.setattr(where, "drive", stopped)
+    return began
+
+
 def test_seeds_go_on_where_a_stop_left_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stop in the second seed loses neither the first nor the third, which had not begun."""
     api.run(study(tmp_path / "whole", seeds=[0, 1, 2]))
-    began: list[int] = []
-
-    def stopped(one: schema.Study, out: Path, tell: api.Tell, *, again: bool) -> None:
-        began.append(one.seed)
-        if one.seed == 1:
-            raise KeyboardInterrupt
-        choose.drive(one, out, tell, again=again)
-
-    monkeypatch.setattr(api, "drive", stopped)
+    began = stop_at(monkeypatch, api, lambda one: one.seed == 1)
     said: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         api.run(study(tmp_path / "cut", seeds=[0, 1, 2]), tell=said.append)
@@ -77,13 +84,7 @@ def test_validation_chooses_the_learning_rate(tmp_path: Path) -> None:
 def test_tuning_goes_on_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {"tune": {"lr": [0.05, 0.2], "rounds": 1}}
     api.run(study(tmp_path / "whole", **asked))
-
-    def stopped(one: schema.Study, out: Path, tell: api.Tell, *, again: bool) -> None:
-        if one.train.lr == 0.2:
-            raise KeyboardInterrupt
-        choose.drive(one, out, tell, again=again)
-
-    monkeypatch.setattr(tune, "drive", stopped)
+    stop_at(monkeypatch, tune, lambda one: one.train.lr == 0.2)
     with pytest.raises(KeyboardInterrupt):
         api.run(study(tmp_path / "cut", **asked))
     monkeypatch.undo()
@@ -103,22 +104,11 @@ def test_readme_predicts_with_a_ticket_in_three_lines(tmp_path: Path) -> None:
 # Decisions that a resume must not make anew
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, where: Any, when: Any) -> None:
-    """Let the runs of a study go on until one of which `when` is true is to begin."""
-
-    def stopped(one: schema.Study, out: Path, tell: api.Tell, *, again: bool) -> None:
-        if when(one, out):
-            raise KeyboardInterrupt
-        choose.drive(one, out, tell, again=again)
-
-    monkeypatch.setattr(where, "drive", stopped)
-
-
 def test_a_default_is_no_wish_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row 12: `standalone` rewinds to theta_0 by default; a resume took the study's own default, written down."""
     tree = {"seeds": [0, 1], "personalise": {"arms": ["ticket"], "epochs": 1}, "workers": 1}
     api.run(tiny.of_method("standalone", **tree, out=str(tmp_path / "whole")))
-    stop_at(monkeypatch, api, lambda one, out: one.seed == 1)
+    stop_at(monkeypatch, api, lambda one: one.seed == 1)
     with pytest.raises(KeyboardInterrupt):
         api.run(tiny.of_method("standalone", **tree, out=str(tmp_path / "cut")))
     monkeypatch.undo()
@@ -134,7 +124,7 @@ def test_a_default_is_no_wish_after_a_resume_of_trials(tmp_path: Path, monkeypat
     """Row 12: the same with `tune.lr`, whose final run begins after the resume."""
     tree = {"tune": {"lr": [0.05, 0.1]}, "personalise": {"arms": ["ticket"], "epochs": 1}, "workers": 1}
     api.run(tiny.of_method("standalone", **tree, out=str(tmp_path / "whole")))
-    stop_at(monkeypatch, tune, lambda one, out: one.train.lr == 0.1)
+    stop_at(monkeypatch, tune, lambda one: one.train.lr == 0.1)
     with pytest.raises(KeyboardInterrupt):
         api.run(tiny.of_method("standalone", **tree, out=str(tmp_path / "cut")))
     monkeypatch.undo()
@@ -154,7 +144,7 @@ def test_what_was_given_is_what_is_dumped() -> None:
 
 def test_what_the_machine_decides_is_decided_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row 12's brother: `auto` is decided when a study begins, not by whatever machine resumes it."""
-    stop_at(monkeypatch, api, lambda one, out: one.seed == 1)
+    stop_at(monkeypatch, api, lambda one: one.seed == 1)
     with pytest.raises(KeyboardInterrupt):
         api.run(study(tmp_path / "r", seeds=[0, 1], compute="auto", cohort="auto", device="auto", workers=1))
     monkeypatch.undo()
@@ -165,7 +155,7 @@ def test_what_the_machine_decides_is_decided_once(tmp_path: Path, monkeypatch: p
 
 def test_seeds_go_on_with_the_data_that_they_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row 12's brother: a seed that has not begun must not begin on other data than the seeds before it."""
-    stop_at(monkeypatch, api, lambda one, out: one.seed == 1)
+    stop_at(monkeypatch, api, lambda one: one.seed == 1)
     with pytest.raises(KeyboardInterrupt):
         api.run(study(tmp_path / "r", seeds=[0, 1]))
     monkeypatch.undo()
@@ -229,7 +219,8 @@ def test_own_is_a_model_like_any_other(tmp_path: Path) -> None:
     """Row 15: `own` is kept after tuned models and before dense ones, saved, loaded, and scored."""
     order = ("ticket", "own_tuned", "own", "dense", "local")
     for i, arm in enumerate(order):
-        assert kept_arm(tiny.of_method("lotteryfl", personalise={"arms": ["global", *reversed(order[i:])]})) == arm
+        made = tiny.of_method("lotteryfl", personalise={"arms": ["global", *reversed(order[i:])]})
+        assert tiny.experiment(made).kept_arm == arm
     made = tiny.of_method(
         "lotteryfl", personalise={"arms": ["global", "own"]}, tune={"lr": [1e-6, 0.2], "rounds": 2}, workers=1,
         out=str(tmp_path / "r"),
@@ -239,7 +230,7 @@ def test_own_is_a_model_like_any_other(tmp_path: Path) -> None:
     assert chosen["lr"] == 0.2 and all(0 <= score <= 1 for score in chosen["val_accuracy"].values())
     assert sorted(tiny.digests(out)["tickets"]) == ["0", "1", "2", "3"]
     api.load_ticket(out, client=1)
-    assert product_arm(made) == "own"
+    assert tiny.experiment(made).product_arm == "own"
 
 
 # Folders

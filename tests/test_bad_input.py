@@ -12,7 +12,7 @@ from torch import nn
 
 from fedlth import cli
 from fedlth.methods.aggregate import FedAvg
-from fedlth.methods.method import FederatedMethod
+from fedlth.methods.method import FederatedMethod, Phase
 from tests import tiny
 
 
@@ -43,7 +43,8 @@ def keyed(**options: Any) -> Any:
 
 
 def half_a_method() -> FederatedMethod:
-    return FederatedMethod(name="half", paper="", summary="", visit=3, aggregate=FedAvg(), arms=("global",))  # type: ignore[arg-type]
+    phase = Phase(name="federate", update=3, join=FedAvg())  # type: ignore[arg-type]
+    return FederatedMethod(name="half", paper="", summary="", phases=(phase,), arms=("global",))
 
 
 class Nowhere:
@@ -147,7 +148,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"method": {"name": f"{HERE}:three"}}, "method: tests.test_bad_input:three must return a fedlth.methods.method."
         "FederatedMethod, got int"),
     "row 23: what cannot be called": ({"method": {"name": f"{HERE}:HERE"}}, "must be a class or a function"),
-    "row 23: half a method": ({"method": {"name": f"{HERE}:half_a_method"}}, "its visit must have __call__, got 3"),
+    "row 23: half a method": (
+        {"method": {"name": f"{HERE}:half_a_method"}}, "its federate.update must be a ClientUpdate, got 3"),
     "row 23: a factory that raises": (
         {"method": {"name": f"{HERE}:keyed"}}, "method: tests.test_bad_input:keyed refuses its options: KeyError"),
     "row 23: a method's score that is a number": (

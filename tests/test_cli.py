@@ -116,7 +116,7 @@ def test_an_os_error_has_words_that_fit_the_command(
         told = said("report", str(tmp_path / "a"))
         assert "resume" not in told and f"to write it again: fedlth report {tmp_path / 'a'}" in told
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", no_space)
+        patch.setattr(Path, "write_bytes", no_space)
         told = said("compare", str(tmp_path / "a"), str(tmp_path / "b"), "--tables", str(tmp_path / "t"))
         assert told == "fedlth: compare: [Errno 28] No space left on device"
     with monkeypatch.context() as patch:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedlth.errors import StudyError
-from fedlth.experiment.resolve import resolve
+from fedlth.experiment.resolve import read
 from fedlth.study import schema
 from tests import tiny
 
@@ -128,7 +128,7 @@ def test_the_committed_studies_are_valid() -> None:
     assert files
     for file in files:
         if "lottery" not in schema.read_tree(file):  # those are lottery studies, checked in test_docs.py
-            resolve(schema.load(file))
+            read(schema.load(file))
 
 
 def test_science_is_what_decides_the_numbers() -> None:
@@ -183,7 +183,7 @@ def test_a_study_is_frozen() -> None:
 )
 def test_what_only_the_method_can_see(sections: dict[str, Any], says: str) -> None:
     with pytest.raises(StudyError, match=says) as caught:
-        resolve(tiny.study(**sections))
+        read(tiny.study(**sections))
     assert "\n" not in str(caught.value)
 
 
@@ -191,24 +191,25 @@ def test_the_unseen_are_counted_as_the_split_counts_them() -> None:
     """A small share of few clients is still one client: 0.1 of 3."""
     sections = {"clients": {"count": 3, "unseen": 0.1}, "federate": {"clients_per_round": 3}}
     with pytest.raises(StudyError, match="must be at most the 2 clients"):
-        resolve(tiny.study(**sections))
+        read(tiny.study(**sections))
     assert len(tiny.world(**{**sections, "federate": {"clients_per_round": 2}}).splits.unseen) == 1
 
 
 def test_resolve_writes_the_methods_defaults_and_notes_what_has_no_effect() -> None:
-    study, notes = resolve(tiny.of_method("standalone"))
+    made, notes = read(tiny.of_method("standalone"))
+    study = made.study
     assert study.federate.rounds == 0 and study.finder.rewind == {"name": "init"}
     assert notes == [
         "federate: has no effect, method standalone has no rounds",
         "clients.unseen: has no effect, method standalone has no rounds: nobody is left out of them",
     ]
-    study, notes = resolve(tiny.of_method("fedavg"))
+    notes = read(tiny.of_method("fedavg"))[1]
     assert notes == [
         "finder: has no effect, no arm of method fedavg searches for a ticket",
         "personalise.epochs: has no effect, no arm of method fedavg trains",
     ]
-    assert resolve(tiny.study())[1] == []
-    kept = resolve(tiny.of_method("standalone", finder={"rewind": "none"}))[0]
-    assert kept.finder.rewind == {"name": "none"}
+    assert read(tiny.study())[1] == []
+    kept = read(tiny.of_method("standalone", finder={"rewind": "none"}))[0]
+    assert kept.study.finder.rewind == {"name": "none"}
     few = tiny.of_method("local", clients={"count": 2}, federate={"clients_per_round": 5})
-    assert resolve(few)[0].federate.rounds == 0, "rounds that never happen need no clients"
+    assert read(few)[0].study.federate.rounds == 0, "rounds that never happen need no clients"

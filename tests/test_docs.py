@@ -118,9 +118,8 @@ def test_the_tables_of_finders_are_the_registry() -> None:
 
 @pytest.mark.parametrize("line", re.findall(r"^\| [^|`]+(?:`[^`]+`[^|]*)? \| `(\{.+\})` \|$", FINDERS, re.M))
 def test_every_composition_with_a_name_is_a_finder(line: str) -> None:
-    study = tiny.study(finder=parse(line, "finders.md"), federate={"rounds": 5, "clients_per_round": 2})
-    experiment, notes = read(study)
-    assert not notes and experiment.finder
+    made = tiny.study(finder=parse(line, "finders.md"), federate={"rounds": 5, "clients_per_round": 2})
+    assert not read(made)[1]
 
 
 def test_the_parts_shown_in_the_docs_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ import pytest
 from fedlth import api
 from fedlth.engines import choose
 from fedlth.experiment import feasible
-from fedlth.experiment.resolve import resolve
+from fedlth.experiment.experiment import Experiment
+from fedlth.experiment.resolve import read
 from fedlth.forecast import forecast
 from fedlth.study import schema
 from tests import tiny
@@ -31,7 +32,7 @@ def notes(method: str, **sections: Any) -> list[str]:
         tree[key] = {**tree[key], **value} if isinstance(value, dict) and isinstance(tree.get(key), dict) else value
     if method in ("local", "standalone"):
         del tree["federate"]
-    return resolve(schema.build(tree))[1]
+    return read(schema.build(tree))[1]
 
 
 IDLE: list[tuple[str, dict[str, Any], str]] = [
@@ -101,8 +102,8 @@ def test_a_buffer_policy_without_a_norm_is_said() -> None:
     """Row 35: `model.buffers` needs norms; `local_statistics` needs running ones."""
 
     def said(**model: Any) -> list[str]:
-        made = resolve(tiny.study(model=model))[0]
-        return feasible.check(made, tiny.open_world(made.science()))
+        made = tiny.study(model=model)
+        return feasible.check(made, tiny.experiment(made))
 
     assert said(buffers="local_all") == ["model.buffers: has no effect, mlp has no norm"]
     assert said() == []
@@ -111,7 +112,7 @@ def test_a_buffer_policy_without_a_norm_is_said() -> None:
 
 def test_a_root_that_nothing_reads_is_said(tmp_path: Path) -> None:
     made = tiny.study(data={"name": "fashion_slice", "root": str(tmp_path)}, model={"name": "lenet300", "options": {}})
-    assert feasible.check(made, tiny.experiment(made).world) == [
+    assert feasible.check(made, tiny.experiment(made)) == [
         "data.root: has no effect, fashion_slice is not read from a folder"
     ]
 
@@ -131,16 +132,16 @@ def test_a_note_is_said_once_and_not_by_a_resume(tmp_path: Path, monkeypatch: py
     made = tiny.of_method("standalone", seeds=[0, 1], ray={"workers": 3}, workers=1, out=str(tmp_path / "r"))
     said: list[str] = []
 
-    def stopped(one: schema.Study, out: Path, tell: api.Tell, *, again: bool) -> None:
-        if one.seed == 1:
+    def stopped(one: Experiment, *given: Any, **more: Any) -> None:
+        if one.study.seed == 1:
             raise KeyboardInterrupt
-        choose.drive(one, out, tell, again=again)
+        choose.drive(one, *given, **more)
 
     monkeypatch.setattr(api, "drive", stopped)
     with pytest.raises(KeyboardInterrupt):
         api.run(made, tell=said.append)
     found = [line for line in said if line.startswith("note: ")]
-    assert found == [f"note: {n}" for n in resolve(made)[1]]
+    assert found == [f"note: {n}" for n in read(made)[1]]
     assert "note: ray: has no effect, engine is inprocess" in found
     monkeypatch.undo()
     said.clear()

@@ -9,17 +9,15 @@ from typing import Any
 import pytest
 
 from fedlth.errors import StudyError
-from fedlth.experiment.experiment import method_of
-from fedlth.experiment.resolve import resolve
+from fedlth.experiment.resolve import read
 from fedlth.federation import forecast_bytes
 from fedlth.federation.forecast_bytes import Bytes, Forecast
 from fedlth.forecast import forecast
-from fedlth.methods.client_update import MaskedUpdate
+from fedlth.methods.client_update import VALUES
 from fedlth.methods.method import FederatedMethod
 from fedlth.methods.table import METHODS
 from fedlth.study import schema
 from fedlth.study.schema import Study
-from fedlth.training.task import open_world
 from tests import tiny
 
 WIRES = ("raw", "lossless", "bf16", "f16", "step", "sign")
@@ -42,8 +40,7 @@ def near(told: Bytes, moved: int) -> bool:
 
 
 def foretold(made: Study, visit_s: float = 0.01) -> Forecast:
-    study, _ = resolve(made)
-    return forecast_bytes.forecast_bytes(open_world(study.science()), method_of(study), visit_s)
+    return forecast_bytes.forecast_bytes(read(made)[0], visit_s)
 
 
 def compared(made: Study, out: Path) -> None:
@@ -64,7 +61,7 @@ def test_bytes_are_as_forecast(tmp_path: Path, name: str, sections: dict[str, An
     """Row 11: every method over every wire."""
     made = tiny.of_method(name, **{"federate": {"rounds": 4}, **sections}, wire=wire)
     try:
-        resolve(made)
+        read(made)
     except StudyError as error:
         assert "wire: must not be" in str(error)
         return
@@ -85,13 +82,15 @@ def test_where_accuracy_decides_both_ends_are_told(tmp_path: Path, name: str, wi
 
 def sliced() -> FederatedMethod:
     """Return a method with masks of which it says nothing beforehand."""
-    return replace(METHODS["lotteryfl"](rate=0.2, density=0.3, val_accuracy=-1.0), name="mine", visit=Silent())
+    known = METHODS["lotteryfl"](rate=0.2, density=0.3, val_accuracy=-1.0)
+    (phase,) = known.phases
+    return replace(known, name="mine", phases=(replace(phase, update=Silent(phase.update)),))
 
 
 @dataclass(frozen=True)
 class Silent:
-    inner: MaskedUpdate = METHODS["lotteryfl"](rate=0.2, density=0.3, val_accuracy=-1.0).visit
-    sends: str = "values"
+    inner: Any
+    sends: tuple[tuple[str, str], ...] = VALUES
 
     def __call__(self, *args: Any) -> Any:
         return self.inner(*args)

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedlth.experiment.experiment import finder_of, method_of
-from fedlth.federation import server
-from fedlth.federation.client_step import client_step, initial, space
+from fedlth.federation.client_step import client_step
+from fedlth.federation.downloads import broadcast, slice_for
 from fedlth.federation.jobs import Failure, Job, Reply
 from fedlth.methods.aggregate import Contribution, CountMean, join
+from fedlth.methods.client_update import THETA_G
 from fedlth.methods.fedpm import frozen_weights
 from fedlth.models.layout import Params
 from fedlth.personalization.arms import ARMS
@@ -40,12 +40,12 @@ def final_theta(out: Path) -> str:
 
 def manual_fedavg(made: Any, *, weighted: bool) -> Params:
     """FedAvg written out: sample, train each from the mean, average in float64, cast once."""
-    world = tiny.open_world(made.science())
+    experiment = tiny.experiment(made)
+    (phase,), world = experiment.federated_phases, experiment.world
     theta = world.theta_0
-    seen = [c for c in range(made.clients.count) if c not in world.splits.unseen]
     for r in range(1, made.federate.rounds + 1):
         total, weight = np.zeros(theta.floats.size), 0
-        for c in server.sample(made.seed, "federate", r, clients=seen, count=made.federate.clients_per_round):
+        for c in experiment.clients(phase, r):
             local = Local(world, c, r, "federate")
             share = local.num_train if weighted else 1
             total += local.train(theta, recipe=local.recipe).params.floats.astype(np.float64) * share
@@ -93,22 +93,22 @@ def test_step_1_is_the_same_for_every_method_that_shares_it(tmp_path: Path) -> N
 
 def visits(made: Any, count: int, client: int = 0, *, theta: Params | None = None) -> list[tuple[Content, ClientState]]:
     """Let one client visit `count` rounds by itself over raw payloads; return what it sent and kept each time."""
-    made = made.model_copy(update={"wire": "raw"})
-    world = tiny.open_world(made.science())
-    recipe = method_of(made)
-    layout = space(world, recipe)
-    theta, state, out = theta or initial(world, recipe), None, []
+    experiment = tiny.experiment(made.model_copy(update={"wire": "raw"}))
+    (phase,), layout = experiment.federated_phases, experiment.layout
+    assert phase.join is not None
+    theta, state, out = theta or experiment.initial(), None, []
     for r in range(1, count + 1):
-        known = ClientState.from_bytes(state).masks.get("active")
-        sent = server.broadcast("scores" if recipe.space == "scores" else "values", "theta_g", theta, layout)
-        if recipe.down == "slice" and known is not None:
-            sent = server.slice_for("theta_g", theta, layout, known)
+        known = ClientState.from_bytes(state).masks.get("shared")
+        kind = "scores" if experiment.method.space == "scores" else "values"
+        sent = broadcast(kind, THETA_G, theta, layout)
+        if phase.down == "slice" and known is not None:
+            sent = slice_for(THETA_G, theta, layout, known)
         reply = client_step(
-            Job(study=made.science(), phase="federate", round=r, client=client, inbox=(sent,), state=state)
+            Job(study=experiment.text, phase=phase.name, round=r, client=client, inbox=(sent,), state=state)
         )
         update = reply.outbox[0]
         got = payload.decode(update.payload, update.kind, layout, known_mask=known)
-        theta = join(recipe.aggregate, ServerState(theta), [Contribution(client, 1, got)], layout).theta
+        theta = join(phase.join, ServerState(theta), [Contribution(client, 1, got)], layout).theta
         state = reply.state
         out.append((got, ClientState.from_bytes(state)))
     return out
@@ -132,7 +132,7 @@ def test_masks_only_shrink_and_the_personal_set_only_grows(name: str) -> None:
     for content, state in visits(made, 8):
         assert not (content.mask & ~shared).any()
         assert content.mask.sum() < shared.sum() or content.mask.mean() <= 0.51
-        np.testing.assert_array_equal(state.masks["active"], content.mask)
+        np.testing.assert_array_equal(state.masks["shared"], content.mask)
         shared = content.mask
     floor = {"fedselect": 0.5}.get(name, 0.3)
     assert shared.mean() == pytest.approx(floor, abs=0.01)
@@ -186,10 +186,10 @@ def test_fedselect_keeps_what_is_personal_and_takes_what_is_shared() -> None:
     made = tiny.of_method("fedselect")
     world = tiny.open_world(made.science())
     (_, _), (_, state) = visits(made, 2)
-    shared = state.masks["active"]
+    shared = state.masks["shared"]
     theirs = Params(np.full(world.layout.num_floats, 7, np.float32), world.theta_0.ints)
     received = Content(shared, theirs.masked(shared).floats, theirs.ints)
-    held = method_of(made).own.own(Local(world, 0, 3, "federate"), received, state)
+    held = own_of(made).own(Local(world, 0, 3, "federate"), {THETA_G: received}, state)
     size = shared.size
     assert (held.params.floats[:size][shared] == 7).all() and (held.params.floats[size:] == 7).all()
     np.testing.assert_array_equal(held.params.floats[:size][~shared], state.vectors["private"][:size][~shared])
@@ -199,7 +199,7 @@ def test_fedselect_keeps_what_is_personal_and_takes_what_is_shared() -> None:
 def test_fedselect_trains_one_set_at_a_time() -> None:
     made = tiny.of_method("fedselect")
     world = tiny.open_world(made.science())
-    local, visit = Local(world, 0, 1, "federate"), method_of(made).own
+    local, update = Local(world, 0, 1, "federate"), own_of(made)
     shared = np.random.default_rng(0).random(world.layout.num_prunable) < 0.5
     calls: list[np.ndarray] = []
 
@@ -208,7 +208,7 @@ def test_fedselect_trains_one_set_at_a_time() -> None:
             calls.append(more["trainable"])
             return Local.train(self, start, **more)
 
-    visit._alternate(Spy(world, 0, 1, "federate"), world.theta_0, shared, replace(local.recipe, budget=Epochs(2)))
+    update._alternate(Spy(world, 0, 1, "federate"), world.theta_0, shared, replace(local.recipe, budget=Epochs(2)))
     size = shared.size
     assert [np.array_equal(c[:size], ~shared) for c in calls] == [True, False, True, False]
     assert all(np.array_equal(c[:size], shared) and c[size:].all() for c in calls[1::2])
@@ -241,15 +241,25 @@ def test_fedpm_sends_bits_and_learns_probabilities(tmp_path: Path) -> None:
 
 
 def step2_of(made: Any, client: int = 0) -> Step2:
-    world = tiny.open_world(made.science())
+    experiment = tiny.experiment(made)
+    world = experiment.world
     local = Local(world, client, 0, "personalise")
     theta_g = Params((world.theta_0.floats * np.float32(1.1)).astype(np.float32), world.theta_0.ints)
     content = Content(local.full, theta_g.floats, theta_g.ints)
     anchors = {"theta_0": world.theta_0, "theta_g": theta_g}
     return Step2(
-        local=local, visit=method_of(made).own, received=content, state=ClientState(), theta_g=theta_g,
-        alive=local.full, anchors=anchors, finder=finder_of(made), targets=made.finder.densities,
+        local=local, method=experiment.method.own, inbox={THETA_G: content}, state=ClientState(), theta_g=theta_g,
+        alive=local.full, anchors=anchors, finder=experiment.finder, targets=made.finder.densities,
     )  # fmt: skip
+
+
+def given(step: Step2, content: Content, **state: Any) -> Step2:
+    """Return the same step 2 after another download, with another client state."""
+    return replace(step, inbox={THETA_G: content}, state=ClientState(**state))
+
+
+def own_of(made: Any) -> Any:
+    return tiny.experiment(made).method.own
 
 
 def results(step: Step2, arm: str) -> list[Result]:
@@ -383,19 +393,14 @@ def test_ticket_0_starts_from_theta_0() -> None:
 def test_own_random_and_frozen_random_keep_the_layer_counts() -> None:
     step = step2_of(STUDY)
     mask = np.random.default_rng(0).random(step.local.full.size) < 0.3
-    step = replace(
-        step,
-        state=ClientState(masks={"active": mask}),
-        received=Content(mask, step.theta_g.masked(mask).floats, step.theta_g.ints),
-    )
+    step = given(step, Content(mask, step.theta_g.masked(mask).floats, step.theta_g.ints))
     own, tuned, control = (results(step, a)[0] for a in ("own", "own_tuned", "own_random"))
     np.testing.assert_array_equal(own.mask, mask)
     np.testing.assert_array_equal(tuned.mask, mask)
     assert layer_counts(step, control.mask) == layer_counts(step, mask) and (control.mask != mask).any()
     made = tiny.of_method("fedpm")
-    world = tiny.open_world(made.science())
-    scores = initial(world, method_of(made))
-    step = replace(step2_of(made), received=Content(np.ones(scores.floats.size, bool), scores.floats, scores.ints))
+    world, scores = tiny.experiment(made).world, tiny.experiment(made).initial()
+    step = given(step2_of(made), Content(np.ones(scores.floats.size, bool), scores.floats, scores.ints))
     (control,), (tuned,) = results(step, "frozen_random"), results(step, "own_tuned")
     likely = scores.floats > 0
     assert layer_counts(step, control.mask) == layer_counts(step, likely) and (control.mask != likely).any()
@@ -471,8 +476,8 @@ def test_refinement_with_and_without_failures(tmp_path: Path, name: str, lose: s
     for client in whole:
         version = folder.progress().versions[str(client)]
         state = ClientState.from_bytes(folder.clients.get(client, version))
-        mirror = folder.mirror(client, mirrors[str(client)], state.masks["active"].size)
-        np.testing.assert_array_equal(mirror, state.masks["active"])
+        mirror = folder.mirror(client, mirrors[str(client)], state.masks["shared"].size)
+        np.testing.assert_array_equal(mirror, state.masks["shared"])
     current = set(folder.progress().versions.values())
     assert {p.stem for p in folder.clients.root.iterdir()} == current, "what is no longer current is gone"
 
@@ -504,7 +509,8 @@ def test_slices_after_a_lost_visit_use_the_committed_mask(tmp_path: Path) -> Non
 
 def test_count_mean_is_what_mask_methods_use() -> None:
     for name in ("lotteryfl", "sub_fedavg", "fedselect"):
-        assert method_of(tiny.of_method(name)).aggregate == CountMean()
+        (phase,) = tiny.experiment(tiny.of_method(name)).federated_phases
+        assert phase.join == CountMean()
 
 
 # FedSelect's two passes
@@ -545,7 +551,7 @@ def test_what_is_shared_moves_in_the_shared_pass_alone(compute: str) -> None:
 
 
 def test_the_personal_pass_leaves_biases_norms_and_their_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Row 5: through the visit, on a model with BatchNorm; norms that are kept local are personal."""
+    """Row 5: through the update, on a model with BatchNorm; norms that are kept local are personal."""
     for policy in ("aggregate", "local_all"):
         made = tiny.of_method(
             "fedselect", model={"name": "tests.test_methods:normed", "options": {}, "buffers": policy}
@@ -562,7 +568,7 @@ def test_the_personal_pass_leaves_biases_norms_and_their_statistics(monkeypatch:
         with monkeypatch.context() as patch:
             patch.setattr(Local, "train", spy)
             local = Local(world, 0, 1, "federate")
-            method_of(made).own._alternate(local, world.theta_0, shared, local.plan)
+            own_of(made)._alternate(local, world.theta_0, shared, local.recipe)
         (before, personal), (between, after) = steps
         entries = {e.name: e for e in world.layout.floats}
         norm, head, mean = entries["norm.weight"].slice, entries["head.bias"].slice, entries["norm.running_mean"].slice
@@ -580,7 +586,7 @@ def test_a_frozen_part_is_in_neither_pass() -> None:
     made = tiny.of_method("fedselect", model={"name": "tests.test_methods:half_frozen", "options": {}})
     world = tiny.open_world(made.science())
     assert crossing(world, np.ones(world.layout.num_prunable, bool)).all()
-    assert method_of(made).own.passes(world, 0) == 1 and method_of(made).own.passes(world, 1) == 2
+    assert own_of(made).passes(world, 0) == 1 and own_of(made).passes(world, 1) == 2
 
 
 def half_frozen(num_classes: int) -> tiny.Small:

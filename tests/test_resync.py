@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,10 @@ import pytest
 
 from fedlth.engines.inprocess import InProcess
 from fedlth.federation.jobs import Failure, Job, Reply
+from fedlth.methods.method import FederatedMethod
+from fedlth.methods.table import lotteryfl
 from fedlth.storage.client_state import ClientState
+from fedlth.training.task import World
 from tests import tiny
 from tests.test_transport import Counting, check
 
@@ -36,7 +39,7 @@ class Forgetful(Counting):
         if self.how == "lost":
             return replace(job, state=None)
         state = ClientState.from_bytes(job.state)
-        return replace(job, state=state.with_(masks={"active": np.roll(state.masks["active"], 1)}).to_bytes())
+        return replace(job, state=state.with_(masks={"shared": np.roll(state.masks["shared"], 1)}).to_bytes())
 
 
 @pytest.mark.parametrize("wire", ["raw", "lossless", "step"])
@@ -79,3 +82,34 @@ def test_a_client_that_asks_again_and_again_fails_alone(tmp_path: Path) -> None:
     tiny.run(made, tmp_path / "r", engine=Stubborn())
     failed = [f for r in tiny.rows(tmp_path / "r", "rounds") for f in r["failed"]]
     assert [(f["client"], f["kind"]) for f in failed] == [(victim, "refused")]
+
+
+@dataclass(frozen=True)
+class Half:
+    """Every second weight, another half for odd clients than for even ones."""
+
+    def __call__(self, task: World, client: int, /) -> np.ndarray:
+        return np.arange(task.layout.num_prunable) % 2 == client % 2
+
+
+def halves() -> FederatedMethod:
+    return replace(lotteryfl(**tiny.METHODS["lotteryfl"]), name="halves", first_mask=Half(), arms=("own", "own_tuned"))
+
+
+@pytest.mark.parametrize("personal", [[], ["3.*"]])
+def test_a_first_mask_costs_nothing_and_comes_back_after_a_loss(personal: list[str], tmp_path: Path) -> None:
+    made = tiny.study(
+        method="tests.test_resync:halves", model={"personal": personal}, federate={"rounds": 3, "clients_per_round": 3}
+    )
+    tiny.run(made, tmp_path / "whole")
+    engine = Forgetful(how="lost", round=2)
+    tiny.run(made, tmp_path / "lost", engine=engine)
+    assert engine.hit
+    for run in ("whole", "lost"):
+        assert not any(r["failed"] for r in tiny.rows(tmp_path / run, "rounds"))
+        first = [r for r in tiny.rows(tmp_path / run, "ledger") if r["kind"] == "install"]
+        assert len(first) == 4 and {r["mask_bytes"] for r in first} == {0}
+        assert [r["density"] for r in first] == [pytest.approx(0.5, abs=0.01)] * 4
+        (unseen,) = tiny.world_of(tmp_path / run).splits.unseen
+        row = next(r for r in tiny.rows(tmp_path / run, "metrics") if (r["client"], r["arm"]) == (unseen, "own"))
+        assert row["density"] == pytest.approx(0.5, abs=0.01), "of personal tensors too"

@@ -17,8 +17,8 @@ from fedlth.federation import session
 from fedlth.federation.rounds import Federation
 from fedlth.forecast import forecast
 from fedlth.methods.aggregate import Contribution, FedAvg
-from fedlth.methods.client_update import MaskedUpdate
-from fedlth.methods.method import FederatedMethod
+from fedlth.methods.client_update import VALUES, MaskedUpdate
+from fedlth.methods.method import FederatedMethod, Phase
 from fedlth.models.layout import Layout, Params
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.server_state import ServerState
@@ -94,9 +94,11 @@ class Doubled(FedAvgM):
 
 @dataclass
 class Loose:
-    """A visit that counts in itself: what it counts depends on the worker."""
+    """An update that counts in itself: what it counts depends on the worker."""
 
-    sends: str = "values"
+    sends: tuple[tuple[str, str], ...] = VALUES
+
+    def __call__(self, *args: Any) -> Any: ...
 
 
 RULES: Mapping[str, type] = {
@@ -105,8 +107,8 @@ RULES: Mapping[str, type] = {
 
 
 def method(rule: str = "FedAvgM", loose: bool = False) -> FederatedMethod:
-    visit: Any = Loose() if loose else MaskedUpdate()
-    return FederatedMethod(name="own", paper="", summary="", visit=visit, aggregate=RULES[rule](), arms=("global",))
+    phase = Phase(name="federate", update=Loose() if loose else MaskedUpdate(), join=RULES[rule]())
+    return FederatedMethod(name="own", paper="", summary="", phases=(phase,), arms=("global",))
 
 
 def study(**options: Any) -> Any:
@@ -146,9 +148,9 @@ def stop(loop: Any, after: int) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rule": "HiddenMomentum"}, r"frozen dataclasses .* got aggregate\.velocity: dict; what a rule remembers"),
-        ({"rule": "PlainMomentum"}, "got aggregate: PlainMomentum"),
-        ({"loose": True}, "got visit: Loose"),
+        ({"rule": "HiddenMomentum"}, r"frozen dataclasses .* got federate\.join\.velocity: dict; what a rule"),
+        ({"rule": "PlainMomentum"}, "got federate.join: PlainMomentum"),
+        ({"loose": True}, "got federate.update: Loose"),
         ({"rule": "GlobalMomentum"}, "GlobalMomentum must give equal results for equal input"),
         ({"rule": "Meddling"}, "Meddling fails: ValueError: assignment destination is read-only"),
         ({"rule": "Doubled"}, r"Doubled must return floats float32 \(\d+,\), got float64"),

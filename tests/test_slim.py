@@ -110,7 +110,7 @@ def test_the_core_is_what_every_start_imports() -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)["project"]
     core = {re.split(r"[^\w-]", line)[0] for line in project["dependencies"]}
-    assert core == {"torch", "numpy", "flwr", "pyyaml", "pydantic", "safetensors", "pcodec", "constriction", "httpx"}
+    assert core == {"torch", "numpy", "flwr", "pyyaml", "pydantic", "safetensors", "pcodec", "httpx"}
     known = (core - {"pyyaml"}) | {"yaml", "fedlth"} | set(sys.stdlib_module_names)
     for path in PACKAGE.rglob("*.py"):
         late = {"ray"} if path.name == "ray_cluster.py" else {"numba", "llvmlite"} if "kernel" in path.parts else set()

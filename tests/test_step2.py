@@ -15,17 +15,20 @@ import pytest
 
 from fedlth import forecast
 from fedlth.errors import StudyError
-from fedlth.experiment.experiment import method_of
-from fedlth.experiment.resolve import resolve
+from fedlth.experiment.resolve import read
 from fedlth.federation.client_step import client_step
 from fedlth.federation.jobs import Job
+from fedlth.methods.client_update import THETA_G
+from fedlth.personalization import personalise
 from fedlth.personalization.arms import ARMS
+from fedlth.personalization.personalise import row_of
 from fedlth.personalization.step2 import Result, Step2
 from fedlth.report.build import read_results
 from fedlth.report.headline import honest_notes
 from fedlth.report.tables import summary_table
 from fedlth.rng import stream
 from fedlth.storage.client_state import ClientState
+from fedlth.storage.records import MetricRow
 from fedlth.tickets.gate import Look, Proposal
 from fedlth.tickets.search import Walked
 from fedlth.training import train
@@ -36,16 +39,16 @@ from fedlth.training.recipe import Sgd, TrainingRecipe
 from fedlth.training.request import TrainingRequest
 from fedlth.wire.payload import Content
 from tests import tiny
-from tests.test_methods import results, step2_of
+from tests.test_methods import given, results, step2_of
 
 
 def personal(made: Any, client: int = 0) -> Step2:
     """Return a step 2 whose client holds a mask of half of the weights, and so has something personal."""
-    step = step2_of(made, client_step)
+    step = step2_of(made, client)
     mask = np.random.default_rng(0).random(step.local.full.size) < 0.5
     kept = {"private": step.theta_g.floats, "private_ints": step.theta_g.ints}
     received = Content(mask, step.theta_g.masked(mask).floats, step.theta_g.ints)
-    return replace(step, state=ClientState(1, masks={"active": mask}, vectors=kept), received=received)
+    return given(step, received, visits=1, masks={"shared": mask}, vectors=kept)
 
 
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[float]]]:
@@ -105,9 +108,9 @@ def test_a_refined_ticket_is_tuned_by_the_settings_of_every_arm(
 
 def test_a_rate_that_scores_do_not_use_is_noted() -> None:
     """Row 2: FedPM's scores learn at method.score_lr."""
-    _, notes = resolve(tiny.of_method("fedpm", personalise={"lr": 0.01}))
+    _, notes = read(tiny.of_method("fedpm", personalise={"lr": 0.01}))
     assert any(note.startswith("personalise.lr and .schedule: have no effect on own_tuned") for note in notes)
-    assert not any("personalise" in note for note in resolve(tiny.of_method("fedpm"))[1])
+    assert not any("personalise" in note for note in read(tiny.of_method("fedpm"))[1])
 
 
 def test_fedselect_reports_both_of_its_passes() -> None:
@@ -123,19 +126,16 @@ def test_fedselect_reports_both_of_its_passes() -> None:
 def test_learned_masks_and_parts_of_trainings_are_counted() -> None:
     """Row 3: a score's training counts, here as a method's own and as a search's."""
     made = tiny.of_method("fedpm", personalise={"epochs": 2})
-    from fedlth.federation.client_step import initial
-
-    step = step2_of(made)
-    scores = initial(step.local.world, method_of(made))
-    step = replace(step, received=Content(np.ones(scores.floats.size, bool), scores.floats, scores.ints))
+    scores = tiny.experiment(made).initial()
+    step = given(step2_of(made), Content(np.ones(scores.floats.size, bool), scores.floats, scores.ints))
     (tuned,) = results(step, "own_tuned")
     assert tuned.epochs == 2 and tuned.flops == step.local.flops(step.local.full, 2) and tuned.cpu_s[0] > 0
     finder = {"score": "edge_popup", "schedule": {"name": "rescore", "steps": 1}, "rewind": "frozen"}
-    step = step2_of(resolve(tiny.study(finder={**finder, "densities": [0.5]}))[0])
+    step = step2_of(tiny.study(finder={**finder, "densities": [0.5]}))
     (ticket,), (total,) = results(step, "ticket"), results(step, "dense_total")
     assert (ticket.epochs, ticket.search_epochs) == (0, 3) and math.isfinite(ticket.cpu_s[0])
     assert total.epochs == 3, "as many as the search took"
-    step = step2_of(resolve(tiny.study(finder={"rewind": {"name": "step", "step": 2}, "densities": [0.5]}))[0])
+    step = step2_of(tiny.study(finder={"rewind": {"name": "step", "step": 2}, "densities": [0.5]}))
     (ticket,) = results(step, "ticket")
     assert ticket.epochs == 1 / 3 and ticket.search_epochs == 1
 
@@ -162,14 +162,14 @@ EVERY_ARM = ["global", "local", "dense", "dense_total", "ticket", "ticket_0", "o
 def test_the_forecast_knows_every_epoch_that_is_trained(tmp_path: Path, made: Any) -> None:
     """Row 3: FedSelect was forecast as fedavg_ft; what arms share, once; a search for the random control alone."""
     tiny.run(made, tmp_path / "r")
-    made = resolve(made)[0]
+    experiment = read(made)[0]
     trained: dict[str, float] = {}
     for row in tiny.rows(tmp_path / "r", "times"):
         epochs = sum(one["epochs"] for one in row.get("work", ()) if "density" in one)
         trained[row["phase"]] = trained.get(row["phase"], 0) + epochs
-    rounds, own = forecast.own_epochs(tiny.open_world(made.science()), method_of(made))
+    rounds, own = forecast.own_epochs(experiment)
     assert rounds == trained.get("federate", 0) + trained.get("refine", 0)
-    told = own + made.clients.count * forecast.step2_epochs(made)
+    told = own + made.clients.count * forecast.step2_epochs(experiment)
     # The random control of a client that was never sampled, and so has no mask, is the dense twin.
     shared = told - trained["personalise"] - trained.get("refined", 0)
     assert shared == (made.method["name"] in ("lotteryfl", "sub_fedavg"))
@@ -190,12 +190,13 @@ def test_the_random_control_tells_its_own_seconds_and_epochs() -> None:
 def test_the_controls_of_a_methods_mask_are_of_its_own_granularity(name: str) -> None:
     """Row 9: a mask of single weights was shuffled in the rows of the study's finder, and most of it came alive."""
     step = personal(tiny.of_method(name, finder={"granularity": "row"}))
+    mask = step.inbox[THETA_G].mask
     if name == "fedpm":
-        scores = np.where(step.state.masks["active"], 1, -1).astype(np.float32)
-        step = replace(step, received=Content(np.ones(scores.size, bool), scores, np.zeros(0, np.int64)))
+        scores = np.where(mask, 1, -1).astype(np.float32)
+        step = given(step, Content(np.ones(scores.size, bool), scores, np.zeros(0, np.int64)))
     (control,) = results(step, "frozen_random" if name == "fedpm" else "own_random")
     for e in step.local.world.layout.prunable:
-        assert control.mask[e.slice].sum() == step.state.masks["active"][e.slice].sum()
+        assert control.mask[e.slice].sum() == mask[e.slice].sum()
 
 
 def breaks(monkeypatch: pytest.MonkeyPatch, where: Any) -> None:
@@ -292,10 +293,8 @@ def test_weights_or_losses_that_are_no_numbers_are_a_divergence(monkeypatch: pyt
     with pytest.raises(FloatingPointError, match=r"training diverged: loss \d"):
         local.train(step.theta_g, recipe=one)
     assert local.log[-1].steps > 0, "what it cost is counted"
-    from fedlth.federation.client_step import _row
-
     huge = replace(step.theta_g, floats=np.full_like(step.theta_g.floats, 1e30))
-    row = _row(local, Result(arm="dense", params=huge, mask=local.full))
+    row = row_of(local, Result(arm="dense", params=huge, mask=local.full))
     assert row.diverged and row.val_loss == row.test_loss == math.log(4)
 
 
@@ -370,20 +369,17 @@ def test_an_older_look_keeps_what_it_was_asked() -> None:
 
 def test_a_result_is_let_go_once_it_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Row 33: the client kept every result until its last row was written; it keeps its product alone."""
-    from fedlth.federation import client_step
-
     alive: list[int] = []
-    original = client_step._row
 
-    def counting(local: Local, result: Result) -> dict[str, Any]:
+    def counting(local: Local, result: Result) -> MetricRow:
         gc.collect()
         alive.append(sum(type(o) is Result for o in gc.get_objects()))
-        return original(local, result)
+        return row_of(local, result)
 
-    monkeypatch.setattr(client_step, "_row", counting)
+    monkeypatch.setattr(personalise, "row_of", counting)
     densities = [0.9, 0.7, 0.5, 0.3, 0.1]
-    made = resolve(tiny.study(finder={"densities": densities, "main": 0.7}, personalise={"arms": EVERY_ARM}))[0]
-    reply = client_step(Job(study=made.science(), phase="personalise", round=1, client=0, inbox=()))
+    made = tiny.experiment(tiny.study(finder={"densities": densities, "main": 0.7}, personalise={"arms": EVERY_ARM}))
+    reply = client_step(Job(study=made.text, phase="personalise", round=1, client=0, inbox=()))
     assert len(alive) == 4 + 5 * 5 and max(alive) <= 4
     ticket = ClientState.from_bytes(reply.state).masks["ticket"]
     assert ticket.sum() == round(0.7 * ticket.size)
@@ -393,10 +389,10 @@ def test_a_result_is_let_go_once_it_is_evaluated(monkeypatch: pytest.MonkeyPatch
 def test_the_memory_forecast_does_not_grow_with_densities() -> None:
     """Row 33: what step 2 holds is the same for one density and for nine, but for the masks of the random control."""
     one, many = (
-        tiny.experiment(tiny.study(finder={"densities": d})).world
+        tiny.experiment(tiny.study(finder={"densities": d}))
         for d in ([0.5], [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
     )
     grown = forecast._memory_mb(many) - forecast._memory_mb(one)
-    assert grown == pytest.approx(8 * one.layout.num_prunable / 1e6)
-    plain = tiny.experiment(tiny.of_method("fedavg")).world
+    assert grown == pytest.approx(8 * one.world.layout.num_prunable / 1e6)
+    plain = tiny.experiment(tiny.of_method("fedavg"))
     assert forecast._memory_mb(one) > forecast._memory_mb(plain)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from fedlth.errors import StudyError
-from fedlth.storage import ledger, store
+from fedlth.storage import json_lines, store
 from fedlth.storage.client_state import ClientState
-from fedlth.storage.ledger import Row
+from fedlth.storage.records import LedgerRow
 
 ARRAYS = {"b": np.float32([1, -0.0, 3]), "a": np.uint8([[1, 2]]), "c": np.zeros(0, np.int64)}
 
@@ -75,14 +75,16 @@ def test_client_states() -> None:
 
 def test_logs_grow_and_are_cut_back(tmp_path: Path) -> None:
     log = tmp_path / "ledger.jsonl"
-    row = Row(round=1, phase="federate", sender="server", receiver="client:1", kind="values", name="x", payload_bytes=7)
-    length = ledger.append(log, ledger.lines([row]))
-    assert ledger.append(log, ledger.lines([{"b": 1, "a": 2}])) > length
-    ledger.truncate(log, length)
-    assert log.read_bytes() == ledger.lines([row]) and log.stat().st_size == length
+    row = LedgerRow(
+        round=1, phase="federate", sender="server", receiver="client:1", kind="values", name="x", payload_bytes=7
+    )
+    length = json_lines.append(log, json_lines.lines([row]))
+    assert json_lines.append(log, json_lines.lines([{"b": 1, "a": 2}])) > length
+    json_lines.truncate(log, length)
+    assert log.read_bytes() == json_lines.lines([row]) and log.stat().st_size == length
     with pytest.raises(StudyError, match="must hold the 9999 bytes that are committed"):
-        ledger.truncate(log, 9999)
-    ledger.truncate(tmp_path / "none", 0)
+        json_lines.truncate(log, 9999)
+    json_lines.truncate(tmp_path / "none", 0)
     assert not (tmp_path / "none").exists()
     with pytest.raises(ValueError, match="not JSON compliant"):
-        ledger.lines([{"x": float("nan")}])
+        json_lines.lines([{"x": float("nan")}])

@@ -16,10 +16,10 @@ from torch import nn
 
 from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
-from fedlth.experiment.resolve import resolve
+from fedlth.experiment.resolve import read
 from fedlth.experiment.saved_ticket import load_ticket
 from fedlth.federation.jobs import Failure, Job, Reply
-from fedlth.report import tickets as told
+from fedlth.report import ticket_text as told
 from fedlth.report.facts import read_run
 from fedlth.report.overlap import read_masks
 from fedlth.study import schema
@@ -80,7 +80,7 @@ def test_without_files_only_digests_are_left(tmp_path: Path) -> None:
 def test_frozen_dead_weights_need_the_dense_form() -> None:
     study = tiny.of_method("two_step", finder=FINDER | {"dead": "init"}, tickets="compact")
     with pytest.raises(StudyError, match="tickets: must be dense"):
-        resolve(study)
+        read(study)
 
 
 MIXED = {"model": {"name": "tests.user_model:Mixed", "options": {}}}
@@ -218,7 +218,7 @@ def test_a_file_without_its_input_shape_asks_the_data_set(tmp_path: Path) -> Non
     save_file(load_file(file), file, metadata=rest)
     assert all(v.equal(wanted[k]) for k, v in load_ticket(out, 0).state_dict().items())
     file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(StudyError, match="client-0000.*a ticket is wanted"):
+    with pytest.raises(StudyError, match="client-0000.*expected a ticket"):
         load_ticket(out, 0)
 
 

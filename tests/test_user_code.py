@@ -166,7 +166,7 @@ def test_a_run_goes_on_with_what_crossed(tmp_path: Path) -> None:
     made = tiny.study(model={"name": "tests.user_model:Mixed", "options": {"trains": True}})
     engine, folder = InProcess(), RunFolder(tmp_path / "r")
     folder.create(made)
-    session._write_header(folder, made, tiny.world_of(folder.root), engine)
+    session._write_header(folder, tiny.experiment(made), engine)
     tiny.opened(folder, engine).run(stop_after=1)
     text = (folder.root / "config.yaml").read_text()
     (folder.root / "config.yaml").write_text(text.replace("trains: true", "trains: false"))

@@ -21,6 +21,7 @@ from fedlth.methods.method import Dense, Down, FederatedMethod, Phase, Sampled, 
 from fedlth.methods.table import METHODS
 from fedlth.models.layout import Layout, Params
 from fedlth.personalization.personalise import NEED_NO_GLOBAL, TICKET, Personalise, Refined
+from fedlth.storage.client_state import ClientState
 from fedlth.study import schema
 from fedlth.study.parts import make
 from fedlth.study.schema import Study
@@ -58,8 +59,9 @@ class Experiment:
         """The study's canonical JSON: what a worker is given, and makes the same experiment of."""
         return self.study.science()
 
-    @cached_property
+    @property
     def world(self) -> World:
+        """The world, asked for each time: after a hung step it is another (forget_worlds)."""
         return open_world(self.text)
 
     @cached_property
@@ -165,6 +167,13 @@ class Experiment:
         mask = self.world.shared_mask(self.method.first_mask(self.world, client))
         return None if mask.all() else mask
 
+    def first_state(self, client: int) -> ClientState:
+        """Return what a client holds before its first visit: of personal tensors, only it keeps the first mask."""
+        world = self.world
+        if self.method.first_mask == Dense() or world.exchange.num_prunable == world.layout.num_prunable:
+            return ClientState()
+        return ClientState(masks={"active": self.method.first_mask(world, client)})
+
     @cached_property
     def rewind_targets(self) -> list[str]:
         """Name the earlier global models that step 2 rewinds to; they are kept and shipped once each."""
@@ -224,11 +233,13 @@ def method_of(study: Study) -> FederatedMethod:
     ]
     for phase in method.phases:
         rule = all(hasattr(phase.join, part) for part in ("init", "add", "result"))
+        update, place = phase.update, phase.name
         checks += [
-            ("name", phase.name, bool(re.fullmatch("[a-z_]+", phase.name)), "letters a-z and _"),
-            ("down", phase.down, phase.down in ("broadcast", "slice"), "broadcast or slice"),
-            ("update", phase.update, callable(phase.update) and hasattr(phase.update, "sends"), "a ClientUpdate"),
-            ("join", phase.join, rule, "a rule with init, add and result"),
+            ("phase name", place, bool(re.fullmatch("[a-z_]+", place)), "letters a-z and _"),
+            (f"{place}.down", phase.down, phase.down in ("broadcast", "slice"), "broadcast or slice"),
+            (f"{place}.update", update, callable(update) and hasattr(update, "sends"), "a ClientUpdate"),
+            (f"{place}.join", phase.join, rule, "a rule with init, add and result"),
+            (f"{place}.who", phase.who, callable(phase.who) and not phase.in_waves, "clients, not Waves, step 2's"),
         ]
     for place, value, fits, wanted in checks:
         if not fits:

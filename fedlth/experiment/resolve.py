@@ -148,7 +148,10 @@ def _check_anchor(experiment: Experiment) -> None:
             "known: theta_0, theta_g, theta_g@ROUND, reinit"
         )
     rounds, place = study.federate.rounds, "federate.rounds"
-    if study.tune.lr and study.tune.rounds < rounds:
+    own = method.phases[-1].rounds if method.phases else 0
+    if own:
+        rounds, place = own, f"the rounds of phase {method.phases[-1].name}"
+    elif study.tune.lr and study.tune.rounds < rounds:
         rounds, place = study.tune.rounds, "tune.rounds"
     if int(number) > rounds:
         raise StudyError(f"finder.rewind.round: must be at most {place} = {rounds}, got {anchor}")

@@ -11,16 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fedlth.data.sources import load
 from fedlth.errors import StudyError
 from fedlth.experiment.experiment import Experiment
 from fedlth.models.layout import Params, layout_of
+from fedlth.storage import ticket_file
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.run_folder import RunFolder
-from fedlth.storage.ticket_file import opened
 from fedlth.training.model_context import initial_module
 from fedlth.training.task import World
 
@@ -54,11 +53,10 @@ def load_ticket(run: str | Path, client: int) -> nn.Module:
     path = Path(run) / "tickets" / f"client-{client:04d}.safetensors"
     if not path.is_file():
         raise StudyError(f"{path}: no ticket of client {client} in this run{_why_none(Path(run), client)}")
+    tensors, metadata = ticket_file.read(path)
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            arrays = opened({name: file.get_tensor(name) for name in file.keys()}, metadata)  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        arrays = ticket_file.opened(tensors, metadata)
+    except (KeyError, ValueError) as error:
         raise StudyError(f"{path}: a ticket is wanted, got {error}") from error
     with _undisturbed():
         return _filled(path, Path(run), arrays, metadata)
@@ -108,13 +106,12 @@ def _why_none(run: Path, client: int) -> str:
         return f", it holds one run a seed: {', '.join(seeds)}"
     if not (run / "config.yaml").is_file():
         return ": it is no run's folder"
-    study = RunFolder(run).study()
-    header = run / "header.json"
+    study, header = RunFolder(run).study(), RunFolder(run).header()
     if study.tickets == "none":
         return ": it kept no files (tickets: none); tickets: dense or compact keeps them"
     if not 0 <= client < study.clients.count:
         return f", its clients are 0 to {study.clients.count - 1}"
-    if not header.is_file() or not json.loads(header.read_bytes())["finished"]:
+    if header is None or not header.finished:
         return ", it has not finished"
     if Experiment.of(study).kept_arm is None:
         return f": no arm of method {study.method['name']} is a client's own"

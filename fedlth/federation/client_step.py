@@ -27,10 +27,12 @@ def client_step(job: Job) -> Reply:
     began = time.perf_counter()
     experiment = open_experiment(job.study)
     phase = experiment.phase(job.phase)
-    state = ClientState.from_bytes(job.state)
     if job.version and job.state is None:
         return _resync(job, began, bytes(8))
-    known = state.masks.get("shared", experiment.first_mask(job.client))
+    state = experiment.first_state(job.client) if job.state is None else ClientState.from_bytes(job.state)
+    known = state.masks.get("shared")
+    if known is None and not job.version:
+        known = experiment.first_mask(job.client)
     try:
         inbox = _received(job, experiment, known)
     except ReferenceLost:
@@ -94,13 +96,15 @@ def _encoded(
     if experiment.slices and not received.mask.all():
         # A slice is of the client's own mask; one that was sent again brings it back to a client that has lost it.
         state = state.with_(masks={"shared": received.mask})
-    kinds = dict(phase.update.sends)
-    for i, (name, content) in enumerate(update.contents.items()):
-        kind, layout = kinds[name], experiment.layout_of(kinds[name])
-        if name == UPDATE and kind != "scores":
+    sends = phase.update.sends
+    if update.contents.keys() != dict(sends).keys():
+        raise ValueError(f"{job.phase}: must send {[name for name, _ in sends]}, got {list(update.contents)}")
+    for i, (name, kind) in enumerate(sends):  # in this order at both ends: only the first refers to anything
+        content, layout, refers = update.contents[name], experiment.layout_of(kind), i == 0 and kind != "scores"
+        if refers and name == UPDATE:
             data, state = up.update(kind, layout, content, state)
         else:
-            data = (up if i == 0 and kind != "scores" else plain).encode(kind, layout, content)
+            data = (up if refers else plain).encode(kind, layout, content)
         sent.append(Message(kind, name, data))
         if i == 0 and experiment.slices:
             state = state.without("shared") if content.mask.all() else state.with_(masks={"shared": content.mask})

@@ -13,7 +13,8 @@ from fedlth.data.split import ClientSplit
 from fedlth.federation.jobs import Reply
 from fedlth.methods.aggregate import Contribution
 from fedlth.models.layout import Layout
-from fedlth.storage.records import MetricRow, VisitRecord, read, visit_record
+from fedlth.storage.records import MetricRow, VisitRecord, visit_record
+from fedlth.storage.typed_record import read
 from fedlth.wire import mask as bitmap
 from fedlth.wire import metrics, payload
 from fedlth.wire.codec import Codec
@@ -89,10 +90,10 @@ def accept(reply: Reply, *, codec: Codec, held: Held, asked: Asked) -> Accepted:
     if record is None:
         raise PayloadError("no metrics came")
     for name, (kind, _) in asked.sends.items():
-        if name not in contents and not asked.arms:
+        if name not in contents:
             raise PayloadError(f"no {kind} came")
-        if name in contents:
-            _check_content(contents[name], kind, held, asked)
+        _check_content(contents[name], kind, held, asked)
+    contents = {name: contents[name] for name in asked.sends}  # in our order, whatever the sender's
     masks = {name: content.mask for name, content in contents.items()}
     first = next(iter(contents.values()), None)
     try:

@@ -20,6 +20,7 @@ from fedlth.models.layout import Layout, Params
 from fedlth.personalization.personalise import NEED_NO_GLOBAL, row_of
 from fedlth.personalization.step2 import Result
 from fedlth.storage.server_state import ServerState
+from fedlth.storage.typed_record import as_record
 from fedlth.study.schema import Study
 from fedlth.tickets.scope import Layerwise
 from fedlth.training.local_client import Local
@@ -316,7 +317,7 @@ def _arms_bytes(experiment: Experiment) -> int:
     study, world = experiment.study, experiment.world
     local = Local(world, study.clients.count - 1, 0, "forecast")
     dense = DENSE if experiment.method.space == "weights" else {"local"}
-    row = row_of(local, Result(arm="", params=world.theta_0, mask=local.full, start="theta_g")).record()
+    row = as_record(row_of(local, Result(arm="", params=world.theta_0, mask=local.full, start="theta_g")))
     row["num_train"] = max(len(split.train) for split in world.splits.clients)
     sent = [arm for arm in experiment.arms for _ in (study.finder.densities if arm in EACH_TARGET else (1,))]
     rows = [{**row, "arm": arm, "ticket": "" if arm in dense else "0" * 16} for arm in sent]

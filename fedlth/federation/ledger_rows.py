@@ -9,7 +9,7 @@ import numpy as np
 
 from fedlth.federation.jobs import Failure, Message, Reply
 from fedlth.models.layout import Layout
-from fedlth.storage.ledger import Row, party
+from fedlth.storage.records import LedgerRow, party
 from fedlth.wire import mask as bitmap
 from fedlth.wire.describe import iid_bytes, sections
 
@@ -17,7 +17,7 @@ from fedlth.wire.describe import iid_bytes, sections
 def down(
     round: int, phase: str, client: int, inbox: Sequence[Message], mask: np.ndarray | None, framed: int | None, *,
     layout: Layout, everyones: np.ndarray | None = None, kind: str = "",
-) -> list[Row]:  # fmt: skip
+) -> list[LedgerRow]:  # fmt: skip
     """Return the rows of what a client was sent; the frame's bytes stand on the first.
 
     `mask` is the one that the client's own slice holds, `everyones` that of broadcasts and evaluation copies (None:
@@ -28,7 +28,7 @@ def down(
     for i, m in enumerate(inbox):
         parts, held = sections(m.payload), everyones if m.broadcast or m.kind == "evaluation" else mask
         rows.append(
-            Row(
+            LedgerRow(
                 round=round, phase=phase, sender=party(None), receiver=party(client),
                 kind=kind if kind and i == 0 else m.kind, name=m.name, payload_bytes=len(m.payload),
                 framed_bytes=framed if i == 0 else None, broadcast=m.broadcast, density=_density(held),
@@ -42,7 +42,7 @@ def down(
 def up(
     round: int, phase: str, reply: Reply, masks: Mapping[str, np.ndarray], status: str, *,
     layout_of: Callable[[str], Layout],
-) -> list[Row]:  # fmt: skip
+) -> list[LedgerRow]:  # fmt: skip
     """Return the rows of what a client sent, with the density and the name of the mask it carried.
 
     What was refused is only counted: its sections are nobody's business.
@@ -50,7 +50,7 @@ def up(
     rows = []
     for i, m in enumerate(reply.outbox):
         held = masks.get(m.name) if m.kind != "metrics" else None
-        row = Row(
+        row = LedgerRow(
             round=round, phase=phase, sender=party(reply.client), receiver=party(None), kind=m.kind, name=m.name,
             payload_bytes=len(m.payload), framed_bytes=reply.framed_up_bytes if i == 0 else None, status=status,
             density=_density(held), ticket=_ticket(held),
@@ -65,9 +65,9 @@ def up(
     return rows
 
 
-def failed(round: int, phase: str, failure: Failure) -> Row:
+def failed(round: int, phase: str, failure: Failure) -> LedgerRow:
     """Return the row of an answer that never came; a message may say so, and has a frame."""
-    return Row(
+    return LedgerRow(
         round=round, phase=phase, sender=party(failure.client), receiver=party(None), kind="none", name="",
         payload_bytes=0, framed_bytes=failure.framed_up_bytes, status=f"failed: {failure.kind}",
     )  # fmt: skip

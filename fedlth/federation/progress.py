@@ -2,55 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from fedlth.federation.replies import Replies
+from fedlth.storage.records import Diverged, Failed, RoundRow
 
 CLIENTS_SHOWN, REASON_SHOWN = 5, 100  # of failures on a line
 
 
-def summary_of(replies: Replies) -> dict[str, Any]:
+def summary_of(replies: Replies) -> RoundRow:
     """Return a round's row of rounds.jsonl."""
-    return {
-        "round": replies.round,
-        "phase": replies.phase.name,
-        "clients": list(replies.clients),
-        "val_accuracy": float(np.mean(replies.seen)) if replies.seen else None,
-        "up_bytes": sum(r.payload_bytes for r in replies.rows if r.receiver == "server"),
-        "down_bytes": sum(r.payload_bytes for r in replies.rows if r.sender == "server"),
-        "failed": replies.failed,
-        "diverged": [
-            {key: row[key] for key in ("client", "arm", "target_density")}
-            for row in replies.metrics
-            if row.get("diverged")
-        ],
-    }
-
-
-def line(summary: dict[str, Any], done: int, total: int, seconds: float) -> str:
-    """Return one line of live progress."""
-    accuracy = summary["val_accuracy"]
-    said = f"val {100 * accuracy:5.1f} %" if accuracy is not None else f"{len(summary['clients'])} clients"
-    failed = f"  {len(summary['failed'])} failed: {_failures(summary['failed'])}" if summary["failed"] else ""
-    for arm in dict.fromkeys(one["arm"] for one in summary["diverged"]):
-        failed += f"  {arm} diverged for {len({d['client'] for d in summary['diverged'] if d['arm'] == arm})}"
-    mb = 1e-6
-    return (
-        f"[{done}/{total}] {summary['phase']} {summary['round']}: {said}  up {summary['up_bytes'] * mb:.2f} MB  "
-        f"down {summary['down_bytes'] * mb:.2f} MB  {seconds:.1f} s{failed}"
+    return RoundRow(
+        round=replies.round,
+        phase=replies.phase.name,
+        clients=list(replies.clients),
+        val_accuracy=float(np.mean(replies.seen)) if replies.seen else None,
+        up_bytes=sum(r.payload_bytes for r in replies.rows if r.receiver == "server"),
+        down_bytes=sum(r.payload_bytes for r in replies.rows if r.sender == "server"),
+        failed=replies.failed,
+        diverged=[Diverged(r["client"], r["arm"], r["target_density"]) for r in replies.metrics if r.get("diverged")],
     )
 
 
-def _failures(failed: Sequence[Mapping[str, Any]]) -> str:
+def line(summary: RoundRow, done: int, total: int, seconds: float) -> str:
+    """Return one line of live progress."""
+    accuracy = summary.val_accuracy
+    said = f"val {100 * accuracy:5.1f} %" if accuracy is not None else f"{len(summary.clients)} clients"
+    failed = f"  {len(summary.failed)} failed: {_failures(summary.failed)}" if summary.failed else ""
+    for arm in dict.fromkeys(one.arm for one in summary.diverged):
+        failed += f"  {arm} diverged for {len({d.client for d in summary.diverged if d.arm == arm})}"
+    mb = 1e-6
+    return (
+        f"[{done}/{total}] {summary.phase} {summary.round}: {said}  up {summary.up_bytes * mb:.2f} MB  "
+        f"down {summary.down_bytes * mb:.2f} MB  {seconds:.1f} s{failed}"
+    )
+
+
+def _failures(failed: Sequence[Failed]) -> str:
     """Say who failed and why, each kind once with its first client's reason."""
-    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    kinds: dict[str, list[Failed]] = {}
     for one in failed:
-        kinds.setdefault(one["kind"], []).append(one)
+        kinds.setdefault(one.kind, []).append(one)
     return "; ".join(
-        f"client{'s' * (len(of) > 1)} {_names([f['client'] for f in of])}: {kind}: {of[0]['reason'][:REASON_SHOWN]}"
+        f"client{'s' * (len(of) > 1)} {_names([f.client for f in of])}: {kind}: {of[0].reason[:REASON_SHOWN]}"
         for kind, of in kinds.items()
     )
 

@@ -19,7 +19,7 @@ from fedlth.methods.aggregate import Contribution
 from fedlth.methods.client_update import VALUES
 from fedlth.methods.method import Phase
 from fedlth.personalization.arms import row_name
-from fedlth.storage.ledger import Row
+from fedlth.storage.records import Failed, LedgerRow, TimeRow, Work
 from fedlth.storage.run_folder import Progress, RunFolder
 from fedlth.storage.state_archive import Writer
 from fedlth.wire.errors import PayloadError
@@ -53,15 +53,15 @@ class Replies:
     clients: Sequence[int]
     norms: UpdateNorms
     holds_state: bool
-    rows: list[Row] = field(default_factory=list)
-    failed: list[dict[str, Any]] = field(default_factory=list)
-    times: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[LedgerRow] = field(default_factory=list)
+    failed: list[Failed] = field(default_factory=list)
+    times: list[TimeRow] = field(default_factory=list)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     seen: list[float] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     mirrors: dict[str, str | None] = field(default_factory=dict)
     resyncs: int = 0
-    _tries: dict[int, list[Row]] = field(default_factory=dict)
+    _tries: dict[int, list[LedgerRow]] = field(default_factory=dict)
     _waiting: list[Arrived] = field(default_factory=list)
 
     @property
@@ -111,7 +111,7 @@ class Replies:
             self.rows += self._tries.get(job.client, [])
             self.rows += self._rows_down(job, answer, one.kind)
             if isinstance(answer, Failure):
-                self.failed.append({"client": job.client, "kind": answer.kind, "reason": answer.reason})
+                self.failed.append(Failed(job.client, answer.kind, answer.reason))
                 self.rows.append(ledger_rows.failed(self.round, self.phase.name, answer))
                 continue
             if isinstance(got, Accepted) and one.distances is not None:
@@ -120,7 +120,7 @@ class Replies:
                 except PayloadError as error:
                     got = error
             if not isinstance(got, Accepted):
-                self.failed.append({"client": job.client, "kind": "refused", "reason": str(got)})
+                self.failed.append(Failed(job.client, "refused", str(got)))
                 self.rows += self._rows_up(answer, {}, f"refused: {got}")
                 continue
             self.rows += self._rows_up(answer, got.masks, "ok")
@@ -184,7 +184,7 @@ class Replies:
         if got.visit is not None and got.visit.val_accuracy is not None:
             self.seen.append(got.visit.val_accuracy)
 
-    def _rows_down(self, job: Job, answer: Reply | Failure, kind: str = "") -> list[Row]:
+    def _rows_down(self, job: Job, answer: Reply | Failure, kind: str = "") -> list[LedgerRow]:
         first = "install" if str(job.client) not in self.progress.versions else ""
         return ledger_rows.down(
             self.round, self.phase.name, job.client, job.inbox, self.downloads.masks.get(job.client),
@@ -192,18 +192,14 @@ class Replies:
             kind=kind or first,
         )  # fmt: skip
 
-    def _rows_up(self, answer: Reply, masks: Mapping[str, np.ndarray], status: str) -> list[Row]:
+    def _rows_up(self, answer: Reply, masks: Mapping[str, np.ndarray], status: str) -> list[LedgerRow]:
         return ledger_rows.up(self.round, self.phase.name, answer, masks, status, layout_of=self.experiment.layout_of)
 
-    def _time_row(self, answer: Reply | Failure) -> dict[str, Any]:
-        row: dict[str, Any] = {
-            "round": self.round, "phase": self.phase.name, "client": answer.client, "worker": answer.worker
-        }  # fmt: skip
-        if isinstance(answer, Reply):
-            row |= {"seconds": answer.seconds, "device": answer.device}
-            if answer.work:
-                row["work"] = list(answer.work)
-        return row
+    def _time_row(self, answer: Reply | Failure) -> TimeRow:
+        row = TimeRow(round=self.round, phase=self.phase.name, client=answer.client, worker=answer.worker)
+        if isinstance(answer, Failure):
+            return row
+        return replace(row, seconds=answer.seconds, device=answer.device, work=[Work(**one) for one in answer.work])
 
 
 def _asks(job: Job, answer: Reply) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -20,6 +19,7 @@ from fedlth.federation.replies import Replies
 from fedlth.federation.update_norms import UpdateNorms
 from fedlth.methods.method import Phase
 from fedlth.models.layout import Params
+from fedlth.storage.records import RoundRow, TimeRow
 from fedlth.storage.run_folder import Progress, RunFolder
 from fedlth.storage.server_state import ServerState
 
@@ -70,7 +70,7 @@ class Federation:
         ledger.
         """
         lost, size = missing(self.folder), self.experiment.study.personalise.clients_per_wave
-        phase, done = self.experiment.phases[-1], max((row["round"] for row in _last_waves(self.folder)), default=0)
+        phase, done = self.experiment.phases[-1], max((row.round for row in _last_waves(self.folder)), default=0)
         waves = [lost[i : i + size] for i in range(0, len(lost), size)]
         first = self.progress.step
         for i, wave in enumerate(waves):
@@ -111,15 +111,15 @@ class Federation:
         if replies.versions:
             progress = replace(progress, good=self.progress.theta)
         elif self._broken(replies):
-            summary["rolled_back_to"] = self._roll_back()
+            summary = replace(summary, rolled_back_to=self._roll_back())
             progress = replace(progress, good=f"theta-{step.place}")
         self._commit(step, progress, sent, replies, summary, began)
         self.tell(line(summary, step.place + 1, step.total, time.perf_counter() - began))
-        if "rolled_back_to" in summary:
-            self.tell(f"note: no client could use this global model; it is rolled back to {summary['rolled_back_to']}")
+        if summary.rolled_back_to:
+            self.tell(f"note: no client could use this global model; it is rolled back to {summary.rolled_back_to}")
         if phase.join and self.progress.empty_rounds >= EMPTY_ROUNDS_ALLOWED:
-            refused = f"every reply was refused, the first with: {replies.failed[0]['reason']}"
-            died = next((f["reason"] for f in replies.failed if f["kind"] != "refused"), refused)
+            refused = f"every reply was refused, the first with: {replies.failed[0].reason}"
+            died = next((f.reason for f in replies.failed if f.kind != "refused"), refused)
             raise NothingUsable(
                 f"{self.folder.root}: {EMPTY_ROUNDS_ALLOWED} rounds without one usable reply; last: {died}"
             )
@@ -143,7 +143,7 @@ class Federation:
         All must have answered, so that no lost machine counts, and be two at least, so that no single client can undo
         the work of others: the only client of a round counts from the second empty round on.
         """
-        answered = all(f["kind"] in ("raised", "refused") for f in replies.failed)
+        answered = all(f.kind in ("raised", "refused") for f in replies.failed)
         several = len(replies.failed) > 1 or self.progress.empty_rounds > 0
         better = self.progress.good not in (None, self.progress.theta)
         return self.experiment.federated and answered and several and better
@@ -161,14 +161,14 @@ class Federation:
         return f"that of {phase.name} {round}"
 
     def _commit(
-        self, step: Step, progress: Progress, sent: ServerState, replies: Replies, summary: dict[str, Any], began: float
+        self, step: Step, progress: Progress, sent: ServerState, replies: Replies, summary: RoundRow, began: float
     ) -> None:
         versions, mirrors = {**progress.versions, **replies.versions}, dict(progress.mirrors)
         for client, version in replies.mirrors.items():
             mirrors.pop(client, None)
             if version is not None:
                 mirrors[client] = version
-        whole = {"round": step.round, "phase": step.phase.name, "client": None, "seconds": time.perf_counter() - began}
+        whole = TimeRow(round=step.round, phase=step.phase.name, seconds=time.perf_counter() - began)
         targets, target = self.experiment.rewind_targets, f"theta_g@{step.round}"
         if self.state is not sent:
             progress = replace(progress, theta=f"theta-{step.place}")
@@ -211,13 +211,12 @@ def missing(folder: RunFolder) -> list[int]:
     """
     lost: dict[int, bool] = {}
     for row in _last_waves(folder):
-        kinds = {f["client"]: f["kind"] for f in row["failed"]}
-        lost |= {client: kinds.get(client) in MACHINES for client in row["clients"]}
+        kinds = {f.client: f.kind for f in row.failed}
+        lost |= {client: kinds.get(client) in MACHINES for client in row.clients}
     return sorted(client for client, is_lost in lost.items() if is_lost)
 
 
-def _last_waves(folder: RunFolder) -> list[dict[str, Any]]:
+def _last_waves(folder: RunFolder) -> list[RoundRow]:
     """Return the committed waves of the run's last phase."""
-    file, phase = folder.log("rounds"), "refined" if folder.study().refine.rounds else "personalise"
-    rows = [json.loads(line) for line in file.read_bytes().splitlines()] if file.exists() else []
-    return [row for row in rows if row["phase"] == phase]
+    phase = "refined" if folder.study().refine.rounds else "personalise"
+    return [row for row in folder.rows(RoundRow) if row.phase == phase]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from fedlth.data.split import label_counts
 from fedlth.errors import NothingUsable, StudyError
@@ -18,8 +17,9 @@ from fedlth.federation.downloads import broadcast
 from fedlth.federation.jobs import Engine
 from fedlth.federation.rounds import Federation, missing
 from fedlth.kernel import kernel
-from fedlth.storage import store, tensorboard, ticket_file
+from fedlth.storage import tensorboard, ticket_file
 from fedlth.storage.client_state import ClientState
+from fedlth.storage.records import Digests, Header, Layer, Phase, RoundRow
 from fedlth.storage.run_folder import RunFolder
 
 Tell = Callable[[str], None]
@@ -48,9 +48,8 @@ def resume(out: Path, engine: Engine, tell: Tell) -> RunFolder:
     experiment = Experiment.of(folder.study())
     study, world = experiment.study, experiment.world
     with folder.locked():
-        file = out / "header.json"
-        header = json.loads(file.read_bytes()) if file.exists() else {}
-        if header.get("finished") and not missing(folder):
+        header = folder.header()
+        if header and header.finished and not missing(folder):
             engine.close()
             tell(f"{out}: has ended already")
             return folder
@@ -58,19 +57,19 @@ def resume(out: Path, engine: Engine, tell: Tell) -> RunFolder:
             kernel.warm(tell)
         if not header:
             _write_header(folder, experiment, engine)
-        elif (header["data_digest"], header["partition_digest"]) != (world.dataset.digest(), world.splits.digest):
+        elif (header.data_digest, header.partition_digest) != (world.dataset.digest(), world.splits.digest):
             raise StudyError(f"{out}: must go on with the data that it began with, got others")
-        elif header["num_exchanged"] != experiment.layout.num_floats:
+        elif header.num_exchanged != experiment.layout.num_floats:
             raise StudyError(
-                f"{out}: must go on with the {header['num_exchanged']} numbers that crossed, got "
+                f"{out}: must go on with the {header.num_exchanged} numbers that crossed, got "
                 f"{experiment.layout.num_floats}: the model's code has changed, or the version"
             )
-        elif header.get("cohort", 1) != study.cohort:
-            raise StudyError(f"{out}: must go on with cohort {header.get('cohort', 1)}, got {study.cohort}")
-        elif header["versions"] != versions():
+        elif header.cohort != study.cohort:
+            raise StudyError(f"{out}: must go on with cohort {header.cohort}, got {study.cohort}")
+        elif header.versions != versions():
             tell("note: other versions than those the run began with; equal bits are not promised")
-        if header.get("finished"):  # no longer, so that a stop before its files are written anew is one to go on from
-            store.write_atomic(file, json.dumps(header | {"finished": False}, indent=1).encode())
+        if header and header.finished:  # no longer: a stop before its files are written anew is one to go on from
+            folder.write(replace(header, finished=False))
         return _go(experiment, folder, engine, tell, revisit=True)
 
 
@@ -98,8 +97,7 @@ def _go(experiment: Experiment, folder: RunFolder, engine: Engine, tell: Tell, *
 
 
 def _first_failure(folder: RunFolder) -> str:
-    rows = [json.loads(line) for line in folder.log("rounds").read_bytes().splitlines()]
-    return next((str(f["reason"]) for row in rows for f in row["failed"]), "no reason is recorded")
+    return next((f.reason for row in folder.rows(RoundRow) for f in row.failed), "no reason is recorded")
 
 
 def _finish(federation: Federation) -> None:
@@ -130,8 +128,7 @@ def _finish(federation: Federation) -> None:
         digests[str(client)] = ticket_file.save(place, study.tickets, world.layout, params, mask, meta)
     if away:
         federation.tell(f"note: {away} tickets stay with their clients; only their masks' names are here")
-    record = {"theta_g": federation.theta.digest(), "tickets": digests}
-    store.write_atomic(folder.root / "digests.json", json.dumps(record, indent=1).encode())
+    folder.write(Digests(federation.theta.digest(), digests))
 
 
 def _write_header(folder: RunFolder, experiment: Experiment, engine: Engine, ended: Federation | None = None) -> None:
@@ -139,48 +136,41 @@ def _write_header(folder: RunFolder, experiment: Experiment, engine: Engine, end
     study, world, method = experiment.study, experiment.world, experiment.method
     theta = ended.theta if ended and experiment.trains_weights else world.shared_part(world.theta_0)
     dense = broadcast("values", "", theta, world.exchange, experiment.codec)
-    header: dict[str, Any] = {
-        "format": 1,
-        "study": study.study,
-        "method": method.name,
-        "paper": method.paper,
-        "seed": study.seed,
-        "engine": engine.name,
-        "compute": study.compute,
-        "cohort": study.cohort,
-        "versions": versions(),
-        "commit": _commit(),
-        "partition_digest": world.splits.digest,
-        "data_digest": world.dataset.digest(),
-        "num_clients": study.clients.count,
-        "unseen": sorted(world.splits.unseen),
-        "num_classes": world.dataset.num_classes,
-        "client_labels": [label_counts(world.dataset, s) for s in world.splits.clients],
-        "layers": [
-            {
-                "name": e.name,
-                "shape": list(e.shape),
-                "size": e.size,
-                "prunable": e.prunable,
-                "flops_per_example": world.model.flops.get(e.name, 0),
-            }
+    header = Header(
+        study=study.study,
+        method=method.name,
+        paper=method.paper,
+        seed=study.seed,
+        engine=engine.name,
+        compute=study.compute,
+        cohort=int(study.cohort),
+        versions=versions(),
+        commit=_commit(),
+        partition_digest=world.splits.digest,
+        data_digest=world.dataset.digest(),
+        num_clients=study.clients.count,
+        unseen=sorted(world.splits.unseen),
+        num_classes=world.dataset.num_classes,
+        client_labels=[label_counts(world.dataset, s) for s in world.splits.clients],
+        layers=[
+            Layer(e.name, list(e.shape), e.size, e.prunable, world.model.flops.get(e.name, 0))
             for e in world.layout.floats
             if e.role == "param"
         ],
-        "num_parameters": world.layout.num_params,
-        "num_prunable": world.layout.num_prunable,
-        "num_exchanged": experiment.layout.num_floats,
-        "dense_payload_bytes": len(dense.payload),
-        "dense_raw_bytes": 4 * world.exchange.num_floats + 8 * world.exchange.num_ints,
-        "flops_forward_per_example": world.model.flops[""],
-        "random_starts": list(experiment.random_starts) if "random" in experiment.arms else [],
-        "phases": [
-            {"name": p.name, "rounds": p.rounds, "step": 2 - (p in experiment.federated_phases), "joins": bool(p.join)}
+        num_parameters=world.layout.num_params,
+        num_prunable=world.layout.num_prunable,
+        num_exchanged=experiment.layout.num_floats,
+        dense_payload_bytes=len(dense.payload),
+        dense_raw_bytes=4 * world.exchange.num_floats + 8 * world.exchange.num_ints,
+        flops_forward_per_example=world.model.flops[""],
+        random_starts=list(experiment.random_starts) if "random" in experiment.arms else [],
+        phases=[
+            Phase(name=p.name, rounds=p.rounds, step=2 - (p in experiment.federated_phases), joins=bool(p.join))
             for p in experiment.phases
         ],
-        "finished": ended is not None,
-    }
-    store.write_atomic(folder.root / "header.json", json.dumps(header, indent=1).encode())
+        finished=ended is not None,
+    )
+    folder.write(header)
 
 
 def versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from types import FunctionType
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -41,16 +41,20 @@ def _load_numba() -> None:
         del sys.modules["scipy.linalg"]
 
 
-def compiled(function: _Function) -> _Function:
-    """Compile at the first call and keep the machine code on disk; in memory only where no place is writable."""
-    return cast(_Function, _Late(cast(FunctionType, function))) if COMPILED else function
+def compiled(function: _Function, *, inline: bool = False) -> _Function:
+    """Compile at the first call and keep the machine code on disk; in memory only where no place is writable.
+
+    `inline` puts the function's body into its callers, where numba's own call of it would cost more than it does.
+    """
+    return cast(_Function, _Late(cast(FunctionType, function), inline)) if COMPILED else function
 
 
 class _Late:
     """A function that numba compiles when it is called: a run whose masks are all full saves numba's import, 0.14 s."""
 
-    def __init__(self, function: FunctionType) -> None:
+    def __init__(self, function: FunctionType, inline: bool) -> None:
         self.function = function
+        self.inline: Literal["always", "never"] = "always" if inline else "never"
         self._made: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -66,7 +70,7 @@ class _Late:
             called = {name: names[name].made() for name in code.co_names if isinstance(names.get(name), _Late)}
             whole = FunctionType(code, {**names, **called}, self.function.__name__) if called else self.function
             try:
-                self._made = njit(cache=True, nogil=True)(whole)
+                self._made = njit(cache=True, nogil=True, inline=self.inline)(whole)
             except RuntimeError:
-                self._made = njit(nogil=True)(whole)
+                self._made = njit(nogil=True, inline=self.inline)(whole)
         return self._made

@@ -23,7 +23,7 @@ from fedlth.lab.search import finder_of
 from fedlth.lab.study import Lottery
 from fedlth.lab.training import relus, scales
 from fedlth.models.initial import refuse
-from fedlth.storage import ledger, store
+from fedlth.storage import json_lines, store
 from fedlth.storage.run_folder import RunFolder
 from fedlth.study.parts import make
 from fedlth.tickets.dead import DEADS
@@ -228,7 +228,7 @@ def _do(science: str, out: str, task: Task, tell: Tell) -> None:
                 f"stop at {row['early_stop']}, validation accuracy {row['validation_accuracy']:.4f}"
                 + (", diverged after it" if "diverged" in row else "")
             )
-    store.write_atomic(Path(out) / task.file, ledger.lines(rows))
+    store.write_atomic(Path(out) / task.file, json_lines.lines(rows))
 
 
 def read_rows(out: Path) -> list[dict[str, Any]]:

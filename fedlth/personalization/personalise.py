@@ -23,6 +23,7 @@ from fedlth.personalization.arms import arm_of, tuned
 from fedlth.personalization.step2 import Result, Step2
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.records import MetricRow
+from fedlth.storage.typed_record import as_record
 from fedlth.tickets.finder import Finder
 from fedlth.training.local_client import Local
 from fedlth.wire import mask as bitmap
@@ -100,7 +101,7 @@ def _reported(
     kept: Result | None = None
     for result in results:
         row = row_of(local, result)
-        rows.append(row.record())
+        rows.append(as_record(row))
         if result.cpu_s[0]:
             cost = {"cpu_s": result.cpu_s[0], "last_cpu_s": result.cpu_s[1]}
             local.work.append({"arm": result.arm, "target_density": result.target, **cost})

@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass
 from textwrap import fill
 from typing import Any
 
-from fedlth.report.bytes import SERVER, Flow, Frames, Traffic, flow, frames, traffic
-from fedlth.report.facts import Facts
+from fedlth.report.facts import Facts, grouped
 from fedlth.report.presets import PRESETS, Claim, Preset, sizes_of
-from fedlth.report.rows import LedgerRow
-from fedlth.report.summary import WIDTH, aligned
-from fedlth.report.tables import Table
+from fedlth.report.tables import WIDTH, Table, aligned
+from fedlth.report.traffic import SERVER, Flow, Frames, Traffic, flow, frames, traffic
 from fedlth.report.units import NOTHING, percent
+from fedlth.storage.records import LedgerRow
 
 
 @dataclass(frozen=True)
@@ -73,10 +72,7 @@ def account(facts: Facts) -> Account:
             first.setdefault(row.receiver, row)
     size = sizes_of(facts).prunable
     masked = [row for row in facts.ledger if row.receiver == SERVER and row.ticket]
-    codings: dict[str, list[LedgerRow]] = {}
-    for row in facts.ledger:
-        if row.coding:
-            codings.setdefault(row.coding, []).append(row)
+    codings = grouped((row.coding, row) for row in facts.ledger if row.coding)
     return Account(
         facts=facts,
         traffic=found,
@@ -106,7 +102,7 @@ def _coded(rows: list[LedgerRow]) -> Coded:
 
 
 def _dense(found: Traffic, up: int, down: int) -> Flow:
-    return Flow(found.dense_ups + found.dense_downs, found.dense_ups * up, found.dense_downs * down, 0)
+    return Flow(found.dense_ups + found.dense_downs, found.dense_ups * up, found.dense_downs * down)
 
 
 def _spread(found: Traffic, key: str) -> Spread:

@@ -1,4 +1,4 @@
-"""From a drawing function to PNG or SVG bytes, without pyplot and its global state."""
+"""From a drawing function to PNG or SVG bytes in a light or dark theme, without pyplot and its global state."""
 
 from __future__ import annotations
 
@@ -7,11 +7,66 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from fedlth.report.palette import Theme
+from fedlth.report.known_arms import Style, arm_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Theme:
+    """The ground of a figure: page colour, ink, faint ink (rules, axes), and which of an arm's colours to use."""
+
+    name: str
+    page: str
+    ink: str
+    faint: str
+    gain: str
+    loss: str
+    heat: str
+
+    def style(self, arm: str) -> Style:
+        """Return how `arm` is drawn."""
+        return arm_of(arm).style
+
+    def colour(self, arm: str) -> str:
+        """Return the colour of `arm` on this ground."""
+        style = self.style(arm)
+        return style.light if self.name == "light" else style.dark
+
+    def settings(self) -> dict[str, Any]:
+        """Return matplotlib's rc settings of this theme."""
+        return {
+            "font.family": ["DejaVu Sans"],
+            "font.size": 10,
+            "axes.titlesize": 11,
+            "axes.labelsize": 10,
+            "figure.facecolor": self.page,
+            "axes.facecolor": self.page,
+            "savefig.facecolor": self.page,
+            "text.color": self.ink,
+            "axes.labelcolor": self.ink,
+            "axes.edgecolor": self.faint,
+            "xtick.color": self.ink,
+            "ytick.color": self.ink,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.grid.axis": "y",
+            "axes.axisbelow": True,
+            "grid.color": self.faint,
+            "grid.alpha": 0.35,
+            "grid.linewidth": 0.6,
+            "legend.frameon": False,
+            "lines.linewidth": 1.8,
+            "svg.fonttype": "path",  # the page then looks the same where DejaVu is not installed
+            "svg.hashsalt": "fedlth",  # equal facts give equal files
+        }
+
+
+LIGHT = Theme("light", "#ffffff", "#1c1f23", "#9aa1a9", "#0067a5", "#c4500a", "Blues")
+DARK = Theme("dark", "#1b1e23", "#e6e8eb", "#6b727b", "#5bb4f0", "#ff8f4d", "Blues_r")
 
 
 @dataclass(frozen=True)

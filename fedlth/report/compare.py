@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlth.errors import StudyError, require
-from fedlth.report.arms import Choice, arm_of, main_choice
+from fedlth.report.choice import Choice, main_choice, rows_of
 from fedlth.report.facts import Facts, read_group
 from fedlth.report.intervals import Interval, interval
-from fedlth.report.statistics import Difference, over_seeds, rows_of
-from fedlth.report.summary import aligned
-from fedlth.report.tables import Table, csv_text, latex, markdown
+from fedlth.report.known_arms import arm_of
+from fedlth.report.statistics import Difference, over_seeds
+from fedlth.report.tables import Table, aligned
 from fedlth.report.units import bounds, percent, points, signed
 
 Values = NDArray[np.float64]
@@ -77,18 +77,6 @@ class Comparison:
         """Return the comparison for a terminal."""
         lines = [self.table().title, "", aligned(self.table()), *(f"note: {note}" for note in self.notes)]
         return "\n".join(lines) + "\n"
-
-    def markdown(self) -> str:
-        """Return the comparison as Markdown."""
-        return markdown(self.table())
-
-    def latex(self) -> str:
-        """Return the comparison as LaTeX."""
-        return latex(self.table())
-
-    def csv(self) -> str:
-        """Return the comparison as CSV."""
-        return csv_text(self.table())
 
 
 def _cells(one: Contestant) -> tuple[str, ...]:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from fedlth.report.arms import Choice, same_density
-from fedlth.report.facts import Facts
-from fedlth.report.results import Results
-from fedlth.report.statistics import rows_of
-
-PHASES = {"federate": "in step 1", "personalise": "in step 2", "refine": "in refinement"}
+from fedlth.report.choice import Choice, rows_of, same_density
+from fedlth.report.facts import Facts, grouped
+from fedlth.report.results import Results, alive_flops
+from fedlth.storage.records import Work
 
 
 @dataclass(frozen=True)
@@ -66,19 +63,17 @@ def cost_text(results: Results) -> str:
 
 def _evaluation(results: Results) -> list[str]:
     """Say how much of the clients' CPU time evaluation takes, by phase in which trainings were timed."""
-    shares = []
-    for phase, name in PHASES.items():
-        work = [
-            one
-            for facts in results.group
-            for row in facts.times
-            if row["phase"] == phase
-            for one in row.get("work", ())
-        ]
-        evaluated = sum(one["cpu_s"] for one in work if "evaluated" in one)
-        trained = sum(one["cpu_s"] for one in work if "density" in one)
+    found: dict[str, list[tuple[float, float]]] = {}
+    for phase in results.group[0].header.phases:
+        times = (row for facts in results.group for row in facts.times if row.phase == phase.name)
+        work = [one for row in times for one in row.work]
+        evaluated = sum(one.cpu_s for one in work if one.evaluated is not None)
+        trained = sum(one.cpu_s for one in work if one.density is not None)
         if evaluated and trained:
-            shares.append(f"{100 * evaluated / (evaluated + trained):.1f} % {name}")
+            place = "in step 1" if phase.step == 1 else "in refinement" if phase.joins else "in step 2"
+            found.setdefault(place, []).append((evaluated, evaluated + trained))
+    sums = {place: np.sum(spent, axis=0) for place, spent in found.items()}
+    shares = [f"{100 * evaluated / both:.1f} % {place}" for place, (evaluated, both) in sums.items()]
     return [f"Of the CPU time of training and evaluation, evaluation takes {', '.join(shares)}."] if shares else []
 
 
@@ -89,26 +84,17 @@ def _round_epochs(facts: Facts) -> int:
     return int(study.get("train", {}).get("epochs", 1))
 
 
-def _by_client(group: tuple[Facts, ...]) -> list[list[dict[str, Any]]]:
-    """Return what each client of each seed spent its time on."""
-    found: dict[tuple[int, object], list[dict[str, Any]]] = {}
-    for facts in group:
-        for row in facts.times:
-            found.setdefault((facts.header.seed, row.get("client")), []).extend(row.get("work", ()))
-    return list(found.values())
-
-
 def _cpu(group: tuple[Facts, ...], choice: Choice) -> Cost | None:
     """Return means over clients of each client's own means: who was sampled more often counts no more for it."""
     clients: list[tuple[float, float, float]] = []
-    for work in _by_client(group):
-        trainings = [one for one in work if "density" in one]
-        dense = [one for one in trainings if one["density"] == 1]  # a count over itself, so exactly 1
-        inside = [one for one in trainings if abs(one["density"] / choice.target_density - 1) < 0.05]
+    work_of = grouped(((f.header.seed, row.client), one) for f in group for row in f.times for one in row.work)
+    for work in work_of.values():
+        dense = [one for one in work if one.density == 1]  # a count over itself, so exactly 1
+        inside = [one for one in work if one.density and abs(one.density / choice.target_density - 1) < 0.05]
         searches = [
-            one["cpu_s"] - one["last_cpu_s"]
+            one.cpu_s - (one.last_cpu_s or 0.0)
             for one in work
-            if one.get("arm") == choice.arm and same_density(one["target_density"], choice.target_density)
+            if one.arm == choice.arm and same_density(one.target_density or 0.0, choice.target_density)
         ]
         if dense and inside and searches:
             clients.append((_an_epoch(dense), _an_epoch(inside), float(np.mean(searches))))
@@ -117,8 +103,8 @@ def _cpu(group: tuple[Facts, ...], choice: Choice) -> Cost | None:
     return Cost("CPU s", *(float(mean) for mean in np.mean(clients, axis=0)))
 
 
-def _an_epoch(trainings: Sequence[dict[str, Any]]) -> float:
-    return float(np.mean([one["cpu_s"] / one["epochs"] for one in trainings]))
+def _an_epoch(trainings: Sequence[Work]) -> float:
+    return float(np.mean([one.cpu_s / (one.epochs or 1.0) for one in trainings]))
 
 
 def _flops(results: Results, choice: Choice) -> Cost | None:
@@ -126,13 +112,12 @@ def _flops(results: Results, choice: Choice) -> Cost | None:
     dense, inside, searches = [], [], []
     for facts in results.group:
         forward = facts.header.flops_forward_per_example
-        of = {layer.name: layer.flops_per_example for layer in facts.layers if layer.prunable}
         for row in rows_of(facts, choice).values():
             if row.diverged:
                 continue
-            if not forward or not row.epochs or not row.search_epochs or not of.keys() <= row.layer_density.keys():
+            alive = alive_flops(facts.header, row)
+            if alive is None or not row.epochs or not row.search_epochs:
                 return None
-            alive = forward - sum(cost * (1 - row.layer_density[name]) for name, cost in of.items())
             dense.append(3 * row.num_train * forward)
             inside.append(3 * row.num_train * alive)
             searches.append(row.train_flops_effective - inside[-1] * row.epochs)

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedlth.errors import StudyError
-from fedlth.report.jsonl import read_object, read_rows
+from fedlth.storage import ticket_file
+from fedlth.storage.json_lines import read_lines, read_object
 
 # What may differ between equal runs: where they ran, on what, and how the transport framed a message.
 APART = {"header.json": {"engine", "versions", "commit"}, "ledger.jsonl": {"framed_bytes"}}
@@ -45,7 +45,7 @@ def _shortened(found: list[str], name: str) -> list[str]:
 
 
 def _rows(name: str, run_a: Path, run_b: Path) -> list[str]:
-    ours, theirs = (read_rows(run / name, required=False, forgive_last=False)[0] for run in (run_a, run_b))
+    ours, theirs = (read_lines(run / name)[0] for run in (run_a, run_b))
     found: list[str] = []
     if len(ours) != len(theirs):
         found.append(f"{name}: {len(ours)} rows / {len(theirs)} rows")
@@ -117,19 +117,12 @@ def _content(path: Path) -> dict[str, Any]:
     # by tensor, so that two files that only lay the same tensors out in another order are equal
     from hashlib import sha256
 
-    from safetensors import SafetensorError, safe_open
-    from safetensors.numpy import load_file
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            meta = file.metadata() or {}
-        found: dict[str, Any] = {
-            name: [str(tensor.dtype), list(tensor.shape), sha256(tensor.tobytes()).hexdigest()[:16]]
-            for name, tensor in load_file(path).items()
-        }
-    except SafetensorError as error:
-        raise StudyError(f"{path}: expected a safetensors file, got {error}") from None
-    return {**found, "metadata": dict(meta)}
+    tensors, meta = ticket_file.read(path)
+    found = {
+        name: [str(tensor.dtype), list(tensor.shape), sha256(tensor.tobytes()).hexdigest()[:16]]
+        for name, tensor in tensors.items()
+    }
+    return {**found, "metadata": meta}
 
 
 def _without(digests: dict[str, Any], clients: set[str]) -> dict[str, Any]:

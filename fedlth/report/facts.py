@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from fedlth.errors import StudyError, wrong
-from fedlth.report.jsonl import read_object, read_rows
-from fedlth.report.rows import FORMAT, Header, Layer, LedgerRow, RoundRow, parse
-from fedlth.storage.records import MetricRow
+from fedlth.errors import StudyError
+from fedlth.storage import ticket_file
+from fedlth.storage.records import Header, LedgerRow, MetricRow, RoundRow, TimeRow, read_header, read_log
+
+T = TypeVar("T")
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -30,22 +32,18 @@ class Facts:
 
     path: Path
     header: Header
-    layers: tuple[Layer, ...]
     config: str
     ledger: tuple[LedgerRow, ...]
     rounds: tuple[RoundRow, ...]
     metrics: tuple[MetricRow, ...]
-    times: tuple[dict[str, Any], ...]
+    times: tuple[TimeRow, ...]
     tickets: tuple[SavedTicket, ...]
     notes: tuple[str, ...]
 
 
 def _saved(path: Path) -> SavedTicket:
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="numpy") as file:
-            meta = file.metadata() or {}
+        meta = ticket_file.read(path, tensors=False)[1]
         digits = path.stem.removeprefix("client-")
         return SavedTicket(
             client=int(meta.get("client", digits)),
@@ -54,7 +52,7 @@ def _saved(path: Path) -> SavedTicket:
             arm=meta.get("arm", "ticket"),
             ticket=meta.get("ticket", ""),
         )
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         raise StudyError(f"{path}: expected a ticket with client and density in its metadata, got {error!r}") from None
 
 
@@ -65,38 +63,38 @@ def read_run(path: Path) -> Facts:
     """
     if not path.is_dir():
         raise StudyError(f"{path}: expected a run folder, got {'a file' if path.exists() else 'nothing there'}")
-    place = str(path / "header.json")
-    raw = read_object(path / "header.json")
-    if raw.get("format") != FORMAT:
-        raise wrong(f"{place}: format", f"{FORMAT}", raw.get("format"))
-    header = parse(Header, raw, place=place)
-    layers = tuple(parse(Layer, row, place=f"{place}: layers[{i}]") for i, row in enumerate(header.layers))
-    notes: list[str] = [] if header.finished else ["this run did not finish: what follows covers what it completed"]
+    header = read_header(path)
+    notes: list[str] = (
+        [] if header.finished else ["this run did not finish: what follows covers the part that it completed"]
+    )
 
-    def rows(name: str, *, needed: bool) -> list[dict[str, Any]]:
-        found, note = read_rows(path / name, required=needed and header.finished, forgive_last=not header.finished)
+    def rows(kind: type[T], *, needed: bool) -> tuple[T, ...]:
+        found, note = read_log(path, kind, required=needed and header.finished, forgive_last=not header.finished)
         if note and needed:
             notes.append(note)
         return found
-
-    def typed(kind: type[Any], name: str, *, needed: bool) -> tuple[Any, ...]:
-        found = rows(name, needed=needed)
-        return tuple(parse(kind, row, place=f"{path / name}:{i}") for i, row in enumerate(found, start=1))
 
     config = path / "config.yaml"
     return Facts(
         path=path,
         header=header,
-        layers=layers,
         config=config.read_text(encoding="utf-8") if config.is_file() else "",
-        ledger=typed(LedgerRow, "ledger.jsonl", needed=True),
+        ledger=rows(LedgerRow, needed=True),
         # a method without rounds (local only) may leave no such file
-        rounds=typed(RoundRow, "rounds.jsonl", needed=False),
-        metrics=typed(MetricRow, "metrics.jsonl", needed=True),
-        times=tuple(rows("times.jsonl", needed=False)),
+        rounds=rows(RoundRow, needed=False),
+        metrics=rows(MetricRow, needed=True),
+        times=rows(TimeRow, needed=False),
         tickets=tuple(sorted(map(_saved, (path / "tickets").glob("*.safetensors")), key=lambda saved: saved.client)),
         notes=tuple(notes),
     )
+
+
+def grouped(pairs: Iterable[tuple[Key, T]]) -> dict[Key, list[T]]:
+    """Return values by key, keys in the order in which they first come."""
+    found: dict[Key, list[T]] = {}
+    for key, value in pairs:
+        found.setdefault(key, []).append(value)
+    return found
 
 
 def read_group(path: Path) -> tuple[Facts, ...]:

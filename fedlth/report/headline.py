@@ -1,19 +1,27 @@
-"""The first screen in words and numbers: what was done, what came out, and what a reader must know."""
+"""A run in words and numbers, for page and terminal: what was done, what came out, what a reader must know."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from textwrap import fill
 
 import numpy as np
 
-from fedlth.report.arms import Choice, arm_of
+from fedlth.report.choice import Choice
+from fedlth.report.cost import cost_text
+from fedlth.report.known_arms import arm_of, is_users
 from fedlth.report.results import Results
 from fedlth.report.statistics import ArmSummary, Difference, difference
-from fedlth.report.tables import Table
+from fedlth.report.tables import WIDTH, Table, aligned, summary_table
 from fedlth.report.units import bounds, percent, points, scaled, signed
 
 PERMUTATION_LEVEL = 0.01
+# The columns of the summary that fit a terminal, and what they are called there.
+TERMINAL = {
+    "arm": "arm", "density": "density", "mean %": "mean %", "95 % interval": "95 % interval", "sd": "sd",
+    "10th pct": "10th pct", "worst decile": "worst 10 %", "hurt vs global %": "hurt %", "unseen %": "unseen %",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ def done(results: Results) -> str:
             f", each with about {np.median(sizes):.0f} training examples of {np.median(held):.0f} out of "
             f"{_plural(header.num_classes, 'class')}".replace("classs", "classes")
         )
-    federated = len({row.round for row in results.group[0].rounds if row.phase == "federate"})
+    federated = _rounds(results, frozenset(phase.name for phase in header.phases if phase.step == 1))
     rounds = _plural(federated, "federated round")
     sentences = [f"{clients}, trained one shared model in {rounds}." if federated else f"{clients}."]
     if header.unseen:
@@ -48,7 +56,7 @@ def done(results: Results) -> str:
         sentences.append(f"{unseen} stayed unseen in the rounds and took part only at the end.")
     if results.main is not None and results.main.arm in ("ticket", "refined"):
         sentences.append("Then every client found its own ticket, a sparse part of the model, and fine-tuned it.")
-        refined = len({row.round for row in results.group[0].rounds if row.phase == "refine"})
+        refined = _rounds(results, header.joining(2))
         if refined:
             sentences.append(f"{_plural(refined, 'more federated round')} trained inside the tickets.")
     elif results.main is not None:
@@ -58,13 +66,18 @@ def done(results: Results) -> str:
     return " ".join(sentences)
 
 
+def _rounds(results: Results, phases: frozenset[str]) -> int:
+    return len({(row.phase, row.round) for row in results.group[0].rounds if row.phase in phases})
+
+
 def rivals(results: Results) -> list[ArmSummary]:
-    """Return the arms that the main arm is held against: the hard control at equal density, then the dense ones."""
+    """Return the arms that the main arm is held against: single ones, a user's own, then controls at equal density."""
     if results.main is None:
         return []
     same = [Choice(arm, results.main.target_density) for arm in ("global_mask", "one_shot", "random")]
     single = ("global", "local", "dense", "dense_total", "own_random", "frozen_random")
-    found = [results.best_known(arm) for arm in single]
+    users = dict.fromkeys(one.choice.arm for one in results.summaries if is_users(one.choice.arm))
+    found = [results.best_known(arm) for arm in (*single, *users)]
     found += [results.summary(choice) for choice in same]
     return [one for one in found if one is not None and one.choice != results.main]
 
@@ -140,18 +153,11 @@ def numbers(results: Results) -> tuple[Number, ...]:
         arm = arm_of(one.choice.arm)
         at = "" if one.choice.target_density == 1 else f" at density {one.density_text}"
         found.append(Number(f"{percent(one.mean)} %", f"{arm.label}{at}", f"95 % interval {bounds(one.interval)}"))
-    up, down, dense = (
-        float(np.mean([getattr(flow, key) for flow in flows]))
-        for flows, key in (
-            ([one.unicast for one in results.traffics], "up_bytes"),
-            ([one.unicast for one in results.traffics], "down_bytes"),
-            (results.traffics, "dense_bytes"),
-        )
-    )
-    peer = float(np.mean([one.unicast.peer_bytes for one in results.traffics]))
+    moved = [(one.unicast.up_bytes, one.unicast.down_bytes, one.dense_bytes) for one in results.traffics]
+    up, down, dense = (float(mean) for mean in np.mean(moved, axis=0))
     small = f"dense FedAvg: {scaled(dense, 'B')} both ways" if dense else "no visit in the ledger"
     found.append(Number(scaled(up, "B"), "payload up", small))
-    found.append(Number(scaled(down, "B"), "payload down", _saved(up + down + peer, dense)))
+    found.append(Number(scaled(down, "B"), "payload down", _saved(up + down, dense)))
     return tuple(found)
 
 
@@ -198,3 +204,25 @@ def honest_notes(results: Results) -> tuple[str, ...]:
             at = f"{arm_of(found.choice.arm).label} at {found.density_text}"
             notes.append(f"{at}: its mean is over {_plural(found.num_seeds, 'seed')} of {len(results.group)}")
     return tuple(notes)
+
+
+def summary_text(results: Results) -> str:
+    """Return the result of a run in a terminal's width: table, bytes, findings, notes."""
+    header = results.group[0].header
+    seeds = ", ".join(str(facts.header.seed) for facts in results.group)
+    parts = [f"{header.study} · {header.method} · seed {seeds} · {header.num_clients} clients"]
+    if results.summaries:
+        table = replace(summary_table(results).columns(list(TERMINAL)), header=tuple(TERMINAL.values()))
+        parts.append(aligned(table))
+        parts.append("hurt: clients below the global model.  Test accuracy, read once at the end.")
+    wire = [one for one in numbers(results) if one.label.startswith("payload")]
+    parts.append("\n".join(f"{one.label}: {one.value}  ({one.small})" for one in wire))
+    parts.append(fill(reached(results), WIDTH))
+    rivals = against(results)
+    if rivals.rows:
+        parts.append(aligned(rivals))
+    parts += [fill(text, WIDTH) for text in (overlapping(results), cost_text(results)) if text]
+    notes = honest_notes(results)
+    if notes:
+        parts.append("\n".join(fill(f"note: {note}", WIDTH, subsequent_indent="      ") for note in notes))
+    return "\n\n".join(parts) + "\n"

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from fedlth.report.build import write_files
-from fedlth.report.html import drawn, embedded
-from fedlth.report.lottery_facts import LotteryFacts, read_lottery
+import numpy as np
+
+from fedlth.report.build import drawn, embedded, filled, write_files
+from fedlth.report.lottery_facts import LotteryFacts, over_seeds, read_lottery
 from fedlth.report.lottery_figures import at_round, lottery_pictures
-from fedlth.report.lottery_tables import arms_table, probe_table
-from fedlth.report.tables import Table
-from fedlth.report.units import percent
+from fedlth.report.tables import Table, aligned
+from fedlth.report.units import NOTHING, percent, points
 
 PLAIN = (("granularity", "element"), ("dead", "zero"), ("gate", "always"), ("stop", "target"))
+HEADER = (
+    "arm", "round", "density", "early stop (iteration)", "test % at early stop", "± over seeds", "test % at the end",
+    "against the search (points)",
+)  # fmt: skip
 LONG = 30  # rows of a probe that the terminal still shows
 
 
@@ -132,36 +135,60 @@ def lottery_text(run: Path) -> str:
     parts += ["\n".join(f"{name}: {what}" for name, what in legend(facts))]
     if facts.cells:
         table = arms_table(facts)
-        parts.append(f"{table.title}\n{_columns(table)}")
+        parts.append(f"{table.title}\n{aligned(table)}")
     for probe in facts.probes:
         table = probe_table(facts, probe)
         long = f"{len(table.rows)} rows: {run / 'tables' / f'probe_{probe}.md'}"
-        parts.append(f"{table.title}\n{_columns(table) if len(table.rows) <= LONG else long}")
+        parts.append(f"{table.title}\n{aligned(table) if len(table.rows) <= LONG else long}")
     return "\n\n".join(parts)
 
 
-def _columns(table: Table) -> str:
-    widths = [max(len(row[i]) for row in (table.header, *table.rows)) for i in range(len(table.header))]
-    lines = []
-    for row in (table.header, *table.rows):
-        cells = (
-            cell.ljust(width) if i < table.left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+def arms_table(facts: LotteryFacts) -> Table:
+    """Return one row an arm and round; the difference is to the arm's own search at the same round, seed by seed."""
+    rows = []
+    for cell in facts.cells:
+        spec = facts.config["arms"].get(cell.arm)
+        base = None if spec is None else facts.cell(spec["of"], cell.round)
+        test = cell.values("test_accuracy")
+        gain = NOTHING if base is None else points(float((test - base.values("test_accuracy")).mean()))
+        rows.append((
+            cell.arm, str(cell.round), f"{cell.density:.4f}", f"{cell.mean('early_stop'):.0f}",
+            percent(float(test.mean()), digits=2), percent(_sd(test), digits=2),
+            percent(cell.mean("final_test_accuracy"), digits=2), gain,
+        ))  # fmt: skip
+    return Table("Every arm at every round, mean over seeds", HEADER, tuple(rows))
+
+
+def probe_table(facts: LotteryFacts, probe: str) -> Table:
+    """Return a probe's rows: what was asked, then what was measured, as mean ± standard deviation over seeds."""
+    merged = over_seeds(facts.probes[probe])
+    columns = list(dict.fromkeys(key for row in merged for key in row))
+    measured = {key for row in merged for key, value in row.items() if isinstance(value, np.ndarray)}
+    columns = [key for key in columns if key not in measured] + [key for key in columns if key in measured]
+    rows = tuple(tuple(_text(row.get(key)) for key in columns) for row in merged)
+    left = len(columns) - len(measured & set(columns))
+    return Table(f"{probe}: {facts.part(probe)}", tuple(key.replace("_", " ") for key in columns), rows, left)
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return NOTHING
+    if isinstance(value, np.ndarray):
+        mean = f"{value.mean():.4g}"
+        return mean if len(value) < 2 or np.ptp(value) == 0 else f"{mean} ± {_sd(value):.2g}"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return str(value)
+
+
+def _sd(values: np.ndarray) -> float:
+    return float(values.std(ddof=1)) if len(values) > 1 else float("nan")
 
 
 def _page(facts: LotteryFacts, arms: Table, probes: list[Table], figures: list[dict[str, str]], run: Path) -> str:
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    folder = files("fedlth.report")
-    source = folder.joinpath("lottery.html.j2").read_text(encoding="utf-8")
-    css = folder.joinpath("page.css").read_text(encoding="utf-8")
     config = facts.config
-    return Environment(autoescape=True, undefined=StrictUndefined).from_string(source).render(
-        css=Markup(css),  # ours, never the user's
+    return filled(
+        "lottery.html.j2",
         study=config["lottery"],
         seeds=", ".join(map(str, config["seeds"])),
         data=config["data"]["name"],
@@ -173,4 +200,4 @@ def _page(facts: LotteryFacts, arms: Table, probes: list[Table], figures: list[d
         arms=arms,
         probes=probes,
         config=(run / "config.yaml").read_text(encoding="utf-8"),
-    )  # fmt: skip
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from fedlth.errors import StudyError
-from fedlth.report.jsonl import read_rows
+from fedlth.report.facts import grouped
+from fedlth.storage.json_lines import read_lines
 from fedlth.study.yaml_text import parse
 
 Row = dict[str, Any]
@@ -60,7 +61,7 @@ class LotteryFacts:
 
 def read_lottery(run: Path) -> LotteryFacts:
     """Read a finished lottery study; raises StudyError naming the file that is missing or broken."""
-    rows, _ = read_rows(run / "results.jsonl", required=True, forgive_last=False)
+    rows, _ = read_lines(run / "results.jsonl", required=True)
     try:
         config = parse((run / "config.yaml").read_text(encoding="utf-8"), str(run / "config.yaml"))
     except OSError as error:
@@ -68,18 +69,10 @@ def read_lottery(run: Path) -> LotteryFacts:
     trainings = [row for row in rows if row["kind"] == "training"]
     cells = [
         Cell(arm, number, float(np.mean([row["kept"] / row["size"] for row in members])), tuple(members))
-        for (arm, number), members in grouped(trainings, lambda row: (row["arm"], row["round"])).items()
+        for (arm, number), members in grouped(((row["arm"], row["round"]), row) for row in trainings).items()
     ]
-    probes = grouped([row for row in rows if row["kind"] == "probe"], lambda row: str(row["probe"]))
+    probes = grouped((str(row["probe"]), row) for row in rows if row["kind"] == "probe")
     return LotteryFacts(config, tuple(cells), {name: tuple(members) for name, members in probes.items()})
-
-
-def grouped(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
-    """Return rows by key, keys in the order in which they first come."""
-    found: dict[Any, list[Row]] = {}
-    for row in rows:
-        found.setdefault(key(row), []).append(row)
-    return found
 
 
 def over_seeds(rows: Sequence[Row]) -> list[Row]:
@@ -95,7 +88,7 @@ def over_seeds(rows: Sequence[Row]) -> list[Row]:
         return (*words, counts[words, row["seed"]])
 
     merged = []
-    for members in grouped(rows, key).values():
+    for members in grouped((key(row), row) for row in rows).values():
         first = {k: v for k, v in members[0].items() if k not in ("kind", "probe", "seed")}
         for k, v in first.items():
             if _measured(v):

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedlth.report.canvas import Picture, end_labels
+from fedlth.report.canvas import Picture, Theme, end_labels
 from fedlth.report.lottery_facts import Cell, LotteryFacts, over_seeds
-from fedlth.report.palette import Theme
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

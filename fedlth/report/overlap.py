@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fedlth.errors import StudyError
 from fedlth.report.facts import Facts, SavedTicket
 from fedlth.rng import stream
-from fedlth.storage.ticket_file import is_mask
+from fedlth.storage.ticket_file import is_mask, read
 
 PERMUTATIONS = 9_999
 MOST_CLIENTS = 200  # pairs grow with their square: of more, this many are drawn
@@ -33,12 +33,10 @@ class Masks:
 
 def read_masks(facts: Facts) -> Masks:
     """Return the masks of every saved ticket; raises StudyError where a file's layers differ from the first one's."""
-    from safetensors.numpy import load_file
-
     rows: dict[str, list[NDArray[np.uint8]]] = {}
-    sizes = {layer.name: layer.size for layer in facts.layers}
+    sizes = {layer.name: layer.size for layer in facts.header.layers}
     for saved in facts.tickets:
-        tensors = load_file(saved.path)
+        tensors, _ = read(saved.path)
         found = {name.removesuffix("_mask"): value for name, value in tensors.items() if is_mask(name, value)}
         if rows and found.keys() != rows.keys():
             odd = sorted(found.keys() ^ rows.keys())
@@ -168,7 +166,7 @@ def overlap(facts: Facts) -> Overlap | None:
     alike = label_similarity(np.array([facts.header.client_labels[client] for client in masks.clients]))
     kept = masks.kept()
     total = sum(masks.sizes.values())
-    order = [layer.name for layer in facts.layers if layer.name in kept] or sorted(kept)
+    order = [layer.name for layer in facts.header.layers if layer.name in kept] or sorted(kept)
     return Overlap(
         clients=masks.clients,
         saved=len(facts.tickets),

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from fedlth.report.bytes import ROUNDS, SERVER, once
 from fedlth.report.facts import Facts
-from fedlth.report.rows import LedgerRow
+from fedlth.report.traffic import SERVER, once
+from fedlth.storage.records import LedgerRow
 
 MIB = 2**20
 MODELS = ("values", "install", "resync")  # a model's weights, whatever the occasion
@@ -59,9 +59,9 @@ class Sizes:
 
 def sizes_of(facts: Facts) -> Sizes:
     """Return a run's sizes from its header's layers."""
-    prunable = sum(layer.size for layer in facts.layers if layer.prunable)
-    weights = sum(layer.size for layer in facts.layers if not layer.prunable and len(layer.shape) > 1)
-    return Sizes(prunable, weights, sum(layer.size for layer in facts.layers) - prunable - weights)
+    prunable = sum(layer.size for layer in facts.header.layers if layer.prunable)
+    weights = sum(layer.size for layer in facts.header.layers if not layer.prunable and len(layer.shape) > 1)
+    return Sizes(prunable, weights, sum(layer.size for layer in facts.header.layers) - prunable - weights)
 
 
 def lotteryfl_bytes(kept_weights: float, *, rounds: int, clients_per_round: int) -> float:
@@ -71,7 +71,8 @@ def lotteryfl_bytes(kept_weights: float, *, rounds: int, clients_per_round: int)
 
 def values_in_rounds(facts: Facts) -> list[LedgerRow]:
     """Return the believed messages of weights in federated rounds: all that any of these papers looks at."""
-    return [row for row in facts.ledger if row.phase in ROUNDS and row.kind in MODELS and row.status == "ok"]
+    joining = facts.header.joining()
+    return [row for row in facts.ledger if row.phase in joining and row.kind in MODELS and row.status == "ok"]
 
 
 def _up(rows: Sequence[LedgerRow]) -> list[LedgerRow]:
@@ -79,7 +80,8 @@ def _up(rows: Sequence[LedgerRow]) -> list[LedgerRow]:
 
 
 def _not_here(facts: Facts) -> Claim:
-    met = any(row.phase in ROUNDS for row in facts.ledger)
+    joining = facts.header.joining()
+    met = any(row.phase in joining for row in facts.ledger)
     return Claim(None, None, "no weights go up in these rounds" if met else "no federated rounds")
 
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedlth.report.arms import Choice, main_choice
-from fedlth.report.bytes import Traffic, traffic
+from fedlth.report.choice import Choice, main_choice, rows_of
 from fedlth.report.facts import Facts
 from fedlth.report.overlap import Overlap, overlap
-from fedlth.report.statistics import ArmSummary, rows_of, summarise
+from fedlth.report.statistics import ArmSummary, summarise
+from fedlth.report.traffic import Traffic, traffic
+from fedlth.storage.records import Header, MetricRow
 
 
 @dataclass(frozen=True)
@@ -56,19 +57,21 @@ def results_of(group: Sequence[Facts]) -> Results:
     )
 
 
-def inference_flops_effective(results: Results, choice: Choice) -> float | None:
-    """Return the forward FLOPs an example that alive weights need, mean over clients and seeds; None if unknown.
+def alive_flops(header: Header, row: MetricRow) -> float | None:
+    """Return the forward FLOPs an example that a client's alive weights need; None if unknown.
 
-    Layer by layer: dense FLOPs times the layer's density in each row. Layers that cannot be pruned count in full.
+    Layer by layer: dense FLOPs times the layer's density. Layers that cannot be pruned count in full.
     """
-    found = []
-    for facts in results.group:
-        dense = facts.header.flops_forward_per_example
-        cost = {layer.name: layer.flops_per_example for layer in facts.layers if layer.prunable}
-        for row in rows_of(facts, choice).values():
-            if row.diverged:  # there is no such network
-                continue
-            if not dense or not cost.keys() <= row.layer_density.keys():
-                return None
-            found.append(dense - sum(flops * (1 - row.layer_density[name]) for name, flops in cost.items()))
-    return float(np.mean(found)) if found else None
+    dense = header.flops_forward_per_example
+    cost = {layer.name: layer.flops_per_example for layer in header.layers if layer.prunable}
+    if not dense or not cost.keys() <= row.layer_density.keys():
+        return None
+    return dense - sum(flops * float(1 - row.layer_density[name]) for name, flops in cost.items())
+
+
+def inference_flops_effective(results: Results, choice: Choice) -> float | None:
+    """Return `alive_flops` of a choice, mean over clients and seeds; None if unknown."""
+    rows = [(facts.header, row) for facts in results.group for row in rows_of(facts, choice).values()]
+    found = [alive_flops(header, row) for header, row in rows if not row.diverged]  # there is no such network
+    known = [flops for flops in found if flops is not None]
+    return float(np.mean(known)) if known and len(known) == len(found) else None

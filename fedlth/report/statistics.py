@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlth.report.arms import Choice, arm_order, densities
+from fedlth.report.choice import Choice, baseline_of, rows_of
 from fedlth.report.facts import Facts
 from fedlth.report.intervals import Interval, interval
-from fedlth.storage.records import MetricRow
+from fedlth.report.known_arms import arm_order
 
 Values = NDArray[np.float64]
 
@@ -22,10 +22,10 @@ class ArmSummary:
     """One arm at one target density, over the clients of every seed.
 
     Every statistic is taken within a seed and then averaged over seeds. Accuracies are shares in [0, 1], on test
-    data. None: there was nothing to take it from. weighted_mean: by training examples. worst_decile: mean of the
-    lowest tenth of clients (rounded up). hurt_*: share of clients strictly below their own baseline. gap: mean of
-    the participating clients less the unseen ones. Epochs and FLOPs are means a client. diverged: clients (of every
-    seed) whose training did, which all other statistics but the density count too, as a uniform guess.
+    data. None: there was nothing to take it from. worst_decile: mean of the lowest tenth of clients
+    (rounded up). hurt_*: share of clients strictly below their own baseline. Epochs and FLOPs are means a client.
+    diverged: clients (of every seed) whose training did, which all other statistics but the density count too, as a
+    uniform guess.
     """
 
     choice: Choice
@@ -34,15 +34,12 @@ class ArmSummary:
     num_clients: int
     mean: float
     interval: Interval
-    weighted_mean: float
     standard_deviation: float
-    minimum: float
     p10: float
     worst_decile: float
     hurt_global: float | None
     hurt_local: float | None
     unseen: float | None
-    gap: float | None
     val_mean: float
     epochs: float
     search_epochs: float
@@ -57,24 +54,9 @@ class ArmSummary:
         return f"{self.density:.3g}"
 
 
-def rows_of(facts: Facts, choice: Choice) -> dict[int, MetricRow]:
-    """Return the rows of one arm and density in one run, by client, in client order."""
-    found = {row.client: row for row in facts.metrics if (row.arm, row.target_density) == _key(choice)}
-    return dict(sorted(found.items()))
-
-
-def _key(choice: Choice) -> tuple[str, float]:
-    return choice.arm, choice.target_density
-
-
 def worst_decile_mean(values: Values) -> float:
     """Return the mean of the lowest ceil(n / 10) values."""
     return float(np.sort(values)[: math.ceil(len(values) / 10)].mean())
-
-
-def hurt_fraction(values: Values, baseline: Values) -> float:
-    """Return the share of clients strictly below their own baseline; both (clients,), in the same order."""
-    return float(np.mean(values < baseline))
 
 
 def paired(group: Sequence[Facts], choice: Choice, baseline: Choice) -> list[Values]:
@@ -109,12 +91,6 @@ def over_seeds(take: Callable[[Values], object], samples: Sequence[Values]) -> f
     return float(np.mean([float(take(values)) for values in samples]))  # type: ignore[arg-type]
 
 
-def baseline_of(group: Sequence[Facts], arm: str) -> Choice | None:
-    """Return the baseline arm at its largest density, or None where it was not evaluated."""
-    known = densities(group, arm)
-    return Choice(arm, known[0]) if known else None
-
-
 def _hurt(group: Sequence[Facts], choice: Choice, arm: str) -> float | None:
     baseline = baseline_of(group, arm)
     if baseline is None or choice.arm == arm:
@@ -128,10 +104,7 @@ def summarise_arm(group: Sequence[Facts], choice: Choice) -> ArmSummary:
     tables = [list(found.values()) for facts in group if (found := rows_of(facts, choice))]
     rows = [row for table in tables for row in table]
     samples = [np.array([row.test_accuracy for row in table]) for table in tables]
-    seen = [v for t in tables if len(v := np.array([r.test_accuracy for r in t if not r.unseen]))]
     unseen = [v for t in tables if len(v := np.array([r.test_accuracy for r in t if r.unseen]))]
-    unseen_mean = over_seeds(np.mean, unseen) if unseen else None
-    weighted = [np.average(v, weights=[max(r.num_train, 1) for r in t]) for v, t in zip(samples, tables, strict=True)]
     return ArmSummary(
         choice=choice,
         density=float(np.mean([row.density for row in rows if not row.diverged] or [choice.target_density])),
@@ -139,15 +112,12 @@ def summarise_arm(group: Sequence[Facts], choice: Choice) -> ArmSummary:
         num_clients=len(rows),
         mean=over_seeds(np.mean, samples),
         interval=interval(samples),
-        weighted_mean=float(np.mean(weighted)),
         standard_deviation=over_seeds(lambda v: np.std(v, ddof=1) if len(v) > 1 else 0.0, samples),
-        minimum=over_seeds(np.min, samples),
         p10=over_seeds(lambda v: np.percentile(v, 10), samples),
         worst_decile=over_seeds(worst_decile_mean, samples),
         hurt_global=_hurt(group, choice, "global"),
         hurt_local=_hurt(group, choice, "local"),
-        unseen=unseen_mean,
-        gap=over_seeds(np.mean, seen) - unseen_mean if seen and unseen_mean is not None else None,
+        unseen=over_seeds(np.mean, unseen) if unseen else None,
         val_mean=float(np.mean([np.mean([row.val_accuracy for row in table]) for table in tables])),
         epochs=float(np.mean([row.epochs for row in rows])),
         search_epochs=float(np.mean([row.search_epochs for row in rows])),

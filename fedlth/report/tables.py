@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedlth.report.arms import arm_of
-from fedlth.report.bytes import Flow
+from fedlth.report.choice import baseline_of, rows_of
+from fedlth.report.known_arms import arm_of
 from fedlth.report.results import Results, inference_flops_effective
-from fedlth.report.statistics import baseline_of, rows_of
+from fedlth.report.traffic import Flow
 from fedlth.report.units import NOTHING, bounds, count, percent, scaled
 
 
@@ -33,6 +33,7 @@ class Table:
         return Table(self.title, tuple(names), rows, sum(place < self.left for place in places))
 
 
+WIDTH = 100  # of a terminal
 SUMMARY_HEADER = (
     "arm", "density", "mean %", "95 % interval", "sd", "10th pct", "worst decile", "hurt vs global %",
     "hurt vs local %", "unseen %", "diverged", "search + tune epochs", "train FLOPs", "train effective",
@@ -93,12 +94,11 @@ def bytes_table(results: Results) -> Table:
 
     def row(name: str, flows: list[Flow]) -> tuple[str, ...]:
         means = [float(np.mean([getattr(flow, key) for flow in flows])) for key in ("up_bytes", "down_bytes")]
-        peer = float(np.mean([flow.peer_bytes for flow in flows]))
         number = float(np.mean([flow.messages for flow in flows]))
-        return (name, count(number), *(scaled(mean, "B") for mean in (*means, sum(means) + peer)))
+        return (name, count(number), *(scaled(mean, "B") for mean in (*means, sum(means))))
 
     all_of = results.traffics
-    nothing = Flow(0, 0, 0, 0)
+    nothing = Flow(0, 0, 0)
     rows = [row("all messages, each receiver counted", [one.unicast for one in all_of])]
     rows.append(row("the same, a broadcast counted once", [one.once for one in all_of]))
     for phase in dict.fromkeys(phase for one in all_of for phase in one.by_phase):
@@ -109,6 +109,21 @@ def bytes_table(results: Results) -> Table:
     dense = [float(np.mean([getattr(one, key) for one in all_of])) for key in ("dense_up_bytes", "dense_down_bytes")]
     rows.append(("dense FedAvg for the same visits", NOTHING, *(scaled(mean, "B") for mean in (*dense, sum(dense)))))
     return Table("Payload bytes that crossed the wire", ("what", "messages", "up", "down", "both"), tuple(rows))
+
+
+def aligned(table: Table) -> str:
+    """Return the table as columns of text: words to the left, numbers to the right."""
+    lines = (table.header, *table.rows)
+    widths = [max(len(line[place]) for line in lines) for place in range(len(table.header))]
+
+    def text(cells: tuple[str, ...]) -> str:
+        padded = (
+            cell.ljust(width) if place < table.left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([text(table.header), "-" * (sum(widths) + 2 * (len(widths) - 1)), *map(text, table.rows)])
 
 
 def markdown(table: Table) -> str:

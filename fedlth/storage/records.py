@@ -1,67 +1,206 @@
-"""What clients report, declared once: a visit's numbers and the rows of step 2, for client, server and report.
+"""What a run's folder holds, declared once: every record of every file, for who writes it and for who reads it.
 
-Field types say what a value may be: `read` holds every record against them, wherever it comes from.
+Field types say what a value may be: `typed_record.read` holds every record against them, wherever it comes from.
 """
 
 from __future__ import annotations
 
-import math
 import reprlib
-import sys
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from functools import cache
-from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar
 
+from fedlth.errors import StudyError, wrong
+from fedlth.storage.json_lines import read_lines, read_object
+from fedlth.storage.typed_record import Amount, Count, Label, Name, Number, Range, Share, Shares, Target, Text, read
 from fedlth.study.parts import is_number
 
 T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class Range:
-    """A number from `low` to `high`, both included; `words` say so."""
-
-    low: float
-    high: float
-    words: str
-
-    def __call__(self, value: Any) -> bool:
-        return bool(self.low <= value <= self.high)  # NaN compares as neither
+FORMAT = 1
 
 
-@dataclass(frozen=True)
-class Text:
-    """Printable text of at most `longest` characters, at least one unless `empty`."""
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One phase of a run: its rounds or waves, which of the two steps it belongs to, and whether updates are joined."""
 
-    longest: int
-    empty: bool = False
+    name: str
+    rounds: int = 0
+    step: int
+    joins: bool
 
-    @property
-    def words(self) -> str:
-        return f"printable text of {0 if self.empty else 1} to {self.longest} characters"
 
-    def __call__(self, value: Any) -> bool:
-        return value.isprintable() and (0 if self.empty else 1) <= len(value) <= self.longest
+# What runs whose header does not name their phases went through; how many rounds each had it does not say either.
+UNNAMED = (
+    Phase(name="federate", step=1, joins=True),
+    Phase(name="personalise", step=2, joins=False),
+    Phase(name="refine", step=2, joins=True),
+    Phase(name="refined", step=2, joins=False),
+)
 
 
 @dataclass(frozen=True)
-class Shares:
-    """A mapping of names to shares in [0, 1]."""
+class Layer:
+    """One tensor of the model: its size, whether it may be pruned, and what its dense forward costs."""
 
-    words: str = "a mapping of names to shares in [0, 1]"
+    name: str
+    shape: list[int]
+    size: int
+    prunable: bool
+    flops_per_example: float = 0.0
 
-    def __call__(self, value: Any) -> bool:
-        return all(isinstance(k, str) and is_number(v) and 0 <= v <= 1 for k, v in value.items())
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What is true of a whole run (header.json). `phases` are in order."""
+
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"phases"})
+
+    format: int = FORMAT
+    study: str
+    method: str
+    paper: str = ""
+    seed: int
+    engine: str
+    compute: str = ""
+    cohort: int = 1
+    versions: dict[str, Any] = field(default_factory=dict)
+    commit: str | None = None
+    partition_digest: str
+    data_digest: str
+    num_clients: int
+    unseen: list[int] = field(default_factory=list)
+    num_classes: int
+    client_labels: list[list[int]] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
+    phases: list[Phase] = field(default_factory=lambda: list(UNNAMED))
+    num_parameters: int = 0
+    num_prunable: int = 0
+    num_exchanged: int = 0
+    dense_payload_bytes: int
+    dense_raw_bytes: int = 0
+    flops_forward_per_example: float = 0.0
+    random_starts: list[str] = field(default_factory=list)
+    finished: bool
+
+    def joining(self, step: int | None = None) -> frozenset[str]:
+        """Return the names of the phases (of one step) whose visits send an update of the global model back."""
+        return frozenset(p.name for p in self.phases if p.joins and step in (None, p.step))
 
 
-Share = Annotated[float, Range(0, 1, "a number in [0, 1]")]
-Target = Annotated[float, Range(math.ulp(0.0), 1, "a number in (0, 1]")]
-Count = Annotated[int, Range(0, 2**53, "a whole number of at least 0")]
-Amount = Annotated[float, Range(0, 1e30, "a number in [0, 1e30]")]
-Number = Annotated[float, Range(-sys.float_info.max, sys.float_info.max, "a finite number")]
-Name = Annotated[str, Text(100)]
-Label = Annotated[str, Text(100, empty=True)]
+@dataclass(frozen=True, kw_only=True)
+class LedgerRow:
+    """One message. `payload_bytes` is len() of what was serialised; `framed_bytes` is what the transport tells.
+
+    `kind` is values, mask, scores, metrics or evaluation, as the message says; "install" is a client's first model,
+    "control" a client's request, "resync" what was sent again because of it. `coding` names the mask mode and the
+    value mode; `mask_bytes` and `value_bytes` are those sections (the rest is header and checksum); `iid_bytes` is
+    the sum of n H(k / n) over the mask's layers: a reference beside `mask_bytes`, no minimum.
+    """
+
+    round: int
+    phase: str
+    sender: str
+    receiver: str
+    kind: str
+    name: str
+    payload_bytes: int
+    framed_bytes: int | None = None
+    density: float = 1.0
+    ticket: str = ""
+    broadcast: bool = False
+    status: str = "ok"
+    coding: str = ""
+    mask_bytes: int = 0
+    value_bytes: int = 0
+    iid_bytes: float | None = None
+
+
+def party(client: int | None) -> str:
+    """Name a sender or receiver: "server" or "client:7"."""
+    return "server" if client is None else f"client:{client}"
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A client without a usable answer: `kind` is refused, or that of the failure; `reason` is one line."""
+
+    client: int
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Diverged:
+    """An arm whose training diverged."""
+
+    client: int
+    arm: str
+    target_density: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRow:
+    """One round as the server saw it; `val_accuracy` is None where no client answered.
+
+    `rolled_back_to` says which global model took the place of one that no client could use ("" for none).
+    """
+
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"rolled_back_to"})
+
+    round: int
+    phase: str
+    clients: list[int]
+    val_accuracy: float | None = None
+    up_bytes: int
+    down_bytes: int
+    failed: list[Failed] = field(default_factory=list)
+    diverged: list[Diverged] = field(default_factory=list)
+    rolled_back_to: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """CPU time that a client spent: on a training at a density, an evaluation of so many examples, or a whole arm.
+
+    An arm's `last_cpu_s` is that of its last training; what came before is its search.
+    """
+
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset(
+        {"density", "epochs", "evaluated", "arm", "target_density", "last_cpu_s"}
+    )
+
+    cpu_s: float
+    density: float | None = None
+    epochs: float | None = None
+    evaluated: int | None = None
+    arm: str | None = None
+    target_density: float | None = None
+    last_cpu_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeRow:
+    """What one client's visit took, on which worker; no `client`: the whole round, from its start to its commit."""
+
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"worker", "seconds", "device", "work"})
+
+    round: int
+    phase: str
+    client: int | None = None
+    worker: str | None = None
+    seconds: float | None = None
+    device: str | None = None
+    work: list[Work] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Digests:
+    """By what two runs are compared (digests.json): the global model's digest, and the tickets' by client."""
+
+    theta_g: str
+    tickets: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -95,10 +234,6 @@ class MetricRow:
     layer_density: Annotated[dict[str, Any], Shares()] = field(default_factory=dict)
     diverged: bool = False
 
-    def record(self) -> dict[str, Any]:
-        """Return the row as a client sends it; an optional field only where it says something."""
-        return {k: v for k, v in vars(self).items() if k not in self.OPTIONAL or v}
-
 
 @dataclass(frozen=True)
 class VisitRecord:
@@ -124,66 +259,30 @@ def visit_record(record: Mapping[str, Any]) -> VisitRecord:
     return read(VisitRecord, {k: v for k, v in record.items() if k in known}, strict=True)
 
 
-def read(kind: type[T], record: Mapping[str, Any], *, strict: bool) -> T:
-    """Return `record` as a value of `kind`; raise ValueError that names the first field that is wrong.
-
-    `strict`: every field that is not in the kind's OPTIONAL must be there, and no other. Otherwise defaults stand in,
-    and unknown fields are left out (a newer writer may have added some).
-    """
-    made: Any = kind  # a class is hashable, whatever mypy thinks of a type variable
-    optional: frozenset[str] = getattr(kind, "OPTIONAL", frozenset())
-    found: dict[str, Any] = {}
-    for spec in _specs(made):
-        if spec.name not in record:
-            if (spec.name not in optional) if strict else spec.required:
-                given = reprlib.repr(sorted(map(str, record)))
-                raise ValueError(f"{spec.name} is wanted, got only {given if record else 'nothing'}")
-            continue
-        value = record[spec.name]
-        if not spec.accepts(value):
-            raise ValueError(f"{spec.name} must be {spec.words}, got {reprlib.repr(value)}")
-        found[spec.name] = value
-    if strict and len(found) < len(record):
-        unknown = next(name for name in record if name not in found)
-        raise ValueError(f"{reprlib.repr(unknown)} is not a field of {kind.__name__}")
-    return kind(**found)
+LOGS: dict[str, type] = {"ledger": LedgerRow, "rounds": RoundRow, "metrics": MetricRow, "times": TimeRow}
 
 
-@dataclass(frozen=True)
-class _Spec:
-    name: str
-    types: tuple[type, ...]
-    checks: tuple[Any, ...]
-    words: str
-    required: bool
-
-    def accepts(self, value: Any) -> bool:
-        # bool is an int to Python, and true is not a count
-        if not isinstance(value, self.types) or (isinstance(value, bool) and bool not in self.types):
-            return False
-        return value is None or all(check(value) for check in self.checks)
+def parse(kind: type[T], row: Mapping[str, Any], *, place: str) -> T:
+    """Return `row` as a value of `kind`; raise StudyError naming `place` and the field that is missing or wrong."""
+    try:
+        return read(kind, row, strict=False)
+    except ValueError as error:
+        raise StudyError(f"{place}: {error}") from None
 
 
-@cache
-def _specs(kind: Any) -> tuple[_Spec, ...]:
-    hints = get_type_hints(kind, include_extras=True)
-    return tuple(
-        _Spec(
-            spec.name,
-            *_accepted(hints[spec.name]),
-            required=spec.default is MISSING and spec.default_factory is MISSING,
-        )
-        for spec in fields(kind)
-    )
+def read_header(run: Path) -> Header:
+    """Return a run's header; raise StudyError where it is missing, corrupt or of another format."""
+    path = run / "header.json"
+    raw = read_object(path)
+    if raw.get("format") != FORMAT:
+        raise wrong(f"{path}: format", f"{FORMAT}", raw.get("format"))
+    return parse(Header, raw, place=str(path))
 
 
-def _accepted(hint: Any) -> tuple[tuple[type, ...], tuple[Any, ...], str]:
-    """Return the types that a field takes, the checks that its value must pass, and both in words."""
-    if get_origin(hint) is Annotated:
-        plain, check = get_args(hint)
-        return _accepted(plain)[0], (check,), check.words
-    if type(None) in get_args(hint):  # X | None
-        types, checks, words = _accepted(next(a for a in get_args(hint) if a is not type(None)))
-        return (*types, type(None)), checks, f"{words} | None"
-    plain = get_origin(hint) or hint
-    return ((int, float) if plain is float else (plain,)), (), getattr(hint, "__name__", str(hint))
+def read_log(
+    run: Path, kind: type[T], *, required: bool = False, forgive_last: bool = False
+) -> tuple[tuple[T, ...], str]:
+    """Return all rows of a kind in LOGS, and a note as `read_lines` has it; raise StudyError naming file and line."""
+    path = run / next(f"{name}.jsonl" for name, rows in LOGS.items() if rows is kind)
+    found, note = read_lines(path, required=required, forgive_last=forgive_last)
+    return tuple(parse(kind, row, place=f"{path}:{i}") for i, row in enumerate(found, start=1)), note

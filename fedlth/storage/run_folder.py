@@ -10,18 +10,20 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from fedlth.errors import StudyError
 from fedlth.models.layout import Params
-from fedlth.storage import ledger, store
+from fedlth.storage import json_lines, store
+from fedlth.storage.records import LOGS, Digests, Header, read_header, read_log
 from fedlth.storage.server_state import ServerState
 from fedlth.storage.state_archive import Packs
+from fedlth.storage.typed_record import as_record
 from fedlth.study import schema
 
-LOGS = ("ledger", "rounds", "metrics", "times")
+T = TypeVar("T")
 MEMORY = "memory/"  # what an aggregation rule remembers, beside the state's own arrays
 
 
@@ -92,14 +94,27 @@ class RunFolder:
     def recover(self) -> None:
         """Cut the logs back to the last commit. Only for who holds the lock: another process may be writing them."""
         for name, length in self.progress().lengths.items():
-            ledger.truncate(self.log(name), length)
+            json_lines.truncate(self.log(name), length)
 
     def commit(self, progress: Progress) -> None:
         record = asdict(progress)
         store.write_atomic(self.root / "checkpoint.json", json.dumps(record | {"digest": _digest(record)}).encode())
 
-    def append(self, name: str, rows: Iterable[ledger.Row | Mapping[str, Any]]) -> int:
-        return ledger.append(self.log(name), ledger.lines(rows))
+    def append(self, name: str, rows: Iterable[Any]) -> int:
+        """Write rows of the kind that LOGS names (or records of it, as a client sent them); return the new length."""
+        return json_lines.append(self.log(name), json_lines.lines(rows))
+
+    def rows(self, kind: type[T]) -> tuple[T, ...]:
+        """Return all rows of a kind in LOGS, none where there is no such file yet."""
+        return read_log(self.root, kind)[0]
+
+    def header(self) -> Header | None:
+        """Return the run's header, None where it has not been written yet."""
+        return read_header(self.root) if (self.root / "header.json").is_file() else None
+
+    def write(self, value: Header | Digests) -> None:
+        name = "header.json" if isinstance(value, Header) else "digests.json"
+        store.write_atomic(self.root / name, json.dumps(value, indent=1, default=as_record).encode())
 
     def save_params(self, name: str, params: Params) -> None:
         self.save_state(name, ServerState(params))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 
 from fedlth.errors import StudyError
+from fedlth.storage.records import RoundRow, read_log
 
 
 def require() -> None:
@@ -20,8 +20,7 @@ def write(run: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(run / "tensorboard")) as writer:
-        for step, line in enumerate((run / "rounds.jsonl").read_bytes().splitlines(), 1):
-            row = json.loads(line)
+        for step, row in enumerate(read_log(run, RoundRow)[0], 1):
             for name in ("val_accuracy", "up_bytes", "down_bytes"):
-                if row[name] is not None:
-                    writer.add_scalar(f"{row['phase']}/{name}", row[name], step)
+                if (value := getattr(row, name)) is not None:
+                    writer.add_scalar(f"{row.phase}/{name}", value, step)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedlth.errors import StudyError
 from fedlth.storage.store import safetensors_bytes, write_atomic
 
 if TYPE_CHECKING:
@@ -77,6 +78,18 @@ def _write(
         "ticket": digest,
     }
     write_atomic(path, safetensors_bytes(arrays, told))
+
+
+def read(path: Path, *, tensors: bool = True) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Return what a ticket's file holds, names sorted, and its metadata; raise StudyError where it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = sorted(file.keys()) if tensors else []
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise StudyError(f"{path}: expected a ticket, got {error}") from error
 
 
 def opened(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> dict[str, np.ndarray]:

@@ -26,14 +26,9 @@ def compress(values: np.ndarray) -> bytes:
 
 
 def compress_differences(values: np.ndarray) -> bytes:
-    """The same of int32 that are noise around zero: the library need not try what else they could be.
-
-    Unless all are multiples of 256, as between floats of few bits.
-    """
+    """The same of int32 that are noise around zero: the library need not try what else they could be."""
     from pcodec import ChunkConfig, DeltaSpec, ModeSpec, PagingSpec, standalone
 
-    if not np.bitwise_or.reduce(values) & 255:
-        return compress(values)
     config = ChunkConfig(
         DIFFERENCE_LEVEL if values.size > DIFFERENCE_CHUNK else LEVEL,
         mode_spec=ModeSpec.classic(),

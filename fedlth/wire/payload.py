@@ -13,7 +13,7 @@ from fedlth.models.layout import Layout
 from fedlth.wire import mask_section, values, varint
 from fedlth.wire.codec import BITMAP, F32, FULL, NO_VALUES, RAW, REUSE, Codec
 from fedlth.wire.errors import PayloadError, ReferenceLost
-from fedlth.wire.mask_section import NEEDS_MASK, USES_MAGNITUDES, USES_MASK
+from fedlth.wire.mask_section import uses_floats, uses_mask
 from fedlth.wire.reference import NO_REFERENCE, Reference
 from fedlth.wire.reference import name as name_of
 from fedlth.wire.values import USES_FLOATS, Places
@@ -21,7 +21,7 @@ from fedlth.wire.values import USES_FLOATS, Places
 __all__ = ["BITMAP", "F32", "FULL", "HEADER", "NO_VALUES", "REUSE", "Content", "decode", "encode"]
 
 MAGIC = b"FLT1"
-VERSION = 1
+VERSION = 2
 HEADER = struct.Struct("<4sBBBB8s8s")  # magic, version, flags, mask mode, value mode, schema id, reference id
 LARGEST_INT = 2**53
 
@@ -137,18 +137,16 @@ def _fitting(reference: Reference | None, layout: Layout) -> Reference | None:
 
 
 def _name(mode: int, value_mode: int, known: np.ndarray | None, held: Reference | None) -> bytes:
-    floats = mode in USES_MAGNITUDES or value_mode in USES_FLOATS
-    return name_of(known if mode in USES_MASK else None, held if floats else None)
+    floats = uses_floats(mode) or value_mode in USES_FLOATS
+    return name_of(known if uses_mask(mode) else None, held if floats else None)
 
 
 def _check_reference(
     named: bytes, mode: int, value_mode: int, known: np.ndarray | None, held: Reference | None
 ) -> None:
-    alone = mode not in USES_MASK and value_mode not in USES_FLOATS
-    if alone and named != NO_REFERENCE:
+    floats = uses_floats(mode) or value_mode in USES_FLOATS
+    if not (floats or uses_mask(mode)) and named != NO_REFERENCE:
         raise PayloadError("a self-contained payload names a reference")
-    lacks = (mode in NEEDS_MASK and known is None) or (
-        (mode in USES_MAGNITUDES or value_mode in USES_FLOATS) and held is None
-    )
+    lacks = (uses_mask(mode) and known is None) or (floats and held is None)
     if lacks or named != _name(mode, value_mode, known, held):
         raise ReferenceLost("refers to a mask or values that the receiver does not hold")

@@ -18,6 +18,7 @@ USES_FLOATS = (DELTA, STEP, SIGN)
 LARGEST = 1e30  # a trained weight beyond this is damage or attack; float32 sums of it overflow
 BEYOND = "a value is not finite or beyond 1e30"
 LARGEST_F16 = 65504.0
+ERROR = 0.03  # what STEP may lose of the norm of a difference
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def encode(
     """Return mode and bytes of the kept ones of (num_floats,) float32; `reference` (num_floats,) is what both hold."""
     whole = 4 * places.size
     kind = SIGN if SIGN in codec.values else STEP
-    if reference is not None and DELTA in codec.values and kind not in codec.values and whole:
+    if reference is not None and DELTA in codec.values and whole:
         # The usual case at once: the run itself is not needed.
         away = kept.difference(floats, reference, places.mask, places.number)
         short = numbers.compress_differences(away)
@@ -80,7 +81,7 @@ def encode(
     cut = run.size - places.exact
     if reference is not None and kind in codec.values and cut:
         new, old = run[:cut], kept.take(reference, places.mask, places.number)[:cut]
-        lossy = _signs(new, old, places) if kind == SIGN else _steps(new, old, codec.error, places)
+        lossy = _signs(new, old, places) if kind == SIGN else _steps(new, old, places)
         if lossy is not None and len(lossy) < 4 * cut:
             return kind, plain[cut:].tobytes() + lossy
     if reference is None or DELTA not in codec.values:
@@ -152,18 +153,18 @@ def _plain16(numbers_: np.ndarray) -> np.ndarray:
     return np.where(numbers_ & np.uint16(0x8000), numbers_ ^ np.uint16(0x8000), ~numbers_)
 
 
-def _steps(run: np.ndarray, reference: np.ndarray, error: float, places: Places) -> bytes | None:
+def _steps(run: np.ndarray, reference: np.ndarray, places: Places) -> bytes | None:
     delta = run.astype(np.float64) - reference
     norm = float(np.sqrt(np.dot(delta, delta)))
     if not norm <= LARGEST:
         return None
     # A step leaves about step / sqrt(12) a number, less where many numbers are below half a step.
-    share, step, count = 2 * error * np.sqrt(12.0), np.float32(0), np.zeros(0)
+    share, step, count = 2 * ERROR * np.sqrt(12.0), np.float32(0), np.zeros(0)
     for _ in range(64):
         step = np.float32(max(share * norm / np.sqrt(delta.size), 1e-37))
         count = np.clip(np.rint(delta / np.float64(step)), -step_bits.LARGEST, step_bits.LARGEST)
         left = delta - count * np.float64(step)
-        if np.dot(left, left) <= (error * norm) ** 2:
+        if np.dot(left, left) <= (ERROR * norm) ** 2:
             break
         share *= 0.97
     coded = step_bits.encode(count.astype(np.int64), places.kept, places.entries, 4 * delta.size)

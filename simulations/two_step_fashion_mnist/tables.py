@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fedlth.report.arms import Choice
 from fedlth.report.build import read_results
+from fedlth.report.choice import Choice
 from fedlth.report.results import Results
 from fedlth.report.statistics import Difference, difference
 

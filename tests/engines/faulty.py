@@ -18,18 +18,18 @@ from fedlth.federation.jobs import Reply
 
 FAULTS = ("raise", "exit", "segfault", "hang", "stop", "memory", "killed")
 SENTINEL = 1000.0
-CLIENTS, EACH = 4, 24
+EACH = 24
 
 
-def data(*, fault: str = "", client: int = 2) -> dict[str, Any]:
-    """Return CLIENTS keys of EACH examples, x (N, 8) float32; `client`'s first column asks for the fault."""
+def data(*, fault: str = "", clients: int = 4) -> dict[str, Any]:
+    """Return EACH examples a client, x (N, 8) float32; the first column of clients 2, 3 and on asks for `fault`."""
     rng = np.random.default_rng(0)
-    key = np.repeat(np.arange(CLIENTS), EACH)
+    key = np.repeat(np.arange(clients), EACH)
     x = rng.normal(size=(key.size, 8)).astype(np.float32)
     y = (x[:, 1] > 0).astype(np.int64) + (x[:, 2] > 0)
     test = x.copy()
-    if fault:
-        x[key == client, 0] = SENTINEL + FAULTS.index(fault)
+    for client, one in enumerate(fault.split(), 2):
+        x[key == client, 0] = SENTINEL + FAULTS.index(one)
     return {
         "x_train": x, "y_train": y, "x_test": test, "y_test": y, "num_classes": 3, "key_train": key, "key_test": key
     }  # fmt: skip

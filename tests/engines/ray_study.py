@@ -8,6 +8,8 @@ from typing import Any
 
 from fedlth.engines.inprocess import InProcess
 from fedlth.engines.ray import RayEngine
+from fedlth.experiment.resolve import resolve
+from fedlth.federation import session
 from fedlth.federation.jobs import Job
 from fedlth.study.schema import Study, build
 
@@ -15,9 +17,11 @@ EQUAL = ("ledger.jsonl", "metrics.jsonl", "rounds.jsonl", "digests.json")
 
 
 def study_of(*, fault: str = "", marker: str = "", **more: Any) -> Study:
-    """Return a study of four clients, of which client 2 meets `fault`."""
+    """Return a study of four clients, of which client 2 meets `fault`; if it names several, clients 3 and on the next.
+    """
+    count = more.get("clients", {}).get("count", 4)
     tree: dict[str, Any] = {
-        "data": {"name": "faulty:data", "options": {"fault": fault}},
+        "data": {"name": "faulty:data", "options": {"fault": fault, "clients": count}},
         "model": {"name": "faulty:Net", "options": {"marker": marker}},
         "partition": "natural",
         "clients": {"count": 4, "test_samples": 8},
@@ -31,9 +35,10 @@ def engine_of(study: Study) -> RayEngine:
     return RayEngine(study.ray, job_timeout_s=study.job_timeout_s, device=study.device)
 
 
-def run(study: Study, out: Path) -> Path:
-    """Run on the engine that the study names."""
-    tiny.run(study, out, engine=engine_of(study) if study.engine == "ray" else InProcess(), tell=lambda line: None)
+def run(study: Study, out: Path, engine: RayEngine | None = None) -> Path:
+    """Run on the engine that the study names, or on another."""
+    on = engine or (engine_of(study) if study.engine == "ray" else InProcess())
+    session.start(*resolve(study), out, on, lambda line: None)
     return out
 
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
+from fedlth.engines.flower_client import Step
 from fedlth.engines.inprocess import InProcess
+from fedlth.experiment.resolve import resolve
 from fedlth.federation.client_step import client_step
 from fedlth.federation.jobs import Job, Reply
 from fedlth.study import schema
@@ -33,6 +35,22 @@ ROOT = Path(__file__).parents[2]
 NAMES = ("ledger", "metrics", "rounds")
 
 
+PARTS: dict[str, Any] = {
+    "finder": {
+        "score": {"name": "inverted", "of": {"name": "shuffled", "of": {"name": "fisher", "per_cost": False}}},
+        "schedule": {"name": "cubic", "rounds": 2},
+        "scope": {"name": "global", "floor": 2},
+        "rewind": {"name": "noise", "sigmas": 0.5},
+        "dead": "zero_if_shrunk",
+        "granularity": "row",
+        "gate": {"name": "adaptive", "most": 2},
+        "stop": {"name": "val_drop", "drop": 0.9},
+        "densities": [0.5],
+    },
+    "personalise": {"arms": ["global", "dense", "ticket", "random", "global_mask"], "clients_per_wave": 2},
+}
+
+
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
     """Collect what Ray leaves while this test's filters hold."""
@@ -40,10 +58,17 @@ def nothing_left() -> Iterator[None]:
     gc.collect()
 
 
-def run_under_flower(study: schema.Study, out: Path, **given: Any) -> None:
-    from fedlth.engines.flower import run_under_flower
+@pytest.fixture(scope="module")
+def one_simulation() -> Iterator[None]:
+    """Run every study in one simulation; it starts though RAY_ADDRESS names a Ray, here one that has gone."""
+    from simulation import Simulation
 
-    run_under_flower(study, out, tiny.quiet, **given)
+    simulation = Simulation()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flwr.simulation.run_simulation", simulation)
+        patch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+        yield
+        simulation.close()
 
 
 def bare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -75,108 +100,81 @@ def unlucky(job: Job) -> Reply:
     return client_step(job)
 
 
-def test_the_simulation_equals_the_in_process_run(tmp_path: Path) -> None:
-    study = tiny.study()
-    tiny.run(study, tmp_path / "inprocess")
-    run_under_flower(study, tmp_path / "flower")
-    assert_equal(tmp_path / "inprocess", tmp_path / "flower")
-    down = [r for r in tiny.rows(tmp_path / "flower", "ledger") if r["sender"] == "server"]
-    assert all(r["framed_bytes"] > r["payload_bytes"] for r in down if r["name"] == "theta_g" and r["framed_bytes"])
-
-
-def test_another_ray_of_the_machine_is_not_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows 22 and 39: RAY_ADDRESS names a Ray, here one that has gone."""
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
-    study = tiny.study(clients={"count": 2, "unseen": 0.0}, federate={"rounds": 1}, personalise={"arms": ["dense"]})
-    run_under_flower(study, tmp_path / "run")
-    assert {row["client"] for row in tiny.rows(tmp_path / "run", "metrics")} == {0, 1}
-
-
-def test_every_part_of_a_finder_is_the_same_under_flower(tmp_path: Path) -> None:
-    """Parts that draw, look at gradients, wait, hold values, group weights: none may hang on the engine."""
-    finder = {
-        "score": {"name": "inverted", "of": {"name": "shuffled", "of": {"name": "fisher", "per_cost": False}}},
-        "schedule": {"name": "cubic", "rounds": 2},
-        "scope": {"name": "global", "floor": 2},
-        "rewind": {"name": "noise", "sigmas": 0.5},
-        "dead": "zero_if_shrunk",
-        "granularity": "row",
-        "gate": {"name": "adaptive", "most": 2},
-        "stop": {"name": "val_drop", "drop": 0.9},
-        "densities": [0.5],
-    }
-    sections: dict[str, Any] = {
-        "clients": {"count": 2, "unseen": 0.0},
-        "federate": {"rounds": 1, "clients_per_round": 2},
-        "personalise": {"arms": ["global", "dense", "ticket", "random", "global_mask"], "clients_per_wave": 2},
-    }
-    study = tiny.study(finder=finder, **sections)
-    tiny.run(study, tmp_path / "inprocess")
-    run_under_flower(study, tmp_path / "flower")
-    assert_equal(tmp_path / "inprocess", tmp_path / "flower")
-    assert {r["arm"] for r in tiny.rows(tmp_path / "flower", "metrics")} == set(sections["personalise"]["arms"])
-
-
-def test_a_client_that_raises_dies_or_hangs_costs_only_itself(tmp_path: Path) -> None:
-    study = tiny.study(
-        clients={"unseen": 0.0},
-        federate={"clients_per_round": 4},
-        personalise={"clients_per_wave": 4},
-        job_timeout_s=8.0,
-    )
-    began = time.monotonic()
-    run_under_flower(study, tmp_path / "run", step=unruly)
-    first, *rest = tiny.rows(tmp_path / "run", "rounds")
-    assert {f["client"]: f["kind"] for f in first["failed"]} == {1: "raised", 2: "died", 3: "hung"}
-    assert [r["failed"] for r in rest] == [[], []]
-    assert len(tiny.digests(tmp_path / "run")["tickets"]) == 4
-    assert time.monotonic() - began < 300
-
-
-@pytest.mark.parametrize("wire", ["raw", "lossless"])
-def test_the_ledger_is_what_crossed_the_grid(wire: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A meter of its own on Flower's grid: equal for every message, those to clients that fail included."""
-    from benchmarks.meter.meter.grid import Meter
-    from fedlth.engines import flower
-
-    meters: list[Meter] = []
-
-    def metered(grid: Any) -> Any:
-        meters.append(Meter(grid))
-        return transport(meters[-1])
-
-    transport = flower.GridTransport
-    monkeypatch.setattr(flower, "GridTransport", metered)
-    study = tiny.of_method("lotteryfl", wire=wire)
-    run_under_flower(study, tmp_path / "run", step=unlucky)
-    (meter,) = meters
-    lines, equal = meter.compare(tiny.rows(tmp_path / "run", "ledger"))
-    assert equal, "\n".join(lines)
-    assert meter.messages["up"] and meter.messages["down"]
-    assert [len(r["failed"]) for r in tiny.rows(tmp_path / "run", "rounds")].count(1) == 1
-
-
 class Stop(Exception):
     pass
 
 
-def test_a_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
-    """What is raised in the ServerApp arrives here, and the state that the clients keep is found again."""
-    from fedlth.engines.flower import run_under_flower
+@pytest.mark.usefixtures("one_simulation")
+class TestInOneSimulation:
+    @pytest.mark.parametrize(
+        ("method", "sections", "step"),
+        [
+            ("two_step", {"wire": "raw", **PARTS}, client_step),
+            ("lotteryfl", {"wire": "lossless"}, unlucky),
+            ("fedselect", {}, client_step),
+            ("fedpm", {}, client_step),
+        ],
+        ids=["every part", "a client that raises", "fedselect", "fedpm"],
+    )
+    def test_a_study_equals_the_in_process_run_and_its_ledger_what_crossed_the_grid(
+        self, method: str, sections: dict[str, Any], step: Step, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Rows 22 and 39, and a meter on Flower's grid: equal for every message, to clients that fail too."""
+        from benchmarks.meter.meter.grid import Meter
+        from fedlth.engines import flower
 
-    study = tiny.of_method("lotteryfl")
-    tiny.run(study, tmp_path / "inprocess")
-    lines: list[str] = []
+        meters: list[Meter] = []
 
-    def tell(line: str) -> None:
-        lines.append(line)
-        if len(lines) == 2:
-            raise Stop("enough")
+        def metered(grid: Any) -> Any:
+            meters.append(Meter(grid))
+            return transport(meters[-1])
 
-    with pytest.raises(Stop, match="enough"):
-        run_under_flower(study, tmp_path / "flower", tell)
-    run_under_flower(study, tmp_path / "flower", tiny.quiet, resume=True)
-    assert_equal(tmp_path / "inprocess", tmp_path / "flower")
+        transport = flower.GridTransport
+        monkeypatch.setattr(flower, "GridTransport", metered)
+        study, out = tiny.of_method(method, **sections), tmp_path / "flower"
+        flower.run_under_flower(resolve(study)[0], out, tiny.quiet, step=step)
+        (meter,) = meters
+        lines, equal = meter.compare(tiny.rows(out, "ledger"))
+        assert equal, "\n".join(lines)
+        assert meter.messages["up"] and meter.messages["down"]
+        down = [r for r in tiny.rows(out, "ledger") if r["name"] == "theta_g" and r["framed_bytes"]]
+        assert all(r["framed_bytes"] > r["payload_bytes"] for r in down)
+        monkeypatch.setattr("fedlth.engines.inprocess.client_step", step)
+        tiny.run(study, tmp_path / "inprocess")
+        assert_equal(tmp_path / "inprocess", out)
+        failed = [f["client"] for r in tiny.rows(out, "rounds") for f in r["failed"]]
+        assert failed == ([1] if step is unlucky else [])
+
+    def test_a_client_that_raises_dies_or_hangs_costs_only_itself(self, tmp_path: Path) -> None:
+        from fedlth.engines.flower import run_under_flower
+
+        study = tiny.study(
+            clients={"unseen": 0.0}, federate={"clients_per_round": 4}, personalise={"clients_per_wave": 4},
+            job_timeout_s=4.0,
+        )  # fmt: skip
+        run_under_flower(resolve(study)[0], tmp_path / "run", tiny.quiet, step=unruly)
+        first, *rest = tiny.rows(tmp_path / "run", "rounds")
+        assert {f["client"]: f["kind"] for f in first["failed"]} == {1: "raised", 2: "died", 3: "hung"}
+        assert [r["failed"] for r in rest] == [[], []]
+        assert len(tiny.digests(tmp_path / "run")["tickets"]) == 4
+
+    def test_a_run_that_was_stopped_goes_on(self, tmp_path: Path) -> None:
+        """What is raised in the ServerApp arrives here, and the state that the clients keep is found again."""
+        from fedlth.engines.flower import run_under_flower
+
+        study = tiny.of_method("lotteryfl")
+        tiny.run(study, tmp_path / "inprocess")
+        lines: list[str] = []
+
+        def tell(line: str) -> None:
+            lines.append(line)
+            if len(lines) == 2:
+                raise Stop("enough")
+
+        with pytest.raises(Stop, match="enough"):
+            run_under_flower(resolve(study)[0], tmp_path / "flower", tell)
+        run_under_flower(resolve(study)[0], tmp_path / "flower", tiny.quiet, resume=True)
+        assert_equal(tmp_path / "inprocess", tmp_path / "flower")
 
 
 OVERRIDES = (
@@ -203,10 +201,10 @@ def flwr_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
             os.kill(int(entry.name), signal.SIGTERM)
 
 
-def flwr_run(env: dict[str, str], out: Path, nodes: int, *, app: Path = ROOT, overrides: str = OVERRIDES) -> str:
+def flwr_run(env: dict[str, str], out: Path, *, app: Path = ROOT, overrides: str = OVERRIDES) -> str:
     study = "configs/smoke.yaml" if app == ROOT else ROOT / "configs" / "smoke.yaml"
     run_config = f'study="{study}" out="{out}" overrides="{overrides}"'
-    federation = f"num-supernodes={nodes} client-resources-num-cpus=1"
+    federation = "num-supernodes=3 client-resources-num-cpus=1"
     command = ["flwr", "run", ".", "--stream", "--run-config", run_config, "--federation-config", federation]
     done = subprocess.run(command, cwd=app, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr  # that of the submission, not of the run
@@ -216,20 +214,13 @@ def flwr_run(env: dict[str, str], out: Path, nodes: int, *, app: Path = ROOT, ov
 def test_flwr_run_equals_the_in_process_run(tmp_path: Path, flwr_home: dict[str, str]) -> None:
     study = schema.load(ROOT / "configs" / "smoke.yaml", OVERRIDES.split())
     tiny.run(study, tmp_path / "inprocess", engine=InProcess(), tell=tiny.quiet)
-    said = flwr_run(flwr_home, tmp_path / "flwr", 3)
+    said = flwr_run(flwr_home, tmp_path / "flwr")
     assert "fedlth: done" in said
     assert_equal(tmp_path / "inprocess", tmp_path / "flwr")
 
 
-def test_flwr_run_with_too_few_supernodes_says_how_many(tmp_path: Path, flwr_home: dict[str, str]) -> None:
-    said = flwr_run(flwr_home, tmp_path / "flwr", 2)
-    assert "fedlth: error: flower: clients.count = 3 needs as many SuperNodes, got 2" in said
-    assert not (tmp_path / "flwr").exists()
-
-
 def test_a_meter_under_flwr_run_equals_the_ledger(tmp_path: Path, flwr_home: dict[str, str]) -> None:
     """The documented command: an app around fedlth's that serialises every message itself."""
-    said = flwr_run(
-        flwr_home, tmp_path / "flwr", 3, app=ROOT / "benchmarks" / "meter", overrides=f"{OVERRIDES} wire=lossless"
-    )
+    app = ROOT / "benchmarks" / "meter"
+    said = flwr_run(flwr_home, tmp_path / "flwr", app=app, overrides=f"{OVERRIDES} wire=lossless")
     assert "meter: equal in 10 messages by round, client and direction" in said, said

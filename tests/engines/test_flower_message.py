@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fedlth.engines.flower_record import CHUNKED_ABOVE, Order, of_answer, of_order, to_answer, to_order
+from fedlth.errors import StudyError
 from fedlth.federation.jobs import Job, Message, Reply
 from tests import tiny
 
@@ -160,12 +161,13 @@ def test_a_run_that_loses_its_superlink_says_how_to_go_on(
     from flwr.supercore.run import RunNotRunningException
 
     from fedlth.engines import flower
-    from fedlth.engines.flower_session import Task
+    from fedlth.engines.flower_session import FlowerRun
 
     def ended(*_: Any, **__: Any) -> None:
         raise RunNotRunningException
 
-    monkeypatch.setattr(flower, "task_of", lambda *_: Task(tiny.study(), tmp_path / "r", resume=False))
+    task = FlowerRun(tiny.experiment(tiny.study()), tmp_path / "r", resume=False)
+    monkeypatch.setattr(flower, "task_of", lambda *_: task)
     monkeypatch.setattr(flower, "_run", ended)
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={"wait-s": 1})
     with pytest.raises(RunNotRunningException):
@@ -175,11 +177,24 @@ def test_a_run_that_loses_its_superlink_says_how_to_go_on(
     assert "RunNotRunningException" in last and last.endswith("`flwr run` again with the same out goes on")
 
 
-def test_the_simulation_starts_a_ray_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows 22 and 39: not the cluster of RAY_ADDRESS, nor one that has left its address on the machine."""
+def test_flwr_run_with_too_few_supernodes_says_how_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flwr.app import Context, RecordDict
+
     from fedlth.engines import flower
 
-    given: list[dict[str, Any]] = []
-    monkeypatch.setattr(flower, "run_simulation", lambda **more: given.append(more["backend_config"]["init_args"]))
-    flower.run_under_flower(tiny.study(), tmp_path / "r", tiny.quiet)
-    assert given[0]["address"] == "local"
+    class Empty:
+        pull_interval = 0.1
+
+        def get_node_ids(self) -> list[int]:
+            return []
+
+    monkeypatch.setattr(flower, "SIMULATED_WAIT_S", 0.1)
+    overrides = "clients.count=3 federate.clients_per_round=2"
+    config = {"study": "smoke.yaml", "out": str(tmp_path / "r"), "overrides": overrides, "wait-s": 60}
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
+    with pytest.raises(StudyError):
+        flower.make_server_app(Path(__file__).parents[2] / "configs")(Empty(), context)  # type: ignore[arg-type]
+    said = "fedlth: error: flower: clients.count = 3 needs as many SuperNodes, got 0"
+    assert said in capsys.readouterr().out and not (tmp_path / "r").exists()

@@ -30,28 +30,38 @@ def test_an_address_without_ray_is_said(address: str, said: str) -> None:
         map_one(study_of(engine="ray", ray={"address": address}))
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
-def test_a_driver_that_ends_leaves_no_process(sent: signal.Signals, code: int, tmp_path: Path) -> None:
+def test_a_driver_that_ends_leaves_no_process(tmp_path: Path) -> None:
     """Both while a worker hangs, since one that does not answer is the hardest to end."""
-    marker = tmp_path / "marker"
-    driver = (
+    # Ctrl-C in a terminal goes to the whole group; kill -9 to one process.
+    ends = {signal.SIGINT: (os.killpg, 130), signal.SIGKILL: (os.kill, -signal.SIGKILL)}
+    drivers = {sent: driver(tmp_path / sent.name) for sent in ends}
+    try:
+        for sent, (kill, code) in ends.items():
+            process = drivers[sent]
+            wait_until((tmp_path / sent.name / "marker").exists, seconds=120)
+            kill(process.pid, sent)
+            assert process.wait(timeout=60) == code
+            wait_until(lambda leader=process.pid: not alive_in_session(leader), seconds=40)
+    finally:
+        for process in drivers.values():
+            for pid in alive_in_session(process.pid):
+                os.kill(pid, signal.SIGKILL)
+            process.wait()
+
+
+def driver(folder: Path) -> subprocess.Popen[bytes]:
+    """Start a run whose second client hangs, after leaving a file `marker`."""
+    folder.mkdir()
+    code = (
         # A test run in the background inherits an ignored SIGINT.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys; from pathlib import Path; from ray_study import *\n"
-        f"try: run(study_of(fault='hang', marker={str(marker)!r}, engine='ray', ray={{'workers': 1}}), Path('run'))\n"
+        f"study = study_of(fault='hang', marker={str(folder / 'marker')!r}, engine='ray', ray={{'workers': 1}})\n"
+        "try: run(study, Path('run'))\n"
         "except KeyboardInterrupt: sys.exit(130)\n"
     )
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    process = subprocess.Popen([sys.executable, "-c", driver], cwd=tmp_path, env=env, start_new_session=True)
-    try:
-        wait_until(marker.exists, seconds=120)
-        # Ctrl-C in a terminal goes to the whole group; kill -9 to one process.
-        (os.killpg if sent == signal.SIGINT else os.kill)(process.pid, sent)
-        assert process.wait(timeout=60) == code
-        wait_until(lambda: not alive_in_session(process.pid), seconds=40)
-    finally:
-        for pid in alive_in_session(process.pid):
-            os.kill(pid, signal.SIGKILL)
+    env = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=env, start_new_session=True)
 
 
 def wait_until(true: Callable[[], object], *, seconds: float) -> None:

@@ -19,8 +19,8 @@ from fedlth.federation.rounds import Federation
 from fedlth.federation.update_norms import UpdateNorms
 from fedlth.models.layout import Params
 from fedlth.report.facts import read_run
+from fedlth.report.headline import summary_text
 from fedlth.report.results import results_of
-from fedlth.report.summary import summary_text
 from fedlth.storage.run_folder import RunFolder
 from fedlth.wire import metrics, payload
 from fedlth.wire.codec import CODECS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedlth.experiment.experiment import method_of
-from fedlth.federation import server
+from fedlth.errors import NothingUsable
 from fedlth.federation.client_step import client_step
+from fedlth.federation.door import Accepted, Asked, Held, accept
 from fedlth.federation.jobs import RESYNC, Failure, Job, Message, Reply
+from fedlth.methods.aggregate import FedAvg
+from fedlth.methods.client_update import Inbox, MaskedUpdate, Update
+from fedlth.methods.method import FederatedMethod, Phase
+from fedlth.report.build import page
 from fedlth.report.facts import read_run
-from fedlth.report.html import page
+from fedlth.report.headline import summary_text
 from fedlth.report.results import results_of
-from fedlth.report.summary import summary_text
 from fedlth.report.tables import bytes_table, clients_table, summary_table
-from fedlth.storage.records import MetricRow, VisitRecord, read, visit_record
+from fedlth.storage.client_state import ClientState
+from fedlth.storage.records import MetricRow, VisitRecord, visit_record
+from fedlth.storage.typed_record import read
+from fedlth.training.local_client import Local
 from fedlth.wire import metrics, payload
 from fedlth.wire.codec import CODECS
 from fedlth.wire.errors import PayloadError
@@ -37,6 +43,7 @@ STUDY = tiny.study(
     personalise={"arms": list(ARMS), "epochs": 1, "clients_per_wave": 4},
 )  # fmt: skip
 CLIENT = 2
+NONE = np.zeros(0, np.int64)
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +60,14 @@ def reply() -> Reply:
     return client_step(Job(study=made.science(), phase="personalise", round=1, client=CLIENT, inbox=()))
 
 
-def judged(answer: Reply) -> server.Accepted:
+def judged(answer: Reply) -> Accepted:
     world = tiny.open_world(STUDY.model_copy(update={"wire": "raw"}).science())
-    asked = server.Asked(
-        world.splits.clients[CLIENT], CLIENT in world.splits.unseen, frozenset(ARMS), frozenset({1.0, 0.5, 0.2})
-    )
-    return server.accept(
-        answer, recipe=method_of(STUDY), layout=world.exchange, sends="mask", codec=CODECS["raw"],
-        held=server.Held(None, None), asked=asked,
+    asked = Asked(
+        world.splits.clients[CLIENT], CLIENT in world.splits.unseen, sends={"ticket": ("mask", world.exchange)},
+        own_mask=True, arms=frozenset(ARMS), targets=frozenset({1.0, 0.5, 0.2}),
+        layers=frozenset(e.name for e in world.layout.prunable),
     )  # fmt: skip
+    return accept(answer, codec=CODECS["raw"], held=Held(None, None), asked=asked)
 
 
 def with_rows(answer: Reply, rows: Any) -> Reply:
@@ -87,9 +93,9 @@ def test_a_row_without_any_of_its_fields_is_refused(reply: Reply) -> None:
     for name in FIELDS:
         rows = rows_of(reply)
         rows[1].pop(name)
-        with pytest.raises(PayloadError, match=f"metrics: {name} is wanted"):
+        with pytest.raises(PayloadError, match=f"metrics: {name} is required"):
             judged(with_rows(reply, rows))
-    with pytest.raises(PayloadError, match="metrics: unseen is wanted"):
+    with pytest.raises(PayloadError, match="metrics: unseen is required"):
         judged(with_rows(reply, [{"client": CLIENT}]))
 
 
@@ -151,7 +157,7 @@ def test_only_the_messages_that_were_asked_for_under_their_names(reply: Reply) -
     for outbox, message in (
         ((told,), "no mask came"),
         ((mask,), "no metrics came"),
-        ((told, mask, mask), "a second mask message"),
+        ((told, mask, mask), "a 'mask' message 'ticket' came twice"),
         ((told, replace(mask, name="x" * 5000)), "a 'mask' message 'xxx.*' was not asked for"),
         ((told, mask, Message("control", RESYNC, bytes(8))), "a 'control' message 'resync' was not asked for"),
         ((told, replace(mask, kind="", name="ticket")), "a '' message 'ticket' was not asked for"),
@@ -160,6 +166,55 @@ def test_only_the_messages_that_were_asked_for_under_their_names(reply: Reply) -
         with pytest.raises(PayloadError, match=message) as refused:
             judged(replace(reply, outbox=outbox))
         assert len(str(refused.value)) < 300, "a refusal is written into two files"
+
+
+def test_an_update_is_the_message_that_was_asked_for_first_whatever_came_first() -> None:
+    """What came first was joined as the update: scores are no model, and the round ended with numpy's error."""
+    world = tiny.world()
+    layout, scores = world.exchange, world.exchange.select(lambda e: e.prunable)
+    ones, theta = np.ones(layout.num_prunable, bool), world.shared_part(world.theta_0)
+    sends = {"update": ("values", layout), "saliency": ("scores", scores)}
+    outbox = (
+        Message("scores", "saliency", payload.encode("scores", scores, Content(ones, theta.floats[: ones.size], NONE))),
+        Message("metrics", "visit", metrics.encode({"num_examples": len(world.splits.clients[0].train)})),
+        Message("values", "update", payload.encode("values", layout, Content(ones, theta.floats, theta.ints))),
+    )
+    asked = Asked(world.splits.clients[0], False, sends=sends, own_mask=False)
+    got = accept(Reply(round=1, client=0, outbox=outbox), codec=CODECS["raw"], held=Held(None, None), asked=asked)
+    assert got.contribution is not None and np.array_equal(got.contribution.content.floats, theta.floats)
+    assert list(got.masks) == ["update", "saliency"] and list(got.contribution.others) == ["saliency"]
+
+
+@dataclass(frozen=True)
+class Both(MaskedUpdate):
+    """Send a bare mask beside the update, named in another order than promised, or under another name."""
+
+    sends: tuple[tuple[str, str], ...] = (("update", "values"), ("extra", "mask"))
+    name: str = "extra"
+
+    def __call__(self, local: Local, inbox: Inbox, state: ClientState, /) -> Update:
+        done = super().__call__(local, inbox, state)
+        return replace(
+            done, contents={self.name: Content(np.arange(local.full.size) % 2 == 0, None, None), **done.contents}
+        )
+
+
+def both(other: str = "extra") -> FederatedMethod:
+    phase = Phase(name="federate", update=Both(name=other), join=FedAvg())
+    return FederatedMethod(name="both", paper="", summary="", phases=(phase,), arms=("global",))
+
+
+def test_messages_go_up_in_the_order_that_both_ends_know(tmp_path: Path) -> None:
+    """The first message refers to the download: the client took the first it was given, the door the first promised."""
+    tiny.run(tiny.study(method="tests.faults.test_door:both", wire="lossless"), tmp_path / "r")
+    assert not any(r["failed"] for r in tiny.rows(tmp_path / "r", "rounds"))
+    up = [
+        r["name"] for r in tiny.rows(tmp_path / "r", "ledger") if r["sender"] != "server" and r["phase"] == "federate"
+    ]
+    assert up[:3] == ["update", "extra", "visit"]
+    wrong = {"name": "tests.faults.test_door:both", "other": "other"}
+    with pytest.raises(NothingUsable, match=r"federate: must send \['update', 'extra'\], got \['other', 'update'\]"):
+        tiny.run(tiny.study(method=wrong, federate={"rounds": 3}), tmp_path / "wrong")
 
 
 JSON = st.recursive(
@@ -215,7 +270,7 @@ def test_reading_a_run_forgives_what_a_client_may_not() -> None:
     old = {"client": 1, "unseen": False, "arm": "ticket", "density": 0.2, "target_density": 0.2, "val_accuracy": 1,
            "test_accuracy": 1, "num_train": 3, "later": 1}  # fmt: skip
     assert read(MetricRow, old, strict=False).diverged is False
-    with pytest.raises(ValueError, match="start is wanted"):
+    with pytest.raises(ValueError, match="start is required"):
         read(MetricRow, old, strict=True)
 
 
@@ -236,7 +291,7 @@ def test_a_bad_row_costs_its_sender_alone_and_the_report_reads_the_rest(tmp_path
     out = meddled(tmp_path / "r", bare)
     assert {r["client"] for r in tiny.rows(out, "metrics") if r["arm"] == "ticket"} == {0, 1, 3}
     failed = [f for r in tiny.rows(out, "rounds") for f in r["failed"] if f["client"] == CLIENT]
-    assert failed[0]["kind"] == "refused" and failed[0]["reason"].startswith("metrics: unseen is wanted")
+    assert failed[0]["kind"] == "refused" and failed[0]["reason"].startswith("metrics: unseen is required")
     assert reported(out)
 
 

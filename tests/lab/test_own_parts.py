@@ -11,7 +11,7 @@ import pytest
 
 from fedlth.cli import main
 from fedlth.errors import StudyError
-from fedlth.report.jsonl import read_rows
+from fedlth.storage.json_lines import read_lines
 from fedlth.study.yaml_text import parse
 from tests import tiny as federated
 from tests.lab import tiny_lottery as tiny
@@ -40,7 +40,7 @@ def test_it_works_in_fedlth_lottery_and_the_results_name_it(folder: Path, capsys
     assert main(["lottery", "own_lottery.yaml", "out=run"]) == 0
     assert "score my_score:Grown (share 0.8)" in capsys.readouterr().out
     assert "score my_score:Grown (share 0.8)" in (folder / "run" / "report.html").read_text()
-    rows, _ = read_rows(folder / "run" / "results.jsonl", required=True, forgive_last=False)
+    rows, _ = read_lines(folder / "run" / "results.jsonl", required=True)
     kept = {(r["arm"], r["round"]): r["kept"] for r in rows}
     size = rows[0]["size"]
     assert kept["grown", 1] == round(0.5 * size) and kept["grown", 2] == round(0.2 * size)
@@ -63,7 +63,7 @@ def test_a_schedule_a_scope_and_a_rewind_of_ones_own(folder: Path) -> None:
     rows = [r for r in federated.rows(folder / "federated", "metrics") if r["arm"] == "ticket"]
     assert len(rows) == 4 and all(abs(r["density"] - 0.1) < 1e-3 and r["search_epochs"] == 3 for r in rows)
     tiny.run(folder / "lottery", searches={"own": finder})
-    told, _ = read_rows(folder / "lottery" / "results.jsonl", required=True, forgive_last=False)
+    told, _ = read_lines(folder / "lottery" / "results.jsonl", required=True)
     assert told[-1]["trainings"] == 3 and all(told[-1]["layer_kept"].values()), "0.5, 0.25, 0.1; no layer is empty"
 
 

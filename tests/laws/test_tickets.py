@@ -15,14 +15,13 @@ from fedlth import rng
 from fedlth.errors import StudyError
 from fedlth.models.layout import Entry, Layout
 from fedlth.study.parts import make
-from fedlth.tickets.controls import Inverted, Shuffled
 from fedlth.tickets.evidence import Evidence
 from fedlth.tickets.granularity import GRANULARITIES
 from fedlth.tickets.regrow import Constant
 from fedlth.tickets.rewind import REWINDS, ToGlobal
 from fedlth.tickets.schedule import SCHEDULES, Cubic, Iterative, Linear, Rescore, Shrink
 from fedlth.tickets.scope import SCOPES, Global, HalfOutput, NOfM, survivors
-from fedlth.tickets.score import SCORES
+from fedlth.tickets.score import SCORES, Inverted, Shuffled
 from fedlth.tickets.select import apportion, is_tied, keep_top, keep_top_each
 from tests.laws.fakes import FULL, LAYOUT, SIZE, TABLES, evidence
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from fedlth.storage.records import LedgerRow
+
 LAYERS = (("conv1.weight", (6, 1, 5, 5)), ("conv2.weight", (16, 6, 5, 5)), ("fc1.weight", (64, 256)),
           ("fc2.weight", (10, 64)), ("fc2.bias", (10,)))  # fmt: skip
 TARGETS = (0.5, 0.2, 0.1, 0.05)
@@ -21,6 +23,13 @@ MEANS: dict[str, tuple[float, ...]] = {
 }
 DENSE = {"global": 0.672, "local": 0.817, "dense": 0.871, "dense_total": 0.874}
 DENSE_BYTES = 80_000
+LOST = {"kind": "refused", "reason": "not finite"}
+
+
+def message(round: int, sender: str, receiver: str, payload_bytes: int, **values: Any) -> LedgerRow:
+    """Return a ledger row; values replace what its other fields mostly are."""
+    told: dict[str, Any] = {"phase": "federate", "kind": "values", "name": "theta_g", **values}
+    return LedgerRow(round=round, sender=sender, receiver=receiver, payload_bytes=payload_bytes, **told)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -78,7 +87,7 @@ def ledger(num_clients: int, rounds: int, rng: np.random.Generator) -> tuple[lis
             row(round, "federate", client, True, "values", DENSE_BYTES, "refused: not finite" if bad else "ok")
             row(round, "federate", client, True, "metrics", 60)
         told.append({"round": round, "phase": "federate", "clients": sampled, "up_bytes": 6 * (DENSE_BYTES + 60),
-                     "down_bytes": 6 * DENSE_BYTES, "failed": sampled[:1] if round == 3 else [],
+                     "down_bytes": 6 * DENSE_BYTES, "failed": [LOST | {"client": sampled[0]}] * (round == 3),
                      "val_accuracy": float(0.67 - 0.55 * np.exp(-round / 6) + rng.normal(0, 0.015))})  # fmt: skip
     for client in range(num_clients):
         row(rounds, "personalise", client, False, "values", DENSE_BYTES)
@@ -135,7 +144,7 @@ def write_run(folder: Path, *, seed: int = 0, study: str = "fake", structured: b
     write_rows(folder / "ledger.jsonl", rows)
     write_rows(folder / "rounds.jsonl", told)
     write_rows(folder / "metrics.jsonl", metrics(labels, hashes, rng))
-    write_rows(folder / "times.jsonl", [{"round": 0, "phase": "federate", "client": 1, "seconds": 0.5, "worker": 0}])
+    write_rows(folder / "times.jsonl", [{"round": 0, "phase": "federate", "client": 1, "seconds": 0.5, "worker": "0"}])
     digests = {"theta_g": "ee" * 32, "tickets": {str(client): ticket for client, ticket in enumerate(hashes)}}
     (folder / "digests.json").write_text(json.dumps(digests), encoding="utf-8")
     return folder

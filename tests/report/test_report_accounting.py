@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_run import LAYERS
+from fake_run import LAYERS, message
 
 from fedlth import cli
 from fedlth.report.accounting import account, account_json, account_text
-from fedlth.report.bytes import Frames, frames, traffic
 from fedlth.report.facts import read_run
-from fedlth.report.rows import LedgerRow
+from fedlth.report.traffic import Frames, frames, traffic
+from fedlth.storage.records import LedgerRow
 
 
 def ledger_of(run: Path) -> list[dict[str, Any]]:
@@ -66,7 +66,7 @@ def test_an_empty_ledger_is_an_account_too(fake: Path) -> None:
 
 def test_a_frame_holds_a_visits_messages_of_one_direction(fake: Path) -> None:
     def row(sender: str, receiver: str, kind: str, framed: int | None, size: int = 10) -> LedgerRow:
-        return LedgerRow(1, "federate", sender, receiver, kind, "x", size, framed_bytes=framed)
+        return message(1, sender, receiver, size, kind=kind, framed_bytes=framed)
 
     rows = (
         row("server", "client:1", "values", 40), row("server", "client:1", "evaluation", None),
@@ -81,7 +81,7 @@ def test_a_frame_holds_a_visits_messages_of_one_direction(fake: Path) -> None:
 
 def test_dense_sends_nothing_back_after_refinement(fake: Path) -> None:
     phases = ("federate", "personalise", "refine", "refined")
-    rows = tuple(LedgerRow(1, phase, "server", "client:1", "values", "x", 10) for phase in phases)
+    rows = tuple(message(1, "server", "client:1", 10, phase=phase) for phase in phases)
     found = traffic(replace(read_run(fake), ledger=rows))
     assert (found.dense_ups, found.dense_downs) == (2, 4)
 

@@ -11,6 +11,7 @@ import pytest
 from fedlth.report.cost import Cost, cost_text, costs
 from fedlth.report.facts import read_group
 from fedlth.report.results import results_of
+from fedlth.storage.records import TimeRow, Work
 from tests import tiny
 
 
@@ -29,25 +30,20 @@ def test_a_run_tells_what_its_tickets_cost(tmp_path: Path) -> None:
     assert (cpu.unit, flops.unit) == ("CPU s", "GFLOP")
     # One shot after the dense training of two epochs: the search is that training, shared with the dense arm.
     assert flops.search == pytest.approx(2 * flops.dense) and flops.ticket < flops.dense
-    work = [one for row in group[0].times for one in row.get("work", [])]
-    trained = [one for one in work if one.get("density") == 1 and one["epochs"] == 2]
-    assert len(trained) == 4 and cpu.search == pytest.approx(sum(one["cpu_s"] for one in trained) / 4)
+    work = [one for row in group[0].times for one in row.work]
+    trained = [one for one in work if one.density == 1 and one.epochs == 2]
+    assert len(trained) == 4 and cpu.search == pytest.approx(sum(one.cpu_s for one in trained) / 4)
     assert "of 1 epoch." in cost_text(results) and "GFLOP" in cost_text(results)
-
-
-def test_without_times_only_flops_are_told(tmp_path: Path) -> None:
-    finder = {"schedule": "one_shot", "densities": [0.5]}
-    tiny.run(tiny.of_method("two_step", finder=finder, personalise={"arms": ["ticket"], "epochs": 1}), tmp_path / "r")
-    group = tuple(replace(facts, times=()) for facts in read_group(tmp_path / "r"))
-    assert [cost.unit for cost in costs(results_of(group))] == ["GFLOP"]
+    without = tuple(replace(facts, times=()) for facts in group)
+    assert [cost.unit for cost in costs(results_of(without))] == ["GFLOP"]
 
 
 def test_a_dense_run_has_no_ticket_to_pay_for_but_evaluations(tmp_path: Path) -> None:
     tiny.run(tiny.of_method("fedavg_ft", personalise={"epochs": 1}), tmp_path / "r")
     group = read_group(tmp_path / "r")
-    work = [one for row in group[0].times if row["phase"] == "federate" for one in row.get("work", ())]
-    evaluated = sum(one["cpu_s"] for one in work if "evaluated" in one)
-    share = 100 * evaluated / sum(one["cpu_s"] for one in work)
+    work = [one for row in group[0].times if row.phase == "federate" for one in row.work]
+    evaluated = sum(one.cpu_s for one in work if one.evaluated is not None)
+    share = 100 * evaluated / sum(one.cpu_s for one in work)
     assert 0 < share < 100
     text = cost_text(results_of(group))
     assert text.startswith("Of the CPU time") and f"evaluation takes {share:.1f} % in step 1, " in text
@@ -69,10 +65,10 @@ def test_a_client_counts_once_however_often_it_was_sampled(tmp_path: Path) -> No
     tiny.run(tiny.of_method("two_step", finder={"densities": [0.2]}, personalise=personalise), tmp_path / "r")
     (facts,) = read_group(tmp_path / "r")
     often, rare = (
-        {"round": 1, "phase": "personalise", "client": client, "work": [
-            *[{"density": 1.0, "epochs": 1, "cpu_s": dense}] * times, {"density": 0.2, "epochs": 1, "cpu_s": 1.0},
-            {"arm": "ticket", "target_density": 0.2, "cpu_s": 5.0, "last_cpu_s": 1.0},
-        ]}
+        TimeRow(round=1, phase="personalise", client=client, work=[
+            *[Work(density=1.0, epochs=1, cpu_s=dense)] * times, Work(density=0.2, epochs=1, cpu_s=1.0),
+            Work(arm="ticket", target_density=0.2, cpu_s=5.0, last_cpu_s=1.0),
+        ])
         for client, dense, times in ((0, 2.0, 9), (1, 4.0, 1))
     )  # fmt: skip
     cpu = costs(results_of([replace(facts, times=(often, rare))]))[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ import numpy as np
 import pytest
 
 from fedlth.errors import StudyError
-from fedlth.report.lottery import alarms, legend, lottery_text, words, write_lottery
+from fedlth.report.lottery import alarms, arms_table, legend, lottery_text, probe_table, words, write_lottery
 from fedlth.report.lottery_facts import over_seeds, read_lottery
-from fedlth.report.lottery_tables import arms_table, probe_table
 
 CONFIG = """
 lottery: made <up>
@@ -115,35 +115,31 @@ def test_the_words_say_where_the_search_ends(tmp_path: Path) -> None:
     )
 
 
-def test_without_a_dense_round_no_ticket_is_called_dense(tmp_path: Path) -> None:
-    run = folder(tmp_path)
-    rows = [line for line in (run / "results.jsonl").read_text().splitlines() if json.loads(line).get("round") != 0]
-    (run / "results.jsonl").write_text("\n".join(rows) + "\n")
-    (told,) = words(read_lottery(run))
-    assert told.startswith("imp: trains no dense network; the ticket that is best on validation data has 83.00 %")
-    write_lottery(run)
+def changed(run: Path, change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> Path:
+    rows = [change(json.loads(line)) for line in (run / "results.jsonl").read_text().splitlines()]
+    (run / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows if row))
+    return run
 
 
 def test_validation_data_choose_and_test_data_do_not(tmp_path: Path) -> None:
-    run = folder(tmp_path)
-    rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
-    for row in rows:
-        if (row.get("arm"), row.get("round")) == ("imp", 2):
-            row["validation_accuracy"] = 0.99
-    (run / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (told,) = words(read_lottery(run))
-    assert "best on validation data has 80.00 % at 64.0 %" in told
+    def preferred(row: dict[str, Any]) -> dict[str, Any]:
+        return row | {"validation_accuracy": 0.99} if (row.get("arm"), row.get("round")) == ("imp", 2) else row
+
+    (told,) = words(read_lottery(changed(folder(tmp_path), preferred)))
+    assert "that is best on validation data has 80.00 % at 64.0 %" in told
 
 
-def test_a_stop_that_comes_at_another_density_for_each_seed(tmp_path: Path) -> None:
-    run = folder(tmp_path)
-    rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
-    for row in rows:
-        if (row.get("arm"), row.get("round"), row["seed"]) == ("imp", 2, 1):
-            row["kept"] = 80
-    (run / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def test_without_a_dense_round_and_with_a_stop_at_another_density_for_each_seed(tmp_path: Path) -> None:
+    def moved(row: dict[str, Any]) -> dict[str, Any] | None:
+        if row.get("round") == 0:
+            return None
+        return row | {"kept": 80} if (row.get("arm"), row.get("round"), row["seed"]) == ("imp", 2, 1) else row
+
+    run = changed(folder(tmp_path), moved)
     cell = read_lottery(run).cell("imp", 2)
     assert cell is not None and cell.density == pytest.approx(0.72)
+    (told,) = words(read_lottery(run))
+    assert told.startswith("imp: trains no dense network; the ticket that is best on validation data has 83.00 %")
     write_lottery(run)
 
 
@@ -171,10 +167,10 @@ def test_an_unfinished_study_is_an_error_that_names_the_file(tmp_path: Path) -> 
 def test_an_empty_layer_raises_the_alarm_once_an_arm(tmp_path: Path) -> None:
     run = folder(tmp_path)
     assert alarms(read_lottery(run)) == []
-    rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
-    for row in rows:
-        if row.get("round", 0) >= 1 and row["arm"] == "imp":
-            row["layer_kept"] = {"a": row["kept"], "b": int(row["seed"] == 0)}
-    (run / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (told,) = alarms(read_lottery(run))
+
+    def emptied(row: dict[str, Any]) -> dict[str, Any]:
+        empty = row.get("round", 0) >= 1 and row["arm"] == "imp"
+        return row | {"layer_kept": {"a": row["kept"], "b": int(row["seed"] == 0)}} if empty else row
+
+    (told,) = alarms(read_lottery(changed(run, emptied)))
     assert "imp at density 0.8 has nothing left in b" in told and "compression of 50 " in told

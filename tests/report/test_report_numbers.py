@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_run import message
 
-from fedlth.report.arms import Choice
-from fedlth.report.bytes import Flow, traffic
+from fedlth.report.choice import Choice
 from fedlth.report.compare import holm, signed_rank
 from fedlth.report.facts import Facts, read_run
 from fedlth.report.intervals import interval
 from fedlth.report.presets import Cell
-from fedlth.report.rows import LedgerRow
 from fedlth.report.statistics import difference, summarise_arm, worst_decile_mean
+from fedlth.report.traffic import Flow, traffic
 from fedlth.report.units import bounds, percent, points, scaled
 from fedlth.storage.records import MetricRow
 
@@ -35,15 +35,12 @@ def four(fake: Path) -> Facts:
 def test_four_clients(four: Facts) -> None:
     found = summarise_arm([four], OURS)
     assert found.mean == pytest.approx(0.7)
-    assert found.weighted_mean == pytest.approx((9 + 8 + 7 + 28) / 100)
     assert found.standard_deviation == pytest.approx(np.sqrt((0.04 + 0.01 + 0 + 0.09) / 3))
-    assert found.minimum == 0.4
     assert found.p10 == pytest.approx(0.4 + 0.3 * 0.3)  # rank 0.1 * 3 between the two lowest
     assert found.worst_decile == 0.4
     assert found.hurt_global == 0.25  # the third; the second is equal, and equal is not hurt
     assert found.hurt_local is None
     assert found.unseen == pytest.approx(0.4)
-    assert found.gap == pytest.approx(0.4)
     assert summarise_arm([four], THEIRS).hurt_global is None
 
 
@@ -105,49 +102,41 @@ def test_signed_rank() -> None:
     assert signed_rank(np.full(30, 0.1))[1] == 1.0
 
 
-def ledger_row(round: int, sender: str, receiver: str, size: int, **values: object) -> LedgerRow:
-    row = LedgerRow(round, "federate", sender, receiver, "values", "theta_g", size)
-    return replace(row, **values)  # type: ignore[arg-type]
-
-
 def test_four_messages_and_more(fake: Path) -> None:
     base = read_run(fake)
     rows = (
-        ledger_row(0, "server", "client:1", 100, broadcast=True, framed_bytes=110),
-        ledger_row(0, "server", "client:2", 100, broadcast=True, framed_bytes=110),
-        ledger_row(0, "client:1", "server", 30, kind="mask"),
-        ledger_row(0, "client:2", "server", 30, status="refused: shape"),
-        ledger_row(1, "client:1", "client:2", 7),
-        ledger_row(1, "server", "client:1", 50, phase="personalise"),
+        message(0, "server", "client:1", 100, broadcast=True, framed_bytes=110),
+        message(0, "server", "client:2", 100, broadcast=True, framed_bytes=110),
+        message(0, "client:1", "server", 30, kind="mask"),
+        message(0, "client:2", "server", 30, status="refused: shape"),
+        message(1, "server", "client:1", 50, phase="personalise"),
     )
     header = replace(base.header, dense_payload_bytes=100)
     found = traffic(replace(base, header=header, ledger=rows))
-    assert found.unicast == Flow(6, 60, 250, 7)
-    assert found.once == Flow(5, 60, 150, 7)
-    assert found.refused == Flow(1, 30, 0, 0)
+    assert found.unicast == Flow(5, 60, 250)
+    assert found.once == Flow(4, 60, 150)
+    assert found.refused == Flow(1, 30, 0)
     assert found.framed_bytes is None
-    assert found.by_kind == {"mask": Flow(1, 30, 0, 0), "values": Flow(5, 30, 250, 7)}
-    assert found.by_client == {1: Flow(4, 30, 150, 7), 2: Flow(3, 30, 100, 7)}
-    assert [one.cumulative_bytes for one in found.by_round] == [260, 267, 317]
-    # visits: (0, 1), (0, 2), (1, 1), (1, 2) federate both ways; client 1 personalises, down only
-    assert (found.dense_up_bytes, found.dense_down_bytes) == (400, 500)
-    assert found.saved_share == pytest.approx(1 - 317 / 900)
-    assert traffic(replace(base, ledger=())).saved_share is None
+    assert found.by_kind == {"mask": Flow(1, 30, 0), "values": Flow(4, 30, 250)}
+    assert found.by_client == {1: Flow(3, 30, 150), 2: Flow(2, 30, 100)}
+    assert [one.cumulative_bytes for one in found.by_round] == [260, 310]
+    # both clients federate, both ways; client 1 personalises, down only
+    assert (found.dense_up_bytes, found.dense_down_bytes) == (200, 300)
 
 
 def test_a_broadcast_counts_once_whatever_its_rows_are_called(fake: Path) -> None:
     """Row 4: install, values, evaluation and resync are what one payload was to different clients."""
     kinds = ("install", "values", "evaluation", "resync", "scores")
     rows = [
-        ledger_row(1, "server", f"client:{c}", 100, kind=kind, broadcast=True) for c, kind in enumerate(kinds)
+        message(1, "server", f"client:{c}", 100, kind=kind, broadcast=True) for c, kind in enumerate(kinds)
     ]  # fmt: skip
-    rows += [ledger_row(1, "server", "client:9", 60), ledger_row(1, "server", "client:9", 60)]  # slices of its own
-    rows += [ledger_row(1, "server", "client:9", 40, name="theta_g@0", broadcast=True)]
-    rows += [ledger_row(2, "server", "client:1", 100, kind="values", broadcast=True)]
+    rows += [message(1, "server", "client:9", 60), message(1, "server", "client:9", 60)]  # slices of its own
+    rows += [message(1, "server", "client:9", 40, name="theta_g@0", broadcast=True)]
+    rows += [message(2, "server", "client:1", 100, kind="values", broadcast=True)]
     facts = replace(read_run(fake), ledger=tuple(rows))
-    assert traffic(facts).once == Flow(5, 0, 100 + 60 + 60 + 40 + 100, 0)
-    counted = replace(facts, ledger=(*rows, ledger_row(1, "client:1", "server", 9)))
-    size = sum(layer.size for layer in facts.layers)
+    assert traffic(facts).once == Flow(5, 0, 100 + 60 + 60 + 40 + 100)
+    counted = replace(facts, ledger=(*rows, message(1, "client:1", "server", 9)))
+    size = sum(layer.size for layer in facts.header.layers)
     assert Cell()(counted).down_bytes == 4 * size * 5, "the preset counts as the account does"
 
 

@@ -64,6 +64,7 @@ def test_the_page_is_self_contained_and_escaped(nasty: Path) -> None:
     assert "url(" not in text and "@import" not in text
     assert sum(tag == "img" for tag, _ in tags.seen) == 6
     assert "&lt;script&gt;" in text
+    assert "seed 0, 1" in text and "hierarchical bootstrap" in text and "All of it was done with 2 seeds" in text
 
 
 def test_everything_is_written(nasty: Path) -> None:
@@ -87,11 +88,6 @@ def test_cells_are_escaped_in_every_form() -> None:
     assert next(csv.reader([csv_text(Table("", ("a",), (('x,"y',),))).splitlines()[1]])) == ['x,"y']
 
 
-def test_a_group_of_seeds_has_one_report(nasty: Path) -> None:
-    text = (nasty / "report.html").read_text()
-    assert "seed 0, 1" in text and "hierarchical bootstrap" in text and "All of it was done with 2 seeds" in text
-
-
 def test_inference_flops_follow_the_density_of_each_layer(fake: Path) -> None:
     found = {(row[0], row[1]): row[-1] for row in summary_table(read_results(fake)).rows}
     dense = 172_800 + 307_200 + 32_768 + 1_280
@@ -102,7 +98,10 @@ def test_inference_flops_follow_the_density_of_each_layer(fake: Path) -> None:
 def test_an_unfinished_run_has_a_report_that_says_so(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", finished=False, num_clients=8, rounds=2)
     (run / "metrics.jsonl").unlink()
+    told = [{"round": 1, "phase": "federate", "client": c, "seconds": s} for c, s in ((0, 30.0), (None, 33.0))]
+    (run / "times.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
     text = write_report(run).read_text()
+    assert "federate 33 s (wall time" in text, "no client's time counts beside the round's"
     assert "did not finish" in text and "No client was evaluated" in text and "8 clients without any result" in text
     assert "did not finish" in summary_text(read_results(run))
 
@@ -117,15 +116,6 @@ def test_a_run_without_tickets_has_a_report_and_the_same_again(tmp_path: Path) -
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     write_report(run)
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-
-
-def test_time_is_the_clock_s_and_counts_no_client_twice(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", num_clients=8, rounds=2)
-    told = [
-        {"round": 1, "phase": "federate", "client": c, "seconds": s} for c, s in ((0, 30.0), (1, 32.0), (None, 33.0))
-    ]
-    (run / "times.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
-    assert "federate 33 s (wall time" in write_report(run).read_text()
 
 
 def test_without_matplotlib_the_tables_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

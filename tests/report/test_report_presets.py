@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fake_run
 import pytest
 
 from fedlth.report.facts import Facts, read_run
 from fedlth.report.presets import MIB, PRESETS, Cell, FedDST, FedPM, LotteryFL, Preset, Sizes, lotteryfl_bytes, sizes_of
-from fedlth.report.rows import Layer, LedgerRow
+from fedlth.storage.records import Layer, LedgerRow
 
 ROOT = Path(__file__).parents[2]
 MASKABLE, HEAD, BIAS = 8, 4, 2
@@ -31,15 +32,16 @@ def test_r1_lotteryfls_published_fedavg_column(weights: int, rounds: int, client
 
 def message(round: int, client: int, up: bool, **values: Any) -> LedgerRow:
     ends = (f"client:{client}", "server") if up else ("server", f"client:{client}")
-    return LedgerRow(round, values.pop("phase", "federate"), *ends, values.pop("kind", "values"), "x", 99, **values)
+    return fake_run.message(round, *ends, 99, **values)
 
 
 def run_of(fake: Path, *rows: LedgerRow) -> Facts:
-    layers = (
+    layers = [
         Layer("a.weight", [2, 4], MASKABLE, True), Layer("head.weight", [2, 2], HEAD, False),
         Layer("a.bias", [2], BIAS, False),
-    )  # fmt: skip
-    return replace(read_run(fake), layers=layers, ledger=rows)
+    ]  # fmt: skip
+    facts = read_run(fake)
+    return replace(facts, header=replace(facts.header, layers=layers), ledger=rows)
 
 
 @pytest.fixture

@@ -162,8 +162,7 @@ def test_the_same_client_over_seeds_is_one_unit(seeds: Path, tmp_path: Path) -> 
         lifted(run, -0.01)
     comparison = compare([seeds, tmp_path / "copy"])
     assert (comparison.contrasts[0].pairs, comparison.contrasts[0].units) == (30, 10)
-    assert "reference" in comparison.text() and r"\toprule" in comparison.latex()
-    assert comparison.markdown().count("\n") == 4 and comparison.csv().count("\n") == 3
+    assert "reference" in comparison.text() and len(comparison.table().rows) == 2
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ pytestmark = pytest.mark.timeout(600)  # the first use on a machine compiles
 
 from fedlth.errors import StudyError  # noqa: E402
 from fedlth.experiment.resolve import resolve  # noqa: E402
-from fedlth.federation import session  # noqa: E402
 from fedlth.forecast import forecast  # noqa: E402
 from fedlth.kernel import kernel  # noqa: E402
 from tests import tiny  # noqa: E402
@@ -39,16 +38,15 @@ def group_norm(num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
 
 
 def study(model: str, compute: str) -> Any:
-    made = tiny.study(model={"name": f"tests.training.test_choice:{model}", "options": {}, "buffers": "aggregate"})
-    return resolve(made.model_copy(update={"compute": compute}))[0]
+    return tiny.study(model={"name": f"tests.training.test_choice:{model}", "options": {}}, compute=compute)
 
 
 @pytest.mark.parametrize(
     ("model", "chosen", "why"), [("batch_norm", "tuned", "BatchNorm2d"), ("group_norm", "sparse", "all layers")]
 )
 def test_auto_is_sparse_where_the_kernel_can_and_else_tuned(model: str, chosen: str, why: str) -> None:
-    made, notes = session.backend(study(model, "auto"))
-    assert made.compute == chosen
+    made, notes = resolve(study(model, "auto"))
+    assert made.study.compute == chosen
     assert any(chosen in note and why in note for note in notes)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import re
@@ -11,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,8 @@ from torch.nn import functional
 from fedlth import forecast
 from fedlth.engines.forked import Forked
 from fedlth.engines.inprocess import InProcess
-from fedlth.engines.ray import RayEngine
 from fedlth.errors import StudyError
+from fedlth.experiment.resolve import resolve
 from fedlth.federation import session
 from fedlth.federation.jobs import Engine, Job
 from fedlth.models.initial import torch_stream
@@ -391,16 +390,9 @@ def test_a_runs_cohort_is_recorded_shared_out_and_kept(tmp_path: Path) -> None:
         session.resume(out, InProcess(), tiny.quiet)
 
 
-@dataclass(frozen=True)
-class Named:
-    name: str = "flower"
-    holds_state: bool = True
-
-
-def test_flower_refuses_a_cohort(tmp_path: Path) -> None:
+def test_flower_refuses_a_cohort() -> None:
     with pytest.raises(StudyError, match="cohort: must be 1 on engine flower"):
-        tiny.run(tiny.study(cohort=2), tmp_path / "r", engine=Named(), tell=tiny.quiet)  # type: ignore[arg-type]
-    assert not (tmp_path / "r").exists()
+        resolve(tiny.study(cohort=2, engine="flower"))
 
 
 class Dropped(nn.Module):
@@ -452,14 +444,14 @@ def test_what_cannot_be_batched_goes_one_by_one_and_says_so(sections: dict[str, 
     text = forecast.forecast(made)
     assert re.search(f"note: cohort: 1, because .*({reason})", text), text
     assert "cohort: 1, clients train one by one" in text
-    assert session.together(made, "inprocess")[0].cohort == 1
+    assert resolve(made)[0].study.cohort == 1
 
 
 def test_what_can_be_batched_is_taken_as_asked() -> None:
     text = forecast.forecast(tiny.study(cohort=3))
     assert "cohort: 3 clients train as one" in text and "note:" not in text
-    made, notes = session.together(tiny.of_method("fedpm", cohort=3), "inprocess")
-    assert made.cohort == 3 and "fedpm trains scores one client at a time" in notes[0]
+    made, notes = resolve(tiny.of_method("fedpm", cohort=3))
+    assert made.study.cohort == 3 and "fedpm trains scores one client at a time" in notes[-1]
 
 
 def test_the_cohort_of_a_gpu_is_a_power_of_two_that_fits() -> None:
@@ -493,16 +485,15 @@ def test_auto_is_decided_from_a_workers_share_of_the_gpu(
     monkeypatch.setattr(cohort_size, "obstacle", lambda world: None)
     monkeypatch.setattr(cohort_size, "probed", lambda world, peak: (2**20, cohort_size.PROBED * 2**20))
     made = tiny.study(cohort="auto", engine=engine, ray=ray)
-    assert session.together(made, engine) == (
-        made.model_copy(update={"cohort": size}), [f"cohort: {size}, from the free memory of cuda"]
-    )  # fmt: skip
+    told = [f"cohort: {size}, from the free memory of cuda"]
+    assert cohort_size.decided(made, tiny.experiment(made).world, engine=engine) == (size, told)
 
     def refused(world: World, peak: object) -> tuple[int, int]:
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(cohort_size, "probed", refused)
-    made, notes = session.together(made, engine)
-    assert made.cohort == 1 and "4 clients do not fit" in notes[0]
+    size, (note,) = cohort_size.decided(made, tiny.experiment(made).world, engine=engine)
+    assert size == 1 and "4 clients do not fit" in note
 
 
 def test_the_memory_probe_trains_and_evaluates_cohorts_of_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -533,18 +524,6 @@ def test_the_benchmark_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert (
         "cpu" in out and re.search(r"lenet5, .* one by one", out) and re.search(r"cohort of 2: .* clients a CPU", out)
     )
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings(r"ignore:subprocess \d+ is still running:ResourceWarning")
-@pytest.mark.filterwarnings(r"ignore:unclosed file <_io\.\w+ name='/dev/null':ResourceWarning")
-def test_ray_workers_train_the_same_cohorts(tmp_path: Path) -> None:
-    shape = {"federate": {"rounds": 2, "clients_per_round": 3}, "cohort": 2}
-    tiny.run(tiny.study(**shape), tmp_path / "here")
-    made = tiny.study(**shape, engine="ray", ray={"workers": 2})
-    tiny.run(made, tmp_path / "ray", engine=RayEngine(made.ray))
-    assert tiny.facts(tmp_path / "ray") == tiny.facts(tmp_path / "here")
-    gc.collect()
 
 
 def test_a_members_cpu_seconds_are_those_of_its_share_of_the_work(monkeypatch: pytest.MonkeyPatch) -> None:

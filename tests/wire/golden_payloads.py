@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from fedlth.models.layout import Entry, Layout
 from fedlth.wire import payload
-from fedlth.wire.codec import BITMAP, CODECS, LAYERS, MAGNITUDE, PREVIOUS, TOGETHER
+from fedlth.wire.codec import CODECS
 from fedlth.wire.payload import Content
 from fedlth.wire.reference import Reference
 
@@ -42,7 +41,6 @@ def cases() -> dict[str, tuple[str, Content, dict[str, Any]]]:
     known, near = np.abs(held[:SIZE]) > 0.75, np.abs(floats[:SIZE]) > 0.75
     few = np.abs(pseudo(3, SIZE)) > 0.95
     swapped = known ^ (pseudo(5, SIZE) > 0.97)
-    rows = np.concatenate((np.repeat(pseudo(4, 24) > 0, 50), np.repeat(pseudo(6, 30) > 0, 9)))
     half, both = pseudo(7, SIZE) > 0, {"known_mask": known, "reference": Reference(held)}
 
     def values(mask: np.ndarray) -> Content:
@@ -58,16 +56,12 @@ def cases() -> dict[str, tuple[str, Content, dict[str, Any]]]:
 
     return {
         "raw": ("raw", values(near), {}),
-        "layers": ("lossless", values(few), {}),
-        "layers_bits": ("lossless", values(few), {}),
-        "previous_bits": ("lossless", Content(swapped, None, None), {"known_mask": known}),
-        "magnitudes_bits": ("lossless", values(near), both),
-        "together": ("lossless", Content(swapped, None, None), {"known_mask": known}),
-        "previous": ("lossless", Content(swapped, None, None), {"known_mask": known}),
-        "channels": ("lossless", values(rows), {}),
+        "alone": ("lossless", values(few), {}),
+        "on_mask": ("lossless", Content(swapped, None, None), {"known_mask": known}),
+        "on_values": ("lossless", values(near), {"reference": Reference(held)}),
+        "on_values_apart": ("lossless", Content(apart, None, None), {"reference": Reference(held)}),
+        "on_both": ("lossless", values(near), both),
         "bitmap": ("lossless", Content(half, None, None), {}),
-        "magnitudes": ("lossless", values(near), {"reference": Reference(held)}),
-        "both": ("lossless", values(near), both),
         "reuse": ("lossless", values(known), both),
         "full": ("lossless", values(np.ones(SIZE, bool)), {}),
         "bf16": ("bf16", values(near), both),
@@ -78,20 +72,12 @@ def cases() -> dict[str, tuple[str, Content, dict[str, Any]]]:
         "step_bare": ("step", values(np.ones(SIZE, bool)), {"reference": Reference(held)}),
         "sign_bare": ("sign", values(np.ones(SIZE, bool)), {"reference": Reference(held)}),
         "step_far": ("step", far, both),
-        "magnitudes_apart": ("lossless", Content(apart, None, None), {"reference": Reference(held)}),
     }
-
-
-# Cases for modes that would not be the cheapest for so small a mask.
-ONLY = {"layers": LAYERS, "previous": PREVIOUS, "together": TOGETHER, "magnitudes": MAGNITUDE, "both": MAGNITUDE}
 
 
 def encoded(name: str) -> bytes:
     codec, content, holds = cases()[name]
-    chosen = CODECS[codec]
-    if name in ONLY:
-        chosen = replace(chosen, masks=(ONLY[name], BITMAP))
-    return payload.encode("values", LAYOUT, content, codec=chosen, **holds)
+    return payload.encode("values", LAYOUT, content, codec=CODECS[codec], **holds)
 
 
 if __name__ == "__main__":

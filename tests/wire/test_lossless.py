@@ -1,10 +1,9 @@
-"""The coded modes: every bit survives, the two mask coders agree, and each mode is chosen where it is the cheapest."""
+"""The coded modes: every bit survives, and each mode is chosen where it can be."""
 
 from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,13 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlth.models.layout import Entry, Layout
-from fedlth.wire import ans, ans_own, codec, context, mask_section, numbers, payload, segments
+from fedlth.wire import codec, mask_section, numbers, payload
 from fedlth.wire.codec import CODECS, LOSSLESS, LOSSY_BF16, LOSSY_F16, LOSSY_STEP
 from fedlth.wire.errors import PayloadError
-from fedlth.wire.mask_choice import cheapest
 from fedlth.wire.payload import Content
 from fedlth.wire.reference import Reference
-from fedlth.wire.table import cumulative, weights
 
 LAYOUT = Layout(
     (
@@ -66,83 +63,30 @@ def test_lossless_keeps_every_bit(
     assert bits(payload.decode(data, "values", LAYOUT, codec=LOSSLESS, **both)) == bits(sent)
 
 
-@pytest.mark.parametrize(
-    ("mode", "known"),
-    [
-        (codec.LAYERS, False),
-        (codec.LAYERS, True),
-        (codec.PREVIOUS, True),  # needs the previous mask
-        (codec.MAGNITUDE, False),
-        (codec.MAGNITUDE, True),
-    ],
-)
-def test_each_coded_mode_by_both_coders_and_both_partitions(
-    mode: int, known: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reference, old, sent = ends(3, 0.2)
-    held = old if known else None
-    previous = old if known else np.zeros(SIZE, bool)
-    seen = context.histogram(sent.mask, LAYOUT.prunable, previous, reference.floats)
-    choice = cheapest(sent.mask, LAYOUT.prunable, (mode,), held, reference)
-    made = set()
-    for compiled in (True, False):
-        for library in (True, False):
-            monkeypatch.setattr(segments, "COMPILED", compiled)
-            monkeypatch.setattr(context, "COMPILED", compiled)
-            monkeypatch.setattr(ans, "_own", lambda *_, library=library: not library)
-            section = mask_section._coded(choice, sent.mask, LAYOUT, held, reference)
-            np.testing.assert_array_equal(mask_section._read(mode, section, LAYOUT, held, reference), sent.mask)
-            made.add(section)
-    assert len(made) == 1
-    again = context.histogram(sent.mask, LAYOUT.prunable, previous, reference.floats)
-    np.testing.assert_array_equal(again, seen)
-
-
-@settings(deadline=None)  # the first example compiles
-@given(st.integers(0, 10_000), st.integers(1, 6))
-def test_own_coder_writes_the_library_s_words(seed: int, number: int) -> None:
-    draw = np.random.default_rng(seed)
-    sizes = draw.integers(2, 600, number)
-    ones = 1 + (draw.random(number) ** 3 * (sizes - 1)).astype(np.int64).clip(0, sizes - 2)
-    counts = (sizes + 7) // 8
-    symbols = np.packbits(draw.random(8 * int(counts.sum())) < np.repeat(ones / sizes, 8 * counts))
-    table = weights(ones, sizes)
-    words = ans_own.encode(symbols, counts, cumulative(table))
-    np.testing.assert_array_equal(words, ans.encode_library(symbols, counts, table))
-    for got, clean in (
-        ans_own.decode(words, counts, cumulative(table)),
-        ans.decode_library(words, counts, table),
-    ):
-        assert clean
-        np.testing.assert_array_equal(got, symbols)
-
-
 def mode_of(mask: np.ndarray, known: np.ndarray | None = None, reference: Reference | None = None) -> int:
     return payload.encode("mask", LAYOUT, Content(mask, None, None), codec=LOSSLESS, known_mask=known,
                           reference=reference)[6]  # fmt: skip
 
 
-def test_the_cheapest_mask_mode_is_chosen() -> None:
+def test_a_mask_is_coded_on_all_that_the_receiver_holds() -> None:
     draw = np.random.default_rng(0)
     reference, known, sent = ends(0, 0.2, 0.03)
     assert mode_of(np.ones(SIZE, bool)) == codec.FULL
     assert mode_of(sent.mask, sent.mask) == codec.REUSE
     assert mode_of(draw.random(SIZE) < 0.5) == codec.BITMAP
-    wide = Layout((Entry("w", (400, 500), "param", 0, prunable=True),))
-    thin = Content(draw.random(200_000) < 0.05, None, None)
-    assert payload.encode("mask", wide, thin, codec=LOSSLESS)[6] == codec.LAYERS
-    striped = Content(thin.mask & np.tile(np.repeat([True, False], 250), 400), None, None)
-    assert payload.encode("mask", wide, striped, codec=LOSSLESS)[6] == codec.LAYERS_BITS
-    swapped = known.copy()
-    swapped[draw.choice(SIZE, 30, replace=False)] ^= True
-    assert mode_of(swapped, known) == codec.PREVIOUS_BITS
-    assert mode_of(sent.mask, None, reference) == codec.MAGNITUDE_BITS
-    rows = np.concatenate((np.repeat(draw.random(24) < 0.5, 50), np.repeat(draw.random(30) < 0.5, 9)))
-    assert mode_of(rows) == codec.CHANNELS
-    got = payload.decode(
-        payload.encode("mask", LAYOUT, Content(rows, None, None), codec=LOSSLESS), "mask", LAYOUT, codec=LOSSLESS
-    )
-    np.testing.assert_array_equal(got.mask, rows)
+    assert mode_of(sent.mask) == codec.CODED
+    assert mode_of(sent.mask, known) == codec.CODED + codec.ON_MASK
+    assert mode_of(sent.mask, None, reference) == codec.CODED + codec.ON_VALUES
+    assert mode_of(sent.mask, known, reference) == codec.CODED + codec.ON_MASK + codec.ON_VALUES
+
+
+def test_a_mask_drawn_from_scores_costs_less_than_its_bitmap() -> None:
+    """Half of the mask is ones; only the sign of a score says which half."""
+    draw = np.random.default_rng(0)
+    scores = draw.normal(scale=3, size=FLOATS).astype(np.float32)
+    mask = draw.random(SIZE) < 1 / (1 + np.exp(-scores[:SIZE]))
+    data = payload.encode("mask", LAYOUT, Content(mask, None, None), codec=LOSSLESS, reference=Reference(scores))
+    assert data[6] == codec.CODED + codec.ON_VALUES and len(data) < 0.9 * SIZE / 8
 
 
 @pytest.mark.parametrize(("lossy", "limit"), [(LOSSY_BF16, 4e-3), (LOSSY_F16, 5e-4), (LOSSY_STEP, 2e-2)])
@@ -173,7 +117,7 @@ def read(data: bytes, known: np.ndarray | None = KNOWN, reference: Reference | N
 
 
 def test_another_reference_is_refused() -> None:
-    assert DATA[6] == codec.MAGNITUDE_BITS and DATA[7] == codec.DELTA
+    assert DATA[6] == codec.CODED + codec.ON_MASK + codec.ON_VALUES and DATA[7] == codec.DELTA
     other = REFERENCE.floats.copy()
     other[0] += 1
     with pytest.raises(PayloadError, match="does not hold"):
@@ -199,20 +143,18 @@ def test_bytes_after_the_values_are_refused() -> None:
 
 
 def test_hostile_mask_sections_are_refused() -> None:
-    mask = np.random.default_rng(0).random(SIZE) < 0.05
-    bytewise = replace(LOSSLESS, masks=(codec.LAYERS, codec.BITMAP))
-    mode, section = mask_section.encode(mask, LAYOUT, bytewise, None, None)
-    assert mode == codec.LAYERS
+    reference, _, sent = ends(4, 0.05, 0.03)
+    mode, section = mask_section.encode(sent.mask, LAYOUT, LOSSLESS, None, reference)
+    assert mode == codec.CODED + codec.ON_VALUES
     cases = {
-        "cut off": section[:-1],
-        "does not end": section[:2] + section[6:],
-        "last word is zero": section[:-4] + bytes(4),
-        "minority": b"\xff\x7f" + section[2:],
+        "cut off": section[:4],
+        "do not end": section + b"\0",
+        "centred": b"\xff\xff\xff\x7f" + section[3:],
         "no shorter": section + bytes(SIZE),
     }
     for says, bad in cases.items():
         with pytest.raises(PayloadError, match=says):
-            mask_section.decode(mode, bad, LAYOUT, None, None)
+            mask_section.decode(mode, bad, LAYOUT, None, reference)
 
 
 @settings(deadline=None)  # the first example compiles

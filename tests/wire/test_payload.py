@@ -39,7 +39,7 @@ def repaired(body: bytes) -> bytes:
 
 
 def header(mode: int = BITMAP, values: int = F32, *, reference: bytes = bytes(8), kind: str = "values") -> bytes:
-    return HEADER.pack(b"FLT1", 1, 0, mode, values, LAYOUT.digest(kind), reference)
+    return HEADER.pack(b"FLT1", 2, 0, mode, values, LAYOUT.digest(kind), reference)
 
 
 def assembled(head: bytes, section: bytes, values: bytes) -> bytes:
@@ -143,9 +143,9 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "too long": (lambda: DATA + bytes(8 * FLOATS), "at most"),
     "one byte more": (lambda: repaired(DATA[:-4] + b"\0"), "do not add up"),
     "magic": (lambda: altered(0, b"FLT2"), "magic"),
-    "version": (lambda: altered(4, b"\2"), "version"),
+    "version": (lambda: altered(4, b"\1"), "version"),
     "flags": (lambda: altered(5, b"\1"), "flags"),
-    "mask mode": (lambda: altered(6, b"\1"), "unknown mask mode"),
+    "mask mode": (lambda: altered(6, b"\4"), "unknown mask mode"),
     "value mode": (lambda: altered(7, b"\1"), "value mode"),
     "checksum": (lambda: DATA[:-1] + bytes((DATA[-1] ^ 1,)), "checksum"),
     "schema": (lambda: altered(8, bytes(8)), "schema"),

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlth.report.canvas import Theme
 from fedlth.report.overlap import Overlap
-from fedlth.report.palette import Theme
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

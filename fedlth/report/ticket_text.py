@@ -11,10 +11,9 @@ import numpy as np
 from fedlth.errors import StudyError, require
 from fedlth.report.facts import Facts, SavedTicket
 from fedlth.report.overlap import Overlap, overlap
-from fedlth.report.summary import aligned
-from fedlth.report.tables import Table
+from fedlth.report.tables import Table, aligned
 from fedlth.report.units import NOTHING, signed
-from fedlth.storage.ticket_file import opened
+from fedlth.storage import ticket_file
 
 MOST_IN_MATRIX = 12
 
@@ -60,16 +59,9 @@ def shown(facts: Facts, clients: Sequence[int]) -> str:
 
 
 def _shown(saved: SavedTicket) -> str:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(saved.path, framework="numpy") as file:
-            meta = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-    except (SafetensorError, OSError) as error:
-        raise StudyError(f"{saved.path}: expected a ticket, got {error}") from None
+    tensors, meta = ticket_file.read(saved.path)
     rows, kept_of_all, all_weights = [], 0, 0
-    for name, value in sorted(opened(tensors, meta).items()):
+    for name, value in sorted(ticket_file.opened(tensors, meta).items()):
         mask = tensors.get(f"{name}_mask")
         kept = value.size if mask is None else int(np.bitwise_count(mask).sum())
         if mask is not None:

@@ -1,12 +1,41 @@
-"""JSON and JSON-lines files of a run folder, read with errors that name the file and the line."""
+"""JSON-lines files: appended to durably, cut back to the last commit, read with errors that name file and line."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fedlth.errors import StudyError
+from fedlth.storage.typed_record import as_record
+
+
+def lines(rows: Iterable[Any]) -> bytes:
+    """Serialise rows, one JSON object a line, keys sorted so that equal rows are equal bytes."""
+    return b"".join(json.dumps(r, sort_keys=True, allow_nan=False, default=as_record).encode() + b"\n" for r in rows)
+
+
+def append(path: Path, data: bytes) -> int:
+    """Append bytes durably and return the file's new length."""
+    if not data and path.exists():
+        return path.stat().st_size  # nothing to flush
+    with path.open("ab") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()
+
+
+def truncate(path: Path, length: int) -> None:
+    """Cut back what was written after the last commit; it never became a fact. Committed rows must be there."""
+    there = path.stat().st_size if path.exists() else 0
+    if there < length:
+        raise StudyError(f"{path}: must hold the {length} bytes that are committed, got {there}")
+    if there > length:
+        with path.open("r+b") as file:
+            file.truncate(length)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -22,7 +51,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_rows(path: Path, *, required: bool, forgive_last: bool) -> tuple[list[dict[str, Any]], str]:
+def read_lines(path: Path, *, required: bool = False, forgive_last: bool = False) -> tuple[list[dict[str, Any]], str]:
     """Return the rows of a JSON-lines file and a note ("" if nothing was forgiven).
 
     forgive_last: a killed run may leave half a last line; it is dropped and the note says so. Anywhere else a
@@ -36,9 +65,9 @@ def read_rows(path: Path, *, required: bool, forgive_last: bool) -> tuple[list[d
         return [], f"{path.name} is not there"
     except (ValueError, OSError) as error:
         raise StudyError(f"{path}: expected UTF-8 text, got {error}") from None
-    lines = text.split("\n")
+    written = text.split("\n")
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(written, start=1):
         if not line.strip():
             continue
         try:
@@ -46,7 +75,7 @@ def read_rows(path: Path, *, required: bool, forgive_last: bool) -> tuple[list[d
             if not isinstance(row, dict):
                 raise ValueError(f"{type(row).__name__}")
         except ValueError as error:
-            if forgive_last and number == len(lines):
+            if forgive_last and number == len(written):
                 return rows, f"{path.name}: the half-written last line was left out"
             raise StudyError(f"{path}:{number}: expected one JSON object, got {error}") from None
         rows.append(row)

@@ -1,30 +1,30 @@
-"""What crossed the wire, from ledger rows alone: both ways, by kind, by client, by round, beside the dense baseline."""
+"""What crossed the wire, from ledger rows alone: by direction, kind, client and round, beside the dense baseline."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
-from fedlth.report.facts import Facts
-from fedlth.report.rows import LedgerRow
+from fedlth.report.facts import Facts, grouped
+from fedlth.storage.records import LedgerRow, party
 
-SERVER = "server"
-ROUNDS = ("federate", "refine")  # the phases whose visits send an update back
+Key = TypeVar("Key")
+SERVER = party(None)
 
 
 @dataclass(frozen=True)
 class Flow:
-    """Payload bytes and messages of some rows, by direction; peer is from client to client."""
+    """Payload bytes and messages of some rows, by direction."""
 
     messages: int
     up_bytes: int
     down_bytes: int
-    peer_bytes: int
 
     @property
     def total_bytes(self) -> int:
-        """Return all directions together."""
-        return self.up_bytes + self.down_bytes + self.peer_bytes
+        """Return both directions together."""
+        return self.up_bytes + self.down_bytes
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Traffic:
     unicast: every message counts. once: a payload broadcast to many receivers counts once a round (see `once`).
     framed_bytes: as the transport sent it, None unless every frame's size was told. dense_bytes: what dense FedAvg
     would have moved for the same visits through the same codec: one dense model down and one dense update up for each
-    visit in federated rounds, one down for each visit that only personalises. A dense update is the mean of those
-    that this run did send (dense_seen of them); with none, it counts as much as a dense model down.
+    visit in rounds that join updates, one down for each other visit. A dense update is the mean of those that this run
+    did send (dense_seen of them); with none, it counts as much as a dense model down.
     """
 
     unicast: Flow
@@ -98,32 +98,23 @@ class Traffic:
         """Return the dense baseline, both ways."""
         return self.dense_up_bytes + self.dense_down_bytes
 
-    @property
-    def saved_share(self) -> float | None:
-        """Return 1 - total / dense; negative where more was moved than dense would; None without a visit."""
-        return 1 - self.unicast.total_bytes / self.dense_bytes if self.dense_bytes else None
-
 
 def flow(rows: Iterable[LedgerRow]) -> Flow:
     """Return the sum of payload bytes of `rows`, by direction."""
-    messages = up = down = peer = 0
+    messages = up = down = 0
     for row in rows:
         messages += 1
         if row.receiver == SERVER:
             up += row.payload_bytes
-        elif row.sender == SERVER:
-            down += row.payload_bytes
         else:
-            peer += row.payload_bytes
-    return Flow(messages, up, down, peer)
+            down += row.payload_bytes
+    return Flow(messages, up, down)
 
 
 def frames(rows: Iterable[LedgerRow]) -> Frames:
     """Return what the transport told of `rows`; an answer that never came had no frame."""
-    held: dict[tuple[object, ...], list[LedgerRow]] = {}
-    for row in rows:
-        if row.payload_bytes or row.framed_bytes is not None:
-            held.setdefault((row.round, row.phase, row.sender, row.receiver), []).append(row)
+    sent = (row for row in rows if row.payload_bytes or row.framed_bytes is not None)
+    held = grouped(((row.round, row.phase, row.sender, row.receiver), row) for row in sent)
     told = [inner for inner in held.values() if any(row.framed_bytes is not None for row in inner)]
     ups = [row for inner in told for row in inner if row.receiver == SERVER]
     downs = [row for inner in told for row in inner if row.receiver != SERVER]
@@ -153,39 +144,28 @@ def once(rows: Iterable[LedgerRow]) -> list[LedgerRow]:
     return list(kept.values())
 
 
-def _grouped(rows: Sequence[LedgerRow], keys: Sequence[object]) -> dict[object, list[LedgerRow]]:
-    found: dict[object, list[LedgerRow]] = {}
-    for row, key in zip(rows, keys, strict=True):
-        found.setdefault(key, []).append(row)
-    return found
-
-
 def traffic(facts: Facts) -> Traffic:
     """Return what crossed the wire in one run."""
     rows = facts.ledger
-    by_client: dict[int, list[LedgerRow]] = {}
-    for row in rows:
-        for client in clients_of(row):
-            by_client.setdefault(client, []).append(row)
     visits = {(row.round, row.phase, client) for row in rows for client in clients_of(row)}
     by_round, cumulative = [], 0
     # rounds stand in the order in which they were committed: a later phase may count its rounds from zero again
-    for inner in _grouped(rows, [(row.round, row.phase) for row in rows]).values():
+    for inner in grouped(((row.round, row.phase), row) for row in rows).values():
         summed = flow(inner)
         cumulative += summed.total_bytes
         by_round.append(RoundFlow(inner[0].round, inner[0].phase, summed, cumulative))
-    told = frames(rows)
+    told, joining = frames(rows), facts.header.joining()
     seen = [r.payload_bytes for r in rows if r.receiver == SERVER and r.coding.startswith("full ") and r.value_bytes]
     return Traffic(
         unicast=flow(rows),
         once=flow(once(rows)),
         framed_bytes=told.framed_bytes if told.frames and told.frames == told.all_frames else None,
         refused=flow(row for row in rows if row.status != "ok"),
-        by_kind={str(k): flow(v) for k, v in sorted(_grouped(rows, [r.kind for r in rows]).items(), key=_text)},
-        by_phase={str(k): flow(v) for k, v in _grouped(rows, [r.phase for r in rows]).items()},
-        by_client={client: flow(inner) for client, inner in sorted(by_client.items())},
+        by_kind=dict(sorted(_flows((row.kind, row) for row in rows).items())),
+        by_phase=_flows((row.phase, row) for row in rows),
+        by_client=dict(sorted(_flows((client, row) for row in rows for client in clients_of(row)).items())),
         by_round=tuple(by_round),
-        dense_ups=sum(phase in ROUNDS for _, phase, _ in visits),
+        dense_ups=sum(phase in joining for _, phase, _ in visits),
         dense_downs=len(visits),
         dense_payload_bytes=facts.header.dense_payload_bytes,
         dense_up_payload_bytes=round(sum(seen) / len(seen)) if seen else facts.header.dense_payload_bytes,
@@ -193,5 +173,5 @@ def traffic(facts: Facts) -> Traffic:
     )
 
 
-def _text(item: tuple[object, list[LedgerRow]]) -> str:
-    return str(item[0])
+def _flows(pairs: Iterable[tuple[Key, LedgerRow]]) -> dict[Key, Flow]:
+    return {key: flow(inner) for key, inner in grouped(pairs).items()}
