@@ -51,7 +51,7 @@ def decode(
     if mode == BITMAP:
         mask = bitmap.unpack(section, size)
     elif len(section) >= (size + 7) // 8:
-        raise PayloadError("a coded mask is not shorter than its bitmap")
+        raise PayloadError("a coded mask is no shorter than its bitmap")
     else:
         old = known if uses_mask(mode) else None
         mask = mask_bits.decode(section, size, layout.prunable, old, _prunable(mode, layout, reference))
