@@ -138,7 +138,7 @@ def _methods(table: Mapping[str, Callable[..., Any]]) -> list[str]:
 
 
 def methods_markdown() -> str:
-    """Return the method table of README.md and docs/methods.md."""
+    """Return the method table of docs/methods.md."""
     from fedlth.methods.table import METHODS
 
     lines = ["| method | what it does | down | up | evaluated | paper |", "|---|---|---|---|---|---|"]

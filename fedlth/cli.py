@@ -131,7 +131,7 @@ def lottery(args: argparse.Namespace) -> int:
         tell(f"stopped; to go on: the same command with out={out}")
         raise
     except OSError as error:
-        error.add_note(f"what was trained is kept in {out}: the same command with out={out} goes on")
+        error.add_note(f"what was trained is kept in {out}: the same command with out={out} continues")
         raise
     path = write_lottery(out)
     say(lottery_text(out))
@@ -155,7 +155,7 @@ def _show(run_folder: Path) -> None:
     try:
         path = write_report(run_folder)
     except OSError as error:
-        error.add_note(f"the report of {run_folder} is not whole; to write it anew: fedlth report {run_folder}")
+        error.add_note(f"the report of {run_folder} is incomplete; to write it again: fedlth report {run_folder}")
         raise
     say(f"\nreport: {path}")
 
@@ -177,20 +177,22 @@ def parser() -> argparse.ArgumentParser:
         "STUDY.yaml is one study (see configs/). key=value overrides any key by its dotted name:\n"
         "  method=fedavg_ft  train.lr=0.1  partition.alpha=0.3  finder.densities=[0.5,0.2]\n"
         "  compute=auto  engine=inprocess|ray|flower  seed=1  seeds=[0,1,2]  out=runs/mine  data.root=/data\n"
-        "`fedlth list` says what each name may be."
+        "`fedlth list` prints the names that a key may have."
     )
     sub = command("run", run, "run a study and write its report", study_text)
     sub.add_argument("study", type=Path, metavar="STUDY.yaml")
     sub.add_argument("override", nargs="*", metavar="key=value")
 
     text = (
-        "Goes on after the last committed round, whatever stopped the run; ends as if it had never stopped.\n"
-        "Then, also where the run has ended, visits clients whose machine was lost in the last phase."
+        "Continues after the last committed round, whatever stopped the run, and ends as if it had never stopped.\n"
+        "Then, even if the run has ended, visits clients whose machine was lost in the last phase."
     )
-    sub = command("resume", resume, "go on with a run that was stopped", text)
+    sub = command("resume", resume, "continue a run that was stopped", text)
     sub.add_argument("run", type=Path, metavar="RUN")
 
-    sub = command("report", report, "write a run's report and tables anew", "RUN is a run's folder, or one with seeds.")
+    sub = command(
+        "report", report, "write a run's report and tables again", "RUN is a run's folder, or one with seeds."
+    )
     sub.add_argument("run", type=Path, metavar="RUN")
 
     text = (
@@ -211,9 +213,9 @@ def parser() -> argparse.ArgumentParser:
         "Sums the ledger both ways, by phase, kind and client, beside the dense baseline of the same visits, and says\n"
         "what LotteryFL, FedDST, FedPM and CELL would have reported from it. RUN is a run's folder, or one with seeds."
     )
-    sub = command("bytes", bytes_, "what crossed the wire, and what papers would have said", text)
+    sub = command("bytes", bytes_, "what crossed the wire, and what papers would have reported", text)
     sub.add_argument("run", type=Path, metavar="RUN")
-    sub.add_argument("--json", action="store_true", help="one JSON object a run, one a line, in bytes")
+    sub.add_argument("--json", action="store_true", help="one JSON object for each run, one a line, in bytes")
 
     text = (
         "ls       one line a ticket: client, arm, hash, density, size on disk\n"
@@ -229,7 +231,7 @@ def parser() -> argparse.ArgumentParser:
         "Kinds: methods, models, datasets, partitions, finders (or one of its parts: scores, ...), arms, engines;\n"
         "for the laboratory also probes and mask_controls."
     )
-    sub = command("list", list_, "list what a study may name", text)
+    sub = command("list", list_, "list the names that a study may use", text)
     sub.add_argument("what", nargs="?", default="", metavar="KIND")
     sub.add_argument("name", nargs="?", default="", metavar="NAME", help="one of them, or package.module:name")
     sub.add_argument("study", nargs="?", default="", metavar="STUDY.yaml", help="forecast a method's ledger for it")
@@ -241,7 +243,7 @@ def parser() -> argparse.ArgumentParser:
 
     text = (
         "STUDY.yaml names searches for tickets, control arms and probes (docs/lottery.md). Every training is kept in\n"
-        "the run's folder: the same command with out=RUN goes on after a stop, to the same bytes.\n"
+        "the run's folder: the same command with out=RUN continues after a stop, to the same bytes.\n"
     )
     sub = command("lottery", lottery, "search tickets on one machine, with controls and diagnostics", text)
     sub.add_argument("study", type=Path, metavar="STUDY.yaml")

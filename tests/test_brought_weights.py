@@ -19,7 +19,7 @@ from fedlth.training.local_client import Local
 from tests import tiny
 from tests.lab import tiny_lottery
 
-BRINGS = "brings its weights: another draw gives theta_0's 1.weight again"
+BRINGS = "brings its own weights: another draw gives 1.weight of theta_0 again"
 PRETRAINED: dict[str, Any] = {"name": "tests.user_model:pretrained", "options": {}}
 DRAWN = {**PRETRAINED, "reinit_options": {"trained": False}}
 RANDOM = {"arms": ["ticket", "random"], "epochs": 1}

@@ -114,7 +114,7 @@ def test_an_os_error_has_words_that_fit_the_command(
     with monkeypatch.context() as patch:
         patch.setattr(build, "write_file", no_space)
         told = said("report", str(tmp_path / "a"))
-        assert "resume" not in told and f"to write it anew: fedlth report {tmp_path / 'a'}" in told
+        assert "resume" not in told and f"to write it again: fedlth report {tmp_path / 'a'}" in told
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", no_space)
         told = said("compare", str(tmp_path / "a"), str(tmp_path / "b"), "--tables", str(tmp_path / "t"))
@@ -136,7 +136,7 @@ def test_an_os_error_of_the_laboratory_says_how_it_goes_on(
     monkeypatch.setattr(runner, "run", no_space)
     assert cli.main(["lottery", str(file), f"out={out}"]) == cli.DISK
     told = capsys.readouterr().err
-    assert "fedlth resume" not in told and f"the same command with out={out} goes on" in told
+    assert "fedlth resume" not in told and f"the same command with out={out} continues" in told
 
 
 def test_progress_and_results_are_apart(capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,8 +62,8 @@ def test_required_and_not_a_mapping() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("clients: {count: 2}\nseed: 1\nseed: 2\n", "key 'seed' stands twice.*line 3"),
-        ("clients: {count: 2, count: 3}\n", "key 'count' stands twice"),
+        ("clients: {count: 2}\nseed: 1\nseed: 2\n", "key 'seed' is given twice.*line 3"),
+        ("clients: {count: 2, count: 3}\n", "key 'count' is given twice"),
         ("clients: {count: 2\n", "not YAML"),
         ("out: {{ folder }}\nclients: {count: 2}\n", "cannot be a key"),
         ("- a\n", "must be a mapping of sections, got list"),

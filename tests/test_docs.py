@@ -13,38 +13,66 @@ from fedlth.lab import runner
 from fedlth.lab import study as lottery
 from fedlth.lab.controls import MASKS
 from fedlth.lab.probes import PROBES
+from fedlth.methods.table import METHODS
 from fedlth.personalization.arms import ARMS
 from fedlth.study import schema
 from fedlth.study.yaml_text import parse
 from tests import tiny
+from tests.test_architecture import ORDER
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+DOCS = ROOT / "docs"
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *(page for room in ("docs", "benchmarks/results", "simulations") for page in (ROOT / room).rglob("*.md")),
+]
 
 
-def test_method_tables_are_the_registry() -> None:
-    table = catalogue.methods_markdown()
-    assert table in README
-    assert table in (ROOT / "docs" / "methods.md").read_text()
+def test_the_method_table_is_the_registry_and_the_readme_names_each() -> None:
+    assert catalogue.methods_markdown() in (DOCS / "methods.md").read_text()
+    listed = re.search(r"\*\*Methods\*\*:(.*?)each", (ROOT / "README.md").read_text(), re.S)
+    assert listed and re.findall(r"`(\w+)`", listed.group(1)) == list(METHODS)
 
 
-def test_every_command_is_in_the_readme_and_the_reverse() -> None:
+def test_every_command_is_documented_and_the_reverse() -> None:
     commands = {c for a in parser()._actions for c in (a.choices or {}) if a.dest == "command"}
-    shown = set(re.findall(r"^    fedlth (\w+)", README, re.M))
+    shown = set(re.findall(r"^    fedlth (\w+)", (DOCS / "commands.md").read_text(), re.M))
     assert shown == commands
 
 
+def test_the_picture_of_the_rooms_is_their_order() -> None:
+    picture = re.search(r"^```\n(.*?)^```", (DOCS / "architecture.md").read_text(), re.M | re.S)
+    assert picture
+    drawn = [name for line in picture.group(1).splitlines() for name in re.split(", ", line.strip().split("  ")[0])]
+    assert drawn == [room for room in reversed(ORDER) if not room.startswith("__")]
+
+
 def test_every_arm_is_in_the_protocol() -> None:
-    text = (ROOT / "docs" / "protocol.md").read_text()
+    text = (DOCS / "protocol.md").read_text()
     for arm in [*ARMS, "refined"]:
         assert f"`{arm}`" in text, arm
 
 
-def test_links_point_at_files() -> None:
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+def test_links_point_at_files_and_headings() -> None:
+    for page in PAGES:
+        for target, heading in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text()):
             if not target.startswith("http"):
-                assert (page.parent / target).exists(), f"{page.name}: {target}"
+                found = page.parent / target if target else page
+                assert found.exists(), f"{page.name}: {target}"
+                assert not heading or heading in anchors(found), f"{page.name}: {target}#{heading}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the names under which GitHub links a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_files_named_in_the_docs_exist() -> None:
+    for page in PAGES:
+        rooms = r"`(?:python )?((?:fedlth|tests|benchmarks|configs|simulations)/[\w./-]+)"
+        for name in re.findall(rooms, page.read_text()):
+            assert (ROOT / name).exists(), f"{page.name}: {name}"
 
 
 CONFIGS = sorted((ROOT / "configs").glob("**/*.yaml"))
@@ -72,7 +100,7 @@ def test_the_listing_names_every_kind() -> None:
 
 
 def test_every_key_of_a_study_is_documented() -> None:
-    text = (ROOT / "docs" / "study.md").read_text()
+    text = (DOCS / "study.md").read_text()
     for name, field in schema.Study.model_fields.items():
         inner = getattr(field.annotation, "model_fields", {})
         for key in inner:
@@ -80,7 +108,7 @@ def test_every_key_of_a_study_is_documented() -> None:
         assert f"`{name}" in text, name
 
 
-FINDERS = (ROOT / "docs" / "finders.md").read_text()
+FINDERS = (DOCS / "finders.md").read_text()
 
 
 def test_the_tables_of_finders_are_the_registry() -> None:
@@ -95,7 +123,7 @@ def test_every_composition_with_a_name_is_a_finder(line: str) -> None:
 
 
 def test_the_parts_shown_in_the_docs_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = re.search(r"```python\n(# mine.py.*?)```", (ROOT / "docs" / "study.md").read_text(), re.S)
+    code = re.search(r"```python\n(# mine.py.*?)```", (DOCS / "study.md").read_text(), re.S)
     assert code
     (tmp_path / "mine.py").write_text(code.group(1))
     monkeypatch.chdir(tmp_path)
@@ -109,7 +137,7 @@ def test_the_parts_shown_in_the_docs_work(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_every_key_and_probe_of_a_lottery_study_is_documented() -> None:
-    text = (ROOT / "docs" / "lottery.md").read_text()
+    text = (DOCS / "lottery.md").read_text()
     for section, node in (("data", lottery.Data), ("model", lottery.Model), ("train", lottery.Train)):
         for key in node.model_fields:
             assert f"`{section}.{key}`" in text, f"{section}.{key}"
@@ -129,7 +157,7 @@ RESULTS = {
 EXPLAINED = {
     int(number): text
     for number, text in re.findall(
-        r"^\*\*Row (\d+), (.*?)(?=^\*\*Rows? \d|^#|\Z)", (ROOT / "docs" / "lottery.md").read_text(), re.M | re.S
+        r"^\*\*Row (\d+), (.*?)(?=^\*\*Rows? \d|^#|\Z)", (DOCS / "lottery.md").read_text(), re.M | re.S
     )
 }
 

@@ -218,7 +218,7 @@ def test_a_file_without_its_input_shape_asks_the_data_set(tmp_path: Path) -> Non
     save_file(load_file(file), file, metadata=rest)
     assert all(v.equal(wanted[k]) for k, v in load_ticket(out, 0).state_dict().items())
     file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(StudyError, match="client-0000.*a ticket is wanted"):
+    with pytest.raises(StudyError, match="client-0000.*expected a ticket"):
         load_ticket(out, 0)
 
 

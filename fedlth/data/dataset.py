@@ -71,7 +71,7 @@ def checked(dataset: Dataset) -> Dataset:
     for field in ("mean", "std"):
         values = getattr(dataset, field)
         if values and len(values) != channels:
-            raise StudyError(f"{place}: {field} must have one number a channel ({channels}), got {values!r}")
+            raise StudyError(f"{place}: {field} must have one number for each channel ({channels}), got {values!r}")
     if len(dataset.mean) != len(dataset.std) or any(not s > 0 for s in dataset.std):
         raise StudyError(f"{place}: mean and std must come together and std be above 0, got {dataset.std!r}")
     return dataset
@@ -108,4 +108,4 @@ def _check_labels(dataset: Dataset, part: str, place: str) -> None:
             f"{place}: y_{part} must lie in [0, {dataset.num_classes}), got values from {y.min()} to {y.max()}"
         )
     if key is not None and (not isinstance(key, np.ndarray) or key.shape != (len(x),) or key.dtype.kind not in "iuU"):
-        raise StudyError(f"{place}: key_{part} must be one integer or string an example, (N,) with N = {len(x)}")
+        raise StudyError(f"{place}: key_{part} must be one integer or string for each example, (N,) with N = {len(x)}")

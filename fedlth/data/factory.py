@@ -104,7 +104,7 @@ def user_dataset(name: str, root: str | None, options: Mapping[str, object]) -> 
             try:
                 plain[field] = arrays[field.partition("_")[0]](plain[field])
             except ValueError as error:  # lists of unequal lengths
-                raise StudyError(f"data: {name}: {field} must be an array, got what is none: {told(error)}") from error
+                raise StudyError(f"data: {name}: {field} must be an array, got another value: {told(error)}") from error
     for field in ("mean", "std"):
         try:
             plain[field] = tuple(float(value) for value in plain.get(field, ()))

@@ -119,7 +119,7 @@ class Classes:
 
 def _one_label_each(name: str, labels: np.ndarray) -> None:
     if labels.ndim != 1:
-        raise StudyError(f"partition: {name} must have one label an example, got one a position")
+        raise StudyError(f"partition: {name} must have one label for each example, got one for each position")
 
 
 def _kept(share: float, size: int, name: str) -> int:

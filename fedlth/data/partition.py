@@ -60,7 +60,7 @@ class Dirichlet:
         self, labels: np.ndarray, keys: np.ndarray | None, num_clients: int, rng: np.random.Generator
     ) -> list[np.ndarray]:
         if labels.ndim != 1:
-            raise StudyError("partition: dirichlet must have one label an example, got one a position")
+            raise StudyError("partition: dirichlet must have one label for each example, got one for each position")
         classes, sizes = np.unique(labels, return_counts=True)
 
         def draw() -> np.ndarray:

@@ -110,7 +110,7 @@ class Bench:
             try:
                 return self._noted(unpacked(path.read_bytes(), start, None if free else mask), told)
             except ValueError as error:
-                raise StudyError(f"{path}: damaged, delete it to train anew: {error}") from error
+                raise StudyError(f"{path}: damaged; delete it to train again: {error}") from error
         run = train(self, start, mask, config, parts=self.task(data), free=free, window=window)
         if path is not None:
             own = path.with_suffix(f".{os.getpid()}")  # two workers may come to the same training

@@ -188,7 +188,7 @@ def _done(made: Lottery, out: Path, todo: list[Task], tell: Tell) -> Iterator[Ta
             for child in multiprocessing.active_children():  # else leaving waits for the tasks that run
                 child.terminate()
             if isinstance(error, BrokenProcessPool):
-                raise StudyError(f"{out}: a worker was killed; the same command with out={out} goes on") from error
+                raise StudyError(f"{out}: a worker was killed; the same command with out={out} continues") from error
             raise
 
 

@@ -135,7 +135,7 @@ class Collapse:
 
     def __post_init__(self) -> None:
         if len(self.scores) != len(self.steps) or min(self.steps, default=1) < 1:
-            raise wrong("probes.collapse.steps", f"{len(self.scores)} numbers from 1 up, one a score", self.steps)
+            raise wrong("probes.collapse.steps", f"{len(self.scores)} numbers from 1, one for each score", self.steps)
         if not 0 < self.grid < np.inf:
             raise wrong("probes.collapse.grid", "above 0", self.grid)
 

@@ -137,7 +137,7 @@ def build(tree: Any, where: str = "lottery") -> Lottery:
     if not study.seeds or len(set(study.seeds)) != len(study.seeds):
         raise StudyError(f"{where}: seeds: must be one or more, each once, got {list(study.seeds)}")
     if not study.searches and not study.probes:
-        raise StudyError(f"{where}: searches: at least one search, or a probe, must be there")
+        raise StudyError(f"{where}: searches: must have at least one search, or probes at least one probe")
     for name, search in study.searches.items():
         place = f"{where}: searches.{name}"
         if (search.rounds is None) == (not search.densities):

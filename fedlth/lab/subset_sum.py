@@ -76,6 +76,6 @@ def needed(k: int, error: float, *, share: float = 0.95, draws: int = 5, seed: i
         numbers = rng.stream(seed, "subset sum", draw).uniform(-1, 1, MOST)
         reached = (n for n in range(k, MOST + 1) if covered(subset_sums(numbers[:n], k), targets, error) >= share)
         if (count := next(reached, None)) is None:
-            raise wrong("subset_sum.error", f"so large that {MOST} numbers do at k = {k}", error)
+            raise wrong("subset_sum.error", f"so large that {MOST} numbers are enough at k = {k}", error)
         counts.append(count)
     return Needed(k, error, tuple(counts))

@@ -55,13 +55,13 @@ def brought(name: str, layout: Layout, theta_0: Params, second: Params) -> str:
     if not same:
         return ""
     shown = ", ".join(same[:3]) + (f" and {len(same) - 3} more" if len(same) > 3 else "")
-    return f"model {name} brings its weights: another draw gives theta_0's {shown} again"
+    return f"model {name} brings its own weights: another draw gives {shown} of theta_0 again"
 
 
 def refuse(brought: str, place: str) -> None:
     """Raise StudyError naming the place where `brought` says that a model brings its weights."""
     if brought:
         raise StudyError(
-            f"{place}: {brought}, so reinit would be no control; model.reinit_options says with what options the model "
-            "draws them at random (such as pretrained: false)"
+            f"{place}: {brought}, so reinit would be no control; give the options with which the model draws them at "
+            "random (such as pretrained: false) as model.reinit_options"
         )

@@ -184,7 +184,7 @@ def claims_table(found: Account) -> Table:
         total = claim.total_bytes
         share = percent(total / whole) if whole and total is not None else NOTHING
         rows.append((preset.name, claim.printed, *sizes, share))
-    header = ("as counted by", "as printed there", "up B", "down B", "% of the truth")
+    header = ("as counted by", "as printed there", "up B", "down B", "% of all")
     return Table("What a paper would have reported", header, tuple(rows), left=2)
 
 
@@ -196,14 +196,16 @@ def account_text(found: Account) -> str:
     if found.traffic.dense_ups:
         seen = found.traffic.dense_seen
         source = (
-            f"the mean of the {seen} that this run sent" if seen else "as large as a model down: this run sent none"
+            f"the mean of the {seen} that this run sent"
+            if seen
+            else "as large as a model sent down, since this run sent none"
         )
         parts.append(f"a dense update through the codec: {found.traffic.dense_up_payload_bytes:,} B, {source}")
     if told.frames:
         text = (
             f"as the transport framed it: up {told.framed_up_bytes:,} B for {told.payload_up_bytes:,} B of payload, "
             f"down {told.framed_down_bytes:,} B for {told.payload_down_bytes:,} B "
-            f"({told.frames} of {told.all_frames} frames told)"
+            f"({told.frames} of {told.all_frames} frames reported)"
         )
         parts.append(fill(text, WIDTH))
     if masks.messages:

@@ -26,8 +26,8 @@ from fedlth.report.results import Results, results_of
 from fedlth.report.tables import RENDERERS, SUMMARY_HEADER, Table, bytes_table, clients_table, summary_table
 from fedlth.report.units import scaled
 
-ONE_SEED = "one seed, so BCa bootstrap over clients; they say nothing of what another seed would give."
-SEEDS = "hierarchical bootstrap, seeds first and then the clients of each; over so few seeds still on the narrow side."
+ONE_SEED = "one seed, so BCa bootstrap over clients; they say nothing about what another seed would give."
+SEEDS = "hierarchical bootstrap, seeds first and then the clients of each; with so few seeds still rather narrow."
 
 
 # the summary table is too wide for a page: what came out, and what it cost
@@ -123,12 +123,12 @@ def _provenance(facts: Facts) -> dict[str, Any]:
         ("versions", ", ".join(f"{name} {version}" for name, version in sorted(header.versions.items()))),
         ("partition digest", header.partition_digest),
         ("data digest", header.data_digest),
-        ("parameters", f"{header.num_parameters:,}, of them prunable {header.num_prunable:,}"),
+        ("parameters", f"{header.num_parameters:,}, of which {header.num_prunable:,} are prunable"),
     ]
     spent = _seconds(facts)
     if spent:
         shown = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in spent.items())
-        told.append(("time", f"{shown} (by the clock; not part of any equality)"))
+        told.append(("time", f"{shown} (wall time; not compared between runs)"))
     return {"seed": header.seed, "facts": told, "config": facts.config}
 
 

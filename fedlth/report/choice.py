@@ -44,17 +44,17 @@ def main_choice(group: Sequence[Facts], *, arm: str | None = None, density: floa
     place = str(group[0].path)
     present = sorted({row.arm for facts in group for row in facts.metrics}, key=arm_order)
     if not present:
-        raise StudyError(f"{place}: evaluated clients are wanted, got no row in metrics.jsonl")
+        raise StudyError(f"{place}: expected evaluated clients, got no row in metrics.jsonl")
     if arm is None:
         wanted = (*PREFERENCE, *filter(is_users, present), *DENSE)
         arm = next((name for name in wanted if name in present), present[0])
     if arm not in present:
-        raise StudyError(f"{place}: an arm of {', '.join(present)} is wanted, got {arm!r}")
+        raise StudyError(f"{place}: expected an arm of {', '.join(present)}, got {arm!r}")
     known = densities(group, arm)
     if density is not None:
         same = [one for one in known if same_density(one, density)]
         if not same:
-            raise StudyError(f"{place}: a density of {', '.join(f'{d:g}' for d in known)} is wanted, got {density:g}")
+            raise StudyError(f"{place}: expected a density of {', '.join(f'{d:g}' for d in known)}, got {density:g}")
         return Choice(arm, same[0])
     saved = [ticket.density for facts in group for ticket in facts.tickets]
     if saved:

@@ -116,17 +116,17 @@ def signed_rank(gains: Values) -> tuple[float, float]:
 def _check(first: Contestant, other: Contestant) -> None:
     seeds = [[facts.header.seed for facts in one.group] for one in (first, other)]
     if seeds[0] != seeds[1]:
-        raise StudyError(f"compare: {other.name}: seeds {seeds[0]} of {first.name} are wanted, got {seeds[1]}")
+        raise StudyError(f"compare: {other.name}: expected seeds {seeds[0]} of {first.name}, got {seeds[1]}")
     for ours, theirs in zip(first.group, other.group, strict=True):
         place = f"compare: {theirs.path}"
         for key in ("partition_digest", "data_digest"):
             one, two = getattr(ours.header, key), getattr(theirs.header, key)
             if one != two:
-                raise StudyError(f"{place}: {key} {one[:16]} (that of {ours.path}) is wanted, got {two[:16]}")
+                raise StudyError(f"{place}: expected {key} {one[:16]} (that of {ours.path}), got {two[:16]}")
         clients = [set(rows_of(f, c.choice)) for f, c in ((ours, first), (theirs, other))]
         if clients[0] != clients[1]:
             odd = sorted(clients[0] ^ clients[1])
-            raise StudyError(f"{place}: the clients of {ours.path} are wanted, got a difference in {odd[:10]}")
+            raise StudyError(f"{place}: expected the clients of {ours.path}, got a difference in {odd[:10]}")
 
 
 def _contestant(path: Path, *, name: str, arm: str | None, density: float | None) -> Contestant:
@@ -135,7 +135,7 @@ def _contestant(path: Path, *, name: str, arm: str | None, density: float | None
     samples = [np.array([row.test_accuracy for row in rows_of(facts, choice).values()]) for facts in group]
     if not all(len(values) for values in samples):
         at = f"{choice.arm} at {choice.target_density:.3g}"
-        raise StudyError(f"compare: {path}: {at} in every seed is wanted, got a seed without it")
+        raise StudyError(f"compare: {path}: expected {at} in every seed, got a seed without it")
     density = float(np.mean([row.density for facts in group for row in rows_of(facts, choice).values()]))
     return Contestant(name, group, choice, density, over_seeds(np.mean, samples), interval(samples))
 
@@ -170,7 +170,7 @@ def compare(runs: Sequence[Path], *, arm: str | None = None, density: float | No
     """
     require("fedlth compare", "scipy", extra="sim")
     if len(runs) < 2:
-        raise StudyError(f"compare: two runs or more are wanted, got {len(runs)}")
+        raise StudyError(f"compare: expected two runs or more, got {len(runs)}")
     names = _names(runs)
     found = [_contestant(run, name=name, arm=arm, density=density) for run, name in zip(runs, names, strict=True)]
     for other in found[1:]:

@@ -50,11 +50,13 @@ def cost_text(results: Results) -> str:
     parts = []
     for cost in costs(results):
         rounds = cost.rounds(epochs)
-        paid = f"has paid for its search after {math.ceil(rounds)} rounds" if math.isfinite(rounds) else "never pays"
+        paid = "a ticket never pays for its search"
+        if math.isfinite(rounds):
+            many = f"{epochs} epoch{'s' if epochs > 1 else ''}"
+            paid = f"a ticket has paid for its search after {math.ceil(rounds)} rounds of {many}"
         parts.append(
             f"An epoch inside the ticket takes {cost.ticket:.3g} {cost.unit} a client, its dense twin "
-            f"{cost.dense:.3g} ({cost.ticket / cost.dense:.2f} of it); the search took {cost.search:.3g}, so a ticket "
-            f"{paid} of {epochs} epoch{'s' if epochs > 1 else ''}."
+            f"{cost.dense:.3g} ({cost.ticket / cost.dense:.2f} of it); the search took {cost.search:.3g}, so {paid}."
         )
     return " ".join([*parts, *_evaluation(results)])
 

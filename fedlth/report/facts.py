@@ -53,7 +53,7 @@ def _saved(path: Path) -> SavedTicket:
             ticket=meta.get("ticket", ""),
         )
     except (ValueError, KeyError) as error:
-        raise StudyError(f"{path}: a ticket with client and density in its metadata is wanted, got {error!r}") from None
+        raise StudyError(f"{path}: expected a ticket with client and density in its metadata, got {error!r}") from None
 
 
 def read_run(path: Path) -> Facts:
@@ -62,9 +62,11 @@ def read_run(path: Path) -> Facts:
     Raises StudyError naming the file where one is missing (of a finished run) or corrupt.
     """
     if not path.is_dir():
-        raise StudyError(f"{path}: a run folder is wanted, got {'a file' if path.exists() else 'nothing there'}")
+        raise StudyError(f"{path}: expected a run folder, got {'a file' if path.exists() else 'nothing there'}")
     header = read_header(path)
-    notes: list[str] = [] if header.finished else ["this run did not finish: what follows is the part that it left"]
+    notes: list[str] = (
+        [] if header.finished else ["this run did not finish: what follows covers the part that it completed"]
+    )
 
     def rows(kind: type[T], *, needed: bool) -> tuple[T, ...]:
         found, note = read_log(path, kind, required=needed and header.finished, forgive_last=not header.finished)
@@ -108,11 +110,11 @@ def read_group(path: Path) -> tuple[Facts, ...]:
             f"{path}: is a run of `fedlth lottery`; the same command with out={path} writes its report anew"
         )
     if not folders:
-        raise StudyError(f"{path}: a run folder or a folder of them (seed-0/, ...) is wanted, got no header.json")
+        raise StudyError(f"{path}: expected a run folder or a folder of them (seed-0/, ...), got no header.json")
     group = tuple(sorted((read_run(folder) for folder in folders), key=lambda facts: facts.header.seed))
     seeds = [facts.header.seed for facts in group]
     if len(set(seeds)) < len(seeds):
-        raise StudyError(f"{path}: one run a seed is wanted, got seeds {seeds}")
+        raise StudyError(f"{path}: expected one run a seed, got seeds {seeds}")
     one_study(group, place=str(path))
     return one_cell(group)
 
@@ -148,4 +150,4 @@ def one_study(group: Sequence[Facts], *, place: str) -> None:
     kinds = sorted({(f.header.study, f.header.method, f.header.num_clients) for f in group})
     if len(kinds) > 1:
         told = "; ".join(f"{study}, {method}, {clients} clients" for study, method, clients in kinds)
-        raise StudyError(f"{place}: seeds of one study and method are wanted (else use compare), got {told}")
+        raise StudyError(f"{place}: expected seeds of one study and method (for others use compare), got {told}")

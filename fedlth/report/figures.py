@@ -33,9 +33,9 @@ def pictures(results: Results) -> tuple[Picture, ...]:
     if any(summary.choice.target_density < 1 for summary in results.summaries):
         found.append(Picture(
             "accuracy_by_density", "What sparsity costs, arm by arm",
-            f"Higher is better, sparser lies to the right; whiskers are 95 % bootstrap intervals over {units}, and "
-            "level lines are the dense models. Arms are compared on the same clients, so whiskers that overlap can "
-            "still hide a clear paired difference: those are in the words above.",
+            f"Higher is better, sparser is to the right; whiskers are 95 % bootstrap intervals over {units}, and "
+            "horizontal lines are the dense models. Arms are compared on the same clients, so whiskers that overlap "
+            "can still hide a clear paired difference: those are given in the text above.",
             8.6, 4.8, ByDensity(results),
         ))  # fmt: skip
     dumbbells = before_after(results)
@@ -43,16 +43,16 @@ def pictures(results: Results) -> tuple[Picture, ...]:
         at = "" if dumbbells.after.target_density == 1 else f" at density {dumbbells.after.target_density:.3g}"
         found.append(Picture(
             "accuracy_by_client", f"Every client, before and after: {arm_of(dumbbells.after.arm).label}{at}",
-            "One stick a client, from the global model (hollow) to its own model (filled); an orange stick is a "
-            "client that was hurt.",
+            "One line for each client, from the global model (hollow) to its own model (filled); an orange line is "
+            "a client that was hurt.",
             8.6, 4.2, dumbbells,
         ))  # fmt: skip
     if any(facts.rounds for facts in results.group) and any(t.unicast.total_bytes for t in results.traffics):
         found.append(Picture(
-            "accuracy_at_bytes", "What the bytes bought",
-            "The line is the model that the sampled clients received, on their validation data, as bytes add up "
-            "round after round; the markers at the right end are the arms on every client's validation data after "
-            "all bytes.",
+            "accuracy_at_bytes", "What the bytes buy",
+            "The line is the accuracy of the model that the sampled clients received, on their validation data, as "
+            "bytes add up over the rounds; the markers at the right end are the arms on the validation data of all "
+            "clients after the last byte.",
             8.6, 4.2, AtBytes(results),
         ))  # fmt: skip
     if results.overlaps:
@@ -61,20 +61,20 @@ def pictures(results: Results) -> tuple[Picture, ...]:
         layers = len(first.layer_density)
         found.append(Picture(
             "density_by_layer", f"Where the tickets keep their weights{of}",
-            "A dot is the mean over clients, the bar behind it runs from the sparsest client to the densest; no bar "
-            "means that every client keeps equally many.",
+            "A dot is the mean over clients, the bar behind it reaches from the sparsest client to the densest; no "
+            "bar means that every client keeps the same number.",
             8.6, 1.2 + 0.34 * max(layers, 2), LayerDensity(first),
         ))  # fmt: skip
         found.append(Picture(
-            "overlap_maps", f"Do alike clients get alike tickets?{of}",
-            "Both maps list the clients in the same order; if labels shape tickets, the blocks on the left come back "
-            "on the right.",
+            "overlap_maps", f"Do similar clients get similar tickets?{of}",
+            "Both maps list the clients in the same order; if labels shape tickets, the blocks on the left appear "
+            "again on the right.",
             8.6, 4.2, OverlapMaps(first),
         ))  # fmt: skip
         found.append(Picture(
             "overlap_by_labels", f"Overlap of two tickets against the labels of their clients{of}",
-            "One dot a pair of clients. Height above the chance lines is mostly what the tickets inherit from the "
-            "shared start; the slope is what the clients' own data adds.",
+            "One dot for each pair of clients. Height above the chance lines is mostly what tickets inherit from the "
+            "shared start; the slope is what the clients' own data add.",
             8.6, 4.2, OverlapScatter(first),
         ))  # fmt: skip
     return tuple(found)

@@ -60,7 +60,7 @@ def done(results: Results) -> str:
         if refined:
             sentences.append(f"{_plural(refined, 'more federated round')} trained inside the tickets.")
     elif results.main is not None:
-        sentences.append(f"What speaks for the method below is: {arm_of(results.main.arm).meaning}.")
+        sentences.append(f"Below, the method is represented by {arm_of(results.main.arm).meaning}.")
     if len(results.group) > 1:
         sentences.append(f"All of it was done with {len(results.group)} seeds.")
     return " ".join(sentences)
@@ -107,7 +107,7 @@ def reached(results: Results) -> str:
     """Return the main arm's own result in one sentence."""
     main = results.summary(results.main)
     if main is None:
-        return "No client was evaluated, so there is no result to tell."
+        return "No client was evaluated, so there is no result to report."
     label = arm_of(main.choice.arm).label
     at = "" if main.choice.target_density == 1 else f" at density {main.density_text}"
     text = (
@@ -136,12 +136,12 @@ def _overlap(results: Results) -> str:
     # several seeds: the least clear one is told, which cannot flatter
     test = max((one.test for one in results.overlaps), key=lambda one: one.p_value if one.permutations else 2)
     if not test.permutations:
-        return f"{text}; whether alike labels mean alike tickets cannot be tested here."
+        return f"{text}; whether similar labels mean similar tickets cannot be tested here."
     told = f"Spearman {signed(test.correlation)}, permutation p {'<' if test.p_value < 0.001 else '='} " + (
         "0.001" if test.p_value < 0.001 else f"{test.p_value:.3f}"
     )
     alike = "overlap more" if test.p_value < PERMUTATION_LEVEL else "do not clearly overlap more"
-    return f"{text}; clients with alike labels {alike} ({told})."
+    return f"{text}; clients with similar labels {alike} ({told})."
 
 
 def numbers(results: Results) -> tuple[Number, ...]:

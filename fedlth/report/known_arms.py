@@ -43,7 +43,7 @@ ARMS = (
         Style("#c4500a", "#ff8f4d", "D")),
     Arm("random", "random ticket", "a random mask of equal density; its start was chosen on validation data", RANDOM),
     Arm("own_random", "random mask, tuned",
-        "the control of the method's own mask: random, with as many weights a layer", RANDOM),
+        "the control of the method's own mask: random, with equally many weights in each layer", RANDOM),
     Arm("frozen_random", "random mask, frozen", "the control of a learnt mask: random, on the same frozen weights",
         RANDOM),
     Arm("dense", "dense twin", "theta_g fine-tuned without pruning, for the ticket's fine-tuning epochs",

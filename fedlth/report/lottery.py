@@ -44,7 +44,7 @@ def words(facts: LotteryFacts) -> list[str]:
             continue
         best = max(tickets, key=lambda cell: cell.mean("validation_accuracy"))  # test data choose nothing
         ticket = (
-            f"the ticket that validation data prefer has {percent(best.mean('test_accuracy'), digits=2)} % at "
+            f"the ticket that is best on validation data has {percent(best.mean('test_accuracy'), digits=2)} % at "
             f"{percent(best.density)} % of the weights and stops at {best.mean('early_stop'):.0f}"
         )
         beside = _beside(facts, name)
@@ -62,7 +62,7 @@ def words(facts: LotteryFacts) -> list[str]:
             f"{name}: the dense network has {percent(dense.mean('test_accuracy'), digits=2)} % and stops at iteration "
             f"{dense.mean('early_stop'):.0f}; {ticket}; {last}.{beside}"
         )
-    return told or ["What the probes of this study measured stands below."]
+    return told or ["What the probes of this study measured is below."]
 
 
 def _beside(facts: LotteryFacts, search: str) -> str:
@@ -114,17 +114,15 @@ def alarms(facts: LotteryFacts) -> list[str]:
             rounds = ", ".join(
                 f"{number} ({count} of {len(facts.config['seeds'])} seeds)" for number, count in lost.items()
             )
-            told.append(
-                f"Diverged: {arm} at round {rounds}; what stands there is the last evaluation before, or the start."
-            )
+            told.append(f"Diverged: {arm} at round {rounds}; its row is the last evaluation before that, or the start.")
         for cell in facts.of(arm):
             kept = [row["layer_kept"] for row in cell.rows]
             empty = [name for name in kept[0] if any(one[name] == 0 for one in kept)]
             if empty:
                 most = cell.rows[0]["size"] / len(kept[0])
                 told.append(
-                    f"Layer collapse: {arm} at density {cell.density:.3g} has nothing left in {', '.join(empty)}; a "
-                    f"mask can do without up to a compression of {most:.0f} (weights / layers)."
+                    f"Layer collapse: {arm} at density {cell.density:.3g} has nothing left in {', '.join(empty)}; "
+                    f"masks without an empty layer exist up to a compression of {most:.0f} (weights / layers)."
                 )
                 break
     return told

@@ -65,7 +65,7 @@ def read_lottery(run: Path) -> LotteryFacts:
     try:
         config = parse((run / "config.yaml").read_text(encoding="utf-8"), str(run / "config.yaml"))
     except OSError as error:
-        raise StudyError(f"{run}: a lottery study's folder is wanted, got {error}") from None
+        raise StudyError(f"{run}: expected a lottery study's folder, got {error}") from None
     trainings = [row for row in rows if row["kind"] == "training"]
     cells = [
         Cell(arm, number, float(np.mean([row["kept"] / row["size"] for row in members])), tuple(members))

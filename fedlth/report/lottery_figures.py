@@ -187,7 +187,7 @@ class Heat:
 DRAWN: dict[str, tuple[str, tuple[Any, ...], str]] = {
     "instability": (
         "lines", ("alpha", "error", ("density", "rewind_step")),
-        "Test error on the straight line between two copies trained in different orders: flat means that both lie in "
+        "Test error on the straight line between two copies trained in different orders: flat means that both are in "
         "one basin; a hump is the barrier.",
     ),
     "settling": (
@@ -208,9 +208,9 @@ def lottery_pictures(facts: LotteryFacts) -> tuple[Picture, ...]:
     if facts.cells:
         found.append(Picture(
             "accuracy_by_density", "Occam's hill: accuracy at the early-stop iteration",
-            "Test accuracy where the validation loss was lowest; sparser lies to the right, a dashed level is the "
-            "dense network. Lines are means over seeds, bands reach from the least seed to the most; arms at less than "
-            "three densities stand in the table alone.",
+            "Test accuracy where the validation loss was lowest; sparser is to the right, a dashed line is the "
+            "dense network. Lines are means over seeds, bands reach from the lowest seed to the highest; arms at fewer "
+            "than three densities are in the table only.",
             8.6, 4.6, ByDensity(facts, "test_accuracy", "test accuracy (%)", 100.0),
         ))  # fmt: skip
         for search in facts.config["searches"]:

@@ -40,12 +40,12 @@ def read_masks(facts: Facts) -> Masks:
         found = {name.removesuffix("_mask"): value for name, value in tensors.items() if is_mask(name, value)}
         if rows and found.keys() != rows.keys():
             odd = sorted(found.keys() ^ rows.keys())
-            raise StudyError(f"{saved.path}: the masks of the other tickets are wanted, got a difference in {odd}")
+            raise StudyError(f"{saved.path}: expected the masks of the other tickets, got a difference in {odd}")
         for name, value in sorted(found.items()):
             sizes.setdefault(name, math.prod(tensors[name].shape) if name in tensors else 8 * value.size)
             if value.size != math.ceil(sizes[name] / 8):
                 wanted = f"{math.ceil(sizes[name] / 8)} bytes for {sizes[name]} weights"
-                raise StudyError(f"{saved.path}: {name}_mask: {wanted} are wanted, got {value.size}")
+                raise StudyError(f"{saved.path}: {name}_mask: expected {wanted}, got {value.size}")
             rows.setdefault(name, []).append(value.reshape(-1).astype(np.uint8, copy=False))
     packed = {name: np.stack(values) for name, values in rows.items()}
     return Masks(tuple(saved.client for saved in facts.tickets), packed, {name: sizes[name] for name in packed})

@@ -87,7 +87,7 @@ class OverlapMaps:
             ticks = range(len(clients)) if len(clients) <= 30 else []
             axes.set_xticks(ticks, [clients[t] for t in ticks], rotation=90, fontsize=7)
             axes.set_yticks(ticks, [clients[t] for t in ticks], fontsize=7)
-            axes.set_xlabel("client, alike labels side by side")
+            axes.set_xlabel("client, similar labels side by side")
             bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
             bar.outline.set_visible(False)
 

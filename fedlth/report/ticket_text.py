@@ -24,7 +24,7 @@ def chosen(facts: Facts, clients: Sequence[int]) -> tuple[SavedTicket, ...]:
     Raises StudyError naming the clients that have none.
     """
     if not facts.tickets:
-        raise StudyError(f"{facts.path / 'tickets'}: saved tickets are wanted, got none (method {facts.header.method})")
+        raise StudyError(f"{facts.path / 'tickets'}: expected saved tickets, got none (method {facts.header.method})")
     held = {saved.client: saved for saved in facts.tickets}
     missing = [client for client in clients if client not in held]
     if missing:
@@ -54,7 +54,7 @@ def shown(facts: Facts, clients: Sequence[int]) -> str:
     Raises StudyError where no client is named.
     """
     if not clients:
-        raise StudyError(f"tickets show {facts.path}: a client is wanted, got none; `tickets ls` lists them")
+        raise StudyError(f"tickets show {facts.path}: expected a client, got none; `tickets ls` lists them")
     return "\n".join(_shown(saved) for saved in chosen(facts, clients))
 
 
@@ -83,7 +83,7 @@ def overlapping(facts: Facts, clients: Sequence[int]) -> str:
     require("fedlth tickets overlap", "scipy", extra="sim")
     found = overlap(replace(facts, tickets=chosen(facts, clients)))
     if found is None:
-        raise StudyError(f"{facts.path}: at least two sparse tickets are wanted to compare, got fewer")
+        raise StudyError(f"{facts.path}: expected at least two sparse tickets to compare, got fewer")
     pairs = found.pairs(found.jaccard)
     rows = [
         _row("Jaccard of two tickets", pairs),
@@ -110,10 +110,10 @@ def _row(name: str, values: np.ndarray) -> tuple[str, ...]:
 def _tested(found: Overlap) -> str:
     test = found.test
     if math.isnan(test.correlation):
-        return "alike labels, alike tickets: cannot be tested here (fewer than four clients, or all pairs equal)"
+        return "similar labels, similar tickets: cannot be tested here (fewer than four clients, or all pairs equal)"
     return (
-        f"alike labels, alike tickets: Spearman {signed(test.correlation)}, one-sided Mantel p = {test.p_value:.4f} "
-        f"({test.permutations:,} permutations of clients)"
+        f"similar labels, similar tickets: Spearman {signed(test.correlation)}, "
+        f"one-sided Mantel p = {test.p_value:.4f} ({test.permutations:,} permutations of clients)"
     )
 
 

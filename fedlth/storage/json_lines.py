@@ -43,11 +43,11 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise StudyError(f"{path}: a file of a run folder is wanted, got none") from None
+        raise StudyError(f"{path}: expected a file of a run folder, got none") from None
     except (ValueError, OSError) as error:
-        raise StudyError(f"{path}: a JSON object is wanted, got {error}") from None
+        raise StudyError(f"{path}: expected a JSON object, got {error}") from None
     if not isinstance(value, dict):
-        raise StudyError(f"{path}: a JSON object is wanted, got {type(value).__name__}")
+        raise StudyError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
 
 
@@ -61,10 +61,10 @@ def read_lines(path: Path, *, required: bool = False, forgive_last: bool = False
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         if required:
-            raise StudyError(f"{path}: a file of a finished run is wanted, got none") from None
+            raise StudyError(f"{path}: expected a file of a finished run, got none") from None
         return [], f"{path.name} is not there"
     except (ValueError, OSError) as error:
-        raise StudyError(f"{path}: UTF-8 text is wanted, got {error}") from None
+        raise StudyError(f"{path}: expected UTF-8 text, got {error}") from None
     written = text.split("\n")
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(written, start=1):
@@ -77,6 +77,6 @@ def read_lines(path: Path, *, required: bool = False, forgive_last: bool = False
         except ValueError as error:
             if forgive_last and number == len(written):
                 return rows, f"{path.name}: the half-written last line was left out"
-            raise StudyError(f"{path}:{number}: one JSON object is wanted, got {error}") from None
+            raise StudyError(f"{path}:{number}: expected one JSON object, got {error}") from None
         rows.append(row)
     return rows, ""

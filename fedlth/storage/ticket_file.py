@@ -89,7 +89,7 @@ def read(path: Path, *, tensors: bool = True) -> tuple[dict[str, np.ndarray], di
             names = sorted(file.keys()) if tensors else []
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
-        raise StudyError(f"{path}: a ticket is wanted, got {error}") from error
+        raise StudyError(f"{path}: expected a ticket, got {error}") from error
 
 
 def opened(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> dict[str, np.ndarray]:

@@ -74,7 +74,7 @@ def read(kind: type[T], record: Mapping[str, Any], *, strict: bool) -> T:
         if spec.name not in record:
             if (spec.name not in optional) if strict else spec.required:
                 given = reprlib.repr(sorted(map(str, record)))
-                raise ValueError(f"{spec.name} is wanted, got only {given if record else 'nothing'}")
+                raise ValueError(f"{spec.name} is required, got only {given if record else 'nothing'}")
             continue
         value = record[spec.name]
         if not spec.accepts(value):

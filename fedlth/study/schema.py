@@ -260,7 +260,7 @@ def validated(kind: type[T], tree: Any, where: str) -> T:
 def build(tree: Any, where: str = "study") -> Study:
     """Validate a plain tree; raise StudyError with `where: place: what was wanted, got`."""
     if isinstance(tree, dict) and tree.keys() & {"lottery", "searches", "probes"}:
-        raise StudyError(f"{where}: is a study of the ticket laboratory; `fedlth lottery` runs it and goes on with it")
+        raise StudyError(f"{where}: is a study of the ticket laboratory; `fedlth lottery` runs and resumes it")
     study = validated(Study, tree, where)
     _cross_check(study, where)
     return study
@@ -276,7 +276,7 @@ def _cross_check(study: Study, where: str) -> None:
     if study.finder.main is not None and study.finder.main not in densities:
         raise StudyError(f"{where}: finder.main: must be one of finder.densities, got {study.finder.main}")
     if len(set(study.seeds)) != len(study.seeds):
-        raise StudyError(f"{where}: seeds: each must stand once, got {list(study.seeds)}")
+        raise StudyError(f"{where}: seeds: each must be given once, got {list(study.seeds)}")
     for place, spec in (("method", study.method), ("partition", study.partition)):
         if not isinstance(spec.get("name"), str):
             raise StudyError(f"{where}: {place}.name: required, but missing")

@@ -52,7 +52,7 @@ def check_chains(schedule: object, chains: object, targets: tuple[float, ...]) -
 def check_values(kind: str, part: object, values: object, size: int) -> np.ndarray:
     """Return what a score, a rewind or a dead rule gives: one number a prunable weight."""
     told = np.asarray(values)
-    place = f"finder.{kind}: {type(part).__name__} must give ({size},) numbers, one a prunable weight, got"
+    place = f"finder.{kind}: {type(part).__name__} must give ({size},) numbers, one for each prunable weight, got"
     if told.shape != (size,):
         raise StudyError(f"{place} shape {told.shape}")
     if told.dtype.kind not in "fiub":
@@ -72,7 +72,7 @@ def check_kept(scope: object, kept: object, alive: np.ndarray, layout: Layout, d
     if told.shape != alive.shape or told.dtype != bool:
         raise StudyError(f"{place} give a mask {alive.shape} bool, got {told.shape} {told.dtype}")
     if (told & ~alive).any():
-        raise StudyError(f"{place} keep among the living only, got {np.count_nonzero(told & ~alive)} dead ones")
+        raise StudyError(f"{place} keep no weight that is pruned, got {np.count_nonzero(told & ~alive)} pruned ones")
     counts = getattr(scope, "counts", None)
     wanted = survivors(layout, density) if counts is None else int(np.sum(counts(layout, density)))
     wanted = min(wanted, int(np.count_nonzero(alive)))

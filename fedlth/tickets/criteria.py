@@ -131,7 +131,9 @@ class SlowMovement:
 
     def __call__(self, evidence: Evidence, /) -> np.ndarray:
         if not evidence.previous:
-            raise StudyError("finder.score: slow_movement needs the weights of earlier epochs, and none are at hand")
+            raise StudyError(
+                "finder.score: slow_movement needs the weights of earlier epochs, which are not available here"
+            )
         path = [*evidence.previous[-self.window :], evidence.now]
         weight, total, score = 1.0, 0.0, np.zeros(evidence.now.size)
         for older, newer in zip(path[-2::-1], path[:0:-1], strict=True):

@@ -92,5 +92,5 @@ class Evidence:
 def needed(network: Network | None, part: object) -> Network:
     """Return the network that a part asks for; raise StudyError where whoever searches has none to hand."""
     if network is None:
-        raise StudyError(f"finder: {type(part).__name__} needs the network, and none is at hand here")
+        raise StudyError(f"finder: {type(part).__name__} needs the network, which is not available here")
     return network

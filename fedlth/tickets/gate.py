@@ -49,7 +49,7 @@ class Look:
 
     def _there(self) -> Params:
         if self.params is None:
-            raise StudyError("finder.gate or stop: an older look has only what it was asked while it was the newest")
+            raise StudyError("finder.gate or stop: an older look has only what was asked of it while it was the newest")
         return self.params
 
     def let_go(self) -> Look:
@@ -64,7 +64,7 @@ class Look:
 
 
 def _nothing(*_: object) -> Any:
-    raise AssertionError("there is no model to ask")
+    raise AssertionError("there is no model to evaluate")
 
 
 class Gate(Protocol):

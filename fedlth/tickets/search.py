@@ -272,7 +272,7 @@ class _Search:
 
     def _measured(self, params: Params) -> float:
         if self.val_accuracy is None:
-            raise StudyError("finder.gate: validation accuracy is needed, and there is none here")
+            raise StudyError("finder.gate: needs validation accuracy, which is not available here")
         return self.val_accuracy(params)
 
     def _evidence(self, at: _State, density: float, again: int) -> Evidence:

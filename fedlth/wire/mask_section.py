@@ -46,7 +46,7 @@ def decode(
     size = layout.num_prunable
     if mode in (FULL, REUSE):
         if section:
-            raise PayloadError("a mask section where none belongs")
+            raise PayloadError("an unexpected mask section")
         return np.ones(size, bool) if mode == FULL or known is None else known
     if mode == BITMAP:
         mask = bitmap.unpack(section, size)

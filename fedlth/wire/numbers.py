@@ -43,7 +43,7 @@ def decompress(data: bytes | memoryview, count: int, dtype: type[np.generic]) ->
     out = np.empty(count, dtype)
     if not count:
         if data:
-            raise PayloadError("values where none belong")
+            raise PayloadError("unexpected values")
         return out
     if _by_chunk(memoryview(data), out):
         return out

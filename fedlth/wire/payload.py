@@ -85,7 +85,7 @@ def decode(
     if F32_ONLY.isdisjoint(codec.values):
         longest += 64
     if len(data) > longest:
-        raise PayloadError(f"{len(data)} bytes, at most {longest} can be right")
+        raise PayloadError(f"{len(data)} bytes, at most {longest} are possible")
     if len(data) < HEADER.size + 6:
         raise PayloadError(f"{len(data)} bytes are too few")
     magic, version, flags, mode, value_mode, schema, named = HEADER.unpack_from(data)

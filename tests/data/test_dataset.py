@@ -66,7 +66,7 @@ def test_digest_is_of_the_content_not_of_the_memory() -> None:
         ("y_train", np.array([0, 1, 2, 0, 1, 3]), r"y_train must lie in \[0, 3\)"),
         ("y_train", np.array([0, 1, 2]), "with N = 6"),
         ("y_test", np.array([0.0, 1.0, 2.0]), "y_test must be int64"),
-        ("mean", (0.1, 0.2, 0.3), "one number a channel"),
+        ("mean", (0.1, 0.2, 0.3), "one number for each channel"),
         ("std", (0.0,), "std be above 0"),
         ("key_test", np.array(["a"]), "key_test must be one integer or string"),
     ],

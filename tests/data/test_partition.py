@@ -161,7 +161,7 @@ def test_infeasible_parts_say_why(part: Partition, message: str) -> None:
 
 @pytest.mark.parametrize("part", [Dirichlet(1.0), Shards(10), Classes(2)])
 def test_label_partitions_refuse_labels_per_position(part: Partition) -> None:
-    with pytest.raises(StudyError, match="one label an example"):
+    with pytest.raises(StudyError, match="one label for each example"):
         part(np.zeros((6, 4), np.int64), None, 2, stream(0, "partition"))
 
 

@@ -93,9 +93,9 @@ def test_a_row_without_any_of_its_fields_is_refused(reply: Reply) -> None:
     for name in FIELDS:
         rows = rows_of(reply)
         rows[1].pop(name)
-        with pytest.raises(PayloadError, match=f"metrics: {name} is wanted"):
+        with pytest.raises(PayloadError, match=f"metrics: {name} is required"):
             judged(with_rows(reply, rows))
-    with pytest.raises(PayloadError, match="metrics: unseen is wanted"):
+    with pytest.raises(PayloadError, match="metrics: unseen is required"):
         judged(with_rows(reply, [{"client": CLIENT}]))
 
 
@@ -270,7 +270,7 @@ def test_reading_a_run_forgives_what_a_client_may_not() -> None:
     old = {"client": 1, "unseen": False, "arm": "ticket", "density": 0.2, "target_density": 0.2, "val_accuracy": 1,
            "test_accuracy": 1, "num_train": 3, "later": 1}  # fmt: skip
     assert read(MetricRow, old, strict=False).diverged is False
-    with pytest.raises(ValueError, match="start is wanted"):
+    with pytest.raises(ValueError, match="start is required"):
         read(MetricRow, old, strict=True)
 
 
@@ -291,7 +291,7 @@ def test_a_bad_row_costs_its_sender_alone_and_the_report_reads_the_rest(tmp_path
     out = meddled(tmp_path / "r", bare)
     assert {r["client"] for r in tiny.rows(out, "metrics") if r["arm"] == "ticket"} == {0, 1, 3}
     failed = [f for r in tiny.rows(out, "rounds") for f in r["failed"] if f["client"] == CLIENT]
-    assert failed[0]["kind"] == "refused" and failed[0]["reason"].startswith("metrics: unseen is wanted")
+    assert failed[0]["kind"] == "refused" and failed[0]["reason"].startswith("metrics: unseen is required")
     assert reported(out)
 
 

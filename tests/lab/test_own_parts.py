@@ -106,7 +106,7 @@ class Mute:
 """
 CASES = [
     ("score", "Nothing", r"score: Nothing must have __call__\(evidence\)"),
-    ("score", "Short", r"score: Short must give \(\d+,\) numbers, one a prunable weight, got shape \(3,\)"),
+    ("score", "Short", r"score: Short must give \(\d+,\) numbers, one for each prunable weight, got shape \(3,\)"),
     ("score", "Holes", r"score: Holes must give .* got \d+ that are not a number"),
     ("score", "Words", r"score: Words must give .* numbers"),
     ("scope", "Nothing", "scope: Nothing must have __call__"),
@@ -120,7 +120,7 @@ CASES = [
     ("rewind", "Nothing", "rewind: Nothing must have anchor"),
     ("rewind", "NoRate", "rewind: NoRate must have replay_lr"),
     ("rewind", "Lost", "rewind: .*no weights .*somewhere"),
-    ("rewind", "Half", r"rewind: Half must give \(\d+,\) numbers, one a prunable weight, got shape \(7,\)"),
+    ("rewind", "Half", r"rewind: Half must give \(\d+,\) numbers, one for each prunable weight, got shape \(7,\)"),
     ("dead", "Mute", "dead: Mute must have holds"),
     ("dead", "Holding", r"dead: Holding must give \(\d+,\) numbers"),
     ("granularity", "Nothing", r"granularity: Nothing must have groups\(layout\)"),
@@ -145,5 +145,6 @@ def test_a_wrong_part_is_one_line_that_names_its_place(folder: Path, kind: str, 
 
 def test_a_scope_that_revives_is_refused(folder: Path) -> None:
     finder = {**wrong(folder, "scope", "Back"), "densities": [0.2]}
-    with pytest.raises(StudyError, match=r"searches.own.scope: Back must keep among the living only, got \d+ dead"):
+    said = r"searches.own.scope: Back must keep no weight that is pruned, got \d+ pruned"
+    with pytest.raises(StudyError, match=said):
         tiny.run(folder / "lottery", searches={"own": finder})

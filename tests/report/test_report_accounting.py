@@ -46,7 +46,7 @@ def test_bytes_prints_the_truth_and_the_presets(fake: Path, capsys: pytest.Captu
         "refused",
         "same codec",
         "raw float32",
-        "frames told",
+        "frames reported",
         "leaves out",
         "MiB",
     ):
@@ -108,7 +108,7 @@ def test_tickets_are_listed_shown_and_compared(fake: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
-        (("show",), "a client is wanted"),
+        (("show",), "expected a client"),
         (("show", "77"), "no ticket of client 77"),
         (("overlap", "3"), "at least two sparse tickets"),
     ],

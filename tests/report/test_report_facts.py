@@ -37,9 +37,9 @@ def test_the_main_arm_is_the_saved_ticket(fake: Path) -> None:
     assert main_choice(group) == Choice("ticket", 0.2)
     assert main_choice(group, arm="one_shot") == Choice("one_shot", 0.2)
     assert main_choice(group, arm="dense") == Choice("dense", 1.0)
-    with pytest.raises(StudyError, match="an arm of ticket, .* is wanted, got 'nonesuch'"):
+    with pytest.raises(StudyError, match="expected an arm of ticket, .*, got 'nonesuch'"):
         main_choice(group, arm="nonesuch")
-    with pytest.raises(StudyError, match="a density of 0.5, 0.2, 0.1, 0.05 is wanted, got 0.3"):
+    with pytest.raises(StudyError, match="expected a density of 0.5, 0.2, 0.1, 0.05, got 0.3"):
         main_choice(group, density=0.3)
 
 
@@ -114,7 +114,7 @@ def test_a_wrong_type_names_line_and_field(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", num_clients=8, rounds=4)
     header = json.loads((run / "header.json").read_text())
     change(run / "header.json", layers=[*header["layers"], {"name": "fc"}])
-    with pytest.raises(StudyError, match=r"header\.json: layers\[5\]: shape is wanted"):
+    with pytest.raises(StudyError, match=r"header\.json: layers\[5\]: shape is required"):
         read_run(run)
     change(run / "header.json", layers=header["layers"])
     lines = (run / "ledger.jsonl").read_text().splitlines()

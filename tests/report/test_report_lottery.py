@@ -108,7 +108,7 @@ def test_a_long_probe_is_pointed_at_in_the_terminal(tmp_path: Path) -> None:
 def test_the_words_say_where_the_search_ends(tmp_path: Path) -> None:
     (told,) = words(read_lottery(folder(tmp_path)))
     assert "dense network has 81.00 %" in told
-    assert "ticket that validation data prefer has 83.00 % at 80.0 %" in told
+    assert "ticket that is best on validation data has 83.00 % at 80.0 %" in told
     assert "sparsest ticket not below it on validation data keeps 80.0 %" in told
     assert told.endswith(
         " At 80.0 % of the weights the ticket has 83.00 % and the best of its arms there, reinit, 80.50 %."
@@ -126,7 +126,7 @@ def test_validation_data_choose_and_test_data_do_not(tmp_path: Path) -> None:
         return row | {"validation_accuracy": 0.99} if (row.get("arm"), row.get("round")) == ("imp", 2) else row
 
     (told,) = words(read_lottery(changed(folder(tmp_path), preferred)))
-    assert "validation data prefer has 80.00 % at 64.0 %" in told
+    assert "that is best on validation data has 80.00 % at 64.0 %" in told
 
 
 def test_without_a_dense_round_and_with_a_stop_at_another_density_for_each_seed(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_without_a_dense_round_and_with_a_stop_at_another_density_for_each_seed(
     cell = read_lottery(run).cell("imp", 2)
     assert cell is not None and cell.density == pytest.approx(0.72)
     (told,) = words(read_lottery(run))
-    assert told.startswith("imp: trains no dense network; the ticket that validation data prefer has 83.00 %")
+    assert told.startswith("imp: trains no dense network; the ticket that is best on validation data has 83.00 %")
     write_lottery(run)
 
 

@@ -99,7 +99,7 @@ def test_a_mask_of_the_wrong_size_is_named(tmp_path: Path) -> None:
     tensors = load_file(path)
     tensors["fc2.weight_mask"] = tensors["fc2.weight_mask"][:-1]
     save_file(tensors, path, metadata={"client": "2", "density": "0.2"})
-    with pytest.raises(StudyError, match="client-0002.*fc2.weight_mask: 80 bytes for 640 weights are wanted, got 79"):
+    with pytest.raises(StudyError, match="client-0002.*fc2.weight_mask: expected 80 bytes for 640 weights, got 79"):
         overlap(read_run(run))
 
 

@@ -101,7 +101,7 @@ def test_an_unfinished_run_has_a_report_that_says_so(tmp_path: Path) -> None:
     told = [{"round": 1, "phase": "federate", "client": c, "seconds": s} for c, s in ((0, 30.0), (None, 33.0))]
     (run / "times.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
     text = write_report(run).read_text()
-    assert "federate 33 s (by the clock" in text, "no client's time counts beside the round's"
+    assert "federate 33 s (wall time" in text, "no client's time counts beside the round's"
     assert "did not finish" in text and "No client was evaluated" in text and "8 clients without any result" in text
     assert "did not finish" in summary_text(read_results(run))
 

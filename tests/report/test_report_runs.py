@@ -184,5 +184,5 @@ def test_another_set_of_clients_is_refused(pair: tuple[Path, Path]) -> None:
 
 
 def test_one_run_is_not_a_comparison(fake: Path) -> None:
-    with pytest.raises(StudyError, match="two runs or more are wanted, got 1"):
+    with pytest.raises(StudyError, match="expected two runs or more, got 1"):
         compare([fake])

@@ -158,7 +158,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "popcount": (lambda: assembled(header(), BITS, VALUES[4:]), "wanted those of"),
     "padding": (lambda: assembled(header(), PADDED, VALUES), "padding"),
     "full as bitmap": (lambda: assembled(header(), bitmap.pack(np.ones(SIZE, bool)), DENSE_VALUES), "sent as full"),
-    "full with bits": (lambda: assembled(header(FULL), b"\0", DENSE_VALUES), "where none belongs"),
+    "full with bits": (lambda: assembled(header(FULL), b"\0", DENSE_VALUES), "an unexpected mask section"),
     "full with a reference": (
         lambda: assembled(header(FULL, reference=b"x" * 8), b"", DENSE_VALUES), "names a reference"),
     "bitmap with a reference": (lambda: assembled(header(reference=b"x" * 8), BITS, VALUES), "names a reference"),
