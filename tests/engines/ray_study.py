@@ -8,8 +8,6 @@ from typing import Any
 
 from fedlth.engines.inprocess import InProcess
 from fedlth.engines.ray import RayEngine
-from fedlth.experiment.resolve import resolve
-from fedlth.federation import session
 from fedlth.federation.jobs import Job
 from fedlth.study.schema import Study, build
 from tests import tiny
@@ -36,10 +34,9 @@ def engine_of(study: Study) -> RayEngine:
     return RayEngine(study.ray, job_timeout_s=study.job_timeout_s, device=study.device)
 
 
-def run(study: Study, out: Path, engine: RayEngine | None = None) -> Path:
-    """Run on the engine that the study names, or on another."""
-    on = engine or (engine_of(study) if study.engine == "ray" else InProcess())
-    session.start(*resolve(study), out, on, lambda line: None)
+def run(study: Study, out: Path) -> Path:
+    """Run on the engine that the study names."""
+    tiny.run(study, out, engine=engine_of(study) if study.engine == "ray" else InProcess(), tell=lambda line: None)
     return out
 
 
