@@ -40,7 +40,7 @@ def _steps(loop: Federation) -> int:
     """Return how many client-steps the last round had."""
     row = json.loads(loop.folder.log("rounds").read_bytes().splitlines()[-1])
     assert not row["failed"], row["failed"]
-    study, splits = loop.experiment.study, loop.experiment.world.splits.clients
+    study, splits = loop.experiment.study, loop.experiment.task.splits.clients
     return sum(study.train.epochs * -(-len(splits[c].train) // study.train.batch_size) for c in row["clients"])
 
 

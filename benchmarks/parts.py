@@ -14,14 +14,14 @@ from fedlth.methods.aggregate import FedAvg
 from fedlth.methods.client_update import THETA_G, UPDATE, Inbox, MaskedUpdate, Update
 from fedlth.methods.method import FederatedMethod, Phase
 from fedlth.storage.client_state import ClientState
-from fedlth.training.local_client import Local
+from fedlth.training.local_client import LocalClient
 
 
 @dataclass(frozen=True)
 class Idle(MaskedUpdate):
     """An update without training: decode, keep a count, encode."""
 
-    def __call__(self, local: Local, inbox: Inbox, state: ClientState, /) -> Update:
+    def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         kept = replace(state, visits=state.visits + 1)
         return Update(kept, {UPDATE: inbox[THETA_G]}, {"loss": 0.0, "val_accuracy": 0.0, "density": 1.0})
 

@@ -30,13 +30,13 @@ from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.state_archive import Packs, Writer
 from fedlth.study import schema
 from fedlth.training import evaluation, train
-from fedlth.training.task import World
+from fedlth.training.task import Task
 from fedlth.wire import payload
 
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "training": [(train, "train")],
     "validation of the received model": [(evaluation, "evaluate")],
-    "images to tensors": [(World, "part")],
+    "images to tensors": [(Task, "part")],
     "payloads: encode": [(payload, "encode")],
     "payloads: decode and check": [(payload, "decode")],
     "state: pack, read, write": [

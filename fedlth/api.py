@@ -90,8 +90,8 @@ def _decided(study: Study, ready: Experiment) -> Study:
 
 def _check_others(ready: Experiment, out: Path, tell: Tell) -> None:
     """Refuse to begin a run on other data than the study's runs before it; say where versions are others."""
-    world = ready.world
-    ours = (world.dataset.digest(), world.splits.digest)
+    task = ready.task
+    ours = (task.dataset.digest(), task.splits.digest)
     headers = [h for pattern in ("*", "tune/*", "*/tune/*") for h in sorted(out.glob(f"{pattern}/header.json"))]
     others = {file: json.loads(file.read_bytes()) for file in headers}
     for file, header in others.items():

@@ -17,10 +17,10 @@ from fedlth.study.schema import Study
 from fedlth.tickets.finder import Finder
 from fedlth.tickets.rewind import ToInit
 from fedlth.tickets.schedule import OneShot
-from fedlth.training.local_client import Local
+from fedlth.training.local_client import LocalClient
 from fedlth.training.recipe import Epochs, TrainingRecipe
 from fedlth.training.request import drawn_request
-from fedlth.training.task import World
+from fedlth.training.task import Task
 from fedlth.training.train import train
 
 TIMED_STEPS = 5
@@ -64,23 +64,23 @@ def own_epochs(experiment: Experiment) -> tuple[float, float]:
 
     A client's visits are those that the server will sample: a method may train more than once an epoch after some.
     """
-    study, world, trained = experiment.study, experiment.world, 0
+    study, task, trained = experiment.study, experiment.task, 0
     visits = dict.fromkeys(range(study.clients.count), 0)
     refined = study.refine.rounds * study.refine.clients_per_round
     for phase, round in experiment.steps:
         if phase in experiment.federated_phases:
             passes = getattr(phase.update, "passes", _once)
             for client in experiment.clients(phase, round):
-                trained += passes(world, visits[client])
+                trained += passes(task, visits[client])
                 visits[client] += 1
     passes = getattr(experiment.method.own, "passes", _once)
-    tuned = sum(passes(world, count) for count in visits.values()) if "own_tuned" in experiment.arms else 0
+    tuned = sum(passes(task, count) for count in visits.values()) if "own_tuned" in experiment.arms else 0
     if study.refine.rounds:
         tuned += len(visits)
     return float((trained + refined) * study.train.epochs), float(tuned * study.personalise.epochs)
 
 
-def _once(world: World, visits: int) -> int:
+def _once(task: Task, visits: int) -> int:
     return 1
 
 
@@ -91,22 +91,22 @@ def forecast(study: Study) -> str:
     """
     check_engine(study)
     experiment, notes = resolve(study)
-    study, world = experiment.study, experiment.world
+    study, task = experiment.study, experiment.task
     notes += without_effect(study)
-    step_s = _step_seconds(world)
-    sizes = [len(c.train) for c in world.splits.clients]
+    step_s = _step_seconds(task)
+    sizes = [len(c.train) for c in task.splits.clients]
     per_epoch = float(np.mean([-(-n // study.train.batch_size) for n in sizes]))
     steps = per_epoch * (sum(own_epochs(experiment)) + study.clients.count * step2_epochs(experiment))
     moved = forecast_bytes(experiment, step_s * per_epoch * study.train.epochs)
-    per_step = 3 * world.model.flops[""] * study.train.batch_size
+    per_step = 3 * task.model.flops[""] * study.train.batch_size
     lines = [
         f"study {study.study}: method {experiment.method.name}, {len(experiment.steps)} commits",
         *(f"note: {n}" for n in notes),
-        f"clients: {study.clients.count} ({len(world.splits.unseen)} unseen), "
-        f"train examples {min(sizes)}-{max(sizes)}, partition {world.splits.digest[:16]}",
-        f"model: {study.model.name}, {world.layout.num_params:,} parameters, {world.layout.num_prunable:,} prunable",
-        *(_tensor_line(world, e.name) for e in world.layout.floats if e.role == "param"),
-        *_compute_lines(world),
+        f"clients: {study.clients.count} ({len(task.splits.unseen)} unseen), "
+        f"train examples {min(sizes)}-{max(sizes)}, partition {task.splits.digest[:16]}",
+        f"model: {study.model.name}, {task.layout.num_params:,} parameters, {task.layout.num_prunable:,} prunable",
+        *(_tensor_line(task, e.name) for e in task.layout.floats if e.role == "param"),
+        *_compute_lines(task),
         f"cohort: {study.cohort} clients train as one" if study.cohort != 1 else "cohort: 1, clients train one by one",
         str(moved),
         f"training: {steps:,.0f} steps, {steps * per_step / 1e12:,.2f} TFLOP (dense), at {1e3 * step_s:.2f} ms a step "
@@ -116,33 +116,32 @@ def forecast(study: Study) -> str:
     return "\n".join(lines)
 
 
-def _step_seconds(world: World) -> float:
+def _step_seconds(task: Task) -> float:
     """Time a few steps on the largest client, shortened to a few batches."""
-    client = int(np.argmax([len(c.train) for c in world.splits.clients]))
-    local = Local(world, client, 0, "forecast")
+    client = int(np.argmax([len(c.train) for c in task.splits.clients]))
+    local = LocalClient(task, client, 0, "forecast")
     x, y = local.train_part
-    size = min(len(y), world.study.train.batch_size * TIMED_STEPS)
-    count = max(1, -(-size // world.study.train.batch_size))
-    recipe = TrainingRecipe(budget=Epochs(1), batch_size=world.study.train.batch_size, lr=1e-6)
-    request = drawn_request(world.theta_0, (x[:size], y[:size]), recipe, order=local.rng("order"), torch_seed=0)
+    size = min(len(y), task.study.train.batch_size * TIMED_STEPS)
+    count = max(1, -(-size // task.study.train.batch_size))
+    recipe = TrainingRecipe(budget=Epochs(1), batch_size=task.study.train.batch_size, lr=1e-6)
+    request = drawn_request(task.theta_0, (x[:size], y[:size]), recipe, order=local.rng("order"), torch_seed=0)
     best = float("inf")
     for _ in range(2):
         began = time.perf_counter()
-        train(world.flat_model, request)
+        train(task.flat_model, request)
         best = min(best, (time.perf_counter() - began) / count)
     return best
 
 
 def _memory_mb(experiment: Experiment) -> float:
-    world = experiment.world
-    data = sum(a.nbytes for a in (world.dataset.x_train, world.dataset.x_test))
-    largest = max(len(c.train) + len(c.val) for c in world.splits.clients)
-    example = 4 * int(np.prod(world.dataset.x_train.shape[1:]))
+    task = experiment.task
+    data = sum(a.nbytes for a in (task.dataset.x_train, task.dataset.x_test))
+    largest = max(len(c.train) + len(c.val) for c in task.splits.clients)
+    example = 4 * int(np.prod(task.dataset.x_train.shape[1:]))
     models = 12 + _step2_models(experiment)
-    masks = len(world.study.finder.densities) if "random" in experiment.arms else 0
+    masks = len(task.study.finder.densities) if "random" in experiment.arms else 0
     return (
-        350
-        + (data + largest * example + models * 4 * world.layout.num_floats + masks * world.layout.num_prunable) / 1e6
+        350 + (data + largest * example + models * 4 * task.layout.num_floats + masks * task.layout.num_prunable) / 1e6
     )
 
 
@@ -159,26 +158,26 @@ def _step2_models(experiment: Experiment) -> int:
 
 
 def _disk_mb(experiment: Experiment) -> float:
-    world, count = experiment.world, experiment.study.clients.count
-    whole = 4 * world.layout.num_floats
-    tickets = count * (whole + world.layout.num_prunable / 8) if experiment.arms != ("global",) else 0
-    private = isinstance(experiment.method.own, SelectUpdate) or world.exchange is not world.layout.moving
+    task, count = experiment.task, experiment.study.clients.count
+    whole = 4 * task.layout.num_floats
+    tickets = count * (whole + task.layout.num_prunable / 8) if experiment.arms != ("global",) else 0
+    private = isinstance(experiment.method.own, SelectUpdate) or task.exchange is not task.layout.moving
     return float(2 * tickets + 3 * whole + (count * whole if private else 0)) / 1e6
 
 
-def _compute_lines(world: World) -> list[str]:
+def _compute_lines(task: Task) -> list[str]:
     """Say what computes this study, and which layers the kernel runs or why it cannot."""
-    lines = [f"compute: {world.study.compute}"]
-    if world.study.compute == "tuned":
-        lines.append(f"  torch, {world.flat_model.forward.note}")
-    if isinstance(world.table, str):
-        return [*lines, f"  the kernel cannot run this study: {world.table}"]
-    runs = "runs" if world.study.compute == "sparse" else "could run (compute: sparse)"
-    return [*lines, f"  the kernel {runs} every layer:", *(f"    {line}" for line in world.table.describe())]
+    lines = [f"compute: {task.study.compute}"]
+    if task.study.compute == "tuned":
+        lines.append(f"  torch, {task.flat_model.forward.note}")
+    if isinstance(task.table, str):
+        return [*lines, f"  the kernel cannot run this study: {task.table}"]
+    runs = "runs" if task.study.compute == "sparse" else "could run (compute: sparse)"
+    return [*lines, f"  the kernel {runs} every layer:", *(f"    {line}" for line in task.table.describe())]
 
 
-def _tensor_line(world: World, name: str) -> str:
-    entry = next(e for e in world.layout.floats if e.name == name)
+def _tensor_line(task: Task, name: str) -> str:
+    entry = next(e for e in task.layout.floats if e.name == name)
     what = "prunable" if entry.prunable else ("dense" if entry.trainable else "frozen")
     shape = "x".join(map(str, entry.shape)) or "scalar"
     return f"  {name:32} {shape:>16} {what}"

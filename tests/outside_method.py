@@ -14,7 +14,7 @@ from fedlth.personalization.arms import trained
 from fedlth.personalization.step2 import Result, Step2
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.server_state import ServerState
-from fedlth.training.local_client import Local
+from fedlth.training.local_client import LocalClient
 from fedlth.wire.payload import Content
 
 
@@ -24,10 +24,10 @@ class Saliency:
 
     sends: tuple[tuple[str, str], ...] = (("saliency", "scores"),)
 
-    def __call__(self, local: Local, inbox: Inbox, state: ClientState, /) -> Update:
+    def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         whole = merged(local, inbox, state)
         weights = whole.floats[: local.full.size]
-        score = local.world.shared_mask(np.abs(weights * local.network(whole).gradient(weights)))
+        score = local.task.shared_mask(np.abs(weights * local.network(whole).gradient(weights)))
         return Update(state, {"saliency": Content(np.ones(score.size, bool), score, np.zeros(0, np.int64))})
 
 

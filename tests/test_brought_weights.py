@@ -15,7 +15,7 @@ from fedlth import api, forecast
 from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
 from fedlth.lab import runner
-from fedlth.training.local_client import Local
+from fedlth.training.local_client import LocalClient
 from tests import tiny
 from tests.lab import tiny_lottery
 
@@ -40,7 +40,7 @@ def test_a_rewind_to_another_draw_is_refused_at_the_check(tmp_path: Path, arms: 
 def test_no_other_draw_is_ever_given(tmp_path: Path) -> None:
     """Row 32: not by whoever asks a client for one either."""
     with pytest.raises(StudyError, match=BRINGS):
-        Local(tiny.world(model=PRETRAINED), 0, 0, "personalise").fresh_init("reinit")
+        LocalClient(tiny.task(model=PRETRAINED), 0, 0, "personalise").fresh_init("reinit")
 
 
 def test_random_has_two_starts_and_says_so(tmp_path: Path) -> None:
@@ -62,21 +62,21 @@ def test_random_has_two_starts_and_says_so(tmp_path: Path) -> None:
 
 def test_named_options_draw_every_weight_anew() -> None:
     """Row 32: model.reinit_options is the light way to a control of a pre-trained model."""
-    world = tiny.world(model=DRAWN)
-    other = Local(world, 0, 0, "personalise").fresh_init("reinit")
-    size = world.layout.num_prunable
-    assert (other.floats[:size] != world.theta_0.floats[:size]).all()
-    wider = tiny.world(model={**DRAWN, "reinit_options": {"trained": False, "hidden": 9}})
+    task = tiny.task(model=DRAWN)
+    other = LocalClient(task, 0, 0, "personalise").fresh_init("reinit")
+    size = task.layout.num_prunable
+    assert (other.floats[:size] != task.theta_0.floats[:size]).all()
+    wider = tiny.task(model={**DRAWN, "reinit_options": {"trained": False, "hidden": 9}})
     with pytest.raises(StudyError, match="reinit_options: must give a model of the same tensors"):
         _ = wider.model.brought
 
 
 def test_what_nothing_trains_stays_in_another_draw() -> None:
-    world = tiny.world(model={"name": "tests.user_model:Mixed", "options": {}})
-    other, names = world.model.fresh("other"), {e.name: e for e in world.layout.entries}
+    task = tiny.task(model={"name": "tests.user_model:Mixed", "options": {}})
+    other, names = task.model.fresh("other"), {e.name: e for e in task.layout.entries}
     for name, same in (("features.weight", True), ("head.weight", False)):
         at = names[name].slice
-        assert np.array_equal(other.floats[at], world.theta_0.floats[at]) is same, name
+        assert np.array_equal(other.floats[at], task.theta_0.floats[at]) is same, name
 
 
 class Zeros(nn.Module):
@@ -92,7 +92,7 @@ class Zeros(nn.Module):
 
 
 def test_a_branch_that_starts_at_zero_is_drawn() -> None:
-    assert not tiny.world(model={"name": "tests.test_brought_weights:Zeros", "options": {}}).model.brought
+    assert not tiny.task(model={"name": "tests.test_brought_weights:Zeros", "options": {}}).model.brought
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_importing_a_model_does_not_decide_theta_0(tmp_path: Path, monkeypatch: 
     (tmp_path / "seeding.py").write_text(text + "    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     model = {"name": "seeding:seeds", "options": {}}
-    first, second = tiny.world(model=model), tiny.world(model=model, seed=1)
+    first, second = tiny.task(model=model), tiny.task(model=model, seed=1)
     again = second.model.module()
     assert torch.equal(
         again[1].weight.reshape(-1), torch.from_numpy(second.theta_0.floats[: second.layout.num_prunable])

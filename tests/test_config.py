@@ -192,7 +192,7 @@ def test_the_unseen_are_counted_as_the_split_counts_them() -> None:
     sections = {"clients": {"count": 3, "unseen": 0.1}, "federate": {"clients_per_round": 3}}
     with pytest.raises(StudyError, match="must be at most the 2 clients"):
         read(tiny.study(**sections))
-    assert len(tiny.world(**{**sections, "federate": {"clients_per_round": 2}}).splits.unseen) == 1
+    assert len(tiny.task(**{**sections, "federate": {"clients_per_round": 2}}).splits.unseen) == 1
 
 
 def test_resolve_writes_the_methods_defaults_and_notes_what_has_no_effect() -> None:

@@ -20,7 +20,7 @@ from fedlth.personalization.step2 import Result, Step2
 from fedlth.study import schema
 from fedlth.tickets.scope import survivors
 from fedlth.training.batches import window
-from fedlth.training.local_client import Local
+from fedlth.training.local_client import LocalClient
 from fedlth.training.recipe import Sgd
 from tests import tiny
 from tests.laws.fakes import TABLES
@@ -63,7 +63,7 @@ def test_every_part_finds_a_ticket_on_a_client(kind: str, name: str) -> None:
     assert schema.build(made.model_dump(mode="json")) == made
     step, found = tickets(made)
     _, again = tickets(made)
-    layout, size = step.local.world.layout, step.local.full.size
+    layout, size = step.local.task.layout, step.local.full.size
     groups = step.finder.granularity.groups(layout)
     for target, one, same in zip((0.5, 0.2), found, again, strict=True):
         kept = groups.reduced(one.mask) > 0
@@ -102,7 +102,7 @@ def test_the_listing_names_every_part_with_its_paper_and_its_rows() -> None:
 
 def test_frozen_tickets_keep_their_weights_bit_for_bit() -> None:
     step, found = tickets(study("score", "edge_popup"))
-    theta_0, size = step.local.world.theta_0, step.local.full.size
+    theta_0, size = step.local.task.theta_0, step.local.full.size
     for one in found:
         assert one.epochs == 0 and one.search_epochs == 3
         got = one.params.floats[:size][one.mask]
@@ -142,10 +142,10 @@ def test_a_mask_moves_inside_one_training_by_the_gradient_of_that_moment() -> No
     for move, (first, last) in enumerate(((0, 2), (2, 4), (4, None))):
         if mask is None:
             draw = local.rng("first@0.400000").random(size)
-            mask = stayed = step.finder.pick(draw, local.full, local.world.layout, 0.4)
+            mask = stayed = step.finder.pick(draw, local.full, local.task.layout, 0.4)
         else:
             grown = np.abs(step.network(at).gradient(at.floats[:size]))
-            mask, stayed = regrow(np.abs(at.floats[:size]), grown, mask, local.world.layout, move - 1)
+            mask, stayed = regrow(np.abs(at.floats[:size]), grown, mask, local.task.layout, move - 1)
         at = local.train(
             at.masked(stayed), recipe=replace(step.recipe, first_step=first, last_step=last), active=mask
         ).params
@@ -191,11 +191,11 @@ def test_slow_movement_sees_the_epochs_before_the_last() -> None:
 def test_dead_weights_that_hold_a_value_never_move_and_stand_in_the_saved_ticket(tmp_path: Path, dead: str) -> None:
     made = study("dead", dead, finder={"rewind": "init"}, personalise={"arms": ["ticket"]})
     tiny.run(made, tmp_path / "r")
-    world = tiny.experiment(made).world
+    task = tiny.experiment(made).task
     with safe_open(tmp_path / "r" / "tickets" / "client-0000.safetensors", "numpy") as file:
-        for e in world.layout.prunable:
+        for e in task.layout.prunable:
             mask = np.unpackbits(file.get_tensor(f"{e.name}_mask"), count=e.size).astype(bool)
-            got, init = file.get_tensor(e.name).reshape(-1), world.theta_0.floats[e.slice]
+            got, init = file.get_tensor(e.name).reshape(-1), task.theta_0.floats[e.slice]
             same = got[~mask] == init[~mask]
             assert same.all() if dead == "init" else (same | (got[~mask] == 0)).all()
             assert (got[~mask] != 0).sum() > 0
@@ -204,7 +204,7 @@ def test_dead_weights_that_hold_a_value_never_move_and_stand_in_the_saved_ticket
     from fedlth.experiment.saved_ticket import load_ticket
 
     row = next(r for r in tiny.rows(tmp_path / "r", "metrics") if r["client"] == 0 and r["target_density"] == 0.2)
-    x, y = world.part(0, "test")
+    x, y = task.part(0, "test")
     with torch.inference_mode():
         right = int((load_ticket(tmp_path / "r", 0)(x).argmax(-1) == y).sum())
     assert right / len(y) == row["test_accuracy"]
@@ -215,7 +215,7 @@ def test_dead_weights_that_hold_a_value_never_move_and_stand_in_the_saved_ticket
 def test_a_structured_ticket_has_a_structured_control() -> None:
     made = study("granularity", "row", personalise={"arms": ["ticket", "random", "global_mask"]})
     step = step2_of(made)
-    groups = step.finder.granularity.groups(step.local.world.layout)
+    groups = step.finder.granularity.groups(step.local.task.layout)
     own = [r.mask for r in ARMS["ticket"](step)]
     for arm in ("random", "global_mask"):
         for one, ticket in zip(ARMS[arm](step), own, strict=True):
@@ -240,14 +240,14 @@ def test_a_whole_study_of_unusual_parts(tmp_path: Path) -> None:
     tiny.run(made, tmp_path / "again")
     assert tiny.facts(tmp_path / "r") == tiny.facts(tmp_path / "again")
     rows = [r for r in tiny.rows(tmp_path / "r", "metrics") if r["arm"] == "ticket"]
-    size = tiny.experiment(made).world.layout.num_prunable
+    size = tiny.experiment(made).task.layout.num_prunable
     assert {round(r["density"] * size) for r in rows} == {round(0.5 * size), round(0.2 * size)}
 
 
 def test_controls_act_and_leave_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each control differs from the plain ticket in what it says, and in nothing else."""
     step, plain = tickets(study("score", "magnitude"))
-    layout = step.local.world.layout
+    layout = step.local.task.layout
     counts = lambda r: [int(r.mask[e.slice].sum()) for e in layout.prunable]  # noqa: E731
     for name in ("random", "inverted", "shuffled"):
         _, control = tickets(study("score", name))
@@ -257,15 +257,15 @@ def test_controls_act_and_leave_the_rest(monkeypatch: pytest.MonkeyPatch) -> Non
     _, fresh = tickets(study("rewind", "reinit", finder={"densities": [0.5]}))
     np.testing.assert_array_equal(fresh[0].mask, plain[0].mask)
     starts: list[np.ndarray] = []
-    original = Local.train
+    original = LocalClient.train
 
-    def spy(self: Local, start: Any, **more: Any) -> Any:
+    def spy(self: LocalClient, start: Any, **more: Any) -> Any:
         starts.append(start.floats)
         return original(self, start, **more)
 
-    monkeypatch.setattr(Local, "train", spy)
+    monkeypatch.setattr(LocalClient, "train", spy)
     tickets(study("rewind", "reinit", finder={"densities": [0.5]}))
-    assert not np.array_equal(starts[-1], step.local.world.theta_0.masked(plain[0].mask).floats)
+    assert not np.array_equal(starts[-1], step.local.task.theta_0.masked(plain[0].mask).floats)
     assert ((starts[-1][: plain[0].mask.size] != 0) == plain[0].mask).all()
 
 
@@ -319,7 +319,7 @@ def test_early_bird_draws_whole_channels_once_their_scales_have_settled() -> Non
     assert 5 <= looks < 12, "five masks at the least, and not because time was up"
     rows = one.mask.reshape(3, 9)
     assert rows.all(axis=1).sum() == 2 and (~rows).all(axis=1).sum() == 1
-    gammas = next(e for e in step.local.world.layout.floats if e.norm and e.name.endswith("weight"))
+    gammas = next(e for e in step.local.task.layout.floats if e.norm and e.name.endswith("weight"))
     dense = step.theta_g
     for _ in range(looks):
         dense = step.local.train(dense, recipe=replace(step.recipe, replay_lr=False), active=step.local.full).params

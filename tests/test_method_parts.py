@@ -25,8 +25,8 @@ from fedlth.storage.server_state import ServerState
 from fedlth.study import schema
 from fedlth.study.schema import Tier
 from fedlth.tickets.select import keep_top
-from fedlth.training.local_client import Local
-from fedlth.training.task import World
+from fedlth.training.local_client import LocalClient
+from fedlth.training.task import Task
 from fedlth.wire.payload import Content
 from tests import tiny
 from tests.test_forecast_bytes import compared
@@ -43,7 +43,7 @@ def made_of(*phases: Any, **more: Any) -> FederatedMethod:
 class FirstOf:
     """The first weights, as many as a client can carry: HeteroFL's slice, of weights instead of channels."""
 
-    def __call__(self, task: World, client: int, /) -> np.ndarray:
+    def __call__(self, task: Task, client: int, /) -> np.ndarray:
         size = task.layout.num_prunable
         return np.arange(size) < round(task.capacity(client).density * size)
 
@@ -81,7 +81,7 @@ def test_a_phase_that_is_none_is_refused_in_one_line(part: str) -> None:
 class Grown(MaskedUpdate):
     """Choose the whole model at the first visit."""
 
-    def __call__(self, local: Local, inbox: Inbox, state: ClientState, /) -> Update:
+    def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         done = super().__call__(local, inbox, state)
         whole = {name: replace(content, mask=np.ones_like(content.mask)) for name, content in done.contents.items()}
         return replace(done, contents=whole)
@@ -115,7 +115,7 @@ def test_a_client_is_sent_its_first_slice_until_it_chooses(tmp_path: Path, warm:
     assert not [f for r in tiny.rows(folder.root, "rounds") for f in r["failed"]]
     layout, theta = experiment.layout, experiment.initial()
     whole = len(broadcast("values", THETA_G, theta, layout).payload)
-    (unseen,) = experiment.world.splits.unseen
+    (unseen,) = experiment.task.splits.unseen
     met = set()
     for row in tiny.rows(folder.root, "ledger"):
         if row["sender"] != "server" or row["phase"] == "warm" or row["kind"] == "evaluation":
@@ -161,8 +161,8 @@ def test_capacity_is_by_client_and_by_share() -> None:
     assert found == tiers_of([half, tenth], 12, seed=0) != tiers_of([half, tenth], 12, seed=1)
     thirds = [Tier(share=1 / 3, density=d) for d in (0.1, 0.2, 0.3)]
     assert sorted(tier.density for tier in tiers_of(thirds, 10, seed=0)) == [0.1] * 3 + [0.2] * 4 + [0.3] * 3
-    world = tiny.world(clients={"capacity": [{"share": 0.5, "speed": 0.25}]})
-    assert sorted(world.capacity(c).speed for c in range(4)) == [0.25, 0.25, 1, 1]
+    task = tiny.task(clients={"capacity": [{"share": 0.5, "speed": 0.25}]})
+    assert sorted(task.capacity(c).speed for c in range(4)) == [0.25, 0.25, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ class Moved:
 
     sends: tuple[tuple[str, str], ...] = (("saliency", "scores"),)
 
-    def __call__(self, local: Local, inbox: Inbox, state: ClientState, /) -> Update:
+    def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         start = merged(local, inbox, state)
         moved = np.abs(local.train(start, plan=local.plan).params.floats - start.floats)[: local.full.size]
         return Update(replace(state, visits=state.visits + 1), {"saliency": Content(local.full, moved, start.ints[:0])})
@@ -233,7 +233,7 @@ def test_a_mask_from_a_phase_of_its_own_is_everyones_and_survives_a_resume(tmp_p
     made = tiny.study(method={"name": "tests.test_method_parts:salient"}, wire=wire)
     folder = tiny.run(made, tmp_path / "whole")
     assert not [f for r in tiny.rows(folder.root, "rounds") for f in r["failed"]]
-    size = tiny.world_of(folder.root).layout.num_prunable
+    size = tiny.task_of(folder.root).layout.num_prunable
     rows = [r for r in tiny.rows(folder.root, "ledger") if r["kind"] != "metrics"]
     assert {r["kind"] for r in rows if r["phase"] == "saliency"} == {"install", "scores"}
     later = [r for r in rows if r["phase"] != "saliency"]

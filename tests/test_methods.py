@@ -23,10 +23,10 @@ from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.server_state import ServerState
 from fedlth.tickets.finder import Finder
 from fedlth.training import recipe as training_recipe
-from fedlth.training.local_client import Local
+from fedlth.training.local_client import LocalClient
 from fedlth.training.recipe import Epochs
 from fedlth.training.request import TrainingResult
-from fedlth.training.task import World
+from fedlth.training.task import Task
 from fedlth.wire import payload
 from fedlth.wire.payload import Content
 from tests import tiny
@@ -41,12 +41,12 @@ def final_theta(out: Path) -> str:
 def manual_fedavg(made: Any, *, weighted: bool) -> Params:
     """FedAvg written out: sample, train each from the mean, average in float64, cast once."""
     experiment = tiny.experiment(made)
-    (phase,), world = experiment.federated_phases, experiment.world
-    theta = world.theta_0
+    (phase,), task = experiment.federated_phases, experiment.task
+    theta = task.theta_0
     for r in range(1, made.federate.rounds + 1):
         total, weight = np.zeros(theta.floats.size), 0
         for c in experiment.clients(phase, r):
-            local = Local(world, c, r, "federate")
+            local = LocalClient(task, c, r, "federate")
             share = local.num_train if weighted else 1
             total += local.train(theta, recipe=local.recipe).params.floats.astype(np.float64) * share
             weight += share
@@ -117,7 +117,7 @@ def visits(made: Any, count: int, client: int = 0, *, theta: Params | None = Non
 @pytest.mark.parametrize("target", [0.1, 0.3, 0.5])
 def test_r2_lotteryfl_follows_the_power_law_and_stops_exactly(target: float) -> None:
     made = tiny.study(method={"name": "lotteryfl", "rate": 0.2, "density": target, "val_accuracy": -1.0})
-    size = tiny.open_world(made.science()).layout.num_prunable
+    size = tiny.open_task(made.science()).layout.num_prunable
     densities = [float(content.mask.mean()) for content, _ in visits(made, 13)]
     wanted = [max(target, 0.8**k) for k in range(1, 14)]
     assert densities == pytest.approx(wanted, abs=13 / size)
@@ -127,7 +127,7 @@ def test_r2_lotteryfl_follows_the_power_law_and_stops_exactly(target: float) -> 
 @pytest.mark.parametrize("name", ["lotteryfl", "sub_fedavg", "fedselect"])
 def test_masks_only_shrink_and_the_personal_set_only_grows(name: str) -> None:
     made = tiny.of_method(name, train={"epochs": 2})
-    size = tiny.open_world(made.science()).layout.num_prunable
+    size = tiny.open_task(made.science()).layout.num_prunable
     shared = np.ones(size, bool)
     for content, state in visits(made, 8):
         assert not (content.mask & ~shared).any()
@@ -143,14 +143,14 @@ def test_lotteryfl_rewinds_to_theta_0_and_keeps_statistics() -> None:
     from fedlth.methods.lotteryfl import PruneAndRewind
 
     made = tiny.study(model={"name": "tests.test_methods:normed", "options": {}})
-    world = tiny.open_world(made.science())
-    local = Local(world, 0, 1, "federate")
-    moved = local.train(world.theta_0, recipe=local.recipe).params
+    task = tiny.open_task(made.science())
+    local = LocalClient(task, 0, 1, "federate")
+    moved = local.train(task.theta_0, recipe=local.recipe).params
     params, mask = PruneAndRewind(0.2, 0.1, -1.0)(local, moved, local.full, None)
-    weights = world.layout.num_params
-    np.testing.assert_array_equal(params.floats[:weights], world.theta_0.masked(mask).floats[:weights])
+    weights = task.layout.num_params
+    np.testing.assert_array_equal(params.floats[:weights], task.theta_0.masked(mask).floats[:weights])
     np.testing.assert_array_equal(params.floats[weights:], moved.floats[weights:])
-    assert (moved.floats[weights:] != world.theta_0.floats[weights:]).any()
+    assert (moved.floats[weights:] != task.theta_0.floats[weights:]).any()
 
 
 def normed(num_classes: int) -> tiny.Small:
@@ -163,13 +163,13 @@ def test_gates_look_at_validation_data_only(name: str, monkeypatch: pytest.Monke
     closed = made.model_copy(update={"method": {**made.method, "val_accuracy": 1.0}})
     assert all(content.mask.all() for content, _ in visits(closed, 2)), "no accuracy exceeds 1"
     asked: list[str] = []
-    part = World.part
+    part = Task.part
 
-    def spy(self: World, client: int, which: str) -> Any:
+    def spy(self: Task, client: int, which: str) -> Any:
         asked.append(which)
         return part(self, client, which)
 
-    monkeypatch.setattr(World, "part", spy)
+    monkeypatch.setattr(Task, "part", spy)
     visits(made, 2)
     assert set(asked) == {"train", "val"}
 
@@ -184,12 +184,12 @@ def test_sub_fedavg_needs_the_mask_to_move() -> None:
 
 def test_fedselect_keeps_what_is_personal_and_takes_what_is_shared() -> None:
     made = tiny.of_method("fedselect")
-    world = tiny.open_world(made.science())
+    task = tiny.open_task(made.science())
     (_, _), (_, state) = visits(made, 2)
     shared = state.masks["shared"]
-    theirs = Params(np.full(world.layout.num_floats, 7, np.float32), world.theta_0.ints)
+    theirs = Params(np.full(task.layout.num_floats, 7, np.float32), task.theta_0.ints)
     received = Content(shared, theirs.masked(shared).floats, theirs.ints)
-    held = own_of(made).own(Local(world, 0, 3, "federate"), {THETA_G: received}, state)
+    held = own_of(made).own(LocalClient(task, 0, 3, "federate"), {THETA_G: received}, state)
     size = shared.size
     assert (held.params.floats[:size][shared] == 7).all() and (held.params.floats[size:] == 7).all()
     np.testing.assert_array_equal(held.params.floats[:size][~shared], state.vectors["private"][:size][~shared])
@@ -198,17 +198,17 @@ def test_fedselect_keeps_what_is_personal_and_takes_what_is_shared() -> None:
 
 def test_fedselect_trains_one_set_at_a_time() -> None:
     made = tiny.of_method("fedselect")
-    world = tiny.open_world(made.science())
-    local, update = Local(world, 0, 1, "federate"), own_of(made)
-    shared = np.random.default_rng(0).random(world.layout.num_prunable) < 0.5
+    task = tiny.open_task(made.science())
+    local, update = LocalClient(task, 0, 1, "federate"), own_of(made)
+    shared = np.random.default_rng(0).random(task.layout.num_prunable) < 0.5
     calls: list[np.ndarray] = []
 
-    class Spy(Local):
+    class Spy(LocalClient):
         def train(self, start: Params, **more: Any) -> TrainingResult:
             calls.append(more["trainable"])
-            return Local.train(self, start, **more)
+            return LocalClient.train(self, start, **more)
 
-    update._alternate(Spy(world, 0, 1, "federate"), world.theta_0, shared, replace(local.recipe, budget=Epochs(2)))
+    update._alternate(Spy(task, 0, 1, "federate"), task.theta_0, shared, replace(local.recipe, budget=Epochs(2)))
     size = shared.size
     assert [np.array_equal(c[:size], ~shared) for c in calls] == [True, False, True, False]
     assert all(np.array_equal(c[:size], shared) and c[size:].all() for c in calls[1::2])
@@ -218,8 +218,8 @@ def test_fedselect_trains_one_set_at_a_time() -> None:
 def test_fedpm_sends_bits_and_learns_probabilities(tmp_path: Path) -> None:
     made = tiny.of_method("fedpm", federate={"rounds": 3, "clients_per_round": 3}, wire="raw")
     folder = tiny.run(made, tmp_path / "r")
-    world = tiny.open_world(made.science())
-    size = world.layout.num_prunable
+    task = tiny.open_task(made.science())
+    size = task.layout.num_prunable
     theta = 1 / (1 + np.exp(-folder.load_params(folder.progress().theta).floats.astype(np.float64)))
     assert theta.size == size and (theta >= 0.01 - 1e-6).all() and (theta <= 0.99 + 1e-6).all()
     thirds = np.array([0.01, 1 / 3, 2 / 3, 0.99])
@@ -231,8 +231,8 @@ def test_fedpm_sends_bits_and_learns_probabilities(tmp_path: Path) -> None:
     assert {r["kind"] for r in rows if r["sender"] == "server"} == {"install", "scores"} and down == {
         4 * size + 24 + 1 + 2 + 4
     }
-    weights = frozen_weights(world)
-    for entry in world.layout.prunable:
+    weights = frozen_weights(task)
+    for entry in task.layout.prunable:
         constant = np.abs(weights.floats[entry.slice])
         np.testing.assert_allclose(constant, np.sqrt(2 / (entry.size // entry.shape[0])), rtol=1e-6)
 
@@ -242,11 +242,11 @@ def test_fedpm_sends_bits_and_learns_probabilities(tmp_path: Path) -> None:
 
 def step2_of(made: Any, client: int = 0) -> Step2:
     experiment = tiny.experiment(made)
-    world = experiment.world
-    local = Local(world, client, 0, "personalise")
-    theta_g = Params((world.theta_0.floats * np.float32(1.1)).astype(np.float32), world.theta_0.ints)
+    task = experiment.task
+    local = LocalClient(task, client, 0, "personalise")
+    theta_g = Params((task.theta_0.floats * np.float32(1.1)).astype(np.float32), task.theta_0.ints)
     content = Content(local.full, theta_g.floats, theta_g.ints)
-    anchors = {"theta_0": world.theta_0, "theta_g": theta_g}
+    anchors = {"theta_0": task.theta_0, "theta_g": theta_g}
     return Step2(
         local=local, method=experiment.method.own, inbox={THETA_G: content}, state=ClientState(), theta_g=theta_g,
         alive=local.full, anchors=anchors, finder=experiment.finder, targets=made.finder.densities,
@@ -267,7 +267,7 @@ def results(step: Step2, arm: str) -> list[Result]:
 
 
 def layer_counts(step: Step2, mask: np.ndarray) -> list[int]:
-    return [int(mask[e.slice].sum()) for e in step.local.world.layout.prunable]
+    return [int(mask[e.slice].sum()) for e in step.local.task.layout.prunable]
 
 
 STUDY = tiny.study(finder={"densities": [0.5, 0.2, 0.1]})
@@ -287,14 +287,14 @@ def test_every_sparse_arm_gives_each_density_exactly(arm: str) -> None:
 
 def test_the_dense_twin_is_the_searchs_first_training_and_is_paid_once(monkeypatch: pytest.MonkeyPatch) -> None:
     step, count = step2_of(STUDY), []
-    original = Local.train
-    monkeypatch.setattr(Local, "train", lambda self, start, **k: count.append(1) or original(self, start, **k))
+    original = LocalClient.train
+    monkeypatch.setattr(LocalClient, "train", lambda self, start, **k: count.append(1) or original(self, start, **k))
     (dense,) = results(step, "dense")
     assert len(count) == 1
     tickets = results(step, "ticket")
     assert len(count) == 1 + len(tickets), "the search began with the twin's training"
     size = step.local.full.size
-    first = step.finder.scope(np.abs(dense.params.floats[:size]), step.local.full, step.local.world.layout, 0.5)
+    first = step.finder.scope(np.abs(dense.params.floats[:size]), step.local.full, step.local.task.layout, 0.5)
     np.testing.assert_array_equal(first, tickets[0].mask)
     twin, ticket = dense.flops[0], tickets[-1].flops[0]
     assert ticket == pytest.approx(4 * twin), "but its cost is told in full"
@@ -354,7 +354,7 @@ def test_global_mask_is_theta_gs_own_and_equal_for_all_clients() -> None:
         for result in results(step, "global_mask"):
             size = result.mask.size
             expected = step.finder.scope(
-                np.abs(step.theta_g.floats[:size]), step.local.full, step.local.world.layout, result.target
+                np.abs(step.theta_g.floats[:size]), step.local.full, step.local.task.layout, result.target
             )
             np.testing.assert_array_equal(result.mask, expected)
             np.testing.assert_array_equal(result.params.floats, step.train(step.theta_g, expected).floats)
@@ -399,12 +399,12 @@ def test_own_random_and_frozen_random_keep_the_layer_counts() -> None:
     np.testing.assert_array_equal(tuned.mask, mask)
     assert layer_counts(step, control.mask) == layer_counts(step, mask) and (control.mask != mask).any()
     made = tiny.of_method("fedpm")
-    world, scores = tiny.experiment(made).world, tiny.experiment(made).initial()
+    task, scores = tiny.experiment(made).task, tiny.experiment(made).initial()
     step = given(step2_of(made), Content(np.ones(scores.floats.size, bool), scores.floats, scores.ints))
     (control,), (tuned,) = results(step, "frozen_random"), results(step, "own_tuned")
     likely = scores.floats > 0
     assert layer_counts(step, control.mask) == layer_counts(step, likely) and (control.mask != likely).any()
-    frozen = frozen_weights(world).floats[: likely.size]
+    frozen = frozen_weights(task).floats[: likely.size]
     np.testing.assert_array_equal(control.params.floats[: likely.size][control.mask], frozen[control.mask])
     np.testing.assert_array_equal(tuned.params.floats[: likely.size][tuned.mask], frozen[tuned.mask])
 
@@ -516,9 +516,9 @@ def test_count_mean_is_what_mask_methods_use() -> None:
 # FedSelect's two passes
 
 
-def halves(compute: str, **sections: Any) -> tuple[Local, np.ndarray]:
+def halves(compute: str, **sections: Any) -> tuple[LocalClient, np.ndarray]:
     made = tiny.of_method("fedselect", compute=compute, train={"momentum": 0.5, "weight_decay": 0.01}, **sections)
-    local = Local(tiny.open_world(made.science()), 0, 1, "federate")
+    local = LocalClient(tiny.open_task(made.science()), 0, 1, "federate")
     return local, np.random.default_rng(0).random(local.full.size) < 0.5
 
 
@@ -533,12 +533,12 @@ def test_what_is_shared_moves_in_the_shared_pass_alone(compute: str) -> None:
     found = {}
     for way in ("reference", compute):
         local, shared = halves("reference" if way == "cohort" else way)
-        start, size = local.world.theta_0, shared.size
-        crosses = crossing(local.world, shared)
+        start, size = local.task.theta_0, shared.size
+        crosses = crossing(local.task, shared)
         assert crosses[size:].all() and np.array_equal(crosses[:size], shared)
 
-        def moved(update: np.ndarray, local: Local = local, way: str = way) -> np.ndarray:
-            call = lambda: local.train(local.world.theta_0, recipe=local.recipe, trainable=update).params.floats  # noqa: E731
+        def moved(update: np.ndarray, local: LocalClient = local, way: str = way) -> np.ndarray:
+            call = lambda: local.train(local.task.theta_0, recipe=local.recipe, trainable=update).params.floats  # noqa: E731
             return lockstep.side_by_side([call, call], cohort.answer)[1] if way == "cohort" else call()
 
         for update in (crosses, ~crosses):
@@ -556,21 +556,23 @@ def test_the_personal_pass_leaves_biases_norms_and_their_statistics(monkeypatch:
         made = tiny.of_method(
             "fedselect", model={"name": "tests.test_methods:normed", "options": {}, "buffers": policy}
         )
-        world = tiny.open_world(made.science())
-        shared = np.random.default_rng(0).random(world.layout.num_prunable) < 0.5
+        task = tiny.open_task(made.science())
+        shared = np.random.default_rng(0).random(task.layout.num_prunable) < 0.5
         steps: list[tuple[np.ndarray, np.ndarray]] = []
 
-        def spy(self: Local, start: Params, *, steps: Any = steps, original: Any = Local.train, **more: Any) -> Any:
+        def spy(
+            self: LocalClient, start: Params, *, steps: Any = steps, original: Any = LocalClient.train, **more: Any
+        ) -> Any:
             done = original(self, start, **more)
             steps.append((start.floats, done.params.floats))
             return done
 
         with monkeypatch.context() as patch:
-            patch.setattr(Local, "train", spy)
-            local = Local(world, 0, 1, "federate")
-            own_of(made)._alternate(local, world.theta_0, shared, local.recipe)
+            patch.setattr(LocalClient, "train", spy)
+            local = LocalClient(task, 0, 1, "federate")
+            own_of(made)._alternate(local, task.theta_0, shared, local.recipe)
         (before, personal), (between, after) = steps
-        entries = {e.name: e for e in world.layout.floats}
+        entries = {e.name: e for e in task.layout.floats}
         norm, head, mean = entries["norm.weight"].slice, entries["head.bias"].slice, entries["norm.running_mean"].slice
         np.testing.assert_array_equal(personal[head], before[head])
         assert (after[head] != before[head]).all()
@@ -584,9 +586,9 @@ def test_a_frozen_part_is_in_neither_pass() -> None:
     from fedlth.methods.fedselect import crossing
 
     made = tiny.of_method("fedselect", model={"name": "tests.test_methods:half_frozen", "options": {}})
-    world = tiny.open_world(made.science())
-    assert crossing(world, np.ones(world.layout.num_prunable, bool)).all()
-    assert own_of(made).passes(world, 0) == 1 and own_of(made).passes(world, 1) == 2
+    task = tiny.open_task(made.science())
+    assert crossing(task, np.ones(task.layout.num_prunable, bool)).all()
+    assert own_of(made).passes(task, 0) == 1 and own_of(made).passes(task, 1) == 2
 
 
 def half_frozen(num_classes: int) -> tiny.Small:

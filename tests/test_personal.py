@@ -50,21 +50,21 @@ def test_a_personal_head_stays_personal(tmp_path: Path, method: str, sections: d
     made = tiny.of_method(method, model=HEAD, **sections)
     folder = tiny.run(made, tmp_path / "whole")
     assert not [f for r in tiny.rows(folder.root, "rounds") for f in r["failed"]]
-    world = tiny.world_of(folder.root)
+    task = tiny.task_of(folder.root)
     header = json.loads((folder.root / "header.json").read_bytes())
-    head = [e for e in world.layout.floats if e.name.startswith("head.")]
-    assert header["num_exchanged"] == world.layout.num_floats - sum(e.size for e in head)
+    head = [e for e in task.layout.floats if e.name.startswith("head.")]
+    assert header["num_exchanged"] == task.layout.num_floats - sum(e.size for e in head)
     assert any(e.prunable for e in head), "a personal tensor may be prunable"
     heads = set()
     for client, version in folder.progress().versions.items():
         vectors = ClientState.from_bytes(folder.clients.get(int(client), version)).vectors
         if "private" in vectors:
-            whole = world.whole(replace(world.theta_0, floats=vectors["private"], ints=vectors["private_ints"]))
+            whole = task.whole(replace(task.theta_0, floats=vectors["private"], ints=vectors["private_ints"]))
             heads.add(b"".join(whole.floats[e.slice].tobytes() for e in head))
     assert len(heads) >= 2, "each client's is its own"
     rows = [r for r in tiny.rows(folder.root, "metrics") if r["arm"] in ("refined", "ticket", "own_tuned")]
     for client in range(4):
-        net, (x, y) = load_ticket(folder.root, client).eval(), world.part(client, "test")
+        net, (x, y) = load_ticket(folder.root, client).eval(), task.part(client, "test")
         with torch.inference_mode():
             accuracy = int((net(x).argmax(-1) == y).sum()) / len(y)
         assert accuracy == [r["test_accuracy"] for r in rows if r["client"] == client][-1]
@@ -84,7 +84,7 @@ def test_no_message_holds_a_personal_tensor(tmp_path: Path) -> None:
             return answers
 
     folder = tiny.run(made, tmp_path / "r", engine=Reading())
-    exchange = tiny.world_of(folder.root).exchange
+    exchange = tiny.task_of(folder.root).exchange
     values = [m for m in seen if m.kind == "values"]
     assert len(values) > 8 and not any(e.name.startswith("head.") for e in exchange.entries)
     for message in values:
@@ -98,7 +98,7 @@ def test_all_that_is_prunable_may_be_personal(tmp_path: Path) -> None:
         folder = tiny.run(tiny.of_method(method, model=model), tmp_path / method)
         assert not [f for r in tiny.rows(folder.root, "rounds") for f in r["failed"]]
         assert len(tiny.digests(folder.root)["tickets"]) == 4
-        assert tiny.world_of(folder.root).exchange.num_prunable == 0
+        assert tiny.task_of(folder.root).exchange.num_prunable == 0
 
 
 @pytest.mark.parametrize(
@@ -125,6 +125,6 @@ def test_a_method_may_name_what_is_personal_and_a_study_may_say_otherwise() -> N
     assert by_method.study.model == by_line.study.model
     assert by_method.layout.num_floats == by_line.layout.num_floats
     shared = read(tiny.study(method=own, model={**model, "personal": []}))[0]
-    assert shared.world.exchange is shared.world.layout.moving
+    assert shared.task.exchange is shared.task.layout.moving
     assert "model.personal: has no effect, method local sends nothing" in read(tiny.of_method("local", model=HEAD))[1]
     assert np.array_equal(by_method.initial().floats, by_line.initial().floats)

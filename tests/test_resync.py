@@ -14,7 +14,7 @@ from fedlth.federation.jobs import Failure, Job, Reply
 from fedlth.methods.method import FederatedMethod
 from fedlth.methods.table import lotteryfl
 from fedlth.storage.client_state import ClientState
-from fedlth.training.task import World
+from fedlth.training.task import Task
 from tests import tiny
 from tests.test_transport import Counting, check
 
@@ -78,7 +78,7 @@ def test_a_client_that_asks_again_and_again_fails_alone(tmp_path: Path) -> None:
             return super().run(lost)
 
     made = tiny.of_method("lotteryfl", federate={"rounds": 3, "clients_per_round": 3})
-    victim = next(c for c in range(4) if c not in tiny.open_world(made.science()).splits.unseen)
+    victim = next(c for c in range(4) if c not in tiny.open_task(made.science()).splits.unseen)
     tiny.run(made, tmp_path / "r", engine=Stubborn())
     failed = [f for r in tiny.rows(tmp_path / "r", "rounds") for f in r["failed"]]
     assert [(f["client"], f["kind"]) for f in failed] == [(victim, "refused")]
@@ -88,7 +88,7 @@ def test_a_client_that_asks_again_and_again_fails_alone(tmp_path: Path) -> None:
 class Half:
     """Every second weight, another half for odd clients than for even ones."""
 
-    def __call__(self, task: World, client: int, /) -> np.ndarray:
+    def __call__(self, task: Task, client: int, /) -> np.ndarray:
         return np.arange(task.layout.num_prunable) % 2 == client % 2
 
 
@@ -110,6 +110,6 @@ def test_a_first_mask_costs_nothing_and_comes_back_after_a_loss(personal: list[s
         first = [r for r in tiny.rows(tmp_path / run, "ledger") if r["kind"] == "install"]
         assert len(first) == 4 and {r["mask_bytes"] for r in first} == {0}
         assert [r["density"] for r in first] == [pytest.approx(0.5, abs=0.01)] * 4
-        (unseen,) = tiny.world_of(tmp_path / run).splits.unseen
+        (unseen,) = tiny.task_of(tmp_path / run).splits.unseen
         row = next(r for r in tiny.rows(tmp_path / run, "metrics") if (r["client"], r["arm"]) == (unseen, "own"))
         assert row["density"] == pytest.approx(0.5, abs=0.01), "of personal tensors too"

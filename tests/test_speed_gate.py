@@ -76,7 +76,7 @@ def test_data_are_divided_once_for_both_backends(monkeypatch: pytest.MonkeyPatch
     digests = counted(monkeypatch, {"digest": (Dataset, "digest")})
     study = tiny.of_method("fedavg", partition={"name": "iid", "seed": 77})
     one, other = (
-        tiny.open_world(study.model_copy(update={"compute": c}).science()) for c in ("reference", "sparse")
+        tiny.open_task(study.model_copy(update={"compute": c}).science()) for c in ("reference", "sparse")
     )  # fmt: skip
     assert one.dataset is other.dataset and one.splits is other.splits and digests["digest"] == 1
 

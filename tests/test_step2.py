@@ -34,7 +34,7 @@ from fedlth.tickets.search import Walked
 from fedlth.training import train
 from fedlth.training.batches import batches, steps_an_epoch
 from fedlth.training.flat_model import FlatModel
-from fedlth.training.local_client import Local
+from fedlth.training.local_client import LocalClient
 from fedlth.training.recipe import Sgd, TrainingRecipe
 from fedlth.training.request import TrainingRequest
 from fedlth.wire.payload import Content
@@ -54,14 +54,14 @@ def personal(made: Any, client: int = 0) -> Step2:
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[float]]]:
     """Return a list that every training adds its stage and its learning rates to."""
     seen: list[tuple[str, list[float]]] = []
-    original = Local.train
+    original = LocalClient.train
 
-    def spy(self: Local, start: Any, *, recipe: TrainingRecipe, **more: Any) -> Any:
+    def spy(self: LocalClient, start: Any, *, recipe: TrainingRecipe, **more: Any) -> Any:
         steps = recipe.budget.epochs * self.steps_an_epoch
         seen.append((self.stage, [recipe.rate(k, steps) for k in range(recipe.first_step, recipe.end(steps))]))
         return original(self, start, recipe=recipe, **more)
 
-    monkeypatch.setattr(Local, "train", spy)
+    monkeypatch.setattr(LocalClient, "train", spy)
     return seen
 
 
@@ -195,7 +195,7 @@ def test_the_controls_of_a_methods_mask_are_of_its_own_granularity(name: str) ->
         scores = np.where(mask, 1, -1).astype(np.float32)
         step = given(step, Content(np.ones(scores.size, bool), scores, np.zeros(0, np.int64)))
     (control,) = results(step, "frozen_random" if name == "fedpm" else "own_random")
-    for e in step.local.world.layout.prunable:
+    for e in step.local.task.layout.prunable:
         assert control.mask[e.slice].sum() == mask[e.slice].sum()
 
 
@@ -302,13 +302,13 @@ def test_what_is_kept_does_not_depend_on_test_data(tmp_path: Path, monkeypatch: 
     """Row 10's brother: a test loss that is no number took the client's ticket file, and in a trial its rate."""
     made = tiny.study(personalise={"arms": ["ticket"]})
     tiny.run(made, tmp_path / "whole")
-    original = Local.evaluate
+    original = LocalClient.evaluate
 
-    def infinite(self: Local, params: Any, data: Any) -> tuple[float, float]:
+    def infinite(self: LocalClient, params: Any, data: Any) -> tuple[float, float]:
         accuracy, loss = original(self, params, data)
         return (accuracy, loss) if data is self.val_part else (accuracy, math.inf)
 
-    monkeypatch.setattr(Local, "evaluate", infinite)
+    monkeypatch.setattr(LocalClient, "evaluate", infinite)
     tiny.run(made, tmp_path / "r")
     assert tiny.digests(tmp_path / "r")["tickets"] == tiny.digests(tmp_path / "whole")["tickets"] != {}
     rows, whole = tiny.rows(tmp_path / "r", "metrics"), tiny.rows(tmp_path / "whole", "metrics")
@@ -371,7 +371,7 @@ def test_a_result_is_let_go_once_it_is_evaluated(monkeypatch: pytest.MonkeyPatch
     """Row 33: the client kept every result until its last row was written; it keeps its product alone."""
     alive: list[int] = []
 
-    def counting(local: Local, result: Result) -> MetricRow:
+    def counting(local: LocalClient, result: Result) -> MetricRow:
         gc.collect()
         alive.append(sum(type(o) is Result for o in gc.get_objects()))
         return row_of(local, result)
@@ -393,6 +393,6 @@ def test_the_memory_forecast_does_not_grow_with_densities() -> None:
         for d in ([0.5], [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
     )
     grown = forecast._memory_mb(many) - forecast._memory_mb(one)
-    assert grown == pytest.approx(8 * one.world.layout.num_prunable / 1e6)
+    assert grown == pytest.approx(8 * one.task.layout.num_prunable / 1e6)
     plain = tiny.experiment(tiny.of_method("fedavg"))
     assert forecast._memory_mb(one) > forecast._memory_mb(plain)

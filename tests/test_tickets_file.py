@@ -104,7 +104,7 @@ def test_every_saved_ticket_is_its_own_row(tmp_path: Path, name: str, form: str)
     """Row 1: a ticket, loaded, predicts what its row of metrics.jsonl says, whatever made it."""
     study = RUNS[name](tickets=form)
     tiny.run(study, tmp_path / "r")
-    world = tiny.world_of(tmp_path / "r")
+    task = tiny.task_of(tmp_path / "r")
     files = sorted((tmp_path / "r" / "tickets").glob("*"))
     assert len(files) == study.clients.count
     for client, file in enumerate(files):
@@ -113,7 +113,7 @@ def test_every_saved_ticket_is_its_own_row(tmp_path: Path, name: str, form: str)
         main = study.finder.densities[-1]
         rows = [r for r in tiny.rows(tmp_path / "r", "metrics") if (r["client"], r["arm"]) == (client, meta["arm"])]
         row = next((r for r in rows if r["target_density"] == main), rows[0])
-        accuracy, loss = measured(load_ticket(tmp_path / "r", client), world.part(client, "test"))
+        accuracy, loss = measured(load_ticket(tmp_path / "r", client), task.part(client, "test"))
         assert accuracy == row["test_accuracy"] and loss == pytest.approx(row["test_loss"], rel=1e-5)
         assert float(meta["density"]) == row["density"]
 
@@ -145,7 +145,7 @@ def test_loading_needs_no_data_and_leaves_the_process_alone(tmp_path: Path, monk
     for name in ("images", "study"):  # the data set's factory
         monkeypatch.setattr(tiny, name, None)
     monkeypatch.setattr(user_model, "Mixed", restless)
-    task.forget_worlds()
+    task.forget_tasks()
     task._divided.cache_clear()
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -241,14 +241,14 @@ def test_a_client_that_failed_to_refine_keeps_the_ticket_of_step_2(tmp_path: Pat
         r for r in tiny.rows(tmp_path / "r", "metrics")
         if (r["client"], r["arm"], r["target_density"]) == (2, "ticket", 0.2)
     ]  # fmt: skip
-    data = tiny.world_of(tmp_path / "r").part(2, "test")
+    data = tiny.task_of(tmp_path / "r").part(2, "test")
     assert measured(load_ticket(tmp_path / "r", 2), data)[0] == row["test_accuracy"]
 
 
 def test_a_tensor_called_like_a_mask_is_refused_at_the_start() -> None:
     study = tiny.study(model={"name": "tests.test_tickets_file:Masked", "options": {}})
     with pytest.raises(StudyError, match="no tensor must be called head.weight_mask"):
-        tiny.open_world(study.science())
+        tiny.open_task(study.science())
 
 
 class Masked(nn.Module):

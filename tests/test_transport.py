@@ -91,7 +91,7 @@ def test_the_ledger_is_what_crossed(
 
 def test_what_was_lost_or_refused_was_sent_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = tiny.of_method("lotteryfl", federate={"rounds": 3, "clients_per_round": 3})
-    clients = tiny.open_world(made.science()).splits.unseen
+    clients = tiny.open_task(made.science()).splits.unseen
     seen = [client for client in range(4) if client not in clients]
     meter = Counting(lose=("federate", seen[0]), damage=("federate", seen[1]))
     tiny.run(made, tmp_path / "r", engine=meter)

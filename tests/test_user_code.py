@@ -37,17 +37,17 @@ def own(buffers: str, **sections: Any) -> Any:
 def test_two_steps_and_a_ticket_that_predicts_as_reported(tmp_path: Path, buffers: str) -> None:
     made = own(buffers, personalise={"epochs": 1, "arms": ["global", "dense", "ticket", "random"]})
     folder = tiny.run(made, tmp_path / "r")
-    world = tiny.open_world(made.science())
+    task = tiny.open_task(made.science())
     assert not [f for r in tiny.rows(tmp_path / "r", "rounds") for f in r["failed"]]
-    names = {e.name for e in world.layout.prunable}
+    names = {e.name for e in task.layout.prunable}
     assert names == {"head.weight", "lstm.weight_hh_l0", "lstm.weight_ih_l0"}, "not the embedding, not the frozen part"
-    tied = next(e for e in world.layout.floats if "embed.weight" in (e.name, *e.aliases))
+    tied = next(e for e in task.layout.floats if "embed.weight" in (e.name, *e.aliases))
     assert {tied.name, *tied.aliases} == {"embed.weight", "decoder.weight"}
     rows = [r for r in tiny.rows(tmp_path / "r", "metrics") if r["arm"] == "ticket" and r["target_density"] == 0.2]
     assert len(rows) == 4
     for row in rows:
         model = load_ticket(tmp_path / "r", row["client"])
-        x, y = world.part(row["client"], "test")
+        x, y = task.part(row["client"], "test")
         with torch.inference_mode():
             right = int((model(x).argmax(-1) == y).sum())
         assert right / len(y) == row["test_accuracy"]
@@ -57,23 +57,21 @@ def test_two_steps_and_a_ticket_that_predicts_as_reported(tmp_path: Path, buffer
             meta = file.metadata()
             masks = {n: file.get_tensor(f"{n}_mask") for n in names}
         kept = sum(int(np.unpackbits(m).sum()) for m in masks.values())
-        assert kept == round(0.2 * world.layout.num_prunable) and float(meta["density"]) == row["density"]
-        frozen = read(model, world.layout).floats, world.theta_0.floats
-        for entry in world.layout.floats:
+        assert kept == round(0.2 * task.layout.num_prunable) and float(meta["density"]) == row["density"]
+        frozen = read(model, task.layout).floats, task.theta_0.floats
+        for entry in task.layout.floats:
             if entry.name.startswith("frozen"):
                 np.testing.assert_array_equal(frozen[0][entry.slice], frozen[1][entry.slice])
     assert folder.progress().step == 5
 
 
 def test_what_each_policy_sends() -> None:
-    worlds = {b: tiny.open_world(own(b).science()) for b in POLICIES}
-    layout = worlds["aggregate"].layout
-    assert worlds["aggregate"].exchange is layout.moving
+    tasks = {b: tiny.open_task(own(b).science()) for b in POLICIES}
+    layout = tasks["aggregate"].layout
+    assert tasks["aggregate"].exchange is layout.moving
     frozen = {"frozen.weight", "frozen.bias"}
     assert {e.name for e in layout.entries} - {e.name for e in layout.moving.entries} == frozen
-    kept = {
-        b: {e.name for e in layout.moving.entries} - {e.name for e in w.exchange.entries} for b, w in worlds.items()
-    }
+    kept = {b: {e.name for e in layout.moving.entries} - {e.name for e in w.exchange.entries} for b, w in tasks.items()}
     statistics = {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
     assert kept == {
         "aggregate": set(), "local_statistics": statistics, "local_all": statistics | {"norm.weight", "norm.bias"},
@@ -84,8 +82,8 @@ def test_what_each_policy_sends() -> None:
 def test_what_stays_local_is_the_clients_own(tmp_path: Path, buffers: str) -> None:
     made = own(buffers, federate={"rounds": 3, "clients_per_round": 3}, personalise={"arms": ["global"]})
     folder = tiny.run(made, tmp_path / "r")
-    world, versions = tiny.open_world(made.science()), folder.progress().versions
-    local = [e for e in world.layout.moving.floats if e.name not in {x.name for x in world.exchange.entries}]
+    task, versions = tiny.open_task(made.science()), folder.progress().versions
+    local = [e for e in task.layout.moving.floats if e.name not in {x.name for x in task.exchange.entries}]
     states = {c: ClientState.from_bytes(folder.clients.get(int(c), v)) for c, v in versions.items()}
     seen = [s.vectors["private"] for s in states.values() if "private" in s.vectors]
     assert len(seen) == 3
@@ -96,16 +94,16 @@ def test_what_stays_local_is_the_clients_own(tmp_path: Path, buffers: str) -> No
     client = row["client"]
     theta = folder.load_params(folder.progress().theta)
     vectors = states[str(client)].vectors
-    mine = world.merge(theta, world.whole(type(theta)(vectors["private"], vectors["private_ints"])))
-    accuracy, _ = evaluate(world.flat_model, mine, world.part(client, "test"))
+    mine = task.merge(theta, task.whole(type(theta)(vectors["private"], vectors["private_ints"])))
+    accuracy, _ = evaluate(task.flat_model, mine, task.part(client, "test"))
     assert accuracy == row["test_accuracy"]
 
 
 def test_a_prunable_norm_may_stay_local(tmp_path: Path) -> None:
     model = {"name": "tests.user_model:reader", "buffers": "local_all", "prunable": ["*weight*"], "options": {}}
     folder = tiny.run(tiny.study(data={"name": "tests.user_model:sentences"}, model=model), tmp_path / "r")
-    world = tiny.world_of(folder.root)
-    assert any(e.norm for e in world.layout.prunable) and not any(e.norm for e in world.exchange.entries)
+    task = tiny.task_of(folder.root)
+    assert any(e.norm for e in task.layout.prunable) and not any(e.norm for e in task.exchange.entries)
     assert not [f for r in tiny.rows(folder.root, "rounds") for f in r["failed"]]
     assert len(tiny.digests(folder.root)["tickets"]) == 4
 
@@ -140,8 +138,8 @@ def test_what_nothing_trains_never_crosses(tmp_path: Path, method: str) -> None:
     )  # fmt: skip
     assert [r["payload_bytes"] for r in ledgers[0]] == [r["payload_bytes"] for r in ledgers[1]]
     assert metrics[0] == metrics[1]
-    worlds = [tiny.world_of(tmp_path / name) for name in runs]
-    assert worlds[0].layout.num_floats == worlds[1].layout.num_floats + 64 * 16 + 16
+    tasks = [tiny.task_of(tmp_path / name) for name in runs]
+    assert tasks[0].layout.num_floats == tasks[1].layout.num_floats + 64 * 16 + 16
     headers = [json.loads((tmp_path / name / "header.json").read_bytes()) for name in runs]
     told = ("num_exchanged", "dense_payload_bytes", "dense_raw_bytes")
     assert [headers[0][key] for key in told] == [headers[1][key] for key in told]
@@ -152,14 +150,14 @@ def test_what_nothing_trains_never_crosses(tmp_path: Path, method: str) -> None:
     for client in range(4):
         one, other = (load_ticket(tmp_path / name, client).eval() for name in runs)
         assert np.array_equal(one.features.weight.detach(), other.features.weight), "theta_0's, in the file too"
-        x, _ = worlds[0].part(client, "test")
+        x, _ = tasks[0].part(client, "test")
         assert one(x).equal(other(x))
 
 
 def test_a_frozen_tensor_is_prunable_under_no_name() -> None:
     model = {"name": "tests.user_model:Mixed", "options": {}, "prunable": ["features.weight"]}
     with pytest.raises(StudyError, match="'features.weight' matches no trainable parameter"):
-        tiny.open_world(tiny.study(model=model).science())
+        tiny.open_task(tiny.study(model=model).science())
 
 
 def test_a_run_goes_on_with_what_crossed(tmp_path: Path) -> None:

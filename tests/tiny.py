@@ -24,7 +24,7 @@ from fedlth.models.layout import Layout, layout_of
 from fedlth.storage.run_folder import RunFolder
 from fedlth.study import schema
 from fedlth.training.recipe import PARTS, Epochs, Sgd, TrainingRecipe
-from fedlth.training.task import World, open_world
+from fedlth.training.task import Task, open_task
 
 NUM_CLASSES, SIDE = 4, 8
 METHODS: dict[str, dict[str, Any]] = {
@@ -95,8 +95,8 @@ def recipe(
     return TrainingRecipe(budget=Epochs(epochs), optimizer=optimizer, schedule=PARTS["schedule"][schedule](), **more)
 
 
-def world(**sections: Any) -> World:
-    return experiment(study(**sections)).world
+def task(**sections: Any) -> Task:
+    return experiment(study(**sections)).task
 
 
 def experiment(made: schema.Study) -> Experiment:
@@ -104,8 +104,8 @@ def experiment(made: schema.Study) -> Experiment:
     return read(made)[0]
 
 
-def world_of(out: Path) -> World:
-    return open_world(RunFolder(out).study().science())
+def task_of(out: Path) -> Task:
+    return open_task(RunFolder(out).study().science())
 
 
 def quiet(line: str) -> None:

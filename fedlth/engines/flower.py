@@ -36,7 +36,7 @@ from fedlth.engines.flower_client import Step  # noqa: E402
 from fedlth.engines.flower_engine import UNREADABLE, Back, FlowerEngine, Sent  # noqa: E402
 from fedlth.engines.flower_nodes import Tell  # noqa: E402
 from fedlth.engines.flower_record import BODY, CHUNKED, HEAD, View  # noqa: E402
-from fedlth.engines.flower_session import FlowerRun, interruptible, task_of  # noqa: E402
+from fedlth.engines.flower_session import FlowerRun, interruptible, run_of  # noqa: E402
 from fedlth.engines.inprocess import one_line  # noqa: E402
 from fedlth.errors import StudyError  # noqa: E402
 from fedlth.experiment.experiment import Experiment  # noqa: E402
@@ -159,31 +159,31 @@ def make_server_app(app_dir: Path) -> ServerApp:
             print(f"fedlth: {line}", flush=True)
 
         try:
-            task = task_of(context.run_config, app_dir)
-            if task is None:
+            run = run_of(context.run_config, app_dir)
+            if run is None:
                 tell(f"{context.run_config['out']}: this run has ended already")
                 return
             # Said now, since whoever reads this hears nothing more from a SuperLink that has gone.
-            tell(f"if the SuperLink ends before this run: `flwr run` again with out={task.out} goes on")
-            _run(task, grid, tell, threading.Event(), wait_s=float(str(context.run_config["wait-s"])))
+            tell(f"if the SuperLink ends before this run: `flwr run` again with out={run.out} goes on")
+            _run(run, grid, tell, threading.Event(), wait_s=float(str(context.run_config["wait-s"])))
         except StudyError as error:
             tell(f"error: {error}")
             raise
         except BaseException as error:  # Flower's for a run that has ended under us is one
             tell(f"error: {one_line(error)}; what was committed is kept: `flwr run` again with the same out goes on")
             raise
-        tell(f"done: {task.out}; its report: fedlth report {task.out}")
+        tell(f"done: {run.out}; its report: fedlth report {run.out}")
 
     return app
 
 
-def _run(task: FlowerRun, grid: Grid, tell: Tell, stop: threading.Event, *, wait_s: float) -> None:
+def _run(run: FlowerRun, grid: Grid, tell: Tell, stop: threading.Event, *, wait_s: float) -> None:
     transport = GridTransport(grid)
     engine = FlowerEngine(
-        transport, study=task.experiment.study, out=task.out, tell=tell, stop=stop,
+        transport, study=run.experiment.study, out=run.out, tell=tell, stop=stop,
         wait_s=SIMULATED_WAIT_S if transport.simulated else wait_s,
     )  # fmt: skip
-    task.run(engine, tell)
+    run.run(engine, tell)
 
 
 def run_under_flower(
@@ -197,14 +197,14 @@ def run_under_flower(
     from flwr.simulation import run_simulation  # no device needs it, and it is a third of a client's start
 
     # Flower's workers have working folders of their own.
-    task, stop, ended = FlowerRun(experiment, out.resolve(), resume, tuple(notes)), threading.Event(), threading.Event()
+    run, stop, ended = FlowerRun(experiment, out.resolve(), resume, tuple(notes)), threading.Event(), threading.Event()
     raised: list[BaseException] = []
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         try:
-            _run(task, grid, tell, stop, wait_s=SIMULATED_WAIT_S)
+            _run(run, grid, tell, stop, wait_s=SIMULATED_WAIT_S)
         except BaseException as error:  # also KeyboardInterrupt, which Flower would lose in its thread
             raised.append(error)
         finally:
@@ -214,7 +214,7 @@ def run_under_flower(
         with _quiet(), interruptible(stop):
             run_simulation(
                 server_app=app,
-                client_app=make_client_app(str(task.out), restarts=True, step=step),
+                client_app=make_client_app(str(run.out), restarts=True, step=step),
                 num_supernodes=experiment.study.clients.count,
                 backend_config={
                     "init_args": {

@@ -16,7 +16,7 @@ from fedlth.errors import StudyError
 from fedlth.federation.client_step import client_step
 from fedlth.federation.jobs import Failure, Job, Reply
 from fedlth.storage.store import Store
-from fedlth.training.task import forget_worlds
+from fedlth.training.task import forget_tasks
 
 Step = Callable[[Job], Reply]
 
@@ -114,7 +114,7 @@ def bounded(step: Step, job: Job, timeout_s: float) -> Reply | Failure:
     def target() -> None:
         import torch
 
-        torch.set_num_threads(1)  # a thread's own setting for BLAS; open_world sets it for the thread that built it
+        torch.set_num_threads(1)  # a thread's own setting for BLAS; open_task sets it for the thread that built it
         try:
             answers.append(attempt(step, job))
         except BaseException as error:  # sys.exit in a step ends the step, not the node
@@ -126,5 +126,5 @@ def bounded(step: Step, job: Job, timeout_s: float) -> Reply | Failure:
     if answers:
         return answers[0]
     HUNG.append(thread)
-    forget_worlds()  # the hung step holds this world's one module; the next step gets another
+    forget_tasks()  # the hung step holds this world's one module; the next step gets another
     return Failure(round=job.round, client=job.client, kind="hung", reason=f"no answer within {timeout_s:g} s")

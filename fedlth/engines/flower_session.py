@@ -40,7 +40,7 @@ class FlowerRun:
             session.start(self.experiment, self.notes, self.out, engine, tell)
 
 
-def task_of(run_config: Mapping[str, Any], app_dir: Path) -> FlowerRun | None:
+def run_of(run_config: Mapping[str, Any], app_dir: Path) -> FlowerRun | None:
     """Return what `flwr run --run-config` asks for; None where that run has ended and no client is to be visited again.
 
     `study` is a path in the app (Flower runs an installed copy) or an absolute one, `out` an absolute folder,

@@ -17,7 +17,7 @@ from fedlth.engines.inprocess import one_line
 from fedlth.engines.pool import Limits, Lost, Pool, Tell, quiet
 from fedlth.engines.worker import Worker
 from fedlth.federation.jobs import Again, Answers, Job, never
-from fedlth.training.task import open_world
+from fedlth.training.task import open_task
 
 START_S = 300.0
 
@@ -28,7 +28,7 @@ def usable_cpus() -> int:
 
 
 class Forked:
-    """Workers forked at the first map, when the study's world is built: one copy of it serves all of them.
+    """Workers forked at the first map, when the study's task is built: one copy of it serves all of them.
 
     Which worker does a job changes nothing but times. The work of one that dies is done again (see `Pool`); one that
     takes longer than `job_timeout_s` costs the job in hand. A fresh one takes its place.
@@ -46,7 +46,7 @@ class Forked:
         if first is None:
             return
         if self._pool is None:
-            open_world(first.study).warm()
+            open_task(first.study).warm()
             forks = Forks()
             given = {"path": (), "folder": os.getcwd(), "memory_mb": None}
             self._pool = Pool(

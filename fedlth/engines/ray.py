@@ -26,7 +26,7 @@ class RayEngine:
     """Workers of a Ray cluster; connected at the first map, so that a study's mistakes are told before.
 
     `job_timeout_s` limits a job from the moment a worker has it; `start_timeout_s` limits a worker's start, the
-    building of the study's world included. Raises StudyError for a placement that cannot be.
+    building of the study's task included. Raises StudyError for a placement that cannot be.
     """
 
     name = "ray"

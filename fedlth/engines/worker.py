@@ -51,7 +51,7 @@ class Worker:
         self._last: dict[int, bytes] = {}
 
     def start(self, study: str, *, path: Sequence[str], folder: str, memory_mb: int | None) -> Born:
-        """Import, limit memory, and build the study's world, so that a job's time limit covers the job alone.
+        """Import, limit memory, and build the study's task, so that a job's time limit covers the job alone.
 
         `path` and `folder` are the driver's, so that the user's own modules and relative paths are found here.
         """
@@ -59,13 +59,13 @@ class Worker:
         if Path(folder).is_dir():  # on another machine it may not be there, and then no path can be relative to it
             os.chdir(folder)
         importlib.import_module("fedlth.federation.client_step")
-        from fedlth.training.task import open_world
+        from fedlth.training.task import open_task
 
         if memory_mb is not None:
             limit_memory(memory_mb)
-        # What is wrong with the world is told by the job that needs it, as the in-process engine would.
+        # What is wrong with the task is told by the job that needs it, as the in-process engine would.
         with contextlib.suppress(Exception):
-            open_world(study)
+            open_task(study)
         return Born(os.getpid(), platform.node(), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
     def step(self, parcels: Sequence[Parcel], study: str, *payloads: bytes) -> list[Reply | Failure]:

@@ -33,7 +33,7 @@ from fedlth.tickets.rewind import REWINDS
 from fedlth.tickets.schedule import SCHEDULES
 from fedlth.tickets.scope import SCOPES
 from fedlth.tickets.score import SCORES
-from fedlth.training.task import World, open_world
+from fedlth.training.task import Task, open_task
 from fedlth.wire.codec import CODECS, Codec
 
 KEPT_FIRST = ("ticket", "own_tuned", "own", "dense", "local")  # tuned before untuned, personal before dense
@@ -41,7 +41,7 @@ KEPT_FIRST = ("ticket", "own_tuned", "own", "dense", "local")  # tuned before un
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a resolved study means. Cheap to make: data and model are built when `world` is first asked for."""
+    """What a resolved study means. Cheap to make: data and model are built when `task` is first asked for."""
 
     study: Study
     method: FederatedMethod
@@ -60,9 +60,9 @@ class Experiment:
         return self.study.science()
 
     @property
-    def world(self) -> World:
+    def task(self) -> Task:
         """The world, asked for each time: after a hung step it is another (forget_worlds)."""
-        return open_world(self.text)
+        return open_task(self.text)
 
     @cached_property
     def codec(self) -> Codec:
@@ -122,7 +122,7 @@ class Experiment:
     def clients(self, phase: Phase, round: int) -> list[int]:
         """Return who takes part in a round, sorted."""
         everyone = range(self.study.clients.count)
-        seen = [c for c in everyone if c not in self.world.splits.unseen]
+        seen = [c for c in everyone if c not in self.task.splits.unseen]
         draw = rng.stream(self.study.seed, f"sample {phase.name}", round)
         return phase.who(round, seen=seen, everyone=everyone, rng=draw)
 
@@ -153,30 +153,30 @@ class Experiment:
         """Return the layout of a message's kind."""
         if self.method.space == "scores" or kind == "scores":
             return self._scores
-        return self.world.exchange
+        return self.task.exchange
 
     @cached_property
     def _scores(self) -> Layout:
-        return self.world.exchange.select(lambda e: e.prunable)
+        return self.task.exchange.select(lambda e: e.prunable)
 
     def initial(self) -> Params:
         """Return round 0's global state, which both ends draw from the study's seed."""
-        world = self.world
-        return world.shared_part(world.theta_0) if self.method.space == "weights" else first_scores(world)
+        task = self.task
+        return task.shared_part(task.theta_0) if self.method.space == "weights" else first_scores(task)
 
     def first_mask(self, client: int) -> np.ndarray | None:
         """Return what a client shares before it has chosen, (exchange.num_prunable,) bool; None for everything."""
         if self.method.first_mask == Dense():
             return None
-        mask = self.world.shared_mask(self.method.first_mask(self.world, client))
+        mask = self.task.shared_mask(self.method.first_mask(self.task, client))
         return None if mask.all() else mask
 
     def first_state(self, client: int) -> ClientState:
         """Return what a client holds before its first visit: of personal tensors, only it keeps the first mask."""
-        world = self.world
-        if self.method.first_mask == Dense() or world.exchange.num_prunable == world.layout.num_prunable:
+        task = self.task
+        if self.method.first_mask == Dense() or task.exchange.num_prunable == task.layout.num_prunable:
             return ClientState()
-        return ClientState(masks={"active": self.method.first_mask(world, client)})
+        return ClientState(masks={"active": self.method.first_mask(task, client)})
 
     @cached_property
     def rewind_targets(self) -> list[str]:
@@ -209,7 +209,7 @@ class Experiment:
     @property
     def random_starts(self) -> tuple[str, ...]:
         """The names of the weights that the arm `random` starts from."""
-        return ("theta_g", "theta_0") if self.world.model.brought else ("theta_g", "theta_0", "reinit")
+        return ("theta_g", "theta_0") if self.task.model.brought else ("theta_g", "theta_0", "reinit")
 
 
 def open_experiment(text: str) -> Experiment:

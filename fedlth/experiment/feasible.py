@@ -17,7 +17,7 @@ from fedlth.rng import stream
 from fedlth.study.schema import Study
 from fedlth.tickets.finder import Finder
 from fedlth.training.batches import batches
-from fedlth.training.task import World
+from fedlth.training.task import Task
 
 
 def check(study: Study, experiment: Experiment) -> list[str]:
@@ -26,14 +26,14 @@ def check(study: Study, experiment: Experiment) -> list[str]:
     Raises StudyError where a schedule or scope fails, a density keeps no weight, or a move of the mask or a rewind
     lies beyond some client's training.
     """
-    finder, arms, world = experiment.finder, set(experiment.arms), experiment.world
+    finder, arms, task = experiment.finder, set(experiment.arms), experiment.task
     if arms & (CUT | LONG):
-        _check_masks(finder, study.finder.densities, world.layout, dry=bool(arms & CUT))
+        _check_masks(finder, study.finder.densities, task.layout, dry=bool(arms & CUT))
     for event in ("before", "after"):  # a method that prunes in its rounds has a target of its own
         target = getattr(getattr(experiment.method.own, event, None), "density", None)
-        if isinstance(target, float) and not round(target * world.layout.num_prunable):
-            raise _empty("method.density", target, world.layout.num_prunable, "prunable weights")
-    _check_steps(world, finder, arms)
+        if isinstance(target, float) and not round(target * task.layout.num_prunable):
+            raise _empty("method.density", target, task.layout.num_prunable, "prunable weights")
+    _check_steps(task, finder, arms)
     return _notes(study, experiment)
 
 
@@ -64,7 +64,7 @@ def _empty(place: str, density: float, size: int, what: str) -> StudyError:
     return StudyError(f"{place}: must keep at least one of the {size:,} {what}, got {density:g}, which keeps none")
 
 
-def _check_steps(world: World, finder: Finder, arms: set[str]) -> None:
+def _check_steps(task: Task, finder: Finder, arms: set[str]) -> None:
     """Refuse a step to go back to, or a move of the mask, that the client with the fewest steps does not reach."""
     rewind, regrow = getattr(finder.rewind, "steps", 0), getattr(finder.schedule, "regrow", None)
     if not isinstance(rewind, int):
@@ -74,8 +74,8 @@ def _check_steps(world: World, finder: Finder, arms: set[str]) -> None:
         ("rewind", rewind if arms & FINDER["rewind"] else 0),
         ("schedule", max((m for m in moves if m is not None), default=0) if arms & FINDER["schedule"] - LONG else 0),
     )
-    sizes = [len(split.train) for split in world.splits.clients]
-    client, p, size = int(np.argmin(sizes)), world.study.personalise, world.study.train.batch_size
+    sizes = [len(split.train) for split in task.splits.clients]
+    client, p, size = int(np.argmin(sizes)), task.study.personalise, task.study.train.batch_size
     steps = p.epochs * len(batches(sizes[client], size, stream(0, "steps")))
     for part, step in last:
         if step >= steps:
@@ -87,10 +87,10 @@ def _check_steps(world: World, finder: Finder, arms: set[str]) -> None:
 
 def _notes(study: Study, experiment: Experiment) -> list[str]:
     notes: list[str] = []
-    world = experiment.world
-    norms = [e for e in world.layout.entries if e.norm]
+    task = experiment.task
+    norms = [e for e in task.layout.entries if e.norm]
     if study.given("model.buffers") and experiment.federated:
-        local = world.layout.num_floats + world.layout.num_ints - world.exchange.num_floats - world.exchange.num_ints
+        local = task.layout.num_floats + task.layout.num_ints - task.exchange.num_floats - task.exchange.num_ints
         if not norms or (study.model.buffers != "aggregate" and not local):
             what = "norm" if not norms else "norm with running statistics"
             notes.append(f"model.buffers: has no effect, {study.model.name} has no {what}")

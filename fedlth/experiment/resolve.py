@@ -20,7 +20,7 @@ from fedlth.storage.server_state import ServerState
 from fedlth.study.schema import Study
 from fedlth.tickets.rewind import ToInit
 from fedlth.training import cohort_size
-from fedlth.training.task import open_world
+from fedlth.training.task import open_task
 
 
 def resolve(study: Study) -> tuple[Experiment, list[str]]:
@@ -36,8 +36,8 @@ def resolve(study: Study) -> tuple[Experiment, list[str]]:
     notes += why + _checked(experiment) + feasible.check(study, experiment)
     _check_rules(experiment)
     if resolved.device == "auto" and resolved.engine == "inprocess":  # elsewhere each worker's machine decides
-        resolved = resolved.model_copy(update={"device": experiment.world.device})
-    size, why = cohort_size.decided(resolved, open_world(resolved.science()), engine=resolved.engine)
+        resolved = resolved.model_copy(update={"device": experiment.task.device})
+    size, why = cohort_size.decided(resolved, open_task(resolved.science()), engine=resolved.engine)
     if size > 1 and experiment.method.space == "scores":
         name = experiment.method.name
         why.append(f"cohort: method {name} trains scores one client at a time; other trainings go together")
@@ -98,7 +98,7 @@ def _backend(experiment: Experiment) -> tuple[Study, list[str]]:
     study = experiment.study
     if study.compute != "auto":
         return study, []
-    table = experiment.world.table
+    table = experiment.task.table
     if isinstance(table, str):
         return study.model_copy(update={"compute": "tuned"}), [
             f"compute: tuned, because the kernel cannot run: {table}"
@@ -115,18 +115,18 @@ def _checked(experiment: Experiment) -> list[str]:
     Another initialisation of a model that brings its weights would be those weights again: a rewind to it is
     refused, and the arm `random` does without.
     """
-    world, arms = experiment.world, set(experiment.arms)
-    notes = world.probe()
+    task, arms = experiment.task, set(experiment.arms)
+    notes = task.probe()
     if experiment.finder.rewind.anchor == "reinit" and arms & {"ticket", "one_shot", "random"}:
-        refuse(world.model.brought, "finder.rewind")
-    if "random" in arms and world.model.brought:
-        notes.append(f"arm random: starts from {' and '.join(experiment.random_starts)} alone; {world.model.brought}")
-    world.capacity(0)  # says what is wrong with clients.capacity
+        refuse(task.model.brought, "finder.rewind")
+    if "random" in arms and task.model.brought:
+        notes.append(f"arm random: starts from {' and '.join(experiment.random_starts)} alone; {task.model.brought}")
+    task.capacity(0)  # says what is wrong with clients.capacity
     method = experiment.method
-    if method.space == "scores" and world.exchange.num_prunable != world.layout.num_prunable:
+    if method.space == "scores" and task.exchange.num_prunable != task.layout.num_prunable:
         raise StudyError(
             f"model.personal: must leave all that is prunable shared, method {method.name} learns one mask of it, got "
-            f"{list(world.study.model.personal or ())} and buffers {world.study.model.buffers}"
+            f"{list(task.study.model.personal or ())} and buffers {task.study.model.buffers}"
         )
     return notes
 

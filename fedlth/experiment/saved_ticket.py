@@ -21,25 +21,25 @@ from fedlth.storage import ticket_file
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.run_folder import RunFolder
 from fedlth.training.model_context import initial_module
-from fedlth.training.task import World
+from fedlth.training.task import Task
 
 
-def inputs(world: World) -> dict[str, Any]:
+def inputs(task: Task) -> dict[str, Any]:
     """Return what a ticket's metadata says of its network's inputs: with them the network is built without data."""
-    dtype = "int64" if world.dataset.x_train.dtype.kind == "i" else "float32"
-    shape = list(world.dataset.input_shape)
-    return {"num_classes": world.dataset.num_classes, "input_shape": shape, "input_dtype": dtype}
+    dtype = "int64" if task.dataset.x_train.dtype.kind == "i" else "float32"
+    shape = list(task.dataset.input_shape)
+    return {"num_classes": task.dataset.num_classes, "input_shape": shape, "input_dtype": dtype}
 
 
-def kept_ticket(world: World, state: ClientState) -> tuple[Params, np.ndarray]:
+def kept_ticket(task: Task, state: ClientState) -> tuple[Params, np.ndarray]:
     """Return the ticket in a client's state: whole params, and its mask (num_prunable,) bool."""
     mask, values = state.masks["ticket"], state.vectors["ticket"]
-    floats, kept = np.zeros(world.layout.moving.num_floats, np.float32), int(np.count_nonzero(mask))
+    floats, kept = np.zeros(task.layout.moving.num_floats, np.float32), int(np.count_nonzero(mask))
     floats[: mask.size][mask] = values[:kept]
     floats[mask.size :] = values[kept:]
     if "ticket_dead" in state.vectors:
         floats[: mask.size][~mask] = state.vectors["ticket_dead"]
-    return world.whole(Params(floats, state.vectors["ticket_ints"])), mask
+    return task.whole(Params(floats, state.vectors["ticket_ints"])), mask
 
 
 def load_ticket(run: str | Path, client: int) -> nn.Module:

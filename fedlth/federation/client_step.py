@@ -15,7 +15,7 @@ from fedlth.methods.client_update import THETA_G, UPDATE, Update
 from fedlth.methods.method import Phase
 from fedlth.personalization.personalise import EVALUATION
 from fedlth.storage.client_state import ClientState
-from fedlth.training.local_client import Local
+from fedlth.training.local_client import LocalClient
 from fedlth.wire import mask as bitmap
 from fedlth.wire import metrics, payload
 from fedlth.wire.errors import ReferenceLost
@@ -38,7 +38,7 @@ def client_step(job: Job) -> Reply:
     except ReferenceLost:
         return _resync(job, began, bytes.fromhex(bitmap.digest(known)) if known is not None else b"\1" * 8)
     # Streams of step 2 are the client's alone: which wave it is in must not matter.
-    local = Local(experiment.world, job.client, 0 if phase.in_waves else job.round, job.phase)
+    local = LocalClient(experiment.task, job.client, 0 if phase.in_waves else job.round, job.phase)
     update = phase.update(local, inbox, state)
     state, outbox = _encoded(job, experiment, phase, local, inbox[THETA_G], update)
     return Reply(
@@ -47,7 +47,7 @@ def client_step(job: Job) -> Reply:
         outbox=outbox,
         state=state.to_bytes(),
         seconds=time.perf_counter() - began,
-        device=experiment.world.device,
+        device=experiment.task.device,
         work=tuple(local.work),
     )
 
@@ -83,7 +83,7 @@ def _received(job: Job, experiment: Experiment, known: np.ndarray | None) -> dic
 
 
 def _encoded(
-    job: Job, experiment: Experiment, phase: Phase, local: Local, received: Content, update: Update
+    job: Job, experiment: Experiment, phase: Phase, local: LocalClient, received: Content, update: Update
 ) -> tuple[ClientState, tuple[Message, ...]]:
     """Return what goes up as messages, and the state after it: with what the client now shares, and what it owes.
 

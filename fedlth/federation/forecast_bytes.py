@@ -24,8 +24,8 @@ from fedlth.storage.server_state import ServerState
 from fedlth.storage.typed_record import as_record
 from fedlth.study.schema import Study
 from fedlth.tickets.scope import Layerwise
-from fedlth.training.local_client import Local
-from fedlth.training.task import World
+from fedlth.training.local_client import LocalClient
+from fedlth.training.task import Task
 from fedlth.wire import metrics, payload
 from fedlth.wire.codec import DELTA, STEP, Codec
 from fedlth.wire.payload import Content
@@ -76,13 +76,13 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
     visit_s: the seconds that a client's visit takes here. Only a training tells how far an update lies from its
     download: under a codec of differences a few visits are tried, unless they would take longer than TRIAL_S.
     """
-    world, study, codec, method = experiment.world, experiment.study, experiment.codec, experiment.method
+    task, study, codec, method = experiment.task, experiment.study, experiment.codec, experiment.method
     if not experiment.federated:
         return Forecast(Bytes(0), Bytes(_arms_bytes(experiment)))
     dense = not method.slices
     shrinking: Shrinking | None = Shrinking() if dense else getattr(method.own, "shrinking", None)
     tried = _tried(experiment, visit_s) if dense and method.space == "weights" and DELTA in codec.values else ()
-    wire = _Wire(experiment, tried or _noise(world, codec), _later(experiment, tried))
+    wire = _Wire(experiment, tried or _noise(task, codec), _later(experiment, tried))
     down, up = _sums(wire, shrinking or Shrinking(), pruned=True)
     sure = shrinking is not None and shrinking.sure
     most = (down, up) if sure else _sums(wire, shrinking or Shrinking(), pruned=False)
@@ -207,13 +207,13 @@ def _may_stop(study: Study) -> bool:
 def _sums(wire: _Wire, shrinking: Shrinking, *, pruned: bool) -> tuple[float, float]:
     """Return the bytes down and up, if every prune happens or none does (a mask is then paid for all the same)."""
     experiment, densities = wire.experiment, shrinking.densities
-    world, study, method = experiment.world, experiment.study, experiment.method
+    task, study, method = experiment.task, experiment.study, experiment.method
     count, own = study.clients.count, experiment.federated_phases
     first = len(experiment.clients(own[0], 1)) if own else 0
     unknown = method.slices and len(densities) == 1
     steps, behind = _prunes(experiment, shrinking)
     down = float(first * (wire.broadcast(experiment.initial()) - wire.model))
-    up = float(sum(steps.values()) * _visit_bytes(world) + _arms_bytes(experiment))
+    up = float(sum(steps.values()) * _visit_bytes(task) + _arms_bytes(experiment))
     earlier = _earlier(wire)
     down, up = down + earlier[0], up + earlier[1]
     for (before, after), number in steps.items():
@@ -238,7 +238,7 @@ def _sums(wire: _Wire, shrinking: Shrinking, *, pruned: bool) -> tuple[float, fl
         more = study.refine.rounds * study.refine.clients_per_round
         down += (more + count) * wire.kept(density)
         up += count * wire.bare_mask(min(density, 0.5))
-        up += more * (wire.update(density) + _visit_bytes(world))
+        up += more * (wire.update(density) + _visit_bytes(task))
     return down, up
 
 
@@ -261,38 +261,38 @@ def _earlier(wire: _Wire) -> tuple[float, float]:
         if phase in experiment.federated_phases[:-1]:
             count = len(experiment.clients(phase, number))
             down += count * wire.model
-            up += count * (_visit_bytes(experiment.world) + sum(wire.message(kind) for _, kind in phase.update.sends))
+            up += count * (_visit_bytes(experiment.task) + sum(wire.message(kind) for _, kind in phase.update.sends))
     return down, up
 
 
 def _tried(experiment: Experiment, visit_s: float) -> Moved:
     """Try the visits of a few clients, small to large, from theta_0 and from the mean of what they made of it."""
-    world = experiment.world
-    parts, unseen = world.splits.clients, world.splits.unseen
+    task = experiment.task
+    parts, unseen = task.splits.clients, task.splits.unseen
     clients = sorted((len(part.train), c) for c, part in enumerate(parts) if c not in unseen)
     number = min(TRIED, len(clients), int(TRIAL_S / (2 * visit_s)))
-    if not number or not world.study.federate.rounds:
+    if not number or not task.study.federate.rounds:
         return ()
     chosen = [clients[int((i + 0.5) * len(clients) / number)][1] for i in range(number)]
     found: list[tuple[Params, Params]] = []
-    theta = world.theta_0
+    theta = task.theta_0
     for round in (1, 2):
         ends = []
-        for local in (Local(world, client, round, "forecast") for client in chosen):
+        for local in (LocalClient(task, client, round, "forecast") for client in chosen):
             with suppress(Exception):  # who cannot train, or diverges, is not tried: that is for the run to say
                 ends.append(local.train(theta, recipe=local.recipe).params)
         if not ends:
             break
-        found += [(world.shared_part(theta), world.shared_part(end)) for end in ends]
+        found += [(task.shared_part(theta), task.shared_part(end)) for end in ends]
         theta = Params(np.mean([end.floats for end in ends], axis=0).astype(np.float32), ends[0].ints)
     return tuple(found)
 
 
-def _noise(world: World, codec: Codec) -> Moved:
+def _noise(task: Task, codec: Codec) -> Moved:
     """Return an update that is noise: of all updates of one size it takes the most steps to tell."""
     if not codec.feedback:
         return ()
-    theta = world.shared_part(world.theta_0)
+    theta = task.shared_part(task.theta_0)
     noise = rng.stream(0, "forecast").normal(0, 0.1 * float(np.std(theta.floats)) or 1.0, theta.floats.size)
     return ((theta, Params((theta.floats + noise).astype(np.float32), theta.ints)),)
 
@@ -310,18 +310,18 @@ def _later(experiment: Experiment, tried: Moved) -> Params:
     return tried[-1][0] if tried else first
 
 
-def _visit_bytes(world: World) -> int:
-    examples = max(len(split.train) for split in world.splits.clients)
+def _visit_bytes(task: Task) -> int:
+    examples = max(len(split.train) for split in task.splits.clients)
     return len(metrics.encode({"num_examples": examples, "loss": 0.0, "val_accuracy": 0.0, "density": 1.0}))
 
 
 def _arms_bytes(experiment: Experiment) -> int:
     """Return the bytes of all clients' rows of step 2; a row is as long whatever its numbers are."""
-    study, world = experiment.study, experiment.world
-    local = Local(world, study.clients.count - 1, 0, "forecast")
+    study, task = experiment.study, experiment.task
+    local = LocalClient(task, study.clients.count - 1, 0, "forecast")
     dense = DENSE if experiment.method.space == "weights" else {"local"}
-    row = as_record(row_of(local, Result(arm="", params=world.theta_0, mask=local.full, start="theta_g")))
-    row["num_train"] = max(len(split.train) for split in world.splits.clients)
+    row = as_record(row_of(local, Result(arm="", params=task.theta_0, mask=local.full, start="theta_g")))
+    row["num_train"] = max(len(split.train) for split in task.splits.clients)
     sent = [arm for arm in experiment.arms for _ in (study.finder.densities if arm in EACH_TARGET else (1,))]
     rows = [{**row, "arm": arm, "ticket": "" if arm in dense else "0" * 16} for arm in sent]
     refined = [[{**row, "arm": "refined", "ticket": "0" * 16}]] if study.refine.rounds else []

@@ -152,18 +152,18 @@ class Replies:
 
     def _asked(self, client: int) -> Asked:
         """Return what the server knows of a client's answer before it comes."""
-        splits = self.experiment.world.splits
+        splits = self.experiment.task.splits
         return replace(self._asked_of_all, split=splits.clients[client], unseen=client in splits.unseen)
 
     @cached_property
     def _asked_of_all(self) -> Asked:
         experiment, phase = self.experiment, self.phase
-        layout, sends = experiment.world.layout, phase.update.sends
+        layout, sends = experiment.task.layout, phase.update.sends
         arms: tuple[str, ...] = ()
         if phase.in_waves:
             arms = ("refined",) if phase.name == "refined" else tuple(map(row_name, experiment.arms))
         return Asked(
-            split=experiment.world.splits.clients[0], unseen=False, own_mask=phase.own_mask,
+            split=experiment.task.splits.clients[0], unseen=False, own_mask=phase.own_mask,
             sends={name: (kind, experiment.layout_of(kind)) for name, kind in sends}, arms=frozenset(arms),
             targets=frozenset((1.0, *experiment.study.finder.densities, experiment.main_density)),
             layers=frozenset(e.name for e in layout.prunable),

@@ -46,7 +46,7 @@ def resume(out: Path, engine: Engine, tell: Tell) -> RunFolder:
     """
     folder = RunFolder(out)
     experiment = Experiment.of(folder.study())
-    study, world = experiment.study, experiment.world
+    study, task = experiment.study, experiment.task
     with folder.locked():
         header = folder.header()
         if header and header.finished and not missing(folder):
@@ -57,7 +57,7 @@ def resume(out: Path, engine: Engine, tell: Tell) -> RunFolder:
             kernel.warm(tell)
         if not header:
             _write_header(folder, experiment, engine)
-        elif (header.data_digest, header.partition_digest) != (world.dataset.digest(), world.splits.digest):
+        elif (header.data_digest, header.partition_digest) != (task.dataset.digest(), task.splits.digest):
             raise StudyError(f"{out}: must go on with the data that it began with, got others")
         elif header.num_exchanged != experiment.layout.num_floats:
             raise StudyError(
@@ -105,7 +105,7 @@ def _finish(federation: Federation) -> None:
     digests: dict[str, str] = {}
     away = 0
     experiment, folder = federation.experiment, federation.folder
-    study, world = experiment.study, experiment.world
+    study, task = experiment.study, experiment.task
     states = folder.devices if federation.engine.holds_state else folder.clients
     for client in range(study.clients.count):
         version = federation.progress.versions.get(str(client), "")
@@ -121,11 +121,11 @@ def _finish(federation: Federation) -> None:
             continue
         meta = {
             "study": study.study, "method": experiment.method.name, "seed": study.seed, "client": client, "arm": arm,
-            **saved_ticket.inputs(world),
+            **saved_ticket.inputs(task),
         }  # fmt: skip
-        params, mask = saved_ticket.kept_ticket(world, state)
+        params, mask = saved_ticket.kept_ticket(task, state)
         place = folder.root / "tickets"
-        digests[str(client)] = ticket_file.save(place, study.tickets, world.layout, params, mask, meta)
+        digests[str(client)] = ticket_file.save(place, study.tickets, task.layout, params, mask, meta)
     if away:
         federation.tell(f"note: {away} tickets stay with their clients; only their masks' names are here")
     folder.write(Digests(federation.theta.digest(), digests))
@@ -133,9 +133,9 @@ def _finish(federation: Federation) -> None:
 
 def _write_header(folder: RunFolder, experiment: Experiment, engine: Engine, ended: Federation | None = None) -> None:
     """Write what is true of the whole run; once it has `ended`, a dense download is that of its last global model."""
-    study, world, method = experiment.study, experiment.world, experiment.method
-    theta = ended.theta if ended and experiment.trains_weights else world.shared_part(world.theta_0)
-    dense = broadcast("values", "", theta, world.exchange, experiment.codec)
+    study, task, method = experiment.study, experiment.task, experiment.method
+    theta = ended.theta if ended and experiment.trains_weights else task.shared_part(task.theta_0)
+    dense = broadcast("values", "", theta, task.exchange, experiment.codec)
     header = Header(
         study=study.study,
         method=method.name,
@@ -146,23 +146,23 @@ def _write_header(folder: RunFolder, experiment: Experiment, engine: Engine, end
         cohort=int(study.cohort),
         versions=versions(),
         commit=_commit(),
-        partition_digest=world.splits.digest,
-        data_digest=world.dataset.digest(),
+        partition_digest=task.splits.digest,
+        data_digest=task.dataset.digest(),
         num_clients=study.clients.count,
-        unseen=sorted(world.splits.unseen),
-        num_classes=world.dataset.num_classes,
-        client_labels=[label_counts(world.dataset, s) for s in world.splits.clients],
+        unseen=sorted(task.splits.unseen),
+        num_classes=task.dataset.num_classes,
+        client_labels=[label_counts(task.dataset, s) for s in task.splits.clients],
         layers=[
-            Layer(e.name, list(e.shape), e.size, e.prunable, world.model.flops.get(e.name, 0))
-            for e in world.layout.floats
+            Layer(e.name, list(e.shape), e.size, e.prunable, task.model.flops.get(e.name, 0))
+            for e in task.layout.floats
             if e.role == "param"
         ],
-        num_parameters=world.layout.num_params,
-        num_prunable=world.layout.num_prunable,
+        num_parameters=task.layout.num_params,
+        num_prunable=task.layout.num_prunable,
         num_exchanged=experiment.layout.num_floats,
         dense_payload_bytes=len(dense.payload),
-        dense_raw_bytes=4 * world.exchange.num_floats + 8 * world.exchange.num_ints,
-        flops_forward_per_example=world.model.flops[""],
+        dense_raw_bytes=4 * task.exchange.num_floats + 8 * task.exchange.num_ints,
+        flops_forward_per_example=task.model.flops[""],
         random_starts=list(experiment.random_starts) if "random" in experiment.arms else [],
         phases=[
             Phase(name=p.name, rounds=p.rounds, step=2 - (p in experiment.federated_phases), joins=bool(p.join))

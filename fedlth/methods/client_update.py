@@ -10,7 +10,7 @@ import numpy as np
 
 from fedlth.models.layout import Params
 from fedlth.storage.client_state import ClientState
-from fedlth.training.local_client import Local
+from fedlth.training.local_client import LocalClient
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingResult
 from fedlth.wire.payload import Content
@@ -39,7 +39,7 @@ class ClientUpdate(Protocol):
     @property
     def sends(self) -> tuple[tuple[str, str], ...]: ...
 
-    def __call__(self, local: Local, inbox: Inbox, state: ClientState, /) -> Update: ...
+    def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update: ...
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ class PersonalUpdate(ClientUpdate, Protocol):
     """An update that gives the client a model of its own: what the arms `own` and `own_tuned` evaluate.
 
     Two attributes may say more: `granularity`, of what the method's masks are made where that is not single weights;
-    `passes(world, visits)`, how many trainings an epoch is to a client after so many own visits, where it is not one.
+    `passes(task, visits)`, how many trainings an epoch is to a client after so many own visits, where it is not one.
     """
 
-    def own(self, local: Local, inbox: Inbox, state: ClientState, /) -> Own:
+    def own(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Own:
         """Return the client's model as it is after a download."""
         ...
 
-    def tune(self, local: Local, inbox: Inbox, state: ClientState, recipe: TrainingRecipe, /) -> Own:
+    def tune(self, local: LocalClient, inbox: Inbox, state: ClientState, recipe: TrainingRecipe, /) -> Own:
         """Return the client's model after more of the method's own local training, nothing uploaded.
 
         `recipe` is that of every arm: its epochs, learning rate and schedule.
@@ -101,7 +101,7 @@ class Event(Protocol):
     def snapshots(self) -> tuple[int, ...]: ...
 
     def __call__(
-        self, local: Local, params: Params, mask: np.ndarray, trained: TrainingResult | None, /
+        self, local: LocalClient, params: Params, mask: np.ndarray, trained: TrainingResult | None, /
     ) -> tuple[Params, np.ndarray]: ...
 
 
@@ -113,7 +113,7 @@ class Keep:
     shrinking: ClassVar[Shrinking] = Shrinking()
 
     def __call__(
-        self, local: Local, params: Params, mask: np.ndarray, trained: TrainingResult | None, /
+        self, local: LocalClient, params: Params, mask: np.ndarray, trained: TrainingResult | None, /
     ) -> tuple[Params, np.ndarray]:
         return params, mask
 
@@ -125,22 +125,22 @@ def received_params(content: Content) -> Params:
     return Params(content.floats, content.ints)
 
 
-def private(local: Local, state: ClientState) -> Params:
+def private(local: LocalClient, state: ClientState) -> Params:
     """Return the client's whole params so far: theta_0, with its own personal tensors and norms where it has any."""
     kept = state.vectors.get("private")
-    return local.world.theta_0 if kept is None else local.world.whole(Params(kept, state.vectors["private_ints"]))
+    return local.task.theta_0 if kept is None else local.task.whole(Params(kept, state.vectors["private_ints"]))
 
 
-def merged(local: Local, inbox: Inbox, state: ClientState) -> Params:
+def merged(local: LocalClient, inbox: Inbox, state: ClientState) -> Params:
     """Return whole params: what was shared as it came, personal tensors and local norms as the client left them."""
-    return local.world.merge(received_params(inbox[THETA_G]), private(local, state))
+    return local.task.merge(received_params(inbox[THETA_G]), private(local, state))
 
 
-def kept_private(local: Local, state: ClientState, params: Params) -> ClientState:
+def kept_private(local: LocalClient, state: ClientState, params: Params) -> ClientState:
     """Return the state with what does not cross of `params`, where anything does not."""
-    if local.world.exchange is local.world.layout.moving:
+    if local.task.exchange is local.task.layout.moving:
         return state
-    own = local.world.moving_part(params)
+    own = local.task.moving_part(params)
     return state.with_(vectors={"private": own.floats, "private_ints": own.ints})
 
 
@@ -158,13 +158,13 @@ class MaskedUpdate:
         found: Shrinking | None = getattr(self.before if self.after == Keep() else self.after, "shrinking", None)
         return found
 
-    def __call__(self, local: Local, inbox: Inbox, state: ClientState, /) -> Update:
-        held, world = self.own(local, inbox, state), local.world
+    def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
+        held, task = self.own(local, inbox, state), local.task
         val_accuracy = local.val_accuracy(held.params)
         params, mask = self.before(local, held.params, held.mask, None)
         trained = local.train(params, recipe=local.recipe, active=mask, snapshots=self.after.snapshots)
         params, mask = self.after(local, trained.params, mask, trained)
-        sent, shared = world.shared_part(params), world.shared_mask(mask)
+        sent, shared = task.shared_part(params), task.shared_mask(mask)
         metrics = {
             "loss": trained.loss,
             "val_accuracy": val_accuracy,
@@ -176,10 +176,10 @@ class MaskedUpdate:
         content = Content(shared, sent.floats, sent.ints)
         return Update(kept_private(local, new, params), {UPDATE: content}, metrics)
 
-    def own(self, local: Local, inbox: Inbox, state: ClientState, /) -> Own:
-        mask = local.world.whole_mask(inbox[THETA_G].mask, state.masks.get("active", local.full))
+    def own(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Own:
+        mask = local.task.whole_mask(inbox[THETA_G].mask, state.masks.get("active", local.full))
         return Own(merged(local, inbox, state).masked(mask), mask)
 
-    def tune(self, local: Local, inbox: Inbox, state: ClientState, recipe: TrainingRecipe, /) -> Own:
+    def tune(self, local: LocalClient, inbox: Inbox, state: ClientState, recipe: TrainingRecipe, /) -> Own:
         held = self.own(local, inbox, state)
         return Own(local.train(held.params, recipe=recipe, active=held.mask).params, held.mask)

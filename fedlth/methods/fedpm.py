@@ -16,28 +16,28 @@ from fedlth.methods.client_update import THETA_G, UPDATE, Inbox, Own, Update
 from fedlth.models.layout import Params
 from fedlth.storage.client_state import ClientState
 from fedlth.tickets.evidence import Lesson
-from fedlth.training.local_client import Local
+from fedlth.training.local_client import LocalClient
 from fedlth.training.recipe import TrainingRecipe
-from fedlth.training.task import World
+from fedlth.training.task import Task
 from fedlth.wire.payload import Content
 
 
-def frozen_weights(world: World) -> Params:
+def frozen_weights(task: Task) -> Params:
     """Return the frozen net: each prunable weight plus or minus its layer's Kaiming constant sqrt(2 / fan_in).
 
     Signs come from a stream of the run's seed, so seed and mask are the whole model. The rest is theta_0's.
     """
-    floats = world.theta_0.floats.copy()
-    signs = rng.stream(world.study.seed, "signed constant")
-    for e in world.layout.prunable:
+    floats = task.theta_0.floats.copy()
+    signs = rng.stream(task.study.seed, "signed constant")
+    for e in task.layout.prunable:
         fan_in = e.size // e.shape[0]
         floats[e.slice] = np.where(signs.random(e.size) < 0.5, -1.0, 1.0) * math.sqrt(2 / fan_in)
-    return replace(world.theta_0, floats=floats)
+    return replace(task.theta_0, floats=floats)
 
 
-def first_scores(world: World) -> Params:
+def first_scores(task: Task) -> Params:
     """Return scores whose sigmoids are uniform in (0, 1): where FedPM starts."""
-    draw = rng.stream(world.study.seed, "first scores").uniform(0.01, 0.99, world.layout.num_prunable)
+    draw = rng.stream(task.study.seed, "first scores").uniform(0.01, 0.99, task.layout.num_prunable)
     return Params(np.log(draw / (1 - draw)).astype(np.float32), np.zeros(0, np.int64))
 
 
@@ -51,27 +51,27 @@ class ScoreUpdate:
     lr: float
     sends: tuple[tuple[str, str], ...] = ((UPDATE, "mask"),)
 
-    def __call__(self, local: Local, inbox: Inbox, state: ClientState, /) -> Update:
+    def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         val_accuracy = local.val_accuracy(self.own(local, inbox, state).params)
         scores, loss = self._train(local, _scores(inbox), local.recipe.budget.epochs)
         mask = local.rng("upload mask").random(scores.size) < 1 / (1 + np.exp(-scores.astype(np.float64)))
         metrics = {"loss": loss, "val_accuracy": val_accuracy, "density": float(mask.mean())}
         return Update(replace(state, visits=state.visits + 1), {UPDATE: Content(mask, None, None)}, metrics)
 
-    def own(self, local: Local, inbox: Inbox, state: ClientState, /) -> Own:
+    def own(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Own:
         return self._likely(local, _scores(inbox))
 
-    def tune(self, local: Local, inbox: Inbox, state: ClientState, recipe: TrainingRecipe, /) -> Own:
+    def tune(self, local: LocalClient, inbox: Inbox, state: ClientState, recipe: TrainingRecipe, /) -> Own:
         return self._likely(local, self._train(local, _scores(inbox), recipe.budget.epochs)[0])
 
-    def _likely(self, local: Local, scores: np.ndarray) -> Own:
+    def _likely(self, local: LocalClient, scores: np.ndarray) -> Own:
         """Return the net of the weights that are more likely there than not (no dice in an evaluation)."""
         mask = scores > 0
-        return Own(frozen_weights(local.world).masked(mask), mask)
+        return Own(frozen_weights(local.task).masked(mask), mask)
 
-    def _train(self, local: Local, start: np.ndarray, epochs: int) -> tuple[np.ndarray, float]:
+    def _train(self, local: LocalClient, start: np.ndarray, epochs: int) -> tuple[np.ndarray, float]:
         lesson = Lesson(rule="bernoulli", alive=local.full, density=1.0, epochs=epochs, lr=self.lr)
-        return local.learn(frozen_weights(local.world), start, lesson)
+        return local.learn(frozen_weights(local.task), start, lesson)
 
 
 def _scores(inbox: Inbox) -> np.ndarray:

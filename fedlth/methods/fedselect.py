@@ -26,9 +26,9 @@ from fedlth.models.layout import Params
 from fedlth.storage.client_state import ClientState
 from fedlth.tickets.score import Movement, Score
 from fedlth.tickets.select import keep_top
-from fedlth.training.local_client import Local
+from fedlth.training.local_client import LocalClient
 from fedlth.training.recipe import TrainingRecipe
-from fedlth.training.task import World
+from fedlth.training.task import Task
 from fedlth.wire.payload import Content
 
 
@@ -54,41 +54,41 @@ class SelectUpdate:
         """How the shared mask shrinks."""
         return Shrinking(geometric(self.rate, 1 - self.limit), every=self.every)
 
-    def __call__(self, local: Local, inbox: Inbox, state: ClientState, /) -> Update:
+    def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         held, shared = self.own(local, inbox, state), _shared(local, inbox)
         val_accuracy = local.val_accuracy(held.params)
         params, loss = self._alternate(local, held.params, shared, local.recipe)
         visits = state.visits + 1
         if visits % self.every == 0:
             shared = self._grow(local, held.params, params, shared)
-        own = local.world.moving_part(params)
+        own = local.task.moving_part(params)
         new = replace(state, visits=visits).with_(vectors={"private": own.floats, "private_ints": own.ints})
-        sent = local.world.shared_part(params.masked(shared))
+        sent = local.task.shared_part(params.masked(shared))
         metrics = {"loss": loss, "val_accuracy": val_accuracy, "density": float(shared.mean())}
-        return Update(new, {UPDATE: Content(local.world.shared_mask(shared), sent.floats, sent.ints)}, metrics)
+        return Update(new, {UPDATE: Content(local.task.shared_mask(shared), sent.floats, sent.ints)}, metrics)
 
-    def own(self, local: Local, inbox: Inbox, state: ClientState, /) -> Own:
+    def own(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Own:
         shared, mine = _shared(local, inbox), private(local, state)
         whole = merged(local, inbox, state)
         floats = whole.floats.copy()
         floats[: shared.size][~shared] = mine.floats[: shared.size][~shared]
         return Own(replace(whole, floats=floats), local.full)
 
-    def tune(self, local: Local, inbox: Inbox, state: ClientState, recipe: TrainingRecipe, /) -> Own:
+    def tune(self, local: LocalClient, inbox: Inbox, state: ClientState, recipe: TrainingRecipe, /) -> Own:
         held = self.own(local, inbox, state)
         return Own(self._alternate(local, held.params, _shared(local, inbox), recipe)[0], local.full)
 
-    def passes(self, world: World, visits: int) -> int:
+    def passes(self, task: Task, visits: int) -> int:
         """Return how many trainings an epoch is to a client after so many own visits."""
-        sizes = [e.size for e in world.layout.prunable]
+        sizes = [e.size for e in task.layout.prunable]
         grows = any(min(round(self.rate * size), int(self.limit * size)) for size in sizes)
-        local_norms = not crossing(world, np.ones(world.layout.num_prunable, bool)).all()
+        local_norms = not crossing(task, np.ones(task.layout.num_prunable, bool)).all()
         return 1 + (local_norms or (grows and visits >= self.every))
 
     def _alternate(
-        self, local: Local, params: Params, shared: np.ndarray, recipe: TrainingRecipe
+        self, local: LocalClient, params: Params, shared: np.ndarray, recipe: TrainingRecipe
     ) -> tuple[Params, float]:
-        crosses, steps, loss = crossing(local.world, shared), local.steps_an_epoch, 0.0
+        crosses, steps, loss = crossing(local.task, shared), local.steps_an_epoch, 0.0
         weights = crosses.size
         for epoch in range(recipe.budget.epochs):
             # An epoch is a piece of the whole recipe, so that batches and rates are those of any other training.
@@ -100,11 +100,11 @@ class SelectUpdate:
             params, loss = trained.params, trained.loss
         return params, loss
 
-    def _grow(self, local: Local, before: Params, after: Params, shared: np.ndarray) -> np.ndarray:
+    def _grow(self, local: LocalClient, before: Params, after: Params, shared: np.ndarray) -> np.ndarray:
         evidence = local.evidence(start=before, now=after, mask=shared, density=1 - self.limit)
         score = self.score(evidence)
         grown = shared.copy()
-        for e in local.world.layout.prunable:
+        for e in local.task.layout.prunable:
             here = shared[e.slice]
             room = int(self.limit * e.size) - (e.size - int(here.sum()))
             count = min(round(self.rate * int(here.sum())), max(0, room))
@@ -112,17 +112,17 @@ class SelectUpdate:
         return grown
 
 
-def crossing(world: World, shared: np.ndarray) -> np.ndarray:
+def crossing(task: Task, shared: np.ndarray) -> np.ndarray:
     """Return (num_params,) bool: the parameters that cross, given which weights do, `shared` (num_prunable,) bool."""
-    names = {e.name for e in world.exchange.floats}
-    crosses = np.ones(world.layout.num_params, bool)
-    for e in world.layout.floats:
+    names = {e.name for e in task.exchange.floats}
+    crosses = np.ones(task.layout.num_params, bool)
+    for e in task.layout.floats:
         if e.trainable and e.name not in names:  # a frozen part moves in neither pass, whether it crosses or not
             crosses[e.slice] = False
     crosses[: shared.size] &= shared
     return crosses
 
 
-def _shared(local: Local, inbox: Inbox) -> np.ndarray:
+def _shared(local: LocalClient, inbox: Inbox) -> np.ndarray:
     """Return (num_prunable,) bool over the whole model: the weights that this client shares."""
-    return local.world.whole_mask(inbox[THETA_G].mask, np.zeros(local.full.size, bool))
+    return local.task.whole_mask(inbox[THETA_G].mask, np.zeros(local.full.size, bool))

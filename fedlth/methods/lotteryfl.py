@@ -14,17 +14,17 @@ from fedlth.methods.client_update import Shrinking, geometric
 from fedlth.models.layout import Params
 from fedlth.tickets.scope import Layerwise, Scope
 from fedlth.tickets.score import Magnitude, Score
-from fedlth.training.local_client import Local
+from fedlth.training.local_client import LocalClient
 from fedlth.training.request import TrainingResult
-from fedlth.training.task import World
+from fedlth.training.task import Task
 
 
 def shrink(
-    score: Score, scope: Scope, local: Local, *, start: Params, now: Params, mask: np.ndarray, density: float
+    score: Score, scope: Scope, local: LocalClient, *, start: Params, now: Params, mask: np.ndarray, density: float
 ) -> np.ndarray:
     """Return the mask of exactly `density`, picked among what `mask` holds alive, by `score` at `now`."""
     evidence = local.evidence(start=start, now=now, mask=mask, density=density)
-    return scope(score(evidence), mask, local.world.layout, density)
+    return scope(score(evidence), mask, local.task.layout, density)
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,18 @@ class PruneAndRewind:
         return Shrinking(geometric(self.rate, self.density), sure=self.val_accuracy < 0)
 
     def __call__(
-        self, local: Local, params: Params, mask: np.ndarray, trained: TrainingResult | None, /
+        self, local: LocalClient, params: Params, mask: np.ndarray, trained: TrainingResult | None, /
     ) -> tuple[Params, np.ndarray]:
         now = float(mask.mean())
         target = max(self.density, now * (1 - self.rate))
         if round(target * mask.size) >= int(mask.sum()) or local.val_accuracy(params) <= self.val_accuracy:
             return params, mask
         cut = shrink(self.score, self.scope, local, start=params, now=params, mask=mask, density=target)
-        return _rewound(params, local.world, cut), cut
+        return _rewound(params, local.task, cut), cut
 
 
-def _rewound(params: Params, world: World, mask: np.ndarray) -> Params:
+def _rewound(params: Params, task: Task, mask: np.ndarray) -> Params:
     """Return theta_0's parameters under `mask`; buffers are statistics of data, not weights, and stay."""
-    floats, weights = params.floats.copy(), world.layout.num_params
-    floats[:weights] = world.theta_0.floats[:weights]
+    floats, weights = params.floats.copy(), task.layout.num_params
+    floats[:weights] = task.theta_0.floats[:weights]
     return Params(floats, params.ints).masked(mask)

@@ -14,7 +14,7 @@ import numpy as np
 from fedlth.errors import StudyError
 from fedlth.methods.aggregate import Aggregate
 from fedlth.methods.client_update import ClientUpdate, MaskedUpdate
-from fedlth.training.task import World
+from fedlth.training.task import Task
 
 Down = Literal["broadcast", "slice", "nothing"]
 
@@ -89,7 +89,7 @@ class Phase:
 class FirstMask(Protocol):
     """The mask that a client starts with. Both ends know it, so that it costs no bytes."""
 
-    def __call__(self, task: World, client: int, /) -> np.ndarray:
+    def __call__(self, task: Task, client: int, /) -> np.ndarray:
         """Return (num_prunable,) bool; a pure function of its arguments."""
         ...
 
@@ -98,7 +98,7 @@ class FirstMask(Protocol):
 class Dense:
     """Every weight."""
 
-    def __call__(self, task: World, client: int, /) -> np.ndarray:
+    def __call__(self, task: Task, client: int, /) -> np.ndarray:
         return np.ones(task.layout.num_prunable, bool)
 
 

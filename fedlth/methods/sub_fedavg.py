@@ -15,7 +15,7 @@ from fedlth.methods.lotteryfl import shrink
 from fedlth.models.layout import Params
 from fedlth.tickets.scope import Layerwise, Scope
 from fedlth.tickets.score import Magnitude, Score
-from fedlth.training.local_client import Local
+from fedlth.training.local_client import LocalClient
 from fedlth.training.request import TrainingResult
 
 
@@ -41,7 +41,7 @@ class PruneWhenMaskMoves:
         return Shrinking(geometric(self.rate, self.density), sure=self.val_accuracy < 0 and self.distance < 0)
 
     def __call__(
-        self, local: Local, params: Params, mask: np.ndarray, trained: TrainingResult | None, /
+        self, local: LocalClient, params: Params, mask: np.ndarray, trained: TrainingResult | None, /
     ) -> tuple[Params, np.ndarray]:
         if trained is None:
             raise ValueError("this prune follows a training")
@@ -51,7 +51,7 @@ class PruneWhenMaskMoves:
         early = replace(params, floats=trained.snapshots[1])
         first = shrink(self.score, self.scope, local, start=early, now=early, mask=mask, density=target)
         last = shrink(self.score, self.scope, local, start=early, now=params, mask=mask, density=target)
-        apart = [float(np.mean(first[e.slice] != last[e.slice])) for e in local.world.layout.prunable]
+        apart = [float(np.mean(first[e.slice] != last[e.slice])) for e in local.task.layout.prunable]
         if float(np.mean(apart)) <= self.distance:
             return params, mask
         pruned = params.masked(last)

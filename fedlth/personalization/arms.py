@@ -22,7 +22,7 @@ from fedlth.tickets.granularity import Element, Granularity
 from fedlth.tickets.rewind import ToInit
 from fedlth.tickets.schedule import OneShot
 from fedlth.tickets.search import find
-from fedlth.training.local_client import Cost, Local
+from fedlth.training.local_client import Cost, LocalClient
 
 Arm = Callable[[Step2], Iterator[Result]]
 
@@ -66,7 +66,7 @@ def global_mask(step: Step2) -> Iterator[Result]:
     """The global model's own magnitude mask: not personal at all, and it costs no mask bytes. The hard control."""
     size = step.local.full.size
     for target in step.targets:
-        mask = step.finder.pick(np.abs(step.theta_g.floats[:size]), step.local.full, step.local.world.layout, target)
+        mask = step.finder.pick(np.abs(step.theta_g.floats[:size]), step.local.full, step.local.task.layout, target)
         yield trained(step, "global_mask", "theta_g", mask, target=target)
 
 
@@ -78,7 +78,7 @@ def random_ticket(step: Step2) -> Iterator[Result]:
     """
     if not step.masks:
         deque(_found("ticket", step.finder, step), maxlen=0)
-    layout, full = step.local.world.layout, step.local.full
+    layout, full = step.local.task.layout, step.local.full
     for target, counted, diverged in step.masks:
         mask = _shuffled(step, counted, f"random@{target}", step.finder.granularity)
         if diverged:
@@ -90,7 +90,7 @@ def random_ticket(step: Step2) -> Iterator[Result]:
 def _best_start(step: Step2, mask: np.ndarray, target: float) -> Result:
     """Train a mask from each start and return the best by validation accuracy; one that diverges has none."""
     starts = {"theta_g": step.theta_g, "theta_0": step.anchor("theta_0")}
-    if not step.local.world.model.brought:
+    if not step.local.task.model.brought:
         starts["reinit"] = _rescaled(step, step.local.fresh_init("random ticket"), mask)
     at, best, best_accuracy = len(step.log), None, -1.0
     for name, start in starts.items():
@@ -126,7 +126,7 @@ def frozen_random(step: Step2) -> Iterator[Result]:
     """The control of learnt masks: a random mask of the same layer counts on the same frozen weights."""
     held = step.method.own(step.local, step.inbox, step.state)
     mask = _shuffled(step, held.mask, "frozen_random", granularity_of(step.method))
-    params = frozen_weights(step.local.world).masked(mask)
+    params = frozen_weights(step.local.task).masked(mask)
     yield Result(arm="frozen_random", params=params, mask=mask, start="frozen")
 
 
@@ -164,7 +164,7 @@ def arm_of(name: str) -> Arm:
     return ARMS[name]
 
 
-def tuned(arm: str, local: Local, method: Any, inbox: Inbox, state: ClientState, target: float = 1.0) -> Result:
+def tuned(arm: str, local: LocalClient, method: Any, inbox: Inbox, state: ClientState, target: float = 1.0) -> Result:
     """Return a method's own model after its own training of step 2."""
     held, at, diverged = method.own(local, inbox, state), len(local.log), False
     try:
@@ -210,7 +210,7 @@ def _found(arm: str, finder: Finder, step: Step2) -> Iterator[Result]:
         start=step.theta_g,
         start_name="theta_g",
         targets=step.targets,
-        layout=step.local.world.layout,
+        layout=step.local.task.layout,
         anchors=step.anchor,
         train=step.walk,
         rng=step.local.rng,
@@ -245,13 +245,13 @@ def _total_epochs(step: Step2) -> int:
 
 def _shuffled(step: Step2, mask: np.ndarray, what: str, granularity: Granularity) -> np.ndarray:
     """Return a random mask with the same count in every layer, of whole groups where the mask is of groups."""
-    return shuffled_mask(mask, step.local.world.layout, step.local.rng(what), granularity)
+    return shuffled_mask(mask, step.local.task.layout, step.local.rng(what), granularity)
 
 
 def _rescaled(step: Step2, params: Params, mask: np.ndarray) -> Params:
     """Scale each layer by 1 / sqrt(density), which keeps the variance of what a unit sums as in the dense net."""
     floats = params.floats.copy()
-    for e in step.local.world.layout.prunable:
+    for e in step.local.task.layout.prunable:
         alive = float(mask[e.slice].mean())
         if alive > 0:
             floats[e.slice] /= np.sqrt(alive)

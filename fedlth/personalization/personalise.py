@@ -25,7 +25,7 @@ from fedlth.storage.client_state import ClientState
 from fedlth.storage.records import MetricRow
 from fedlth.storage.typed_record import as_record
 from fedlth.tickets.finder import Finder
-from fedlth.training.local_client import Local
+from fedlth.training.local_client import LocalClient
 from fedlth.wire import mask as bitmap
 from fedlth.wire.payload import Content
 
@@ -53,29 +53,29 @@ class Personalise:
     learns_scores: bool = False
     sends: tuple[tuple[str, str], ...] = ()
 
-    def __call__(self, local: Local, inbox: Inbox, state: ClientState, /) -> Update:
+    def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         return _reported(local, self._results(local, inbox, state), state, self.kept, self.main, bool(self.sends))
 
-    def _results(self, local: Local, inbox: Inbox, state: ClientState) -> Iterator[Result]:
+    def _results(self, local: LocalClient, inbox: Inbox, state: ClientState) -> Iterator[Result]:
         """Yield the models one at a time: each is let go, for it holds a whole model."""
         step = self.step2(local, inbox, state)
         for name in sorted(self.arms, key="random".__eq__):  # last: it shuffles the masks that the ticket has found
             yield from arm_of(name)(step)
 
-    def step2(self, local: Local, inbox: Inbox, state: ClientState) -> Step2:
+    def step2(self, local: LocalClient, inbox: Inbox, state: ClientState) -> Step2:
         """Return what the arms work with."""
-        world, own = local.world, private(local, state)
+        task, own = local.task, private(local, state)
         if self.learns_scores:
             update: Any = self.own
             held = update.own(local, inbox, state)
             theta_g, alive = held.params, held.mask
         else:
             whole = inbox.get(EVALUATION, inbox[THETA_G])
-            theta_g, alive = world.merge(received_params(whole), own), world.whole_mask(whole.mask, local.full)
-        anchors = {"theta_0": world.theta_0, "theta_g@0": world.theta_0, "theta_g": theta_g}
+            theta_g, alive = task.merge(received_params(whole), own), task.whole_mask(whole.mask, local.full)
+        anchors = {"theta_0": task.theta_0, "theta_g@0": task.theta_0, "theta_g": theta_g}
         for name, content in inbox.items():
             if name.startswith("theta_g@"):
-                anchors[name] = world.merge(received_params(content), own)
+                anchors[name] = task.merge(received_params(content), own)
         return Step2(local, self.own, inbox, state, theta_g, alive, anchors, self.finder, self.targets)
 
 
@@ -87,16 +87,16 @@ class Refined:
     own: PersonalUpdate = field(default_factory=MaskedUpdate)
     sends: tuple[tuple[str, str], ...] = ()
 
-    def __call__(self, local: Local, inbox: Inbox, state: ClientState, /) -> Update:
+    def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         results = (tuned("refined", local, self.own, inbox, state, self.main) for _ in range(1))
         return _reported(local, results, state, "refined", self.main, mask=False)
 
 
 def _reported(
-    local: Local, results: Iterator[Result], state: ClientState, arm: str | None, main: float, mask: bool
+    local: LocalClient, results: Iterator[Result], state: ClientState, arm: str | None, main: float, mask: bool
 ) -> Update:
     """Evaluate each model, keep one in the state; `mask`: send its mask up, in which the client goes on."""
-    world = local.world
+    task = local.task
     rows: list[dict[str, Any]] = []
     kept: Result | None = None
     for result in results:
@@ -111,7 +111,7 @@ def _reported(
     if kept is not None and kept.diverged:
         state = state.without("ticket").without("ticket_ints").without("ticket_dead")
     elif kept is not None:
-        rest, moving = world.layout.num_prunable, world.moving_part(kept.params)
+        rest, moving = task.layout.num_prunable, task.moving_part(kept.params)
         values = np.concatenate((moving.floats[np.flatnonzero(kept.mask)], moving.floats[rest:]))
         state = state.with_(masks={"ticket": kept.mask}, vectors={"ticket": values, "ticket_ints": moving.ints})
         if kept.held:
@@ -119,35 +119,35 @@ def _reported(
     if kept is None or not mask:
         return Update(state, rows=tuple(rows))
     # Of a ticket that diverged too: refinement needs the mask alone, and trains the server's weights in it.
-    shared = world.shared_mask(kept.mask)
+    shared = task.shared_mask(kept.mask)
     state = state.without("owed")
     if shared is not kept.mask:
         state = state.with_(masks={"active": kept.mask})
     return Update(state, {TICKET: Content(shared, None, None)}, rows=tuple(rows))
 
 
-def row_of(local: Local, result: Result) -> MetricRow:
+def row_of(local: LocalClient, result: Result) -> MetricRow:
     """Evaluate one finished model. Test data is read here alone; no training and no choice sees it.
 
     A model that diverged, or whose loss is not finite, counts as a uniform guess among the classes. Its row says so for
     what training and validation show; of a test loss no ticket file and no choice may depend.
     """
-    world, size = local.world, local.full.size
+    task, size = local.task, local.full.size
     if not (result.held or result.diverged) and ((result.params.floats[:size] != 0) & ~result.mask).any():
         raise AssertionError(f"arm {result.arm}: a dead weight is not zero")
-    guess = 1 / world.dataset.num_classes, math.log(world.dataset.num_classes)
+    guess = 1 / task.dataset.num_classes, math.log(task.dataset.num_classes)
     val, test, diverged = guess, guess, result.diverged
     if not diverged:
         val = local.evaluate(result.params, local.val_part)
-        test = local.evaluate(result.params, world.part(local.client, "test"))
+        test = local.evaluate(result.params, task.part(local.client, "test"))
         if not math.isfinite(val[1]):
             val, test, diverged = guess, guess, True
         elif not math.isfinite(test[1]):
             test = guess
-    split = world.splits.clients[local.client]
+    split = task.splits.clients[local.client]
     return MetricRow(
         client=local.client,
-        unseen=local.client in world.splits.unseen,
+        unseen=local.client in task.splits.unseen,
         arm=result.arm,
         density=_share(result.mask),
         target_density=result.target,
@@ -164,7 +164,7 @@ def row_of(local: Local, result: Result) -> MetricRow:
         num_val=len(split.val),
         num_test=len(split.test),
         ticket="" if result.mask.all() else bitmap.digest(result.mask),
-        layer_density={e.name: _share(result.mask[e.slice]) for e in world.layout.prunable},
+        layer_density={e.name: _share(result.mask[e.slice]) for e in task.layout.prunable},
         diverged=diverged,
     )
 

@@ -14,7 +14,7 @@ from fedlth.models.layout import Params
 from fedlth.storage.client_state import ClientState
 from fedlth.tickets.finder import Finder
 from fedlth.tickets.search import Walked
-from fedlth.training.local_client import Cost, Local
+from fedlth.training.local_client import Cost, LocalClient
 from fedlth.training.loss_probe import LossProbe
 from fedlth.training.recipe import Epochs, TrainingRecipe
 
@@ -55,7 +55,7 @@ class Step2:
     it diverged), for its random control. All arms draw the same batches.
     """
 
-    local: Local
+    local: LocalClient
     method: Any
     inbox: Inbox
     state: ClientState
@@ -133,7 +133,7 @@ class Step2:
         epochs = recipe.budget.epochs - recipe.first_step // self.local.steps_an_epoch
         ends = range(max(0, epochs - window), epochs)
         asked = tuple(e for e in ends if e)
-        active, trainable = (None, self.local.world.layout.over_params(mask)) if held else (mask, None)
+        active, trainable = (None, self.local.task.layout.over_params(mask)) if held else (mask, None)
         done = self.local.train(start, recipe=recipe, active=active, trainable=trainable, snapshots=asked)
         seen = {0: start.floats, **done.snapshots}
         return Walked(done.params, tuple(seen[e][: mask.size].copy() for e in ends if e in seen))

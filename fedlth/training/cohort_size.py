@@ -21,7 +21,7 @@ from fedlth.training.evaluation import evaluate
 from fedlth.training.lockstep import side_by_side
 from fedlth.training.recipe import Epochs, Sgd, TrainingRecipe
 from fedlth.training.request import TrainingRequest, TrainingResult, drawn_request
-from fedlth.training.task import World
+from fedlth.training.task import Task
 from fedlth.training.train import train
 
 MOST = 64
@@ -33,10 +33,10 @@ CLOSE = 1e-2  # of the way that the weights went: TF32 convolutions of a GPU are
 Peak = Callable[[Callable[[], object]], int]
 
 
-def decided(study: Study, world: World, *, engine: str) -> tuple[int, list[str]]:
+def decided(study: Study, task: Task, *, engine: str) -> tuple[int, list[str]]:
     """Return `study.cohort` as a number, and a line that says why it is not what was asked for.
 
-    `study` says where it runs, which `world` does not know. A model that cannot be trained together goes one by one.
+    `study` says where it runs, which `task` does not know. A model that cannot be trained together goes one by one.
     Raises StudyError on Flower, whose nodes hold one client each.
     """
     if study.cohort == 1:
@@ -45,39 +45,39 @@ def decided(study: Study, world: World, *, engine: str) -> tuple[int, list[str]]
         if study.cohort != "auto":
             raise StudyError(f"cohort: must be 1 on engine flower, a client of which is alone, got {study.cohort}")
         return 1, ["cohort: 1, because a client on Flower is alone"]
-    if study.cohort == "auto" and world.device == "cpu":
+    if study.cohort == "auto" and task.device == "cpu":
         return 1, ["cohort: 1, because on a CPU a cohort gains little or loses"]
-    reason = obstacle(world)
+    reason = obstacle(task)
     if reason is not None:
         return 1, [f"cohort: 1, because {reason}"]
     if study.cohort != "auto":
         return study.cohort, []
     try:
-        size = fitting(*probed(world, _cuda_peak), free=_free_bytes(study, world.device))
+        size = fitting(*probed(task, _cuda_peak), free=_free_bytes(study, task.device))
     except torch.OutOfMemoryError:
-        return 1, [f"cohort: 1, because {PROBED} clients do not fit into the free memory of {world.device}"]
-    return size, [f"cohort: {size}, from the free memory of {world.device}"]
+        return 1, [f"cohort: 1, because {PROBED} clients do not fit into the free memory of {task.device}"]
+    return size, [f"cohort: {size}, from the free memory of {task.device}"]
 
 
-def obstacle(world: World) -> str | None:
+def obstacle(task: Task) -> str | None:
     """Return one line that says why clients cannot be trained together, or None: it was tried and came out equal.
 
     Two clients of different sizes, one under a mask, are trained for a few steps alone and together.
     """
-    if world.study.compute == "sparse":
+    if task.study.compute == "sparse":
         return "compute: sparse trains one client at a time in its kernel"
-    x, y = _largest(world)
-    size = world.study.train.batch_size
+    x, y = _largest(task)
+    size = task.study.train.batch_size
     recipe = TrainingRecipe(budget=Epochs(1), batch_size=size, lr=0.01, optimizer=PROBE)
     long = min(len(y), 2 * size + 3)
     short = max(1, min(long - 1, size + 2))
-    masks = np.ones(world.layout.num_prunable, bool), np.arange(world.layout.num_prunable) % 2 == 0
+    masks = np.ones(task.layout.num_prunable, bool), np.arange(task.layout.num_prunable) % 2 == 0
 
     def client(count: int, mask: np.ndarray) -> tuple[TrainingResult, float]:
         data = x[:count], y[:count]
-        request = drawn_request(world.theta_0, data, recipe, order=stream(0, "probe"), torch_seed=0, active=mask)
-        result = train(world.flat_model, request)
-        return result, evaluate(world.flat_model, result.params, data)[1]
+        request = drawn_request(task.theta_0, data, recipe, order=stream(0, "probe"), torch_seed=0, active=mask)
+        result = train(task.flat_model, request)
+        return result, evaluate(task.flat_model, result.params, data)[1]
 
     calls = [partial(client, count, mask) for count, mask in zip((long, short), masks, strict=True)]
     with torch_stream(0), warnings.catch_warnings():
@@ -89,7 +89,7 @@ def obstacle(world: World) -> str | None:
         except Exception as error:
             return f"its model cannot be batched over clients: {told(error)[:160]}"
     for mask, (one, loss), (other, other_loss) in zip(masks, alone, together, strict=True):
-        moved = float(np.abs(one.params.floats - world.theta_0.masked(mask).floats).max())
+        moved = float(np.abs(one.params.floats - task.theta_0.masked(mask).floats).max())
         off = float(np.abs(one.params.floats - other.params.floats).max())
         same_ints = bool((one.params.ints == other.params.ints).all())
         if not (off <= CLOSE * moved + 1e-6 and abs(loss - other_loss) <= CLOSE * abs(loss) and same_ints):
@@ -100,17 +100,17 @@ def obstacle(world: World) -> str | None:
     return None
 
 
-def probed(world: World, peak: Peak) -> tuple[int, int]:
+def probed(task: Task, peak: Peak) -> tuple[int, int]:
     """Return the peak bytes of a cohort of one and of PROBED clients, each as large as the largest."""
-    x, y = _largest(world)
-    size = min(len(y), world.study.train.batch_size)
+    x, y = _largest(task)
+    size = min(len(y), task.study.train.batch_size)
     request = TrainingRequest(
-        start=world.theta_0, x=x, y=y, batches=[[np.arange(size)] * 2], rates=[0.0, 0.0], torch_seed=0,
+        start=task.theta_0, x=x, y=y, batches=[[np.arange(size)] * 2], rates=[0.0, 0.0], torch_seed=0,
         recipe=TrainingRecipe(budget=Epochs(1), batch_size=size, lr=0.01, optimizer=PROBE),
-        active=np.zeros(world.layout.num_prunable, bool),
+        active=np.zeros(task.layout.num_prunable, bool),
     )  # fmt: skip
-    training = Training(world.flat_model, request)
-    evaluation = Evaluation(world.flat_model, world.theta_0, (x, y))
+    training = Training(task.flat_model, request)
+    evaluation = Evaluation(task.flat_model, task.theta_0, (x, y))
 
     def work(count: int) -> None:
         cohort.train_together([training] * count)
@@ -133,9 +133,9 @@ def fitting(one: int, several: int, *, free: int) -> int:
     return size
 
 
-def _largest(world: World) -> tuple[Tensor, Tensor]:
-    sizes = [len(c.train) for c in world.splits.clients]
-    return world.part(int(np.argmax(sizes)), "train")
+def _largest(task: Task) -> tuple[Tensor, Tensor]:
+    sizes = [len(c.train) for c in task.splits.clients]
+    return task.part(int(np.argmax(sizes)), "train")
 
 
 def _free_bytes(study: Study, device: str) -> int:

@@ -20,7 +20,7 @@ from fedlth.training.batches import steps_an_epoch
 from fedlth.training.loss_probe import LossProbe
 from fedlth.training.recipe import PARTS, Epochs, Sgd, TrainingRecipe
 from fedlth.training.request import TrainingResult, drawn_request
-from fedlth.training.task import World
+from fedlth.training.task import Task
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Local:
+class LocalClient:
     """A client in one round. `stage` names its random streams: equal stages draw equal batches: twins share order.
 
     `log` holds the cost of every training done here, one that diverged included; `work` is told to times.jsonl.
     """
 
-    world: World
+    task: Task
     client: int
     round: int
     stage: str
@@ -55,32 +55,32 @@ class Local:
 
     @cached_property
     def train_part(self) -> tuple[Tensor, Tensor]:
-        return self.world.part(self.client, "train")
+        return self.task.part(self.client, "train")
 
     @cached_property
     def val_part(self) -> tuple[Tensor, Tensor]:
-        return self.world.part(self.client, "val")
+        return self.task.part(self.client, "val")
 
     @property
     def num_train(self) -> int:
-        return len(self.world.splits.clients[self.client].train)
+        return len(self.task.splits.clients[self.client].train)
 
     @cached_property
     def full(self) -> np.ndarray:
         """The dense mask, (num_prunable,) bool."""
-        return np.ones(self.world.layout.num_prunable, bool)
+        return np.ones(self.task.layout.num_prunable, bool)
 
     @property
     def recipe(self) -> TrainingRecipe:
         """The local training of step 1."""
-        t = self.world.study.train
+        t = self.task.study.train
         optimizer = Sgd(momentum=t.momentum, weight_decay=t.weight_decay)
         return TrainingRecipe(budget=Epochs(t.epochs), batch_size=t.batch_size, lr=t.lr, optimizer=optimizer)
 
     @property
     def personal_recipe(self) -> TrainingRecipe:
         """A training of step 2: the same settings for every arm."""
-        p, shared = self.world.study.personalise, self.recipe
+        p, shared = self.task.study.personalise, self.recipe
         schedule = PARTS["schedule"][p.schedule]()
         return replace(shared, budget=Epochs(p.epochs), lr=p.lr or shared.lr, schedule=schedule)
 
@@ -94,10 +94,10 @@ class Local:
         return whole if not rest else steps / self.steps_an_epoch
 
     def rng(self, what: str) -> np.random.Generator:
-        return rng.stream(self.world.study.seed, f"{self.stage}/{what}", self.round, self.client)
+        return rng.stream(self.task.study.seed, f"{self.stage}/{what}", self.round, self.client)
 
     def torch_seed(self, what: str) -> int:
-        return rng.torch_seed(self.world.study.seed, f"{self.stage}/{what}", self.round, self.client)
+        return rng.torch_seed(self.task.study.seed, f"{self.stage}/{what}", self.round, self.client)
 
     def train(
         self,
@@ -118,14 +118,14 @@ class Local:
         if active is None and trainable is not None:
             alive = trainable[: alive.size] | (start.floats[: alive.size] != 0)
         with self._counting(alive, len(request.rates)):
-            return train.train(self.world.flat_model, request)
+            return train.train(self.task.flat_model, request)
 
     def learn(self, frozen: Params, scores: np.ndarray, lesson: Lesson) -> tuple[np.ndarray, float]:
         """Train scores of masks over frozen weights; see `supermask.learn`."""
         data = self.train_part
         with self._counting(lesson.alive, lesson.epochs * self.steps_an_epoch):
             return supermask.learn(
-                self.world.flat_model, frozen, scores, data=data, lesson=lesson, batch_size=self.recipe.batch_size,
+                self.task.flat_model, frozen, scores, data=data, lesson=lesson, batch_size=self.recipe.batch_size,
                 order=self.rng("order"), torch_seed=self.torch_seed("masks"),
             )  # fmt: skip
 
@@ -142,8 +142,8 @@ class Local:
 
     def flops(self, alive: np.ndarray, epochs: float) -> tuple[float, float]:
         """Return training FLOPs (dense, by what is alive): 3 forwards an example, the usual count."""
-        dense = float(self.world.model.flops[""])
-        dead = sum(self.world.model.flops[e.name] * (1 - _share(alive[e.slice])) for e in self.world.layout.prunable)
+        dense = float(self.task.model.flops[""])
+        dead = sum(self.task.model.flops[e.name] * (1 - _share(alive[e.slice])) for e in self.task.layout.prunable)
         scale = 3.0 * self.num_train * epochs
         return dense * scale, (dense - dead) * scale
 
@@ -154,14 +154,14 @@ class Local:
     def evaluate(self, params: Params, part: tuple[Tensor, Tensor]) -> tuple[float, float]:
         """Return (accuracy, mean loss) on a part of the client's data."""
         began = cpu_seconds()
-        found = evaluation.evaluate(self.world.flat_model, params, part)
+        found = evaluation.evaluate(self.task.flat_model, params, part)
         self.work.append({"evaluated": len(part[1]), "cpu_s": cpu_seconds() - began})
         return found
 
     def network(self, at: Params) -> LossProbe:
         """Return the network at `at` over the client's training data, as scores ask it; a mask it learns is counted."""
         return LossProbe(
-            model=self.world.flat_model, params=at, data=self.train_part, layer_flops=lambda: self.world.model.flops,
+            model=self.task.flat_model, params=at, data=self.train_part, layer_flops=lambda: self.task.model.flops,
             order=lambda: self.rng("mask order"), torch_seed=self.torch_seed("mask bits"),
             batch_size=self.recipe.batch_size,
             learning=lambda alive, epochs: self._counting(alive, epochs * self.steps_an_epoch),
@@ -172,8 +172,8 @@ class Local:
         size = mask.size
         at_start = self.network(start)
         return Evidence(
-            layout=self.world.layout,
-            init=self.world.theta_0.floats[:size],
+            layout=self.task.layout,
+            init=self.task.theta_0.floats[:size],
             start=start.floats[:size],
             now=now.floats[:size],
             mask=mask,
@@ -186,7 +186,7 @@ class Local:
 
     def fresh_init(self, what: str) -> Params:
         """Draw another initialisation, from this client's own stream; see `ModelContext.fresh`."""
-        return self.world.model.fresh(f"{self.stage}/{what}", self.round, self.client)
+        return self.task.model.fresh(f"{self.stage}/{what}", self.round, self.client)
 
 
 def _share(mask: np.ndarray) -> float:

@@ -41,7 +41,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
 
 @dataclass(frozen=True)
-class World:
+class Task:
     """A study made concrete. `layout` is the whole model, `exchange` the part of it that crosses the wire.
 
     A parameter that nothing trains (requires_grad False) is theta_0's for good: both ends have it, so it is neither
@@ -227,20 +227,20 @@ def _divided(text: str) -> tuple[Dataset, Splits]:
     return dataset, splits
 
 
-def open_world(science: str) -> World:
-    """Return the world of a study's canonical JSON; the last two are kept, since every job of a run names the same."""
+def open_task(science: str) -> Task:
+    """Return the task of a study's canonical JSON; the last two are kept, since every job of a run names the same."""
     # Each time, whoever set it in between: bits hold at one thread count, and spinning threads are 5-20 x slower.
     torch.set_num_threads(1)
-    return _world(science)
+    return _task(science)
 
 
-def forget_worlds() -> None:
+def forget_tasks() -> None:
     """Build worlds anew when they are next asked for."""
-    _world.cache_clear()
+    _task.cache_clear()
 
 
 @lru_cache(maxsize=2)
-def _world(science: str) -> World:
+def _task(science: str) -> Task:
     _keep_pages()
     study = schema.build(json.loads(science))
     given = study.model_dump(mode="json", include={"data", "partition", "clients"})
@@ -251,7 +251,7 @@ def _world(science: str) -> World:
     taken = {f"{e.name}_mask" for e in layout.prunable} & {n for e in layout.entries for n in (e.name, *e.aliases)}
     if taken:
         raise StudyError(f"model: no tensor must be called {min(taken)}: a ticket's file has a mask of that name")
-    return World(study, dataset, splits, model, exchange)
+    return Task(study, dataset, splits, model, exchange)
 
 
 def _keep_pages() -> None:

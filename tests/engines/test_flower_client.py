@@ -125,7 +125,7 @@ def test_a_node_must_say_which_partition_it_serves(value: object) -> None:
 def test_a_step_that_hangs_is_given_up(place: Place, tmp_path: Path) -> None:
     release, ended = threading.Event(), threading.Event()
     text = tiny.study().science()
-    stuck = open_experiment(text).world
+    stuck = open_experiment(text).task
 
     def hanging(one: Job) -> Reply:
         release.wait(30)
@@ -140,7 +140,7 @@ def test_a_step_that_hangs_is_given_up(place: Place, tmp_path: Path) -> None:
     assert ended.wait(10)
     for thread in flower_client.HUNG:
         thread.join(10)
-    assert open_experiment(text).world is not stuck, "whose one module the hung step holds"
+    assert open_experiment(text).task is not stuck, "whose one module the hung step holds"
     flower_client.end_if_hung()  # nothing hangs any more: this process goes on
     assert not (tmp_path / RUN / "000002").exists()  # what came too late is not written
 

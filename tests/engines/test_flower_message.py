@@ -167,7 +167,7 @@ def test_a_run_that_loses_its_superlink_says_how_to_go_on(
     def ended(*_: Any, **__: Any) -> None:
         raise RunNotRunningException
 
-    monkeypatch.setattr(flower, "task_of", lambda *_: FlowerRun(resolve(tiny.study())[0], tmp_path / "r", False))
+    monkeypatch.setattr(flower, "run_of", lambda *_: FlowerRun(resolve(tiny.study())[0], tmp_path / "r", False))
     monkeypatch.setattr(flower, "_run", ended)
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={"wait-s": 1})
     with pytest.raises(RunNotRunningException):

@@ -40,7 +40,7 @@ def study(**sections: Any) -> Any:
 
 def poisoned(job: Job, reply: Reply, change: Change) -> Reply:
     """Return an answer whose update a client has changed, in floats (num_floats,) or ints (num_ints,)."""
-    layout, first = tiny.open_world(job.study).exchange, reply.outbox[0]
+    layout, first = tiny.open_task(job.study).exchange, reply.outbox[0]
     got = payload.decode(first.payload, "values", layout, codec=CODECS["raw"])
     assert got.floats is not None and got.ints is not None
     floats, ints = got.floats.copy(), got.ints.copy()
@@ -64,7 +64,7 @@ def lost(job: Job, reply: Reply) -> Failure:
 
 
 def seen(made: Any) -> list[int]:
-    splits = tiny.open_world(made.science()).splits
+    splits = tiny.open_task(made.science()).splits
     return [c for c in range(made.clients.count) if c not in splits.unseen]
 
 
@@ -198,8 +198,8 @@ def test_an_anchor_of_a_broken_model_is_rolled_back_too(tmp_path: Path) -> None:
     finder = {"rewind": {"name": "global", "round": 1}}
     broken(tmp_path / "r", method={"name": "two_step"}, finder=finder, personalise={"arms": ["ticket"]})
     folder = RunFolder(tmp_path / "r")
-    world = tiny.open_world(folder.study().science())
-    assert folder.load_params("theta_g@1").digest() == world.shared_part(world.theta_0).digest()
+    task = tiny.open_task(folder.study().science())
+    assert folder.load_params("theta_g@1").digest() == task.shared_part(task.theta_0).digest()
     assert {r["client"] for r in tiny.rows(tmp_path / "r", "metrics")} == {0, 1, 2, 3}
 
 

@@ -29,7 +29,7 @@ from fedlth.report.tables import bytes_table, clients_table, summary_table
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.records import MetricRow, VisitRecord, visit_record
 from fedlth.storage.typed_record import read
-from fedlth.training.local_client import Local
+from fedlth.training.local_client import LocalClient
 from fedlth.wire import metrics, payload
 from fedlth.wire.codec import CODECS
 from fedlth.wire.errors import PayloadError
@@ -61,11 +61,11 @@ def reply() -> Reply:
 
 
 def judged(answer: Reply) -> Accepted:
-    world = tiny.open_world(STUDY.model_copy(update={"wire": "raw"}).science())
+    task = tiny.open_task(STUDY.model_copy(update={"wire": "raw"}).science())
     asked = Asked(
-        world.splits.clients[CLIENT], CLIENT in world.splits.unseen, sends={"ticket": ("mask", world.exchange)},
+        task.splits.clients[CLIENT], CLIENT in task.splits.unseen, sends={"ticket": ("mask", task.exchange)},
         own_mask=True, arms=frozenset(ARMS), targets=frozenset({1.0, 0.5, 0.2}),
-        layers=frozenset(e.name for e in world.layout.prunable),
+        layers=frozenset(e.name for e in task.layout.prunable),
     )  # fmt: skip
     return accept(answer, codec=CODECS["raw"], held=Held(None, None), asked=asked)
 
@@ -151,7 +151,7 @@ def test_rows_fit_each_other_and_their_mask(reply: Reply) -> None:
 
 def test_only_the_messages_that_were_asked_for_under_their_names(reply: Reply) -> None:
     told, mask = reply.outbox
-    layout = tiny.open_world(STUDY.science()).exchange
+    layout = tiny.open_task(STUDY.science()).exchange
     dense = Content(np.ones(layout.num_prunable, bool), np.zeros(layout.num_floats, np.float32), np.zeros(0, np.int64))
     valued = replace(mask, payload=payload.encode("mask", layout, dense))
     for outbox, message in (
@@ -170,16 +170,16 @@ def test_only_the_messages_that_were_asked_for_under_their_names(reply: Reply) -
 
 def test_an_update_is_the_message_that_was_asked_for_first_whatever_came_first() -> None:
     """What came first was joined as the update: scores are no model, and the round ended with numpy's error."""
-    world = tiny.world()
-    layout, scores = world.exchange, world.exchange.select(lambda e: e.prunable)
-    ones, theta = np.ones(layout.num_prunable, bool), world.shared_part(world.theta_0)
+    task = tiny.task()
+    layout, scores = task.exchange, task.exchange.select(lambda e: e.prunable)
+    ones, theta = np.ones(layout.num_prunable, bool), task.shared_part(task.theta_0)
     sends = {"update": ("values", layout), "saliency": ("scores", scores)}
     outbox = (
         Message("scores", "saliency", payload.encode("scores", scores, Content(ones, theta.floats[: ones.size], NONE))),
-        Message("metrics", "visit", metrics.encode({"num_examples": len(world.splits.clients[0].train)})),
+        Message("metrics", "visit", metrics.encode({"num_examples": len(task.splits.clients[0].train)})),
         Message("values", "update", payload.encode("values", layout, Content(ones, theta.floats, theta.ints))),
     )
-    asked = Asked(world.splits.clients[0], False, sends=sends, own_mask=False)
+    asked = Asked(task.splits.clients[0], False, sends=sends, own_mask=False)
     got = accept(Reply(round=1, client=0, outbox=outbox), codec=CODECS["raw"], held=Held(None, None), asked=asked)
     assert got.contribution is not None and np.array_equal(got.contribution.content.floats, theta.floats)
     assert list(got.masks) == ["update", "saliency"] and list(got.contribution.others) == ["saliency"]
@@ -192,7 +192,7 @@ class Both(MaskedUpdate):
     sends: tuple[tuple[str, str], ...] = (("update", "values"), ("extra", "mask"))
     name: str = "extra"
 
-    def __call__(self, local: Local, inbox: Inbox, state: ClientState, /) -> Update:
+    def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         done = super().__call__(local, inbox, state)
         return replace(
             done, contents={self.name: Content(np.arange(local.full.size) % 2 == 0, None, None), **done.contents}

@@ -29,7 +29,7 @@ from fedlth.federation.rounds import Federation
 from fedlth.storage import json_lines, state_archive, store
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.state_archive import Packs, Writer
-from fedlth.training.task import World
+from fedlth.training.task import Task
 from fedlth.wire import metrics, payload
 from tests import tiny
 
@@ -366,14 +366,14 @@ class Meddling(tiny.Lists):
 
 
 def test_a_client_that_raises_costs_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = World.part
+    honest = Task.part
 
-    def part(self: World, client: int, name: str) -> Any:
+    def part(self: Task, client: int, name: str) -> Any:
         if client == 1:
             raise RuntimeError("a disk\nof client 1 is gone")
         return honest(self, client, name)
 
-    monkeypatch.setattr(World, "part", part)
+    monkeypatch.setattr(Task, "part", part)
     made = tiny.study(federate={"rounds": 3, "clients_per_round": 3})
     tiny.run(made, tmp_path / "r")
     failed = [f for r in tiny.rows(tmp_path / "r", "rounds") for f in r["failed"]]
@@ -391,14 +391,14 @@ def replaced(reply: Reply, index: int, data: bytes) -> Reply:
 
 
 def hostile(kind: str, job: Job, reply: Reply) -> Reply:
-    world = tiny.open_world(job.study)
+    task = tiny.open_task(job.study)
     record = metrics.decode(reply.outbox[-1].payload)
     if kind in ("nan", "huge", "sparse"):
-        floats = np.full(world.layout.num_floats, {"nan": np.nan, "huge": 1e35}.get(kind, 1), np.float32)
-        mask = np.ones(world.layout.num_prunable, bool)
+        floats = np.full(task.layout.num_floats, {"nan": np.nan, "huge": 1e35}.get(kind, 1), np.float32)
+        mask = np.ones(task.layout.num_prunable, bool)
         mask[0] = kind != "sparse"
-        content = payload.Content(mask, floats, np.zeros(world.layout.num_ints, np.int64))
-        return replaced(reply, 0, payload.encode("values", world.layout, content))
+        content = payload.Content(mask, floats, np.zeros(task.layout.num_ints, np.int64))
+        return replaced(reply, 0, payload.encode("values", task.layout, content))
     if kind == "another client":
         return replace(reply, client=reply.client + 1)
     if kind == "no metrics":
@@ -431,7 +431,7 @@ HOSTILE = [
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_bad_reply_is_refused_recorded_and_costs_only_itself(tmp_path: Path, kind: str) -> None:
     made = tiny.of_method("fedavg", federate={"rounds": 2, "clients_per_round": 3}, personalise={"clients_per_wave": 4})
-    bad = min(c for c in range(4) if c not in tiny.open_world(made.science()).splits.unseen)
+    bad = min(c for c in range(4) if c not in tiny.open_task(made.science()).splits.unseen)
 
     def meddle(job: Job, answer: Reply | Failure) -> Reply | Failure:
         if job.phase == "federate" and job.client == bad and isinstance(answer, Reply):

@@ -35,12 +35,12 @@ from fedlth.storage.run_folder import RunFolder
 from fedlth.training import cohort, cohort_size
 from fedlth.training.evaluation import evaluate
 from fedlth.training.flat_model import FlatModel
-from fedlth.training.local_client import Local
+from fedlth.training.local_client import LocalClient
 from fedlth.training.lockstep import ASK, side_by_side
 from fedlth.training.loss import cross_entropy
 from fedlth.training.recipe import Epochs, TrainingRecipe
 from fedlth.training.request import TrainingRequest, TrainingResult, drawn_request
-from fedlth.training.task import World
+from fedlth.training.task import Task
 from fedlth.training.train import train
 from tests import tiny
 
@@ -340,14 +340,14 @@ def test_who_asks_again_does_so_in_the_same_cohort_on_every_engine(cohort: int, 
 
 def planted(patch: pytest.MonkeyPatch, fault: Callable[[], None]) -> None:
     """Let client 2 meet a fault in its first evaluation, before it trains."""
-    real = Local.val_accuracy
+    real = LocalClient.val_accuracy
 
-    def val_accuracy(self: Local, params: Params) -> float:
+    def val_accuracy(self: LocalClient, params: Params) -> float:
         if self.client == 2:
             fault()
         return real(self, params)
 
-    patch.setattr(Local, "val_accuracy", val_accuracy)
+    patch.setattr(LocalClient, "val_accuracy", val_accuracy)
 
 
 def raises() -> None:
@@ -425,7 +425,7 @@ READER = {"data": {"name": "tests.user_model:sentences"}, "model": {"name": "tes
 )
 def test_our_own_models_without_batch_norm_can_be_batched(name: str, compute: str) -> None:
     """That is a comparison with training alone, in whatever memory format that is."""
-    assert cohort_size.obstacle(tiny.world(cohort=3, compute=compute, model={"name": name, "options": {}})) is None
+    assert cohort_size.obstacle(tiny.task(cohort=3, compute=compute, model={"name": name, "options": {}})) is None
 
 
 @pytest.mark.parametrize(
@@ -480,19 +480,19 @@ def test_auto_is_decided_from_a_workers_share_of_the_gpu(
     ray: dict[str, Any], engine: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is played: a GPU with 40 MiB free, on which a client takes one."""
-    monkeypatch.setattr(World, "device", "cuda")
+    monkeypatch.setattr(Task, "device", "cuda")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * 2**20, 80 * 2**20))
-    monkeypatch.setattr(cohort_size, "obstacle", lambda world: None)
-    monkeypatch.setattr(cohort_size, "probed", lambda world, peak: (2**20, cohort_size.PROBED * 2**20))
+    monkeypatch.setattr(cohort_size, "obstacle", lambda task: None)
+    monkeypatch.setattr(cohort_size, "probed", lambda task, peak: (2**20, cohort_size.PROBED * 2**20))
     made = tiny.study(cohort="auto", engine=engine, ray=ray)
     told = [f"cohort: {size}, from the free memory of cuda"]
-    assert cohort_size.decided(made, tiny.experiment(made).world, engine=engine) == (size, told)
+    assert cohort_size.decided(made, tiny.experiment(made).task, engine=engine) == (size, told)
 
-    def refused(world: World, peak: object) -> tuple[int, int]:
+    def refused(task: Task, peak: object) -> tuple[int, int]:
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(cohort_size, "probed", refused)
-    size, (note,) = cohort_size.decided(made, tiny.experiment(made).world, engine=engine)
+    size, (note,) = cohort_size.decided(made, tiny.experiment(made).task, engine=engine)
     assert size == 1 and "4 clients do not fit" in note
 
 
@@ -511,8 +511,8 @@ def test_the_memory_probe_trains_and_evaluates_cohorts_of_its_sizes(monkeypatch:
         work()
         return 100 * sizes[-1][1]
 
-    world = tiny.world(cohort=3)
-    assert cohort_size.probed(world, peak) == (100, 100 * cohort_size.PROBED)
+    task = tiny.task(cohort=3)
+    assert cohort_size.probed(task, peak) == (100, 100 * cohort_size.PROBED)
     assert sizes == [(n, k) for k in (1, 1, cohort_size.PROBED) for n in ("train", "evalu")]
 
 
@@ -538,11 +538,11 @@ def test_a_members_cpu_seconds_are_those_of_its_share_of_the_work(monkeypatch: p
 
     monkeypatch.setattr(cohort, "train_together", partial(slow, cohort.train_together))
     monkeypatch.setattr(cohort, "evaluate_together", partial(slow, cohort.evaluate_together))
-    world = tiny.world(partition={"name": "dirichlet", "alpha": 0.5})
-    members = [Local(world, client, 1, "federate") for client in (0, 1, 2)]
+    task = tiny.task(partition={"name": "dirichlet", "alpha": 0.5})
+    members = [LocalClient(task, client, 1, "federate") for client in (0, 1, 2)]
 
-    def step(local: Local) -> None:
-        local.val_accuracy(local.train(world.theta_0, recipe=local.recipe).params)
+    def step(local: LocalClient) -> None:
+        local.val_accuracy(local.train(task.theta_0, recipe=local.recipe).params)
 
     side_by_side([partial(step, m) for m in members], cohort.answer)
     for kind, sizes in (

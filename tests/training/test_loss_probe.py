@@ -150,17 +150,17 @@ def test_squared_gradients_are_one_example_at_a_time() -> None:
 
 
 def test_a_recurrent_net_has_squared_gradients_too() -> None:
-    world = tiny.open_world(
+    task = tiny.open_task(
         tiny.study(
             data={"name": "tests.user_model:sentences"}, model={"name": "tests.user_model:reader", "options": {}}
         ).science()
     )
-    from fedlth.training.local_client import Local
+    from fedlth.training.local_client import LocalClient
 
-    net = Local(world, 0, 0, "test").network(world.theta_0)
+    net = LocalClient(task, 0, 0, "test").network(task.theta_0)
     x, y = net.data
     net = replace(net, data=(x[:3], y[:3]))
-    weights = world.theta_0.floats[: world.layout.num_prunable]
+    weights = task.theta_0.floats[: task.layout.num_prunable]
     each = [replace(net, data=(x[i : i + 1], y[i : i + 1])).gradient(weights).astype(float) ** 2 for i in range(3)]
     np.testing.assert_allclose(net.squared_gradient(weights), np.mean(each, axis=0), rtol=1e-3, atol=1e-10)
     with pytest.raises(StudyError, match="synflow feeds ones in place of images"):
