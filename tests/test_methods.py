@@ -560,9 +560,9 @@ def test_the_personal_pass_leaves_biases_norms_and_their_statistics(monkeypatch:
         shared = np.random.default_rng(0).random(task.layout.num_prunable) < 0.5
         steps: list[tuple[np.ndarray, np.ndarray]] = []
 
-        def spy(
-            self: LocalClient, start: Params, *, steps: Any = steps, original: Any = LocalClient.train, **more: Any
-        ) -> Any:
+        real = LocalClient.train
+
+        def spy(self: LocalClient, start: Params, *, steps: Any = steps, original: Any = real, **more: Any) -> Any:
             done = original(self, start, **more)
             steps.append((start.floats, done.params.floats))
             return done

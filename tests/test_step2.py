@@ -362,7 +362,7 @@ def test_an_older_look_keeps_what_it_was_asked() -> None:
     proposal = Proposal(np.ones(3, bool), lambda: True)
     look = Look(1.0, 0, params, lambda p: asked.append(1.0) or 0.5, lambda: proposal)
     assert look.val_accuracy == look.let_go().let_go().val_accuracy == 0.5 and len(asked) == 1
-    with pytest.raises(StudyError, match="an older look has only what it was asked"):
+    with pytest.raises(StudyError, match="an older look has only what was asked of it"):
         _ = look.let_go().proposal
     assert look.proposal.tied and look.let_go().proposal.tied and look.let_go().params is None
 

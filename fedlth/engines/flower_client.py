@@ -126,5 +126,5 @@ def bounded(step: Step, job: Job, timeout_s: float) -> Reply | Failure:
     if answers:
         return answers[0]
     HUNG.append(thread)
-    forget_tasks()  # the hung step holds this world's one module; the next step gets another
+    forget_tasks()  # the hung step holds this task's one module; the next step gets another
     return Failure(round=job.round, client=job.client, kind="hung", reason=f"no answer within {timeout_s:g} s")

@@ -61,7 +61,7 @@ class Experiment:
 
     @property
     def task(self) -> Task:
-        """The world, asked for each time: after a hung step it is another (forget_worlds)."""
+        """The task, asked for each time: after a hung step it is another (forget_tasks)."""
         return open_task(self.text)
 
     @cached_property

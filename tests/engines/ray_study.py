@@ -16,7 +16,7 @@ EQUAL = ("ledger.jsonl", "metrics.jsonl", "rounds.jsonl", "digests.json")
 
 
 def study_of(*, fault: str = "", marker: str = "", **more: Any) -> Study:
-    """Return a study of four clients, of which client 2 meets `fault`; if it names several, clients 3 and on the next."""
+    """Return a study of four clients, of which client 2 meets `fault`; the clients after it meet further ones."""
     count = more.get("clients", {}).get("count", 4)
     tree: dict[str, Any] = {
         "data": {"name": "faulty:data", "options": {"fault": fault, "clients": count}},
