@@ -47,7 +47,7 @@ def main(study: str, overrides: list[str]) -> None:
             return encode(kind, layout, content, **holds)
 
         payload.encode = watched
-        run = api.run(load(study, [f"out={folder}/run", "engine=inprocess", *overrides]), tell=lambda line: None)
+        run = api.run(load(study, [f"out={folder}/run", "engine=inprocess", *overrides]))
         found = [json.loads(line) for file in Path(folder).glob("*.jsonl") for line in file.open()]
         ledger = [json.loads(line) for line in (run / "ledger.jsonl").open()]
     total = sum(row["payload_bytes"] for row in ledger)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,19 +19,15 @@ from fedlth.storage.store import write_atomic
 from fedlth.study.schema import Study, dump, load
 from fedlth.tune import tuned
 
+log = logging.getLogger(__name__)
+
 __all__ = ["Study", "check", "load", "load_ticket", "resume", "run"]
 
 ASKED = "asked.yaml"
 WHOLE = ".study.lock"
 
-Tell = Callable[[str], None]
 
-
-def _quiet(line: str) -> None:
-    pass
-
-
-def run(study: Study, *, tell: Tell = _quiet) -> Path:
+def run(study: Study) -> Path:
     """Run a study and return its folder; with `seeds`, a folder that holds one run a seed.
 
     Raises StudyError, before anything is written, where the study cannot be run.
@@ -42,37 +39,37 @@ def run(study: Study, *, tell: Tell = _quiet) -> Path:
         ready = resolve(study)
         study, notes = _decided(study, ready[0]), [*ready[1], *without_effect(ready[0].study)]
     except KeyboardInterrupt:
-        tell("stopped before anything was written")
+        log.info("stopped before anything was written")
         raise
     out = Path(study.out) if study.out else free_folder(Path("runs"), study.study)
-    with _held(out, tell):
+    with _held(out):
         _refuse_second(out)
         for note in notes:
-            tell(f"note: {note}")
+            log.info(f"note: {note}")
         if study.seeds or study.tune.lr:
             # These are more than one run: what was asked for is kept, so that a resume knows what has not begun yet.
             # Only that: a default that is written down would come back as a wish.
             write_atomic(out / ASKED, dump(study, given_only=True).encode())
-        _all(study, out, tell, notes, None if study.seeds or study.tune.lr else ready[0])
+        _all(study, out, notes, None if study.seeds or study.tune.lr else ready[0])
     return out
 
 
-def resume(run: Path | str, *, tell: Tell = _quiet) -> Path:
+def resume(run: Path | str) -> Path:
     """Go on with what was stopped: one run, or the seeds and trials of a study, begun or not."""
     out = Path(run)
     if not _begun(out):
         raise StudyError(f"{out}: no run here (config.yaml is missing)")
-    with _held(out, tell):
+    with _held(out):
         if not (out / ASKED).exists():
-            _all(RunFolder(out).study(), out, tell, [])
+            _all(RunFolder(out).study(), out, [])
             return out
         study = load(out / ASKED)
         notes: list[str] = []
         if not all((folder / "config.yaml").exists() for _, folder in _runs(study, out)):
             ready = resolve(study)
             study, notes = _decided(study, ready[0]), [*ready[1], *without_effect(ready[0].study)]
-            _check_others(ready[0], out, tell)
-        _all(study, out, tell, notes)
+            _check_others(ready[0], out)
+        _all(study, out, notes)
     return out
 
 
@@ -88,7 +85,7 @@ def _decided(study: Study, ready: Experiment) -> Study:
     return study.model_copy(update={k: v for k, v in chosen.items() if v != getattr(study, k)})
 
 
-def _check_others(ready: Experiment, out: Path, tell: Tell) -> None:
+def _check_others(ready: Experiment, out: Path) -> None:
     """Refuse to begin a run on other data than the study's runs before it; say where versions are others."""
     task = ready.task
     ours = (task.dataset.digest(), task.splits.digest)
@@ -98,7 +95,7 @@ def _check_others(ready: Experiment, out: Path, tell: Tell) -> None:
         if (header["data_digest"], header["partition_digest"]) != ours:
             raise StudyError(f"{file.parent}: must go on with the data that it began with, got others")
     if any(header["versions"] != versions() for header in others.values()):
-        tell("note: other versions than those the study's runs began with; equal bits are not promised")
+        log.info("note: other versions than those the study's runs began with; equal bits are not promised")
 
 
 def _runs(study: Study, out: Path) -> list[tuple[Study, Path]]:
@@ -108,20 +105,14 @@ def _runs(study: Study, out: Path) -> list[tuple[Study, Path]]:
     return [(study.model_copy(update={"seed": seed, "seeds": ()}), out / f"seed-{seed}") for seed in study.seeds]
 
 
-def _all(study: Study, out: Path, tell: Tell, notes: Sequence[str], ready: Experiment | None = None) -> None:
+def _all(study: Study, out: Path, notes: Sequence[str], ready: Experiment | None = None) -> None:
     """Run what has not ended; `notes` have been printed already, `ready` is the experiment of a single run."""
-    known = {f"note: {note}" for note in notes}
-
-    def news(line: str) -> None:
-        if line not in known:
-            tell(line)
-
     for one, folder in _runs(study, out):
         if (folder / "config.yaml").exists():
-            drive(Experiment.of(RunFolder(folder).study()), folder, news, again=True)
+            drive(Experiment.of(RunFolder(folder).study()), folder, again=True)
         else:
-            experiment, more = (ready, []) if ready else resolve(tuned(one, folder, news))
-            drive(experiment, folder, news, again=False, notes=more)
+            experiment, more = (ready, []) if ready else resolve(tuned(one, folder))
+            drive(experiment, folder, again=False, notes=[note for note in more if note not in notes])
 
 
 def _begun(out: Path) -> bool:
@@ -134,7 +125,7 @@ def _refuse_second(out: Path) -> None:
 
 
 @contextmanager
-def _held(out: Path, tell: Tell) -> Iterator[None]:
+def _held(out: Path) -> Iterator[None]:
     """Keep other processes out of the whole folder; say how to go on where a stop or the disk ends the work."""
     fresh = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     with RunFolder(out).locked(WHOLE):
@@ -143,7 +134,7 @@ def _held(out: Path, tell: Tell) -> Iterator[None]:
         except BaseException as error:
             begun = _begun(out)
             if isinstance(error, KeyboardInterrupt):
-                tell(f"stopped; to go on: fedlth resume {out}" if begun else "stopped before anything was written")
+                log.info(f"stopped; to go on: fedlth resume {out}" if begun else "stopped before anything was written")
             elif isinstance(error, OSError):
                 kept = f"what was committed is kept: fedlth resume {out}"
                 error.add_note(kept if begun else f"the run in {out} has not begun, and nothing of it is kept")

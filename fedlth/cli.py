@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedlth import __version__
 from fedlth.errors import MissingExtra, StudyError, require
-from fedlth.output import say, settle, tell
+from fedlth.output import lines_to, say, settle, tell
 
 INTERRUPTED = 130
 DISK = 3
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         begin(study.data.name, root=study.data.root, options=study.data.options)  # while torch is imported
         from fedlth import api
 
-    _show_run(api.run(study, tell=tell))
+    _show_run(api.run(study))
     return 0
 
 
@@ -46,7 +46,7 @@ def resume(args: argparse.Namespace) -> int:
     with importing():
         from fedlth import api
 
-    _show_run(api.resume(args.run, tell=tell))
+    _show_run(api.resume(args.run))
     return 0
 
 
@@ -126,7 +126,7 @@ def lottery(args: argparse.Namespace) -> int:
     runner.check(made)  # a refused study leaves no folder behind
     out = Path(made.out) if made.out else free_folder(Path("runs"), made.lottery)
     try:
-        runner.run(made, out, tell)
+        runner.run(made, out)
     except KeyboardInterrupt:
         tell(f"stopped; to go on: the same command with out={out}")
         raise
@@ -269,7 +269,8 @@ def _main(argv: Sequence[str] | None) -> int:
     elif more:
         grammar.error(f"unrecognized arguments: {' '.join(more)}")
     try:
-        return int(args.act(args))
+        with lines_to(tell):
+            return int(args.act(args))
     except StudyError as error:
         tell(f"fedlth: {error}")
         return 2

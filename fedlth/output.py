@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 
@@ -22,6 +24,38 @@ def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
     except OSError:
         _silence(sys.stderr)
+
+
+class _Lines(logging.Handler):
+    """Hands each record on as one line."""
+
+    def __init__(self, line: Callable[[str], None]) -> None:
+        super().__init__()
+        self.line = line
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.line(record.getMessage())
+
+
+def log_lines() -> None:
+    """Print what the package logs as live progress, from now on: for a worker process."""
+    logger = logging.getLogger("fedlth")
+    logger.addHandler(_Lines(tell))
+    logger.setLevel(logging.INFO)
+
+
+@contextmanager
+def lines_to(line: Callable[[str], None]) -> Iterator[None]:
+    """Give `line` what the package logs: live progress and notes. What it raises is raised where it was logged."""
+    logger, handler = logging.getLogger("fedlth"), _Lines(line)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def settle() -> None:

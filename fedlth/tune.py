@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 from fedlth.engines.choose import drive
@@ -16,10 +16,12 @@ from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.store import write_atomic
 from fedlth.study.schema import Study, Tune
 
+log = logging.getLogger(__name__)
+
 DIVERGED = "diverged"
 
 
-def tuned(study: Study, out: Path, tell: Callable[[str], None]) -> Study:
+def tuned(study: Study, out: Path) -> Study:
     """Return the study with the best of `tune.lr` as `train.lr`; without candidates, the study itself.
 
     Each candidate runs `tune.rounds` rounds and all that comes after in its own folder under `out`/tune, where it can
@@ -33,16 +35,16 @@ def tuned(study: Study, out: Path, tell: Callable[[str], None]) -> Study:
     scores: dict[str, float | str] = json.loads(file.read_bytes())["val_accuracy"] if file.exists() else {}
     for lr in study.tune.lr:
         if str(lr) not in scores:
-            scores[str(lr)] = _score(_trial(study, lr), out / "tune" / f"lr-{lr}", tell)
+            scores[str(lr)] = _score(_trial(study, lr), out / "tune" / f"lr-{lr}")
             write_atomic(file, json.dumps({"lr": None, "val_accuracy": scores}).encode())
         score = scores[str(lr)]
         told = score if isinstance(score, str) else f"validation accuracy {100 * score:.2f} %"
-        tell(f"tune: lr {lr}: {told}")
+        log.info(f"tune: lr {lr}: {told}")
     found = {lr: score for lr in study.tune.lr if not isinstance(score := scores[str(lr)], str)}
     if not found:
         raise StudyError(f"{out / 'tune'}: every rate of tune.lr diverged, got {list(study.tune.lr)}; try lower ones")
     best = max(found, key=lambda lr: found[lr])
-    tell(f"tune: lr {best} chosen")
+    log.info(f"tune: lr {best} chosen")
     write_atomic(file, json.dumps({"lr": best, "val_accuracy": scores}).encode())
     return study.model_copy(update={"train": study.train.model_copy(update={"lr": best}), "tune": Tune()})
 
@@ -59,14 +61,14 @@ def _trial(study: Study, lr: float) -> Study:
     )
 
 
-def _score(trial: Study, where: Path, tell: Callable[[str], None]) -> float | str:
+def _score(trial: Study, where: Path) -> float | str:
     """Run a candidate, or go on with it, and return the mean validation accuracy of what it keeps, or DIVERGED."""
     try:
         again = (where / "config.yaml").exists()
         experiment = Experiment.of(RunFolder(where).study()) if again else resolve(trial)[0]
-        drive(experiment, where, lambda _: None, again=again)
+        drive(experiment, where, again=again)
     except NothingUsable as error:
-        tell(f"tune: lr {trial.train.lr}: {error}")
+        log.info(f"tune: lr {trial.train.lr}: {error}")
         return DIVERGED
     arm = experiment.product_arm or "global"
     kept: dict[int, MetricRow] = {}

@@ -21,6 +21,7 @@ from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
 from fedlth.experiment.experiment import Experiment
 from fedlth.federation import rounds, session
+from fedlth.output import lines_to
 from fedlth.report.diff import diff
 from fedlth.storage import store
 from fedlth.storage.run_folder import RunFolder
@@ -38,11 +39,11 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, where: Any, when: Callable[[schema.
     """Let the runs of a study go on until one of which `when` is true is to begin; return the seeds that began."""
     began: list[int] = []
 
-    def stopped(experiment: Experiment, out: Path, tell: api.Tell, **more: Any) -> None:
+    def stopped(experiment: Experiment, out: Path, **more: Any) -> None:
         began.append(experiment.study.seed)
         if when(experiment.study):
             raise KeyboardInterrupt
-        choose.drive(experiment, out, tell, **more)
+        choose.drive(experiment, out, **more)
 
     monkeypatch.setattr(where, "drive", stopped)
     return began
@@ -53,8 +54,8 @@ def test_seeds_go_on_where_a_stop_left_them(tmp_path: Path, monkeypatch: pytest.
     api.run(study(tmp_path / "whole", seeds=[0, 1, 2]))
     began = stop_at(monkeypatch, api, lambda one: one.seed == 1)
     said: list[str] = []
-    with pytest.raises(KeyboardInterrupt):
-        api.run(study(tmp_path / "cut", seeds=[0, 1, 2]), tell=said.append)
+    with pytest.raises(KeyboardInterrupt), lines_to(said.append):
+        api.run(study(tmp_path / "cut", seeds=[0, 1, 2]))
     assert began == [0, 1] and said[-1] == f"stopped; to go on: fedlth resume {tmp_path / 'cut'}"
     monkeypatch.undo()
     api.resume(tmp_path / "cut")
@@ -113,7 +114,8 @@ def test_a_default_is_no_wish_after_a_resume(tmp_path: Path, monkeypatch: pytest
         api.run(tiny.of_method("standalone", **tree, out=str(tmp_path / "cut")))
     monkeypatch.undo()
     said: list[str] = []
-    api.resume(tmp_path / "cut", tell=said.append)
+    with lines_to(said.append):
+        api.resume(tmp_path / "cut")
     assert diff(tmp_path / "whole", tmp_path / "cut") == []
     rewinds = [RunFolder(tmp_path / "cut" / f"seed-{s}").study().finder.rewind for s in (0, 1)]
     assert rewinds == [{"name": "init"}] * 2
@@ -172,9 +174,8 @@ def test_seeds_go_on_with_the_data_that_they_began_with(tmp_path: Path, monkeypa
 def test_a_rate_that_diverges_loses(tmp_path: Path) -> None:
     """Row 14: a diverging candidate has lost; its study does not die of it, and a resume does not try it again."""
     said: list[str] = []
-    out = api.run(
-        study(tmp_path / "t", tune={"lr": [1e8, 0.1], "rounds": 1}, federate={"rounds": 1}, workers=1), tell=said.append
-    )
+    with lines_to(said.append):
+        out = api.run(study(tmp_path / "t", tune={"lr": [1e8, 0.1], "rounds": 1}, federate={"rounds": 1}, workers=1))
     chosen = json.loads((out / "tune" / "chosen.json").read_bytes())
     assert chosen["lr"] == 0.1 and chosen["val_accuracy"]["100000000.0"] == "diverged"
     assert "tune: lr 100000000.0: diverged" in said
@@ -210,9 +211,7 @@ def test_what_is_kept_is_what_is_scored(
     """Row 14: the kept arm at the kept density decides, not the mean of all densities."""
     monkeypatch.setattr(tune, "drive", lambda *args, **more: None)
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
-    assert tune._score(tiny.study(**sections), tmp_path, tiny.quiet) == (
-        score if isinstance(score, str) else pytest.approx(score)
-    )
+    assert tune._score(tiny.study(**sections), tmp_path) == (score if isinstance(score, str) else pytest.approx(score))
 
 
 def test_own_is_a_model_like_any_other(tmp_path: Path) -> None:
@@ -241,7 +240,7 @@ def test_looking_at_progress_changes_nothing(tmp_path: Path, monkeypatch: pytest
     made = tiny.of_method("fedavg")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(rounds.Federation, "_step", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-        tiny.run(made, tmp_path / "r", engine=InProcess(), tell=tiny.quiet)
+        tiny.run(made, tmp_path / "r", engine=InProcess())
     log = tmp_path / "r" / "ledger.jsonl"
     log.write_bytes(b"a row that another process is writing")
     folder = RunFolder(tmp_path / "r")
@@ -258,7 +257,7 @@ def test_looking_at_progress_changes_nothing(tmp_path: Path, monkeypatch: pytest
         recover(self)
 
     monkeypatch.setattr(RunFolder, "recover", spied)
-    session.resume(tmp_path / "r", InProcess(), tiny.quiet)
+    session.resume(tmp_path / "r", InProcess())
     assert held == [True] and b"another process" not in log.read_bytes()
 
 

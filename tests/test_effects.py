@@ -14,6 +14,7 @@ from fedlth.experiment import feasible
 from fedlth.experiment.experiment import Experiment
 from fedlth.experiment.resolve import read
 from fedlth.forecast import forecast
+from fedlth.output import lines_to
 from fedlth.study import schema
 from tests import tiny
 
@@ -138,12 +139,13 @@ def test_a_note_is_said_once_and_not_by_a_resume(tmp_path: Path, monkeypatch: py
         choose.drive(one, *given, **more)
 
     monkeypatch.setattr(api, "drive", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        api.run(made, tell=said.append)
+    with pytest.raises(KeyboardInterrupt), lines_to(said.append):
+        api.run(made)
     found = [line for line in said if line.startswith("note: ")]
     assert found == [f"note: {n}" for n in read(made)[1]]
     assert "note: ray: has no effect, engine is inprocess" in found
     monkeypatch.undo()
     said.clear()
-    api.resume(tmp_path / "r", tell=said.append)
+    with lines_to(said.append):
+        api.resume(tmp_path / "r")
     assert not [line for line in said if line.startswith("note: ")]

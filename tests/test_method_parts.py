@@ -142,14 +142,14 @@ def test_a_client_that_chose_everything_does_not_fall_back_to_its_first_slice(tm
     assert [d for _, *later in visits.values() for d in later] == [1.0] * 6
     assert visits["client:1"][0] == visits["client:3"][0] == pytest.approx(0.25, abs=0.01)
     started(of_slices(grows=True), tmp_path / "cut", after=2)
-    session.resume(tmp_path / "cut", InProcess(), tiny.quiet)
+    session.resume(tmp_path / "cut", InProcess())
     assert tiny.facts(tmp_path / "cut") == tiny.facts(folder.root)
 
 
 def test_a_slice_is_forecast_as_a_bound_and_resumes(tmp_path: Path) -> None:
     compared(of_slices(), tmp_path / "whole")
     started(of_slices(), tmp_path / "cut", after=2)
-    session.resume(tmp_path / "cut", InProcess(), tiny.quiet)
+    session.resume(tmp_path / "cut", InProcess())
     assert tiny.facts(tmp_path / "cut") == tiny.facts(tmp_path / "whole")
 
 
@@ -243,5 +243,5 @@ def test_a_mask_from_a_phase_of_its_own_is_everyones_and_survives_a_resume(tmp_p
         started(made, tmp_path / f"cut-{after}", after=after)
         mask = tiny.opened(session.RunFolder(tmp_path / f"cut-{after}")).state.mask
         assert mask is not None and mask.sum() == round(0.3 * size)
-        session.resume(tmp_path / f"cut-{after}", InProcess(), tiny.quiet)
+        session.resume(tmp_path / f"cut-{after}", InProcess())
         assert tiny.facts(tmp_path / f"cut-{after}") == tiny.facts(folder.root)

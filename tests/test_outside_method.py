@@ -56,7 +56,7 @@ def test_a_stop_anywhere_changes_nothing(after: int, tmp_path: Path, monkeypatch
         tiny.run(study(), tmp_path / "stopped")
     monkeypatch.undo()
     folder = RunFolder(tmp_path / "stopped")
-    drive(Experiment.of(folder.study()), folder.root, tiny.quiet, again=True)
+    drive(Experiment.of(folder.study()), folder.root, again=True)
     assert tiny.facts(tmp_path / "whole") == tiny.facts(tmp_path / "stopped")
 
 

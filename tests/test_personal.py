@@ -69,7 +69,7 @@ def test_a_personal_head_stays_personal(tmp_path: Path, method: str, sections: d
             accuracy = int((net(x).argmax(-1) == y).sum()) / len(y)
         assert accuracy == [r["test_accuracy"] for r in rows if r["client"] == client][-1]
     started(made, tmp_path / "cut", after=3)
-    session.resume(tmp_path / "cut", InProcess(), tiny.quiet)
+    session.resume(tmp_path / "cut", InProcess())
     assert tiny.facts(tmp_path / "cut") == tiny.facts(folder.root)
 
 

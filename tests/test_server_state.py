@@ -127,7 +127,7 @@ def test_a_rule_with_memory_resumes_to_equal_bits(tmp_path: Path, after: int) ->
             tiny.run(study(), tmp_path / "cut")
     kept = RunFolder(tmp_path / "cut").load_state(f"theta-{after - 1}")
     assert kept.memory["rounds"].shape == () and kept.memory["rounds"] == after and kept.memory["velocity"].any()
-    session.resume(tmp_path / "cut", InProcess(), tiny.quiet)
+    session.resume(tmp_path / "cut", InProcess())
     assert tiny.facts(tmp_path / "cut") == tiny.facts(tmp_path / "whole")
     tiny.run(tiny.study(method="fedavg", federate={"rounds": 4, "clients_per_round": 2}), tmp_path / "plain")
     assert tiny.digests(tmp_path / "whole") != tiny.digests(tmp_path / "plain"), "the momentum does something"

@@ -234,7 +234,7 @@ def test_a_client_that_failed_to_refine_keeps_the_ticket_of_step_2(tmp_path: Pat
                 for j, a in zip(jobs, answers, strict=True)
             ]  # fmt: skip
 
-    tiny.run(tiny.of_method("two_step", **REFINE), tmp_path / "r", engine=Failing(), tell=tiny.quiet)
+    tiny.run(tiny.of_method("two_step", **REFINE), tmp_path / "r", engine=Failing())
     arms = {s.client: s.arm for s in read_run(tmp_path / "r").tickets}
     assert arms == {0: "refined", 1: "refined", 2: "ticket", 3: "refined"}
     (row,) = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fedlth.federation import session
 from fedlth.federation.jobs import Again, Answers, Engine, Failure, Job, Reply, never
 from fedlth.federation.rounds import Federation
 from fedlth.models.layout import Layout, layout_of
+from fedlth.output import lines_to
 from fedlth.storage.run_folder import RunFolder
 from fedlth.study import schema
 from fedlth.training.recipe import PARTS, Epochs, Sgd, TrainingRecipe
@@ -108,20 +110,18 @@ def task_of(out: Path) -> Task:
     return open_task(RunFolder(out).study().science())
 
 
-def quiet(line: str) -> None:
-    pass
-
-
 def run(
-    made: schema.Study, out: Path, *, engine: Engine | None = None, tell: Callable[[str], None] = quiet
+    made: schema.Study, out: Path, *, engine: Engine | None = None, tell: Callable[[str], None] | None = None
 ) -> RunFolder:
+    """Run a study; `tell` is given every line that it logs."""
     experiment, notes = resolve(made)
-    return session.start(experiment, notes, out, engine or InProcess(), tell)
+    with lines_to(tell) if tell else nullcontext():
+        return session.start(experiment, notes, out, engine or InProcess())
 
 
 def opened(folder: RunFolder, engine: Engine | None = None) -> Federation:
     """Open a run folder where its last commit left it."""
-    return Federation(Experiment.of(folder.study()), folder, engine or InProcess(), quiet)
+    return Federation(Experiment.of(folder.study()), folder, engine or InProcess())
 
 
 def facts(out: Path) -> dict[str, bytes]:

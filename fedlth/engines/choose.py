@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedlth.engines.forked import Forked, usable_cpus
@@ -21,31 +21,29 @@ def check_engine(study: Study) -> None:
         require(f"engine: {study.engine}", "ray", extra="sim")
 
 
-def drive(
-    experiment: Experiment, out: Path, tell: Callable[[str], None], *, again: bool, notes: Sequence[str] = ()
-) -> None:
+def drive(experiment: Experiment, out: Path, *, again: bool, notes: Sequence[str] = ()) -> None:
     """Run an experiment into `out`, or go on with the run there (`again`), on the engine that its study names."""
     study = experiment.study
     check_engine(study)
     if study.engine == "flower":
         from fedlth.engines.flower import run_under_flower
 
-        run_under_flower(experiment, out, tell, resume=again, notes=notes)
+        run_under_flower(experiment, out, resume=again, notes=notes)
         return
-    engine = _engine(study, tell)
+    engine = _engine(study)
     if again:
-        session.resume(out, engine, tell)
+        session.resume(out, engine)
     else:
-        session.start(experiment, notes, out, engine, tell)
+        session.start(experiment, notes, out, engine)
 
 
-def _engine(study: Study, tell: Callable[[str], None]) -> Engine:
+def _engine(study: Study) -> Engine:
     if study.engine == "ray":
         from fedlth.engines.ray import RayEngine
 
-        return RayEngine(study.ray, job_timeout_s=study.job_timeout_s, device=study.device, tell=tell)
+        return RayEngine(study.ray, job_timeout_s=study.job_timeout_s, device=study.device)
     size = _workers(study)
-    return InProcess() if size == 1 else Forked(size, job_timeout_s=study.job_timeout_s, tell=tell)
+    return InProcess() if size == 1 else Forked(size, job_timeout_s=study.job_timeout_s)
 
 
 def _workers(study: Study) -> int:

@@ -34,13 +34,13 @@ from httpx import HTTPError  # noqa: E402
 from fedlth.engines import flower_client  # noqa: E402
 from fedlth.engines.flower_client import Step  # noqa: E402
 from fedlth.engines.flower_engine import UNREADABLE, Back, FlowerEngine, Sent  # noqa: E402
-from fedlth.engines.flower_nodes import Tell  # noqa: E402
 from fedlth.engines.flower_record import BODY, CHUNKED, HEAD, View  # noqa: E402
 from fedlth.engines.flower_session import FlowerRun, interruptible, run_of  # noqa: E402
 from fedlth.engines.inprocess import one_line  # noqa: E402
 from fedlth.errors import StudyError  # noqa: E402
 from fedlth.experiment.experiment import Experiment  # noqa: E402
 from fedlth.federation.client_step import client_step  # noqa: E402
+from fedlth.output import lines_to  # noqa: E402
 
 WORKERS = 2
 SIMULATED_WAIT_S = 10.0  # a simulation registers all its nodes at once, a moment after the ServerApp has started
@@ -165,7 +165,8 @@ def make_server_app(app_dir: Path) -> ServerApp:
                 return
             # Said now, since whoever reads this hears nothing more from a SuperLink that has gone.
             tell(f"if the SuperLink ends before this run: `flwr run` again with out={run.out} goes on")
-            _run(run, grid, tell, threading.Event(), wait_s=float(str(context.run_config["wait-s"])))
+            with lines_to(tell):
+                _run(run, grid, threading.Event(), wait_s=float(str(context.run_config["wait-s"])))
         except StudyError as error:
             tell(f"error: {error}")
             raise
@@ -177,17 +178,17 @@ def make_server_app(app_dir: Path) -> ServerApp:
     return app
 
 
-def _run(run: FlowerRun, grid: Grid, tell: Tell, stop: threading.Event, *, wait_s: float) -> None:
+def _run(run: FlowerRun, grid: Grid, stop: threading.Event, *, wait_s: float) -> None:
     transport = GridTransport(grid)
     engine = FlowerEngine(
-        transport, study=run.experiment.study, out=run.out, tell=tell, stop=stop,
+        transport, study=run.experiment.study, out=run.out, stop=stop,
         wait_s=SIMULATED_WAIT_S if transport.simulated else wait_s,
     )  # fmt: skip
-    run.run(engine, tell)
+    run.run(engine)
 
 
 def run_under_flower(
-    experiment: Experiment, out: Path, tell: Tell, *, resume: bool = False, notes: Sequence[str] = (),
+    experiment: Experiment, out: Path, *, resume: bool = False, notes: Sequence[str] = (),
     step: Step = client_step,
 ) -> None:  # fmt: skip
     """Run an experiment in Flower's simulation on this machine, one SuperNode a client, two workers.
@@ -204,7 +205,7 @@ def run_under_flower(
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         try:
-            _run(run, grid, tell, stop, wait_s=SIMULATED_WAIT_S)
+            _run(run, grid, stop, wait_s=SIMULATED_WAIT_S)
         except BaseException as error:  # also KeyboardInterrupt, which Flower would lose in its thread
             raised.append(error)
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 import threading
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Protocol
 
 from fedlth.engines.cohort import answered
-from fedlth.engines.flower_nodes import Roll, Tell
+from fedlth.engines.flower_nodes import Roll
 from fedlth.engines.flower_record import BODY, HEAD, Order, Records, View, of_order, to_answer
 from fedlth.engines.inprocess import one_line
 from fedlth.federation.jobs import Again, Answers, Failure, Job, Reply, never
 from fedlth.storage import store
 from fedlth.study.schema import Study
+
+log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 3600.0
 GRACE_S = 120.0  # Ray's workers, or a device's process, need up to half a minute before the first step begins
@@ -71,13 +74,11 @@ class FlowerEngine:
     name = "flower"
     holds_state = True
 
-    def __init__(
-        self, transport: Transport, *, study: Study, out: Path, tell: Tell, wait_s: float, stop: threading.Event
-    ) -> None:
-        self._transport, self._out, self._stop, self._tell = transport, out, stop, tell
+    def __init__(self, transport: Transport, *, study: Study, out: Path, wait_s: float, stop: threading.Event) -> None:
+        self._transport, self._out, self._stop = transport, out, stop
         self._timeout_s = study.job_timeout_s or DEFAULT_TIMEOUT_S
         self._roll = Roll(
-            count=study.clients.count, online=transport.online, ask=self._ask, pause=self._pause, tell=tell,
+            count=study.clients.count, online=transport.online, ask=self._ask, pause=self._pause,
             wait_s=wait_s,
         )  # fmt: skip
 
@@ -137,7 +138,7 @@ class FlowerEngine:
             if waiting and time.monotonic() - told >= TOLD_EVERY_S:
                 told = time.monotonic()
                 late = f"none came for {told - last:.0f} s, the limit is {limit_s:g} s"
-                self._tell(f"waiting for {len(waiting)} of {len(sent)} answers; {late}")
+                log.info(f"waiting for {len(waiting)} of {len(sent)} answers; {late}")
             if waiting:
                 self._pause()
         return got

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from fedlth.errors import StudyError
 
-Tell = Callable[[str], None]
+log = logging.getLogger(__name__)
+
 TOLD_EVERY_S = 10.0
 
 
@@ -23,7 +25,6 @@ class Roll:
     online: Callable[[], Iterable[int]]
     ask: Callable[[Sequence[int]], dict[int, int | str]]
     pause: Callable[[], None]
-    tell: Tell
     wait_s: float
     _partition: dict[int, int] = field(default_factory=dict)
     _ready: bool = False
@@ -57,7 +58,7 @@ class Roll:
                     f"{self.wait_s:g} s; in a simulation: flwr run ... --federation-config num-supernodes={self.count}"
                 )
             if now - said > TOLD_EVERY_S:
-                self.tell(f"waiting for SuperNodes: {there} of {self.count}")
+                log.info(f"waiting for SuperNodes: {there} of {self.count}")
                 said = now
             self.pause()
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from fedlth.engines.flower_engine import FlowerEngine
-from fedlth.engines.flower_nodes import Tell
 from fedlth.errors import StudyError
 from fedlth.experiment.experiment import Experiment
 from fedlth.experiment.resolve import resolve
@@ -32,12 +31,12 @@ class FlowerRun:
     resume: bool
     notes: tuple[str, ...] = ()
 
-    def run(self, engine: FlowerEngine, tell: Tell) -> None:
+    def run(self, engine: FlowerEngine) -> None:
         engine.ready()  # before anything is written
         if self.resume:
-            session.resume(self.out, engine, tell)
+            session.resume(self.out, engine)
         else:
-            session.start(self.experiment, self.notes, self.out, engine, tell)
+            session.start(self.experiment, self.notes, self.out, engine)
 
 
 def run_of(run_config: Mapping[str, Any], app_dir: Path) -> FlowerRun | None:

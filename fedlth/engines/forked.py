@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from fedlth.engines.cohort import peeked, size_of
 from fedlth.engines.inprocess import one_line
-from fedlth.engines.pool import Limits, Lost, Pool, Tell, quiet
+from fedlth.engines.pool import Limits, Lost, Pool
 from fedlth.engines.worker import Worker
 from fedlth.federation.jobs import Again, Answers, Job, never
 from fedlth.training.task import open_task
@@ -37,8 +37,8 @@ class Forked:
     name = "inprocess"
     holds_state = False
 
-    def __init__(self, workers: int, *, job_timeout_s: float | None = None, tell: Tell = quiet) -> None:
-        self.workers, self.limits, self.tell = workers, Limits(START_S, job_timeout_s), tell
+    def __init__(self, workers: int, *, job_timeout_s: float | None = None) -> None:
+        self.workers, self.limits = workers, Limits(START_S, job_timeout_s)
         self._pool: Pool | None = None
 
     def map(self, jobs: Iterable[Job], /, *, again: Again = never) -> Answers:
@@ -49,9 +49,7 @@ class Forked:
             open_task(first.study).warm()
             forks = Forks()
             given = {"path": (), "folder": os.getcwd(), "memory_mb": None}
-            self._pool = Pool(
-                forks, self.workers, name="fork", spawn=forks.spawn, given=given, limits=self.limits, tell=self.tell
-            )
+            self._pool = Pool(forks, self.workers, name="fork", spawn=forks.spawn, given=given, limits=self.limits)
         yield from self._pool.map(jobs, cohort=size_of(first), again=again)
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ Client steps are pure, so work that is lost with its worker is done again and gi
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,17 +17,13 @@ from fedlth.engines.worker import Born, Parcel
 from fedlth.errors import StudyError
 from fedlth.federation.jobs import Again, Answers, Failure, Job, Reply, never
 
+log = logging.getLogger(__name__)
+
 AHEAD = 8  # cohorts a worker that may be drawn before the answer that is to be given next
 STARTS = 2  # a place whose worker cannot start twice in a row is given up
 TRIES = 3  # so often is a cohort's work begun whose worker is lost each time; then one of its clients does it
 MACHINES = ("died", "memory")  # how a worker is lost with its process or its machine, and not by what a job raises
 TOLD_EVERY_S = 30.0
-
-Tell = Callable[[str], None]
-
-
-def quiet(line: str) -> None:
-    """Tell nobody."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +81,10 @@ class Pool:
 
     def __init__(
         self, seam: Seam, size: int, *, name: str, spawn: Callable[[], Any], given: Mapping[str, object],
-        limits: Limits, tell: Tell = quiet, room: Callable[[], str] = str,
+        limits: Limits, room: Callable[[], str] = str,
     ) -> None:  # fmt: skip
         self.seam, self.name, self.spawn, self.given, self.limits = seam, name, spawn, given, limits
-        self.tell, self.room = tell, room  # room() says what workers may wait for, "" where nothing is known
+        self.room = room  # room() says what workers may wait for, "" where nothing is known
         self.places = [Place(number) for number in range(size)]
         self.trouble, self.told = "", 0.0
 
@@ -124,7 +121,7 @@ class Pool:
         if min(waited, now - self.told) >= TOLD_EVERY_S:
             self.told = now
             said = f"{self.name}: no worker yet after {waited:.0f} s, the limit is {self.limits.start_s:g} s"
-            self.tell("; ".join(filter(None, [said, self.room()])))
+            log.info("; ".join(filter(None, [said, self.room()])))
 
     def drop(self, place: Place) -> None:
         """End a place's worker; a new one is started when there is work for it."""
@@ -272,7 +269,7 @@ class _Batch:
             # Whole, since a cohort's size decides the last bits of its result.
             self.todo.appendleft(place.positions)
             clients = ", ".join(str(self.jobs[position].client) for position in place.positions)
-            self.pool.tell(f"note: {place.worker} was lost ({kind}: {reason}); done again: client {clients}")
+            log.info(f"note: {place.worker} was lost ({kind}: {reason}); done again: client {clients}")
         elif len(place.positions) > 1:
             # One of them did it, nobody can say which: each goes again alone, so that it costs only itself.
             self.todo.extendleft((position,) for position in reversed(place.positions))

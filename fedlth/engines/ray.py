@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import sysconfig
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlth.engines.cohort import peeked, size_of
-from fedlth.engines.pool import Limits, Pool, Tell, quiet
+from fedlth.engines.pool import Limits, Pool
 from fedlth.engines.ray_placement import count, in_use, share_of, shortage, taken
 from fedlth.engines.worker import Worker
 from fedlth.federation.jobs import Again, Answers, Job, never
@@ -18,6 +19,8 @@ from fedlth.study import schema
 
 if TYPE_CHECKING:
     from fedlth.engines.ray_cluster import Cluster
+
+log = logging.getLogger(__name__)
 
 START_S = 300.0
 
@@ -39,9 +42,7 @@ class RayEngine:
         job_timeout_s: float | None = None,
         device: str = "cpu",
         start_timeout_s: float = START_S,
-        tell: Tell = quiet,
     ) -> None:
-        self.tell = tell
         self.settings, self.limits = ray, Limits(start_timeout_s, job_timeout_s)
         self.share = share_of(ray, device=device, total_memory_mb=_smallest_gpu_mb)
         self._opened: tuple[Cluster, Pool] | None = None
@@ -76,7 +77,7 @@ class RayEngine:
             if not cluster.alone:
                 said.append(taken(share, nodes, cluster.free(), size=size, wait_s=self.limits.start_s))
             for line in filter(None, said):
-                self.tell(line)
+                log.info(line)
         except BaseException:
             cluster.close()
             raise
@@ -90,9 +91,7 @@ class RayEngine:
         def room() -> str:
             return "" if cluster.alone else f"taken now: {in_use(cluster.nodes(), cluster.free())}"
 
-        return cluster, Pool(
-            cluster, size, name="ray", spawn=spawn, given=given, limits=limits, tell=self.tell, room=room
-        )
+        return cluster, Pool(cluster, size, name="ray", spawn=spawn, given=given, limits=limits, room=room)
 
 
 def _own_path() -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,9 +24,9 @@ from fedlth.storage.records import RoundRow, TimeRow
 from fedlth.storage.run_folder import Progress, RunFolder
 from fedlth.storage.server_state import ServerState
 
-EMPTY_ROUNDS_ALLOWED = 3
+log = logging.getLogger(__name__)
 
-Tell = Callable[[str], None]
+EMPTY_ROUNDS_ALLOWED = 3
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Step:
 class Federation:
     """A run in progress. Everything that outlives a round is in the folder; this object may die at any moment."""
 
-    def __init__(self, experiment: Experiment, folder: RunFolder, engine: Engine, tell: Tell) -> None:
-        self.experiment, self.folder, self.engine, self.tell = experiment, folder, engine, tell
+    def __init__(self, experiment: Experiment, folder: RunFolder, engine: Engine) -> None:
+        self.experiment, self.folder, self.engine = experiment, folder, engine
         self.progress = folder.progress()
         self.state = self._loaded(self.progress.theta)
 
@@ -106,7 +107,7 @@ class Federation:
                 progress = replace(progress, norms={**progress.norms, phase.name: norms.accepted})
         if replies.resyncs:
             told = f"note: {replies.resyncs} clients had lost what they held; their download was sent again, whole"
-            self.tell(told)
+            log.info(told)
         summary = summary_of(replies)
         if replies.versions:
             progress = replace(progress, good=self.progress.theta)
@@ -114,9 +115,9 @@ class Federation:
             summary = replace(summary, rolled_back_to=self._roll_back())
             progress = replace(progress, good=f"theta-{step.place}")
         self._commit(step, progress, sent, replies, summary, began)
-        self.tell(line(summary, step.place + 1, step.total, time.perf_counter() - began))
+        log.info(line(summary, step.place + 1, step.total, time.perf_counter() - began))
         if summary.rolled_back_to:
-            self.tell(f"note: no client could use this global model; it is rolled back to {summary.rolled_back_to}")
+            log.info(f"note: no client could use this global model; it is rolled back to {summary.rolled_back_to}")
         if phase.join and self.progress.empty_rounds >= EMPTY_ROUNDS_ALLOWED:
             refused = f"every reply was refused, the first with: {replies.failed[0].reason}"
             died = next((f.reason for f in replies.failed if f.kind != "refused"), refused)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,24 +23,24 @@ from fedlth.storage.client_state import ClientState
 from fedlth.storage.records import Digests, Header, Layer, Phase, RoundRow
 from fedlth.storage.run_folder import RunFolder
 
-Tell = Callable[[str], None]
+log = logging.getLogger(__name__)
 
 
-def start(experiment: Experiment, notes: Sequence[str], out: Path, engine: Engine, tell: Tell) -> RunFolder:
+def start(experiment: Experiment, notes: Sequence[str], out: Path, engine: Engine) -> RunFolder:
     """Run an experiment into a new folder; what could be wrong with it has been found before (experiment.resolve)."""
     for note in notes:
-        tell(f"note: {note}")
+        log.info(f"note: {note}")
     if experiment.study.compute == "sparse":
-        kernel.warm(tell)
+        kernel.warm()
     folder = RunFolder(out)
     with folder.locked():
         folder.create(experiment.study)
-        tell(f"run folder: {out}")
+        log.info(f"run folder: {out}")
         _write_header(folder, experiment, engine)
-        return _go(experiment, folder, engine, tell)
+        return _go(experiment, folder, engine)
 
 
-def resume(out: Path, engine: Engine, tell: Tell) -> RunFolder:
+def resume(out: Path, engine: Engine) -> RunFolder:
     """Go on from the last commit of a run, then visit clients whose machine was lost in its last phase.
 
     A run that has ended without such clients stays as it is.
@@ -51,10 +52,10 @@ def resume(out: Path, engine: Engine, tell: Tell) -> RunFolder:
         header = folder.header()
         if header and header.finished and not missing(folder):
             engine.close()
-            tell(f"{out}: has ended already")
+            log.info(f"{out}: has ended already")
             return folder
         if study.compute == "sparse":
-            kernel.warm(tell)
+            kernel.warm()
         if not header:
             _write_header(folder, experiment, engine)
         elif (header.data_digest, header.partition_digest) != (task.dataset.digest(), task.splits.digest):
@@ -67,15 +68,15 @@ def resume(out: Path, engine: Engine, tell: Tell) -> RunFolder:
         elif header.cohort != study.cohort:
             raise StudyError(f"{out}: must go on with cohort {header.cohort}, got {study.cohort}")
         elif header.versions != versions():
-            tell("note: other versions than those the run began with; equal bits are not promised")
+            log.info("note: other versions than those the run began with; equal bits are not promised")
         if header and header.finished:  # no longer: a stop before its files are written anew is one to go on from
             folder.write(replace(header, finished=False))
-        return _go(experiment, folder, engine, tell, revisit=True)
+        return _go(experiment, folder, engine, revisit=True)
 
 
-def _go(experiment: Experiment, folder: RunFolder, engine: Engine, tell: Tell, *, revisit: bool = False) -> RunFolder:
+def _go(experiment: Experiment, folder: RunFolder, engine: Engine, *, revisit: bool = False) -> RunFolder:
     folder.recover()
-    federation = Federation(experiment, folder, engine, tell)
+    federation = Federation(experiment, folder, engine)
     try:
         federation.run()
         if revisit:
@@ -92,7 +93,8 @@ def _go(experiment: Experiment, folder: RunFolder, engine: Engine, tell: Tell, *
     _write_header(folder, experiment, engine, federation)
     if lost := missing(folder):
         how = "the same `flwr run`" if engine.holds_state else f"fedlth resume {folder.root}"
-        tell(f"note: no result of {len(lost)} clients, whose machine was lost ({lost[:10]}); {how} visits them again")
+        who = f"{len(lost)} clients, whose machine was lost ({lost[:10]})"
+        log.info(f"note: no result of {who}; {how} visits them again")
     return folder
 
 
@@ -127,7 +129,7 @@ def _finish(federation: Federation) -> None:
         place = folder.root / "tickets"
         digests[str(client)] = ticket_file.save(place, study.tickets, task.layout, params, mask, meta)
     if away:
-        federation.tell(f"note: {away} tickets stay with their clients; only their masks' names are here")
+        log.info(f"note: {away} tickets stay with their clients; only their masks' names are here")
     folder.write(Digests(federation.theta.digest(), digests))
 
 

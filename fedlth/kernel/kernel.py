@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,6 +19,8 @@ from fedlth.kernel.live_channels import costs
 from fedlth.kernel.memory_layout import lay_out
 from fedlth.kernel.table import LayerTable, Op
 
+log = logging.getLogger(__name__)
+
 _LARGE_BYTES = 64 << 20
 _FASTER = 0.9  # of the dense multiply-adds: with fewer the kernel beats torch in a large network
 
@@ -31,9 +34,9 @@ class Outcome:
     snapshots: dict[int, np.ndarray] = field(default_factory=dict)
 
 
-def warm(tell: Callable[[str], None]) -> None:
+def warm() -> None:
     """Load the compiled kernel before workers that would each do so; compile it first, and say so, where it must be."""
-    with _told_of_compiling(tell):
+    with _told_of_compiling():
         op = Op(kind=col.LINEAR, source=0, out=1, weight=0, bias=9)
         table = LayerTable(
             ops=(op,), shapes=((3, 1, 1), (3, 1, 1)), output=1, num_floats=12, num_params=12, num_prunable=9
@@ -46,8 +49,8 @@ def warm(tell: Callable[[str], None]) -> None:
 
 
 @contextmanager
-def _told_of_compiling(tell: Callable[[str], None]) -> Iterator[None]:
-    """Tell once when numba begins to compile; what it loads from its disk cache, however slowly, is no compilation."""
+def _told_of_compiling() -> Iterator[None]:
+    """Say once when numba begins to compile; what it loads from its disk cache, however slowly, is no compilation."""
     from numba.core import event
 
     class Once(event.Listener):
@@ -57,7 +60,7 @@ def _told_of_compiling(tell: Callable[[str], None]) -> Iterator[None]:
         def on_start(self, event: object) -> None:
             if self.due:
                 self.due = False
-                tell("note: compiling the kernel once for this machine, about 45 s of CPU")
+                log.info("note: compiling the kernel once for this machine, about 45 s of CPU")
 
         def on_end(self, event: object) -> None:
             pass

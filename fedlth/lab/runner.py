@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields, is_dataclass
@@ -29,7 +30,8 @@ from fedlth.study.parts import make
 from fedlth.tickets.dead import DEADS
 from fedlth.tickets.rewind import REWINDS, Rewind
 
-Tell = Callable[[str], None]
+log = logging.getLogger(__name__)
+
 STAGES = ("search", "arm", "probe")  # arms need the searches' trainings, probes may use both
 
 
@@ -130,17 +132,17 @@ def _check_names(made: Lottery, probe: object, place: str) -> None:
             _check_step(step, f"{place}.steps", made.train.iterations)
 
 
-def run(made: Lottery, out: Path, tell: Tell) -> Path:
+def run(made: Lottery, out: Path) -> Path:
     """Do all of a study that the folder does not hold yet; write results.jsonl; return the folder.
 
     Raises StudyError where the folder holds another study. The result depends on neither workers nor stops.
     """
     check(made)
     with RunFolder(out).locked():
-        return _run(made, out, tell)
+        return _run(made, out)
 
 
-def _run(made: Lottery, out: Path, tell: Tell) -> Path:
+def _run(made: Lottery, out: Path) -> Path:
     config_file = out / "config.yaml"
     if config_file.exists():
         there = study.load(config_file)
@@ -151,8 +153,8 @@ def _run(made: Lottery, out: Path, tell: Tell) -> Path:
         store.write_atomic(config_file, study.dump(made).encode())
     for stage in STAGES:
         todo = [task for task in tasks(made, stage) if not (out / task.file).exists()]
-        for task in _done(made, out, todo, tell):
-            tell(f"{task.stage} {task.name}, seed {task.seed}: done")
+        for task in _done(made, out, todo):
+            log.info(f"{task.stage} {task.name}, seed {task.seed}: done")
     text = b"".join((out / task.file).read_bytes() for stage in STAGES for task in tasks(made, stage))
     store.write_atomic(out / "results.jsonl", text)
     return out
@@ -168,17 +170,17 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any], place: str = ""
             yield f"{place}{key}"
 
 
-def _done(made: Lottery, out: Path, todo: list[Task], tell: Tell) -> Iterator[Task]:
+def _done(made: Lottery, out: Path, todo: list[Task]) -> Iterator[Task]:
     """Do tasks and yield each when it is done."""
     if made.workers == 1 or len(todo) < 2:
         for task in todo:
-            do(made.science(), str(out), task, tell)
+            do(made.science(), str(out), task)
             yield task
         return
     # Spawned, not forked: torch's and numba's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(made.workers, len(todo)), mp_context=context) as pool:
-        jobs = {pool.submit(do, made.science(), str(out), task, output.tell): task for task in todo}
+    with ProcessPoolExecutor(min(made.workers, len(todo)), mp_context=context, initializer=output.log_lines) as pool:
+        jobs = {pool.submit(do, made.science(), str(out), task): task for task in todo}
         try:
             for job in as_completed(jobs):
                 job.result()
@@ -192,15 +194,15 @@ def _done(made: Lottery, out: Path, todo: list[Task], tell: Tell) -> Iterator[Ta
             raise
 
 
-def do(science: str, out: str, task: Task, tell: Tell) -> None:
+def do(science: str, out: str, task: Task) -> None:
     """Do one task and write its rows."""
     try:
-        _do(science, out, task, tell)
+        _do(science, out, task)
     except FloatingPointError as error:
         raise StudyError(f"{task.stage} {task.name}, seed {task.seed}: {error}") from error
 
 
-def _do(science: str, out: str, task: Task, tell: Tell) -> None:
+def _do(science: str, out: str, task: Task) -> None:
     bench = open_bench(science, task.seed, out)
     rows: list[dict[str, Any]] = []
     if task.stage == "probe":
@@ -218,12 +220,12 @@ def _do(science: str, out: str, task: Task, tell: Tell) -> None:
             raise StudyError(f"probes.{task.name}: {spec['name']} raised {said(error)}") from error
         if len(bench.diverged) > before:  # which of the rows they decided only the probe knows
             rows = [row | {"diverged": len(bench.diverged) - before} for row in rows]
-            tell(f"{task.name}, seed {task.seed}: {len(bench.diverged) - before} trainings diverged")
+            log.info(f"{task.name}, seed {task.seed}: {len(bench.diverged) - before} trainings diverged")
     else:
         walk = arms.searched if task.stage == "search" else arms.trained
         for row in walk(bench, task.name):
             rows.append(row)
-            tell(
+            log.info(
                 f"{task.name}, seed {task.seed}, round {row['round']}: density {row['kept'] / row['size']:.4f}, early "
                 f"stop at {row['early_stop']}, validation accuracy {row['validation_accuracy']:.4f}"
                 + (", diverged after it" if "diverged" in row else "")

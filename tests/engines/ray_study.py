@@ -35,7 +35,7 @@ def engine_of(study: Study) -> RayEngine:
 
 def run(study: Study, out: Path) -> Path:
     """Run on the engine that the study names."""
-    tiny.run(study, out, engine=engine_of(study) if study.engine == "ray" else InProcess(), tell=lambda line: None)
+    tiny.run(study, out, engine=engine_of(study) if study.engine == "ray" else InProcess())
     return out
 
 

@@ -9,17 +9,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedlth.engines.flower_client import Step
-from fedlth.engines.flower_nodes import Tell
 from fedlth.experiment.resolve import resolve
 from fedlth.federation.client_step import client_step
 from fedlth.federation.jobs import Job, Reply
+from fedlth.output import lines_to
 from fedlth.study import schema
 from tests import tiny
 
@@ -105,10 +106,11 @@ class Stop(Exception):
     pass
 
 
-def run_under_flower(study: schema.Study, out: Path, tell: Tell = tiny.quiet, **given: Any) -> None:
+def run_under_flower(study: schema.Study, out: Path, tell: Callable[[str], None] | None = None, **given: Any) -> None:
     from fedlth.engines import flower
 
-    flower.run_under_flower(resolve(study)[0], out, tell, **given)
+    with lines_to(tell) if tell else nullcontext():
+        flower.run_under_flower(resolve(study)[0], out, **given)
 
 
 @pytest.mark.usefixtures("one_simulation")

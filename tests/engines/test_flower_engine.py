@@ -15,6 +15,7 @@ from fedlth.engines.flower_record import Records
 from fedlth.errors import StudyError
 from fedlth.federation.client_step import client_step
 from fedlth.federation.jobs import Failure, Job, Reply
+from fedlth.output import lines_to
 from tests import tiny
 
 NAMES = ("ledger", "metrics", "rounds")
@@ -60,7 +61,7 @@ class Loopback:
 
 def engine_over(transport: Loopback, study: Any = None, wait_s: float = 0.2) -> FlowerEngine:
     return FlowerEngine(
-        transport, study=study or tiny.study(), out=transport.out, tell=tiny.quiet, wait_s=wait_s,
+        transport, study=study or tiny.study(), out=transport.out, wait_s=wait_s,
         stop=threading.Event(),
     )  # fmt: skip
 
@@ -160,10 +161,11 @@ def test_a_wait_for_answers_is_told(folder: Path, monkeypatch: pytest.MonkeyPatc
     transport, told = Loopback(folder, NODES, echo), list[str]()
     transport.poll_s, transport.faults[1] = 0.02, None
     engine = FlowerEngine(
-        transport, study=tiny.study(job_timeout_s=0.1), out=folder, tell=told.append, wait_s=1.0,
+        transport, study=tiny.study(job_timeout_s=0.1), out=folder, wait_s=1.0,
         stop=threading.Event(),
     )  # fmt: skip
-    tiny.answers(engine, jobs())
+    with lines_to(told.append):
+        tiny.answers(engine, jobs())
     assert 2 <= len(told) <= 4 and told[0] == "waiting for 1 of 4 answers; none came for 0 s, the limit is 0.4 s"
 
 
@@ -216,7 +218,7 @@ def test_the_run_keeps_its_name_on_the_devices(folder: Path) -> None:
 def test_a_stop_ends_the_wait(folder: Path) -> None:
     transport = Loopback(folder, NODES, echo)
     stop = threading.Event()
-    engine = FlowerEngine(transport, study=tiny.study(), out=folder, tell=tiny.quiet, wait_s=1.0, stop=stop)
+    engine = FlowerEngine(transport, study=tiny.study(), out=folder, wait_s=1.0, stop=stop)
     stop.set()
     with pytest.raises(KeyboardInterrupt):
         tiny.answers(engine, jobs())

@@ -14,6 +14,7 @@ from fedlth.engines.pool import AHEAD, STARTS, TRIES, Limits, Lost, Pool
 from fedlth.engines.worker import Born, Parcel
 from fedlth.errors import StudyError
 from fedlth.federation.jobs import Answers, Failure, Job, Message, Reply
+from fedlth.output import lines_to
 
 Act = Callable[[Job], Any]
 HANGS = object()
@@ -170,8 +171,8 @@ def test_work_lost_with_its_machine_is_done_again(losses: int, kind: str) -> Non
     told: list[str] = []
     played = Played(act)
     pool = pool_of(played)
-    pool.tell = told.append
-    assert [a.client for a in all_of(pool.map(jobs_of(7))) if isinstance(a, Reply)] == list(range(7))
+    with lines_to(told.append):
+        assert [a.client for a in all_of(pool.map(jobs_of(7))) if isinstance(a, Reply)] == list(range(7))
     assert len(told) == 2 * losses and f"({kind}: its node has died); done again: client " in told[0]
 
 
@@ -251,8 +252,9 @@ def test_a_wait_for_room_is_told_and_ends(monkeypatch: pytest.MonkeyPatch) -> No
     told: list[str] = []
     played = Played(answer, born=lambda n: HANGS)
     pool = pool_of(played, start_s=0.28)
-    pool.tell, pool.room = told.append, lambda: "taken now: 2 of 2 GPUs"
-    with pytest.raises(StudyError, match="it took more than 0.28 s; taken now: 2 of 2 GPUs"):
+    pool.room = lambda: "taken now: 2 of 2 GPUs"
+    refused = pytest.raises(StudyError, match="it took more than 0.28 s; taken now: 2 of 2 GPUs")
+    with refused, lines_to(told.append):
         all_of(pool.map(jobs_of(3)))
     assert 2 <= len(told) <= 5
     assert all(line.startswith("ray: no worker yet after ") and line.endswith("2 of 2 GPUs") for line in told)

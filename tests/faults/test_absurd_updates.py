@@ -189,7 +189,7 @@ def test_a_roll_back_resumes_like_anything_else(tmp_path: Path, after: int) -> N
         patch.setattr(session, "_finish", lambda *_: None)
         with pytest.raises(Exception, match="no client finished"):
             broken(tmp_path / "cut")
-    session.resume(tmp_path / "cut", InProcess(), tiny.quiet)
+    session.resume(tmp_path / "cut", InProcess())
     assert tiny.facts(tmp_path / "cut") == tiny.facts(tmp_path / "whole")
 
 

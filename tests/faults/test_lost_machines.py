@@ -86,7 +86,7 @@ def test_a_resume_visits_whom_a_machine_cost_step_2(method: str, kind: str, tmp_
     assert missing(RunFolder(out)) == [0, 1, 2]
     assert said[-1].startswith("note: no result of 3 clients") and f"fedlth resume {out} visits" in said[-1]
     before = tiny.rows(out, "ledger")
-    session.resume(out, InProcess(), tiny.quiet)
+    session.resume(out, InProcess())
     assert missing(RunFolder(out)) == [] and facts(out) == facts(tmp_path / "whole")
     ledger = tiny.rows(out, "ledger")
     assert ledger[: len(before)] == before, "what crossed stays counted"
@@ -115,7 +115,7 @@ def test_with_refinement_only_its_last_phase_is_made_up_for(tmp_path: Path) -> N
     tiny.run(made, tmp_path / "whole")
     tiny.run(made, tmp_path / "r", engine=losing({1: "lost"}, "refined"))
     assert missing(RunFolder(tmp_path / "r")) == [1]
-    session.resume(tmp_path / "r", InProcess(), tiny.quiet)
+    session.resume(tmp_path / "r", InProcess())
     assert facts(tmp_path / "r") == facts(tmp_path / "whole")
     tiny.run(made, tmp_path / "early", engine=losing({1: "lost"}, "personalise"))
     assert missing(RunFolder(tmp_path / "early")) == []
@@ -135,7 +135,7 @@ def test_a_stop_in_the_revisit_is_gone_on_from(tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(Federation, "_step", stopped)
         with pytest.raises(KeyboardInterrupt):
-            session.resume(out, InProcess(), tiny.quiet)
+            session.resume(out, InProcess())
     assert missing(RunFolder(out)) == [3]
 
     def full(*_: Any) -> None:
@@ -144,9 +144,9 @@ def test_a_stop_in_the_revisit_is_gone_on_from(tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(session, "_finish", full)
         with pytest.raises(OSError, match="no space"):
-            session.resume(out, InProcess(), tiny.quiet)
+            session.resume(out, InProcess())
     assert missing(RunFolder(out)) == [] and session._finish is finish
-    session.resume(out, InProcess(), tiny.quiet)
+    session.resume(out, InProcess())
     assert facts(out) == facts(tmp_path / "whole")
 
 
@@ -159,5 +159,5 @@ def test_flower_goes_on_with_a_run_that_lost_devices(tmp_path: Path) -> None:
     tiny.run(tiny.study(), tmp_path / "r", engine=losing({1: "lost"}, "personalise"))
     task = task_of(asked, tmp_path)
     assert task is not None and task.resume
-    session.resume(tmp_path / "r", InProcess(), tiny.quiet)
+    session.resume(tmp_path / "r", InProcess())
     assert task_of(asked, tmp_path) is None

@@ -142,7 +142,7 @@ def test_a_crash_at_every_place_of_a_commit(
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
         crashing(patch, place, when)
         tiny.run(tiny.study(**STUDIES["refined"]), out)
-    session.resume(out, InProcess(), tiny.quiet)
+    session.resume(out, InProcess())
     assert tiny.facts(out) == reference("refined")
 
 
@@ -155,7 +155,7 @@ def test_stopping_between_commits(
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
         crashing(patch, "after the checkpoint", stop)
         tiny.run(tiny.study(**STUDIES[name]), out)
-    session.resume(out, InProcess(), tiny.quiet)
+    session.resume(out, InProcess())
     assert tiny.facts(out) == reference(name)
 
 
@@ -169,7 +169,7 @@ def test_crash_upon_crash(tmp_path: Path, reference: Callable[[str], dict[str, b
             with pytest.MonkeyPatch.context() as patch:
                 crashing(patch, PLACES[attempts % 14][0], 1 + attempts % 5)
                 if (out / "config.yaml").exists():
-                    session.resume(out, InProcess(), tiny.quiet)
+                    session.resume(out, InProcess())
                 else:
                     tiny.run(tiny.study(**STUDIES["refined"]), out)
             break
@@ -210,7 +210,7 @@ def test_twenty_kills_at_random_moments(tmp_path: Path, reference: Callable[[str
             process.join()
             assert process.exitcode in (0, -signal.SIGKILL)
             kills += process.exitcode != 0
-        session.resume(out, InProcess(), tiny.quiet)  # a kill may have come after the digests, before the header
+        session.resume(out, InProcess())  # a kill may have come after the digests, before the header
         assert tiny.facts(out) == whole
 
 
@@ -258,7 +258,7 @@ def test_damage_is_told_with_the_files_name(tmp_path: Path, what: str, damage: s
         flip(file, {"flip early": 3, "flip middle": size // 2, "flip late": size - 2}[damage])
     before = {p: p.read_bytes() for p in out.glob("*.jsonl")}
     with pytest.raises(StudyError) as caught:
-        session.resume(out, InProcess(), tiny.quiet)
+        session.resume(out, InProcess())
     assert str(caught.value).startswith(str(file)) and "\n" not in str(caught.value)
     assert {p: p.read_bytes() for p in out.glob("*.jsonl")} == before, "nothing was cut"
 
@@ -269,14 +269,14 @@ def test_committed_rows_must_be_there(tmp_path: Path) -> None:
     file = out / "ledger.jsonl"
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(StudyError, match=r"ledger\.jsonl: must hold the \d+ bytes that are committed"):
-        session.resume(out, InProcess(), tiny.quiet)
+        session.resume(out, InProcess())
 
 
 def test_without_a_checkpoint_the_run_begins_anew(tmp_path: Path, reference: Callable[[str], dict[str, bytes]]) -> None:
     out = tmp_path / "run"
     stopped(out)
     (out / "checkpoint.json").unlink()
-    session.resume(out, InProcess(), tiny.quiet)
+    session.resume(out, InProcess())
     assert tiny.facts(out) == reference("refined")
 
 
@@ -298,12 +298,12 @@ def test_resume_refuses_other_data(tmp_path: Path) -> None:
     (out / "config.yaml").write_text(text.replace(ours, ours.replace("{}", "{seed: 5}")))
     assert (out / "config.yaml").read_text() != text
     with pytest.raises(StudyError, match="the data that it began with"):
-        session.resume(out, InProcess(), tiny.quiet)
+        session.resume(out, InProcess())
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="no run here"):
-        session.resume(tmp_path / "none", InProcess(), tiny.quiet)
+        session.resume(tmp_path / "none", InProcess())
     assert not (tmp_path / "none").exists()
 
 
@@ -318,7 +318,7 @@ def test_two_processes_cannot_run_one_folder(tmp_path: Path) -> None:
     assert other.stdout.readline() == "held\n"
     try:
         with pytest.raises(StudyError, match="another process is running this run"):
-            session.resume(out, InProcess(), tiny.quiet)
+            session.resume(out, InProcess())
     finally:
         other.communicate("")
     with folder.locked():
@@ -339,9 +339,9 @@ def test_a_full_disk_leaves_the_last_commit(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, call, full)
         with pytest.raises(OSError, match="No space left"):
-            session.resume(out, InProcess(), tiny.quiet)
+            session.resume(out, InProcess())
     assert (out / "checkpoint.json").read_bytes() == before
-    session.resume(out, InProcess(), tiny.quiet)
+    session.resume(out, InProcess())
     assert tiny.facts(out) == reference("refined")
 
 
@@ -461,7 +461,7 @@ def test_three_rounds_without_an_answer_end_the_run_with_its_reason(tmp_path: Pa
     made = tiny.of_method("fedavg", federate={"rounds": 3, "clients_per_round": 2})
     with pytest.raises(StudyError, match="3 rounds without one usable reply; last: no cable"):
         tiny.run(made, tmp_path / "r", engine=Meddling(lost))
-    session.resume(tmp_path / "r", InProcess(), tiny.quiet)
+    session.resume(tmp_path / "r", InProcess())
     assert len(tiny.rows(tmp_path / "r", "metrics")) == 4, "step 2 is not stopped by what step 1 met"
 
 
@@ -481,7 +481,7 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path: Path, capsys: pyte
         patch.setattr(Federation, "_commit", interrupted)
         assert cli.main(["run", str(file), f"out={out}"]) == 130
     assert f"fedlth resume {out}" in capsys.readouterr().err
-    session.resume(out, InProcess(), tiny.quiet)
+    session.resume(out, InProcess())
     tiny.run(tiny.of_method("fedavg"), tmp_path / "whole")
     assert tiny.facts(out) == tiny.facts(tmp_path / "whole")
 

@@ -274,7 +274,7 @@ def test_a_stopped_command_ends_soon_says_how_to_go_on_and_does(tmp_path: Path, 
     assert f"out={out}" in told
     assert not (out / "results.jsonl").exists()
     for folder in (out, whole):
-        runner.run(study.build({**long, "workers": 1}), folder, tiny.quiet)
+        runner.run(study.build({**long, "workers": 1}), folder)
     assert (out / "results.jsonl").read_bytes() == (whole / "results.jsonl").read_bytes()
 
 

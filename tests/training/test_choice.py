@@ -17,6 +17,7 @@ from fedlth.errors import StudyError  # noqa: E402
 from fedlth.experiment.resolve import resolve  # noqa: E402
 from fedlth.forecast import forecast  # noqa: E402
 from fedlth.kernel import kernel  # noqa: E402
+from fedlth.output import lines_to  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.tiny import Small  # noqa: E402
 
@@ -78,8 +79,10 @@ def test_a_short_study_ends_as_the_reference_does(tmp_path: Path, backend: str) 
 
 def test_warming_tells_only_of_a_compilation() -> None:
     told: list[str] = []
-    kernel.warm(told.append)
-    kernel.warm(told.append)  # now it is loaded at the latest
+    with lines_to(told.append):
+        kernel.warm()
+    with lines_to(told.append):
+        kernel.warm()  # now it is loaded at the latest
     assert len(told) <= 1
 
 
@@ -88,7 +91,8 @@ def test_a_slow_load_is_no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "train_epochs", lambda *_, **__: time.sleep(3.2))
     monkeypatch.setattr(kernel, "predict", lambda *_: np.zeros(1))
     told: list[str] = []
-    kernel.warm(told.append)
+    with lines_to(told.append):
+        kernel.warm()
     assert not told
 
 
@@ -103,5 +107,6 @@ def test_a_compilation_is_told_when_it_begins(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(kernel, "train_epochs", compile)
     monkeypatch.setattr(kernel, "predict", lambda *_: np.zeros(1))
-    kernel.warm(told.append)
+    with lines_to(told.append):
+        kernel.warm()
     assert len(told) == 1

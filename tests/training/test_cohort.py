@@ -387,7 +387,7 @@ def test_a_runs_cohort_is_recorded_shared_out_and_kept(tmp_path: Path) -> None:
     (out / "header.json").write_text(json.dumps({**header, "finished": False}))
     (out / "config.yaml").write_text((out / "config.yaml").read_text().replace("cohort: 2", "cohort: 3"))
     with pytest.raises(StudyError, match="must go on with cohort 2, got 3"):
-        session.resume(out, InProcess(), tiny.quiet)
+        session.resume(out, InProcess())
 
 
 def test_flower_refuses_a_cohort() -> None:
