@@ -189,7 +189,8 @@ def test_all_rates_diverge(tmp_path: Path) -> None:
 
 
 def row(client: int, arm: str, target: float, accuracy: float, **more: Any) -> str:
-    return json.dumps({"client": client, "arm": arm, "target_density": target, "val_accuracy": accuracy, **more})
+    rest = {"unseen": False, "density": target, "test_accuracy": 0.0, "num_train": 1}
+    return json.dumps(rest | {"client": client, "arm": arm, "target_density": target, "val_accuracy": accuracy} | more)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from fedlth.errors import StudyError
 from fedlth.federation import session
 from fedlth.federation.jobs import Failure, Job, Reply
 from fedlth.federation.rounds import Federation, missing
+from fedlth.output import lines_to
 from fedlth.storage.run_folder import RunFolder
 from fedlth.wire import metrics
 from tests import tiny
@@ -96,7 +97,8 @@ def test_a_resume_visits_whom_a_machine_cost_step_2(method: str, kind: str, tmp_
     waves = [(row["round"], row["clients"]) for row in tiny.rows(out, "rounds") if row["phase"] == "personalise"]
     assert waves == [(1, [0, 1]), (2, [2, 3]), (3, [0, 1]), (4, [2])]
     said.clear()
-    session.resume(out, InProcess(), said.append)
+    with lines_to(said.append):
+        session.resume(out, InProcess())
     assert said == [f"{out}: has ended already"]
 
 
@@ -105,7 +107,8 @@ def test_a_clients_own_fault_costs_itself_for_good(kind: str, tmp_path: Path) ->
     """Row 40: only what a machine cost is made up for."""
     out, said = tmp_path / "r", list[str]()
     tiny.run(tiny.study(), out, engine=losing({1: kind}, "personalise"))
-    session.resume(out, InProcess(), said.append)
+    with lines_to(said.append):
+        session.resume(out, InProcess())
     assert said == [f"{out}: has ended already"] and missing(RunFolder(out)) == []
 
 
@@ -152,12 +155,12 @@ def test_a_stop_in_the_revisit_is_gone_on_from(tmp_path: Path, monkeypatch: pyte
 
 def test_flower_goes_on_with_a_run_that_lost_devices(tmp_path: Path) -> None:
     """Row 40: `flwr run` with the same `out`, as long as somebody is missing."""
-    from fedlth.engines.flower_session import task_of
+    from fedlth.engines.flower_session import run_of
 
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny.tree()))
     asked = {"study": "tiny.yaml", "out": str(tmp_path / "r")}
     tiny.run(tiny.study(), tmp_path / "r", engine=losing({1: "lost"}, "personalise"))
-    task = task_of(asked, tmp_path)
+    task = run_of(asked, tmp_path)
     assert task is not None and task.resume
     session.resume(tmp_path / "r", InProcess())
-    assert task_of(asked, tmp_path) is None
+    assert run_of(asked, tmp_path) is None

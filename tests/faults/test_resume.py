@@ -26,6 +26,7 @@ from fedlth.errors import StudyError
 from fedlth.federation import session
 from fedlth.federation.jobs import Failure, Job, Reply
 from fedlth.federation.rounds import Federation
+from fedlth.output import lines_to
 from fedlth.storage import json_lines, state_archive, store
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.state_archive import Packs, Writer
@@ -285,7 +286,8 @@ def test_a_run_that_has_ended_stays_as_it_is(tmp_path: Path) -> None:
     tiny.run(tiny.of_method("fedavg"), out)
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.rglob("*") if p.is_file() and p.name != ".lock"}
     told: list[str] = []
-    session.resume(out, InProcess(), told.append)
+    with lines_to(told.append):
+        session.resume(out, InProcess())
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in before} == before and "has ended" in told[0]
     with pytest.raises(StudyError, match="holds a run already"):
         tiny.run(tiny.of_method("fedavg"), out)

@@ -31,10 +31,6 @@ def bench(folder: Path | None = None, seed: int = 0, **sections: Any) -> Bench:
     return open_bench(made(**sections).science(), seed, None if folder is None else str(folder))
 
 
-def quiet(line: str) -> None:
-    pass
-
-
 def run(out: Path, **sections: Any) -> bytes:
     """Run and return the result file's bytes."""
-    return (runner.run(made(**sections), out, quiet) / "results.jsonl").read_bytes()
+    return (runner.run(made(**sections), out) / "results.jsonl").read_bytes()

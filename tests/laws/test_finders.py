@@ -295,7 +295,7 @@ def test_gates_train_on_until_they_open() -> None:
         finder(schedule="one_shot", gate={"name": "adaptive", "at_least": 0.5, "decay": 0.5}), (0.3,), lambda p: 0.2
     )
     assert len(calls) == 4, "0.2 passes 0.5, 0.25, 0.125 at the third look"
-    with pytest.raises(StudyError, match="validation accuracy is needed"):
+    with pytest.raises(StudyError, match="needs validation accuracy"):
         walk(finder(gate="val_accuracy"), (0.3,))
 
 
