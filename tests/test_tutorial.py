@@ -39,7 +39,9 @@ class Screen(io.StringIO):
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background inherits an ignored one
     yield tmp_path
+    signal.signal(signal.SIGINT, heard)
     for name in [name for name in sys.modules if name.partition(".")[0] == "my_project"]:
         del sys.modules[name]
 
