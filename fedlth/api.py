@@ -93,9 +93,9 @@ def _check_others(ready: Experiment, out: Path) -> None:
     others = {file: json.loads(file.read_bytes()) for file in headers}
     for file, header in others.items():
         if (header["data_digest"], header["partition_digest"]) != ours:
-            raise StudyError(f"{file.parent}: must go on with the data that it began with, got others")
+            raise StudyError(f"{file.parent}: must continue with the data that it began with, got other data")
     if any(header["versions"] != versions() for header in others.values()):
-        log.info("note: other versions than those the study's runs began with; equal bits are not promised")
+        log.info("note: versions differ from those with which the study's runs began; equal bits are not promised")
 
 
 def _runs(study: Study, out: Path) -> list[tuple[Study, Path]]:

@@ -95,7 +95,7 @@ def _one(kind: str, name: str, study: str, tables: Mapping[str, Mapping[str, Cal
     from fedlth.study.parts import imported
 
     if kind not in tables:
-        raise StudyError(f"list: a name is listed of one of {', '.join(tables)}, got {kind!r}")
+        raise StudyError(f"list: a name can be listed for one of {', '.join(tables)}, got {kind!r}")
     if ":" not in name and name not in tables[kind]:
         known = ", ".join(tables[kind])
         raise StudyError(f"list {kind}: must be one of {known} or package.module:name, got {name!r}")
@@ -148,7 +148,7 @@ def methods_markdown() -> str:
         if r.phases:
             kinds = [kind for _, kind in r.phases[-1].update.sends]
             down = "own slice" if r.slices else f"all {r.space}"
-            masked = "values alive or shared, mask" if r.slices else "values"
+            masked = "kept or shared values, mask" if r.slices else "values"
             up = "mask bits" if "mask" in kinds else masked
         lines.append(f"| `{name}` | {r.summary} | {down} | {up} | {', '.join(r.arms)} | {r.paper} |")
     return "\n".join(lines)

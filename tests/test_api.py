@@ -164,7 +164,7 @@ def test_seeds_go_on_with_the_data_that_they_began_with(tmp_path: Path, monkeypa
     asked = tmp_path / "r" / api.ASKED
     name = "name: tests.tiny:images"
     asked.write_text(asked.read_text().replace(name, f"{name}\n  options: {{seed: 5}}"))
-    with pytest.raises(StudyError, match="seed-0: must go on with the data that it began with"):
+    with pytest.raises(StudyError, match="seed-0: must continue with the data that it began with"):
         api.resume(tmp_path / "r")
 
 

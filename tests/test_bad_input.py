@@ -169,7 +169,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         for kind in ("score", "schedule", "scope", "rewind", "granularity", "dead", "gate", "stop")
     },
     "row 35: no arm": ({"personalise": {"arms": []}}, "personalise.arms: must name at least one arm, got []"),
-    "row 35: an arm twice": ({"personalise": {"arms": ["dense", "ticket", "dense"]}}, "must stand once, got dense 2"),
+    "row 35: an arm twice": ({"personalise": {"arms": ["dense", "ticket", "dense"]}}, "must be given once, got dense 2"),
     "row 35: no frozen weights": ({"personalise": {"arms": ["frozen_random"]}}, "two_step has no frozen weights"),
     "row 35: no own mask": ({"personalise": {"arms": ["own_random"]}}, "method two_step has no own mask"),
     "row 35: no own mask of weights": (
@@ -180,7 +180,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"finder": {"densities": [0.01], "granularity": "row"}}, "must keep at least one of the 16 prunable groups"),
     "row 35: a method's density of nothing": (
         {"method": {"name": "lotteryfl", "density": 0.0001}}, "method.density: must keep at least one of the 816"),
-    "a rate twice": ({"tune": {"lr": [0.1, 0.1]}}, "tune.lr: each must stand once"),
+    "a rate twice": ({"tune": {"lr": [0.1, 0.1]}}, "tune.lr: each must be given once"),
     "rates without a model to score": (
         {"tune": {"lr": [0.1, 0.2]}, "personalise": {"arms": ["random"]}}, "personalise.arms: must hold global or one"),
 }  # fmt: skip

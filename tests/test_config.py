@@ -201,7 +201,7 @@ def test_resolve_writes_the_methods_defaults_and_notes_what_has_no_effect() -> N
     assert study.federate.rounds == 0 and study.finder.rewind == {"name": "init"}
     assert notes == [
         "federate: has no effect, method standalone has no rounds",
-        "clients.unseen: has no effect, method standalone has no rounds: nobody is left out of them",
+        "clients.unseen: has no effect, method standalone has no rounds: no client is left out",
     ]
     notes = read(tiny.of_method("fedavg"))[1]
     assert notes == [

@@ -48,7 +48,7 @@ IDLE: list[tuple[str, dict[str, Any], str]] = [
     ("local", {"wire": "raw"}, "wire: has no effect, method local sends nothing"),
     ("local", {"model": {"buffers": "local_all"}}, "model.buffers: has no effect, method local sends nothing"),
     ("local", {"clients": {"unseen": 0.25}},
-     "clients.unseen: has no effect, method local has no rounds: nobody is left out of them"),
+     "clients.unseen: has no effect, method local has no rounds: no client is left out"),
     ("local", {"train": {"epochs": 3}}, "train.epochs: has no effect, method local has no rounds"),
     ("local", {"train": {"lr": 0.1}, "personalise": {"lr": 0.2}},
      "train.lr: has no effect, every training takes personalise.lr"),

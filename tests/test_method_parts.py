@@ -202,7 +202,7 @@ class Moved:
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         start = merged(local, inbox, state)
-        moved = np.abs(local.train(start, plan=local.plan).params.floats - start.floats)[: local.full.size]
+        moved = np.abs(local.train(start, recipe=local.recipe).params.floats - start.floats)[: local.full.size]
         return Update(replace(state, visits=state.visits + 1), {"saliency": Content(local.full, moved, start.ints[:0])})
 
 

@@ -169,5 +169,5 @@ def test_a_run_goes_on_with_what_crossed(tmp_path: Path) -> None:
     tiny.opened(folder, engine).run(stop_after=1)
     text = (folder.root / "config.yaml").read_text()
     (folder.root / "config.yaml").write_text(text.replace("trains: true", "trains: false"))
-    with pytest.raises(StudyError, match="must go on with the 1173 numbers that crossed, got 133"):
+    with pytest.raises(StudyError, match="must continue with the 1173 numbers that crossed, got 133"):
         session.resume(folder.root, engine)

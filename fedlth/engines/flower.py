@@ -164,14 +164,14 @@ def make_server_app(app_dir: Path) -> ServerApp:
                 tell(f"{context.run_config['out']}: this run has ended already")
                 return
             # Said now, since whoever reads this hears nothing more from a SuperLink that has gone.
-            tell(f"if the SuperLink ends before this run: `flwr run` again with out={run.out} goes on")
+            tell(f"if the SuperLink ends before this run: `flwr run` again with out={run.out} continues")
             with lines_to(tell):
                 _run(run, grid, threading.Event(), wait_s=float(str(context.run_config["wait-s"])))
         except StudyError as error:
             tell(f"error: {error}")
             raise
         except BaseException as error:  # Flower's for a run that has ended under us is one
-            tell(f"error: {one_line(error)}; what was committed is kept: `flwr run` again with the same out goes on")
+            tell(f"error: {one_line(error)}; what was committed is kept: `flwr run` again with the same out continues")
             raise
         tell(f"done: {run.out}; its report: fedlth report {run.out}")
 

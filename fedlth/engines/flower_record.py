@@ -116,7 +116,7 @@ def _unpack(records: View) -> tuple[dict[str, Any], tuple[Message, ...]]:
             left.remove(at)
             messages.append(Message(kind, name, _field(records[at[0]], at[1], bytes), broadcast))
         if left or not all(records.values()):
-            raise ValueError("holds what the head does not name")
+            raise ValueError("contains what the head does not name")
         return head, tuple(messages)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"not a fedlth message: {type(error).__name__}: {error}") from error

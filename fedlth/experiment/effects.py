@@ -39,15 +39,15 @@ def check_arms(study: Study, method: FederatedMethod, arms: Sequence[str]) -> No
         raise StudyError("personalise.arms: must name at least one arm, got []")
     twice = next((a for a in arms if arms.count(a) > 1), None)
     if twice:
-        raise StudyError(f"personalise.arms: each must stand once, got {twice} {arms.count(twice)} times")
+        raise StudyError(f"personalise.arms: each must be given once, got {twice} {arms.count(twice)} times")
     own, name = method.own, method.name
     if "frozen_random" in arms and method.space != "scores":
-        raise StudyError(f"personalise.arms: must not hold frozen_random, method {name} has no frozen weights")
+        raise StudyError(f"personalise.arms: must not contain frozen_random, method {name} has no frozen weights")
     if "own_random" in arms and (method.space == "scores" or not _own_mask(method)):
-        raise StudyError(f"personalise.arms: must not hold own_random, method {name} has no own mask of weights")
+        raise StudyError(f"personalise.arms: must not contain own_random, method {name} has no own mask of weights")
     for arm in {"own", "own_tuned", "own_random"} & set(arms):
         if not (hasattr(own, "own") and hasattr(own, "tune")):
-            raise StudyError(f"personalise.arms: must not hold {arm}, {type(own).__name__} has no own and tune")
+            raise StudyError(f"personalise.arms: must not contain {arm}, {type(own).__name__} has no own and tune")
 
 
 def _own_mask(method: FederatedMethod) -> bool:
@@ -111,7 +111,7 @@ def _idle(study: Study, method: FederatedMethod, arms: set[str], product: str | 
         yield "federate.clients_per_round", none
     if not rounds:
         yield "train.epochs", none
-        yield "clients.unseen", f"{none}: nobody is left out of them"
+        yield "clients.unseen", f"{none}: no client is left out"
     if not weights and not trained:
         yield from ((f"train.{key}", untrained) for key in ("momentum", "weight_decay"))
     if not rounds and not arms - UNTRAINED:

@@ -169,7 +169,7 @@ def _check_counts(experiment: Experiment) -> None:
     """Refuse rounds that ask for more clients than take part (the split's own count), and a rate to try twice."""
     study = experiment.study
     if len(set(study.tune.lr)) < len(study.tune.lr):
-        raise StudyError(f"tune.lr: each must stand once, got {list(study.tune.lr)}")
+        raise StudyError(f"tune.lr: each must be given once, got {list(study.tune.lr)}")
     if study.tune.lr and experiment.product_arm is None and "global" not in experiment.arms:
         raise StudyError(f"personalise.arms: must hold global or one of {', '.join(KEPT_FIRST)}, which tune.lr scores")
     count, unseen = study.clients.count, study.clients.unseen

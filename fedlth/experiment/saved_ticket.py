@@ -57,7 +57,7 @@ def load_ticket(run: str | Path, client: int) -> nn.Module:
     try:
         arrays = ticket_file.opened(tensors, metadata)
     except (KeyError, ValueError) as error:
-        raise StudyError(f"{path}: a ticket is wanted, got {error}") from error
+        raise StudyError(f"{path}: expected a ticket, got {error}") from error
     with _undisturbed():
         return _filled(path, Path(run), arrays, metadata)
 
@@ -105,7 +105,7 @@ def _why_none(run: Path, client: int) -> str:
     if seeds:
         return f", it holds one run a seed: {', '.join(seeds)}"
     if not (run / "config.yaml").is_file():
-        return ": it is no run's folder"
+        return ": it is not a run's folder"
     study, header = RunFolder(run).study(), RunFolder(run).header()
     if study.tickets == "none":
         return ": it kept no files (tickets: none); tickets: dense or compact keeps them"

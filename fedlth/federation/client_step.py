@@ -30,9 +30,7 @@ def client_step(job: Job) -> Reply:
     if job.version and job.state is None:
         return _resync(job, began, bytes(8))
     state = experiment.first_state(job.client) if job.state is None else ClientState.from_bytes(job.state)
-    known = state.masks.get("shared")
-    if known is None and not job.version:
-        known = experiment.first_mask(job.client)
+    known = state.masks.get("shared", experiment.first_mask(job.client))  # until it has chosen, what it began with
     try:
         inbox = _received(job, experiment, known)
     except ReferenceLost:

@@ -112,22 +112,22 @@ def accept(reply: Reply, *, codec: Codec, held: Held, asked: Asked) -> Accepted:
 
 def _check_content(content: Content, kind: str, held: Held, asked: Asked) -> None:
     if kind != "mask" and content.floats is None:
-        raise PayloadError(f"{kind} were wanted, a bare mask came")
+        raise PayloadError(f"expected {kind}, got a bare mask")
     if kind == "mask" and content.floats is not None:
-        raise PayloadError("a bare mask was wanted, values came")
+        raise PayloadError("expected a bare mask, got values")
     if kind != "values" or asked.own_mask:
         return
     if held.mask is None and not content.mask.all():
-        raise PayloadError("a dense update was wanted, a sparse one came")
+        raise PayloadError("expected a dense update, got a sparse one")
     if held.mask is not None and not np.array_equal(content.mask, held.mask):
-        raise PayloadError("an update of what was sent was wanted, one under another mask came")
+        raise PayloadError("expected an update of what was sent, got one under another mask")
 
 
 def _rows(record: Mapping[str, Any], content: Content | None, reply: Reply, asked: Asked) -> tuple[dict[str, Any], ...]:
     """Return step 2's rows, each as it came; raise ValueError naming the field that is wrong."""
     rows = record.get("rows")
     if set(record) != {"rows"} or not isinstance(rows, list) or not rows or not all(isinstance(r, dict) for r in rows):
-        raise ValueError(f"rows must be a list of records and all there is, got {_short(record)}")
+        raise ValueError(f"rows must be a list of records and nothing else, got {_short(record)}")
     parsed = [read(MetricRow, row, strict=True) for row in rows]
     known = {
         "client": reply.client, "unseen": asked.unseen, "num_train": len(asked.split.train),

@@ -66,7 +66,7 @@ class Forecast:
         ways = (("down", self.down), ("up", self.up))
         lines = [f"{name} is an upper bound, as with {'; '.join(one.bounds)}" for name, one in ways if one.bounds]
         if self.tried:
-            lines.append(f"an update is taken to be as long as in {self.tried} visits that were tried here")
+            lines.append(f"an update is assumed to be as long as in {self.tried} visits tried here")
         return "\n  ".join([f"bytes: down {self.down}, up {self.up}", *lines])
 
 

@@ -106,7 +106,7 @@ class Federation:
             if norms.accepted:
                 progress = replace(progress, norms={**progress.norms, phase.name: norms.accepted})
         if replies.resyncs:
-            told = f"note: {replies.resyncs} clients had lost what they held; their download was sent again, whole"
+            told = f"note: {replies.resyncs} clients had lost what they held; their download was sent again in full"
             log.info(told)
         summary = summary_of(replies)
         if replies.versions:

@@ -59,16 +59,16 @@ def resume(out: Path, engine: Engine) -> RunFolder:
         if not header:
             _write_header(folder, experiment, engine)
         elif (header.data_digest, header.partition_digest) != (task.dataset.digest(), task.splits.digest):
-            raise StudyError(f"{out}: must go on with the data that it began with, got others")
+            raise StudyError(f"{out}: must continue with the data that it began with, got other data")
         elif header.num_exchanged != experiment.layout.num_floats:
             raise StudyError(
-                f"{out}: must go on with the {header.num_exchanged} numbers that crossed, got "
+                f"{out}: must continue with the {header.num_exchanged} numbers that crossed, got "
                 f"{experiment.layout.num_floats}: the model's code has changed, or the version"
             )
         elif header.cohort != study.cohort:
-            raise StudyError(f"{out}: must go on with cohort {header.cohort}, got {study.cohort}")
+            raise StudyError(f"{out}: must continue with cohort {header.cohort}, got {study.cohort}")
         elif header.versions != versions():
-            log.info("note: other versions than those the run began with; equal bits are not promised")
+            log.info("note: versions differ from those with which the run began; equal bits are not promised")
         if header and header.finished:  # no longer: a stop before its files are written anew is one to go on from
             folder.write(replace(header, finished=False))
         return _go(experiment, folder, engine, revisit=True)

@@ -73,7 +73,7 @@ class UpdateNorms:
                 continue  # statistics of unscaled data may be anything
             if not distance <= most:
                 raise PayloadError(
-                    f"update: its {group} must lie within {most:.2g} of what was sent ({why}), got {distance:.2g}"
+                    f"update: its {group} must be within {most:.2g} of what was sent ({why}), got {distance:.2g}"
                 )
 
     def accept(self, distances: Distances) -> None:

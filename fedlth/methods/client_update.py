@@ -121,7 +121,7 @@ class Keep:
 def received_params(content: Content) -> Params:
     """Return what was received as params in the exchange layout."""
     if content.floats is None or content.ints is None:
-        raise ValueError("values were wanted, a bare mask came")
+        raise ValueError("expected values, got a bare mask")
     return Params(content.floats, content.ints)
 
 

@@ -77,5 +77,5 @@ class ScoreUpdate:
 def _scores(inbox: Inbox) -> np.ndarray:
     scores = inbox[THETA_G].floats
     if scores is None:
-        raise ValueError("scores were wanted, a bare mask came")
+        raise ValueError("expected scores, got a bare mask")
     return scores

@@ -145,7 +145,7 @@ def check_frozen(method: FederatedMethod) -> None:
         if loose:
             raise StudyError(
                 f"method: {method.name} must be made of frozen dataclasses whose fields are immutable, got {loose}; "
-                "what a rule remembers belongs into the memory of the server's state, what a client does into its state"
+                "what a rule remembers belongs in the memory of the server's state, what a client does into its state"
             )
 
 

@@ -134,7 +134,7 @@ def row_of(local: LocalClient, result: Result) -> MetricRow:
     """
     task, size = local.task, local.full.size
     if not (result.held or result.diverged) and ((result.params.floats[:size] != 0) & ~result.mask).any():
-        raise AssertionError(f"arm {result.arm}: a dead weight is not zero")
+        raise AssertionError(f"arm {result.arm}: a pruned weight is not zero")
     guess = 1 / task.dataset.num_classes, math.log(task.dataset.num_classes)
     val, test, diverged = guess, guess, result.diverged
     if not diverged:

@@ -155,7 +155,9 @@ def traffic(facts: Facts) -> Traffic:
         cumulative += summed.total_bytes
         by_round.append(RoundFlow(inner[0].round, inner[0].phase, summed, cumulative))
     told, joining = frames(rows), facts.header.joining()
-    seen = [r.payload_bytes for r in rows if (r.receiver, r.kind) == (SERVER, "values") and r.coding.startswith("full ")]
+    seen = [
+        r.payload_bytes for r in rows if (r.receiver, r.kind) == (SERVER, "values") and r.coding.startswith("full ")
+    ]
     return Traffic(
         unicast=flow(rows),
         once=flow(once(rows)),

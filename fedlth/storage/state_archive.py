@@ -87,7 +87,7 @@ class Packs:
             return None
         path = self.path(version)
         if not self.has(client, version):
-            raise StudyError(f"{path}: the committed state of client {client} is missing; the run folder is not whole")
+            raise StudyError(f"{path}: the committed state of client {client} is missing; the run folder is incomplete")
         with path.open("rb") as file:
             return _read(file, path, client, self._index(version)[client])
 

@@ -102,7 +102,7 @@ class Store:
             return None
         path = self.path(client, version)
         if not path.exists():
-            raise StudyError(f"{path}: the committed state of client {client} is missing; the run folder is not whole")
+            raise StudyError(f"{path}: the committed state of client {client} is missing; the run folder is incomplete")
         data = path.read_bytes()
         try:
             unpack(data)

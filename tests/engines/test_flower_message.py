@@ -173,8 +173,8 @@ def test_a_run_that_loses_its_superlink_says_how_to_go_on(
     with pytest.raises(RunNotRunningException):
         flower.make_server_app(tmp_path)(None, context)  # type: ignore[arg-type]
     first, last = capsys.readouterr().out.splitlines()
-    assert first == f"fedlth: if the SuperLink ends before this run: `flwr run` again with out={tmp_path}/r goes on"
-    assert "RunNotRunningException" in last and last.endswith("`flwr run` again with the same out goes on")
+    assert first == f"fedlth: if the SuperLink ends before this run: `flwr run` again with out={tmp_path}/r continues"
+    assert "RunNotRunningException" in last and last.endswith("`flwr run` again with the same out continues")
 
 
 def test_flwr_run_with_too_few_supernodes_says_how_many(

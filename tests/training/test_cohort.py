@@ -386,7 +386,7 @@ def test_a_runs_cohort_is_recorded_shared_out_and_kept(tmp_path: Path) -> None:
     assert seconds[0] == seconds[1], "a cohort's time is shared out equally"
     (out / "header.json").write_text(json.dumps({**header, "finished": False}))
     (out / "config.yaml").write_text((out / "config.yaml").read_text().replace("cohort: 2", "cohort: 3"))
-    with pytest.raises(StudyError, match="must go on with cohort 2, got 3"):
+    with pytest.raises(StudyError, match="must continue with cohort 2, got 3"):
         session.resume(out, InProcess())
 
 
