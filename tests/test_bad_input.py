@@ -169,7 +169,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         for kind in ("score", "schedule", "scope", "rewind", "granularity", "dead", "gate", "stop")
     },
     "row 35: no arm": ({"personalise": {"arms": []}}, "personalise.arms: must name at least one arm, got []"),
-    "row 35: an arm twice": ({"personalise": {"arms": ["dense", "ticket", "dense"]}}, "must be given once, got dense 2"),
+    "row 35: an arm twice": ({"personalise": {"arms": ["dense", "ticket", "dense"]}}, "be given once, got dense 2"),
     "row 35: no frozen weights": ({"personalise": {"arms": ["frozen_random"]}}, "two_step has no frozen weights"),
     "row 35: no own mask": ({"personalise": {"arms": ["own_random"]}}, "method two_step has no own mask"),
     "row 35: no own mask of weights": (
