@@ -22,10 +22,10 @@ def main() -> None:
     given = json.loads(sys.stdin.readline())
     experiment, _ = resolve(schema.build(given["study"]))
     with tempfile.TemporaryDirectory(dir=given["folder"]) as place:
-        folder, engine = RunFolder(Path(place)), _engine(experiment.study, lambda line: None)
+        folder, engine = RunFolder(Path(place)), _engine(experiment.study)
         folder.create(experiment.study)
         try:
-            loop = Federation(experiment, folder, engine, lambda line: None)
+            loop = Federation(experiment, folder, engine)
             loop.run(stop_after=given["skip"])
             print("ready", flush=True)
             for _ in sys.stdin:

@@ -105,7 +105,7 @@ def main() -> None:
         folder = RunFolder(Path(place))
         folder.create(experiment.study)
         engine = InProcess()
-        loop = loops.Federation(experiment, folder, engine, lambda line: None)
+        loop = loops.Federation(experiment, folder, engine)
         first = 1 if args.density == 1 or args.work == "idle" else 3
         loop.run(stop_after=first)
         for name, places in PARTS.items():
