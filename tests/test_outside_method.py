@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fedlth import catalogue, cli, forecast
@@ -13,6 +14,7 @@ from fedlth.engines.forked import Forked
 from fedlth.errors import NothingUsable
 from fedlth.experiment.experiment import Experiment
 from fedlth.federation.rounds import Federation
+from fedlth.models.layout import Params
 from fedlth.storage.run_folder import RunFolder
 from fedlth.study.schema import Study
 from tests import tiny
@@ -76,3 +78,18 @@ def test_it_is_listed_with_its_forecast(tmp_path: Path, capsys: pytest.CaptureFi
     assert "down at most" in text and "up at most" in text
     assert "model.personal: '3.*' must match" in catalogue.listing("methods", NAME), "LeNet-5 has no such head"
     assert "salient_momentum" in forecast.forecast(study())
+
+
+@pytest.mark.parametrize("compute", ["reference", "tuned", "auto"])
+def test_a_method_may_have_a_local_objective_of_its_own(compute: str, tmp_path: Path) -> None:
+    def theta(name: str, **options: float) -> Params:
+        train = {"epochs": 2, "momentum": 0.5, "weight_decay": 0.01}
+        made = tiny.study(method={"name": name, **options}, federate={"rounds": 1}, train=train, compute=compute)
+        return tiny.opened(tiny.run(made, tmp_path / f"{name}-{options.get('mu')}")).state.theta
+
+    pulled = "tests.outside_objective:method"
+    plain, free, near = theta("fedavg"), theta(pulled, mu=0.0), theta(pulled, mu=3.0)
+    start = tiny.experiment(study()).task.theta_0.floats
+    assert np.allclose(free.floats, plain.floats, atol=1e-6), "the kernel (auto) adds in another order"
+    assert compute == "auto" or np.array_equal(free.floats, plain.floats)
+    assert np.linalg.norm(near.floats - start) < 0.6 * np.linalg.norm(free.floats - start)
