@@ -231,11 +231,3 @@ def _do(science: str, out: str, task: Task) -> None:
                 + (", diverged after it" if "diverged" in row else "")
             )
     store.write_atomic(Path(out) / task.file, json_lines.lines(rows))
-
-
-def read_rows(out: Path) -> list[dict[str, Any]]:
-    """Return the rows of a finished run."""
-    file = out / "results.jsonl"
-    if not file.is_file():
-        raise StudyError(f"{out}: no finished lottery study here (results.jsonl is missing)")
-    return [json.loads(line) for line in file.read_text().splitlines()]

@@ -92,7 +92,7 @@ def test_a_folder_of_another_study_is_refused(tmp_path: Path) -> None:
 
 def test_every_row_says_what_it_is(tmp_path: Path) -> None:
     tiny.run(tmp_path / "run", arms=ARMS, probes=PROBES)
-    rows = runner.read_rows(tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
     trainings = [r for r in rows if r["kind"] == "training"]
     assert [r["round"] for r in trainings if r["arm"] == "imp"] == [0, 1, 2, 3]
     assert [r["round"] for r in trainings if r["arm"] == "shuffle"] == [2]
