@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -14,6 +13,7 @@ from fedlth.experiment.experiment import Experiment
 from fedlth.experiment.resolve import resolve
 from fedlth.experiment.saved_ticket import load_ticket
 from fedlth.federation.session import versions
+from fedlth.storage.records import read_header
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.store import write_atomic
 from fedlth.study.schema import Study, dump, load
@@ -90,11 +90,11 @@ def _check_others(ready: Experiment, out: Path) -> None:
     task = ready.task
     ours = (task.dataset.digest(), task.splits.digest)
     headers = [h for pattern in ("*", "tune/*", "*/tune/*") for h in sorted(out.glob(f"{pattern}/header.json"))]
-    others = {file: json.loads(file.read_bytes()) for file in headers}
+    others = {file: read_header(file.parent) for file in headers}
     for file, header in others.items():
-        if (header["data_digest"], header["partition_digest"]) != ours:
+        if (header.data_digest, header.partition_digest) != ours:
             raise StudyError(f"{file.parent}: must continue with the data that it began with, got other data")
-    if any(header["versions"] != versions() for header in others.values()):
+    if any(header.versions != versions() for header in others.values()):
         log.info("note: versions differ from those with which the study's runs began; equal bits are not promised")
 
 

@@ -50,7 +50,7 @@ FINDER = (
     "package.module:Name; [1, 2] are the rows of the table in docs/finders.md that a part serves"
 )
 ENGINES = {
-    "inprocess": "one job after the other, here: what the others must equal",
+    "inprocess": "this machine: forked workers, or with workers: 1 one job after the other; what the others must equal",
     "ray": "(extra: sim) workers on this machine or a cluster, clients placed on GPUs by fraction or memory",
     "flower": "Flower's Message API: simulation (extra: sim), `flwr run`, and real devices",
 }
@@ -132,8 +132,8 @@ def _phases(name: str, file: str) -> list[str]:
 def _methods(table: Mapping[str, Callable[..., Any]]) -> list[str]:
     lines = []
     for name, build in table.items():
-        recipe = build()
-        lines += [f"  {name:12} {recipe.summary}", f"  {'':12} {recipe.paper}{_options(build)}"]
+        method = build()
+        lines += [f"  {name:12} {method.summary}", f"  {'':12} {method.paper}{_options(build)}"]
     return lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -165,6 +166,10 @@ def test_seeds_go_on_with_the_data_that_they_began_with(tmp_path: Path, monkeypa
     name = "name: tests.tiny:images"
     asked.write_text(asked.read_text().replace(name, f"{name}\n  options: {{seed: 5}}"))
     with pytest.raises(StudyError, match="seed-0: must continue with the data that it began with"):
+        api.resume(tmp_path / "r")
+    header = tmp_path / "r" / "seed-0" / "header.json"
+    header.write_text("{")  # found in review: a traceback of json
+    with pytest.raises(StudyError, match=re.escape(str(header))):
         api.resume(tmp_path / "r")
 
 

@@ -115,7 +115,7 @@ def test_a_slow_visit_is_not_tried_and_the_forecast_says_which_bound_it_is() -> 
     quick, slow = (foretold(tiny.of_method("fedavg"), visit_s) for visit_s in (0.01, 60.0))
     assert quick.tried == 6 and not quick.up.bounds
     assert slow.tried == 0 and slow.up.bounds and slow.up.size > quick.up.size
-    assert "up is an upper bound" in str(slow) and "visits that were tried" in str(quick)
+    assert "up is an upper bound" in str(slow) and "6 visits tried here" in str(quick)
 
 
 def test_of_a_large_model_few_densities_are_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,13 +12,13 @@ import pytest
 
 from fedlth.data.capacity import tiers_of
 from fedlth.engines.inprocess import InProcess
-from fedlth.errors import StudyError
+from fedlth.errors import NothingUsable, StudyError
 from fedlth.experiment.resolve import read, resolve
 from fedlth.federation import session
 from fedlth.federation.downloads import broadcast, slice_for
 from fedlth.methods.aggregate import Contribution, CountMean, FedAvg
 from fedlth.methods.client_update import THETA_G, Inbox, MaskedUpdate, Update, merged
-from fedlth.methods.method import FederatedMethod, Phase, Seen
+from fedlth.methods.method import FederatedMethod, Phase, Sampled, Seen
 from fedlth.models.layout import Layout
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.server_state import ServerState
@@ -58,6 +58,7 @@ BROKEN: dict[str, tuple[FederatedMethod, str]] = {
     "twice": (made_of(FEDERATE, FEDERATE), "phase names must be unique and not those of step 2, got federate"),
     "taken": (made_of(replace(FEDERATE, name="refine")), "must be unique and not those of step 2, got refine"),
     "no tuple": (replace(made_of(), phases=FEDERATE), "its phases must be a tuple of Phase, got Phase(name='federate'"),  # type: ignore[arg-type]
+    "silent": (made_of(replace(FEDERATE, update=MaskedUpdate(sends=()))), "its federate.update must be one that sends"),
     "idle mask": (made_of(FEDERATE, first_mask=FirstOf()), "its first_mask must be Dense where no phase sends slices"),
     "space": (made_of(FEDERATE, space="masks"), "its space must be weights or scores, got 'masks'"),
 }
@@ -245,3 +246,57 @@ def test_a_mask_from_a_phase_of_its_own_is_everyones_and_survives_a_resume(tmp_p
         assert mask is not None and mask.sum() == round(0.3 * size)
         session.resume(tmp_path / f"cut-{after}", InProcess())
         assert tiny.facts(tmp_path / f"cut-{after}") == tiny.facts(folder.root)
+
+
+# Rounds of nobody, and rounds of a phase's own
+
+
+@dataclass(frozen=True)
+class Early:
+    """All clients in the first round, nobody later."""
+
+    def __call__(
+        self, round: int, /, *, seen: Sequence[int], everyone: Sequence[int], rng: np.random.Generator
+    ) -> list[int]:
+        return list(seen) if round == 1 else []
+
+
+def early() -> FederatedMethod:
+    return made_of(replace(FEDERATE, who=Early()))
+
+
+def test_rounds_of_nobody_leave_the_model_as_it_is(tmp_path: Path) -> None:
+    """Found in review: they counted as "nobody could use it", and round 1's model was rolled back to theta_0."""
+    made = tiny.study(method={"name": "tests.test_method_parts:early"}, federate={"rounds": 3})
+    run = tiny.run(made, tmp_path / "r")
+    assert [row.get("rolled_back_to", "") for row in tiny.rows(run.root, "rounds")][:3] == ["", "", ""]
+    assert not np.array_equal(tiny.opened(run).state.theta.floats, tiny.experiment(made).initial().floats)
+    with pytest.raises(NothingUsable, match="rounds without one usable reply; last: nobody took part"):
+        tiny.run(made.model_copy(update={"federate": made.federate.model_copy(update={"rounds": 9})}), tmp_path / "s")
+
+
+def own_rounds() -> FederatedMethod:
+    return made_of(replace(FEDERATE, rounds=3))
+
+
+def test_notes_know_a_phase_with_rounds_of_its_own() -> None:
+    """Found in review: the notes looked at federate.rounds alone."""
+
+    def told(**sections: Any) -> str:
+        name = "tests.test_method_parts:own_rounds"
+        return " ".join(resolve(tiny.study(method={"name": name}, **sections))[1])
+
+    unseen = {"count": 4, "unseen": 0.3}
+    trained = told(federate={"rounds": 0, "clients_per_round": 2}, train={"epochs": 2}, clients=unseen)
+    assert "no client is left out" not in trained and "train.epochs" not in trained and "theta_0" not in trained
+    idle = told(federate={"rounds": 7, "clients_per_round": 2}, tune={"lr": [0.1, 0.2], "rounds": 1})
+    assert "federate.rounds, tune.rounds: have no effect, each phase of method" in idle
+
+
+def many() -> FederatedMethod:
+    return made_of(replace(FEDERATE, who=Sampled(9)))
+
+
+def test_a_methods_own_number_of_clients_is_named_where_it_stands() -> None:
+    with pytest.raises(StudyError, match=r"its federate\.who: must be at most the 3 clients that take part, got 9"):
+        resolve(tiny.study(method={"name": "tests.test_method_parts:many"}, clients={"count": 4}))

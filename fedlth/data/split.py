@@ -71,7 +71,8 @@ def split_clients(
                 f"clients.test_samples: client {client} must have at least 1 test example of its labels or key, got 0"
             )
         clients.append(ClientSplit(train, val, test))
-    held_out = _unseen(num_clients, unseen, stream(seed, "unseen"))
+    drawn = stream(seed, "unseen").choice(num_clients, num_unseen(num_clients, unseen), replace=False)
+    held_out = frozenset(int(client) for client in drawn)
     return Splits(tuple(clients), held_out, _digest(clients, held_out, dataset.digest()))
 
 
@@ -163,11 +164,9 @@ def _apportion(counts: np.ndarray, total: int) -> np.ndarray:
     return quota
 
 
-def _unseen(num_clients: int, unseen: float, rng: np.random.Generator) -> frozenset[int]:
-    if unseen == 0:
-        return frozenset()
-    count = min(max(1, round(unseen * num_clients)), num_clients - 1)
-    return frozenset(int(client) for client in rng.choice(num_clients, count, replace=False))
+def num_unseen(num_clients: int, unseen: float) -> int:
+    """Return how many clients a share of them is: rounded, at least one, and one must stay."""
+    return min(max(1, round(unseen * num_clients)), num_clients - 1) if unseen else 0
 
 
 def _digest(clients: list[ClientSplit], unseen: frozenset[int], dataset: str) -> str:

@@ -72,9 +72,14 @@ def notes(study: Study, experiment: Experiment) -> list[str]:
     rates = [p for p in ("train.lr", "train.momentum", "train.weight_decay") if study.given(p)]
     if method.space == "scores" and not study.refine.rounds and only and rates:
         made.append(f"{', '.join(rates)}: only for the arms {only}, method {method.name} learns scores at its own rate")
-    if method.phases and not study.federate.rounds:
+    if method.phases and not _federates(study, method):
         made.append("federate.rounds: is 0, so the global model is theta_0, which no round has trained")
     return made
+
+
+def _federates(study: Study, method: FederatedMethod) -> bool:
+    """Say whether step 1 has a round: a phase's own, or the study's."""
+    return any(phase.rounds or study.federate.rounds for phase in method.phases)
 
 
 def _finder(study: Study, method: FederatedMethod, arms: set[str]) -> Iterator[str]:
@@ -97,7 +102,8 @@ def _finder(study: Study, method: FederatedMethod, arms: set[str]) -> Iterator[s
 def _idle(study: Study, method: FederatedMethod, arms: set[str], product: str | None) -> Iterator[tuple[str, str]]:
     """Yield (an option, why it changes nothing) as this study stands, given or not."""
     said, refined = f"method {method.name}", study.refine.rounds > 0
-    rounds = bool(method.phases) and study.federate.rounds > 0 or refined
+    federates = _federates(study, method)
+    rounds = federates or refined
     trained = arms - UNTRAINED - ({"own_tuned"} if method.space == "scores" else set())  # arms that train weights
     weights = rounds and (method.space == "weights" or refined)
     none = "federate.rounds is 0" if method.phases else f"{said} has no rounds"
@@ -107,8 +113,10 @@ def _idle(study: Study, method: FederatedMethod, arms: set[str], product: str | 
         yield "wire", f"{said} sends nothing"
         yield "model.buffers", f"{said} sends nothing"
         yield "model.personal", f"{said} sends nothing"
-    elif not study.federate.rounds:
+    elif not federates:
         yield "federate.clients_per_round", none
+    elif all(phase.rounds for phase in method.phases):
+        yield from ((place, f"each phase of {said} has its own rounds") for place in ("federate.rounds", "tune.rounds"))
     if not rounds:
         yield "train.epochs", none
         yield "clients.unseen", f"{none}: no client is left out"
@@ -127,7 +135,7 @@ def _idle(study: Study, method: FederatedMethod, arms: set[str], product: str | 
         yield "refine.clients_per_round", "refine.rounds is 0"
     if not study.tune.lr:
         yield "tune.rounds", "tune.lr names no rates to try"
-    elif not (method.phases and study.federate.rounds):
+    elif not federates:
         yield "tune.rounds", none
     if study.engine != "ray":
         yield "ray", f"engine is {study.engine}"

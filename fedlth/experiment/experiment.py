@@ -247,6 +247,7 @@ def method_of(study: Study) -> FederatedMethod:
             (f"{place}.down", phase.down, phase.down in ("broadcast", "slice"), "broadcast or slice"),
             (f"{place}.update", update, callable(update) and hasattr(update, "sends"), "a ClientUpdate"),
             (f"{place}.join", phase.join, rule, "a rule with init, add and result"),
+            (f"{place}.update", update, bool(getattr(update, "sends", None)), "one that sends something to join"),
             (f"{place}.who", phase.who, callable(phase.who) and not phase.in_waves, "clients, not Waves, step 2's"),
         ]
     for place, value, fits, wanted in checks:

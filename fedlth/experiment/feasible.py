@@ -16,7 +16,7 @@ from fedlth.models.layout import Layout
 from fedlth.rng import stream
 from fedlth.study.schema import Study
 from fedlth.tickets.finder import Finder
-from fedlth.training.batches import batches
+from fedlth.training.batches import steps_an_epoch
 from fedlth.training.task import Task
 
 
@@ -76,7 +76,7 @@ def _check_steps(task: Task, finder: Finder, arms: set[str]) -> None:
     )
     sizes = [len(split.train) for split in task.splits.clients]
     client, p, size = int(np.argmin(sizes)), task.study.personalise, task.study.train.batch_size
-    steps = p.epochs * len(batches(sizes[client], size, stream(0, "steps")))
+    steps = p.epochs * steps_an_epoch(sizes[client], size)
     for part, step in last:
         if step >= steps:
             raise StudyError(

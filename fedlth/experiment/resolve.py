@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from fedlth.data.split import num_unseen
 from fedlth.errors import StudyError
 from fedlth.experiment import effects, feasible
 from fedlth.experiment.experiment import KEPT_FIRST, Experiment, method_of, open_experiment
@@ -37,7 +38,7 @@ def resolve(study: Study) -> tuple[Experiment, list[str]]:
     _check_rules(experiment)
     if resolved.device == "auto" and resolved.engine == "inprocess":  # elsewhere each worker's machine decides
         resolved = resolved.model_copy(update={"device": experiment.task.device})
-    size, why = cohort_size.decided(resolved, open_task(resolved.science()), engine=resolved.engine)
+    size, why = cohort_size.decided(resolved, open_task(resolved.science()))
     if size > 1 and experiment.method.space == "scores":
         name = experiment.method.name
         why.append(f"cohort: method {name} trains scores one client at a time; other trainings go together")
@@ -172,10 +173,11 @@ def _check_counts(experiment: Experiment) -> None:
         raise StudyError(f"tune.lr: each must be given once, got {list(study.tune.lr)}")
     if study.tune.lr and experiment.product_arm is None and "global" not in experiment.arms:
         raise StudyError(f"personalise.arms: must hold global or one of {', '.join(KEPT_FIRST)}, which tune.lr scores")
-    count, unseen = study.clients.count, study.clients.unseen
-    held_out = min(max(1, round(unseen * count)), count - 1) if unseen else 0
+    most = study.clients.count - num_unseen(study.clients.count, study.clients.unseen)
+    fixed = {phase.name for phase in experiment.method.phases if getattr(phase.who, "count", 0)}
     for phase in experiment.phases:
-        place = f"{phase.name if phase.name == 'refine' else 'federate'}.clients_per_round"
         wanted = getattr(phase.who, "count", 0)
-        if wanted > count - held_out:
-            raise StudyError(f"{place}: must be at most the {count - held_out} clients that take part, got {wanted}")
+        if wanted > most:
+            place = f"{phase.name if phase.name == 'refine' else 'federate'}.clients_per_round"
+            place = f"method: {experiment.method.name}: its {phase.name}.who" if phase.name in fixed else place
+            raise StudyError(f"{place}: must be at most the {most} clients that take part, got {wanted}")

@@ -1,1 +1,1 @@
-"""A run: session, rounds, server, client step, messages."""
+"""A run: session, rounds, downloads, client step, and the door that checks replies."""

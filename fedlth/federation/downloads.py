@@ -59,11 +59,11 @@ class Downloads:
             return ()
         mask = self.masks.get(client)
         if mask is None:
-            return self._shared
+            return (self._first, *self._targets)
         theta, layout, codec = self.state.theta, self.experiment.layout, self.experiment.codec
         own = slice_for(THETA_G, theta, layout, mask, codec, alone=alone)
-        whole = self._shared[:1] if self.experiment.needs_whole(self.phase) else ()
-        return (own, *(replace(m, kind="evaluation") for m in whole), *self._shared[1:])
+        whole = (replace(self._first, kind="evaluation"),) if self.experiment.needs_whole(self.phase) else ()
+        return (own, *whole, *self._targets)
 
     def held(self, client: int, inbox: Sequence[Message]) -> Held:
         """Return what a client's answer may refer to: its download, decoded as the client decoded it.
@@ -81,16 +81,19 @@ class Downloads:
         return self.masks.get(client, self.state.mask)
 
     @cached_property
-    def _shared(self) -> tuple[Message, ...]:
-        experiment, codec, mask = self.experiment, self.experiment.codec, self.state.mask
+    def _first(self) -> Message:
+        experiment = self.experiment
         kind = "values" if experiment.method.space == "weights" else "scores"
-        first = broadcast(kind, THETA_G, self.state.theta, experiment.layout, codec, mask)
-        rest = (broadcast("values", n, p, experiment.layout, codec, mask) for n, p in self.rewind_targets.items())
-        return (first, *rest)
+        return broadcast(kind, THETA_G, self.state.theta, experiment.layout, experiment.codec, self.state.mask)
+
+    @cached_property
+    def _targets(self) -> tuple[Message, ...]:
+        layout, codec, mask = self.experiment.layout, self.experiment.codec, self.state.mask
+        return tuple(broadcast("values", n, p, layout, codec, mask) for n, p in self.rewind_targets.items())
 
     @cached_property
     def _whole(self) -> Reference | None:
-        return self._decoded(self._shared[0], None)
+        return self._decoded(self._first, None)
 
     def _decoded(self, own: Message, known: np.ndarray | None) -> Reference | None:
         layout, codec = self.experiment.layout, self.experiment.codec

@@ -119,10 +119,11 @@ class Federation:
         if summary.rolled_back_to:
             log.info(f"note: no client could use this global model; it is rolled back to {summary.rolled_back_to}")
         if phase.join and self.progress.empty_rounds >= EMPTY_ROUNDS_ALLOWED:
-            refused = f"every reply was refused, the first with: {replies.failed[0].reason}"
-            died = next((f.reason for f in replies.failed if f.kind != "refused"), refused)
+            refused = [f"every reply was refused, the first with: {f.reason}" for f in replies.failed[:1]]
+            died = [f.reason for f in replies.failed if f.kind != "refused"]
             raise NothingUsable(
-                f"{self.folder.root}: {EMPTY_ROUNDS_ALLOWED} rounds without one usable reply; last: {died}"
+                f"{self.folder.root}: {EMPTY_ROUNDS_ALLOWED} rounds without one usable reply; last: "
+                + (*died, *refused, "nobody took part")[0]
             )
 
     def _downloads(self, step: Step) -> Downloads:
@@ -146,7 +147,7 @@ class Federation:
         answered = all(f.kind in ("raised", "refused") for f in replies.failed)
         several = len(replies.failed) > 1 or self.progress.empty_rounds > 0
         better = self.progress.good not in (None, self.progress.theta)
-        return self.experiment.federated and answered and several and better
+        return self.experiment.federated and bool(replies.failed) and answered and several and better
 
     def _roll_back(self) -> str:
         """Return to the last state that a client could work with, rewind targets too; say which one it is."""

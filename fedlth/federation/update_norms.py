@@ -46,7 +46,7 @@ class UpdateNorms:
         Raises PayloadError where a counter moved further than any visit counts.
         """
         assert content.floats is not None and content.ints is not None
-        if np.abs(content.ints - self.theta.ints).max(initial=0) > MOST_COUNTED:
+        if np.abs(content.ints.astype(np.float64) - self.theta.ints).max(initial=0) > MOST_COUNTED:
             raise PayloadError(f"update: a counter moved by more than {MOST_COUNTED} in one visit")
         away = content.floats - self.theta.floats
         if not content.mask.all():

@@ -1,1 +1,1 @@
-"""Compute backends: the batch-innermost kernel that trains small convolutional networks and skips a ticket's zeros."""
+"""The compiled kernel, with the batch innermost: it trains small convolutional networks and skips a ticket's zeros."""

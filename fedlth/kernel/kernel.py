@@ -1,4 +1,4 @@
-"""Train and evaluate a network in the batch-innermost kernel; equal to fedlth.training.train up to float32 rounding."""
+"""Train and evaluate a network in the batch-innermost kernel; equals plain torch up to float32 rounding."""
 
 from __future__ import annotations
 

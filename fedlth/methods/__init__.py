@@ -1,1 +1,1 @@
-"""Federated methods as compositions of parts; recipes.py lists them all."""
+"""Federated methods as compositions of parts; table.py lists them all."""

@@ -1,4 +1,4 @@
-"""How the server joins what clients sent. "Averaging the overlap" is four different rules; each has its name here."""
+"""How the server joins what clients sent. "Averaging the overlap" is several rules: `CountMean` has them as options."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Aggregate(Protocol):
 
     A rule is a frozen value: equal calls give equal results. What it must remember from round to round lies in the
     state's memory, which is checkpointed and comes back on resume. State and contents lie in `layout`; sums are
-    float64, cast once. A round without any contribution calls none of the three.
+    float64, cast once. In a round without any contribution only `init` is called.
     """
 
     def init(self, state: ServerState, layout: Layout, /) -> Any:

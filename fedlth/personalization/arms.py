@@ -117,7 +117,7 @@ def own_tuned(step: Step2) -> Iterator[Result]:
 
 
 def own_random(step: Step2) -> Iterator[Result]:
-    """The control of `own_tuned`: a random mask of the same layer counts on the same start weights."""
+    """The control of `own_tuned`: a random mask of the same layer counts on the same start weights, trained by SGD."""
     held = step.method.own(step.local, step.inbox, step.state)
     yield trained(step, "own_random", "theta_g", _shuffled(step, held.mask, "own_random", granularity_of(step.method)))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from fedlth.methods.client_update import (
     ClientUpdate,
     Inbox,
     MaskedUpdate,
-    PersonalUpdate,
     Update,
     private,
     received_params,
@@ -29,10 +28,8 @@ from fedlth.training.local_client import LocalClient
 from fedlth.wire import mask as bitmap
 from fedlth.wire.payload import Content
 
-EVALUATION, TICKET = (
-    "evaluation",
-    "ticket",
-)  # the whole global model for controls beside a slice; a bare mask on its way up
+EVALUATION = "evaluation"  # the whole global model, for controls beside a slice
+TICKET = "ticket"  # a bare mask on its way up
 NEED_NO_GLOBAL = frozenset({"own", "own_tuned", "local", "frozen_random"})
 
 
@@ -84,12 +81,11 @@ class Refined:
     """Evaluate the ticket after the federated rounds inside the tickets, trained once more on the client's own data."""
 
     main: float
-    own: PersonalUpdate = field(default_factory=MaskedUpdate)
     sends: tuple[tuple[str, str], ...] = ()
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
-        results = (tuned("refined", local, self.own, inbox, state, self.main) for _ in range(1))
-        return _reported(local, results, state, "refined", self.main, mask=False)
+        result = tuned("refined", local, MaskedUpdate(), inbox, state, self.main)
+        return _reported(local, iter((result,)), state, "refined", self.main, mask=False)
 
 
 def _reported(

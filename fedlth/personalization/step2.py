@@ -83,8 +83,8 @@ class Step2:
             raise StudyError(f"finder.rewind: no weights named {name}; known: {', '.join(self.anchors)}")
         return self.anchors[name]
 
-    def train(self, start: Params, mask: np.ndarray, replay_lr: bool = True, epochs: int | None = None) -> Params:
-        return self.walk(start, mask, replay_lr=replay_lr, epochs=epochs).params
+    def train(self, start: Params, mask: np.ndarray, epochs: int | None = None) -> Params:
+        return self.walk(start, mask, replay_lr=True, epochs=epochs).params
 
     def walk(
         self,

@@ -142,7 +142,7 @@ class Diverged:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundRow:
-    """One round as the server saw it; `val_accuracy` is None where no client answered.
+    """One round as the server saw it; `val_accuracy` is None where no visit reported one.
 
     `rolled_back_to` says which global model took the place of one that no client could use ("" for none).
     """

@@ -19,6 +19,8 @@ def write(run: Path) -> None:
     """Write one scalar a round and direction into RUN/tensorboard, x being the number of commits."""
     from torch.utils.tensorboard import SummaryWriter
 
+    for old in (run / "tensorboard").glob("events.*"):  # a resume that visited lost clients again writes all anew
+        old.unlink()
     with SummaryWriter(str(run / "tensorboard")) as writer:
         for step, row in enumerate(read_log(run, RoundRow)[0], 1):
             for name in ("val_accuracy", "up_bytes", "down_bytes"):

@@ -1,1 +1,1 @@
-"""The YAML study: schema, parts, catalogue."""
+"""The YAML study: strict YAML, schema, parts."""

@@ -33,7 +33,7 @@ CLOSE = 1e-2  # of the way that the weights went: TF32 convolutions of a GPU are
 Peak = Callable[[Callable[[], object]], int]
 
 
-def decided(study: Study, task: Task, *, engine: str) -> tuple[int, list[str]]:
+def decided(study: Study, task: Task) -> tuple[int, list[str]]:
     """Return `study.cohort` as a number, and a line that says why it is not what was asked for.
 
     `study` says where it runs, which `task` does not know. A model that cannot be trained together goes one by one.
@@ -41,7 +41,7 @@ def decided(study: Study, task: Task, *, engine: str) -> tuple[int, list[str]]:
     """
     if study.cohort == 1:
         return 1, []
-    if engine == "flower":
+    if study.engine == "flower":
         if study.cohort != "auto":
             raise StudyError(f"cohort: must be 1 on engine flower, a client of which is alone, got {study.cohort}")
         return 1, ["cohort: 1, because a client on Flower is alone"]

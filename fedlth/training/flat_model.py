@@ -18,7 +18,8 @@ class FlatModel:
 
     With a `table`, training and evaluation run in the compute kernel instead; with `tuned` they take its forwards of
     the module and its memory format. All are equal up to float32 rounding. Of one FlatModel, the kernel's training
-    and evaluation may run in many threads at once; whatever needs the module holds `lock`.
+    and evaluation may run in many threads at once; training and evaluation
+    in the module hold `lock`.
     """
 
     def __init__(

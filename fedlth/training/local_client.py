@@ -107,11 +107,10 @@ class LocalClient:
         active: np.ndarray | None = None,
         trainable: np.ndarray | None = None,
         snapshots: tuple[int, ...] = (),
-        order: str = "order",
     ) -> TrainingResult:
         """Train on this client's data, and note what it cost; the masks as in `TrainingRequest`."""
         request = drawn_request(
-            start, self.train_part, recipe, order=self.rng(order), torch_seed=self.torch_seed("dropout"),
+            start, self.train_part, recipe, order=self.rng("order"), torch_seed=self.torch_seed("dropout"),
             active=active, trainable=trainable, snapshots=snapshots,
         )  # fmt: skip
         alive = self.full if active is None else active

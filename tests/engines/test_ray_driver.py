@@ -60,7 +60,9 @@ def driver(folder: Path) -> subprocess.Popen[bytes]:
         "try: run(study, Path('run'))\n"
         "except KeyboardInterrupt: sys.exit(130)\n"
     )
-    env = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    here = Path(__file__).parent  # with the root: ray_study takes its study from tests.tiny
+    paths = [str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=env, start_new_session=True)
 
 

@@ -231,3 +231,12 @@ def test_what_is_known_is_a_window_of_the_phase(tmp_path: Path) -> None:
     mask = np.zeros(layout.num_prunable, bool)
     sliced = norms.distances(Content(mask, np.zeros_like(theta.floats), theta.ints))
     assert sliced["parameters"] == pytest.approx((layout.num_params - layout.num_prunable) ** 0.5), "what it carries"
+
+
+def test_a_counter_at_the_end_of_its_range_is_no_small_step() -> None:
+    """Found in review: |-2^63| is negative in int64, so it passed."""
+    layout = tiny.experiment(tiny.study(model={"name": "tests.tiny:Small", "options": {}})).layout
+    theta = Params(np.zeros(layout.num_floats, np.float32), np.zeros(layout.num_ints, np.int64))
+    least = np.full(layout.num_ints, np.iinfo(np.int64).min)
+    with pytest.raises(PayloadError, match="a counter moved"):
+        UpdateNorms(theta, layout).distances(Content(np.ones(layout.num_prunable, bool), theta.floats, least))

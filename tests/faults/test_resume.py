@@ -182,7 +182,8 @@ def test_crash_upon_crash(tmp_path: Path, reference: Callable[[str], dict[str, b
 def go_on(out: Path, said: Connection) -> None:
     """Begin a run, or go on with it, in a process that will be killed."""
     if (out / "config.yaml").exists():
-        session.resume(out, InProcess(), said.send)
+        with lines_to(said.send):
+            session.resume(out, InProcess())
     else:
         tiny.run(tiny.study(**STUDIES["refined"]), out, tell=said.send)
 

@@ -1,7 +1,7 @@
 """Write the golden files anew: `python -m tests.golden.regenerate [METHOD ...]`, from the repository's root.
 
-A change that should not alter results leaves them as they are. One that should is committed together with them, and
-its entry in docs/decisions.md says what moved and why.
+A change that should not alter results leaves them as they are. One that should is committed together with them; the
+commit says what moved and why.
 """
 
 from __future__ import annotations

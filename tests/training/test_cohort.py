@@ -486,13 +486,13 @@ def test_auto_is_decided_from_a_workers_share_of_the_gpu(
     monkeypatch.setattr(cohort_size, "probed", lambda task, peak: (2**20, cohort_size.PROBED * 2**20))
     made = tiny.study(cohort="auto", engine=engine, ray=ray)
     told = [f"cohort: {size}, from the free memory of cuda"]
-    assert cohort_size.decided(made, tiny.experiment(made).task, engine=engine) == (size, told)
+    assert cohort_size.decided(made, tiny.experiment(made).task) == (size, told)
 
     def refused(task: Task, peak: object) -> tuple[int, int]:
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(cohort_size, "probed", refused)
-    size, (note,) = cohort_size.decided(made, tiny.experiment(made).task, engine=engine)
+    size, (note,) = cohort_size.decided(made, tiny.experiment(made).task)
     assert size == 1 and "4 clients do not fit" in note
 
 
