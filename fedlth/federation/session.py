@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from fedlth.data.split import label_counts
 from fedlth.errors import NothingUsable, StudyError
 from fedlth.experiment import saved_ticket
@@ -176,9 +178,10 @@ def _write_header(folder: RunFolder, experiment: Experiment, engine: Engine, end
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that can change a bit of the result."""
-    found = {"python": platform.python_version(), "machine": platform.machine()}
-    for name in ("fedlth", "torch", "numpy", "ray", "flwr"):
+    """Return the versions that can change a bit of the result, and the vector instructions that torch takes."""
+    vectors = torch.backends.cpu.get_cpu_capability()
+    found = {"python": platform.python_version(), "machine": f"{platform.machine()} {vectors}"}
+    for name in ("fedlth", "torch", "numpy", "numba", "ray", "flwr"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
