@@ -51,4 +51,4 @@ class Full:
         return np.ones_like(mask)
 
 
-MASKS = {"keep": Keep, "shuffle": Shuffle, "random": Uniform, "full": Full}
+MASKS: dict[str, type[MaskControl]] = {"keep": Keep, "shuffle": Shuffle, "random": Uniform, "full": Full}
