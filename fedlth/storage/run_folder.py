@@ -5,12 +5,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from fedlth.storage.typed_record import as_record
 from fedlth.study import schema
 
 T = TypeVar("T")
+PATIENCE_S = 1.0
 MEMORY = "memory/"  # what an aggregation rule remembers, beside the state's own arrays
 
 
@@ -169,11 +171,22 @@ class RunFolder:
         except OSError as error:
             raise StudyError(f"{self.root}: must be a folder that can be written to, got {error.strerror}") from error
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise StudyError(f"{self.root}: another process is running this run") from None
+            if not _got(file):
+                raise StudyError(f"{self.root}: another process is running this run")
             yield
+
+
+def _got(file: IO[str]) -> bool:
+    """Take the lock. A killed run's child, between its fork and its exec, may still hold it for some milliseconds."""
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.01)
 
 
 def _digest(record: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -9,6 +10,8 @@ import random
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -326,6 +329,24 @@ def test_two_processes_cannot_run_one_folder(tmp_path: Path) -> None:
         other.communicate("")
     with folder.locked():
         pass
+
+
+def test_a_lock_that_a_dead_runs_child_still_holds_is_waited_for(tmp_path: Path) -> None:
+    """Found by the kills above: what a killed run had forked for git held the lock for some milliseconds more."""
+    folder, ends = RunFolder(tmp_path), threading.Event()
+
+    def child() -> None:
+        with (tmp_path / ".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            ends.set()
+            time.sleep(0.1)
+
+    thread = threading.Thread(target=child)
+    thread.start()
+    ends.wait()
+    with folder.locked():
+        pass
+    thread.join()
 
 
 def full(*args: Any) -> None:
