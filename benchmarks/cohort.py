@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from fedlth.data.examples import Examples
 from fedlth.models.layout import layout_of, read
 from fedlth.models.prunable import prunable_names
 from fedlth.models.registry import build
@@ -44,7 +45,7 @@ def measure(name: str, epochs: int, *, device: str, sizes: tuple[int, ...], exam
     rng = np.random.default_rng(0)
     recipe, most = TrainingRecipe(budget=Epochs(epochs), batch_size=BATCH, lr=0.05), max(sizes)
     parts = [
-        (torch.randn(examples, *SHAPE, device=device), torch.randint(0, 10, (examples,), device=device))
+        Examples(torch.randn(examples, *SHAPE, device=device), torch.randint(0, 10, (examples,), device=device))
         for _ in range(most)
     ]
     masks = [rng.random(layout.num_prunable) < DENSITY if k % 2 else None for k in range(most)]

@@ -34,7 +34,7 @@ class Watch(MetaPathFinder):
             real = module.train
 
             def stamped(model: Any, request: Any) -> Any:
-                if len(request.y) > 2:  # not the warm-up of the kernel
+                if len(request.data) > 2:  # not the warm-up of the kernel
                     told = f"first step {time.time() - BEGAN} {time.process_time()}\n"
                     os.write(1, told.encode())  # one write: two workers tell it at once
                     module.train = real  # type: ignore[attr-defined]

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fedlth.data.examples import Examples
 from fedlth.kernel import columns as col
 from fedlth.kernel import compact, kernel
 from fedlth.kernel.graph import compile_layers
@@ -90,7 +91,7 @@ class Work:
         start = read(module, layout)
         model = FlatModel(module, layout, "cpu", None, tune(module, self.x[:3]))
         recipe = TrainingRecipe(budget=Epochs(1), batch_size=BATCH, lr=0.05)
-        request = drawn_request(start, (self.x, self.y), recipe, order=np.random.default_rng(1), torch_seed=0)
+        request = drawn_request(start, Examples(self.x, self.y), recipe, order=np.random.default_rng(1), torch_seed=0)
         return lambda: train(model, request)
 
     def kernel(self, density: float, granularity: str = "element", *, predict: bool = False) -> Callable[[], object]:

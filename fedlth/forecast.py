@@ -120,11 +120,11 @@ def _step_seconds(task: Task) -> float:
     """Time a few steps on the largest client, shortened to a few batches."""
     client = int(np.argmax([len(c.train) for c in task.splits.clients]))
     local = LocalClient(task, client, 0, "forecast")
-    x, y = local.train_part
-    size = min(len(y), task.study.train.batch_size * TIMED_STEPS)
+    data = local.train_part
+    size = min(len(data), task.study.train.batch_size * TIMED_STEPS)
     count = max(1, -(-size // task.study.train.batch_size))
     recipe = TrainingRecipe(budget=Epochs(1), batch_size=task.study.train.batch_size, lr=1e-6)
-    request = drawn_request(task.theta_0, (x[:size], y[:size]), recipe, order=local.rng("order"), torch_seed=0)
+    request = drawn_request(task.theta_0, data.batch(slice(size)), recipe, order=local.rng("order"), torch_seed=0)
     best = float("inf")
     for _ in range(2):
         began = time.perf_counter()

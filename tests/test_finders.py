@@ -204,10 +204,10 @@ def test_dead_weights_that_hold_a_value_never_move_and_stand_in_the_saved_ticket
     from fedlth.experiment.saved_ticket import load_ticket
 
     row = next(r for r in tiny.rows(tmp_path / "r", "metrics") if r["client"] == 0 and r["target_density"] == 0.2)
-    x, y = task.part(0, "test")
+    part = task.part(0, "test")
     with torch.inference_mode():
-        right = int((load_ticket(tmp_path / "r", 0)(x).argmax(-1) == y).sum())
-    assert right / len(y) == row["test_accuracy"]
+        right = int((load_ticket(tmp_path / "r", 0)(part.tensor).argmax(-1) == part.y).sum())
+    assert right / len(part) == row["test_accuracy"]
     with pytest.raises(StudyError, match="refine.rounds: must be 0 where dead weights are not zero"):
         read(study("dead", dead, refine={"rounds": 1, "clients_per_round": 2}))
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from fedlth.data.examples import Examples
 from fedlth.training import task as world_module
 from tests import tiny
 
@@ -21,9 +22,9 @@ def permuted_test_labels() -> Iterator[None]:
     """Shift every test label that is handed out, after the partition has drawn the clients' test parts."""
     honest = world_module.inputs
 
-    def lying(dataset: Any, indices: Any, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        x, y = honest(dataset, indices, train)
-        return (x, y) if train else (x, (y + 1) % dataset.num_classes)
+    def lying(dataset: Any, indices: Any, train: bool) -> Examples:
+        part = honest(dataset, indices, train)
+        return part if train else replace(part, y=(part.y + 1) % dataset.num_classes)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(world_module, "inputs", lying)

@@ -64,9 +64,9 @@ def test_a_personal_head_stays_personal(tmp_path: Path, method: str, sections: d
     assert len(heads) >= 2, "each client's is its own"
     rows = [r for r in tiny.rows(folder.root, "metrics") if r["arm"] in ("refined", "ticket", "own_tuned")]
     for client in range(4):
-        net, (x, y) = load_ticket(folder.root, client).eval(), task.part(client, "test")
+        net, part = load_ticket(folder.root, client).eval(), task.part(client, "test")
         with torch.inference_mode():
-            accuracy = int((net(x).argmax(-1) == y).sum()) / len(y)
+            accuracy = int((net(part.tensor).argmax(-1) == part.y).sum()) / len(part)
         assert accuracy == [r["test_accuracy"] for r in rows if r["client"] == client][-1]
     started(made, tmp_path / "cut", after=3)
     session.resume(tmp_path / "cut", InProcess())

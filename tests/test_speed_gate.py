@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fedlth.data.dataset import Dataset
+from fedlth.data.examples import Examples
 from fedlth.federation import client_step
 from fedlth.kernel import kernel
 from fedlth.kernel.graph import compile_layers
@@ -100,7 +101,8 @@ def test_the_kernel_is_ahead_of_eager_torch_and_a_ticket_of_its_dense_twin() -> 
     start, table = read(module, layout), compile_layers(module, layout, (1, 28, 28))
     assert isinstance(table, LayerTable)
     rng = np.random.default_rng(0)
-    data = torch.from_numpy(rng.standard_normal((320, 1, 28, 28)).astype(np.float32)), torch.arange(320) % 10
+    x = torch.from_numpy(rng.standard_normal((320, 1, 28, 28)).astype(np.float32))
+    data = Examples(x, torch.arange(320) % 10)
     mask = rng.random(layout.num_prunable) < 0.1
     model, recipe = FlatModel(module, layout, "cpu"), tiny.recipe(batch_size=32, lr=0.01)
     request = drawn_request(start, data, recipe, order=np.random.default_rng(1), torch_seed=0)
@@ -110,7 +112,7 @@ def test_the_kernel_is_ahead_of_eager_torch_and_a_ticket_of_its_dense_twin() -> 
         return train(model, request)
 
     def kernels(mask: np.ndarray | None) -> object:
-        x, y = (part.numpy() for part in data)
+        x, y = data.tensor.numpy(), data.y.numpy()
         return kernel.train_epochs(table, start.floats, x, y, parts, rates=np.full(10, 0.01), mask=mask)
 
     kernels(None), kernels(mask), eager()

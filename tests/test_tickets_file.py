@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
+from fedlth.data.examples import Examples
 from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
 from fedlth.experiment.resolve import read
@@ -118,10 +119,10 @@ def test_every_saved_ticket_is_its_own_row(tmp_path: Path, name: str, form: str)
         assert float(meta["density"]) == row["density"]
 
 
-def measured(model: nn.Module, data: tuple[torch.Tensor, torch.Tensor]) -> tuple[float, float]:
+def measured(model: nn.Module, data: Examples) -> tuple[float, float]:
     with torch.inference_mode():
-        logits = model(data[0])
-    return float((logits.argmax(-1) == data[1]).double().mean()), float(cross_entropy(logits, data[1]))
+        logits = model(data.tensor)
+    return float((logits.argmax(-1) == data.y).double().mean()), float(cross_entropy(logits, data.y))
 
 
 @pytest.mark.parametrize("form", ["dense", "compact"])

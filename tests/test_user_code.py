@@ -47,10 +47,10 @@ def test_two_steps_and_a_ticket_that_predicts_as_reported(tmp_path: Path, buffer
     assert len(rows) == 4
     for row in rows:
         model = load_ticket(tmp_path / "r", row["client"])
-        x, y = task.part(row["client"], "test")
+        part = task.part(row["client"], "test")
         with torch.inference_mode():
-            right = int((model(x).argmax(-1) == y).sum())
-        assert right / len(y) == row["test_accuracy"]
+            right = int((model(part.tensor).argmax(-1) == part.y).sum())
+        assert right / len(part) == row["test_accuracy"]
         named = dict(model.named_parameters())
         assert named["embed.weight"].data_ptr() == named.get("decoder.weight", named["embed.weight"]).data_ptr()
         with safe_open(tmp_path / "r" / "tickets" / f"client-{row['client']:04d}.safetensors", "numpy") as file:
@@ -150,7 +150,7 @@ def test_what_nothing_trains_never_crosses(tmp_path: Path, method: str) -> None:
     for client in range(4):
         one, other = (load_ticket(tmp_path / name, client).eval() for name in runs)
         assert np.array_equal(one.features.weight.detach(), other.features.weight), "theta_0's, in the file too"
-        x, _ = tasks[0].part(client, "test")
+        x = tasks[0].part(client, "test").tensor
         assert one(x).equal(other(x))
 
 

@@ -9,17 +9,19 @@ import numpy as np
 from fedlth.data.dataset import Dataset
 
 if TYPE_CHECKING:
-    import torch
+    from fedlth.data.examples import Examples
 
 
-def inputs(dataset: Dataset, indices: np.ndarray, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (x, y) of `indices` (n,), from the train or the test split.
+def inputs(dataset: Dataset, indices: np.ndarray, train: bool) -> Examples:
+    """Return the examples at `indices` (n,), from the train or the test split.
 
     x: (n, C, H, W) float32, uint8 images divided by 255 and normalised; float32 as it is; tokens (n, T) int64.
     y: (n,) or (n, T) int64. Both own their memory.
     """
     # Local, since splits and digests must be had without torch.
     import torch
+
+    from fedlth.data.examples import Examples
 
     x = (dataset.x_train if train else dataset.x_test)[indices]
     y = (dataset.y_train if train else dataset.y_test)[indices]
@@ -28,4 +30,4 @@ def inputs(dataset: Dataset, indices: np.ndarray, train: bool) -> tuple[torch.Te
         if dataset.mean:
             x -= np.asarray(dataset.mean, np.float32)[:, None, None]
             x /= np.asarray(dataset.std, np.float32)[:, None, None]
-    return torch.from_numpy(x), torch.from_numpy(y)
+    return Examples(torch.from_numpy(x), torch.from_numpy(y))

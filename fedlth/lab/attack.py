@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from fedlth.data.dataset import Dataset
+from fedlth.data.examples import Examples
+from fedlth.models.call import call
 from fedlth.models.layout import Params
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.loss import cross_entropy
@@ -39,7 +41,7 @@ def attacked(
     moved = x
     for _ in range(1 if kind == "fgsm" else steps):
         probe = moved.detach().requires_grad_()
-        (grad,) = torch.autograd.grad(cross_entropy(model.module(probe), y), probe)
+        (grad,) = torch.autograd.grad(cross_entropy(call(model.module, probe), y), probe)
         moved = moved + size / std * grad.sign()
         moved = torch.maximum(torch.minimum(moved, x + eps / std), x - eps / std)
         moved = torch.maximum(torch.minimum(moved, highest), lowest)
@@ -50,7 +52,7 @@ def evaluate_attacked(
     model: FlatModel,
     dataset: Dataset,
     params: Params,
-    data: tuple[Tensor, Tensor],
+    data: Examples,
     *,
     kind: str,
     eps: float,
@@ -58,7 +60,7 @@ def evaluate_attacked(
     crafted_on: Params | None = None,
 ) -> tuple[float, float]:
     """Return (accuracy, mean loss) of `params` on attacked data; the attack sees `crafted_on`, or `params` itself."""
-    x, y = data
+    x, y = data.tensor, data.y
     right, total = 0, 0.0
     for at in range(0, len(y), 500):
         part, labels = x[at : at + 500], y[at : at + 500]
@@ -67,7 +69,7 @@ def evaluate_attacked(
         model.load(params)
         model.module.eval()
         with torch.inference_mode():
-            logits = model.module(part)
+            logits = call(model.module, part)
             right += int((logits.argmax(-1) == labels).sum())
             total += float(cross_entropy(logits, labels)) * len(labels)
     return right / len(y), total / len(y)

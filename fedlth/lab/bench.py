@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from fedlth.data.dataset import Dataset
+from fedlth.data.examples import Examples
 from fedlth.data.sources import load
 from fedlth.data.tensors import inputs
 from fedlth.errors import StudyError
 from fedlth.lab.study import Data, Lottery, build
 from fedlth.lab.train_config import TrainConfig
-from fedlth.lab.training import Examples, Run, packed, train, unpacked, walk
+from fedlth.lab.training import Run, packed, train, unpacked, walk
 from fedlth.models.layout import Layout, Params
 from fedlth.rng import stream, torch_seed
 from fedlth.storage import store
@@ -126,11 +127,11 @@ class Bench:
     def _told_apart(self, data: str) -> bytes:
         """Return a digest of a task's examples: two probes may call different ones client0."""
         examples = self.task(data)
-        if examples["train"][0] is not self._digests.get(data, (None, b""))[0]:
+        if examples["train"].y is not self._digests.get(data, (None, b""))[0]:
             state = hashlib.blake2b(digest_size=16)
-            for x, y in examples.values():
-                state.update(x.numpy().tobytes() + y.numpy().tobytes())
-            self._digests[data] = examples["train"][0], state.digest()
+            for part in examples.values():
+                state.update(part.tensor.numpy().tobytes() + part.y.numpy().tobytes())
+            self._digests[data] = examples["train"].y, state.digest()
         return self._digests[data][1]
 
     def states(self, start: Params, mask: np.ndarray, config: TrainConfig) -> list[Params]:

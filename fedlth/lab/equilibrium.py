@@ -32,14 +32,13 @@ class NeuronsAtEquilibrium:
     epsilon: float = 1e-3
 
     def __call__(self, bench: Bench, /) -> Iterator[dict[str, Any]]:
-        x, y = bench.parts["train"]
-        data, test = (x[: self.examples], y[: self.examples]), bench.parts["test"]
+        data, test = bench.parts["train"].batch(slice(self.examples)), bench.parts["test"]
         recipe = TrainingRecipe(
             budget=Epochs(self.epochs), batch_size=bench.study.train.batch_size, lr=self.lr,
             optimizer=Sgd(momentum=self.momentum),
         )  # fmt: skip
         epochs = neq.train(
-            bench.flat_model, bench.theta_0, data=data, held_out=bench.parts["validation"][0][: self.held_out],
+            bench.flat_model, bench.theta_0, data=data, held_out=bench.parts["validation"].tensor[: self.held_out],
             recipe=recipe, gate=neq.UpdateGate(epsilon=self.epsilon), order=bench.rng("neq"), torch_seed=0,
         )  # fmt: skip
         request = drawn_request(

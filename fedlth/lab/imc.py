@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import functional_call, hessian
+from torch.func import hessian
 
+from fedlth.data.examples import Examples
 from fedlth.errors import StudyError
+from fedlth.models.call import call_with
 from fedlth.models.layout import Params
 from fedlth.tickets.select import keep_top
 from fedlth.training.flat_model import FlatModel
@@ -36,7 +38,7 @@ class Split:
         return float(self.eigenvalues[self.dropped] - self.eigenvalues[self.dropped - 1])
 
 
-def spectrum(model: FlatModel, at: Params, data: tuple[Tensor, Tensor]) -> tuple[np.ndarray, np.ndarray]:
+def spectrum(model: FlatModel, at: Params, data: Examples) -> tuple[np.ndarray, np.ndarray]:
     """Return (eigenvalues ascending, eigenvectors in columns) of the loss's Hessian over the prunable weights.
 
     In float64 and in full, so only for small networks; raises StudyError beyond MOST_WEIGHTS.
@@ -46,13 +48,13 @@ def spectrum(model: FlatModel, at: Params, data: tuple[Tensor, Tensor]) -> tuple
         raise StudyError(f"imc: the full Hessian needs at most {MOST_WEIGHTS} prunable weights, got {size}")
     model.load(at)
     model.module.eval()
-    x, y = data
+    x, y = data.tensor, data.y
     flat = torch.from_numpy(at.floats.astype(np.float64)).to(model.device)
     fixed = {e.name: flat[e.slice].view(e.shape) for e in layout.floats if not e.prunable}
 
     def loss(weights: Tensor) -> Tensor:
         named = {e.name: weights[e.slice].view(e.shape) for e in layout.prunable}
-        return cross_entropy(functional_call(model.module, {**fixed, **named}, x.double()), y)
+        return cross_entropy(call_with(model.module, {**fixed, **named}, x.double()), y)
 
     matrix: Tensor = hessian(loss)(flat[:size])
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)

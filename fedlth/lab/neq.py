@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedlth.data.examples import Examples
 from fedlth.errors import wrong
+from fedlth.models.call import call
 from fedlth.models.layout import Layout, Params
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.recipe import TrainingRecipe
@@ -86,7 +88,7 @@ def unit_outputs(model: FlatModel, params: Params, x: Tensor) -> Outputs:
     model.module.eval()
     try:
         with torch.no_grad():
-            model.module(x)
+            call(model.module, x)
     finally:
         for handle in hooks:
             handle.remove()
@@ -120,7 +122,7 @@ def train(
     model: FlatModel,
     start: Params,
     *,
-    data: tuple[Tensor, Tensor],
+    data: Examples,
     held_out: Tensor,
     recipe: TrainingRecipe,
     gate: UpdateGate,
@@ -128,7 +130,7 @@ def train(
     torch_seed: int,
 ) -> tuple[Epoch, ...]:
     """Train as the recipe says, an epoch at a time, freezing what is at equilibrium; return every epoch."""
-    x, y = data
+    x, y = data.tensor, data.y
     layout = model.layout
     memory = recipe.optimizer.memory(model.grad)
     state, frozen = gate(Equilibrium(), unit_outputs(model, start, held_out))
@@ -144,7 +146,7 @@ def train(
         for part in epoch:
             index = torch.from_numpy(part)
             model.grad.zero_()
-            loss = recipe.loss(model.module(x[index]), y[index])
+            loss = recipe.loss(call(model.module, x[index]), y[index])
             loss.backward()  # type: ignore[no-untyped-call]
             with torch.no_grad():
                 direction = recipe.optimizer(model.grad, weights, memory, step + 1, alive)

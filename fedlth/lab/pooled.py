@@ -8,6 +8,7 @@ import numpy as np
 from torch.nn import functional
 
 from fedlth.data.dataset import Dataset
+from fedlth.data.examples import Examples
 from fedlth.lab.bench import Bench
 from fedlth.lab.study import Model
 
@@ -15,7 +16,8 @@ from fedlth.lab.study import Model
 def pooled(bench: Bench, *, side: int, hidden: int) -> Bench:
     """Return a bench whose images are (1, side, side) and whose network has one hidden layer."""
     small = {
-        name: (functional.adaptive_avg_pool2d(x, side).mean(1, keepdim=True), y) for name, (x, y) in bench.parts.items()
+        name: Examples(functional.adaptive_avg_pool2d(part.tensor, side).mean(1, keepdim=True), part.y)
+        for name, part in bench.parts.items()
     }
     one = np.zeros((1, 1, side, side), np.float32)
     label = np.zeros(1, np.int64)

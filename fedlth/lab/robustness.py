@@ -35,8 +35,7 @@ class Attack:
                 networks[self.search] = one.run.best
                 for arm in self.arms:
                     networks[arm] = controlled(bench, arm, one)[1].best
-        x, y = bench.parts["test"]
-        data = x[: self.examples], y[: self.examples]
+        data = bench.parts["test"].batch(slice(self.examples))
         for name, params in networks.items():
             for kind in ("fgsm", "pgd"):
                 for eps in self.eps:

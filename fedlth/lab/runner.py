@@ -58,7 +58,7 @@ def check(made: Lottery) -> None:
     """Raise StudyError, naming the place, where a part, the data or the model of the study cannot be built."""
     bench = open_bench(made.science(), made.seeds[0], None)
     _ = bench.layout
-    size, examples = made.train.batch_size, len(bench.parts["train"][1])
+    size, examples = made.train.batch_size, len(bench.parts["train"])
     if size > examples:
         raise StudyError(f"train.batch_size: must be at most the {examples} training examples, got {size}")
     for name, search in made.searches.items():

@@ -151,10 +151,10 @@ def walked(
 
 def network_of(bench: Bench, at: Params, what: str, data: str = "", few: int | None = None) -> LossProbe:
     """Return the network at `at` over the first `few` training examples, or all, as scores ask it."""
-    x, y = bench.task(data)["train"]
     return LossProbe(
-        model=bench.flat_model, params=at, data=(x[:few], y[:few]), layer_flops=lambda: bench.model.flops,
-        order=lambda: bench.rng(f"{what}/mask order"), torch_seed=bench.torch_seed(f"{what}/mask bits"),
+        model=bench.flat_model, params=at, data=bench.task(data)["train"].batch(slice(few)),
+        layer_flops=lambda: bench.model.flops, order=lambda: bench.rng(f"{what}/mask order"),
+        torch_seed=bench.torch_seed(f"{what}/mask bits"),
         batch_size=bench.study.train.batch_size,
     )  # fmt: skip
 
@@ -178,7 +178,6 @@ def ladder(study: Lottery) -> str:
 def dry(bench: Bench, finder: Finder, targets: tuple[float, ...], *, part: str = "train") -> Iterator[np.ndarray]:
     """Yield the masks of a search whose trainings leave every weight where it is; scores see ten examples a class."""
     few = 10 * bench.dataset.num_classes
-    x, y = bench.parts[part]
 
     def stay(start: Params, mask: np.ndarray, /, **_: Any) -> Walked:
         return Walked(start, (start.floats[: mask.size],) * finder.window)
@@ -187,6 +186,6 @@ def dry(bench: Bench, finder: Finder, targets: tuple[float, ...], *, part: str =
     for found in find(
         finder, start=bench.theta_0, start_name="theta_0", targets=targets, layout=bench.layout,
         anchors=lambda anchor: bench.theta_0, train=stay, rng=bench.rng, val_accuracy=lambda params: 1.0,
-        network=lambda at: replace(network_of(bench, at, "dry"), data=(x[:few], y[:few])),
+        network=lambda at: replace(network_of(bench, at, "dry"), data=bench.parts[part].batch(slice(few))),
     ):  # fmt: skip
         yield found.mask

@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, hessian
 from torch.func import grad as gradient
+from torch.func import hessian
 from torch.nn import functional
 
+from fedlth.data.examples import Examples
 from fedlth.errors import wrong
 from fedlth.lab.bench import Bench
 from fedlth.lab.search import dry, network_of
+from fedlth.models.call import call_with
 from fedlth.models.initial import torch_stream
 from fedlth.models.layout import Layout, layout_of, read
 from fedlth.study.parts import make
@@ -53,8 +55,8 @@ class Exact:
     temperature: float = 200.0
 
     def __call__(self, bench: Bench, /) -> Iterator[dict[str, Any]]:
-        x, y = bench.parts["train"]
-        few = functional.adaptive_avg_pool2d(x[: self.examples], 2).mean(1).flatten(1), y[: self.examples]
+        whole = bench.parts["train"].batch(slice(self.examples))
+        few = Examples(functional.adaptive_avg_pool2d(whole.tensor, 2).mean(1).flatten(1), whole.y)
         with torch_stream(bench.torch_seed("exact")):
             module = nn.Sequential(
                 nn.Linear(4, self.hidden), nn.Tanh(), nn.Linear(self.hidden, bench.dataset.num_classes)
@@ -83,15 +85,15 @@ class Exact:
         yield {"weights": layout.num_prunable, "snip_rank": rank, "grasp_error": error}
 
 
-def _loss_of(module: nn.Module, layout: Layout, data: tuple[Tensor, Tensor]) -> tuple[Tensor, Any]:
+def _loss_of(module: nn.Module, layout: Layout, data: Examples) -> tuple[Tensor, Any]:
     """Return the prunable weights in float64, and the loss as a function of them and a temperature."""
     named = {n: p.detach().double().clone() for n, p in module.named_parameters()}
     flat = torch.cat([named[e.name].reshape(-1) for e in layout.prunable])
 
     def loss(weights: Tensor, temperature: float) -> Tensor:
         parts = {e.name: weights[e.slice].view(e.shape) for e in layout.prunable}
-        logits = functional_call(module, {**named, **parts}, data[0].double())
-        return functional.cross_entropy(logits / temperature, data[1])
+        logits = call_with(module, {**named, **parts}, data.tensor.double())
+        return functional.cross_entropy(logits / temperature, data.y)
 
     return flat, loss
 

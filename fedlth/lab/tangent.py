@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import functional_call, jvp
+from torch.func import jvp
 
+from fedlth.data.examples import Examples
+from fedlth.models.call import call_with
 from fedlth.models.layout import Params
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.recipe import TrainingRecipe
@@ -59,8 +61,7 @@ class Tangent:
         layout = self.model.layout
         self.model.module.eval()
         named = {e.name: weights[e.slice].view(e.shape) for e in layout.floats if e.role == "param"}
-        out: Tensor = functional_call(self.model.module, {**named, **fixed}, x)
-        return out
+        return call_with(self.model.module, {**named, **fixed}, x)
 
 
 def remainders(tangent: Tangent, delta: Tensor, x: Tensor, halvings: int) -> tuple[float, ...]:
@@ -70,7 +71,7 @@ def remainders(tangent: Tangent, delta: Tensor, x: Tensor, halvings: int) -> tup
 
 def fine_tune(
     tangent: Tangent,
-    data: tuple[Tensor, Tensor],
+    data: Examples,
     *,
     recipe: TrainingRecipe,
     order: np.random.Generator,
@@ -80,7 +81,7 @@ def fine_tune(
 
     `mask` (num_prunable,) bool: weights outside keep their value. A loss that is not finite raises FloatingPointError.
     """
-    x, y = data
+    x, y = data.tensor, data.y
     delta = tangent.zero()
     layout = tangent.model.layout
     free = layout.trainable if mask is None else layout.trainable & layout.over_params(mask)
@@ -102,9 +103,9 @@ def fine_tune(
     return delta
 
 
-def accuracy(tangent: Tangent, delta: Tensor, data: tuple[Tensor, Tensor], *, linear: bool) -> float:
+def accuracy(tangent: Tangent, delta: Tensor, data: Examples, *, linear: bool) -> float:
     """Return the accuracy at theta + delta of the linearised network, or of the network itself."""
-    x, y = data
+    x, y = data.tensor, data.y
     right = 0
     for at in range(0, len(y), 256):
         part = x[at : at + 256]

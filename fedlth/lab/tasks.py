@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from fedlth.data.partition import PARTITIONS
 from fedlth.lab.bench import Bench
@@ -21,17 +22,18 @@ def deal(bench: Bench, clients: int, alpha: float, most: int | None) -> list[np.
     def draw(what: str, client: int = -1) -> np.random.Generator:
         return stream(bench.study.data.seed, what, client=client)
 
-    x, y = bench.parts["train"]
+    whole = bench.parts["train"]
+    y = whole.y
     partition = make(PARTITIONS, {"name": "dirichlet", "alpha": alpha}, "partition")
     owned = partition(y.numpy(), None, clients, draw("clients"))
     shares = []
     for client, positions in enumerate(owned):
         chosen = draw("client", client).permutation(positions)[:most]
         share = np.bincount(y[chosen].numpy(), minlength=bench.dataset.num_classes) / len(chosen)
-        bench.parts[f"client{client}/train"] = x[np.sort(chosen)], y[np.sort(chosen)]
+        bench.parts[f"client{client}/train"] = whole.batch(torch.from_numpy(np.sort(chosen)))
         for part in ("validation", "test"):
-            picked = _drawn(bench.parts[part][1].numpy(), share, draw(f"client/{part}", client))
-            bench.parts[f"client{client}/{part}"] = bench.parts[part][0][picked], bench.parts[part][1][picked]
+            picked = _drawn(bench.parts[part].y.numpy(), share, draw(f"client/{part}", client))
+            bench.parts[f"client{client}/{part}"] = bench.parts[part].batch(torch.from_numpy(picked))
         shares.append(share)
     return shares
 

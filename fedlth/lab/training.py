@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlth.data.dataset import Dataset
+from fedlth.data.examples import Examples
 from fedlth.lab.attack import attacked, evaluate_attacked
 from fedlth.lab.train_config import TrainConfig
+from fedlth.models.call import call
 from fedlth.models.layout import Layout, Params
 from fedlth.rng import stream, torch_seed
 from fedlth.storage import store
@@ -25,8 +27,6 @@ from fedlth.training.evaluation import evaluate
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.recipe import PARTS, Epochs, TrainingRecipe
 from fedlth.training.request import TrainingRequest
-
-Examples = tuple[Tensor, Tensor]
 
 
 class Networks(Protocol):
@@ -129,12 +129,12 @@ def walk(
     if not config.steps:
         return []
     t, layout = config.train, bench.flat_model.layout
-    steps = batches(len(data[1]), config, stream(bench.seed, config.order))
+    steps = batches(len(data), config, stream(bench.seed, config.order))
     chunks = [steps[i : i + t.evaluate_every] for i in range(0, len(steps), t.evaluate_every)]
     momentum = {"momentum": t.momentum} if t.optimiser == "sgd" else {}
     optimizer = PARTS["optimizer"][t.optimiser](weight_decay=t.weight_decay, **momentum)
     request = TrainingRequest(
-        start=start, x=data[0], y=data[1], batches=chunks,
+        start=start, data=data, batches=chunks,
         recipe=TrainingRecipe(budget=Epochs(len(chunks)), batch_size=t.batch_size, lr=t.lr, optimizer=optimizer),
         rates=[config.rate(step) for step in range(config.first, config.end)],
         torch_seed=torch_seed(bench.seed, f"dropout/{config.order}"), active=None if free or mask.all() else mask,
@@ -163,12 +163,12 @@ def _in_torch(bench: Networks, config: TrainConfig, request: TrainingRequest) ->
         for chunk in request.batches:
             for part in chunk:
                 index = torch.from_numpy(part)
-                x, y = request.x[index], request.y[index]
+                x, y = request.data.tensor[index], request.data.y[index]
                 if t.attack != "none":
                     x = attacked(model, bench.dataset, x, y, kind=t.attack, eps=t.attack_eps, steps=t.attack_steps)
                 model.module.train()
                 model.grad.zero_()
-                request.recipe.loss(model.module(x), y).backward()  # type: ignore[no-untyped-call]
+                request.recipe.loss(call(model.module, x), y).backward()  # type: ignore[no-untyped-call]
                 with torch.no_grad():
                     if t.norm_l1:
                         model.grad.add_(gammas * weights.sign())

@@ -10,15 +10,17 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from fedlth.data.examples import Inputs, shapes, tensors
 from fedlth.data.factory import told
 from fedlth.errors import StudyError
+from fedlth.models.call import call
 
 
-def layer_flops(module: nn.Module, example_x: torch.Tensor) -> tuple[dict[str, int], int]:
+def layer_flops(module: nn.Module, example_x: Inputs) -> tuple[dict[str, int], int]:
     """Return forward flops per example by parameter name (every parameter, smallest name if tied), and their total.
 
-    example_x: (B, ...) one batch; the cost is divided by B. The module is run once in eval mode, without gradient,
-    and left in the mode it was in. Dense; biases, norms and activations are not counted.
+    example_x: one batch, (B, ...) or a mapping of such; the cost is divided by B. The module is run once in eval mode,
+    without gradient, and left in the mode it was in. Dense; biases, norms and activations are not counted.
 
     A module's own cost, its children's taken off, is shared among the weights that it owns itself (ndim >= 2) by
     their sizes (nn.MultiheadAttention's output projection counts as its own). On CPU the counter sees nothing of
@@ -39,9 +41,9 @@ def layer_flops(module: nn.Module, example_x: torch.Tensor) -> tuple[dict[str, i
         module.eval()
         torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad(), meter:
-            module(example_x)
+            call(module, example_x)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        batch = f"{tuple(example_x.shape)} {example_x.dtype}"
+        batch = shapes(example_x)
         raise StudyError(f"model: the forward pass fails on a batch {batch}: {told(error)}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
@@ -49,7 +51,7 @@ def layer_flops(module: nn.Module, example_x: torch.Tensor) -> tuple[dict[str, i
             hook.remove()
         for part, mode in training.items():
             part.training = mode
-    return _by_weight(module, meter, len(example_x))
+    return _by_weight(module, meter, len(tensors(example_x)[0]))
 
 
 class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]

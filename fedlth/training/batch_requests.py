@@ -7,14 +7,16 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
+from fedlth.data.examples import Examples
 from fedlth.models.layout import Params
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.lockstep import ASK
 from fedlth.training.loss import CrossEntropy
 from fedlth.training.recipe import Sgd
 from fedlth.training.request import TrainingRequest, TrainingResult
+
+# A batch is as long as its own longest example, and what a network makes of padding is its own affair.
+RAGGED = "its examples are ragged, and each client's batches have lengths of their own"
 
 
 class _Shares(threading.local):
@@ -44,8 +46,8 @@ class Training:
         return self.request.start
 
     @property
-    def data(self) -> tuple[Tensor, Tensor]:
-        return self.request.x, self.request.y
+    def data(self) -> Examples:
+        return self.request.data
 
     @property
     def num_examples(self) -> int:
@@ -58,12 +60,12 @@ class Evaluation:
 
     model: FlatModel
     params: Params
-    data: tuple[Tensor, Tensor]
+    data: Examples
     cpu_s: list[float] = field(default_factory=list)
 
     @property
     def num_examples(self) -> int:
-        return len(self.data[1])
+        return len(self.data)
 
 
 def obstacle(request: TrainingRequest) -> str:
@@ -73,6 +75,8 @@ def obstacle(request: TrainingRequest) -> str:
     for part, known in ((request.recipe.optimizer, Sgd), (request.recipe.loss, CrossEntropy)):
         if type(part) is not known:
             return f"a cohort has no {type(part).__name__}"
+    if request.data.lengths:
+        return RAGGED
     return ""
 
 
@@ -82,9 +86,11 @@ def train(model: FlatModel, request: TrainingRequest) -> TrainingResult:
     return result
 
 
-def evaluated(model: FlatModel, params: Params, data: tuple[Tensor, Tensor]) -> tuple[float, float] | None:
-    """Ask for an evaluation with those of the cohort that this call is in; None outside one."""
-    found: tuple[float, float] | None = None if ASK.get() is None else _answer(Evaluation(model, params, data))
+def evaluated(model: FlatModel, params: Params, data: Examples) -> tuple[float, float] | None:
+    """Ask for an evaluation with those of the cohort that this call is in; None outside one, and for ragged data."""
+    found: tuple[float, float] | None = None
+    if ASK.get() is not None and not data.lengths:
+        found = _answer(Evaluation(model, params, data))
     return found
 
 

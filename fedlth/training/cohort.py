@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
+from fedlth.data.examples import Examples, Inputs, joined
+from fedlth.models.call import call_with
 from fedlth.models.layout import Params
 from fedlth.training.batch_requests import Evaluation, Training
 from fedlth.training.loss import cross_entropy
@@ -86,8 +88,8 @@ def train_together(asked: Sequence[Training]) -> list[TrainingResult]:
             count = feed.counts[step]
             state = stack.state(count, trained=True)
         weights, grad = stack.flat[:count, : stack.layout.num_params], stack.grad[:count]
-        x, y, weight = feed.batch(step)
-        loss = vmap(stack.loss)(state, x, y, weight)
+        batch, weight = feed.batch(step)
+        loss = vmap(stack.loss)(state, batch.x, batch.y, weight)
         slopes = torch.autograd.grad(loss.sum(), [state[e.name] for e in stack.trained], materialize_grads=True)
         with torch.no_grad():
             for e, slope in zip(stack.trained, slopes, strict=True):
@@ -115,7 +117,7 @@ def evaluate_together(asked: Sequence[Evaluation]) -> list[tuple[float, float]]:
     """Return each client's (accuracy, mean loss), as `evaluation.evaluate` would alone, up to float32 rounding."""
     stack = _Stack(asked)
     state = stack.state(len(asked), trained=False)
-    x, y, starts = _joined(asked)
+    data, starts = _joined(asked)
     right = torch.zeros(len(asked), dtype=torch.float64, device=stack.device)
     loss_sum = torch.zeros_like(right)
     stack.module.eval()
@@ -125,12 +127,13 @@ def evaluate_together(asked: Sequence[Evaluation]) -> list[tuple[float, float]]:
         index = torch.from_numpy(index_KB + starts[:, None]).to(stack.device)
         real = torch.from_numpy(real_KB).to(stack.device)
         with torch.no_grad():
-            logits = vmap(stack.forward)(state, x[index])
-            same = (logits.argmax(-1) == y[index]).double().reshape(*real.shape, -1).sum(2)
+            part = data.batch(index)
+            logits = vmap(stack.forward)(state, part.x)
+            same = (logits.argmax(-1) == part.y).double().reshape(*real.shape, -1).sum(2)
             right += (same * real).sum(1)
-            loss_sum += (vmap(cross_entropy.examples)(logits, y[index]).double() * real).sum(1)
+            loss_sum += (vmap(cross_entropy.examples)(logits, part.y).double() * real).sum(1)
     found = zip(asked, right.tolist(), loss_sum.tolist(), strict=True)
-    return [(hits / m.data[1].numel(), total / m.num_examples) for m, hits, total in found]
+    return [(hits / m.data.y.numel(), total / m.num_examples) for m, hits, total in found]
 
 
 class _Stack:
@@ -157,11 +160,10 @@ class _Stack:
                 out[e.name] = out[e.name].detach().requires_grad_()
         return out
 
-    def forward(self, state: dict[str, Tensor], x: Tensor) -> Tensor:
-        logits: Tensor = functional_call(self.module, state, (x,))
-        return logits
+    def forward(self, state: dict[str, Tensor], x: Inputs) -> Tensor:
+        return call_with(self.module, state, x)
 
-    def loss(self, state: dict[str, Tensor], x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    def loss(self, state: dict[str, Tensor], x: Inputs, y: Tensor, weight: Tensor) -> Tensor:
         """Return one client's weighted loss; x (B, ...), weight (B,) sums to one."""
         return (cross_entropy.examples(self.forward(state, x), y) * weight).sum()
 
@@ -174,7 +176,7 @@ class _Feed:
         self.steps = len(plans[0])
         self.counts = [sum(len(plan) > step for plan in plans) for step in range(self.steps)]
         self.widths = [max(len(plan[step]) for plan in plans[:n]) for step, n in enumerate(self.counts)]
-        self.x, self.y, starts = _joined(members)
+        self.data, starts = _joined(members)
         shape = (self.steps, len(members), max(self.widths))
         index_SKB, real_SKB = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
         rates_SK = np.zeros(shape[:2], np.float32)
@@ -192,17 +194,17 @@ class _Feed:
             for epoch in set(member.request.snapshots) & set(range(1, len(lengths) + 1)):
                 self.ends.setdefault(int(lengths[epoch - 1]) - 1, []).append((row, epoch))
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return x (K, B, ...), y (K, B, ...) and weights (K, B) of those at work."""
+    def batch(self, step: int) -> tuple[Examples, Tensor]:
+        """Return examples (K, B, ...) and weights (K, B) of those at work."""
         count, width = self.counts[step], self.widths[step]
         index = self.index[step, :count, :width]
-        return self.x[index], self.y[index], self.real[step, :count, :width]
+        return self.data.batch(index), self.real[step, :count, :width]
 
 
-def _joined(asked: Sequence[Training] | Sequence[Evaluation]) -> tuple[Tensor, Tensor, np.ndarray]:
+def _joined(asked: Sequence[Training] | Sequence[Evaluation]) -> tuple[Examples, np.ndarray]:
     """Return the clients' examples one after the other, and where each client's begin, (K,)."""
-    x, y = ([m.data[i] for m in asked] for i in (0, 1))
-    return torch.cat(x), torch.cat(y), np.cumsum([0, *map(len, y[:-1])])
+    parts = [m.data for m in asked]
+    return joined(parts), np.cumsum([0, *map(len, parts[:-1])])
 
 
 def _padded(parts: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:

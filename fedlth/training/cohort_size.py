@@ -8,15 +8,15 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from fedlth.data.examples import Examples
 from fedlth.data.factory import told
 from fedlth.errors import StudyError
 from fedlth.models.initial import torch_stream
 from fedlth.rng import stream
 from fedlth.study.schema import Study
 from fedlth.training import cohort
-from fedlth.training.batch_requests import Evaluation, Training
+from fedlth.training.batch_requests import RAGGED, Evaluation, Training
 from fedlth.training.evaluation import evaluate
 from fedlth.training.lockstep import side_by_side
 from fedlth.training.recipe import Epochs, Sgd, TrainingRecipe
@@ -66,15 +66,17 @@ def obstacle(task: Task) -> str | None:
     """
     if task.study.compute == "sparse":
         return "compute: sparse trains one client at a time in its kernel"
-    x, y = _largest(task)
+    largest = _largest(task)
+    if largest.lengths:
+        return RAGGED
     size = task.study.train.batch_size
     recipe = TrainingRecipe(budget=Epochs(1), batch_size=size, lr=0.01, optimizer=PROBE)
-    long = min(len(y), 2 * size + 3)
+    long = min(len(largest), 2 * size + 3)
     short = max(1, min(long - 1, size + 2))
     masks = np.ones(task.layout.num_prunable, bool), np.arange(task.layout.num_prunable) % 2 == 0
 
     def client(count: int, mask: np.ndarray) -> tuple[TrainingResult, float]:
-        data = x[:count], y[:count]
+        data = largest.batch(slice(count))
         request = drawn_request(task.theta_0, data, recipe, order=stream(0, "probe"), torch_seed=0, active=mask)
         result = train(task.flat_model, request)
         return result, evaluate(task.flat_model, result.params, data)[1]
@@ -102,15 +104,15 @@ def obstacle(task: Task) -> str | None:
 
 def probed(task: Task, peak: Peak) -> tuple[int, int]:
     """Return the peak bytes of a cohort of one and of PROBED clients, each as large as the largest."""
-    x, y = _largest(task)
-    size = min(len(y), task.study.train.batch_size)
+    largest = _largest(task)
+    size = min(len(largest), task.study.train.batch_size)
     request = TrainingRequest(
-        start=task.theta_0, x=x, y=y, batches=[[np.arange(size)] * 2], rates=[0.0, 0.0], torch_seed=0,
+        start=task.theta_0, data=largest, batches=[[np.arange(size)] * 2], rates=[0.0, 0.0], torch_seed=0,
         recipe=TrainingRecipe(budget=Epochs(1), batch_size=size, lr=0.01, optimizer=PROBE),
         active=np.zeros(task.layout.num_prunable, bool),
     )  # fmt: skip
     training = Training(task.flat_model, request)
-    evaluation = Evaluation(task.flat_model, task.theta_0, (x, y))
+    evaluation = Evaluation(task.flat_model, task.theta_0, largest)
 
     def work(count: int) -> None:
         cohort.train_together([training] * count)
@@ -133,7 +135,7 @@ def fitting(one: int, several: int, *, free: int) -> int:
     return size
 
 
-def _largest(task: Task) -> tuple[Tensor, Tensor]:
+def _largest(task: Task) -> Examples:
     sizes = [len(c.train) for c in task.splits.clients]
     return task.part(int(np.argmax(sizes)), "train")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from fedlth.data.examples import Examples
 from fedlth.kernel import kernel
 from fedlth.models.layout import Params
 from fedlth.training import batch_requests
@@ -15,37 +15,37 @@ from fedlth.training.loss import cross_entropy
 EVALUATION_BATCH = 256
 
 
-def evaluate(model: FlatModel, params: Params, data: tuple[Tensor, Tensor]) -> tuple[float, float]:
+def evaluate(model: FlatModel, params: Params, data: Examples) -> tuple[float, float]:
     """Return (accuracy, mean loss) of `params` on data; (0, 0) where there is none."""
-    x, y = data
-    if not len(y):
+    y = data.y
+    if not len(data):
         return 0.0, 0.0
     if model.table is not None and kernel.suits(model.table, params.floats):
-        logits = torch.from_numpy(kernel.predict(model.table, params.floats, x.numpy()))
+        logits = torch.from_numpy(kernel.predict(model.table, params.floats, data.tensor.numpy()))
         return float((logits.argmax(-1) == y).double().mean()), float(cross_entropy(logits, y))
     if (found := batch_requests.evaluated(model, params, data)) is not None:
         return found
     with model.lock, torch.inference_mode():
         model.load(params)
         model.module.eval()
-        x, right, loss_sum = model.forward.images(x), 0, 0.0
-        for at in range(0, len(y), EVALUATION_BATCH):
-            logits, target = model.forward.evaluate(x[at : at + EVALUATION_BATCH]), y[at : at + EVALUATION_BATCH]
+        data, right, loss_sum = model.forward.images(data), 0, 0.0
+        for at in range(0, len(data), EVALUATION_BATCH):
+            part = data.batch(slice(at, at + EVALUATION_BATCH))
+            logits, target = model.forward.evaluate(part.x), part.y
             right += int((logits.argmax(-1) == target).sum())
             loss_sum += float(cross_entropy(logits, target)) * len(target)
     return right / y.numel(), loss_sum / len(y)
 
 
-def gradient(model: FlatModel, params: Params, data: tuple[Tensor, Tensor]) -> np.ndarray:
+def gradient(model: FlatModel, params: Params, data: Examples) -> np.ndarray:
     """Return (num_prunable,) float32: the gradient of the mean loss over all of `data`, in evaluation mode."""
-    x, y = model.forward.images(data[0]), data[1]
+    data = model.forward.images(data)
     with model.lock:
         model.load(params)
         model.module.eval()
         model.grad.zero_()
-        for at in range(0, len(y), EVALUATION_BATCH):
-            target = y[at : at + EVALUATION_BATCH]
-            logits = model.forward.evaluate(x[at : at + EVALUATION_BATCH])
-            loss = cross_entropy(logits, target) * (len(target) / len(y))
+        for at in range(0, len(data), EVALUATION_BATCH):
+            part = data.batch(slice(at, at + EVALUATION_BATCH))
+            loss = cross_entropy(model.forward.evaluate(part.x), part.y) * (len(part) / len(data))
             loss.backward()  # type: ignore[no-untyped-call]
         return model.in_order(model.grad[: model.layout.num_prunable])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedlth.kernel.table import LayerTable
 from fedlth.models.layout import Entry, Layout, Params
-from fedlth.training.tuned import Tuned
+from fedlth.training.tuned import Tuned, as_written
 
 
 class FlatModel:
@@ -32,7 +32,7 @@ class FlatModel:
     ) -> None:
         self.table = table
         self.module = module.to(device)
-        self.forward = tuned or Tuned(self.module, self.module, False, "as written")
+        self.forward = tuned or as_written(self.module)
         self.lock = threading.RLock()
         self.layout = layout
         self.device = device

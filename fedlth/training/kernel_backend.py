@@ -27,7 +27,7 @@ def train(model: FlatModel, request: TrainingRequest) -> TrainingResult:
     table, optimizer = model.table, request.recipe.optimizer
     assert table is not None and isinstance(optimizer, Sgd)
     ended = kernel.train_epochs(
-        table, request.start.floats, request.x.numpy(), request.y.numpy(), request.batches,
+        table, request.start.floats, request.data.tensor.numpy(), request.data.y.numpy(), request.batches,
         rates=np.array(request.rates), momentum=optimizer.momentum, weight_decay=optimizer.weight_decay,
         mask=request.active, moves=None if request.trainable is None else request.trainable.astype(np.float32),
         snapshots=request.snapshots,

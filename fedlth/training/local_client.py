@@ -9,9 +9,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from fedlth import rng
+from fedlth.data.examples import Examples
 from fedlth.models.layout import Params
 from fedlth.tickets.evidence import Evidence, Lesson
 from fedlth.training import evaluation, supermask, train
@@ -54,11 +54,11 @@ class LocalClient:
     log: list[Cost] = field(default_factory=list, compare=False)
 
     @cached_property
-    def train_part(self) -> tuple[Tensor, Tensor]:
+    def train_part(self) -> Examples:
         return self.task.part(self.client, "train")
 
     @cached_property
-    def val_part(self) -> tuple[Tensor, Tensor]:
+    def val_part(self) -> Examples:
         return self.task.part(self.client, "val")
 
     @property
@@ -150,11 +150,11 @@ class LocalClient:
         """The only accuracy that a decision may look at."""
         return self.evaluate(params, self.val_part)[0]
 
-    def evaluate(self, params: Params, part: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    def evaluate(self, params: Params, part: Examples) -> tuple[float, float]:
         """Return (accuracy, mean loss) on a part of the client's data."""
         began = cpu_seconds()
         found = evaluation.evaluate(self.task.flat_model, params, part)
-        self.work.append({"evaluated": len(part[1]), "cpu_s": cpu_seconds() - began})
+        self.work.append({"evaluated": len(part), "cpu_s": cpu_seconds() - began})
         return found
 
     def network(self, at: Params) -> LossProbe:

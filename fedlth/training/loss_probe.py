@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
+from fedlth.data.examples import Examples, Inputs, each, tensors
 from fedlth.errors import StudyError
+from fedlth.models.call import call, call_with
 from fedlth.models.layout import Layout, Params
 from fedlth.tickets.evidence import Lesson
 from fedlth.training.evaluation import gradient
@@ -25,7 +27,7 @@ EXAMPLES_AT_ONCE = 64
 
 @dataclass(frozen=True, kw_only=True)
 class LossProbe:
-    """The network of `model` at `params` over `data` = (x, y), all in evaluation mode.
+    """The network of `model` at `params` over `data`, all in evaluation mode.
 
     Curvature and flow are computed in float64. `layer_flops` are forward FLOPs an example by tensor name; `order` and
     `torch_seed` give the batches and dice of learned masks, `batch_size` their batches; `learning`, given the alive
@@ -34,7 +36,7 @@ class LossProbe:
 
     model: FlatModel
     params: Params
-    data: tuple[Tensor, Tensor]
+    data: Examples
     layer_flops: Callable[[], Mapping[str, int]]
     order: Callable[[], np.random.Generator]
     torch_seed: int
@@ -52,11 +54,11 @@ class LossProbe:
         fixed, flat = self._doubles(weights)
         flat.requires_grad_()
         first = torch.zeros_like(flat)
-        for x, y, share in self._shares():
-            first += torch.autograd.grad(self._loss(fixed, flat, x, y, temperature) * share, flat)[0]
+        for part, share in self._shares():
+            first += torch.autograd.grad(self._loss(fixed, flat, part.x, part.y, temperature) * share, flat)[0]
         product = torch.zeros_like(flat)
-        for x, y, share in self._shares():
-            loss = self._loss(fixed, flat, x, y, temperature) * share
+        for part, share in self._shares():
+            loss = self._loss(fixed, flat, part.x, part.y, temperature) * share
             (slope,) = torch.autograd.grad(loss, flat, create_graph=True)
             product += torch.autograd.grad(slope @ first, flat)[0]
         return product.cpu().numpy()
@@ -64,33 +66,35 @@ class LossProbe:
     def squared_gradient(self, weights: np.ndarray, /) -> np.ndarray:
         fixed, flat = self._doubles(weights)
 
-        def one(flat: Tensor, x: Tensor, y: Tensor) -> Tensor:
-            return self._loss(fixed, flat, x[None], y[None], 1.0)
+        def one(flat: Tensor, x: Inputs, y: Tensor) -> Tensor:
+            return self._loss(fixed, flat, each(x, lambda t: t[None]), y[None], 1.0)
 
-        x, y = self.data
-        x = x.double() if x.is_floating_point() else x
+        data = self.data.double()
         total = torch.zeros_like(flat)
-        each = EXAMPLES_AT_ONCE if _batches(one, flat, x, y) else 1
-        for at in range(0, len(y), each):
-            part = x[at : at + each], y[at : at + each]
-            slopes = vmap(grad(one), (None, 0, 0))(flat, *part) if each > 1 else grad(one)(flat, x[at], y[at])[None]
+        size = EXAMPLES_AT_ONCE if _batches(one, flat, data.batch(slice(2))) else 1
+        for at in range(0, len(data), size):
+            part = data.batch(slice(at, at + size))
+            if size > 1:
+                slopes = vmap(grad(one), (None, 0, 0))(flat, part.x, part.y)
+            else:
+                slopes = grad(one)(flat, each(part.x, lambda t: t[0]), part.y[0])[None]
             total += slopes.square().sum(0)
-        return (total / len(y)).cpu().numpy()
+        return (total / len(data)).cpu().numpy()
 
     def flow(self, weights: np.ndarray, /) -> np.ndarray:
-        x = self.data[0]
-        if not x.is_floating_point():
+        x = self.data.batch(slice(1)).x
+        if not all(t.is_floating_point() for t in tensors(x)):
             raise StudyError("finder.score: synflow feeds ones in place of images, and these inputs are tokens")
         fixed, flat = self._doubles(np.abs(weights))
         for e in self.layout.floats[len(self.layout.prunable) :]:
             fixed[e.name] = _positive(e.name, e.role, fixed[e.name])
         flat.requires_grad_()
-        ones = torch.ones((1, *x.shape[1:]), dtype=torch.float64, device=self.model.device)
+        ones = each(x, lambda t: torch.ones_like(t, dtype=torch.float64))
         total = self._logits(fixed, flat, ones).sum()
         return torch.autograd.grad(total, flat)[0].cpu().numpy()
 
     def gammas(self) -> np.ndarray:
-        behind = norm_behind(self.model.module, self.layout, self.data[0][:2])
+        behind = norm_behind(self.model.module, self.layout, self.data.batch(slice(2)).x)
         at = {name: e for e in self.layout.floats for name in (e.name, *e.aliases)}
         out = np.zeros(self.layout.num_prunable, np.float32)
         for e in self.layout.prunable:
@@ -136,26 +140,24 @@ class LossProbe:
         flat = torch.from_numpy(weights.astype(np.float64)).to(self.model.device)
         return fixed, flat
 
-    def _logits(self, fixed: Mapping[str, Tensor], flat: Tensor, x: Tensor) -> Tensor:
+    def _logits(self, fixed: Mapping[str, Tensor], flat: Tensor, x: Inputs) -> Tensor:
         named = {e.name: flat[e.slice].view(e.shape) for e in self.layout.prunable}
-        logits: Tensor = functional_call(self.model.module, {**fixed, **named}, x)
-        return logits
+        return call_with(self.model.module, {**fixed, **named}, x)
 
-    def _loss(self, fixed: Mapping[str, Tensor], flat: Tensor, x: Tensor, y: Tensor, temperature: float) -> Tensor:
+    def _loss(self, fixed: Mapping[str, Tensor], flat: Tensor, x: Inputs, y: Tensor, temperature: float) -> Tensor:
         return cross_entropy(self._logits(fixed, flat, x) / temperature, y)
 
-    def _shares(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+    def _shares(self) -> Iterator[tuple[Examples, float]]:
         """Yield the data in parts with each part's share of the mean."""
-        x, y = self.data
-        for at in range(0, len(y), 256):
-            part = x[at : at + 256]
-            yield part.double() if part.is_floating_point() else part, y[at : at + 256], len(y[at : at + 256]) / len(y)
+        for at in range(0, len(self.data), 256):
+            part = self.data.batch(slice(at, at + 256))
+            yield part.double(), len(part) / len(self.data)
 
 
-def _batches(one: Callable[[Tensor, Tensor, Tensor], Tensor], flat: Tensor, x: Tensor, y: Tensor) -> bool:
+def _batches(one: Callable[[Tensor, Inputs, Tensor], Tensor], flat: Tensor, two: Examples) -> bool:
     """Say whether torch can batch the examples' own gradients: not through recurrent layers or ifs on values."""
     try:
-        vmap(grad(one), (None, 0, 0))(flat, x[:2], y[:2])
+        vmap(grad(one), (None, 0, 0))(flat, two.x, two.y)
     except RuntimeError:
         return False
     return True
@@ -172,7 +174,7 @@ def _positive(name: str, role: str, value: Tensor) -> Tensor:
     return value if role == "buffer" else value.abs()
 
 
-def norm_behind(module: nn.Module, layout: Layout, x: Tensor) -> dict[str, str]:
+def norm_behind(module: nn.Module, layout: Layout, x: Inputs) -> dict[str, str]:
     """Return, for each prunable tensor, the weight of the norm layer that ran right behind its module.
 
     x: a few examples; the module is run once in evaluation mode.
@@ -182,7 +184,7 @@ def norm_behind(module: nn.Module, layout: Layout, x: Tensor) -> dict[str, str]:
     try:
         module.eval()
         with torch.no_grad():
-            module(x)
+            call(module, x)
     finally:
         for hook in hooks:
             hook.remove()

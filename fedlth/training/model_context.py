@@ -108,9 +108,9 @@ class ModelContext:
     @cached_property
     def flops(self) -> dict[str, int]:
         """Forward FLOPs an example of each parameter's layer, by torch's flop counter; "" is the whole model."""
-        x, _ = inputs(self.dataset, np.arange(min(2, len(self.dataset.y_train))), train=True)
+        few = inputs(self.dataset, np.arange(min(2, len(self.dataset.y_train))), train=True)
         with torch_stream(0):
-            layers, total = layer_flops(self.module(), x)
+            layers, total = layer_flops(self.module(), few.x)
         return {**layers, "": total}
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from torch import Tensor
 
+from fedlth.data.examples import Examples
 from fedlth.errors import StudyError
 from fedlth.models.layout import Layout, Params
 from fedlth.training.batches import window
@@ -15,17 +15,16 @@ from fedlth.training.recipe import TrainingRecipe
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainingRequest:
-    """Train from `start` on x (N, ...) and y (N,) or (N, T), which a backend leaves as they are.
+    """Train from `start` on `data`, which a backend leaves as it is.
 
-    batches: positions in x of each step, by epoch. rates: the learning rate of each step. torch_seed: for torch's own
-    generator (dropout). active (num_prunable,) bool: weights outside are zero from the first forward on, after every
-    step, and have no momentum. trainable (num_params,) bool: all others, biases and norms too, keep their value.
-    snapshots: after which epochs, the first is 1, the weights are wanted.
+    batches: positions in the data of each step, by epoch. rates: the learning rate of each step. torch_seed: for
+    torch's own generator (dropout). active (num_prunable,) bool: weights outside are zero from the first forward on,
+    after every step, and have no momentum. trainable (num_params,) bool: all others, biases and norms too, keep
+    their value. snapshots: after which epochs, the first is 1, the weights are wanted.
     """
 
     start: Params
-    x: Tensor
-    y: Tensor
+    data: Examples
     recipe: TrainingRecipe
     batches: list[list[np.ndarray]]
     rates: list[float]
@@ -51,7 +50,7 @@ class TrainingRequest:
 
 def drawn_request(
     start: Params,
-    data: tuple[Tensor, Tensor],
+    data: Examples,
     recipe: TrainingRecipe,
     *,
     order: np.random.Generator,
@@ -60,17 +59,17 @@ def drawn_request(
     trainable: np.ndarray | None = None,
     snapshots: tuple[int, ...] = (),
 ) -> TrainingRequest:
-    """Return the request of a recipe on data (x, y), its batches drawn from `order`.
+    """Return the request of a recipe on data, its batches drawn from `order`.
 
     Raises StudyError where the recipe's first step lies beyond its run.
     """
-    epochs = recipe.budget(len(data[1]), recipe.batch_size, order)
+    epochs = recipe.budget(len(data), recipe.batch_size, order)
     steps = sum(map(len, epochs))
     inside = window(epochs, recipe.first_step, recipe.last_step)
     if not inside:
         raise StudyError(f"finder.rewind.step: must lie inside a training's {steps} steps, got {recipe.first_step}")
     return TrainingRequest(
-        start=start, x=data[0], y=data[1], recipe=recipe, batches=inside,
+        start=start, data=data, recipe=recipe, batches=inside,
         rates=[recipe.rate(step, steps) for step in range(recipe.first_step, recipe.end(steps))],
         torch_seed=torch_seed, active=active, trainable=trainable, snapshots=snapshots,
     )  # fmt: skip

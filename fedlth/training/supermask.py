@@ -7,8 +7,9 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
+from fedlth.data.examples import Examples
+from fedlth.models.call import call_with
 from fedlth.models.layout import Layout, Params
 from fedlth.tickets.evidence import Lesson
 from fedlth.training.batches import batches
@@ -21,7 +22,7 @@ def learn(
     frozen: Params,
     scores: np.ndarray,
     *,
-    data: tuple[Tensor, Tensor],
+    data: Examples,
     lesson: Lesson,
     batch_size: int,
     order: np.random.Generator,
@@ -34,7 +35,6 @@ def learn(
     "biprop" does, over sign(w) times the mean |w| of what is kept. The scores returned say "higher is kept": |score|
     for the last two. A loss that is not finite raises FloatingPointError.
     """
-    x, y = data
     layout, sampled = model.layout, lesson.rule == "bernoulli"
     model.load(frozen)
     model.module.train()
@@ -43,18 +43,18 @@ def learn(
     torch.manual_seed(torch_seed)
     learned = torch.from_numpy(scores.copy()).to(model.device).requires_grad_()
     momentum = torch.zeros_like(learned)
-    epochs = [batches(len(y), batch_size, order) for _ in range(lesson.epochs)]
+    epochs = [batches(len(data), batch_size, order) for _ in range(lesson.epochs)]
     steps, step, loss_sum = sum(map(len, epochs)), 0, 0.0
     for parts in epochs:
         loss_sum = 0.0
         for part in parts:
-            index = torch.from_numpy(part).to(model.device)
+            batch = data.batch(torch.from_numpy(part).to(model.device))
             bits = _sampled(learned) if sampled else _top(learned, layout, lesson)
             if alive is not None:
                 bits = bits * alive
             masks = _by_name(bits, layout, prunable=True)
             net = {n: _one_bit(weights[n], m) if lesson.rule == "biprop" else weights[n] * m for n, m in masks.items()}
-            loss = cross_entropy(functional_call(model.module, net, x[index]), y[index])
+            loss = cross_entropy(call_with(model.module, net, batch.x), batch.y)
             (slope,) = torch.autograd.grad(loss, learned)
             with torch.no_grad():
                 if lesson.weight_decay:
@@ -67,7 +67,7 @@ def learn(
                 raise FloatingPointError(f"training diverged: loss {loss_sum} at score learning rate {lesson.lr}")
             step += 1
     done = learned.detach() if sampled else learned.detach().abs()
-    return done.cpu().numpy(), loss_sum / len(y)
+    return done.cpu().numpy(), loss_sum / len(data)
 
 
 def _cosine(lr: float, step: int, steps: int) -> float:

@@ -11,10 +11,10 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fedlth.data.capacity import tiers_of
 from fedlth.data.dataset import Dataset
+from fedlth.data.examples import Examples, Inputs, shapes
 from fedlth.data.factory import told
 from fedlth.data.partition import PARTITIONS
 from fedlth.data.sources import load
@@ -23,6 +23,7 @@ from fedlth.data.tensors import inputs
 from fedlth.errors import StudyError
 from fedlth.kernel import kernel
 from fedlth.kernel.table import LayerTable
+from fedlth.models.call import call
 from fedlth.models.initial import torch_stream
 from fedlth.models.layout import Entry, Layout, Params
 from fedlth.rng import stream
@@ -70,8 +71,8 @@ class Task:
             raise StudyError(f"compute: must be tuned or reference for this study, the kernel cannot run it: {table}")
         module, tuned = self.model.module().to(self.device), None
         if self.study.compute == "tuned" or (table is not None and kernel.large(table)):
-            x, _ = inputs(self.dataset, np.arange(min(3, len(self.dataset.y_train))), train=True)
-            tuned = tune(module, x.to(self.device))
+            few = inputs(self.dataset, np.arange(min(3, len(self.dataset.y_train))), train=True)
+            tuned = tune(module, few.to(self.device).x)
         return FlatModel(module, self.layout, self.device, table, tuned)
 
     @cached_property
@@ -93,20 +94,20 @@ class Task:
 
         The examples are the data set's first, no client's own. Raises StudyError where no client can train it.
         """
-        x, y = inputs(self.dataset, np.arange(min(4, len(self.dataset.y_train))), train=True)
+        few = inputs(self.dataset, np.arange(min(4, len(self.dataset.y_train))), train=True)
         with torch_stream(0):
             module = self.model.module()
             buffers = dict(module.named_buffers())
             for mode in (False, True):
                 try:
-                    logits = module.train(mode)(x)
+                    outputs = call(module.train(mode), few.x)
                 except Exception as error:
                     raise StudyError(
-                        f"model: {self.study.model.name} fails on a batch {tuple(x.shape)}: {told(error)}"
+                        f"model: {self.study.model.name} fails on a batch {shapes(few.x)}: {told(error)}"
                     ) from error
-                wanted = (*y.shape, self.dataset.num_classes)
-                if not isinstance(logits, Tensor) or tuple(logits.shape) != wanted:
-                    got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                wanted = (*few.y.shape, self.dataset.num_classes)
+                if tuple(outputs.shape) != wanted:
+                    got = tuple(outputs.shape)
                     raise StudyError(f"model: {self.study.model.name} must return logits of shape {wanted}, got {got}")
             for name, buffer in buffers.items():
                 if dict(module.named_buffers()).get(name) is not buffer:
@@ -114,9 +115,9 @@ class Task:
                         f"model: buffer {name} is replaced; write into it in place: self.{name}.copy_(...)"
                     )
         _ = self.flat_model  # a backend that cannot run this model says so
-        return self._single_batches(x[:1])
+        return self._single_batches(few.batch(slice(1)).x)
 
-    def _single_batches(self, x: Tensor) -> list[str]:
+    def _single_batches(self, x: Inputs) -> list[str]:
         """Return a note that names the clients with a batch of one example, where the model cannot train on one."""
         size = self.study.train.batch_size
         shortest = [min(map(len, batches(len(c.train), size, stream(0, "probe")))) for c in self.splits.clients]
@@ -125,7 +126,7 @@ class Task:
             return []
         try:
             with torch_stream(0):
-                self.model.module().train()(x)
+                call(self.model.module().train(), x)
         except Exception as error:  # the user's forward may raise anything
             why = f"{self.study.model.name} cannot be trained on a batch of one example ({told(error)})"
             if len(single) == len(shortest):
@@ -139,11 +140,11 @@ class Task:
     def warm(self) -> None:
         """Train and evaluate once, on next to nothing: what is loaded or compiled for it, forked workers then share."""
         if self.study.compute == "sparse":
-            x, y = inputs(self.dataset, np.arange(min(2, len(self.dataset.y_train))), train=True)
+            few = inputs(self.dataset, np.arange(min(2, len(self.dataset.y_train))), train=True)
             recipe = TrainingRecipe(budget=Epochs(1), batch_size=2, lr=self.study.train.lr)
-            request = drawn_request(self.theta_0, (x, y), recipe, order=stream(0, "warm"), torch_seed=0)
+            request = drawn_request(self.theta_0, few, recipe, order=stream(0, "warm"), torch_seed=0)
             train(self.flat_model, request)
-            evaluate(self.flat_model, self.theta_0, (x, y))
+            evaluate(self.flat_model, self.theta_0, few)
 
     @property
     def device(self) -> str:
@@ -154,10 +155,9 @@ class Task:
             raise StudyError(f"device: must be auto, cpu, or cuda where torch can use one, got {wanted!r}")
         return wanted
 
-    def part(self, client: int, name: str) -> tuple[Tensor, Tensor]:
-        """Return the tensors (x, y) of a client's "train", "val" or "test" part, on the device."""
-        x, y = inputs(self.dataset, getattr(self.splits.clients[client], name), train=name != "test")
-        return x.to(self.device), y.to(self.device)
+    def part(self, client: int, name: str) -> Examples:
+        """Return the examples of a client's "train", "val" or "test" part, on the device."""
+        return inputs(self.dataset, getattr(self.splits.clients[client], name), train=name != "test").to(self.device)
 
     def merge(self, received: Params, own: Params) -> Params:
         """Return whole params: the exchanged part from `received`, the rest (local norms, frozen parts) from `own`."""

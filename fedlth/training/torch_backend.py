@@ -18,7 +18,7 @@ def train(model: FlatModel, request: TrainingRequest) -> TrainingResult:
 
 def _train(model: FlatModel, request: TrainingRequest) -> TrainingResult:
     recipe, layout, snapshots = request.recipe, model.layout, dict[int, np.ndarray]()
-    x, y = model.forward.images(request.x), request.y
+    data = model.forward.images(request.data)
     weights, grad = model.flat[: layout.num_params], model.grad
     free = request.free(layout)
     keep = None if free is None else model.arranged(free.astype(np.float32))
@@ -30,9 +30,9 @@ def _train(model: FlatModel, request: TrainingRequest) -> TrainingResult:
     for epoch, parts in enumerate(request.batches, 1):
         loss_sum = 0.0
         for part in parts:
-            index = torch.from_numpy(part).to(model.device)
+            batch = data.batch(torch.from_numpy(part).to(model.device))
             grad.zero_()
-            loss = recipe.loss(model.forward.train(x[index]), y[index])
+            loss = recipe.loss(model.forward.train(batch.x), batch.y)
             loss.backward()  # type: ignore[no-untyped-call]
             loss_sum += float(loss.detach()) * len(part)
             with torch.no_grad():

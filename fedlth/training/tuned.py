@@ -7,14 +7,17 @@ for `x.view` of a map or that a trace would freeze, stays as it is written; one 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from fedlth.data.examples import Examples, Inputs
 from fedlth.kernel.forward_proof import outcomes, restored
+from fedlth.models.call import call
 
 _RELU: tuple[Any, ...] = (F.relu, torch.relu, "relu", "relu_")
 _POOL: tuple[Any, ...] = (F.max_pool2d, torch.max_pool2d)
@@ -28,40 +31,54 @@ class Tuned:
     With `channels_last`, the module's 4-D parameters lie in that format and its images should.
     """
 
-    train: Callable[[Tensor], Tensor]
-    evaluate: Callable[[Tensor], Tensor]
+    train: Callable[[Inputs], Tensor]
+    evaluate: Callable[[Inputs], Tensor]
     channels_last: bool
     note: str
 
-    def images(self, x: Tensor) -> Tensor:
-        """Return x (N, ...) in the format that the forwards are fastest in."""
+    def images(self, data: Examples) -> Examples:
+        """Return the examples with their images in the format that the forwards are fastest in."""
+        if not (self.channels_last and isinstance(data.x, Tensor)):
+            return data
+        return replace(data, x=self._arranged(data.x))
+
+    def _arranged(self, x: Tensor) -> Tensor:
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.dim() == 4 else x
 
 
-def tune(module: nn.Module, example: Tensor) -> Tuned:
+def as_written(module: nn.Module, why: str = "") -> Tuned:
+    """Return the module's own forward."""
+    forward = partial(call, module)
+    return Tuned(forward, forward, False, f"as written{why}")
+
+
+def tune(module: nn.Module, example: Inputs) -> Tuned:
     """Return the fastest forwards that agree with the module on `example` (N, ...), N at least 2.
 
     The module keeps its values and its mode; its 4-D parameters may change their memory format. torch's generator
     stays where it was.
     """
-    written = Tuned(module, module, False, "as written")
+    written = as_written(module)
+    if isinstance(example, dict):
+        return as_written(module, ": no images to rearrange")
     maps = example.dim() == 4 and example.is_floating_point() and any(p.dim() == 4 for p in module.parameters())
     if not maps:
-        return Tuned(module, module, False, "as written: no images to rearrange")
+        return as_written(module, ": no images to rearrange")
     traced, swapped = _rewritten(module)
     rewritten = f"{swapped} max pool{'' if swapped == 1 else 's'} before relu"
-    candidates = [Tuned(module, module, True, "channels_last")]
+    candidates = [replace(written, channels_last=True, note="channels_last")]
     if traced is not None:
-        candidates.insert(0 if swapped else 1, Tuned(*traced, True, f"channels_last, {rewritten}"))
-    if traced is not None and swapped:
-        candidates.append(Tuned(*traced, False, rewritten))
+        graphs = partial(call, traced[0]), partial(call, traced[1])
+        candidates.insert(0 if swapped else 1, Tuned(*graphs, True, f"channels_last, {rewritten}"))
+        if swapped:
+            candidates.append(Tuned(*graphs, False, rewritten))
     wanted = _results(written, module, example)
     for candidate in candidates:
         _to(module, torch.channels_last if candidate.channels_last else torch.contiguous_format)
         if _agrees(candidate, module, example, wanted):
             return candidate
     _to(module, torch.contiguous_format)
-    return Tuned(module, module, False, "as written: its forward depends on the memory format and cannot be traced")
+    return as_written(module, ": its forward depends on the memory format and cannot be traced")
 
 
 def _to(module: nn.Module, memory_format: torch.memory_format) -> None:
@@ -137,7 +154,7 @@ def _results(forward: Tuned, module: nn.Module, example: Tensor) -> tuple[list[T
     """Return logits of batches of two sizes in both modes, the gradients in training, and the buffers at the end."""
     with restored(module) as buffers:
         torch.manual_seed(0)
-        examples = map(forward.images, (example, example[:-1]))
+        examples = map(forward._arranged, (example, example[:-1]))
         outputs, gradients = outcomes(module, forward.train, forward.evaluate, examples)
         ends = [[buffer.to(torch.float64, copy=True)] for buffer, _ in buffers]
     return outputs, gradients, *ends

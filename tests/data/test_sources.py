@@ -79,18 +79,20 @@ def test_characters_have_dialects_and_keys() -> None:
 
 def test_inputs_normalise_images() -> None:
     data = load("fashion_slice", root=None, options={})
-    x, y = inputs(data, np.arange(600), train=True)
+    part = inputs(data, np.arange(600), train=True)
+    x, y = part.tensor, part.y
     assert x.dtype == torch.float32 and x.shape == (600, 1, 28, 28) and y.dtype == torch.int64
     wanted = (data.x_train[:600] / 255 - 0.2860) / 0.3530
     assert np.allclose(x.numpy(), wanted, atol=1e-6)
     before = data.x_test.copy()
-    inputs(data, np.array([3, 1]), train=False)[0].zero_()
+    inputs(data, np.array([3, 1]), train=False).tensor.zero_()
     assert np.array_equal(data.x_test, before)
 
 
 def test_inputs_keep_tokens() -> None:
     data = load("characters", root=None, options={})
-    x, y = inputs(data, np.array([5, 2]), train=False)
+    part = inputs(data, np.array([5, 2]), train=False)
+    x, y = part.tensor, part.y
     assert x.dtype == torch.int64 and np.array_equal(x.numpy(), data.x_test[[5, 2]])
     assert np.array_equal(y.numpy(), data.y_test[[5, 2]])
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fedlth.data.examples import Examples
 from fedlth.kernel import kernel
 from fedlth.kernel.graph import compile_layers
 from fedlth.kernel.table import LayerTable
@@ -88,7 +89,7 @@ class Case:
     @property
     def request(self) -> TrainingRequest:
         return drawn_request(
-            self.start, (self.x, self.y), self.recipe, order=np.random.default_rng(7), torch_seed=0,
+            self.start, Examples(self.x, self.y), self.recipe, order=np.random.default_rng(7), torch_seed=0,
             active=self.mask, trainable=self.trainable,
         )  # fmt: skip
 

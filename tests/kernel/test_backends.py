@@ -15,6 +15,7 @@ from torch import nn
 pytest.importorskip("numba")
 pytestmark = pytest.mark.timeout(600)  # the first use on a machine compiles
 
+from fedlth.data.examples import Examples  # noqa: E402
 from fedlth.training.evaluation import evaluate  # noqa: E402
 from fedlth.training.flat_model import FlatModel  # noqa: E402
 from fedlth.training.train import train  # noqa: E402
@@ -144,7 +145,7 @@ def test_threads_that_share_a_model_are_bit_identical_to_one(density: float | No
 
         def one(model: FlatModel = model) -> tuple[bytes, float, float]:
             done = train(model, found.request)
-            return done.params.floats.tobytes(), *evaluate(model, done.params, (found.x, found.y))
+            return done.params.floats.tobytes(), *evaluate(model, done.params, Examples(found.x, found.y))
 
         with torch.random.fork_rng(devices=[]):
             alone = one()

@@ -8,9 +8,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedlth import rng
+from fedlth.data.examples import Examples
 from fedlth.errors import StudyError
 from fedlth.lab import imc, neq, subset_sum, tangent
 from fedlth.models.layout import Params, layout_of, read
@@ -49,11 +50,11 @@ def test_subset_sums_and_cover_by_hand() -> None:
 # Data and nets
 
 
-def blobs(size: int = 160, classes: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
+def blobs(size: int = 160, classes: int = 4, seed: int = 0) -> Examples:
     draw = torch.Generator().manual_seed(seed)
     y = torch.randint(0, classes, (size,), generator=draw)
     centre = torch.randn((classes, 8), generator=torch.Generator().manual_seed(99))
-    return centre[y] + 0.6 * torch.randn((size, 8), generator=draw), y
+    return Examples(centre[y] + 0.6 * torch.randn((size, 8), generator=draw), y)
 
 
 def model_of(module: nn.Module) -> tuple[FlatModel, Params]:
@@ -79,7 +80,7 @@ def smooth_net(seed: int = 0) -> tuple[FlatModel, Params]:
 def test_the_remainder_falls_faster_than_the_step(net: object, least: float) -> None:
     model, params = net()  # type: ignore[operator]
     view = tangent.Tangent(model, params, double=True)
-    x = blobs()[0].double()
+    x = blobs().tensor.double()
     ratios = []
     for seed in range(5):
         delta = torch.from_numpy(np.random.default_rng(seed).normal(0, 0.1, view.zero().shape))
@@ -91,7 +92,7 @@ def test_the_remainder_falls_faster_than_the_step(net: object, least: float) -> 
 
 def test_the_linearised_logits_are_those_of_the_jacobian() -> None:
     model, params = smooth_net()
-    view, x = tangent.Tangent(model, params, double=True), blobs(6)[0].double()
+    view, x = tangent.Tangent(model, params, double=True), blobs(6).tensor.double()
     delta = torch.from_numpy(np.random.default_rng(0).normal(size=view.zero().shape))
     rows = torch.autograd.functional.jacobian(lambda w: view._call(w, {}, x), view._split()[0])
     np.testing.assert_allclose(view.logits(delta, x), view.exact(view.zero(), x) + rows @ delta, rtol=1e-9)
@@ -143,10 +144,10 @@ def test_a_dead_unit_is_at_equilibrium() -> None:
 
 def test_frozen_units_are_frozen_whole_and_byte_for_byte() -> None:
     model, params = relu_net()
-    x, y = blobs()
+    data = blobs()
     recipe = tiny.recipe(epochs=8, batch_size=16, lr=0.1, momentum=0.9, weight_decay=1e-3)
     epochs = neq.train(
-        model, params, data=(x, y), held_out=x[:20], recipe=recipe, gate=neq.UpdateGate(epsilon=2e-2),
+        model, params, data=data, held_out=data.tensor[:20], recipe=recipe, gate=neq.UpdateGate(epsilon=2e-2),
         order=rng.stream(0, "order"), torch_seed=0,
     )  # fmt: skip
     assert [e.frozen for e in epochs[:2]] == [0, 0] and max(e.frozen for e in epochs) > 0.3
@@ -158,20 +159,20 @@ def test_frozen_units_are_frozen_whole_and_byte_for_byte() -> None:
         moved = epoch.params.floats[:size] != before.floats[:size]
         assert moved.sum() > 0.5 * epoch.moves.sum()
         before = epoch.params
-    plain = train(model, drawn_request(params, (x, y), recipe, order=rng.stream(0, "order"), torch_seed=0)).params
+    plain = train(model, drawn_request(params, data, recipe, order=rng.stream(0, "order"), torch_seed=0)).params
     held_out = blobs(400, seed=5)
     assert evaluate(model, epochs[-1].params, held_out)[0] >= evaluate(model, plain, held_out)[0] - 0.05
 
 
 def test_a_gate_that_never_freezes_is_plain_training() -> None:
     model, params = relu_net()
-    x, y = blobs()
+    data = blobs()
     recipe = tiny.recipe(epochs=1, batch_size=16, lr=0.1, momentum=0.9)
     (epoch,) = neq.train(
-        model, params, data=(x, y), held_out=x[:20], recipe=recipe, gate=neq.UpdateGate(), order=rng.stream(0, "order"),
-        torch_seed=0,
+        model, params, data=data, held_out=data.tensor[:20], recipe=recipe, gate=neq.UpdateGate(),
+        order=rng.stream(0, "order"), torch_seed=0,
     )  # fmt: skip
-    plain = train(model, drawn_request(params, (x, y), recipe, order=rng.stream(0, "order"), torch_seed=0))
+    plain = train(model, drawn_request(params, data, recipe, order=rng.stream(0, "order"), torch_seed=0))
     np.testing.assert_allclose(epoch.params.floats, plain.params.floats, atol=1e-6)
 
 
@@ -188,8 +189,8 @@ def test_what_may_move_is_everything_but_the_frozen_units_rows_and_biases() -> N
 
 def test_the_spectrum_is_the_hessians() -> None:
     model, params = smooth_net()
-    x, y = blobs(40)
-    values, vectors = imc.spectrum(model, params, (x, y))
+    data = blobs(40)
+    values, vectors = imc.spectrum(model, params, data)
     assert (np.diff(values) >= 0).all()
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(values.size), atol=1e-10)
     size = values.size
@@ -199,7 +200,7 @@ def test_the_spectrum_is_the_hessians() -> None:
     def slope(share: float) -> np.ndarray:
         floats = params.floats.copy()
         floats[:size] += (share * direction).astype(np.float32)
-        return gradient(model, Params(floats, params.ints), (x, y)).astype(float)
+        return gradient(model, Params(floats, params.ints), data).astype(float)
 
     np.testing.assert_allclose((slope(0.01) - slope(-0.01)) / 0.02, values[-1] * direction, atol=0.01 * values[-1])
 

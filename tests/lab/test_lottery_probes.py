@@ -54,7 +54,8 @@ def test_distance_of_label_shares() -> None:
 def test_an_attack_stays_in_its_ball_and_in_the_image_and_hurts(kind: str) -> None:
     bench = tiny.bench()
     trained = bench.trained(bench.theta_0, bench.full, bench.train_config()).final
-    x, y = bench.parts["test"]
+    data = bench.parts["test"]
+    x, y = data.tensor, data.y
     bench.flat_model.load(trained)
     moved = attacked(bench.flat_model, bench.dataset, x, y, kind=kind, eps=0.1, steps=5)
     _, std = scale_of(bench.dataset)
@@ -63,8 +64,8 @@ def test_an_attack_stays_in_its_ball_and_in_the_image_and_hurts(kind: str) -> No
     pixels = moved * std + mean
     assert float(pixels.min()) >= -1e-6 and float(pixels.max()) <= 1 + 1e-6
     assert torch.equal(attacked(bench.flat_model, bench.dataset, x, y, kind=kind, eps=0.0, steps=5), x)
-    clean = evaluate_attacked(bench.flat_model, bench.dataset, trained, (x, y), kind=kind, eps=0.0)
-    hurt = evaluate_attacked(bench.flat_model, bench.dataset, trained, (x, y), kind=kind, eps=0.1)
+    clean = evaluate_attacked(bench.flat_model, bench.dataset, trained, data, kind=kind, eps=0.0)
+    hurt = evaluate_attacked(bench.flat_model, bench.dataset, trained, data, kind=kind, eps=0.1)
     assert clean[0] == bench.accuracy(trained)
     assert hurt[0] < clean[0] and hurt[1] > clean[1]
 
@@ -72,7 +73,7 @@ def test_an_attack_stays_in_its_ball_and_in_the_image_and_hurts(kind: str) -> No
 def test_fgsm_on_a_linear_network_is_the_sign_of_the_weights() -> None:
     bench = tiny.bench(model={"name": "mlp", "options": {"hidden": []}})
     bench.flat_model.load(bench.theta_0)
-    x, y = bench.parts["test"][0][:1], bench.parts["test"][1][:1]
+    x, y = bench.parts["test"].tensor[:1], bench.parts["test"].y[:1]
     weight = bench.theta_0.floats[bench.layout.prunable[0].slice].reshape(4, 64)
     share = torch.softmax(bench.flat_model.module(x), -1)[0].detach().numpy()
     share[int(y)] -= 1
@@ -90,10 +91,11 @@ def test_clients_own_their_labels_and_share_no_example() -> None:
     shares = deal(bench, 3, 0.5, most=20)
     seen = []
     for client, share in enumerate(shares):
-        x, y = bench.parts[f"client{client}/train"]
+        part = bench.parts[f"client{client}/train"]
+        x, y = part.tensor, part.y
         assert len(y) <= 20 and share.sum() == pytest.approx(1)
         assert np.allclose(np.bincount(y.numpy(), minlength=4) / len(y), share)
-        tested = bench.parts[f"client{client}/test"][1].numpy()
+        tested = bench.parts[f"client{client}/test"].y.numpy()
         assert set(tested) <= set(y.tolist())
         seen += [row.numpy().tobytes() for row in x]
     assert len(set(seen)) == len(seen)
@@ -223,12 +225,14 @@ def test_a_pooled_bench_is_small_and_its_own() -> None:
     small = pooled(bench, side=2, hidden=3)
     assert small.layout.num_prunable == 4 * 3 + 3 * 4
     assert bench.layout.num_prunable != small.layout.num_prunable
-    assert torch.allclose(small.parts["test"][0].mean((1, 2, 3)), bench.parts["test"][0].mean((1, 2, 3)), atol=1e-5)
+    assert torch.allclose(
+        small.parts["test"].tensor.mean((1, 2, 3)), bench.parts["test"].tensor.mean((1, 2, 3)), atol=1e-5
+    )
 
 
 def test_clients_are_the_same_for_every_seed() -> None:
     one, other = tiny.bench(seed=0), tiny.bench(seed=1)
     deal(one, 3, 0.5, most=20)
     deal(other, 3, 0.5, most=20)
-    for name, (x, y) in one.parts.items():
-        assert torch.equal(x, other.parts[name][0]) and torch.equal(y, other.parts[name][1])
+    for name, part in one.parts.items():
+        assert torch.equal(part.tensor, other.parts[name].tensor) and torch.equal(part.y, other.parts[name].y)

@@ -63,7 +63,7 @@ def test_torch_and_ours_take_the_same_steps(train: dict[str, float]) -> None:
         optimiser: torch.optim.Optimizer = torch.optim.Adam(module.parameters(), lr=t.lr)
     else:
         optimiser = torch.optim.SGD(module.parameters(), lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay)
-    x, y = bench.parts["train"]
+    x, y = bench.parts["train"].tensor, bench.parts["train"].y
     for part in batches(len(y), config, stream(bench.seed, "order")):
         optimiser.zero_grad()
         torch.nn.functional.cross_entropy(module(x[part]), y[part]).backward()
@@ -165,8 +165,9 @@ def test_a_step_on_attacked_images_is_a_step_on_those_images(kind: str) -> None:
     bench = tiny.bench()
     config = bench.train_config({"attack": kind, "attack_eps": 0.1, "attack_steps": 3})
     one = bench.trained(bench.theta_0, bench.full, replace(config, last=1))
-    (part,) = batches(len(bench.parts["train"][1]), replace(config, last=1), stream(bench.seed, "order"))
-    x, y = (data[torch.from_numpy(part)] for data in bench.parts["train"])
+    (part,) = batches(len(bench.parts["train"]), replace(config, last=1), stream(bench.seed, "order"))
+    batch = bench.parts["train"].batch(torch.from_numpy(part))
+    x, y = batch.tensor, batch.y
     bench.flat_model.load(bench.theta_0)
     moved = attacked(bench.flat_model, bench.dataset, x, y, kind=kind, eps=0.1, steps=3)
     assert not torch.equal(moved, x)

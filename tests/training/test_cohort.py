@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from fedlth import forecast
+from fedlth.data.examples import Examples
 from fedlth.engines.forked import Forked
 from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
@@ -83,9 +84,9 @@ def made(factory: Callable[[], nn.Module] = Net, prunable: tuple[str, ...] = ("c
     return FlatModel(module, layout, "cpu"), start
 
 
-def data(size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def data(size: int, seed: int) -> Examples:
     with torch_stream(seed):
-        return torch.randn(size, 1, 8, 8), torch.randint(0, tiny.NUM_CLASSES, (size,))
+        return Examples(torch.randn(size, 1, 8, 8), torch.randint(0, tiny.NUM_CLASSES, (size,)))
 
 
 def members(model: FlatModel, start: Params, recipe: TrainingRecipe) -> list[TrainingRequest]:
@@ -122,7 +123,7 @@ def judge(model: FlatModel, given: TrainingRequest) -> np.ndarray:
     for e in layout.floats:
         if not e.trainable:
             move[e.slice] = 0
-    x, y = given.x.double(), given.y
+    x, y = given.data.tensor.double(), given.data.y
     flat, velocity = flat * keep, np.zeros(flat.size)
     steps = [part for epoch in given.batches for part in epoch]
     for rate, part in zip(given.rates, steps, strict=True):
@@ -187,7 +188,7 @@ def test_calls_of_different_lengths_meet_and_end() -> None:
         found: list[Any] = []
         for turn in range(k):
             if (turn + k) % 2:
-                found.append(evaluate(model, start, (given[k].x, given[k].y)))
+                found.append(evaluate(model, start, given[k].data))
             else:
                 found.append(train(model, given[k]).params.floats)
         return found
@@ -235,10 +236,9 @@ def test_an_interrupt_ends_every_member() -> None:
 def test_a_faulty_member_costs_only_itself() -> None:
     model, start = made()
     given = members(model, start, RECIPES["plain"])
-    given[1] = replace(
-        given[1], y=given[1].y + tiny.NUM_CLASSES
-    )  # a class that is not there: the whole batched call raises
-    given[3] = replace(given[3], x=torch.full_like(given[3].x, float("nan")))
+    beyond = given[1].data.y + tiny.NUM_CLASSES  # a class that is not there: the whole batched call raises
+    given[1] = replace(given[1], data=replace(given[1].data, y=beyond))
+    given[3] = replace(given[3], data=replace(given[3].data, x=torch.full_like(given[3].data.tensor, float("nan"))))
 
     def visit(k: int) -> TrainingResult | str:
         try:
@@ -547,7 +547,7 @@ def test_a_members_cpu_seconds_are_those_of_its_share_of_the_work(monkeypatch: p
     side_by_side([partial(step, m) for m in members], cohort.answer)
     for kind, sizes in (
         ("density", [m.num_train for m in members]),
-        ("evaluated", [len(m.val_part[1]) for m in members]),
+        ("evaluated", [len(m.val_part) for m in members]),
     ):
         shares = [next(one["cpu_s"] for one in m.work if kind in one) for m in members]
         assert burnt <= sum(shares) < 5 * burnt

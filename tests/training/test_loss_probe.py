@@ -17,6 +17,7 @@ from torch.func import functional_call, hessian
 from torch.nn.utils import prune
 
 from fedlth import rng
+from fedlth.data.examples import Examples
 from fedlth.errors import StudyError
 from fedlth.models.flops import layer_flops
 from fedlth.models.layout import Layout, Params, layout_of, read
@@ -32,21 +33,21 @@ from tests import tiny
 
 
 def network(
-    module: nn.Module, data: tuple[Tensor, Tensor], *, prunable: tuple[str, ...] | None = None
+    module: nn.Module, data: Examples, *, prunable: tuple[str, ...] | None = None
 ) -> tuple[LossProbe, Layout, Params]:
     layout = layout_of(module, prunable_names(module, prunable))
     params = read(module, layout)
     made = LossProbe(
         model=FlatModel(module, layout, "cpu"), params=params, data=data,
-        layer_flops=lambda: layer_flops(module, data[0][:2])[0], order=lambda: rng.stream(0, "order"), torch_seed=0,
+        layer_flops=lambda: layer_flops(module, data.tensor[:2])[0], order=lambda: rng.stream(0, "order"), torch_seed=0,
         batch_size=16,
     )  # fmt: skip
     return made, layout, params
 
 
-def data_of(shape: tuple[int, ...], size: int = 24, classes: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
+def data_of(shape: tuple[int, ...], size: int = 24, classes: int = 3, seed: int = 0) -> Examples:
     draw = torch.Generator().manual_seed(seed)
-    return torch.randn((size, *shape), generator=draw), torch.randint(0, classes, (size,), generator=draw)
+    return Examples(torch.randn((size, *shape), generator=draw), torch.randint(0, classes, (size,), generator=draw))
 
 
 def at_init(net: LossProbe, layout: Layout, params: Params, *, mask: np.ndarray | None = None) -> Evidence:
@@ -81,7 +82,7 @@ def fifty(seed: int = 0) -> tuple[LossProbe, Layout, Params]:
 def loss_at(net: LossProbe, layout: Layout) -> Callable[[Tensor], Tensor]:
     """Return the loss as a function of the flat prunable weights, in float64, written out anew."""
     module = net.model.module
-    x, y = net.data[0].double(), net.data[1]
+    x, y = net.data.tensor.double(), net.data.y
 
     def loss(flat: Tensor, temperature: float = 1.0) -> Tensor:
         named = {e.name: flat[e.slice].view(e.shape) for e in layout.prunable}
@@ -144,7 +145,7 @@ def test_squared_gradients_are_one_example_at_a_time() -> None:
     net, layout, params = fifty()
     total = np.zeros(50)
     for i in range(24):
-        one = replace(net, data=(net.data[0][i : i + 1], net.data[1][i : i + 1]))
+        one = replace(net, data=net.data.batch(slice(i, i + 1)))
         total += one.gradient(params.floats[:50]).astype(float) ** 2
     np.testing.assert_allclose(net.squared_gradient(params.floats[:50]), total / 24, rtol=1e-4)
 
@@ -158,10 +159,12 @@ def test_a_recurrent_net_has_squared_gradients_too() -> None:
     from fedlth.training.local_client import LocalClient
 
     net = LocalClient(task, 0, 0, "test").network(task.theta_0)
-    x, y = net.data
-    net = replace(net, data=(x[:3], y[:3]))
+    x, y = net.data.tensor, net.data.y
+    net = replace(net, data=Examples(x[:3], y[:3]))
     weights = task.theta_0.floats[: task.layout.num_prunable]
-    each = [replace(net, data=(x[i : i + 1], y[i : i + 1])).gradient(weights).astype(float) ** 2 for i in range(3)]
+    each = [
+        replace(net, data=Examples(x[i : i + 1], y[i : i + 1])).gradient(weights).astype(float) ** 2 for i in range(3)
+    ]
     np.testing.assert_allclose(net.squared_gradient(weights), np.mean(each, axis=0), rtol=1e-3, atol=1e-10)
     with pytest.raises(StudyError, match="synflow feeds ones in place of images"):
         net.flow(weights)
@@ -288,12 +291,12 @@ def test_gammas_are_of_the_norm_right_behind() -> None:
 # Learned masks
 
 
-def digits(size: int = 120) -> tuple[Tensor, Tensor]:
+def digits(size: int = 120) -> Examples:
     """Two blobs a class, easy to tell apart."""
     draw = torch.Generator().manual_seed(0)
     y = torch.randint(0, 4, (size,), generator=draw)
     centre = torch.randn((4, 12), generator=draw)
-    return centre[y] + 0.3 * torch.randn((size, 12), generator=draw), y
+    return Examples(centre[y] + 0.3 * torch.randn((size, 12), generator=draw), y)
 
 
 @pytest.mark.parametrize("rule", ["edge_popup", "biprop", "bernoulli"])
@@ -316,7 +319,7 @@ def test_a_learned_mask_beats_its_untrained_net_and_leaves_weights_alone(rule: s
         floats[: mask.size] = values
         net.model.load(replace(params, floats=floats))
         with torch.no_grad():
-            accuracy[name] = float((net.model.module(net.data[0]).argmax(-1) == net.data[1]).double().mean())
+            accuracy[name] = float((net.model.module(net.data.tensor).argmax(-1) == net.data.y).double().mean())
     assert accuracy["learned"] > 0.8 and accuracy["learned"] > max(accuracy["full"], accuracy["random"]) + 0.2, accuracy
 
 

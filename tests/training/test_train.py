@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedlth.data.examples import Examples
 from fedlth.models.layout import Params, layout_of, read, views
 from fedlth.rng import stream
 from fedlth.training.batches import batches
@@ -40,9 +41,9 @@ def made(factory: Any = Small, prunable: tuple[str, ...] = ("conv.weight", "head
     return FlatModel(module, layout, "cpu"), start
 
 
-def data(size: int = 40, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def data(size: int = 40, seed: int = 0) -> Examples:
     with seeded(seed):
-        return torch.randn(size, 1, 8, 8), torch.randint(0, 4, (size,))
+        return Examples(torch.randn(size, 1, 8, 8), torch.randint(0, 4, (size,)))
 
 
 def mask_of(model: FlatModel, density: float = 0.4) -> np.ndarray:
@@ -77,7 +78,7 @@ def sgd(
 
     apply()
     optimiser = torch.optim.SGD(module.parameters(), lr=recipe.lr, **vars(recipe.optimizer))
-    x, y = part
+    x, y = part.tensor, part.y
     order = stream(0, "order")
     with seeded():
         torch.manual_seed(7)
@@ -268,18 +269,18 @@ def test_divergence_is_an_error() -> None:
 
 def test_evaluate_and_gradient_leave_the_model_alone() -> None:
     model, start = made()
-    x, y = data(300)
-    accuracy, loss = evaluate(model, start, (x, y))
+    whole = data(300)
+    accuracy, loss = evaluate(model, start, whole)
     module = model.module.eval()
     with torch.no_grad():
-        logits = module(x)
-    assert accuracy == float((logits.argmax(1) == y).float().mean().double()) or accuracy == pytest.approx(
-        float((logits.argmax(1) == y).sum()) / 300
+        logits = module(whole.tensor)
+    assert accuracy == float((logits.argmax(1) == whole.y).float().mean().double()) or accuracy == pytest.approx(
+        float((logits.argmax(1) == whole.y).sum()) / 300
     )
-    assert loss == pytest.approx(float(cross_entropy(logits, y)), rel=1e-5)
-    assert evaluate(model, start, (x[:0], y[:0])) == (0.0, 0.0)
-    got = gradient(model, start, (x, y))
-    cross_entropy(module(x), y).backward()  # adds to what gradient() left
+    assert loss == pytest.approx(float(cross_entropy(logits, whole.y)), rel=1e-5)
+    assert evaluate(model, start, whole.batch(slice(0))) == (0.0, 0.0)
+    got = gradient(model, start, whole)
+    cross_entropy(module(whole.tensor), whole.y).backward()  # adds to what gradient() left
     np.testing.assert_allclose(2 * got, model.grad[: got.size].numpy(), rtol=1e-3, atol=1e-6)
     assert read(module, model.layout).digest() == start.digest(), "no buffer moved"
 

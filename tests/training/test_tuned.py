@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fedlth.data.examples import Examples
 from fedlth.models.layout import Params, layout_of, read
 from fedlth.training.evaluation import evaluate, gradient
 from fedlth.training.flat_model import FlatModel
@@ -39,9 +40,10 @@ class Net(nn.Module):
         return logits
 
 
-def images(size: int = 21) -> tuple[torch.Tensor, torch.Tensor]:
+def images(size: int = 21) -> Examples:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(size, 3, 8, 12, generator=generator), torch.randint(0, 4, (size,), generator=generator)
+    x = torch.randn(size, 3, 8, 12, generator=generator)
+    return Examples(x, torch.randint(0, 4, (size,), generator=generator))
 
 
 def seeded(factory: object) -> nn.Module:
@@ -61,8 +63,8 @@ def two(module: nn.Module, x: torch.Tensor) -> tuple[FlatModel, FlatModel, Param
 @pytest.mark.parametrize("way", ["flatten", "view"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_training_evaluation_and_gradient_equal_the_reference(way: str, masked: bool) -> None:
-    x, y = images()
-    plain, quick, start, tuned = two(seeded(lambda: Net(way)), x)
+    data = images()
+    plain, quick, start, tuned = two(seeded(lambda: Net(way)), data.tensor)
     assert tuned.note == "channels_last, 2 max pools before relu"
     assert quick.module.a.weight.is_contiguous(memory_format=torch.channels_last)
     draw = np.random.default_rng(0)
@@ -71,14 +73,14 @@ def test_training_evaluation_and_gradient_equal_the_reference(way: str, masked: 
     recipe, found = tiny.recipe(epochs=2, batch_size=8, lr=0.05, momentum=0.9, weight_decay=0.01), []
     trainable = None if update is None else plain.layout.over_params(update)
     request = drawn_request(
-        start, (x, y), recipe, order=np.random.default_rng(1), torch_seed=3, active=mask, trainable=trainable,
+        start, data, recipe, order=np.random.default_rng(1), torch_seed=3, active=mask, trainable=trainable,
         snapshots=(1,),
     )  # fmt: skip
     for model in (plain, quick):
         with torch.random.fork_rng(devices=[]):
             done = train(model, request)
-            part = gradient(model, done.params, (x, y))
-            found.append((done, evaluate(model, done.params, (x, y)), part))
+            part = gradient(model, done.params, data)
+            found.append((done, evaluate(model, done.params, data), part))
     (a, seen, slope), (b, seen_2, slope_2) = found
     assert np.abs(a.params.floats - b.params.floats).max() < 1e-5 and (a.params.ints == b.params.ints).all()
     assert np.abs(a.snapshots[1] - b.snapshots[1]).max() < 1e-5
@@ -89,7 +91,7 @@ def test_training_evaluation_and_gradient_equal_the_reference(way: str, masked: 
 
 
 def test_loaded_values_come_back_in_order() -> None:
-    _, quick, start, _ = two(seeded(Net), images()[0])
+    _, quick, start, _ = two(seeded(Net), images().tensor)
     quick.load(start)
     assert (quick.save().floats == start.floats).all()
     named = dict(quick.module.named_parameters())
@@ -137,7 +139,7 @@ def hooked() -> nn.Module:
 def test_what_a_change_would_break_stays_as_it_is_written(factory: object) -> None:
     module = seeded(factory)
     module.eval()
-    tuned = tune(module, images()[0][:3])
+    tuned = tune(module, images().tensor[:3])
     assert tuned.train is module and tuned.evaluate is module and not module.training
     assert tuned.channels_last is (factory is hooked)
 
@@ -153,7 +155,7 @@ def test_relu_stays_where_others_read_it() -> None:
             logits: torch.Tensor = self.head(F.max_pool2d(x, 2).amax((2, 3)) + x.amax((2, 3)))
             return logits
 
-    assert tune(seeded(Twice), images()[0][:3]).note == "channels_last"
+    assert tune(seeded(Twice), images().tensor[:3]).note == "channels_last"
 
 
 def test_no_images_nothing_to_do() -> None:
@@ -166,7 +168,7 @@ def test_tuning_leaves_no_trace() -> None:
     module = seeded(Net)
     state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     before = torch.random.get_rng_state()
-    tune(module, images()[0][:3])
+    tune(module, images().tensor[:3])
     assert (torch.random.get_rng_state() == before).all() and module.training
     assert all((module.state_dict()[name] == tensor).all() for name, tensor in state.items())
 
@@ -188,8 +190,8 @@ class Counts(nn.Module):
 
 def test_a_trace_that_would_stop_a_counter_is_not_taken() -> None:
     module = Counts()
-    tuned = tune(module, images(3)[0])
+    tuned = tune(module, images(3).tensor)
     assert int(module.seen) == 0 and "max pool" not in tuned.note
     module.train()
-    tuned.train(images(3)[0])
+    tuned.train(images(3).tensor)
     assert int(module.seen) == 1
