@@ -71,10 +71,12 @@ def own_epochs(experiment: Experiment) -> tuple[float, float]:
         if phase in experiment.federated_phases:
             passes = getattr(phase.update, "passes", _once)
             for client in experiment.clients(phase, round):
-                trained += passes(task, visits[client])
+                trained += passes(task.of(client), visits[client])
                 visits[client] += 1
     passes = getattr(experiment.method.own, "passes", _once)
-    tuned = sum(passes(task, count) for count in visits.values()) if "own_tuned" in experiment.arms else 0
+    tuned = (
+        sum(passes(task.of(client), count) for client, count in visits.items()) if "own_tuned" in experiment.arms else 0
+    )
     if study.refine.rounds:
         tuned += len(visits)
     return float((trained + refined) * study.train.epochs), float(tuned * study.personalise.epochs)
@@ -98,15 +100,15 @@ def forecast(study: Study) -> str:
     per_epoch = float(np.mean([-(-n // study.train.batch_size) for n in sizes]))
     steps = per_epoch * (sum(own_epochs(experiment)) + study.clients.count * step2_epochs(experiment))
     moved = forecast_bytes(experiment, step_s * per_epoch * study.train.epochs)
-    per_step = 3 * task.model.flops[""] * study.train.batch_size
+    flops = float(np.mean([task.of(client).model.flops[""] for client in range(study.clients.count)]))
+    per_step = 3 * flops * study.train.batch_size
     lines = [
         f"study {study.study}: method {experiment.method.name}, {len(experiment.steps)} commits",
         *(f"note: {n}" for n in notes),
         f"clients: {study.clients.count} ({len(task.splits.unseen)} unseen), "
         f"train examples {min(sizes)}-{max(sizes)}, partition {task.splits.digest[:16]}",
-        f"model: {study.model.name}, {task.layout.num_params:,} parameters, {task.layout.num_prunable:,} prunable",
-        *(_tensor_line(task, e.name) for e in task.layout.floats if e.role == "param"),
-        *_compute_lines(task),
+        *(line for one in (task, *(one for one in task.each if one is not task)) for line in _model_lines(one)),
+        *_compute_lines(task.each[0]),
         f"cohort: {study.cohort} clients train as one" if study.cohort != 1 else "cohort: 1, clients train one by one",
         str(moved),
         f"training: {steps:,.0f} steps, {steps * per_step / 1e12:,.2f} TFLOP (dense), at {1e3 * step_s:.2f} ms a step "
@@ -119,6 +121,7 @@ def forecast(study: Study) -> str:
 def _step_seconds(task: Task) -> float:
     """Time a few steps on the largest client, shortened to a few batches."""
     client = int(np.argmax([len(c.train) for c in task.splits.clients]))
+    task = task.of(client)
     local = LocalClient(task, client, 0, "forecast")
     data = local.train_part
     size = min(len(data), task.study.train.batch_size * TIMED_STEPS)
@@ -174,6 +177,16 @@ def _compute_lines(task: Task) -> list[str]:
         return [*lines, f"  the kernel cannot run this study: {task.table}"]
     runs = "runs" if task.study.compute == "sparse" else "could run (compute: sparse)"
     return [*lines, f"  the kernel {runs} every layer:", *(f"    {line}" for line in task.table.describe())]
+
+
+def _model_lines(task: Task) -> list[str]:
+    """Say what a task's network is; of a task with a name, only what the clients do not share."""
+    shared = {e.name for e in task.exchange.entries} if task.name else set()
+    params = [e.name for e in task.layout.floats if e.role == "param" and e.name not in shared]
+    what = f"task {task.name}, {task.dataset.num_classes} classes" if task.name else f"model: {task.study.model.name}"
+    of = f", {len(task.clients)} clients" if task.name else ""
+    head = f"{what}{of}, {task.layout.num_params:,} parameters, {task.layout.num_prunable:,} prunable"
+    return [head, *(_tensor_line(task, name) for name in params)]
 
 
 def _tensor_line(task: Task, name: str) -> str:

@@ -102,31 +102,43 @@ class QuantitySkew:
 
 @dataclass(frozen=True)
 class NaturalKey:
-    """Give each client the examples of one key: the `num_clients` largest keys, clients in sorted key order.
+    """Give each client the examples of one key: the largest keys, clients in sorted key order.
 
     Equal sizes are taken in key order; keys below `min_samples` are never taken; the rest is left out.
+    `clients_per_key` clients in a row share a key, each with an even part of its shuffled examples.
     """
 
     min_samples: int = 2
+    clients_per_key: int = 1
     by_key: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_count("partition.min_samples", self.min_samples)
+        check_count("partition.clients_per_key", self.clients_per_key)
 
     def __call__(
         self, labels: np.ndarray, keys: np.ndarray | None, num_clients: int, rng: np.random.Generator
     ) -> list[np.ndarray]:
         if keys is None:
             raise StudyError("partition: natural must have a data set with natural keys, got one without")
+        wanted, odd = divmod(num_clients, self.clients_per_key)
+        if odd:
+            raise StudyError(
+                f"partition.clients_per_key: must divide the {num_clients} clients, got {self.clients_per_key}"
+            )
         names, owner, sizes = np.unique(keys, return_inverse=True, return_counts=True)
         enough = int((sizes >= self.min_samples).sum())
-        if enough < num_clients:
+        if enough < wanted:
             raise StudyError(
-                f"partition: natural with {num_clients} clients and min_samples {self.min_samples} must have "
-                f"as many keys of that size, got {enough} of {len(names)}"
+                f"partition: natural with {num_clients} clients, {self.clients_per_key} a key, and min_samples "
+                f"{self.min_samples} must have {wanted} keys of that size, got {enough} of {len(names)}"
             )
-        taken = np.sort(np.argsort(-sizes, kind="stable")[:num_clients])
-        return [np.flatnonzero(owner == key) for key in taken]
+        taken = np.sort(np.argsort(-sizes, kind="stable")[:wanted])
+        held = [np.flatnonzero(owner == key) for key in taken]
+        if self.clients_per_key == 1:
+            return held
+        dealt = [np.array_split(rng.permutation(indices), self.clients_per_key) for indices in held]
+        return [np.sort(part) for parts in dealt for part in parts]
 
 
 PARTITIONS: dict[str, type] = {

@@ -61,8 +61,15 @@ class Experiment:
 
     @property
     def task(self) -> Task:
-        """The task, asked for each time: after a hung step it is another (forget_tasks)."""
+        """The study's own task, asked for each time: after a hung step it is another (forget_tasks).
+
+        Data set, splits and exchanged layout are common to all clients; what a client trains is `task_of` it.
+        """
         return open_task(self.text)
+
+    def task_of(self, client: int) -> Task:
+        """Return what a client trains: the study's own task, or that of its natural key."""
+        return self.task.of(client)
 
     @cached_property
     def codec(self) -> Codec:
@@ -168,12 +175,13 @@ class Experiment:
         """Return what a client shares before it has chosen, (exchange.num_prunable,) bool; None for everything."""
         if self.method.first_mask == Dense():
             return None
-        mask = self.task.shared_mask(self.method.first_mask(self.task, client))
+        task = self.task_of(client)
+        mask = task.shared_mask(self.method.first_mask(task, client))
         return None if mask.all() else mask
 
     def first_state(self, client: int) -> ClientState:
         """Return what a client holds before its first visit: of personal tensors, only it keeps the first mask."""
-        task = self.task
+        task = self.task_of(client)
         if self.method.first_mask == Dense() or task.exchange.num_prunable == task.layout.num_prunable:
             return ClientState()
         return ClientState(masks={"active": self.method.first_mask(task, client)})
@@ -209,7 +217,8 @@ class Experiment:
     @property
     def random_starts(self) -> tuple[str, ...]:
         """The names of the weights that the arm `random` starts from."""
-        return ("theta_g", "theta_0") if self.task.model.brought else ("theta_g", "theta_0", "reinit")
+        brought = any(task.model.brought for task in self.task.each)
+        return ("theta_g", "theta_0") if brought else ("theta_g", "theta_0", "reinit")
 
 
 def open_experiment(text: str) -> Experiment:

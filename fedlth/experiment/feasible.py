@@ -27,12 +27,13 @@ def check(study: Study, experiment: Experiment) -> list[str]:
     lies beyond some client's training.
     """
     finder, arms, task = experiment.finder, set(experiment.arms), experiment.task
-    if arms & (CUT | LONG):
-        _check_masks(finder, study.finder.densities, task.layout, dry=bool(arms & CUT))
-    for event in ("before", "after"):  # a method that prunes in its rounds has a target of its own
-        target = getattr(getattr(experiment.method.own, event, None), "density", None)
-        if isinstance(target, float) and not round(target * task.layout.num_prunable):
-            raise _empty("method.density", target, task.layout.num_prunable, "prunable weights")
+    for layout in (one.layout for one in task.each):
+        if arms & (CUT | LONG):
+            _check_masks(finder, study.finder.densities, layout, dry=bool(arms & CUT))
+        for event in ("before", "after"):  # a method that prunes in its rounds has a target of its own
+            target = getattr(getattr(experiment.method.own, event, None), "density", None)
+            if isinstance(target, float) and not round(target * layout.num_prunable):
+                raise _empty("method.density", target, layout.num_prunable, "prunable weights")
     _check_steps(task, finder, arms)
     return _notes(study, experiment)
 
@@ -94,6 +95,9 @@ def _notes(study: Study, experiment: Experiment) -> list[str]:
         if not norms or (study.model.buffers != "aggregate" and not local):
             what = "norm" if not norms else "norm with running statistics"
             notes.append(f"model.buffers: has no effect, {study.model.name} has no {what}")
+    idle = [f"tasks.{name}" for name in study.tasks if name not in task.names]
+    if idle:
+        notes.append(f"{', '.join(idle)}: {'has' if len(idle) == 1 else 'have'} no effect, no client has such examples")
     source = SOURCES.get(study.data.name)
     if study.data.root is not None and source and "root" not in inspect.signature(source).parameters:
         notes.append(f"data.root: has no effect, {study.data.name} is not read from a folder")

@@ -21,7 +21,7 @@ from fedlth.storage.server_state import ServerState
 from fedlth.study.schema import Study
 from fedlth.tickets.rewind import ToInit
 from fedlth.training import cohort_size
-from fedlth.training.task import open_task
+from fedlth.training.task import Task, open_task
 
 
 def resolve(study: Study) -> tuple[Experiment, list[str]]:
@@ -99,13 +99,14 @@ def _backend(experiment: Experiment) -> tuple[Study, list[str]]:
     study = experiment.study
     if study.compute != "auto":
         return study, []
-    table = experiment.task.table
-    if isinstance(table, str):
+    tables = [task.table for task in experiment.task.each]
+    refused = next((table for table in tables if isinstance(table, str)), None)
+    if refused is not None:
         return study.model_copy(update={"compute": "tuned"}), [
-            f"compute: tuned, because the kernel cannot run: {table}"
+            f"compute: tuned, because the kernel cannot run: {refused}"
         ]
     note = "compute: sparse, all layers run in the kernel"
-    if kernel.large(table):
+    if any(kernel.large(table) for table in tables if not isinstance(table, str)):
         note += "; what is dense is trained in torch, which is faster for maps of this size"
     return study.model_copy(update={"compute": "sparse"}), [note]
 
@@ -116,14 +117,26 @@ def _checked(experiment: Experiment) -> list[str]:
     Another initialisation of a model that brings its weights would be those weights again: a rewind to it is
     refused, and the arm `random` does without.
     """
-    task, arms = experiment.task, set(experiment.arms)
-    notes = task.probe()
+    arms = set(experiment.arms)
+    experiment.task.capacity(0)  # says what is wrong with clients.capacity
+    notes: list[str] = []
+    for task in experiment.task.each:
+        try:
+            found = _checked_task(experiment, task, arms)
+        except StudyError as error:
+            if not task.name:
+                raise
+            raise StudyError(f"tasks.{task.name}: {error}") from error
+        notes += [f"tasks.{task.name}: {note}" if task.name else note for note in found]
+    return notes
+
+
+def _checked_task(experiment: Experiment, task: Task, arms: set[str]) -> list[str]:
+    method, notes = experiment.method, task.probe()
     if experiment.finder.rewind.anchor == "reinit" and arms & {"ticket", "one_shot", "random"}:
         refuse(task.model.brought, "finder.rewind")
     if "random" in arms and task.model.brought:
         notes.append(f"arm random: starts from {' and '.join(experiment.random_starts)} alone; {task.model.brought}")
-    task.capacity(0)  # says what is wrong with clients.capacity
-    method = experiment.method
     if method.space == "scores" and task.exchange.num_prunable != task.layout.num_prunable:
         raise StudyError(
             f"model.personal: must leave all that is prunable shared, method {method.name} learns one mask of it, got "

@@ -20,6 +20,7 @@ from fedlth.models.layout import Params, layout_of
 from fedlth.storage import ticket_file
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.run_folder import RunFolder
+from fedlth.training.client_tasks import own_study
 from fedlth.training.model_context import initial_module
 from fedlth.training.task import Task
 
@@ -28,7 +29,8 @@ def inputs(task: Task) -> dict[str, Any]:
     """Return what a ticket's metadata says of its network's inputs: with them the network is built without data."""
     dtype = "int64" if task.dataset.x_train.dtype.kind == "i" else "float32"
     shape = list(task.dataset.input_shape)
-    return {"num_classes": task.dataset.num_classes, "input_shape": shape, "input_dtype": dtype}
+    named = {"task": task.name} if task.name else {}  # by which the study tells the network's options
+    return {"num_classes": task.dataset.num_classes, "input_shape": shape, "input_dtype": dtype, **named}
 
 
 def kept_ticket(task: Task, state: ClientState) -> tuple[Params, np.ndarray]:
@@ -65,6 +67,10 @@ def load_ticket(run: str | Path, client: int) -> nn.Module:
 def _filled(path: Path, run: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> nn.Module:
     """Build the run's network and copy the ticket into it; every tensor of both is checked."""
     study = RunFolder(run).study()
+    if name := metadata.get("task"):
+        if name not in study.tasks:
+            raise StudyError(f"{path}: is of task {name}, which the run's study does not have")
+        study = own_study(study, study.tasks[name], f"tasks.{name}")
     if "input_shape" in metadata:
         num_classes, shape = int(metadata["num_classes"]), tuple(json.loads(metadata["input_shape"]))
     else:  # files of version 0.1 do not say what goes in: the data set does

@@ -36,7 +36,7 @@ def client_step(job: Job) -> Reply:
     except ReferenceLost:
         return _resync(job, began, bytes.fromhex(bitmap.digest(known)) if known is not None else b"\1" * 8)
     # Streams of step 2 are the client's alone: which wave it is in must not matter.
-    local = LocalClient(experiment.task, job.client, 0 if phase.in_waves else job.round, job.phase)
+    local = LocalClient(experiment.task_of(job.client), job.client, 0 if phase.in_waves else job.round, job.phase)
     update = phase.update(local, inbox, state)
     state, outbox = _encoded(job, experiment, phase, local, inbox[THETA_G], update)
     return Reply(

@@ -275,15 +275,16 @@ def _tried(experiment: Experiment, visit_s: float) -> Moved:
         return ()
     chosen = [clients[int((i + 0.5) * len(clients) / number)][1] for i in range(number)]
     found: list[tuple[Params, Params]] = []
-    theta = task.theta_0
+    theta = task.shared_part(task.theta_0)
     for round in (1, 2):
         ends = []
-        for local in (LocalClient(task, client, round, "forecast") for client in chosen):
+        for local in (LocalClient(task.of(client), client, round, "forecast") for client in chosen):
             with suppress(Exception):  # who cannot train, or diverges, is not tried: that is for the run to say
-                ends.append(local.train(theta, recipe=local.recipe).params)
+                trained = local.train(local.task.merge(theta, local.task.theta_0), recipe=local.recipe)
+                ends.append(local.task.shared_part(trained.params))
         if not ends:
             break
-        found += [(task.shared_part(theta), task.shared_part(end)) for end in ends]
+        found += [(theta, end) for end in ends]
         theta = Params(np.mean([end.floats for end in ends], axis=0).astype(np.float32), ends[0].ints)
     return tuple(found)
 
@@ -317,12 +318,15 @@ def _visit_bytes(task: Task) -> int:
 
 def _arms_bytes(experiment: Experiment) -> int:
     """Return the bytes of all clients' rows of step 2; a row is as long whatever its numbers are."""
-    study, task = experiment.study, experiment.task
-    local = LocalClient(task, study.clients.count - 1, 0, "forecast")
+    return sum(len(task.clients) * _rows_bytes(experiment, task) for task in experiment.task.each)
+
+
+def _rows_bytes(experiment: Experiment, task: Task) -> int:
+    study, local = experiment.study, LocalClient(task, task.clients[-1], 0, "forecast")
     dense = DENSE if experiment.method.space == "weights" else {"local"}
     row = as_record(row_of(local, Result(arm="", params=task.theta_0, mask=local.full, start="theta_g")))
     row["num_train"] = max(len(split.train) for split in task.splits.clients)
     sent = [arm for arm in experiment.arms for _ in (study.finder.densities if arm in EACH_TARGET else (1,))]
     rows = [{**row, "arm": arm, "ticket": "" if arm in dense else "0" * 16} for arm in sent]
     refined = [[{**row, "arm": "refined", "ticket": "0" * 16}]] if study.refine.rounds else []
-    return study.clients.count * sum(len(metrics.encode({"rows": part})) for part in (rows, *refined))
+    return sum(len(metrics.encode({"rows": part})) for part in (rows, *refined))

@@ -152,13 +152,17 @@ class Replies:
 
     def _asked(self, client: int) -> Asked:
         """Return what the server knows of a client's answer before it comes."""
-        splits = self.experiment.task.splits
-        return replace(self._asked_of_all, split=splits.clients[client], unseen=client in splits.unseen)
+        task = self.experiment.task_of(client)
+        return replace(
+            self._asked_of_all, split=task.splits.clients[client], unseen=client in task.splits.unseen,
+            layers=frozenset(e.name for e in task.layout.prunable),
+            named=self.experiment.layout.num_prunable == task.layout.num_prunable,
+        )  # fmt: skip
 
     @cached_property
     def _asked_of_all(self) -> Asked:
         experiment, phase = self.experiment, self.phase
-        layout, sends = experiment.task.layout, phase.update.sends
+        sends = phase.update.sends
         arms: tuple[str, ...] = ()
         if phase.in_waves:
             arms = ("refined",) if phase.name == "refined" else tuple(map(row_name, experiment.arms))
@@ -166,8 +170,6 @@ class Replies:
             split=experiment.task.splits.clients[0], unseen=False, own_mask=phase.own_mask,
             sends={name: (kind, experiment.layout_of(kind)) for name, kind in sends}, arms=frozenset(arms),
             targets=frozenset((1.0, *experiment.study.finder.densities, experiment.main_density)),
-            layers=frozenset(e.name for e in layout.prunable),
-            named=experiment.layout.num_prunable == layout.num_prunable,
         )  # fmt: skip
 
     def _keep(self, answer: Reply, got: Accepted, states: Writer, masks: Writer) -> None:

@@ -22,8 +22,10 @@ from fedlth.federation.rounds import Federation, missing
 from fedlth.kernel import kernel
 from fedlth.storage import tensorboard, ticket_file
 from fedlth.storage.client_state import ClientState
-from fedlth.storage.records import Digests, Header, Layer, Phase, RoundRow
+from fedlth.storage.records import Digests, Header, Layer, Phase, RoundRow, TaskFacts
 from fedlth.storage.run_folder import RunFolder
+from fedlth.training.client_tasks import metric_of
+from fedlth.training.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +111,7 @@ def _finish(federation: Federation) -> None:
     digests: dict[str, str] = {}
     away = 0
     experiment, folder = federation.experiment, federation.folder
-    study, task = experiment.study, experiment.task
+    study = experiment.study
     states = folder.devices if federation.engine.holds_state else folder.clients
     for client in range(study.clients.count):
         version = federation.progress.versions.get(str(client), "")
@@ -120,7 +122,7 @@ def _finish(federation: Federation) -> None:
         if not states.has(client, version):
             away += 1
             continue
-        state = ClientState.from_bytes(states.get(client, version))
+        state, task = ClientState.from_bytes(states.get(client, version)), experiment.task_of(client)
         if "ticket" not in state.masks:
             continue
         meta = {
@@ -155,12 +157,8 @@ def _write_header(folder: RunFolder, experiment: Experiment, engine: Engine, end
         num_clients=study.clients.count,
         unseen=sorted(task.splits.unseen),
         num_classes=task.dataset.num_classes,
-        client_labels=[label_counts(task.dataset, s) for s in task.splits.clients],
-        layers=[
-            Layer(e.name, list(e.shape), e.size, e.prunable, task.model.flops.get(e.name, 0))
-            for e in task.layout.floats
-            if e.role == "param"
-        ],
+        client_labels=[label_counts(task.of(c).dataset, s) for c, s in enumerate(task.splits.clients)],
+        layers=_layers(task),
         num_parameters=task.layout.num_params,
         num_prunable=task.layout.num_prunable,
         num_exchanged=experiment.layout.num_floats,
@@ -172,9 +170,37 @@ def _write_header(folder: RunFolder, experiment: Experiment, engine: Engine, end
             Phase(name=p.name, rounds=p.rounds, step=2 - (p in experiment.federated_phases), joins=bool(p.join))
             for p in experiment.phases
         ],
+        tasks=_tasks(task),
         finished=ended is not None,
     )
     folder.write(header)
+
+
+def _layers(task: Task) -> list[Layer]:
+    return [
+        Layer(e.name, list(e.shape), e.size, e.prunable, task.model.flops.get(e.name, 0))
+        for e in task.layout.floats
+        if e.role == "param"
+    ]
+
+
+def _tasks(common: Task) -> list[TaskFacts]:
+    """Return the tasks that clients have, by natural key; none where the study names none."""
+    found = []
+    for name in sorted(set(common.names)):
+        clients = [client for client, of in enumerate(common.names) if of == name]
+        task = common.of(clients[0])
+        found.append(
+            TaskFacts(
+                name=name,
+                clients=clients,
+                metric=metric_of(task.study),
+                num_classes=task.dataset.num_classes,
+                layers=_layers(task),
+                flops_forward_per_example=task.model.flops[""],
+            )  # fmt: skip
+        )
+    return found
 
 
 def versions() -> dict[str, str]:

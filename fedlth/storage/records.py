@@ -52,10 +52,26 @@ class Layer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Header:
-    """What is true of a whole run (header.json). `phases` are in order."""
+class TaskFacts:
+    """A task that some clients have: its natural key ("" for the study's own), its metric, and its network."""
 
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"phases"})
+    name: str
+    clients: list[int]
+    metric: str
+    num_classes: int
+    layers: list[Layer] = field(default_factory=list)
+    flops_forward_per_example: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What is true of a whole run (header.json). `phases` are in order.
+
+    `tasks`: where clients have tasks of their own; `num_classes`, `layers` and their sums are then of the study's own
+    network, of which each client has what is shared.
+    """
+
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"phases", "tasks"})
 
     format: int = FORMAT
     study: str
@@ -82,11 +98,24 @@ class Header:
     dense_raw_bytes: int = 0
     flops_forward_per_example: float = 0.0
     random_starts: list[str] = field(default_factory=list)
+    tasks: list[TaskFacts] = field(default_factory=list)
     finished: bool
 
     def joining(self, step: int | None = None) -> frozenset[str]:
         """Return the names of the phases (of one step) whose visits send an update of the global model back."""
         return frozenset(p.name for p in self.phases if p.joins and step in (None, p.step))
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What clients are judged by: one name, or one a task where they differ; such numbers have no common mean."""
+        return tuple(dict.fromkeys(task.metric for task in self.tasks)) or ("accuracy",)
+
+    def network(self, client: int) -> tuple[list[Layer], float]:
+        """Return the layers of a client's network, and its dense forward FLOPs an example."""
+        found = next((task for task in self.tasks if client in task.clients), None)
+        if found is None:
+            return self.layers, self.flops_forward_per_example
+        return found.layers, found.flops_forward_per_example
 
 
 @dataclass(frozen=True, kw_only=True)

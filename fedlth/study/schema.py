@@ -23,6 +23,13 @@ def as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _texts(value: Any) -> Any:
+    """Let a key that YAML reads as a whole number stand for its text."""
+    if not isinstance(value, dict):
+        return value
+    return {str(k) if isinstance(k, int) and not isinstance(k, bool) else k: v for k, v in value.items()}
+
+
 Spec = Annotated[dict[str, Any], BeforeValidator(_spec)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -128,6 +135,16 @@ class Refine(Node):
     clients_per_round: Count = 5
 
 
+class TaskSpec(Node):
+    """What clients of one natural key train; what is not given is the study's."""
+
+    num_classes: Count | None = None
+    options: dict[str, Any] = {}
+    loss: Spec | None = None
+    metric: str | None = None
+    metrics: Names | None = None
+
+
 class Tune(Node):
     """Learning rates to try before the run; validation accuracy after `rounds` rounds chooses."""
 
@@ -158,6 +175,7 @@ class Study(Node):
     data: Annotated[Data, BeforeValidator(_spec)] = Data()
     partition: Spec = {"name": "iid"}
     clients: Clients
+    tasks: Annotated[dict[str, TaskSpec], BeforeValidator(_texts)] = {}
     model: Annotated[Model, BeforeValidator(_spec)] = Model()
     train: Train = Train()
     federate: Federate = Federate()

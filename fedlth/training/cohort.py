@@ -36,10 +36,12 @@ def answer(asked: Sequence[Training | Evaluation]) -> list[Any]:
     What memory refuses is refused to all: which of them would fit depends on the machine, and so would the bits.
     """
     answers: dict[int, Any] = {}
-    trainings = {i: one for i, one in enumerate(asked) if isinstance(one, Training)}
-    evaluations = {i: one for i, one in enumerate(asked) if isinstance(one, Evaluation)}
-    answers.update(zip(trainings, _tried(train_together, list(trainings.values())), strict=True))
-    answers.update(zip(evaluations, _tried(evaluate_together, list(evaluations.values())), strict=True))
+    for model in {id(one.model): one.model for one in asked}.values():  # clients of one task have one
+        mine = [(i, one) for i, one in enumerate(asked) if one.model is model]
+        trainings = {i: one for i, one in mine if isinstance(one, Training)}
+        evaluations = {i: one for i, one in mine if isinstance(one, Evaluation)}
+        answers.update(zip(trainings, _tried(train_together, list(trainings.values())), strict=True))
+        answers.update(zip(evaluations, _tried(evaluate_together, list(evaluations.values())), strict=True))
     return [answers[i] for i in range(len(asked))]
 
 

@@ -47,13 +47,13 @@ def decided(study: Study, task: Task) -> tuple[int, list[str]]:
         return 1, ["cohort: 1, because a client on Flower is alone"]
     if study.cohort == "auto" and task.device == "cpu":
         return 1, ["cohort: 1, because on a CPU a cohort gains little or loses"]
-    reason = obstacle(task)
+    reason = next((found for one in task.each if (found := obstacle(one)) is not None), None)
     if reason is not None:
         return 1, [f"cohort: 1, because {reason}"]
     if study.cohort != "auto":
         return study.cohort, []
     try:
-        size = fitting(*probed(task, _cuda_peak), free=_free_bytes(study, task.device))
+        size = min(fitting(*probed(one, _cuda_peak), free=_free_bytes(study, task.device)) for one in task.each)
     except torch.OutOfMemoryError:
         return 1, [f"cohort: 1, because {PROBED} clients do not fit into the free memory of {task.device}"]
     return size, [f"cohort: {size}, from the free memory of {task.device}"]
@@ -136,8 +136,7 @@ def fitting(one: int, several: int, *, free: int) -> int:
 
 
 def _largest(task: Task) -> Examples:
-    sizes = [len(c.train) for c in task.splits.clients]
-    return task.part(int(np.argmax(sizes)), "train")
+    return task.part(max(task.clients, key=lambda client: len(task.splits.clients[client].train)), "train")
 
 
 def _free_bytes(study: Study, device: str) -> int:

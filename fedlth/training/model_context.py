@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -49,14 +49,23 @@ class AsDrawn:
         return params
 
 
+def alone(params: Params, layout: Layout) -> Params:
+    """Share no tensor with another network."""
+    return params
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ModelContext:
-    """What a model section decides before anything trains; weights are drawn from named streams of `seed`."""
+    """What a model section decides before anything trains; weights are drawn from named streams of `seed`.
+
+    `share` puts the tensors that this network has in common with another into theta_0.
+    """
 
     spec: ModelSpec
     dataset: Dataset
     seed: int
     init: Init = AsDrawn()
+    share: Callable[[Params, Layout], Params] = alone
 
     def module(self) -> nn.Module:
         """Return a fresh module as theta_0 was drawn."""
@@ -66,7 +75,8 @@ class ModelContext:
     def _built(self) -> tuple[Layout, Params]:
         module = self.module()
         layout = layout_of(module, prunable_names(module, self.spec.prunable))
-        return layout, self.init(read(module, layout), layout, stream(self.seed, "theta_0"))
+        drawn = self.init(read(module, layout), layout, stream(self.seed, "theta_0"))
+        return layout, self.share(drawn, layout)
 
     @property
     def layout(self) -> Layout:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 
@@ -30,6 +31,7 @@ from fedlth.rng import stream
 from fedlth.study import schema
 from fedlth.study.parts import make
 from fedlth.training.batches import batches
+from fedlth.training.client_tasks import OWN, TaskNames, as_seen, own_model, own_study
 from fedlth.training.evaluation import evaluate
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.model_context import ModelContext
@@ -39,6 +41,7 @@ from fedlth.training.train import train
 from fedlth.training.tuned import tune
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+FEW = 4  # examples on which a network is tried
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,10 @@ class Task:
 
     A parameter that nothing trains (requires_grad False) is theta_0's for good: both ends have it, so it is neither
     sent nor part of any state.
+    `clients` are those that train it, `few` the positions of its first training examples, no client's own.
+    Where clients have tasks of their own (`tasks` of the study), `own` holds those that differ from this one, by name,
+    and `names` every client's: study, data and splits are theirs too, but for the number of classes and what the task
+    changes; what crosses is equal for all.
     """
 
     study: schema.Study
@@ -54,6 +61,21 @@ class Task:
     splits: Splits
     model: ModelContext
     exchange: Layout
+    clients: tuple[int, ...]
+    few: np.ndarray
+    name: str = OWN
+    names: tuple[str, ...] = ()
+    own: Mapping[str, Task] = field(default_factory=dict)
+
+    def of(self, client: int) -> Task:
+        """Return the task of one client."""
+        return self.own.get(self.names[client], self) if self.names else self
+
+    @property
+    def each(self) -> tuple[Task, ...]:
+        """Every task that some client trains, once."""
+        found = {id(task): task for task in (self, *self.own.values()) if task.clients}
+        return tuple(found.values())
 
     @property
     def layout(self) -> Layout:
@@ -71,7 +93,7 @@ class Task:
             raise StudyError(f"compute: must be tuned or reference for this study, the kernel cannot run it: {table}")
         module, tuned = self.model.module().to(self.device), None
         if self.study.compute == "tuned" or (table is not None and kernel.large(table)):
-            few = inputs(self.dataset, np.arange(min(3, len(self.dataset.y_train))), train=True)
+            few = inputs(self.dataset, self.few[:3], train=True)
             tuned = tune(module, few.to(self.device).x)
         return FlatModel(module, self.layout, self.device, table, tuned)
 
@@ -94,7 +116,7 @@ class Task:
 
         The examples are the data set's first, no client's own. Raises StudyError where no client can train it.
         """
-        few = inputs(self.dataset, np.arange(min(4, len(self.dataset.y_train))), train=True)
+        few = inputs(self.dataset, self.few, train=True)
         with torch_stream(0):
             module = self.model.module()
             buffers = dict(module.named_buffers())
@@ -120,8 +142,9 @@ class Task:
     def _single_batches(self, x: Inputs) -> list[str]:
         """Return a note that names the clients with a batch of one example, where the model cannot train on one."""
         size = self.study.train.batch_size
-        shortest = [min(map(len, batches(len(c.train), size, stream(0, "probe")))) for c in self.splits.clients]
-        single = [client for client, count in enumerate(shortest) if count == 1]
+        sizes = {client: len(self.splits.clients[client].train) for client in self.clients}
+        shortest = {c: min(map(len, batches(count, size, stream(0, "probe")))) for c, count in sizes.items()}
+        single = [client for client, count in shortest.items() if count == 1]
         if not single:
             return []
         try:
@@ -138,13 +161,13 @@ class Task:
         return []
 
     def warm(self) -> None:
-        """Train and evaluate once, on next to nothing: what is loaded or compiled for it, forked workers then share."""
-        if self.study.compute == "sparse":
-            few = inputs(self.dataset, np.arange(min(2, len(self.dataset.y_train))), train=True)
-            recipe = TrainingRecipe(budget=Epochs(1), batch_size=2, lr=self.study.train.lr)
-            request = drawn_request(self.theta_0, few, recipe, order=stream(0, "warm"), torch_seed=0)
-            train(self.flat_model, request)
-            evaluate(self.flat_model, self.theta_0, few)
+        """Train and evaluate each once, on next to nothing: what is loaded or compiled, forked workers then share."""
+        for task in self.each if self.study.compute == "sparse" else ():
+            few = inputs(task.dataset, task.few[:2], train=True)
+            recipe = TrainingRecipe(budget=Epochs(1), batch_size=2, lr=task.study.train.lr)
+            request = drawn_request(task.theta_0, few, recipe, order=stream(0, "warm"), torch_seed=0)
+            train(task.flat_model, request)
+            evaluate(task.flat_model, task.theta_0, few)
 
     @property
     def device(self) -> str:
@@ -189,18 +212,24 @@ def _crosses(study: schema.Study, moving: Layout) -> Layout:
 
     FedPer keeps a head (arXiv 1912.00818), FedBN the norms (arXiv 2102.07623).
     """
+    personal = study.model.personal or ()
+    for glob in personal:
+        if not any(fnmatchcase(name, glob) for e in moving.entries for name in (e.name, *e.aliases)):
+            raise StudyError(f"model.personal: {glob!r} must match a tensor that is trained, got none")
+    found = _exchanged(study, moving)
+    if not found.num_floats:
+        raise StudyError(f"model.personal: must leave something to share, got {list(personal)}")
+    return found
+
+
+def _exchanged(study: schema.Study, moving: Layout) -> Layout:
     policy, personal = study.model.buffers, study.model.personal or ()
 
     def stays(e: Entry) -> bool:
         local = policy == "local_all" or (policy == "local_statistics" and e.role == "buffer")
         return (e.norm and local) or any(fnmatchcase(name, glob) for name in (e.name, *e.aliases) for glob in personal)
 
-    for glob in personal:
-        if not any(fnmatchcase(name, glob) for e in moving.entries for name in (e.name, *e.aliases)):
-            raise StudyError(f"model.personal: {glob!r} must match a tensor that is trained, got none")
     found = moving.select(lambda e: not stays(e))
-    if not found.num_floats:
-        raise StudyError(f"model.personal: must leave something to share, got {list(personal)}")
     return moving if len(found.entries) == len(moving.entries) else found
 
 
@@ -246,12 +275,51 @@ def _task(science: str) -> Task:
     given = study.model_dump(mode="json", include={"data", "partition", "clients"})
     dataset, splits = _divided(json.dumps(given, sort_keys=True))
     model = ModelContext(spec=study.model, dataset=dataset, seed=study.seed)
-    layout = model.layout
-    exchange = _crosses(study, layout.moving)
+    exchange = _crosses(study, model.layout.moving)
+    _check_names(model.layout)
+    everyone, few = tuple(range(len(splits.clients))), np.arange(min(FEW, len(dataset.y_train)))
+    task = Task(study, dataset, splits, model, exchange, everyone, few)
+    return _with_tasks(task) if study.tasks else task
+
+
+def _check_names(layout: Layout) -> None:
     taken = {f"{e.name}_mask" for e in layout.prunable} & {n for e in layout.entries for n in (e.name, *e.aliases)}
     if taken:
         raise StudyError(f"model: no tensor must be called {min(taken)}: a ticket's file has a mask of that name")
-    return Task(study, dataset, splits, model, exchange)
+
+
+def _with_tasks(common: Task) -> Task:
+    """Return the task with those of its clients that have another: tasks that are equal but for their name are one."""
+    study, dataset, splits = common.study, common.dataset, common.splits
+    keys = TaskNames.of(study.tasks, dataset)
+    names = keys.clients(splits)
+    alike: dict[str, list[str]] = {}
+    made: dict[str, tuple[schema.Study, int]] = {}
+    for name, spec in study.tasks.items():
+        own, classes = own_study(study, spec, f"tasks.{name}"), keys.num_classes(name, spec, dataset)
+        if name in names and (own, classes) != (study, dataset.num_classes):
+            text = f"{classes} {own.science()}"
+            alike.setdefault(text, []).append(name)
+            made[text] = own, classes
+    found: dict[str, Task] = {}
+    for text, same in alike.items():
+        (own, classes), place = made[text], f"tasks.{same[0]}"
+        seen = as_seen(dataset, classes)
+        try:
+            model = own_model(own, seen, common.model, place)
+            _check_names(model.layout)
+        except StudyError as error:
+            if str(error).startswith(place):
+                raise
+            raise StudyError(f"{place}: {error}") from error
+        clients = tuple(client for client, name in enumerate(names) if name in same)
+        few = keys.first(frozenset(same), FEW)
+        moving = model.layout.moving  # where all of it crosses, the exchange is this very object
+        exchange = moving if _exchanged(own, moving) is moving else common.exchange
+        found |= dict.fromkeys(same, Task(own, seen, splits, model, exchange, clients, few, same[0]))
+    rest = tuple(client for client, name in enumerate(names) if name not in found)
+    few = keys.first(frozenset(keys.names) - found.keys(), FEW)
+    return replace(common, clients=rest, few=few, names=names, own=found)
 
 
 def _keep_pages() -> None:

@@ -1,0 +1,139 @@
+"""Tasks by natural key: which task each client's examples are of, and what a task makes of study, data and network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from fedlth.data.dataset import Dataset
+from fedlth.data.split import Splits
+from fedlth.errors import StudyError
+from fedlth.models.layout import Entry, Layout, Params
+from fedlth.study.schema import Study, TaskSpec
+from fedlth.training.model_context import ModelContext
+
+OWN = ""  # the name of the study's own task, for keys without an entry
+SHOWN = 10  # keys in an error
+
+
+@dataclass(frozen=True, eq=False)
+class TaskNames:
+    """Which task each example of the train (N,) and of the test split is of, as positions in `names`."""
+
+    names: tuple[str, ...]
+    train: np.ndarray
+    test: np.ndarray
+
+    @staticmethod
+    def of(tasks: Mapping[str, TaskSpec], dataset: Dataset) -> TaskNames:
+        """Read the data's natural keys; raise StudyError where there are none, or a task's is not among them."""
+        if dataset.key_train is None or dataset.key_test is None:
+            part = "train" if dataset.key_train is None else "test"
+            raise StudyError(f"tasks: must have natural keys in the data, got none of the {part} examples (key_{part})")
+        names, codes = (OWN, *sorted(tasks)), list[np.ndarray]()
+        for keys in (dataset.key_train, dataset.key_test):
+            known, places = np.unique(keys, return_inverse=True)
+            texts = [str(key) for key in known]
+            missing = sorted(tasks.keys() - set(texts))
+            if missing:
+                shown = ", ".join(texts[:SHOWN]) + (", ..." if len(texts) > SHOWN else "")
+                part = "test" if codes else "train"
+                raise StudyError(f"tasks.{missing[0]}: must be a natural key of the {part} examples, got keys {shown}")
+            codes.append(np.array([names.index(t) if t in tasks else 0 for t in texts])[places])
+        return TaskNames(names, *codes)
+
+    def clients(self, splits: Splits) -> tuple[str, ...]:
+        """Return the name of each client's task; raise StudyError at a client with examples of two."""
+        found = []
+        for client, split in enumerate(splits.clients):
+            met = np.unique(np.concatenate((self.train[split.train], self.train[split.val], self.test[split.test])))
+            if len(met) > 1:
+                told = " and of ".join(self.names[i] or "a key without an entry" for i in met)
+                raise StudyError(
+                    f"tasks: client {client} must have examples of one task, got some of {told}; partition natural "
+                    "gives each client one key"
+                )
+            found.append(self.names[met[0]])
+        return tuple(found)
+
+    def num_classes(self, name: str, spec: TaskSpec, dataset: Dataset) -> int:
+        """Return a task's number of classes: as given, or its largest label + 1; raise StudyError at labels beyond."""
+        if name == OWN or dataset.y_train.dtype.kind == "f":  # real-number targets have no largest label
+            return spec.num_classes or dataset.num_classes
+        code = self.names.index(name)
+        largest = max(int(dataset.y_train[self.train == code].max()), int(dataset.y_test[self.test == code].max()))
+        if spec.num_classes is not None and largest >= spec.num_classes:
+            raise StudyError(
+                f"tasks.{name}.num_classes: labels of key {name} must lie in [0, {spec.num_classes}), got {largest}"
+            )
+        return spec.num_classes or largest + 1
+
+    def first(self, names: frozenset[str], count: int) -> np.ndarray:
+        """Return the positions of the first train examples of these tasks."""
+        return np.flatnonzero(np.isin(self.train, [i for i, name in enumerate(self.names) if name in names]))[:count]
+
+
+def own_study(study: Study, spec: TaskSpec, place: str) -> Study:
+    """Return the study as a task's clients have it."""
+    for key, known in (("loss", "cross_entropy"), ("metric", "accuracy")):
+        given = getattr(spec, key)
+        given = given["name"] if isinstance(given, dict) else given
+        if given not in (None, known):
+            raise StudyError(f"{place}.{key}: must be {known}, got {given!r}")
+    model = study.model.model_copy(update={"options": {**study.model.options, **spec.options}})
+    return study.model_copy(update={"model": model})
+
+
+def metric_of(study: Study) -> str:
+    """Return the name of what a task is judged by, from the study as its clients have it."""
+    return "accuracy"
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """What is not personal of a task's network: the tensors of the study's own, and in theta_0 their values too.
+
+    Frozen tensors and norms that stay local are among them: what crosses means the same only on the same ground.
+    """
+
+    common: ModelContext
+    personal: tuple[str, ...]
+    place: str
+
+    def __call__(self, params: Params, layout: Layout) -> Params:
+        """Return a task's own draw with what is shared from the study's own; raise StudyError at tensors that differ."""
+        ours = self.common.layout.select(self._is_shared)
+        known, found = ({e.name: e for e in part.entries} for part in (ours, layout.select(self._is_shared)))
+        for name in sorted(known.keys() | found.keys()):
+            wanted, got = (_told(entries.get(name)) for entries in (known, found))
+            if wanted != got:
+                raise StudyError(
+                    f"{self.place}: tensor {name} must be that of the study's own network, {wanted}, or be in "
+                    f"model.personal; got {got}"
+                )
+        return ours.put_into(params, layout, ours.part_of(self.common.theta_0, self.common.layout))
+
+    def _is_shared(self, e: Entry) -> bool:
+        return not any(fnmatchcase(name, glob) for name in (e.name, *e.aliases) for glob in self.personal)
+
+
+def _told(e: Entry | None) -> str:
+    if e is None:
+        return "no such tensor"
+    kinds = (("prunable", e.prunable), ("frozen", e.role == "param" and not e.trainable), ("norm", e.norm))
+    more = [e.role, *(kind for kind, is_one in kinds if is_one), *(["whole numbers"] if e.is_int else [])]
+    return f"{list(e.shape)} ({', '.join(more)})"
+
+
+def own_model(study: Study, dataset: Dataset, common: ModelContext, place: str) -> ModelContext:
+    """Return a task's network: drawn from the stream of theta_0, as the study's own; shared tensors are its."""
+    shared = Shared(common, study.model.personal or (), place)
+    return ModelContext(spec=study.model, dataset=dataset, seed=study.seed, share=shared)
+
+
+def as_seen(dataset: Dataset, num_classes: int) -> Dataset:
+    """Return the data set as a task sees it: the same arrays, its own number of classes."""
+    return dataset if num_classes == dataset.num_classes else replace(dataset, num_classes=num_classes)
