@@ -48,7 +48,7 @@ def done(results: Results) -> str:
             f", each with about {np.median(sizes):.0f} training examples of {np.median(held):.0f} out of "
             f"{_plural(header.num_classes, 'class')}".replace("classs", "classes")
         )
-    federated = _rounds(results, frozenset(phase.name for phase in header.phases if phase.step == 1))
+    federated = _rounds(results, header.joining(1))
     rounds = _plural(federated, "federated round")
     sentences = [f"{clients}, trained one shared model in {rounds}." if federated else f"{clients}."]
     if header.unseen:
