@@ -108,6 +108,10 @@ def _idle(study: Study, method: FederatedMethod, arms: set[str], product: str | 
     weights = rounds and (method.space == "weights" or refined)
     none = "federate.rounds is 0" if method.phases else f"{said} has no rounds"
     untrained = f"no arm of {said} trains" if not arms - UNTRAINED else f"no arm of {said} trains weights"
+    if not federates:
+        yield "evaluate", none
+    elif not study.evaluate.every:
+        yield "evaluate.keep", "evaluate.every is 0"
     if not method.phases:
         yield "federate", none
         yield "wire", f"{said} sends nothing"

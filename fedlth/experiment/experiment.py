@@ -17,11 +17,13 @@ from fedlth.errors import StudyError
 from fedlth.methods.aggregate import CountMean
 from fedlth.methods.client_update import ClientUpdate, MaskedUpdate
 from fedlth.methods.fedpm import first_scores
-from fedlth.methods.method import Dense, Down, FederatedMethod, Phase, Sampled, Waves, check_frozen
+from fedlth.methods.method import Dense, Down, Everyone, FederatedMethod, Phase, Sampled, Waves, check_frozen
 from fedlth.methods.table import METHODS
 from fedlth.models.layout import Layout, Params
+from fedlth.personalization.evaluate import Evaluate
 from fedlth.personalization.personalise import NEED_NO_GLOBAL, TICKET, Personalise, Refined
 from fedlth.storage.client_state import ClientState
+from fedlth.storage.records import EVALUATE
 from fedlth.study import schema
 from fedlth.study.parts import make
 from fedlth.study.schema import Study
@@ -77,7 +79,10 @@ class Experiment:
 
     @cached_property
     def phases(self) -> tuple[Phase, ...]:
-        """The method's phases, then step 2, then the rounds inside the tickets, with the study's counts filled in."""
+        """The method's phases, evaluation between their rounds, step 2, the rounds inside the tickets.
+
+        The study's counts are filled in.
+        """
         study, slices = self.study, self.method.slices
         found = [self._filled(phase) for phase in self.method.phases]
         personalise = Personalise(
@@ -85,7 +90,13 @@ class Experiment:
             main=self.main_density, kept=self.kept_arm, learns_scores=self.method.space == "scores",
             sends=((TICKET, "mask"),) if study.refine.rounds else (),
         )  # fmt: skip
-        found.append(self._wave("personalise", personalise, "slice" if slices else "broadcast" if found else "nothing"))
+        down: Down = "slice" if slices else "broadcast" if found else "nothing"
+        evaluated = sum(map(self._evaluated, range(1, sum(phase.rounds for phase in found) + 1)))
+        update = Evaluate(step2=personalise, arms=self.curve_arms)
+        found.append(
+            Phase(name=EVALUATE, update=update, who=Everyone(), rounds=evaluated, down=down, evaluates=True)
+        )  # fmt: skip
+        found.append(self._wave("personalise", personalise, down))
         if study.refine.rounds:
             found.append(
                 Phase(
@@ -100,6 +111,17 @@ class Experiment:
             )
             found.append(self._wave("refined", Refined(main=self.main_density), "slice"))
         return tuple(phase for phase in found if phase.rounds)
+
+    @property
+    def curve_arms(self) -> tuple[str, ...]:
+        """The models that evaluation between the rounds looks at: the method's own where it has one beside theta_g."""
+        return ("global", "own") if "own" in {*self.method.arms, *self.arms} else ("global",)
+
+    def _evaluated(self, trained: int) -> bool:
+        """Say whether all clients evaluate after so many rounds of step 1, of all its phases together."""
+        every = self.study.evaluate.every
+        total = sum(phase.rounds or self.study.federate.rounds for phase in self.method.phases)
+        return every > 0 and (trained % every == 0 or trained == total)
 
     def _wave(self, name: str, update: ClientUpdate, down: Down) -> Phase:
         size = self.study.personalise.clients_per_wave
@@ -123,8 +145,20 @@ class Experiment:
 
     @cached_property
     def steps(self) -> tuple[tuple[Phase, int], ...]:
-        """Every commit's phase and round, in order; they depend on the study alone."""
-        return tuple((phase, round) for phase in self.phases for round in range(1, phase.rounds + 1))
+        """Every commit's phase and round, in order; they depend on the study alone.
+
+        An evaluation's round is the number of step 1's rounds before it.
+        """
+        found: list[tuple[Phase, int]] = []
+        evaluation = next((phase for phase in self.phases if phase.evaluates), None)
+        trained = 0
+        for phase in (phase for phase in self.phases if not phase.evaluates):
+            for round in range(1, phase.rounds + 1):
+                found.append((phase, round))
+                trained += phase in self.federated_phases
+                if evaluation and phase in self.federated_phases and self._evaluated(trained):
+                    found.append((evaluation, trained))
+        return tuple(found)
 
     def clients(self, phase: Phase, round: int) -> list[int]:
         """Return who takes part in a round, sorted."""
@@ -196,6 +230,8 @@ class Experiment:
 
     def needs_whole(self, phase: Phase) -> bool:
         """Say whether controls need the whole global model beside a client's slice; it is counted as evaluation."""
+        if phase.evaluates:
+            return self.method.space == "weights"
         return phase.name == "personalise" and not set(self.arms) <= NEED_NO_GLOBAL
 
     @property
@@ -263,9 +299,9 @@ def method_of(study: Study) -> FederatedMethod:
         if not fits:
             raise StudyError(f"method: {name}: its {place} must be {wanted}, got {value!r}")
     names = [phase.name for phase in method.phases]
-    taken = {n for n in names if names.count(n) > 1 or n in ("personalise", "refine", "refined")}
+    taken = {n for n in names if names.count(n) > 1 or n in (EVALUATE, "personalise", "refine", "refined")}
     if taken:
-        raise StudyError(f"method: {name}: phase names must be unique and not those of step 2, got {min(taken)}")
+        raise StudyError(f"method: {name}: phase names must be unique and none that every run has, got {min(taken)}")
     return method
 
 

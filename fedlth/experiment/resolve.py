@@ -78,6 +78,11 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
             "refine.rounds: must be 0 where dead weights are not zero or tickets are frozen: refinement trains "
             f"survivors among zeros, got {finder.dead} and {finder.rewind}"
         )
+    if study.evaluate.keep == "best" and study.evaluate.every and method.slices:
+        raise StudyError(
+            f"evaluate.keep: must be last for a method that sends slices, as {method.name}: its clients hold masks of "
+            "later rounds than the best one, got best"
+        )
     if study.tickets == "compact" and finder.dead.holds:
         raise StudyError(f"tickets: must be dense where dead weights are not zero, as with {finder.dead}")
     if "ticket_0" in arms:
@@ -137,6 +142,12 @@ def _checked_task(experiment: Experiment, task: Task, arms: set[str]) -> list[st
         refuse(task.model.brought, "finder.rewind")
     if "random" in arms and task.model.brought:
         notes.append(f"arm random: starts from {' and '.join(experiment.random_starts)} alone; {task.model.brought}")
+    evaluate = experiment.study.evaluate
+    if evaluate.keep == "best" and evaluate.every and task.exchange is not task.layout.moving and method.phases:
+        raise StudyError(
+            "evaluate.keep: must be last where tensors stay with the clients (model.personal, model.buffers): theirs "
+            "are of later rounds than the best one, got best"
+        )
     if method.space == "scores" and task.exchange.num_prunable != task.layout.num_prunable:
         raise StudyError(
             f"model.personal: must leave all that is prunable shared, method {method.name} learns one mask of it, got "

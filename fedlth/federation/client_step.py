@@ -43,7 +43,7 @@ def client_step(job: Job) -> Reply:
         round=job.round,
         client=job.client,
         outbox=outbox,
-        state=state.to_bytes(),
+        state=None if phase.evaluates else state.to_bytes(),
         seconds=time.perf_counter() - began,
         device=experiment.task.device,
         work=tuple(local.work),

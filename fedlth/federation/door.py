@@ -13,7 +13,7 @@ from fedlth.data.split import ClientSplit
 from fedlth.federation.jobs import Reply
 from fedlth.methods.aggregate import Contribution
 from fedlth.models.layout import Layout
-from fedlth.storage.records import MetricRow, VisitRecord, visit_record
+from fedlth.storage.records import CurveRow, MetricRow, VisitRecord, visit_record
 from fedlth.storage.typed_record import read
 from fedlth.wire import mask as bitmap
 from fedlth.wire import metrics, payload
@@ -55,7 +55,8 @@ class Asked:
 
     The client's own parts of the data; in step 2, the arms and their target densities, and what tensors are prunable;
     the messages that its phase's update sends, by name: kind and layout. `named`: the mask that comes up is that of a
-    model in the rows. `own_mask`: values may lie under another mask than what was sent.
+    model in the rows. `own_mask`: values may lie under another mask than what was sent. `curve`: the rows are those of
+    an evaluation between rounds.
     """
 
     split: ClientSplit
@@ -66,6 +67,7 @@ class Asked:
     targets: frozenset[float] = frozenset()
     layers: frozenset[str] = frozenset()
     named: bool = True
+    curve: bool = False
 
 
 def accept(reply: Reply, *, codec: Codec, held: Held, asked: Asked) -> Accepted:
@@ -98,7 +100,8 @@ def accept(reply: Reply, *, codec: Codec, held: Held, asked: Asked) -> Accepted:
     first = next(iter(contents.values()), None)
     try:
         if asked.arms:
-            return Accepted(masks=masks, rows=_rows(record, first, reply, asked))
+            rows = _curve_rows(record, reply, asked) if asked.curve else _rows(record, first, reply, asked)
+            return Accepted(masks=masks, rows=rows)
         visit = visit_record(record)
         if visit.num_examples != len(asked.split.train):
             raise ValueError(f"num_examples must be {len(asked.split.train)}, got {visit.num_examples}")
@@ -125,19 +128,11 @@ def _check_content(content: Content, kind: str, held: Held, asked: Asked) -> Non
 
 def _rows(record: Mapping[str, Any], content: Content | None, reply: Reply, asked: Asked) -> tuple[dict[str, Any], ...]:
     """Return step 2's rows, each as it came; raise ValueError naming the field that is wrong."""
-    rows = record.get("rows")
-    if set(record) != {"rows"} or not isinstance(rows, list) or not rows or not all(isinstance(r, dict) for r in rows):
-        raise ValueError(f"rows must be a list of records and nothing else, got {_short(record)}")
+    rows = _listed(record)
     parsed = [read(MetricRow, row, strict=True) for row in rows]
-    known = {
-        "client": reply.client, "unseen": asked.unseen, "num_train": len(asked.split.train),
-        "num_val": len(asked.split.val), "num_test": len(asked.split.test),
-    }  # fmt: skip
     met: set[tuple[str, float]] = set()
     for row in parsed:
-        for name, value in known.items():
-            if getattr(row, name) != value:
-                raise ValueError(f"{name} must be {value}, got {getattr(row, name)}")
+        _check_known(row, reply, asked, num_train=len(asked.split.train))
         if row.arm not in asked.arms or row.target_density not in asked.targets:
             raise ValueError(f"arm {row.arm!r} at target_density {row.target_density} was not asked for")
         if (row.arm, row.target_density) in met:
@@ -148,6 +143,35 @@ def _rows(record: Mapping[str, Any], content: Content | None, reply: Reply, aske
     if content is not None and asked.named and _name(content.mask) not in {row.ticket for row in parsed}:
         raise ValueError("ticket must name the mask that came with the rows, in one of them")
     return tuple(rows)
+
+
+def _curve_rows(record: Mapping[str, Any], reply: Reply, asked: Asked) -> tuple[dict[str, Any], ...]:
+    """Return an evaluation's rows, one for each model that was asked for, each as it came."""
+    rows = _listed(record)
+    parsed = [read(CurveRow, row, strict=True) for row in rows]
+    for row in parsed:
+        _check_known(row, reply, asked)
+    if sorted(row.arm for row in parsed) != sorted(asked.arms):
+        raise ValueError(f"arm must be each of {', '.join(sorted(asked.arms))} once, got {[r.arm for r in parsed]}")
+    return tuple(rows)
+
+
+def _listed(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = record.get("rows")
+    if set(record) != {"rows"} or not isinstance(rows, list) or not rows or not all(isinstance(r, dict) for r in rows):
+        raise ValueError(f"rows must be a list of records and nothing else, got {_short(record)}")
+    return rows
+
+
+def _check_known(row: MetricRow | CurveRow, reply: Reply, asked: Asked, **more: int) -> None:
+    """Raise ValueError where a row contradicts what the server knows of its client."""
+    known = {
+        "client": reply.client, "unseen": asked.unseen, **more, "num_val": len(asked.split.val),
+        "num_test": len(asked.split.test),
+    }  # fmt: skip
+    for name, value in known.items():
+        if getattr(row, name) != value:
+            raise ValueError(f"{name} must be {value}, got {getattr(row, name)}")
 
 
 def _name(mask: np.ndarray) -> str:

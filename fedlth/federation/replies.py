@@ -19,6 +19,7 @@ from fedlth.methods.aggregate import Contribution
 from fedlth.methods.client_update import VALUES
 from fedlth.methods.method import Phase
 from fedlth.personalization.arms import row_name
+from fedlth.personalization.personalise import EVALUATION
 from fedlth.storage.records import Failed, LedgerRow, TimeRow, Work
 from fedlth.storage.run_folder import Progress, RunFolder
 from fedlth.storage.state_archive import Writer
@@ -57,6 +58,7 @@ class Replies:
     failed: list[Failed] = field(default_factory=list)
     times: list[TimeRow] = field(default_factory=list)
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(default_factory=list)
     seen: list[float] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     mirrors: dict[str, str | None] = field(default_factory=dict)
@@ -166,14 +168,21 @@ class Replies:
         arms: tuple[str, ...] = ()
         if phase.in_waves:
             arms = ("refined",) if phase.name == "refined" else tuple(map(row_name, experiment.arms))
+        if phase.evaluates:
+            arms = experiment.curve_arms
         return Asked(
             split=experiment.task.splits.clients[0], unseen=False, own_mask=phase.own_mask,
             sends={name: (kind, experiment.layout_of(kind)) for name, kind in sends}, arms=frozenset(arms),
             targets=frozenset((1.0, *experiment.study.finder.densities, experiment.main_density)),
+            curve=phase.evaluates,
         )  # fmt: skip
 
     def _keep(self, answer: Reply, got: Accepted, states: Writer, masks: Writer) -> None:
         client = str(answer.client)
+        if self.phase.evaluates:
+            self.curve += got.rows
+            self.seen += [r["val_accuracy"] for r in got.rows if r["arm"] == "global" and not r["unseen"]]
+            return
         self.versions[client] = self.version
         if not self.holds_state and answer.state is not None:
             states.add(answer.client, answer.state)
@@ -188,6 +197,8 @@ class Replies:
 
     def _rows_down(self, job: Job, answer: Reply | Failure, kind: str = "") -> list[LedgerRow]:
         first = "install" if str(job.client) not in self.progress.versions else ""
+        if self.phase.evaluates:
+            kind = EVALUATION
         return ledger_rows.down(
             self.round, self.phase.name, job.client, job.inbox, self.downloads.masks.get(job.client),
             answer.framed_down_bytes, layout=self.experiment.layout, everyones=self.downloads.state.mask,

@@ -21,7 +21,7 @@ from fedlth.federation.update_norms import UpdateNorms
 from fedlth.methods.method import Phase
 from fedlth.models.layout import Params
 from fedlth.storage.records import RoundRow, TimeRow
-from fedlth.storage.run_folder import Progress, RunFolder
+from fedlth.storage.run_folder import Best, Progress, RunFolder
 from fedlth.storage.server_state import ServerState
 
 log = logging.getLogger(__name__)
@@ -109,13 +109,17 @@ class Federation:
             told = f"note: {replies.resyncs} clients had lost what they held; their download was sent again in full"
             log.info(told)
         summary = summary_of(replies)
-        if replies.versions:
+        if phase.evaluates:
+            progress, summary = self._judged(step, progress, replies, summary)
+        elif replies.versions:
             progress = replace(progress, good=self.progress.theta)
         elif self._broken(replies):
             summary = replace(summary, rolled_back_to=self._roll_back())
             progress = replace(progress, good=f"theta-{step.place}")
         self._commit(step, progress, sent, replies, summary, began)
         log.info(line(summary, step.place + 1, step.total, time.perf_counter() - began))
+        if summary.kept_best:
+            log.info(f"note: step 2 begins with the global model of {summary.kept_best}, the best on validation data")
         if summary.rolled_back_to:
             log.info(f"note: no client could use this global model; it is rolled back to {summary.rolled_back_to}")
         if phase.join and self.progress.empty_rounds >= EMPTY_ROUNDS_ALLOWED:
@@ -125,6 +129,40 @@ class Federation:
                 f"{self.folder.root}: {EMPTY_ROUNDS_ALLOWED} rounds without one usable reply; last: "
                 + (*died, *refused, "nobody took part")[0]
             )
+
+    def _trained(self, step: Step) -> tuple[Phase, int]:
+        """Return the phase and the round whose model an evaluation looks at."""
+        return self.experiment.steps[step.place - 1]
+
+    def _curve(self, step: Step, replies: Replies) -> list[dict[str, Any]]:
+        """Return the rows of an evaluation with what the server knows of them; no other step has any."""
+        if not step.phase.evaluates:
+            return []
+        phase, round = self._trained(step)
+        return [{**row, "phase": phase.name, "round": round} for row in replies.curve]
+
+    def _judged(
+        self, step: Step, progress: Progress, replies: Replies, summary: RoundRow
+    ) -> tuple[Progress, RoundRow]:  # fmt: skip
+        """Remember the best model so far where the study keeps it; after the last evaluation it is the current one.
+
+        Validation data alone decide; of equals the earlier one stays.
+        """
+        if self.experiment.study.evaluate.keep != "best":
+            return progress, summary
+        best = progress.best
+        if summary.val_accuracy is not None:
+            rank = (len(replies.seen), summary.val_accuracy)
+            if best is None or rank > best.rank:
+                phase, round = self._trained(step)
+                best = Best(progress.theta, phase.name, round, rank)
+        progress = replace(progress, best=best)
+        if best is None or any(phase.evaluates for phase, _ in self.experiment.steps[step.place + 1 :]):
+            return progress, summary
+        if best.theta != progress.theta:
+            self.state = self._loaded(best.theta)
+        summary = replace(summary, kept_best=f"{best.phase} {best.round}")
+        return replace(progress, theta=best.theta, good=best.theta), summary
 
     def _downloads(self, step: Step) -> Downloads:
         masks: dict[int, np.ndarray] = {}
@@ -171,7 +209,7 @@ class Federation:
                 mirrors[client] = version
         whole = TimeRow(round=step.round, phase=step.phase.name, seconds=time.perf_counter() - began)
         targets, target = self.experiment.rewind_targets, f"theta_g@{step.round}"
-        if self.state is not sent:
+        if self.state is not sent and not step.phase.evaluates:  # what an evaluation chose has its file
             progress = replace(progress, theta=f"theta-{step.place}")
             self.folder.save_state(progress.theta, self.state)
         if target in targets and step.phase.name == self.experiment.method.phases[-1].name:
@@ -182,9 +220,12 @@ class Federation:
             "metrics": self.folder.append("metrics", replies.metrics),
             "times": self.folder.append("times", [*replies.times, whole]),
         }
+        if any(phase.evaluates for phase in self.experiment.phases):
+            lengths["curve"] = self.folder.append("curve", self._curve(step, replies))
         self.progress = replace(progress, step=step.place + 1, lengths=lengths, versions=versions, mirrors=mirrors)
         self.folder.commit(self.progress)
-        self.folder.drop_params([self.progress.theta, self.progress.good or "", *targets])
+        best = self.progress.best.theta if self.progress.best else ""
+        self.folder.drop_params([self.progress.theta, self.progress.good or "", best, *targets])
         self.folder.clients.tidy(_owners(versions))
         self.folder.mirrors.tidy(_owners(mirrors))
 

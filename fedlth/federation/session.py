@@ -167,7 +167,12 @@ def _write_header(folder: RunFolder, experiment: Experiment, engine: Engine, end
         flops_forward_per_example=task.model.flops[""],
         random_starts=list(experiment.random_starts) if "random" in experiment.arms else [],
         phases=[
-            Phase(name=p.name, rounds=p.rounds, step=2 - (p in experiment.federated_phases), joins=bool(p.join))
+            Phase(
+                name=p.name,
+                rounds=p.rounds,
+                step=1 if p.evaluates or p in experiment.federated_phases else 2,
+                joins=bool(p.join),
+            )  # fmt: skip
             for p in experiment.phases
         ],
         tasks=_tasks(task),

@@ -61,6 +61,16 @@ class Waves:
         return list(everyone[(round - 1) * self.size : round * self.size])
 
 
+@dataclass(frozen=True)
+class Everyone:
+    """Every client, the unseen too, each round."""
+
+    def __call__(
+        self, round: int, /, *, seen: Sequence[int], everyone: Sequence[int], rng: np.random.Generator
+    ) -> list[int]:
+        return list(everyone)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Phase:
     """Rounds that are alike.
@@ -69,7 +79,8 @@ class Phase:
     payload for all ("broadcast"), what its own shared mask holds of it ("slice"), or "nothing". `update` is what a
     client does with it. `own_mask` says that an update may hold other weights than were sent down (a client that
     prunes, or selects); one that does is otherwise refused. `join` makes the next server state of what came up; None:
-    nothing is joined. `rounds` 0 stands for the study's federate.rounds.
+    nothing is joined. `rounds` 0 stands for the study's federate.rounds. `evaluates`: clients only look at what came;
+    none has another state afterwards, and what crosses counts as evaluation.
     """
 
     name: str
@@ -79,11 +90,12 @@ class Phase:
     rounds: int = 0
     down: Down = "broadcast"
     own_mask: bool = False
+    evaluates: bool = False
 
     @property
     def in_waves(self) -> bool:
-        """Say whether it is of step 2: every client once, whose random streams then carry no round."""
-        return isinstance(self.who, Waves)
+        """Say whether every client reports rows, the unseen too; their random streams then carry no round."""
+        return isinstance(self.who, (Waves, Everyone))
 
 
 class FirstMask(Protocol):

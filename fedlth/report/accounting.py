@@ -133,6 +133,7 @@ def account_json(found: Account) -> dict[str, Any]:
         "by_coding": {key: asdict(one) for key, one in found.codings.items()},
         "dense_same_codec": told(_dense(wire, wire.dense_up_payload_bytes, wire.dense_payload_bytes)),
         "dense_raw": told(found.dense_raw),
+        "evaluation": told(wire.evaluation),
         "presets": [claimed(preset, claim) for preset, claim in found.claims],
     }  # fmt: skip
 
@@ -155,6 +156,8 @@ def truth_table(found: Account) -> Table:
     dense = _dense(wire, wire.dense_up_payload_bytes, wire.dense_payload_bytes)
     rows.append(row("dense, same visits, same codec", dense, messages=False))
     rows.append(row("dense, same visits, raw float32", found.dense_raw, messages=False))
+    if wire.evaluation.messages:
+        rows.append(row("beside all: evaluation between rounds", wire.evaluation))
     return Table("Bytes in the ledger", ("what", "messages", "up B", "down B", "both B", "% of all"), tuple(rows))
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from fedlth.errors import MissingExtra, require
 from fedlth.report.canvas import DARK, LIGHT, Picture, rendered
 from fedlth.report.cost import cost_text
+from fedlth.report.curve import curve_table, inflation
 from fedlth.report.facts import Facts, read_group
 from fedlth.report.figures import pictures
 from fedlth.report.headline import against, done, honest_notes, numbers, overlapping, reached
@@ -49,6 +50,8 @@ def write_report(run: Path) -> Path:
     """
     results = read_results(run)
     tables = {"summary": summary_table(results), "clients": clients_table(results), "bytes": bytes_table(results)}
+    if any(facts.curve for facts in results.group):
+        tables["curve"] = curve_table(results)
     try:
         require("report.html with its figures", "matplotlib", "jinja2", extra="sim")
     except MissingExtra:
@@ -138,7 +141,7 @@ def _framed(results: Results) -> str:
 
 
 def page(results: Results, *, tables: Mapping[str, Table], figures: Sequence[Drawn]) -> str:
-    """Return the HTML of a report. tables: summary, clients and bytes. Every text from the run is escaped."""
+    """Return the HTML of a report. tables: summary, clients, bytes, maybe curve. Every text from the run is escaped."""
     group, header = results.group, results.group[0].header
     arms = []
     for name in dict.fromkeys(found.choice.arm for found in results.summaries):
@@ -167,12 +170,15 @@ def page(results: Results, *, tables: Mapping[str, Table], figures: Sequence[Dra
         main_row=chosen.index(results.main) if results.main in chosen else -1,
         main_label=arm_of(results.main.arm).label if results.main else "nothing evaluated",
         figures=[embedded(one) for one in figures],
+        inflation=inflation(results),
+        curve=tables.get("curve"),
         dense_payload=scaled(header.dense_payload_bytes, "B"),
         dense_raw=scaled(header.dense_raw_bytes, "B"),
         framed=_framed(results),
         arms=arms,
         runs=[_provenance(facts) for facts in group],
-        **tables,
+        clients=tables["clients"],
+        bytes=tables["bytes"],
     )
 
 

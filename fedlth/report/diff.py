@@ -11,7 +11,7 @@ from fedlth.storage.json_lines import read_lines, read_object
 
 # What may differ between equal runs: where they ran, on what, and how the transport framed a message.
 APART = {"header.json": {"engine", "versions", "commit"}, "ledger.jsonl": {"framed_bytes"}}
-ROWS = ("ledger.jsonl", "rounds.jsonl", "metrics.jsonl")
+ROWS = ("ledger.jsonl", "rounds.jsonl", "metrics.jsonl", "curve.jsonl")
 OBJECTS = ("header.json", "digests.json")
 SHOWN = 3
 
@@ -147,7 +147,7 @@ def _pairs(run_a: Path, run_b: Path) -> list[tuple[Path, Path]]:
 def diff(run_a: Path, run_b: Path) -> list[str]:
     """Return where two run folders (or folders of seeds) differ, a few lines a file; empty means equal.
 
-    Compared: header but engine, versions and commit; ledger but framed_bytes; rounds; metrics; the tensors and
+    Compared: header but engine, versions and commit; ledger but framed_bytes; rounds; metrics; curve; the tensors and
     metadata of every ticket that both have; digests.json (final parameters). Apart: times.jsonl, config.yaml, the
     report, and tickets that stay on devices (`notes` says which). Raises StudyError where a folder is not a run or a
     file is corrupt.

@@ -9,7 +9,17 @@ from typing import TypeVar
 
 from fedlth.errors import StudyError
 from fedlth.storage import ticket_file
-from fedlth.storage.records import Header, LedgerRow, MetricRow, RoundRow, TimeRow, read_header, read_log
+from fedlth.storage.records import (
+    EVALUATE,
+    CurveRow,
+    Header,
+    LedgerRow,
+    MetricRow,
+    RoundRow,
+    TimeRow,
+    read_header,
+    read_log,
+)
 
 T = TypeVar("T")
 Key = TypeVar("Key")
@@ -28,7 +38,11 @@ class SavedTicket:
 
 @dataclass(frozen=True)
 class Facts:
-    """One run, as its folder tells it. `notes` holds what a reader must know: unfinished, parts missing."""
+    """One run, as its folder tells it. `notes` holds what a reader must know: unfinished, parts missing.
+
+    `evaluation` are the ledger's rows of the evaluations between rounds, which `ledger` is without: they serve the
+    curve alone, and no total holds them.
+    """
 
     path: Path
     header: Header
@@ -39,6 +53,8 @@ class Facts:
     times: tuple[TimeRow, ...]
     tickets: tuple[SavedTicket, ...]
     notes: tuple[str, ...]
+    evaluation: tuple[LedgerRow, ...] = ()
+    curve: tuple[CurveRow, ...] = ()
 
 
 def _saved(path: Path) -> SavedTicket:
@@ -75,17 +91,20 @@ def read_run(path: Path) -> Facts:
         return found
 
     config = path / "config.yaml"
+    ledger = rows(LedgerRow, needed=True)
     return Facts(
         path=path,
         header=header,
         config=config.read_text(encoding="utf-8") if config.is_file() else "",
-        ledger=rows(LedgerRow, needed=True),
+        ledger=tuple(row for row in ledger if row.phase != EVALUATE),
         # a method without rounds (local only) may leave no such file
         rounds=rows(RoundRow, needed=False),
         metrics=rows(MetricRow, needed=True),
         times=rows(TimeRow, needed=False),
         tickets=tuple(sorted(map(_saved, (path / "tickets").glob("*.safetensors")), key=lambda saved: saved.client)),
         notes=tuple(notes),
+        evaluation=tuple(row for row in ledger if row.phase == EVALUATE),
+        curve=rows(CurveRow, needed=False),
     )
 
 

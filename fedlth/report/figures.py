@@ -9,6 +9,7 @@ import numpy as np
 
 from fedlth.report.canvas import Picture, Theme, end_labels
 from fedlth.report.choice import Choice, baseline_of, rows_of
+from fedlth.report.curve_figure import curve_picture
 from fedlth.report.facts import Facts
 from fedlth.report.known_arms import arm_of
 from fedlth.report.results import Results
@@ -55,6 +56,8 @@ def pictures(results: Results) -> tuple[Picture, ...]:
             "clients after the last byte.",
             8.6, 4.2, AtBytes(results),
         ))  # fmt: skip
+    if (curve_of_all := curve_picture(results)) is not None:
+        found.append(curve_of_all)
     if results.overlaps:
         first = results.overlaps[0]
         of = f", seed {results.group[0].header.seed}" if len(results.group) > 1 else ""

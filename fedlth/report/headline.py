@@ -10,6 +10,7 @@ import numpy as np
 
 from fedlth.report.choice import Choice
 from fedlth.report.cost import cost_text
+from fedlth.report.curve import curve_table, inflation, lost_evaluations
 from fedlth.report.known_arms import arm_of, is_users
 from fedlth.report.results import Results
 from fedlth.report.statistics import ArmSummary, Difference, difference
@@ -48,7 +49,7 @@ def done(results: Results) -> str:
             f", each with about {np.median(sizes):.0f} training examples of {np.median(held):.0f} out of "
             f"{_plural(header.num_classes, 'class')}".replace("classs", "classes")
         )
-    federated = _rounds(results, frozenset(phase.name for phase in header.phases if phase.step == 1))
+    federated = _rounds(results, header.joining(1))
     rounds = _plural(federated, "federated round")
     sentences = [f"{clients}, trained one shared model in {rounds}." if federated else f"{clients}."]
     if header.unseen:
@@ -184,6 +185,10 @@ def honest_notes(results: Results) -> tuple[str, ...]:
             for row in facts.rounds
             if row.rolled_back_to
         ]
+        if lost := lost_evaluations(facts):
+            notes.append(
+                f"{seed}{_plural(lost, 'evaluation')} between the rounds failed; their points are of the others"
+            )
         evaluated = {row.client for row in facts.metrics}
         missing = sorted(set(range(facts.header.num_clients)) - evaluated)
         if missing:
@@ -218,6 +223,8 @@ def summary_text(results: Results) -> str:
     wire = [one for one in numbers(results) if one.label.startswith("payload")]
     parts.append("\n".join(f"{one.label}: {one.value}  ({one.small})" for one in wire))
     parts.append(fill(reached(results), WIDTH))
+    if told := inflation(results):
+        parts += [aligned(curve_table(results)), fill(told, WIDTH)]
     rivals = against(results)
     if rivals.rows:
         parts.append(aligned(rivals))

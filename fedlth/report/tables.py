@@ -108,6 +108,8 @@ def bytes_table(results: Results) -> Table:
     rows.append(row("of these refused or failed", [one.refused for one in all_of]))
     dense = [float(np.mean([getattr(one, key) for one in all_of])) for key in ("dense_up_bytes", "dense_down_bytes")]
     rows.append(("dense FedAvg for the same visits", NOTHING, *(scaled(mean, "B") for mean in (*dense, sum(dense)))))
+    if any(one.evaluation.messages for one in all_of):
+        rows.append(row("beside all these: evaluation between rounds", [one.evaluation for one in all_of]))
     return Table("Payload bytes that crossed the wire", ("what", "messages", "up", "down", "both"), tuple(rows))
 
 

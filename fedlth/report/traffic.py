@@ -66,7 +66,8 @@ class Traffic:
     framed_bytes: as the transport sent it, None unless every frame's size was told. dense_bytes: what dense FedAvg
     would have moved for the same visits through the same codec: one dense model down and one dense update up for each
     visit in rounds that join updates, one down for each other visit. A dense update is the mean of those that this run
-    did send (dense_seen of them); with none, it counts as much as a dense model down.
+    did send (dense_seen of them); with none, it counts as much as a dense model down. `evaluation` is what the
+    evaluations between the rounds moved, every receiver counted: no other field holds any of it.
     """
 
     unicast: Flow
@@ -82,6 +83,7 @@ class Traffic:
     dense_payload_bytes: int
     dense_up_payload_bytes: int
     dense_seen: int
+    evaluation: Flow
 
     @property
     def dense_up_bytes(self) -> int:
@@ -172,6 +174,7 @@ def traffic(facts: Facts) -> Traffic:
         dense_payload_bytes=facts.header.dense_payload_bytes,
         dense_up_payload_bytes=round(sum(seen) / len(seen)) if seen else facts.header.dense_payload_bytes,
         dense_seen=len(seen),
+        evaluation=flow(facts.evaluation),
     )
 
 

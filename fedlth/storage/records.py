@@ -19,6 +19,7 @@ from fedlth.study.parts import is_number
 T = TypeVar("T")
 
 FORMAT = 1
+EVALUATE = "evaluate"  # the phase whose messages only serve the curve: no total of the training's traffic holds them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,10 +174,11 @@ class Diverged:
 class RoundRow:
     """One round as the server saw it; `val_accuracy` is None where no visit reported one.
 
-    `rolled_back_to` says which global model took the place of one that no client could use ("" for none).
+    `rolled_back_to` says which global model took the place of one that no client could use ("" for none), `kept_best`
+    with which one step 2 begins where the evaluations chose it; it is on the row of the last evaluation.
     """
 
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"rolled_back_to"})
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"rolled_back_to", "kept_best"})
 
     round: int
     phase: str
@@ -187,6 +189,7 @@ class RoundRow:
     failed: list[Failed] = field(default_factory=list)
     diverged: list[Diverged] = field(default_factory=list)
     rolled_back_to: str = ""
+    kept_best: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +267,30 @@ class MetricRow:
     diverged: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class CurveRow:
+    """One client under one model after a round of step 1: arm `global`, or `own`, which a method may have besides.
+
+    `phase` and `round` are those of the round that made the model; the server writes them, whatever a client says.
+    """
+
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"round", "phase", "diverged"})
+
+    round: Count = 0
+    phase: Label = ""
+    client: Count
+    unseen: bool
+    arm: Name
+    density: Share
+    val_accuracy: Share
+    test_accuracy: Share
+    val_loss: Number
+    test_loss: Number
+    num_val: Count
+    num_test: Count
+    diverged: bool = False
+
+
 @dataclass(frozen=True)
 class VisitRecord:
     """What a client says of one visit. A method may leave out all but the first, and add numbers of its own."""
@@ -288,7 +315,9 @@ def visit_record(record: Mapping[str, Any]) -> VisitRecord:
     return read(VisitRecord, {k: v for k, v in record.items() if k in known}, strict=True)
 
 
-LOGS: dict[str, type] = {"ledger": LedgerRow, "rounds": RoundRow, "metrics": MetricRow, "times": TimeRow}
+LOGS: dict[str, type] = {
+    "ledger": LedgerRow, "rounds": RoundRow, "metrics": MetricRow, "times": TimeRow, "curve": CurveRow,
+}  # fmt: skip
 
 
 def parse(kind: type[T], row: Mapping[str, Any], *, place: str) -> T:

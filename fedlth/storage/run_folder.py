@@ -30,11 +30,25 @@ MEMORY = "memory/"  # what an aggregation rule remembers, beside the state's own
 
 
 @dataclass(frozen=True)
+class Best:
+    """The global model that was best on validation data, as `theta` names it, the round that made it, and its rank.
+
+    `rank` is (how many clients of the federation answered, their mean): a round that some did not answer comes after.
+    """
+
+    theta: str
+    phase: str
+    round: int
+    rank: tuple[int, float]
+
+
+@dataclass(frozen=True)
 class Progress:
     """Where a run stands: the next step, whose state is current, and how long each log is.
 
     `theta` names the checkpoint of the server's state, "" for the initial one. `good` names the last one that a client
-    could work with, None while there is none. `norms` are the distances of accepted updates by phase and group.
+    could work with, None while there is none. `norms` are the distances of accepted updates by phase and group. `best`
+    is what the evaluations have chosen so far.
     """
 
     step: int = 0
@@ -45,6 +59,7 @@ class Progress:
     empty_rounds: int = 0
     good: str | None = None
     norms: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    best: Best | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +104,9 @@ class RunFolder:
         if not file.exists():
             return Progress()
         try:
-            return Progress(**_checked(json.loads(file.read_bytes())))
+            record = _checked(json.loads(file.read_bytes()))
+            best = record.pop("best", None)
+            return Progress(**record, best=best and Best(**{**best, "rank": tuple(best["rank"])}))
         except (ValueError, TypeError, KeyError) as error:
             raise StudyError(f"{file}: damaged: {error}") from error
 

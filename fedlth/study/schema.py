@@ -128,6 +128,13 @@ class Finder(Node):
     main: float | None = None
 
 
+class Evaluate(Node):
+    """A curve: all clients evaluate the global model every `every` rounds of step 1; with which one step 2 begins."""
+
+    every: Annotated[int, Field(ge=0)] = 0
+    keep: Literal["last", "best"] = "last"
+
+
 class Refine(Node):
     """Further federated rounds inside the tickets."""
 
@@ -179,6 +186,7 @@ class Study(Node):
     model: Annotated[Model, BeforeValidator(_spec)] = Model()
     train: Train = Train()
     federate: Federate = Federate()
+    evaluate: Evaluate = Evaluate()
     finder: Finder = Finder()
     personalise: Personalise = Personalise()
     refine: Refine = Refine()
