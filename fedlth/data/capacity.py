@@ -36,3 +36,10 @@ def tiers_of(tiers: Sequence[Tier], count: int, seed: int) -> tuple[Tier, ...]:
         found |= dict.fromkeys(rest[at:end], tier)
         at = end
     return tuple(found.get(client, WHOLE) for client in range(count))
+
+
+def label(tiers: Sequence[Tier], tier: Tier) -> str:
+    """Return what a tier is called: its name, else its place in the list; "whole device" where no tier is meant."""
+    if tier is WHOLE or tier not in tiers:
+        return "whole device"
+    return tier.name or f"tier {list(tiers).index(tier)}"

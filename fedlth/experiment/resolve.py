@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from fedlth.data.capacity import WHOLE, label
 from fedlth.data.split import num_unseen
 from fedlth.errors import StudyError
 from fedlth.experiment import effects, feasible
@@ -15,6 +16,7 @@ from fedlth.experiment.experiment import KEPT_FIRST, Experiment, method_of, open
 from fedlth.kernel import kernel
 from fedlth.methods.rules import check_rule
 from fedlth.models.initial import refuse
+from fedlth.personalization import kept
 from fedlth.personalization.arms import arm_of
 from fedlth.storage import tensorboard
 from fedlth.storage.server_state import ServerState
@@ -82,6 +84,8 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
         raise StudyError(f"tickets: must be dense where dead weights are not zero, as with {finder.dead}")
     if "ticket_0" in arms:
         replace(finder, rewind=ToInit())  # says so where the finder's other parts forbid it
+    tiers = study.clients.capacity
+    kept.check(experiment.keep, study.finder, [(label(tiers, tier), tier) for tier in (*tiers, WHOLE)])
     _check_counts(experiment)
     _check_anchor(experiment)
     p = study.personalise

@@ -152,8 +152,9 @@ class Replies:
 
     def _asked(self, client: int) -> Asked:
         """Return what the server knows of a client's answer before it comes."""
-        splits = self.experiment.task.splits
-        return replace(self._asked_of_all, split=splits.clients[client], unseen=client in splits.unseen)
+        task = self.experiment.task
+        split, unseen = task.splits.clients[client], client in task.splits.unseen
+        return replace(self._asked_of_all, split=split, unseen=unseen, tier=task.capacity(client))
 
     @cached_property
     def _asked_of_all(self) -> Asked:
@@ -165,7 +166,7 @@ class Replies:
         return Asked(
             split=experiment.task.splits.clients[0], unseen=False, own_mask=phase.own_mask,
             sends={name: (kind, experiment.layout_of(kind)) for name, kind in sends}, arms=frozenset(arms),
-            targets=frozenset((1.0, *experiment.study.finder.densities, experiment.main_density)),
+            targets=frozenset((1.0, *experiment.study.finder.densities)), keep=experiment.keep,
             layers=frozenset(e.name for e in layout.prunable),
             named=experiment.layout.num_prunable == layout.num_prunable,
         )  # fmt: skip
