@@ -38,8 +38,12 @@ def tiers_of(tiers: Sequence[Tier], count: int, seed: int) -> tuple[Tier, ...]:
     return tuple(found.get(client, WHOLE) for client in range(count))
 
 
-def label(tiers: Sequence[Tier], tier: Tier) -> str:
-    """Return what a tier is called: its name, else its place in the list; "whole device" where no tier is meant."""
-    if tier is WHOLE or tier not in tiers:
-        return "whole device"
-    return tier.name or f"tier {list(tiers).index(tier)}"
+def named(tiers: Sequence[Tier]) -> list[tuple[str, Tier]]:
+    """Return tiers with what they are called: their name, else their place in the list; whole devices last."""
+    return [*((tier.name or f"tier {i}", tier) for i, tier in enumerate(tiers)), ("whole device", WHOLE)]
+
+
+def names_of(tiers: Sequence[Tier], count: int, seed: int) -> list[str]:
+    """Return the name of each client's tier, none where there are no tiers."""
+    names = {id(tier): name for name, tier in named(tiers)}
+    return [names[id(tier)] for tier in tiers_of(tiers, count, seed)] if tiers else []

@@ -13,13 +13,14 @@ from fedlth.experiment.experiment import Experiment
 from fedlth.federation import ledger_rows
 from fedlth.federation.door import Accepted, Asked, accept
 from fedlth.federation.downloads import Downloads
-from fedlth.federation.jobs import RESYNC, Failure, Job, Message, Reply
+from fedlth.federation.fleet import Clock
+from fedlth.federation.jobs import RESYNC, Answers, Failure, Job, Message, Reply
 from fedlth.federation.update_norms import Distances, UpdateNorms
 from fedlth.methods.aggregate import Contribution
 from fedlth.methods.client_update import VALUES
 from fedlth.methods.method import Phase
 from fedlth.personalization.arms import row_name
-from fedlth.storage.records import Failed, LedgerRow, TimeRow, Work
+from fedlth.storage.records import DROPPED, LATE, Failed, LedgerRow, TimeRow, Work
 from fedlth.storage.run_folder import Progress, RunFolder
 from fedlth.storage.state_archive import Writer
 from fedlth.wire.errors import PayloadError
@@ -27,13 +28,18 @@ from fedlth.wire.errors import PayloadError
 
 @dataclass(frozen=True)
 class Arrived:
-    """An answer at the door: what was accepted of it, or why it is refused; None where there is no reply."""
+    """An answer at the door: what was accepted of it, or why it is refused; None where there is no reply.
+
+    `seconds` are those of the study's fleet; `late` says why what was accepted comes too late.
+    """
 
     job: Job
     answer: Reply | Failure
     kind: str
     got: Accepted | PayloadError | None
     distances: Distances | None = None
+    seconds: float | None = None
+    late: str = ""
 
 
 @dataclass
@@ -61,6 +67,8 @@ class Replies:
     versions: dict[str, str] = field(default_factory=dict)
     mirrors: dict[str, str | None] = field(default_factory=dict)
     resyncs: int = 0
+    came_s: list[float] = field(default_factory=list)
+    gone_s: list[float] = field(default_factory=list)
     _tries: dict[int, list[LedgerRow]] = field(default_factory=dict)
     _waiting: list[Arrived] = field(default_factory=list)
 
@@ -69,8 +77,31 @@ class Replies:
         """Name the states that this round makes."""
         return f"{self.phase.name}-{self.round}"
 
+    @cached_property
+    def clock(self) -> Clock:
+        """The round's simulated time."""
+        return Clock(self.experiment, self.phase, self.round)
+
+    @cached_property
+    def dropped(self) -> frozenset[int]:
+        """Who drops out of the round, known before it begins: their jobs need not be run."""
+        return frozenset(client for client in self.clients if self.clock.drops(client))
+
     def jobs(self) -> Iterator[Job]:
-        return (self._job(c, self.downloads.inbox(c)) for c in self.clients)
+        return (self._job(c, self.downloads.inbox(c)) for c in self.clients if c not in self.dropped)
+
+    def all_of(self, answers: Answers) -> Iterator[tuple[Job, Reply | Failure]]:
+        """Yield the engine's answers, and those of the clients that dropped out in their places."""
+        for client in self.clients:
+            if client not in self.dropped:
+                yield next(answers)
+                continue
+            why = "after its download (fleet.drop)"
+            yield (
+                self._job(client, self.downloads.inbox(client)),
+                Failure(round=self.round, client=client, kind=DROPPED, reason=why),
+            )
+        yield from answers  # to its end: an engine may have something to put away
 
     def _job(self, client: int, inbox: tuple[Message, ...], *, forget: bool = False) -> Job:
         version = "" if forget else self.progress.versions.get(str(client), "")
@@ -107,7 +138,9 @@ class Replies:
         while self._waiting:
             one = self._waiting.pop(0)
             job, answer, got = one.job, one.answer, one.got
-            self.times.append(self._time_row(answer))
+            self.times.append(replace(self._time_row(answer), simulated_s=one.seconds))
+            if one.seconds is not None:
+                (self.gone_s if isinstance(answer, Failure) else self.came_s).append(one.seconds)
             self.rows += self._tries.get(job.client, [])
             self.rows += self._rows_down(job, answer, one.kind)
             if isinstance(answer, Failure):
@@ -123,6 +156,10 @@ class Replies:
                 self.failed.append(Failed(job.client, "refused", str(got)))
                 self.rows += self._rows_up(answer, {}, f"refused: {got}")
                 continue
+            if one.late:
+                self.failed.append(Failed(job.client, LATE, one.late))
+                self.rows += self._rows_up(answer, got.masks, LATE)
+                continue
             self.rows += self._rows_up(answer, got.masks, "ok")
             self._keep(answer, got, states, masks)
             if one.distances is not None:
@@ -135,16 +172,20 @@ class Replies:
         """Decode and check an answer; each is judged alone."""
         kind = "resync" if job.client in self._tries else ""
         if isinstance(answer, Failure):
-            return Arrived(job, answer, kind, None)
+            gone = self.clock.of_dropped(job, self.downloads.mask(job.client)) if answer.kind == DROPPED else None
+            return Arrived(job, answer, kind, None, seconds=gone)
+        seconds = self.clock.of_reply(job, answer, self._tries.get(job.client, ()))
         try:
             if (answer.client, answer.round) != (job.client, job.round):
                 raise PayloadError(f"client {answer.client} answered for client {job.client}")
             held = self.downloads.held(job.client, job.inbox)
             got = accept(answer, codec=self.experiment.codec, held=held, asked=self._asked(job.client))
-            update = got.contribution.content if got.contribution and self._sends_values else None
-            return Arrived(job, answer, kind, got, self.norms.distances(update) if update else None)
+            late = self.clock.late(seconds)
+            update = got.contribution.content if got.contribution and self._sends_values and not late else None
+            distances = self.norms.distances(update) if update else None
+            return Arrived(job, answer, kind, got, distances, seconds, late)
         except PayloadError as error:
-            return Arrived(job, replace(answer, client=job.client), kind, error)
+            return Arrived(job, replace(answer, client=job.client), kind, error, seconds=seconds)
 
     @property
     def _sends_values(self) -> bool:

@@ -156,6 +156,7 @@ def _write_header(folder: RunFolder, experiment: Experiment, engine: Engine, end
         unseen=sorted(task.splits.unseen),
         num_classes=task.dataset.num_classes,
         client_labels=[label_counts(task.dataset, s) for s in task.splits.clients],
+        client_tiers=task.tier_names,
         layers=[
             Layer(e.name, list(e.shape), e.size, e.prunable, task.model.flops.get(e.name, 0))
             for e in task.layout.floats

@@ -231,7 +231,8 @@ class Study(Node):
     def given(self, place: str) -> bool:
         """Say whether the user wrote this section, or `section.key`: never true of a default."""
         section, _, key = place.partition(".")
-        return section in self.model_fields_set and (not key or key in getattr(self, section).model_fields_set)
+        node = getattr(self, section)
+        return section in self.model_fields_set and (not key or (node is not None and key in node.model_fields_set))
 
 
 def _override(tree: dict[str, Any], assignment: str) -> None:
