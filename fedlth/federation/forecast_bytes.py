@@ -93,9 +93,8 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
     both = [] if sure else ["no client prunes"]
     if study.refine.rounds and _may_stop(study):
         both.append("tickets that stop before their first prune")
-    if study.refine.rounds and any(
-        len(experiment.keep.allowed(task.capacity(c))) > 1 for c in range(study.clients.count)
-    ):
+    choices = [len(experiment.keep.allowed(task.capacity(c))) for c in range(study.clients.count)]
+    if study.refine.rounds and max(choices) > 1:
         both.append("tickets at the largest density that each client may choose")
     if method.first_mask != Dense():
         both.append("clients that begin with the whole model")

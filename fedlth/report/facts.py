@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,7 +28,10 @@ class SavedTicket:
 
 @dataclass(frozen=True)
 class Facts:
-    """One run, as its folder tells it. `notes` holds what a reader must know: unfinished, parts missing."""
+    """One run, as its folder tells it. `notes` holds what a reader must know: unfinished, parts missing.
+
+    `chosen` is the target density of each client's kept ticket, where every client has one of its own.
+    """
 
     path: Path
     header: Header
@@ -39,6 +42,7 @@ class Facts:
     times: tuple[TimeRow, ...]
     tickets: tuple[SavedTicket, ...]
     notes: tuple[str, ...]
+    chosen: Mapping[int, float] = field(default_factory=dict)
 
 
 def _saved(path: Path) -> SavedTicket:
@@ -75,6 +79,7 @@ def read_run(path: Path) -> Facts:
         return found
 
     config = path / "config.yaml"
+    metrics = rows(MetricRow, needed=True)
     return Facts(
         path=path,
         header=header,
@@ -82,10 +87,11 @@ def read_run(path: Path) -> Facts:
         ledger=rows(LedgerRow, needed=True),
         # a method without rounds (local only) may leave no such file
         rounds=rows(RoundRow, needed=False),
-        metrics=rows(MetricRow, needed=True),
+        metrics=metrics,
         times=rows(TimeRow, needed=False),
         tickets=tuple(sorted(map(_saved, (path / "tickets").glob("*.safetensors")), key=lambda saved: saved.client)),
         notes=tuple(notes),
+        chosen={row.client: row.target_density for row in metrics if row.chosen},
     )
 
 

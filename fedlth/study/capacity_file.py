@@ -73,7 +73,8 @@ def _list_rows(where: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     found = parse(text, where)
     if not isinstance(found, list):
         raise wrong(where, "a list of clients", type(found).__name__)
-    lines = [node.start_mark.line + 1 for node in yaml.compose(text, Loader=yaml.SafeLoader).value]
+    tree: Any = yaml.compose(text, Loader=yaml.SafeLoader)
+    lines = [node.start_mark.line + 1 for node in tree.value]
     for line, row in zip(lines, found, strict=True):
         if not isinstance(row, dict):
             raise wrong(f"{where}:{line}", "a mapping of columns", row)

@@ -53,7 +53,7 @@ class Data(Node):
 class Tier(Node):
     """What some clients can carry: those named, or a share of them all.
 
-    `density`, `width` and `speed` are relative to the fleet's reference device. A link that is not given is the fleet's.
+    `density`, `width` and `speed` are relative to the fleet's reference device; a link not given is the fleet's.
     """
 
     clients: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(as_tuple)] | None = None
