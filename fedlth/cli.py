@@ -61,7 +61,8 @@ def compare(args: argparse.Namespace) -> int:
 
     result = compared(args.run, arm=args.arm)
     if args.tables:
-        write_tables(args.tables, {"compare": result.table()})
+        times = {"times": result.times()} if result.times().rows else {}
+        write_tables(args.tables, {"compare": result.table(), **times})
     say(result.text())
     return 0
 

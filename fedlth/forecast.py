@@ -12,6 +12,7 @@ from fedlth.engines.choose import check_engine, without_effect
 from fedlth.experiment.experiment import Experiment
 from fedlth.experiment.resolve import resolve
 from fedlth.federation.forecast_bytes import forecast_bytes
+from fedlth.federation.forecast_time import Visit, forecast_time
 from fedlth.methods.fedselect import SelectUpdate
 from fedlth.study.schema import Study
 from fedlth.tickets.finder import Finder
@@ -82,6 +83,16 @@ def own_epochs(experiment: Experiment) -> tuple[float, float]:
     return float((trained + refined) * study.train.epochs), float(tuned * study.personalise.epochs)
 
 
+def _kept_epochs(experiment: Experiment) -> float:
+    """Return the epochs of step 2 that lead to the model which a client keeps: on a fleet it trains no controls."""
+    arm = experiment.kept_arm
+    if arm is None:
+        return 0.0
+    many = 1 if arm == "own_tuned" else trainings(arm, experiment)
+    learned = SEARCHES[arm](experiment.finder).learned(experiment.study.finder.densities)[1] if arm in SEARCHES else 0
+    return float(many * experiment.study.personalise.epochs + learned)
+
+
 def _once(task: Task, visits: int) -> int:
     return 1
 
@@ -111,6 +122,7 @@ def forecast(study: Study) -> str:
         *_compute_lines(task.each[0]),
         f"cohort: {study.cohort} clients train as one" if study.cohort != 1 else "cohort: 1, clients train one by one",
         str(moved),
+        *forecast_time(experiment, Visit(*moved.visit, epochs=_kept_epochs(experiment))),
         f"training: {steps:,.0f} steps, {steps * per_step / 1e12:,.2f} TFLOP (dense), at {1e3 * step_s:.2f} ms a step "
         f"about {steps * step_s / 60:,.1f} min on one core",
         f"memory: about {_memory_mb(experiment):,.0f} MB a worker; disk about {_disk_mb(experiment):,.0f} MB",

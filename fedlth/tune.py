@@ -73,7 +73,7 @@ def _score(trial: Study, where: Path) -> float | str:
     arm = experiment.product_arm or "global"
     kept: dict[int, MetricRow] = {}
     for row in (r for r in read_log(where, MetricRow)[0] if r.arm == arm):
-        if row.client not in kept or row.target_density == experiment.main_density:
+        if row.client not in kept or experiment.is_kept(row):
             kept[row.client] = row
     if not kept or any(row.diverged for row in kept.values()):
         return DIVERGED

@@ -33,7 +33,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"finder": {"densities": [0.2, 0.5]}}, "finder.densities: must fall"),
     ({"finder": {"densities": [0.2, 0.2]}}, "finder.densities: must fall"),
     ({"finder": {"densities": "many"}}, "finder.densities"),
-    ({"finder": {"main": 0.3}}, "finder.main: must be one of finder.densities, got 0.3"),
+    ({"finder": {"main": 0.3}}, "finder.main: must be one of finder.densities, auto or capacity, got 0.3"),
     ({"method": {"name": 3}}, "method.name: required"),
     ({"partition": {"seed": "x"}}, "partition.seed: must be an integer of at least 0, got 'x'"),
     ({"partition": {"seed": -1}}, "partition.seed"),

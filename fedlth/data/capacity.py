@@ -36,3 +36,14 @@ def tiers_of(tiers: Sequence[Tier], count: int, seed: int) -> tuple[Tier, ...]:
         found |= dict.fromkeys(rest[at:end], tier)
         at = end
     return tuple(found.get(client, WHOLE) for client in range(count))
+
+
+def named(tiers: Sequence[Tier]) -> list[tuple[str, Tier]]:
+    """Return tiers with what they are called: their name, else their place in the list; whole devices last."""
+    return [*((tier.name or f"tier {i}", tier) for i, tier in enumerate(tiers)), ("whole device", WHOLE)]
+
+
+def names_of(tiers: Sequence[Tier], count: int, seed: int) -> list[str]:
+    """Return the name of each client's tier, none where there are no tiers."""
+    names = {id(tier): name for name, tier in named(tiers)}
+    return [names[id(tier)] for tier in tiers_of(tiers, count, seed)] if tiers else []

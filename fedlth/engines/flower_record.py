@@ -58,7 +58,8 @@ def of_answer(answer: Reply | Failure) -> Records:
     head: dict[str, Any] = {"round": answer.round, "client": answer.client, "worker": answer.worker}
     if isinstance(answer, Failure):
         return _pack(head | {"kind": answer.kind, "reason": answer.reason}, ())
-    return _pack(head | {"seconds": answer.seconds, "device": answer.device}, answer.outbox)
+    told = {"seconds": answer.seconds, "device": answer.device, "flops": [answer.flops, answer.alive_flops]}
+    return _pack(head | told, answer.outbox)
 
 
 def to_answer(records: View, job: Job) -> Reply | Failure:
@@ -74,9 +75,10 @@ def to_answer(records: View, job: Job) -> Reply | Failure:
             raise ValueError(f"failure kind must be one of {', '.join(KINDS)}, got {_line(kind, 40)!r}")
         reason = _line(_field(head, "reason", str), 300)
         return Failure(round=job.round, client=job.client, kind=kind, reason=reason, worker=worker)
+    flops, alive_flops = _flops(head)
     return Reply(
         round=job.round, client=job.client, outbox=outbox, worker=worker, seconds=_seconds(head, "seconds"),
-        device=_line(_field(head, "device", str), 100),
+        device=_line(_field(head, "device", str), 100), flops=flops, alive_flops=alive_flops,
     )  # fmt: skip
 
 
@@ -135,6 +137,18 @@ def _seconds(head: Mapping[str, Any], name: str) -> float:
     if not (isinstance(value, float) or abs(value) < 2**53) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number")
     return float(value)
+
+
+def _flops(head: Mapping[str, Any]) -> tuple[float, float]:
+    """Return what a client says that it trained, (dense, by what is alive): finite and not negative."""
+    told = _field(head, "flops", list)
+    if len(told) != 2:
+        raise ValueError("flops must be two numbers")
+    both = {"dense": told[0], "alive": told[1]}
+    dense, alive = _seconds(both, "dense"), _seconds(both, "alive")
+    if min(dense, alive) < 0:
+        raise ValueError("flops must not be negative")
+    return dense, alive
 
 
 def _line(text: str, longest: int) -> str:

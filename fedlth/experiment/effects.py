@@ -68,6 +68,7 @@ def notes(study: Study, experiment: Experiment) -> list[str]:
             idle.setdefault(why, []).append(place)
     for why, places in idle.items():
         made.append(f"{', '.join(places)}: {'has' if len(places) == 1 else 'have'} no effect, {why}")
+    made += _idle_columns(study, method)
     only = ", ".join(a for a in arms if a not in UNTRAINED | {"own_tuned"})
     rates = [p for p in ("train.lr", "train.momentum", "train.weight_decay") if study.given(p)]
     if method.space == "scores" and not study.refine.rounds and only and rates:
@@ -75,6 +76,24 @@ def notes(study: Study, experiment: Experiment) -> list[str]:
     if method.phases and not _federates(study, method):
         made.append("federate.rounds: is 0, so the global model is theta_0, which no round has trained")
     return made
+
+
+def _idle_columns(study: Study, method: FederatedMethod) -> Iterator[str]:
+    """Yield a note on what tiers say that nothing reads, where something else of them is read."""
+    if method.reads_capacity or not _capacity_used(study, method):
+        return
+    said = {key for tier in study.clients.capacity for key in tier.model_fields_set}
+    idle = [key for key in ("density",) if study.finder.main not in ("auto", "capacity")] + ["width"]
+    if study.fleet is None:
+        idle += ["speed", "down_bytes_s", "up_bytes_s", "latency_s"]
+    if found := [key for key in idle if key in said]:
+        yield f"clients.capacity: {', '.join(found)} of its tiers: no effect, nothing here reads them"
+
+
+def _capacity_used(study: Study, method: FederatedMethod) -> bool:
+    """Say whether anything reads clients.capacity: the method, the choice of a density, the fleet, a memory's check."""
+    chooses, memory = study.finder.main in ("auto", "capacity"), any(t.memory_mb for t in study.clients.capacity)
+    return method.reads_capacity or chooses or study.fleet is not None or memory
 
 
 def _federates(study: Study, method: FederatedMethod) -> bool:
@@ -145,8 +164,15 @@ def _idle(study: Study, method: FederatedMethod, arms: set[str], product: str | 
         yield "ray", f"engine is {study.engine}"
     if study.engine != "inprocess":
         yield "workers", f"engine {study.engine} has workers of its own"
-    if not method.reads_capacity:
+    if not _capacity_used(study, method):
         yield "clients.capacity", f"{said} does not ask for it"
+    if study.finder.main in ("auto", "capacity"):
+        if "ticket" not in arms:
+            yield "finder.main", "only the arm ticket has several densities to keep one of"
+        elif len(study.finder.densities) == 1:
+            yield "finder.main", "finder.densities has one density"
+    if study.fleet is not None and not rounds:
+        yield from ((f"fleet.{key}", f"{said} has no federated rounds") for key in ("deadline_s", "drop"))
     if product is None:
         yield "tickets", f"no arm of {said} is a client's own model"
     if study.seeds:

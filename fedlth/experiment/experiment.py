@@ -21,9 +21,10 @@ from fedlth.methods.method import Dense, Down, Everyone, FederatedMethod, Phase,
 from fedlth.methods.table import METHODS
 from fedlth.models.layout import Layout, Params
 from fedlth.personalization.evaluate import Evaluate
+from fedlth.personalization.kept import At, Keep, keep_of
 from fedlth.personalization.personalise import NEED_NO_GLOBAL, TICKET, Personalise, Refined
 from fedlth.storage.client_state import ClientState
-from fedlth.storage.records import EVALUATE
+from fedlth.storage.records import EVALUATE, MetricRow
 from fedlth.study import schema
 from fedlth.study.parts import make
 from fedlth.study.schema import Study
@@ -87,7 +88,7 @@ class Experiment:
         found = [self._filled(phase) for phase in self.method.phases]
         personalise = Personalise(
             own=self.method.own, finder=self.finder, arms=self.arms, targets=study.finder.densities,
-            main=self.main_density, kept=self.kept_arm, learns_scores=self.method.space == "scores",
+            main=self.keep, kept=self.kept_arm, learns_scores=self.method.space == "scores",
             sends=((TICKET, "mask"),) if study.refine.rounds else (),
         )  # fmt: skip
         down: Down = "slice" if slices else "broadcast" if found else "nothing"
@@ -109,7 +110,7 @@ class Experiment:
                     rounds=study.refine.rounds,
                 )  # fmt: skip
             )
-            found.append(self._wave("refined", Refined(main=self.main_density), "slice"))
+            found.append(self._wave("refined", Refined(main=self.keep), "slice"))
         return tuple(phase for phase in found if phase.rounds)
 
     @property
@@ -234,11 +235,14 @@ class Experiment:
             return self.method.space == "weights"
         return phase.name == "personalise" and not set(self.arms) <= NEED_NO_GLOBAL
 
-    @property
-    def main_density(self) -> float:
-        """The density of the ticket that is kept."""
-        f = self.study.finder
-        return f.main if f.main is not None else f.densities[-1]
+    @cached_property
+    def keep(self) -> Keep:
+        """The rule that says which ticket is kept (finder.main); without that arm there is nothing to choose among."""
+        return keep_of(self.study.finder) if self.kept_arm == "ticket" else At(self.study.finder.densities[-1])
+
+    def is_kept(self, row: MetricRow) -> bool:
+        """Say whether a row is at the density that its client keeps."""
+        return row.chosen or (isinstance(self.keep, At) and row.target_density == self.keep.density)
 
     @property
     def kept_arm(self) -> str | None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from fedlth.data.capacity import named
 from fedlth.data.split import num_unseen
 from fedlth.errors import StudyError
-from fedlth.experiment import effects, feasible
+from fedlth.experiment import client_memory, effects, feasible
 from fedlth.experiment.experiment import KEPT_FIRST, Experiment, method_of, open_experiment
 from fedlth.kernel import kernel
 from fedlth.methods.rules import check_rule
 from fedlth.models.initial import refuse
+from fedlth.personalization import kept
 from fedlth.personalization.arms import arm_of
 from fedlth.storage import tensorboard
 from fedlth.storage.server_state import ServerState
@@ -34,7 +36,7 @@ def resolve(study: Study) -> tuple[Experiment, list[str]]:
         tensorboard.require()
     resolved, why = _backend(experiment)
     experiment = open_experiment(resolved.science())
-    notes += why + _checked(experiment) + feasible.check(study, experiment)
+    notes += why + _checked(experiment) + feasible.check(study, experiment) + client_memory.notes(experiment)
     _check_rules(experiment)
     if resolved.device == "auto" and resolved.engine == "inprocess":  # elsewhere each worker's machine decides
         resolved = resolved.model_copy(update={"device": experiment.task.device})
@@ -87,6 +89,7 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
         raise StudyError(f"tickets: must be dense where dead weights are not zero, as with {finder.dead}")
     if "ticket_0" in arms:
         replace(finder, rewind=ToInit())  # says so where the finder's other parts forbid it
+    kept.check(experiment.keep, study.finder, named(study.clients.capacity))
     _check_counts(experiment)
     _check_anchor(experiment)
     p = study.personalise

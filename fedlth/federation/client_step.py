@@ -15,7 +15,7 @@ from fedlth.methods.client_update import THETA_G, UPDATE, Update
 from fedlth.methods.method import Phase
 from fedlth.personalization.personalise import EVALUATION
 from fedlth.storage.client_state import ClientState
-from fedlth.training.local_client import LocalClient
+from fedlth.training.local_client import Cost, LocalClient
 from fedlth.wire import mask as bitmap
 from fedlth.wire import metrics, payload
 from fedlth.wire.errors import ReferenceLost
@@ -39,6 +39,7 @@ def client_step(job: Job) -> Reply:
     local = LocalClient(experiment.task_of(job.client), job.client, 0 if phase.in_waves else job.round, job.phase)
     update = phase.update(local, inbox, state)
     state, outbox = _encoded(job, experiment, phase, local, inbox[THETA_G], update)
+    cost = sum(local.log, Cost()) if update.cost is None else update.cost
     return Reply(
         round=job.round,
         client=job.client,
@@ -47,6 +48,8 @@ def client_step(job: Job) -> Reply:
         seconds=time.perf_counter() - began,
         device=experiment.task.device,
         work=tuple(local.work),
+        flops=cost.flops,
+        alive_flops=cost.alive_flops,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,10 @@ from fedlth.data.split import ClientSplit
 from fedlth.federation.jobs import Reply
 from fedlth.methods.aggregate import Contribution
 from fedlth.models.layout import Layout
+from fedlth.personalization.kept import Keep
 from fedlth.storage.records import CurveRow, MetricRow, VisitRecord, visit_record
 from fedlth.storage.typed_record import read
+from fedlth.study.schema import Tier
 from fedlth.wire import mask as bitmap
 from fedlth.wire import metrics, payload
 from fedlth.wire.codec import Codec
@@ -56,7 +58,7 @@ class Asked:
     The client's own parts of the data; in step 2, the arms and their target densities, and what tensors are prunable;
     the messages that its phase's update sends, by name: kind and layout. `named`: the mask that comes up is that of a
     model in the rows. `own_mask`: values may lie under another mask than what was sent. `curve`: the rows are those of
-    an evaluation between rounds.
+    an evaluation between rounds. `keep` is the rule that says which ticket a client of this `tier` keeps.
     """
 
     split: ClientSplit
@@ -68,6 +70,8 @@ class Asked:
     layers: frozenset[str] = frozenset()
     named: bool = True
     curve: bool = False
+    keep: Keep | None = None
+    tier: Tier = field(default_factory=Tier)
 
 
 def accept(reply: Reply, *, codec: Codec, held: Held, asked: Asked) -> Accepted:
@@ -140,6 +144,7 @@ def _rows(record: Mapping[str, Any], content: Content | None, reply: Reply, aske
         if row.layer_density.keys() != asked.layers:
             raise ValueError(f"layer_density must name the model's prunable tensors, got {_short(row.layer_density)}")
         met.add((row.arm, row.target_density))
+    _check_choice(parsed, content, asked)
     if content is not None and asked.named and _name(content.mask) not in {row.ticket for row in parsed}:
         raise ValueError("ticket must name the mask that came with the rows, in one of them")
     return tuple(rows)
@@ -172,6 +177,25 @@ def _check_known(row: MetricRow | CurveRow, reply: Reply, asked: Asked, **more: 
     for name, value in known.items():
         if getattr(row, name) != value:
             raise ValueError(f"{name} must be {value}, got {getattr(row, name)}")
+
+
+def _check_choice(rows: Sequence[MetricRow], content: Content | None, asked: Asked) -> None:
+    """Raise ValueError where the rows do not choose the one ticket that the study's rule picks among them."""
+    chosen = [row for row in rows if row.chosen]
+    if asked.keep is None or not asked.keep.chooses:
+        if chosen:
+            raise ValueError("chosen must not be said where every client keeps the same density")
+        return
+    refined = "refined" in asked.arms
+    if len(chosen) > 1 or (not chosen and not refined):
+        raise ValueError(f"chosen must be one row, got {len(chosen)}")
+    for row in chosen:
+        best = not any(asked.keep.better(other, row, asked.tier) for other in rows if other.arm == row.arm)
+        allowed = row.target_density in asked.keep.allowed(asked.tier)
+        if row.arm != ("refined" if refined else "ticket") or not allowed or not best:
+            raise ValueError(f"chosen must be the ticket to keep, got {row.arm} at {row.target_density}")
+        if content is not None and asked.named and _name(content.mask) != row.ticket:
+            raise ValueError("ticket must name the mask that came with the rows, in the chosen row")
 
 
 def _name(mask: np.ndarray) -> str:

@@ -56,11 +56,15 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Both directions, and how many visits were tried to see how long an update is."""
+    """Both directions, and how many visits were tried to see how long an update is.
+
+    `visit` are the bytes (down, up) of one visit with a dense model.
+    """
 
     down: Bytes
     up: Bytes
     tried: int = 0
+    visit: tuple[float, float] = (0.0, 0.0)
 
     def __str__(self) -> str:
         ways = (("down", self.down), ("up", self.up))
@@ -89,6 +93,9 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
     both = [] if sure else ["no client prunes"]
     if study.refine.rounds and _may_stop(study):
         both.append("tickets that stop before their first prune")
+    choices = [len(experiment.keep.allowed(task.capacity(c))) for c in range(study.clients.count)]
+    if study.refine.rounds and max(choices) > 1:
+        both.append("tickets at the largest density that each client may choose")
     if method.first_mask != Dense():
         both.append("clients that begin with the whole model")
     if len(method.phases) > 1:
@@ -96,7 +103,8 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
     scores = ["scores as undecided as after the first round"] if method.space == "scores" and codec.refers else []
     ups = (*both, *_why_less_goes_up(wire, shrinking))
     ends = (down, up) if shrinking is not None and not sure else (None, None)  # of what accuracy may decide
-    return Forecast(Bytes(most[0], (*both, *scores), ends[0]), Bytes(most[1], ups, ends[1]), len(tried))
+    visit = wire.model, wire.update(1.0) + _visit_bytes(task)
+    return Forecast(Bytes(most[0], (*both, *scores), ends[0]), Bytes(most[1], ups, ends[1]), len(tried), visit)
 
 
 def _why_less_goes_up(wire: _Wire, shrinking: Shrinking | None) -> list[str]:
@@ -234,12 +242,25 @@ def _sums(wire: _Wire, shrinking: Shrinking, *, pruned: bool) -> tuple[float, fl
             left = densities[prunes if pruned else 1]
             down += number * (wire.kept(left) + whole * wire.model if pruned or whole else wire.model)
     if study.refine.rounds:
-        density = 1.0 if _may_stop(study) else experiment.main_density
-        more = study.refine.rounds * study.refine.clients_per_round
-        down += (more + count) * wire.kept(density)
-        up += count * wire.bare_mask(min(density, 0.5))
-        up += more * (wire.update(density) + _visit_bytes(task))
+        for density, (clients, visits) in _tickets(experiment).items():
+            down += (visits + clients) * wire.kept(density)
+            up += clients * wire.bare_mask(min(density, 0.5))
+            up += visits * (wire.update(density) + _visit_bytes(task))
     return down, up
+
+
+def _tickets(experiment: Experiment) -> Mapping[float, tuple[int, int]]:
+    """Count clients, and visits in refinement, by the largest density at which a ticket may be kept."""
+    task, keep = experiment.task, experiment.keep
+    visits = Counter(
+        c for phase, number in experiment.steps if phase.name == "refine" for c in experiment.clients(phase, number)
+    )
+    found: dict[float, tuple[int, int]] = {}
+    for client in range(experiment.study.clients.count):
+        density = 1.0 if _may_stop(experiment.study) else keep.allowed(task.capacity(client))[0]
+        clients, more = found.get(density, (0, 0))
+        found[density] = clients + 1, more + visits[client]
+    return found
 
 
 def _prunes(experiment: Experiment, shrinking: Shrinking) -> tuple[Mapping[tuple[int, int], int], Mapping[int, int]]:
@@ -329,4 +350,7 @@ def _rows_bytes(experiment: Experiment, task: Task) -> int:
     sent = [arm for arm in experiment.arms for _ in (study.finder.densities if arm in EACH_TARGET else (1,))]
     rows = [{**row, "arm": arm, "ticket": "" if arm in dense else "0" * 16} for arm in sent]
     refined = [[{**row, "arm": "refined", "ticket": "0" * 16}]] if study.refine.rounds else []
+    for part in (rows, *refined) if experiment.keep.chooses else ():
+        place = next(i for i, one in enumerate(part) if one["arm"] in ("ticket", "refined"))
+        part[place] = {**part[place], "chosen": True}
     return sum(len(metrics.encode({"rows": part})) for part in (rows, *refined))

@@ -45,7 +45,8 @@ class Job:
 class Reply:
     """One client's answer. `state` is a new version of its state, current only once the round is committed.
 
-    `work` says what its trainings cost this machine, for times.jsonl: nothing that decides a result.
+    `work` says what its trainings cost this machine, for times.jsonl: nothing that decides a result. `flops` and
+    `alive_flops` are what it trained, counted dense and by what is alive: with a fleet they decide who is late.
     """
 
     round: int
@@ -56,13 +57,15 @@ class Reply:
     worker: str = ""
     device: str = ""
     work: tuple[dict[str, Any], ...] = ()
+    flops: float = 0.0
+    alive_flops: float = 0.0
     framed_down_bytes: int | None = None
     framed_up_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """No answer. `kind` is raised, died, hung, memory or lost; `reason` is one line.
+    """No answer. `kind` is raised, died, hung, memory, lost or (on a fleet) dropped; `reason` is one line.
 
     What was sent has crossed all the same: the framed bytes are those of the job, and of the message that says so.
     """

@@ -23,6 +23,7 @@ def summary_of(replies: Replies) -> RoundRow:
         down_bytes=sum(r.payload_bytes for r in replies.rows if r.sender == "server"),
         failed=replies.failed,
         diverged=[Diverged(r["client"], r["arm"], r["target_density"]) for r in replies.metrics if r.get("diverged")],
+        simulated_s=replies.clock.whole(replies.came_s, replies.gone_s),
     )
 
 
@@ -34,9 +35,10 @@ def line(summary: RoundRow, done: int, total: int, seconds: float) -> str:
     for arm in dict.fromkeys(one.arm for one in summary.diverged):
         failed += f"  {arm} diverged for {len({d.client for d in summary.diverged if d.arm == arm})}"
     mb = 1e-6
+    took = "" if summary.simulated_s is None else f"  simulated {summary.simulated_s:.4g} s"
     return (
         f"[{done}/{total}] {summary.phase} {summary.round}: {said}  up {summary.up_bytes * mb:.2f} MB  "
-        f"down {summary.down_bytes * mb:.2f} MB  {seconds:.1f} s{failed}"
+        f"down {summary.down_bytes * mb:.2f} MB  {seconds:.1f} s{took}{failed}"
     )
 
 

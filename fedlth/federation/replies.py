@@ -13,14 +13,15 @@ from fedlth.experiment.experiment import Experiment
 from fedlth.federation import ledger_rows
 from fedlth.federation.door import Accepted, Asked, accept
 from fedlth.federation.downloads import Downloads
-from fedlth.federation.jobs import RESYNC, Failure, Job, Message, Reply
+from fedlth.federation.fleet import Clock
+from fedlth.federation.jobs import RESYNC, Answers, Failure, Job, Message, Reply
 from fedlth.federation.update_norms import Distances, UpdateNorms
 from fedlth.methods.aggregate import Contribution
 from fedlth.methods.client_update import VALUES
 from fedlth.methods.method import Phase
 from fedlth.personalization.arms import row_name
 from fedlth.personalization.personalise import EVALUATION
-from fedlth.storage.records import Failed, LedgerRow, TimeRow, Work
+from fedlth.storage.records import DROPPED, LATE, Failed, LedgerRow, TimeRow, Work
 from fedlth.storage.run_folder import Progress, RunFolder
 from fedlth.storage.state_archive import Writer
 from fedlth.wire.errors import PayloadError
@@ -28,13 +29,18 @@ from fedlth.wire.errors import PayloadError
 
 @dataclass(frozen=True)
 class Arrived:
-    """An answer at the door: what was accepted of it, or why it is refused; None where there is no reply."""
+    """An answer at the door: what was accepted of it, or why it is refused; None where there is no reply.
+
+    `seconds` are those of the study's fleet; `late` says why what was accepted comes too late.
+    """
 
     job: Job
     answer: Reply | Failure
     kind: str
     got: Accepted | PayloadError | None
     distances: Distances | None = None
+    seconds: float | None = None
+    late: str = ""
 
 
 @dataclass
@@ -63,6 +69,8 @@ class Replies:
     versions: dict[str, str] = field(default_factory=dict)
     mirrors: dict[str, str | None] = field(default_factory=dict)
     resyncs: int = 0
+    came_s: list[float] = field(default_factory=list)
+    gone_s: list[float] = field(default_factory=list)
     _tries: dict[int, list[LedgerRow]] = field(default_factory=dict)
     _waiting: list[Arrived] = field(default_factory=list)
 
@@ -71,8 +79,31 @@ class Replies:
         """Name the states that this round makes."""
         return f"{self.phase.name}-{self.round}"
 
+    @cached_property
+    def clock(self) -> Clock:
+        """The round's simulated time."""
+        return Clock(self.experiment, self.phase, self.round)
+
+    @cached_property
+    def dropped(self) -> frozenset[int]:
+        """Who drops out of the round, known before it begins: their jobs need not be run."""
+        return frozenset(client for client in self.clients if self.clock.drops(client))
+
     def jobs(self) -> Iterator[Job]:
-        return (self._job(c, self.downloads.inbox(c)) for c in self.clients)
+        return (self._job(c, self.downloads.inbox(c)) for c in self.clients if c not in self.dropped)
+
+    def all_of(self, answers: Answers) -> Iterator[tuple[Job, Reply | Failure]]:
+        """Yield the engine's answers, and those of the clients that dropped out in their places."""
+        for client in self.clients:
+            if client not in self.dropped:
+                yield next(answers)
+                continue
+            why = "after its download (fleet.drop)"
+            yield (
+                self._job(client, self.downloads.inbox(client)),
+                Failure(round=self.round, client=client, kind=DROPPED, reason=why),
+            )
+        yield from answers  # to its end: an engine may have something to put away
 
     def _job(self, client: int, inbox: tuple[Message, ...], *, forget: bool = False) -> Job:
         version = "" if forget else self.progress.versions.get(str(client), "")
@@ -109,7 +140,9 @@ class Replies:
         while self._waiting:
             one = self._waiting.pop(0)
             job, answer, got = one.job, one.answer, one.got
-            self.times.append(self._time_row(answer))
+            self.times.append(replace(self._time_row(answer), simulated_s=one.seconds))
+            if one.seconds is not None:
+                (self.gone_s if isinstance(answer, Failure) else self.came_s).append(one.seconds)
             self.rows += self._tries.get(job.client, [])
             self.rows += self._rows_down(job, answer, one.kind)
             if isinstance(answer, Failure):
@@ -125,6 +158,10 @@ class Replies:
                 self.failed.append(Failed(job.client, "refused", str(got)))
                 self.rows += self._rows_up(answer, {}, f"refused: {got}")
                 continue
+            if one.late:
+                self.failed.append(Failed(job.client, LATE, one.late))
+                self.rows += self._rows_up(answer, got.masks, LATE)
+                continue
             self.rows += self._rows_up(answer, got.masks, "ok")
             self._keep(answer, got, states, masks)
             if one.distances is not None:
@@ -137,16 +174,20 @@ class Replies:
         """Decode and check an answer; each is judged alone."""
         kind = "resync" if job.client in self._tries else ""
         if isinstance(answer, Failure):
-            return Arrived(job, answer, kind, None)
+            gone = self.clock.of_dropped(job, self.downloads.mask(job.client)) if answer.kind == DROPPED else None
+            return Arrived(job, answer, kind, None, seconds=gone)
+        seconds = self.clock.of_reply(job, answer, self._tries.get(job.client, ()))
         try:
             if (answer.client, answer.round) != (job.client, job.round):
                 raise PayloadError(f"client {answer.client} answered for client {job.client}")
             held = self.downloads.held(job.client, job.inbox)
             got = accept(answer, codec=self.experiment.codec, held=held, asked=self._asked(job.client))
-            update = got.contribution.content if got.contribution and self._sends_values else None
-            return Arrived(job, answer, kind, got, self.norms.distances(update) if update else None)
+            late = self.clock.late(seconds)
+            update = got.contribution.content if got.contribution and self._sends_values and not late else None
+            distances = self.norms.distances(update) if update else None
+            return Arrived(job, answer, kind, got, distances, seconds, late)
         except PayloadError as error:
-            return Arrived(job, replace(answer, client=job.client), kind, error)
+            return Arrived(job, replace(answer, client=job.client), kind, error, seconds=seconds)
 
     @property
     def _sends_values(self) -> bool:
@@ -157,7 +198,7 @@ class Replies:
         task = self.experiment.task_of(client)
         return replace(
             self._asked_of_all, split=task.splits.clients[client], unseen=client in task.splits.unseen,
-            layers=frozenset(e.name for e in task.layout.prunable),
+            layers=frozenset(e.name for e in task.layout.prunable), tier=task.capacity(client),
             named=self.experiment.layout.num_prunable == task.layout.num_prunable,
         )  # fmt: skip
 
@@ -173,7 +214,7 @@ class Replies:
         return Asked(
             split=experiment.task.splits.clients[0], unseen=False, own_mask=phase.own_mask,
             sends={name: (kind, experiment.layout_of(kind)) for name, kind in sends}, arms=frozenset(arms),
-            targets=frozenset((1.0, *experiment.study.finder.densities, experiment.main_density)),
+            targets=frozenset((1.0, *experiment.study.finder.densities)), keep=experiment.keep,
             curve=phase.evaluates,
         )  # fmt: skip
 

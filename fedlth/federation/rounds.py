@@ -20,7 +20,7 @@ from fedlth.federation.replies import Replies
 from fedlth.federation.update_norms import UpdateNorms
 from fedlth.methods.method import Phase
 from fedlth.models.layout import Params
-from fedlth.storage.records import RoundRow, TimeRow
+from fedlth.storage.records import DROPPED, LATE, Failed, RoundRow, TimeRow
 from fedlth.storage.run_folder import Best, Progress, RunFolder
 from fedlth.storage.server_state import ServerState
 
@@ -92,7 +92,7 @@ class Federation:
             self.folder.mirrors.writing(replies.version) as masks,
             closing(self.engine.map(replies.jobs(), again=replies.again)) as answers,
         ):
-            for job, answer in answers:
+            for job, answer in replies.all_of(answers):
                 for contribution in replies.judged(job, answer, states, masks):
                     joined += _add(phase, accumulator, contribution)
             for contribution in replies.rest(states, masks):
@@ -102,7 +102,7 @@ class Federation:
             if joined:  # without a reply the old state stays
                 new = phase.join.result(accumulator)
                 self.state = new if new.mask is not None else replace(new, mask=sent.mask)
-            progress = replace(progress, empty_rounds=0 if joined else progress.empty_rounds + 1)
+            progress = replace(progress, empty_rounds=0 if joined else progress.empty_rounds + self._at_fault(replies))
             if norms.accepted:
                 progress = replace(progress, norms={**progress.norms, phase.name: norms.accepted})
         if replies.resyncs:
@@ -123,11 +123,9 @@ class Federation:
         if summary.rolled_back_to:
             log.info(f"note: no client could use this global model; it is rolled back to {summary.rolled_back_to}")
         if phase.join and self.progress.empty_rounds >= EMPTY_ROUNDS_ALLOWED:
-            refused = [f"every reply was refused, the first with: {f.reason}" for f in replies.failed[:1]]
-            died = [f.reason for f in replies.failed if f.kind != "refused"]
+            why = _why_nothing(replies.failed)
             raise NothingUsable(
-                f"{self.folder.root}: {EMPTY_ROUNDS_ALLOWED} rounds without one usable reply; last: "
-                + (*died, *refused, "nobody took part")[0]
+                f"{self.folder.root}: {EMPTY_ROUNDS_ALLOWED} rounds without one usable reply; last: {why}"
             )
 
     def _trained(self, step: Step) -> tuple[Phase, int]:
@@ -182,10 +180,25 @@ class Federation:
         All must have answered, so that no lost machine counts, and be two at least, so that no single client can undo
         the work of others: the only client of a round counts from the second empty round on.
         """
-        answered = all(f.kind in ("raised", "refused") for f in replies.failed)
-        several = len(replies.failed) > 1 or self.progress.empty_rounds > 0
+        failed = [f for f in replies.failed if f.kind != DROPPED]
+        answered = all(f.kind in ("raised", "refused") for f in failed)
+        several = len(failed) > 1 or self.progress.empty_rounds > 0
         better = self.progress.good not in (None, self.progress.theta)
-        return self.experiment.federated and bool(replies.failed) and answered and several and better
+        return self.experiment.federated and bool(failed) and answered and several and better
+
+    def _at_fault(self, replies: Replies) -> bool:
+        """Say whether a round without an update counts against the run, as a fleet's bad luck does not.
+
+        Clients that dropped out never count. Where all others were late, the deadline is met in other rounds, or else
+        in none: only if nobody has ever met it.
+        """
+        kinds = {f.kind for f in replies.failed}
+        lucky = kinds == {DROPPED} or (bool(kinds) and kinds <= {DROPPED, LATE} and self.progress.good is not None)
+        if lucky:
+            log.info(
+                f"note: nothing was joined in {replies.phase.name} {replies.round}: {_why_nothing(replies.failed)}"
+            )
+        return not lucky
 
     def _roll_back(self) -> str:
         """Return to the last state that a client could work with, rewind targets too; say which one it is."""
@@ -236,6 +249,20 @@ def _add(phase: Phase, accumulator: Any, contribution: Any) -> int:
         return 0
     phase.join.add(accumulator, contribution)
     return 1
+
+
+def _why_nothing(failed: Sequence[Failed]) -> str:
+    """Say why a round had no update to join."""
+    kinds = {f.kind for f in failed}
+    if not failed:
+        return "nobody took part"
+    if kinds <= {DROPPED, LATE}:
+        late = sum(f.kind == LATE for f in failed)
+        first = next((f": the first {f.reason}" for f in failed if f.kind == LATE), "")
+        return f"of {len(failed)} clients {late} were late and {len(failed) - late} dropped out{first}"
+    died = [f.reason for f in failed if f.kind not in ("refused", DROPPED, LATE)]
+    refused = [f"every reply was refused, the first with: {f.reason}" for f in failed if f.kind == "refused"]
+    return (*died, *refused)[0]
 
 
 def _owners(versions: Mapping[str, str]) -> dict[str, set[int]]:

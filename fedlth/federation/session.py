@@ -158,6 +158,7 @@ def _write_header(folder: RunFolder, experiment: Experiment, engine: Engine, end
         unseen=sorted(task.splits.unseen),
         num_classes=task.dataset.num_classes,
         client_labels=[label_counts(task.of(c).dataset, s) for c, s in enumerate(task.splits.clients)],
+        client_tiers=task.tier_names,
         layers=_layers(task),
         num_parameters=task.layout.num_params,
         num_prunable=task.layout.num_prunable,

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedlth.models.layout import Params
 from fedlth.storage.client_state import ClientState
-from fedlth.training.local_client import LocalClient
+from fedlth.training.local_client import Cost, LocalClient
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingResult
 from fedlth.wire.payload import Content
@@ -25,12 +25,16 @@ Inbox = Mapping[str, Content]
 
 @dataclass(frozen=True)
 class Update:
-    """What a client's update made: the state to keep, what goes up by name, numbers of its own, rows of step 2."""
+    """What a client's update made: the state to keep, what goes up by name, numbers of its own, rows of step 2.
+
+    `cost` is what a device would train for it, without controls; None: every training of the visit.
+    """
 
     state: ClientState
     contents: Mapping[str, Content] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     rows: tuple[dict[str, Any], ...] = ()
+    cost: Cost | None = None
 
 
 class ClientUpdate(Protocol):

@@ -19,12 +19,13 @@ from fedlth.methods.client_update import (
     received_params,
 )
 from fedlth.personalization.arms import arm_of, tuned
+from fedlth.personalization.kept import Keep, remembered, target_of
 from fedlth.personalization.step2 import Result, Step2
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.records import MetricRow
 from fedlth.storage.typed_record import as_record
 from fedlth.tickets.finder import Finder
-from fedlth.training.local_client import LocalClient
+from fedlth.training.local_client import Cost, LocalClient
 from fedlth.wire import mask as bitmap
 from fedlth.wire.payload import Content
 
@@ -35,7 +36,7 @@ NEED_NO_GLOBAL = frozenset({"own", "own_tuned", "local", "frozen_random"})
 
 @dataclass(frozen=True, kw_only=True)
 class Personalise:
-    """Search, train and evaluate the `arms`; keep the model of the arm `kept` at the density `main`.
+    """Search, train and evaluate the `arms`; keep the model of the arm `kept` that the rule `main` picks.
 
     `own` has the method's own model. `learns_scores`: the global state are scores. `sends` the ticket's mask where
     federated rounds inside the tickets follow.
@@ -45,7 +46,7 @@ class Personalise:
     finder: Finder
     arms: tuple[str, ...]
     targets: tuple[float, ...]
-    main: float
+    main: Keep
     kept: str | None
     learns_scores: bool = False
     sends: tuple[tuple[str, str], ...] = ()
@@ -80,46 +81,70 @@ class Personalise:
 class Refined:
     """Evaluate the ticket after the federated rounds inside the tickets, trained once more on the client's own data."""
 
-    main: float
+    main: Keep
     sends: tuple[tuple[str, str], ...] = ()
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
-        result = tuned("refined", local, MaskedUpdate(), inbox, state, self.main)
+        result = tuned("refined", local, MaskedUpdate(), inbox, state, target_of(self.main, state))
         return _reported(local, iter((result,)), state, "refined", self.main, mask=False)
 
 
 def _reported(
-    local: LocalClient, results: Iterator[Result], state: ClientState, arm: str | None, main: float, mask: bool
+    local: LocalClient, results: Iterator[Result], state: ClientState, arm: str | None, main: Keep, mask: bool
 ) -> Update:
     """Evaluate each model, keep one in the state; `mask`: send its mask up, in which the client goes on."""
-    task = local.task
-    rows: list[dict[str, Any]] = []
-    kept: Result | None = None
-    for result in results:
+    rows: list[MetricRow] = []
+    kept: tuple[Result, int] | None = None
+    cost = Cost()
+    for result, spent in _costed(local, results):
         row = row_of(local, result)
-        rows.append(as_record(row))
         if result.cpu_s[0]:
-            cost = {"cpu_s": result.cpu_s[0], "last_cpu_s": result.cpu_s[1]}
-            local.work.append({"arm": result.arm, "target_density": result.target, **cost})
-        # The kept arm's at the main density, else its first.
-        if result.arm == arm and (kept is None or result.target == main != kept.target):
-            kept = replace(result, diverged=row.diverged)
-    if kept is not None and kept.diverged:
-        state = state.without("ticket").without("ticket_ints").without("ticket_dead")
-    elif kept is not None:
-        rest, moving = task.layout.num_prunable, task.moving_part(kept.params)
-        values = np.concatenate((moving.floats[np.flatnonzero(kept.mask)], moving.floats[rest:]))
-        state = state.with_(masks={"ticket": kept.mask}, vectors={"ticket": values, "ticket_ints": moving.ints})
-        if kept.held:
-            state = state.with_(vectors={"ticket_dead": kept.params.floats[:rest][~kept.mask]})
-    if kept is None or not mask:
-        return Update(state, rows=tuple(rows))
+            times = {"cpu_s": result.cpu_s[0], "last_cpu_s": result.cpu_s[1]}
+            local.work.append({"arm": result.arm, "target_density": result.target, **times})
+        if result.arm == arm:
+            if main.chooses:
+                cost += spent  # who chooses has to find them all
+            if kept is None or main.better(row, rows[kept[1]], local.capacity):
+                kept = result, len(rows)
+                if not main.chooses:
+                    cost = Cost(*result.flops)
+        rows.append(row)
+    if kept is None:
+        return Update(state, rows=tuple(map(as_record, rows)), cost=cost)
+    found, place = kept
+    if main.chooses and found.target in main.allowed(local.capacity):
+        rows[place] = replace(rows[place], chosen=True)
+        state = remembered(state, found.target)
+    state = _with_ticket(local, state, replace(found, diverged=rows[place].diverged))
+    told = tuple(map(as_record, rows))
+    if not mask:
+        return Update(state, rows=told, cost=cost)
     # Of a ticket that diverged too: refinement needs the mask alone, and trains the server's weights in it.
-    shared = task.shared_mask(kept.mask)
+    shared = local.task.shared_mask(found.mask)
     state = state.without("owed")
-    if shared is not kept.mask:
-        state = state.with_(masks={"active": kept.mask})
-    return Update(state, {TICKET: Content(shared, None, None)}, rows=tuple(rows))
+    if shared is not found.mask:
+        state = state.with_(masks={"active": found.mask})
+    return Update(state, {TICKET: Content(shared, None, None)}, rows=told, cost=cost)
+
+
+def _costed(local: LocalClient, results: Iterator[Result]) -> Iterator[tuple[Result, Cost]]:
+    """Yield each model with what was trained since the one before."""
+    at = len(local.log)
+    for result in results:
+        yield result, sum(local.log[at:], Cost())
+        at = len(local.log)
+
+
+def _with_ticket(local: LocalClient, state: ClientState, kept: Result) -> ClientState:
+    """Return the state with this ticket as the client's own; with none where it diverged."""
+    if kept.diverged:
+        return state.without("ticket").without("ticket_ints").without("ticket_dead")
+    rest, moving = local.task.layout.num_prunable, local.task.moving_part(kept.params)
+    values = np.concatenate((moving.floats[np.flatnonzero(kept.mask)], moving.floats[rest:]))
+    state = state.with_(masks={"ticket": kept.mask}, vectors={"ticket": values, "ticket_ints": moving.ints})
+    if kept.held:
+        state = state.with_(vectors={"ticket_dead": kept.params.floats[:rest][~kept.mask]})
+    return state
 
 
 def row_of(local: LocalClient, result: Result) -> MetricRow:

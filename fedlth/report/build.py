@@ -21,10 +21,19 @@ from fedlth.report.cost import cost_text
 from fedlth.report.curve import curve_table, inflation
 from fedlth.report.facts import Facts, read_group
 from fedlth.report.figures import pictures
+from fedlth.report.fleet import fleet_text, tiers_table
 from fedlth.report.headline import against, done, honest_notes, numbers, overlapping, reached
 from fedlth.report.known_arms import arm_of
 from fedlth.report.results import Results, results_of
-from fedlth.report.tables import RENDERERS, SUMMARY_HEADER, Table, bytes_table, clients_table, summary_table
+from fedlth.report.tables import (
+    RENDERERS,
+    SUMMARY_HEADER,
+    Table,
+    bytes_table,
+    chosen_table,
+    clients_table,
+    summary_table,
+)
 from fedlth.report.units import scaled
 
 ONE_SEED = "one seed, so BCa bootstrap over clients; they say nothing about what another seed would give."
@@ -50,15 +59,17 @@ def write_report(run: Path) -> Path:
     """
     results = read_results(run)
     tables = {"summary": summary_table(results), "clients": clients_table(results), "bytes": bytes_table(results)}
+    more = {"chosen": chosen_table(results), "fleet": tiers_table(results)}
     if any(facts.curve for facts in results.group):
-        tables["curve"] = curve_table(results)
+        more["curve"] = curve_table(results)
+    tables |= {name: table for name, table in more.items() if table.rows}
     try:
         require("report.html with its figures", "matplotlib", "jinja2", extra="sim")
     except MissingExtra:
         write_tables(run / "tables", tables)
         raise
     figures = [drawn(picture) for picture in pictures(results)]
-    html = page(results, tables=tables, figures=figures)
+    html = page(results, tables={name: tables[name] for name in ("summary", "clients", "bytes")}, figures=figures)
     return write_files(run, tables=tables, figures=figures, html=html)
 
 
@@ -177,6 +188,9 @@ def page(results: Results, *, tables: Mapping[str, Table], figures: Sequence[Dra
         framed=_framed(results),
         arms=arms,
         runs=[_provenance(facts) for facts in group],
+        chosen=chosen_table(results),
+        fleet=tiers_table(results),
+        fleet_text=fleet_text(results),
         clients=tables["clients"],
         bytes=tables["bytes"],
     )

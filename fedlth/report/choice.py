@@ -18,10 +18,11 @@ PREFERENCE, DENSE = ("ticket", "refined", "own_tuned", "own"), ("dense", "dense_
 
 @dataclass(frozen=True)
 class Choice:
-    """One arm at one target density."""
+    """One arm at one target density; `chosen`: at the one that each client chose, of which this is then the mean."""
 
     arm: str
     target_density: float
+    chosen: bool = False
 
 
 def same_density(one: float, other: float) -> bool:
@@ -34,12 +35,26 @@ def densities(group: Sequence[Facts], arm: str) -> tuple[float, ...]:
     return tuple(sorted({r.target_density for f in group for r in f.metrics if r.arm == arm}, reverse=True))
 
 
+def chosen_choices(group: Sequence[Facts]) -> tuple[Choice, ...]:
+    """Return the arms that can be held against each other at every client's own density; none where all have one.
+
+    Each client then counts with the density that it chose for its ticket, whatever the arm.
+    """
+    kept = [density for facts in group for density in facts.chosen.values()]
+    if not kept:
+        return ()
+    mean = kept[0] if len(set(kept)) == 1 else sum(kept) / len(kept)
+    arms = dict.fromkeys(row.arm for facts in group for row in facts.metrics if row.target_density < 1 or row.chosen)
+    found = [Choice(arm, mean, chosen=True) for arm in arms]
+    return tuple(one for one in found if all(rows_of(f, one).keys() == f.chosen.keys() for f in group))
+
+
 def main_choice(group: Sequence[Facts], *, arm: str | None = None, density: float | None = None) -> Choice:
     """Return the arm and density that speak for a run.
 
-    arm: by default the first of PREFERENCE, a user's own and DENSE that was evaluated. density: by default that of the
-    saved tickets, if the arm was evaluated there; else the arm's largest. Raises StudyError where the run lacks what
-    was asked for.
+    arm: by default the first of PREFERENCE, a user's own and DENSE that was evaluated. density: by default each
+    client's own, where clients chose; else that of the saved tickets, if the arm was evaluated there; else the arm's
+    largest. Raises StudyError where the run lacks what was asked for.
     """
     place = str(group[0].path)
     present = sorted({row.arm for facts in group for row in facts.metrics}, key=arm_order)
@@ -51,6 +66,9 @@ def main_choice(group: Sequence[Facts], *, arm: str | None = None, density: floa
     if arm not in present:
         raise StudyError(f"{place}: expected an arm of {', '.join(present)}, got {arm!r}")
     known = densities(group, arm)
+    own = next((one for one in chosen_choices(group) if one.arm == arm), None)
+    if own is not None and density is None:
+        return own
     if density is not None:
         same = [one for one in known if same_density(one, density)]
         if not same:
@@ -73,5 +91,9 @@ def baseline_of(group: Sequence[Facts], arm: str) -> Choice | None:
 
 def rows_of(facts: Facts, choice: Choice) -> dict[int, MetricRow]:
     """Return the rows of one arm and density in one run, by client, in client order."""
-    found = {row.client: row for row in facts.metrics if Choice(row.arm, row.target_density) == choice}
+    rows = (row for row in facts.metrics if row.arm == choice.arm)
+    if choice.chosen:
+        found = {r.client: r for r in rows if r.chosen or r.target_density == facts.chosen.get(r.client)}
+    else:
+        found = {row.client: row for row in rows if row.target_density == choice.target_density}
     return dict(sorted(found.items()))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from fedlth.errors import StudyError, require
 from fedlth.report.choice import Choice, main_choice, rows_of
 from fedlth.report.facts import Facts, read_group
+from fedlth.report.fleet import best_reached, duration, simulated_s, time_to
 from fedlth.report.intervals import Interval, interval
 from fedlth.report.known_arms import arm_of
 from fedlth.report.statistics import Difference, over_seeds
@@ -55,11 +56,28 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The first contestant, which the others are held against, and their contrasts in the order given."""
+    """The first contestant, which the others are held against, and their contrasts in the order given.
+
+    `target` is the best validation accuracy of a round that every run reaches, None where one has no fleet.
+    """
 
     reference: Contestant
     contrasts: tuple[Contrast, ...]
     notes: tuple[str, ...]
+    target: float | None = None
+
+    def times(self) -> Table:
+        """Return simulated time to the accuracy that the worst run reaches, and in all; no rows without a fleet."""
+        header = ("run", "best round %", "time to it", "step 1", "step 2")
+        rows = []
+        for one in [self.reference, *(c.contestant for c in self.contrasts)] if self.target is not None else []:
+            best = [found for facts in one.group if (found := best_reached(facts)) is not None]
+            reached = [found for facts in one.group if (found := time_to(facts, self.target or 0.0)) is not None]
+            steps = [[simulated_s(facts, step=step) or 0.0 for facts in one.group] for step in (1, 2)]
+            cells = (duration(float(np.mean(seconds))) for seconds in (reached, *steps))
+            rows.append((one.name, percent(float(np.mean(best))), *cells))
+        title = f"Simulated time to a round of {percent(self.target)} % validation accuracy, which every run reaches"
+        return Table(title, header, tuple(rows))
 
     def table(self) -> Table:
         """Return the comparison as rows of text."""
@@ -75,7 +93,9 @@ class Comparison:
 
     def text(self) -> str:
         """Return the comparison for a terminal."""
-        lines = [self.table().title, "", aligned(self.table()), *(f"note: {note}" for note in self.notes)]
+        times = self.times()
+        more = ["", times.title, "", aligned(times)] if times.rows else []
+        lines = [self.table().title, "", aligned(self.table()), *more, *(f"note: {note}" for note in self.notes)]
         return "\n".join(lines) + "\n"
 
 
@@ -179,7 +199,9 @@ def compare(runs: Sequence[Path], *, arm: str | None = None, density: float | No
     corrected = holm([one.p_value for one in contrasts])
     notes = [f"{one.name}: {note}" for one in found for facts in one.group for note in facts.notes]
     pairs = zip(contrasts, corrected, strict=True)
-    return Comparison(found[0], tuple(replace(one, p_holm=value) for one, value in pairs), tuple(notes))
+    best = [best_reached(facts) for one in found for facts in one.group]
+    target = min((b for b in best if b is not None), default=None) if None not in best else None
+    return Comparison(found[0], tuple(replace(one, p_holm=value) for one, value in pairs), tuple(notes), target)
 
 
 def _names(runs: Sequence[Path]) -> list[str]:

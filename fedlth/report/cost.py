@@ -88,13 +88,17 @@ def _cpu(group: tuple[Facts, ...], choice: Choice) -> Cost | None:
     """Return means over clients of each client's own means: who was sampled more often counts no more for it."""
     clients: list[tuple[float, float, float]] = []
     work_of = grouped(((f.header.seed, row.client), one) for f in group for row in f.times for one in row.work)
-    for work in work_of.values():
+    own: dict[tuple[int, int | None], float] = {
+        (f.header.seed, client): density for f in group if choice.chosen for client, density in f.chosen.items()
+    }
+    for client, work in work_of.items():
+        target = own.get(client, choice.target_density)
         dense = [one for one in work if one.density == 1]  # a count over itself, so exactly 1
-        inside = [one for one in work if one.density and abs(one.density / choice.target_density - 1) < 0.05]
+        inside = [one for one in work if one.density and abs(one.density / target - 1) < 0.05]
         searches = [
             one.cpu_s - (one.last_cpu_s or 0.0)
             for one in work
-            if one.arm == choice.arm and same_density(one.target_density or 0.0, choice.target_density)
+            if one.arm == choice.arm and same_density(one.target_density or 0.0, target)
         ]
         if dense and inside and searches:
             clients.append((_an_epoch(dense), _an_epoch(inside), float(np.mean(searches))))

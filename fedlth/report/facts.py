@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,7 +41,8 @@ class Facts:
     """One run, as its folder tells it. `notes` holds what a reader must know: unfinished, parts missing.
 
     `evaluation` are the ledger's rows of the evaluations between rounds, which `ledger` is without: they serve the
-    curve alone, and no total holds them.
+    curve alone, and no total holds them. `chosen` is the target density of each client's kept ticket, where every
+    client has one of its own.
     """
 
     path: Path
@@ -55,6 +56,7 @@ class Facts:
     notes: tuple[str, ...]
     evaluation: tuple[LedgerRow, ...] = ()
     curve: tuple[CurveRow, ...] = ()
+    chosen: Mapping[int, float] = field(default_factory=dict)
 
 
 def _saved(path: Path) -> SavedTicket:
@@ -92,6 +94,7 @@ def read_run(path: Path) -> Facts:
 
     config = path / "config.yaml"
     ledger = rows(LedgerRow, needed=True)
+    metrics = rows(MetricRow, needed=True)
     return Facts(
         path=path,
         header=header,
@@ -99,12 +102,13 @@ def read_run(path: Path) -> Facts:
         ledger=tuple(row for row in ledger if row.phase != EVALUATE),
         # a method without rounds (local only) may leave no such file
         rounds=rows(RoundRow, needed=False),
-        metrics=rows(MetricRow, needed=True),
+        metrics=metrics,
         times=rows(TimeRow, needed=False),
         tickets=tuple(sorted(map(_saved, (path / "tickets").glob("*.safetensors")), key=lambda saved: saved.client)),
         notes=tuple(notes),
         evaluation=tuple(row for row in ledger if row.phase == EVALUATE),
         curve=rows(CurveRow, needed=False),
+        chosen={row.client: row.target_density for row in metrics if row.chosen},
     )
 
 

@@ -11,6 +11,8 @@ from fedlth.report.canvas import Picture, Theme, end_labels
 from fedlth.report.choice import Choice, baseline_of, rows_of
 from fedlth.report.curve_figure import curve_picture
 from fedlth.report.facts import Facts
+from fedlth.report.fleet import AtTime
+from fedlth.report.fleet import curve as curve_at_time
 from fedlth.report.known_arms import arm_of
 from fedlth.report.results import Results
 from fedlth.report.statistics import ArmSummary
@@ -31,17 +33,20 @@ def pictures(results: Results) -> tuple[Picture, ...]:
     """
     found: list[Picture] = []
     units = "seeds and clients" if len(results.group) > 1 else "clients"
+    own = any(summary.choice.chosen for summary in results.summaries)
+    hollow = " Hollow markers are means at each client's own density, at the mean of those." if own else ""
     if any(summary.choice.target_density < 1 for summary in results.summaries):
         found.append(Picture(
             "accuracy_by_density", "What sparsity costs, arm by arm",
             f"Higher is better, sparser is to the right; whiskers are 95 % bootstrap intervals over {units}, and "
             "horizontal lines are the dense models. Arms are compared on the same clients, so whiskers that overlap "
-            "can still hide a clear paired difference: those are given in the text above.",
+            "can still hide a clear paired difference: those are given in the text above." + hollow,
             8.6, 4.8, ByDensity(results),
         ))  # fmt: skip
     dumbbells = before_after(results)
     if dumbbells is not None:
-        at = "" if dumbbells.after.target_density == 1 else f" at density {dumbbells.after.target_density:.3g}"
+        after = results.summary(dumbbells.after)
+        at = "" if after is None else after.at_text
         found.append(Picture(
             "accuracy_by_client", f"Every client, before and after: {arm_of(dumbbells.after.arm).label}{at}",
             "One line for each client, from the global model (hollow) to its own model (filled); an orange line is "
@@ -58,6 +63,13 @@ def pictures(results: Results) -> tuple[Picture, ...]:
         ))  # fmt: skip
     if (curve_of_all := curve_picture(results)) is not None:
         found.append(curve_of_all)
+    if any(curve_at_time(facts)[0] for facts in results.group):
+        found.append(Picture(
+            "accuracy_at_time", "What simulated time buys",
+            "The accuracy of the model that a round's sampled clients received, on their validation data, at the start "
+            "of that round on the study's fleet.",
+            8.6, 4.2, AtTime(results),
+        ))  # fmt: skip
     if results.overlaps:
         first = results.overlaps[0]
         of = f", seed {results.group[0].header.seed}" if len(results.group) > 1 else ""
@@ -92,8 +104,8 @@ class ByDensity:
     def __call__(self, figure: Figure, theme: Theme) -> None:
         """Draw on an empty figure."""
         axes = figure.add_subplot()
-        levels = [found for found in self.results.summaries if found.choice.target_density == 1]
-        sparse = [found for found in self.results.summaries if found.choice.target_density < 1]
+        levels = [one for one in self.results.summaries if one.choice.target_density == 1 and not one.choice.chosen]
+        sparse = [one for one in self.results.summaries if one.choice.target_density < 1 and not one.choice.chosen]
         arms = list(dict.fromkeys(found.choice.arm for found in sparse))
         densities = sorted({found.choice.target_density for found in sparse}, reverse=True)
         labels: list[tuple[float, str, str]] = []
@@ -105,6 +117,10 @@ class ByDensity:
             line = [found for found in sparse if found.choice.arm == arm]
             self._line(axes, theme, line, shift=(rank - (len(arms) - 1) / 2) * 0.05)
             labels.append((100 * line[-1].mean, arm_of(arm).label, theme.colour(arm)))
+        for found in (one for one in self.results.summaries if one.choice.chosen):
+            x, colour = _place(found.choice.target_density), theme.colour(found.choice.arm)
+            marker = theme.style(found.choice.arm).marker
+            axes.plot([x], [100 * found.mean], marker, color=theme.page, markeredgecolor=colour, markersize=9)
         self._density_axis(axes, densities)
         axes.set_ylabel("mean test accuracy over clients (%)")
         low, high = axes.get_ylim()
@@ -234,7 +250,7 @@ class AtBytes:
                 [place], [100 * found.val_mean], linestyle="", marker=theme.style(arm).marker, clip_on=False,
                 color=theme.colour(arm), markersize=8, zorder=3,
             )  # fmt: skip
-            at = "" if found.choice.target_density == 1 else f" at {found.density_text}"
+            at = "" if found.choice.target_density == 1 and not found.choice.chosen else f" at {found.density_text}"
             label = f"{arm_of(arm).label}{at}"
             if arm == "local":
                 axes.annotate(label, (0, 100 * found.val_mean), (8, 0), textcoords="offset points", va="center",

@@ -8,13 +8,14 @@ from textwrap import fill
 
 import numpy as np
 
-from fedlth.report.choice import Choice
 from fedlth.report.cost import cost_text
 from fedlth.report.curve import curve_table, inflation, lost_evaluations
+from fedlth.report.fleet import fleet_text, tiers_table
 from fedlth.report.known_arms import arm_of, is_users
 from fedlth.report.results import Results
 from fedlth.report.statistics import ArmSummary, Difference, difference
-from fedlth.report.tables import WIDTH, Table, aligned, summary_table
+from fedlth.report.tables import WIDTH, Table, aligned, chosen_table, summary_table
+from fedlth.report.traffic import is_refused
 from fedlth.report.units import bounds, percent, points, scaled, signed
 
 PERMUTATION_LEVEL = 0.01
@@ -75,7 +76,7 @@ def rivals(results: Results) -> list[ArmSummary]:
     """Return the arms that the main arm is held against: single ones, a user's own, then controls at equal density."""
     if results.main is None:
         return []
-    same = [Choice(arm, results.main.target_density) for arm in ("global_mask", "one_shot", "random")]
+    same = [replace(results.main, arm=arm) for arm in ("global_mask", "one_shot", "random")]
     single = ("global", "local", "dense", "dense_total", "own_random", "frozen_random")
     users = dict.fromkeys(one.choice.arm for one in results.summaries if is_users(one.choice.arm))
     found = [results.best_known(arm) for arm in (*single, *users)]
@@ -110,10 +111,9 @@ def reached(results: Results) -> str:
     if main is None:
         return "No client was evaluated, so there is no result to report."
     label = arm_of(main.choice.arm).label
-    at = "" if main.choice.target_density == 1 else f" at density {main.density_text}"
     text = (
-        f"The {label}{at} reaches {percent(main.mean)} % mean test accuracy {bounds(main.interval)}; the worst tenth "
-        f"of clients {percent(main.worst_decile)} %"
+        f"The {label}{main.at_text} reaches {percent(main.mean)} % mean test accuracy {bounds(main.interval)}; the "
+        f"worst tenth of clients {percent(main.worst_decile)} %"
     )
     if main.unseen is not None:
         text += f"; clients unseen in the rounds {percent(main.unseen)} %"
@@ -152,8 +152,9 @@ def numbers(results: Results) -> tuple[Number, ...]:
     shown: Sequence[ArmSummary | None] = [main, *(results.best_known(arm) for arm in ("global", "dense", "local"))]
     for one in dict.fromkeys(item for item in shown if item is not None):
         arm = arm_of(one.choice.arm)
-        at = "" if one.choice.target_density == 1 else f" at density {one.density_text}"
-        found.append(Number(f"{percent(one.mean)} %", f"{arm.label}{at}", f"95 % interval {bounds(one.interval)}"))
+        found.append(
+            Number(f"{percent(one.mean)} %", f"{arm.label}{one.at_text}", f"95 % interval {bounds(one.interval)}")
+        )
     moved = [(one.unicast.up_bytes, one.unicast.down_bytes, one.dense_bytes) for one in results.traffics]
     up, down, dense = (float(mean) for mean in np.mean(moved, axis=0))
     small = f"dense FedAvg: {scaled(dense, 'B')} both ways" if dense else "no visit in the ledger"
@@ -175,7 +176,7 @@ def honest_notes(results: Results) -> tuple[str, ...]:
     for facts, moved in zip(results.group, results.traffics, strict=True):
         seed = f"seed {facts.header.seed}: " if len(results.group) > 1 else ""
         if moved.refused.messages:
-            told = sorted({row.status for row in facts.ledger if row.status != "ok"})
+            told = sorted({row.status for row in facts.ledger if is_refused(row)})
             shown = "; ".join(told[:3]) + ("; ..." if len(told) > 3 else "")
             messages = _plural(moved.refused.messages, "message")
             notes.append(f"{seed}{messages} refused or failed ({shown}); bytes counted")
@@ -220,6 +221,8 @@ def summary_text(results: Results) -> str:
         table = replace(summary_table(results).columns(list(TERMINAL)), header=tuple(TERMINAL.values()))
         parts.append(aligned(table))
         parts.append("hurt: clients below the global model.  Test accuracy, read once at the end.")
+    more = [table for table in (chosen_table(results), tiers_table(results)) if table.rows]
+    parts += [f"{table.title}\n\n{aligned(table)}" for table in more]
     wire = [one for one in numbers(results) if one.label.startswith("payload")]
     parts.append("\n".join(f"{one.label}: {one.value}  ({one.small})" for one in wire))
     parts.append(fill(reached(results), WIDTH))
@@ -228,7 +231,7 @@ def summary_text(results: Results) -> str:
     rivals = against(results)
     if rivals.rows:
         parts.append(aligned(rivals))
-    parts += [fill(text, WIDTH) for text in (overlapping(results), cost_text(results)) if text]
+    parts += [fill(text, WIDTH) for text in (overlapping(results), cost_text(results), fleet_text(results)) if text]
     notes = honest_notes(results)
     if notes:
         parts.append("\n".join(fill(f"note: {note}", WIDTH, subsequent_indent="      ") for note in notes))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlth.report.choice import Choice, baseline_of, rows_of
+from fedlth.report.choice import Choice, baseline_of, chosen_choices, rows_of
 from fedlth.report.facts import Facts
 from fedlth.report.intervals import Interval, interval
 from fedlth.report.known_arms import arm_order
@@ -51,7 +51,14 @@ class ArmSummary:
     @property
     def density_text(self) -> str:
         """Return the density as people read it: that of the models, which may have stopped above their target."""
-        return f"{self.density:.3g}"
+        return f"{self.density:.3g}, chosen" if self.choice.chosen else f"{self.density:.3g}"
+
+    @property
+    def at_text(self) -> str:
+        """Return " at density 0.2", "" for a dense model."""
+        if self.choice.chosen:
+            return f" at each client's own density (mean {self.density:.3g})"
+        return "" if self.choice.target_density == 1 else f" at density {self.density_text}"
 
 
 def worst_decile_mean(values: Values) -> float:
@@ -130,6 +137,8 @@ def summarise_arm(group: Sequence[Facts], choice: Choice) -> ArmSummary:
 
 def summarise(group: Sequence[Facts]) -> tuple[ArmSummary, ...]:
     """Return every arm at every density, in the order of arms.ARMS and from dense to sparse."""
-    choices = {Choice(row.arm, row.target_density) for facts in group for row in facts.metrics}
-    ordered = sorted(choices, key=lambda choice: (arm_order(choice.arm), -choice.target_density))
+    own = chosen_choices(group)
+    alone = {"refined"} if own else set()  # it has no other density
+    choices = {Choice(r.arm, r.target_density) for facts in group for r in facts.metrics if r.arm not in alone}
+    ordered = sorted((*choices, *own), key=lambda one: (arm_order(one.arm), one.chosen, -one.target_density))
     return tuple(summarise_arm(group, choice) for choice in ordered)

@@ -75,6 +75,7 @@ def clients_table(results: Results) -> Table:
     main = [results.main] if results.main else []
     names = [arm_of(choice.arm).label for choice in (*shown, *main)]
     header = ("seed", "client", "unseen", "train examples", "classes", *(f"{name} %" for name in names))
+    own = ("density",) if results.main and results.main.chosen else ()
     rows = []
     for facts in results.group:
         tables = [rows_of(facts, choice) for choice in (*shown, *main)]
@@ -85,8 +86,23 @@ def clients_table(results: Results) -> Table:
             classes = str(sum(number > 0 for number in labels[client])) if client < len(labels) else NOTHING
             accuracies = (percent(row.test_accuracy if row else None) for row in held)
             place = (str(facts.header.seed), str(client), "yes" if known.unseen else "no")
-            rows.append((*place, str(known.num_train), classes, *accuracies))
-    return Table("Test accuracy of every client", header, tuple(rows), left=0)
+            last = tuple(f"{held[-1].density:.3g}" if held[-1] else NOTHING for _ in own)
+            rows.append((*place, str(known.num_train), classes, *accuracies, *last))
+    return Table("Test accuracy of every client", (*header, *own), tuple(rows), left=0)
+
+
+def chosen_table(results: Results) -> Table:
+    """Return how many clients keep a ticket of each density, where each has one of its own; else no rows."""
+    header = ("density", "clients", "share %", "mean %")
+    if results.main is None or not results.main.chosen:
+        return Table("", header, ())
+    held = [(facts.chosen[c], row) for facts in results.group for c, row in rows_of(facts, results.main).items()]
+    rows = []
+    for density in sorted({density for density, _ in held}, reverse=True):
+        got = [row.test_accuracy for one, row in held if one == density]
+        share, number = percent(len(got) / len(held)), count(len(got) / len(results.group))
+        rows.append((f"{density:.3g}", number, share, percent(float(np.mean(got)))))
+    return Table("The densities that clients keep", header, tuple(rows))
 
 
 def bytes_table(results: Results) -> Table:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from fedlth.report.facts import Facts, grouped
-from fedlth.storage.records import LedgerRow, party
+from fedlth.storage.records import DROPPED, LATE, LedgerRow, party
 
 Key = TypeVar("Key")
 SERVER = party(None)
@@ -135,6 +135,11 @@ def clients_of(row: LedgerRow) -> list[int]:
     return [int(party.split(":", 1)[1]) for party in (row.sender, row.receiver) if party.startswith("client:")]
 
 
+def is_refused(row: LedgerRow) -> bool:
+    """Say whether a message was refused or failed; late ones, and clients that dropped out, are a fleet's own."""
+    return row.status not in ("ok", LATE, f"failed: {DROPPED}")
+
+
 def once(rows: Iterable[LedgerRow]) -> list[LedgerRow]:
     """Return the rows with each broadcast counted once: one row a round, phase, sender and name of what was broadcast.
 
@@ -150,6 +155,8 @@ def traffic(facts: Facts) -> Traffic:
     """Return what crossed the wire in one run."""
     rows = facts.ledger
     visits = {(row.round, row.phase, client) for row in rows for client in clients_of(row)}
+    # who dropped out of a round would not have sent a dense update either
+    gone = {(row.round, row.phase, c) for row in rows if row.status == f"failed: {DROPPED}" for c in clients_of(row)}
     by_round, cumulative = [], 0
     # rounds stand in the order in which they were committed: a later phase may count its rounds from zero again
     for inner in grouped(((row.round, row.phase), row) for row in rows).values():
@@ -164,12 +171,12 @@ def traffic(facts: Facts) -> Traffic:
         unicast=flow(rows),
         once=flow(once(rows)),
         framed_bytes=told.framed_bytes if told.frames and told.frames == told.all_frames else None,
-        refused=flow(row for row in rows if row.status != "ok"),
+        refused=flow(filter(is_refused, rows)),
         by_kind=dict(sorted(_flows((row.kind, row) for row in rows).items())),
         by_phase=_flows((row.phase, row) for row in rows),
         by_client=dict(sorted(_flows((client, row) for row in rows for client in clients_of(row)).items())),
         by_round=tuple(by_round),
-        dense_ups=sum(phase in joining for _, phase, _ in visits),
+        dense_ups=sum(phase in joining for _, phase, _ in visits - gone),
         dense_downs=len(visits),
         dense_payload_bytes=facts.header.dense_payload_bytes,
         dense_up_payload_bytes=round(sum(seen) / len(seen)) if seen else facts.header.dense_payload_bytes,

@@ -32,6 +32,9 @@ class Phase:
     joins: bool
 
 
+# Kinds of Failed that a fleet has: nobody's fault, and they cost only the client's own round.
+LATE, DROPPED = "late", "dropped"
+
 # What runs whose header does not name their phases went through; how many rounds each had it does not say either.
 UNNAMED = (
     Phase(name="federate", step=1, joins=True),
@@ -66,13 +69,13 @@ class TaskFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What is true of a whole run (header.json). `phases` are in order.
+    """What is true of a whole run (header.json). `phases` are in order, `client_tiers` names of clients.capacity.
 
     `tasks`: where clients have tasks of their own; `num_classes`, `layers` and their sums are then of the study's own
     network, of which each client has what is shared.
     """
 
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"phases", "tasks"})
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"phases", "tasks", "client_tiers"})
 
     format: int = FORMAT
     study: str
@@ -90,6 +93,7 @@ class Header:
     unseen: list[int] = field(default_factory=list)
     num_classes: int
     client_labels: list[list[int]] = field(default_factory=list)
+    client_tiers: list[str] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
     phases: list[Phase] = field(default_factory=lambda: list(UNNAMED))
     num_parameters: int = 0
@@ -154,7 +158,7 @@ def party(client: int | None) -> str:
 
 @dataclass(frozen=True)
 class Failed:
-    """A client without a usable answer: `kind` is refused, or that of the failure; `reason` is one line."""
+    """A client without a usable answer: `kind` is refused, late, dropped, or a failure's; `reason` is one line."""
 
     client: int
     kind: str
@@ -175,10 +179,11 @@ class RoundRow:
     """One round as the server saw it; `val_accuracy` is None where no visit reported one.
 
     `rolled_back_to` says which global model took the place of one that no client could use ("" for none), `kept_best`
-    with which one step 2 begins where the evaluations chose it; it is on the row of the last evaluation.
+    with which one step 2 begins where the evaluations chose it (it is on the row of the last evaluation), `simulated_s`
+    what the round takes on the study's fleet (None without one).
     """
 
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"rolled_back_to", "kept_best"})
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"rolled_back_to", "kept_best", "simulated_s"})
 
     round: int
     phase: str
@@ -190,6 +195,7 @@ class RoundRow:
     diverged: list[Diverged] = field(default_factory=list)
     rolled_back_to: str = ""
     kept_best: str = ""
+    simulated_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,9 +220,12 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class TimeRow:
-    """What one client's visit took, on which worker; no `client`: the whole round, from its start to its commit."""
+    """What one client's visit took, on which worker; no `client`: the whole round, from its start to its commit.
 
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"worker", "seconds", "device", "work"})
+    `simulated_s` is what the visit takes on the study's fleet.
+    """
+
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"worker", "seconds", "device", "work", "simulated_s"})
 
     round: int
     phase: str
@@ -225,6 +234,7 @@ class TimeRow:
     seconds: float | None = None
     device: str | None = None
     work: list[Work] = field(default_factory=list)
+    simulated_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -239,11 +249,12 @@ class Digests:
 class MetricRow:
     """One client under one arm at one density, read once at the end.
 
-    `diverged` says that the arm's training did. Defaults are for reading what earlier versions wrote: a client must
-    give every field that is not in OPTIONAL.
+    `diverged` says that the arm's training did, `chosen` that the client keeps this ticket, where each has a density of
+    its own (finder.main: auto, capacity). Defaults are for reading what earlier versions wrote: a client must give
+    every field that is not in OPTIONAL.
     """
 
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"diverged"})
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"diverged", "chosen"})
 
     client: Count
     unseen: bool
@@ -265,6 +276,7 @@ class MetricRow:
     ticket: Label = ""
     layer_density: Annotated[dict[str, Any], Shares()] = field(default_factory=dict)
     diverged: bool = False
+    chosen: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fedlth.errors import StudyError
+from fedlth.study import capacity_file
 from fedlth.study.yaml_text import parse
 
 
@@ -33,6 +34,7 @@ def _texts(value: Any) -> Any:
 Spec = Annotated[dict[str, Any], BeforeValidator(_spec)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(as_tuple)]
 Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
@@ -56,17 +58,33 @@ class Data(Node):
 
 
 class Tier(Node):
-    """What some clients can carry, as parts of a whole device's: those named, or a share of them all."""
+    """What some clients can carry: those named, or a share of them all.
+
+    `density`, `width` and `speed` are relative to the fleet's reference device; a link not given is the fleet's.
+    """
 
     clients: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(as_tuple)] | None = None
     share: Fraction | None = None
+    name: str = ""
     density: Fraction = 1.0
     width: Fraction = 1.0
     speed: Positive = 1.0
+    memory_mb: Positive | None = None
+    down_bytes_s: Positive | None = None
+    up_bytes_s: Positive | None = None
+    latency_s: NotNegative | None = None
 
 
 class Clients(Node):
-    """How many clients, how each one's examples are split, and what each can carry."""
+    """How many clients, how each one's examples are split, and what each can carry.
+
+    `capacity` may be given as a file of one row a client; what it says then stands here as tiers.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_file(cls, given: Any) -> Any:
+        return _with_tiers(given) if isinstance(given, dict) else given
 
     count: Count
     capacity: Annotated[tuple[Tier, ...], BeforeValidator(as_tuple)] = ()
@@ -114,7 +132,7 @@ class Personalise(Node):
 
 
 class Finder(Node):
-    """How a ticket is found: parts that compose, down to exact densities; `main` is the one kept."""
+    """How a ticket is found: parts that compose, down to exact densities; `main` says which of them is kept."""
 
     score: Spec = {"name": "magnitude"}
     schedule: Spec = {"name": "iterative"}
@@ -125,7 +143,7 @@ class Finder(Node):
     gate: Spec = {"name": "always"}
     stop: Spec = {"name": "target"}
     densities: Floats = (0.2,)
-    main: float | None = None
+    main: Literal["auto", "capacity"] | float | None = None
 
 
 class Evaluate(Node):
@@ -150,6 +168,19 @@ class TaskSpec(Node):
     loss: Spec | None = None
     metric: str | None = None
     metrics: Names | None = None
+
+
+class Fleet(Node):
+    """Simulated time on stated devices and links; a client's tier (clients.capacity) may say other links and speeds."""
+
+    flops_s: Positive
+    flops: Literal["dense", "alive"] = "dense"
+    down_bytes_s: Positive
+    up_bytes_s: Positive
+    latency_s: NotNegative = 0.0
+    straggle: NotNegative = 0.0
+    deadline_s: Positive | None = None
+    drop: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 class Tune(Node):
@@ -190,6 +221,7 @@ class Study(Node):
     finder: Finder = Finder()
     personalise: Personalise = Personalise()
     refine: Refine = Refine()
+    fleet: Fleet | None = None
     tune: Tune = Tune()
     wire: Literal["raw", "lossless", "bf16", "f16", "step", "sign"] = "lossless"
     compute: Literal["auto", "reference", "tuned", "sparse"] = "reference"
@@ -225,7 +257,8 @@ class Study(Node):
     def given(self, place: str) -> bool:
         """Say whether the user wrote this section, or `section.key`: never true of a default."""
         section, _, key = place.partition(".")
-        return section in self.model_fields_set and (not key or key in getattr(self, section).model_fields_set)
+        node = getattr(self, section)
+        return section in self.model_fields_set and (not key or (node is not None and key in node.model_fields_set))
 
 
 def _override(tree: dict[str, Any], assignment: str) -> None:
@@ -254,9 +287,19 @@ def _known(location: tuple[Any, ...], root: type[BaseModel]) -> list[str]:
         if get_origin(node) is dict:  # a section whose keys are the user's names
             node = get_args(node)[1]
             continue
+        if isinstance(step, int):  # of a list, whose items are alike
+            continue
         field = node.model_fields.get(step) if hasattr(node, "model_fields") else None
-        node = field.annotation if field else None
+        node = _section(field.annotation) if field else None
     return list(node.model_fields) if hasattr(node, "model_fields") else []
+
+
+def _section(annotation: Any) -> Any:
+    """Return the section in an annotation such as `Section | None` or `tuple[Section, ...]`, else the annotation."""
+    if hasattr(annotation, "model_fields") or get_origin(annotation) is dict:
+        return annotation
+    inner = (_section(part) for part in get_args(annotation))
+    return next((part for part in inner if hasattr(part, "model_fields")), annotation)
 
 
 def _explain(error: ValidationError, where: str, root: type[BaseModel]) -> StudyError:
@@ -283,6 +326,28 @@ def validated(kind: type[T], tree: Any, where: str) -> T:
         raise _explain(error, where, kind) from error
 
 
+def _with_tiers(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the section `clients` with the file that `capacity` names read into tiers: equal rows are one tier.
+
+    Raises StudyError naming file, line and column.
+    """
+    capacity, count = given.get("capacity"), given.get("count")
+    if isinstance(capacity, dict) and capacity.keys() == {"file"}:
+        capacity = capacity["file"]
+    if not isinstance(capacity, str):
+        return given
+    found: dict[Tier, list[int]] = {}
+    for place, client, row in capacity_file.rows(capacity):
+        if isinstance(count, int) and client >= count:
+            raise StudyError(f"{place}: client: must be below clients.count = {count}, got {client}")
+        found.setdefault(validated(Tier, row, place), []).append(client)
+    tiers = []
+    for number, (tier, clients) in enumerate(found.items()):
+        named = {"name": tier.name or f"tier {number}", "clients": tuple(clients)}
+        tiers.append({**tier.model_dump(exclude_unset=True), **named})
+    return {**given, "capacity": tuple(tiers)}
+
+
 def build(tree: Any, where: str = "study") -> Study:
     """Validate a plain tree; raise StudyError with `where: place: what was wanted, got`."""
     if isinstance(tree, dict) and tree.keys() & {"lottery", "searches", "probes"}:
@@ -299,8 +364,10 @@ def _cross_check(study: Study, where: str) -> None:
         raise StudyError(f"{where}: finder.densities: each must be in (0, 1], got {list(densities)}")
     if sorted(densities, reverse=True) != list(densities) or len(set(densities)) != len(densities):
         raise StudyError(f"{where}: finder.densities: must fall from left to right, got {list(densities)}")
-    if study.finder.main is not None and study.finder.main not in densities:
-        raise StudyError(f"{where}: finder.main: must be one of finder.densities, got {study.finder.main}")
+    if study.finder.main not in (None, "auto", "capacity", *densities):
+        raise StudyError(
+            f"{where}: finder.main: must be one of finder.densities, auto or capacity, got {study.finder.main}"
+        )
     if len(set(study.seeds)) != len(study.seeds):
         raise StudyError(f"{where}: seeds: each must be given once, got {list(study.seeds)}")
     for place, spec in (("method", study.method), ("partition", study.partition)):

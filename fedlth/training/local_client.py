@@ -13,6 +13,7 @@ import numpy as np
 from fedlth import rng
 from fedlth.data.examples import Examples
 from fedlth.models.layout import Params
+from fedlth.study.schema import Tier
 from fedlth.tickets.evidence import Evidence, Lesson
 from fedlth.training import evaluation, supermask, train
 from fedlth.training.batch_requests import cpu_seconds
@@ -64,6 +65,11 @@ class LocalClient:
     @property
     def num_train(self) -> int:
         return len(self.task.splits.clients[self.client].train)
+
+    @property
+    def capacity(self) -> Tier:
+        """What this client can carry (clients.capacity); a whole device where the study does not say."""
+        return self.task.capacity(self.client)
 
     @cached_property
     def full(self) -> np.ndarray:

@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 import torch
 
-from fedlth.data.capacity import tiers_of
+from fedlth.data.capacity import names_of, tiers_of
 from fedlth.data.dataset import Dataset
 from fedlth.data.examples import Examples, Inputs, shapes
 from fedlth.data.factory import told
@@ -110,6 +110,12 @@ class Task:
     def _tiers(self) -> tuple[schema.Tier, ...]:
         clients = self.study.clients
         return tiers_of(clients.capacity, clients.count, self.study.partition.get("seed", 0))
+
+    @property
+    def tier_names(self) -> list[str]:
+        """The name of each client's tier; none where the study has no tiers."""
+        clients = self.study.clients
+        return names_of(clients.capacity, clients.count, self.study.partition.get("seed", 0))
 
     def probe(self) -> list[str]:
         """Run the model once on a few examples, in both modes; return a note for clients that cannot train it.

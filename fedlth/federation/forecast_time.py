@@ -1,0 +1,94 @@
+"""What a study will take on its fleet: every round's draws are known, and its visits are counted as dense models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedlth.data.capacity import named
+from fedlth.experiment.experiment import Experiment
+from fedlth.federation.fleet import Clock
+from fedlth.methods.method import Phase
+from fedlth.training.local_client import LocalClient
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A client's visit of one dense model: bytes each way, and the epochs of step 2 that its kept model takes."""
+
+    down_bytes: float
+    up_bytes: float
+    epochs: float
+
+
+def forecast_time(experiment: Experiment, visit: Visit) -> list[str]:
+    """Return lines on simulated time by step and on a visit by tier; none without a fleet."""
+    fleet = experiment.study.fleet
+    if fleet is None:
+        return []
+    step1, step2, visits, dropped, late = 0.0, 0.0, 0, 0, 0
+    longest: dict[str, float] = {}
+    for phase, round in experiment.steps:
+        clock, clients = Clock(experiment, phase, round), experiment.clients(phase, round)
+        seconds = {c: _seconds(clock, phase, c, visit) for c in clients}
+        gone = [s for c, s in seconds.items() if clock.drops(c)]
+        came = [s for c, s in seconds.items() if not clock.drops(c)]
+        whole = clock.whole(came, gone) or 0.0
+        if phase.join is None:  # waves are commits: all clients work at once
+            longest[phase.name] = max(whole, longest.get(phase.name, 0.0))
+            continue
+        visits, dropped = visits + len(clients), dropped + len(gone)
+        late += sum(bool(clock.late(s)) for s in came)
+        if phase in experiment.federated_phases:
+            step1 += whole
+        else:
+            step2 += whole
+    step2 += math.fsum(longest.values())
+    of = f" ({visits:,} visits: {dropped} dropped, {late} late)" if visits else ""
+    lines = [
+        f"fleet: about {_told(step1)} of simulated time in the rounds of step 1 and {_told(step2)} in step 2{of}, if "
+        f"all models were dense"
+    ]
+    return [*lines, *_tiers(experiment, visit)]
+
+
+def _seconds(clock: Clock, phase: Phase, client: int, visit: Visit) -> float:
+    flops, up = clock.usual_flops(client), visit.up_bytes
+    if phase.join is None:
+        local = LocalClient(clock.experiment.task, client, 0, phase.name)
+        epochs = visit.epochs if phase.name == "personalise" else clock.experiment.study.personalise.epochs
+        flops, up = local.flops(local.full, epochs)[0], 0.0
+    return clock.seconds(client, down_bytes=visit.down_bytes, up_bytes=up, flops=flops) or 0.0
+
+
+def _tiers(experiment: Experiment, visit: Visit) -> list[str]:
+    """Say what a visit takes in each tier: link and training of its median client, straggling aside."""
+    phase = next((p for p in experiment.phases if p.join is not None), None)
+    fleet, task = experiment.study.fleet, experiment.task
+    if phase is None or fleet is None:
+        return []
+    calm = experiment.study.model_copy(update={"fleet": fleet.model_copy(update={"straggle": 0.0})})
+    clock = Clock(Experiment.of(calm), phase, 1)
+    lines = []
+    for name, tier in named(experiment.study.clients.capacity):
+        held = [c for c in range(experiment.study.clients.count) if task.capacity(c) == tier]
+        if held:
+            parts: Mapping[str, tuple[float, float, float]] = {
+                "download": (visit.down_bytes, 0.0, 0.0), "upload": (0.0, visit.up_bytes, 0.0),
+                "training": (0.0, 0.0, float(np.median([clock.usual_flops(c) for c in held]))),
+            }  # fmt: skip
+            still = clock.seconds(held[0], down_bytes=0, up_bytes=0, flops=0) or 0.0
+            spent = {
+                what: (clock.seconds(held[0], down_bytes=down, up_bytes=up, flops=flops) or 0.0) - still
+                for what, (down, up, flops) in parts.items()
+            }
+            told = ", ".join(f"{what} {_told(seconds)}" for what, seconds in spent.items())
+            lines.append(f"  {name}, {len(held)} clients: a dense visit takes {told}, latency {_told(still)}")
+    return lines
+
+
+def _told(seconds: float) -> str:
+    return f"{seconds / 3600:.3g} h" if seconds >= 3600 else f"{seconds:.3g} s"
