@@ -145,5 +145,9 @@ def _idle(study: Study, method: FederatedMethod, arms: set[str], product: str | 
         yield "clients.capacity", f"{said} does not ask for it"
     if product is None:
         yield "tickets", f"no arm of {said} is a client's own model"
+    if study.clients.test == "own":
+        yield "clients.test_samples", "clients.test is own"
+    else:
+        yield "clients.test_share", "clients.test is split"
     if study.seeds:
         yield "seed", "seeds are given"

@@ -94,6 +94,10 @@ def _notes(study: Study, experiment: Experiment) -> list[str]:
         if not norms or (study.model.buffers != "aggregate" and not local):
             what = "norm" if not norms else "norm with running statistics"
             notes.append(f"model.buffers: has no effect, {study.model.name} has no {what}")
+    places = {"val": ("validation",), "test": ("test_samples", "test_share")}
+    for part in sorted(task.splits.given):
+        idle = [f"clients.{key}" for key in places[part] if study.given(f"clients.{key}")]
+        notes += [f"{place}: has no effect, the partition gives each client's {part} part" for place in idle]
     source = SOURCES.get(study.data.name)
     if study.data.root is not None and source and "root" not in inspect.signature(source).parameters:
         notes.append(f"data.root: has no effect, {study.data.name} is not read from a folder")

@@ -24,6 +24,7 @@ from fedlth.storage import tensorboard, ticket_file
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.records import Digests, Header, Layer, Phase, RoundRow
 from fedlth.storage.run_folder import RunFolder
+from fedlth.study.schema import Study
 
 log = logging.getLogger(__name__)
 
@@ -154,6 +155,9 @@ def _write_header(folder: RunFolder, experiment: Experiment, engine: Engine, end
         data_digest=task.dataset.digest(),
         num_clients=study.clients.count,
         unseen=sorted(task.splits.unseen),
+        test=study.clients.test,
+        label_noise=_noise(study),
+        noisy=list(task.splits.noisy),
         num_classes=task.dataset.num_classes,
         client_labels=[label_counts(task.dataset, s) for s in task.splits.clients],
         layers=[
@@ -175,6 +179,13 @@ def _write_header(folder: RunFolder, experiment: Experiment, engine: Engine, end
         finished=ended is not None,
     )
     folder.write(header)
+
+
+def _noise(study: Study) -> str:
+    noise = study.clients.label_noise
+    if noise is None:
+        return ""
+    return f"{noise.rate:g} of the labels, {'the next class' if noise.kind == 'pair' else 'any other class'}"
 
 
 def versions() -> dict[str, str]:

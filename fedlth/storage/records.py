@@ -53,9 +53,13 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What is true of a whole run (header.json). `phases` are in order."""
+    """What is true of a whole run (header.json). `phases` are in order.
 
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"phases"})
+    `test` says whence test parts are: the data set's split, or each client's own examples. `label_noise` says in words
+    what is wrong with the labels of the clients `noisy`; "" for nothing.
+    """
+
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"phases", "test", "label_noise", "noisy"})
 
     format: int = FORMAT
     study: str
@@ -71,6 +75,9 @@ class Header:
     data_digest: str
     num_clients: int
     unseen: list[int] = field(default_factory=list)
+    test: str = "split"
+    label_noise: str = ""
+    noisy: list[int] = field(default_factory=list)
     num_classes: int
     client_labels: list[list[int]] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
@@ -207,8 +214,8 @@ class Digests:
 class MetricRow:
     """One client under one arm at one density, read once at the end.
 
-    `diverged` says that the arm's training did. Defaults are for reading what earlier versions wrote: a client must
-    give every field that is not in OPTIONAL.
+    `diverged` says that the arm's training did; validation is None where a client has no validation part. Defaults are
+    for reading what earlier versions wrote: a client must give every field that is not in OPTIONAL.
     """
 
     OPTIONAL: ClassVar[frozenset[str]] = frozenset({"diverged"})
@@ -218,7 +225,7 @@ class MetricRow:
     arm: Name
     density: Share
     target_density: Target
-    val_accuracy: Share
+    val_accuracy: Share | None
     test_accuracy: Share
     num_train: Count
     start: Label = ""
@@ -226,7 +233,7 @@ class MetricRow:
     search_epochs: Amount = 0.0
     train_flops: Amount = 0.0
     train_flops_effective: Amount = 0.0
-    val_loss: Number = float("nan")
+    val_loss: Number | None = float("nan")
     test_loss: Number = float("nan")
     num_val: Count = 0
     num_test: Count = 0

@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from fedlth import rng
+from fedlth.errors import StudyError
 from fedlth.models.layout import Params
 from fedlth.tickets.evidence import Evidence, Lesson
 from fedlth.training import evaluation, supermask, train
@@ -147,8 +148,14 @@ class LocalClient:
         return dense * scale, (dense - dead) * scale
 
     def val_accuracy(self, params: Params) -> float:
-        """The only accuracy that a decision may look at."""
+        """The only accuracy that a decision may look at; raise StudyError where the client has no validation part."""
+        if not len(self.val_part[1]):
+            raise StudyError("clients.validation: must be above 0 where something decides on validation data, got 0")
         return self.evaluate(params, self.val_part)[0]
+
+    def seen(self, params: Params) -> dict[str, float]:
+        """Return the validation accuracy as a visit reports it; nothing where the client has no validation part."""
+        return {"val_accuracy": self.val_accuracy(params)} if len(self.val_part[1]) else {}
 
     def evaluate(self, params: Params, part: tuple[Tensor, Tensor]) -> tuple[float, float]:
         """Return (accuracy, mean loss) on a part of the client's data."""

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from fedlth.data.capacity import tiers_of
 from fedlth.data.dataset import Dataset
+from fedlth.data.divided import divided, loaded
 from fedlth.data.factory import told
-from fedlth.data.partition import PARTITIONS
-from fedlth.data.sources import load
-from fedlth.data.split import Splits, split_clients
+from fedlth.data.split import Splits
 from fedlth.data.tensors import inputs
 from fedlth.errors import StudyError
 from fedlth.kernel import kernel
@@ -27,7 +26,6 @@ from fedlth.models.initial import torch_stream
 from fedlth.models.layout import Entry, Layout, Params
 from fedlth.rng import stream
 from fedlth.study import schema
-from fedlth.study.parts import make
 from fedlth.training.batches import batches
 from fedlth.training.evaluation import evaluate
 from fedlth.training.flat_model import FlatModel
@@ -156,7 +154,8 @@ class Task:
 
     def part(self, client: int, name: str) -> tuple[Tensor, Tensor]:
         """Return the tensors (x, y) of a client's "train", "val" or "test" part, on the device."""
-        x, y = inputs(self.dataset, getattr(self.splits.clients[client], name), train=name != "test")
+        train = name != "test" or self.splits.own_test
+        x, y = inputs(self.dataset, getattr(self.splits.clients[client], name), train=train)
         return x.to(self.device), y.to(self.device)
 
     def merge(self, received: Params, own: Params) -> Params:
@@ -208,23 +207,8 @@ def _crosses(study: schema.Study, moving: Layout) -> Layout:
 def _divided(text: str) -> tuple[Dataset, Splits]:
     """Return the data set and each client's part of it; cached apart: studies that differ elsewhere share it."""
     given = json.loads(text)
-    data, clients, partition = given["data"], given["clients"], given["partition"]
-    dataset = load(data["name"], root=data["root"], options=data["options"])
-    splits = split_clients(
-        dataset,
-        make(
-            PARTITIONS,
-            {k: v for k, v in partition.items() if k != "seed"},
-            "partition",
-            has="__call__(labels, keys, num_clients, rng)",
-        ),  # fmt: skip
-        num_clients=clients["count"],
-        validation=clients["validation"],
-        test_samples=clients["test_samples"],
-        unseen=clients["unseen"],
-        seed=partition.get("seed", 0),
-    )
-    return dataset, splits
+    dataset = loaded(schema.validated(schema.Data, given["data"], "data"))
+    return divided(dataset, given["partition"], schema.validated(schema.Clients, given["clients"], "clients"))
 
 
 def open_task(science: str) -> Task:
