@@ -113,6 +113,22 @@ def check(args: argparse.Namespace) -> int:
     return 0
 
 
+def partition(args: argparse.Namespace) -> int:
+    from fedlth.data.divided import write_division
+    from fedlth.study.schema import load
+
+    study = load(args.study, args.override)
+    splits = write_division(study, args.file)
+    sizes = {part: [len(getattr(c, part)) for c in splits.clients] for part in ("train", "val", "test")}
+    told = ", ".join(f"{part} {min(n)}-{max(n)}" for part, n in sizes.items())
+    whose = "their own examples" if splits.own_test else "the data set's test split"
+    say(f"{args.file}: {len(splits.clients)} clients ({len(splits.unseen)} unseen), examples {told}; test from {whose}")
+    say(f"partition digest {splits.digest}")
+    seed = f", seed: {study.partition['seed']}" if study.partition.get("seed") else ""
+    say(f"to use it: partition: {{name: file, path: {args.file}{seed}}}")
+    return 0
+
+
 def lottery(args: argparse.Namespace) -> int:
     require("fedlth lottery", "matplotlib", "jinja2", "scipy", extra="sim")
     from fedlth.api import free_folder
@@ -240,6 +256,15 @@ def parser() -> argparse.ArgumentParser:
     text = "Validates everything, tries a few training steps and client visits, and forecasts; writes nothing.\n\n"
     sub = command("check", check, "validate a study and forecast its cost", text + study_text)
     sub.add_argument("study", type=Path, metavar="STUDY.yaml")
+    sub.add_argument("override", nargs="*", metavar="key=value")
+
+    text = (
+        "FILE (JSON) holds each client's positions in the data (train, validation, test) and the digest of the data.\n"
+        "partition: {name: file, path: FILE} reads it. An existing file is not overwritten."
+    )
+    sub = command("partition", partition, "write how a study divides its data, as a file", text)
+    sub.add_argument("study", type=Path, metavar="STUDY.yaml")
+    sub.add_argument("file", type=Path, metavar="FILE")
     sub.add_argument("override", nargs="*", metavar="key=value")
 
     text = (

@@ -67,7 +67,7 @@ def own_epochs(experiment: Experiment) -> tuple[float, float]:
     """
     study, task, trained = experiment.study, experiment.task, 0
     visits = dict.fromkeys(range(study.clients.count), 0)
-    refined = study.refine.rounds * study.refine.clients_per_round
+    refined = study.refine.rounds * experiment.per_round(study.refine)
     for phase, round in experiment.steps:
         if phase in experiment.federated_phases:
             passes = getattr(phase.update, "passes", _once)
@@ -117,7 +117,7 @@ def forecast(study: Study) -> str:
         f"study {study.study}: method {experiment.method.name}, {len(experiment.steps)} commits",
         *(f"note: {n}" for n in notes),
         f"clients: {study.clients.count} ({len(task.splits.unseen)} unseen), "
-        f"train examples {min(sizes)}-{max(sizes)}, partition {task.splits.digest[:16]}",
+        f"train examples {min(sizes)}-{max(sizes)}, {_tests(task)}partition {task.splits.digest[:16]}",
         *(line for one in (task, *(one for one in task.each if one is not task)) for line in _model_lines(one)),
         *_compute_lines(task.each[0]),
         f"cohort: {study.cohort} clients train as one" if study.cohort != 1 else "cohort: 1, clients train one by one",
@@ -128,6 +128,13 @@ def forecast(study: Study) -> str:
         f"memory: about {_memory_mb(experiment):,.0f} MB a worker; disk about {_disk_mb(experiment):,.0f} MB",
     ]
     return "\n".join(lines)
+
+
+def _tests(task: Task) -> str:
+    if not task.splits.own_test:
+        return ""
+    sizes = [len(c.test) for c in task.splits.clients]
+    return f"own test examples {min(sizes)}-{max(sizes)}, "
 
 
 def _step_seconds(task: Task) -> float:

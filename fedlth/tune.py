@@ -77,4 +77,4 @@ def _score(trial: Study, where: Path) -> float | str:
             kept[row.client] = row
     if not kept or any(row.diverged for row in kept.values()):
         return DIVERGED
-    return math.fsum(row.val_accuracy for row in kept.values()) / trial.clients.count
+    return math.fsum(row.val_accuracy or 0.0 for row in kept.values()) / trial.clients.count

@@ -134,7 +134,19 @@ def test_help_is_light_and_quick() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    for command in ("run", "resume", "report", "compare", "diff", "list", "check", "bytes", "tickets", "lottery"):
+    for command in (
+        "run",
+        "resume",
+        "report",
+        "compare",
+        "diff",
+        "list",
+        "check",
+        "bytes",
+        "tickets",
+        "partition",
+        "lottery",
+    ):
         assert f"    {command}" in done.stdout
 
 
@@ -145,5 +157,7 @@ def test_nothing_unpickles_or_uses_global_randomness() -> None:
         if path.name != "unpickle.py":
             assert not {"pickle.load", "pickle.loads", "cloudpickle.loads"} & calls, name
         assert not {"np.random.seed", "np.random.default_rng", "random.seed"} & calls, name
-        if name != "fedlth.experiment.saved_ticket":  # which puts it back as the caller had it
+        # The first puts it back as the caller had it; the second repeats LEAF's draws with a generator of its own.
+        if name not in ("fedlth.experiment.saved_ticket", "fedlth.data.leaf"):
             assert "random" not in tops(imports(name)), name
+    assert not {m for m in imports("fedlth.data.leaf") if m.startswith("random")} - {"random.Random"}

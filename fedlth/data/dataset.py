@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -57,6 +57,24 @@ class Dataset:
                 state.update(json.dumps([little.dtype.str, list(little.shape)]).encode())
                 state.update(little.data)
         return state.hexdigest()
+
+
+def pooled(dataset: Dataset) -> Dataset:
+    """Return the data set with its test examples behind its training examples, and no test split."""
+    joined = {
+        field: np.concatenate([getattr(dataset, f"{field}_train"), getattr(dataset, f"{field}_test")])
+        for field in ("x", "y", "key")
+        if getattr(dataset, f"{field}_train") is not None and getattr(dataset, f"{field}_test") is not None
+    }
+    return replace(
+        dataset,
+        x_train=joined["x"],
+        y_train=joined["y"],
+        key_train=joined.get("key"),
+        x_test=dataset.x_test[:0],
+        y_test=dataset.y_test[:0],
+        key_test=dataset.key_test[:0] if "key" in joined and dataset.key_test is not None else None,
+    )
 
 
 def checked(dataset: Dataset) -> Dataset:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from fedlth.errors import wrong
 from fedlth.study.parts import is_number as is_number
 
+MAX_TRIES = 2_000  # draws of a partition that must meet a minimum
+
 
 def check_count(place: str, value: object, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:

@@ -1,22 +1,25 @@
 """How train examples are divided among clients: one frozen part a scheme, and the table that names them.
 
 Every part is called with labels (N,) or (N, T), keys (N,) or None, num_clients and a generator, and returns one
-sorted int64 index array a client. Arrays are disjoint; a part that leaves examples out says so.
+sorted int64 index array a client, or `Parts` where it also says which examples are for validation or test. Arrays are
+disjoint; a part that leaves examples out says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import numpy as np
 
 from fedlth.data.label_partition import Classes, Shards
-from fedlth.data.limits import check_above_zero, check_count
+from fedlth.data.leaf import Leaf
+from fedlth.data.limits import MAX_TRIES, check_above_zero, check_count
+from fedlth.data.partition_file import FromFile
+from fedlth.data.parts import Parts
+from fedlth.data.pfllib import Pfllib
 from fedlth.errors import StudyError
-
-MAX_TRIES = 2_000
 
 
 class Partition(Protocol):
@@ -26,7 +29,7 @@ class Partition(Protocol):
 
     def __call__(
         self, labels: np.ndarray, keys: np.ndarray | None, num_clients: int, rng: np.random.Generator
-    ) -> list[np.ndarray]: ...
+    ) -> Sequence[np.ndarray | Parts]: ...
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,9 @@ PARTITIONS: dict[str, type] = {
     "classes": Classes,
     "quantity": QuantitySkew,
     "natural": NaturalKey,
+    "file": FromFile,
+    "pfllib": Pfllib,
+    "leaf": Leaf,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,13 +13,18 @@ from fedlth.data.dataset import Dataset
 from fedlth.data.factory import told
 from fedlth.data.limits import check_count, is_number
 from fedlth.data.partition import Partition
+from fedlth.data.partition_file import FromFile
+from fedlth.data.parts import Parts
 from fedlth.errors import StudyError, wrong
 from fedlth.rng import stream
 
 
 @dataclass(frozen=True, eq=False)
 class ClientSplit:
-    """Hold one client's sorted int64 positions: train and val in x_train (disjoint), test in x_test."""
+    """Hold one client's sorted int64 positions: train and val (disjoint) in x_train, test in x_test.
+
+    With own tests all three are in x_train, and disjoint.
+    """
 
     train: np.ndarray
     val: np.ndarray
@@ -27,11 +33,18 @@ class ClientSplit:
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """Hold all clients' parts, the ids held out as unseen, and the sha256 hex that two comparable runs share."""
+    """Hold all clients' parts, the ids held out as unseen, and the sha256 hex that two comparable runs share.
+
+    own_test: test parts are positions in x_train. given: which of "val" and "test" the partition itself has divided.
+    noisy: the ids of clients with wrong labels.
+    """
 
     clients: tuple[ClientSplit, ...]
     unseen: frozenset[int]
     digest: str
+    own_test: bool = False
+    given: frozenset[str] = frozenset()
+    noisy: tuple[int, ...] = ()
 
 
 def split_clients(
@@ -43,37 +56,48 @@ def split_clients(
     test_samples: int,
     unseen: float,
     seed: int,
+    own_test: bool = False,
+    test_share: float = 0.2,
 ) -> Splits:
     """Divide a data set among clients.
 
-    validation: share of a client's examples, rounded, at least one and never all.
-    test_samples: test images a client, drawn without replacement by the client's label proportions (train and
-    validation together) from the data set's own test split; a class with too few gives what it has, and clients may
-    overlap. A partition by key with keys in the test split draws from the client's own key instead.
+    own_test: the test part is a share of the client's own examples, rounded, at least one. Otherwise it is
+    `test_samples` images drawn without replacement by the client's label proportions (train and validation together)
+    from the data set's own test split; a class with too few gives what it has, and clients may overlap. A partition
+    by key with keys in the test split draws from the client's own key instead.
+    validation: share of a client's examples (of what the test part leaves), rounded, at least one and never all; 0:
+    none.
     unseen: share of clients held out, rounded, at least one when above zero.
     seed: of the partition, apart from the run's seed.
-    Raises StudyError naming the setting, and the client when one would be empty.
+    What the partition itself divides (Parts) is not drawn. Raises StudyError naming the setting, and the client when
+    one would be empty.
     """
-    _check(dataset, num_clients, validation, test_samples, unseen)
-    owned = _owned(dataset, partition, num_clients, stream(seed, "partition"))
+    _check(dataset, num_clients, validation, test_samples, unseen, own_test, test_share)
+    owned = _owned(dataset, partition, num_clients, own_test, stream(seed, "partition"))
     labelled = _labelled(dataset)
     clients = []
-    for client, indices in enumerate(owned):
-        if len(indices) < 2:
-            raise StudyError(
-                f"partition: client {client} must have at least 1 train and 1 validation example, "
-                f"got {len(indices)} in all; ask for fewer clients or a larger minimum"
-            )
-        train, val = _validation(np.asarray(indices, np.int64), validation, stream(seed, "validation", client=client))
-        test = _test(dataset, labelled, partition, indices, test_samples, stream(seed, "test", client=client))
-        if len(test) == 0:
-            raise StudyError(
-                f"clients.test_samples: client {client} must have at least 1 test example of its labels or key, got 0"
-            )
-        clients.append(ClientSplit(train, val, test))
-    drawn = stream(seed, "unseen").choice(num_clients, num_unseen(num_clients, unseen), replace=False)
-    held_out = frozenset(int(client) for client in drawn)
-    return Splits(tuple(clients), held_out, _digest(clients, held_out, dataset.digest()))
+    for client, part in enumerate(owned):
+        _check_size(client, part, validation, own_test)
+        test, rest = part.test, part.train
+        if test is None and own_test:
+            most = len(rest) - 1 - (part.val is None and validation > 0)
+            rest, test = _drawn(rest, test_share, most, stream(seed, "test", client=client))
+        train, val = rest, part.val
+        if val is None:
+            train, val = _drawn(rest, validation, len(rest) - 1, stream(seed, "validation", client=client))
+        if test is None:
+            has = part.train if part.val is None else np.concatenate([part.train, part.val])
+            test = _test(dataset, labelled, partition, has, test_samples, stream(seed, "test", client=client))
+            if len(test) == 0:
+                raise StudyError(
+                    f"clients.test_samples: client {client} must have at least 1 test example of its labels or key, "
+                    "got 0"
+                )
+        clients.append(ClientSplit(*(np.sort(one) for one in (train, val, test))))
+    held_out = _unseen(partition, num_clients, unseen, stream(seed, "unseen"))
+    given = frozenset(n for n in ("val", "test") if all(getattr(part, n) is not None for part in owned))
+    digest = digest_of(clients, held_out, dataset.digest(), own_test)
+    return Splits(tuple(clients), held_out, digest, own_test, given)
 
 
 def label_counts(dataset: Dataset, split: ClientSplit) -> list[int]:
@@ -82,13 +106,20 @@ def label_counts(dataset: Dataset, split: ClientSplit) -> list[int]:
     return [int(n) for n in counts]
 
 
-def _check(dataset: Dataset, num_clients: int, validation: float, test_samples: int, unseen: float) -> None:
+def _check(
+    dataset: Dataset, num_clients: int, validation: float, test_samples: int, unseen: float, own_test: bool,
+    test_share: float,
+) -> None:  # fmt: skip
     check_count("clients.count", num_clients)
-    if 2 * num_clients > len(dataset.y_train):
-        raise wrong("clients.count", f"at most half of the {len(dataset.y_train)} train examples", num_clients)
-    if not is_number(validation) or not 0 < validation < 1:
-        raise wrong("clients.validation", "in (0, 1)", validation)
+    least = 1 + (validation > 0) + own_test
+    if least * num_clients > len(dataset.y_train):
+        most = {1: "", 2: "half of ", 3: "a third of "}[least]
+        raise wrong("clients.count", f"at most {most}the {len(dataset.y_train)} train examples", num_clients)
+    if not is_number(validation) or not 0 <= validation < 1:
+        raise wrong("clients.validation", "in [0, 1)", validation)
     check_count("clients.test_samples", test_samples)
+    if not is_number(test_share) or not 0 < test_share < 1:
+        raise wrong("clients.test_share", "in (0, 1)", test_share)
     if not is_number(unseen) or not 0 <= unseen < 1:
         raise wrong("clients.unseen", "in [0, 1)", unseen)
     if dataset.x_train.dtype.kind != "i" and dataset.y_train.ndim == 1:  # a vocabulary may hold words that never come
@@ -99,33 +130,87 @@ def _check(dataset: Dataset, num_clients: int, validation: float, test_samples: 
         raise wrong("clients.unseen", "0 when there is only one client", unseen)
 
 
-def _owned(dataset: Dataset, partition: Partition, num_clients: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Return each client's positions in x_train, checked: a user's partition may return anything."""
+def _check_size(client: int, part: Parts, validation: float, own_test: bool) -> None:
+    """Refuse a client too small for the parts that are drawn from its examples, or with a given part that is empty."""
+    drawn = {
+        "train": True, "validation": part.val is None and validation > 0, "test": part.test is None and own_test,
+    }  # fmt: skip
+    names = [name for name, is_drawn in drawn.items() if is_drawn]
+    if len(part.train) < len(names):
+        wanted = " and ".join(f"1 {name}" for name in names)
+        raise StudyError(
+            f"partition: client {client} must have at least {wanted} example, got {len(part.train)} in all; "
+            "ask for fewer clients or a larger minimum"
+        )
+    for name, given, needed in (("validation", part.val, validation > 0), ("test", part.test, True)):
+        if given is not None and not len(given) and needed:
+            raise StudyError(f"partition: client {client} must have at least 1 {name} example, got 0")
+
+
+def _owned(
+    dataset: Dataset, partition: Partition, num_clients: int, own_test: bool, rng: np.random.Generator
+) -> list[Parts]:
+    """Return each client's positions, checked: a user's partition may return anything."""
+    if isinstance(partition, FromFile):
+        partition.check(dataset.digest(), own_test)
     try:
-        owned = [np.asarray(part) for part in partition(dataset.y_train, dataset.key_train, num_clients, rng)]
+        owned = list(partition(dataset.y_train, dataset.key_train, num_clients, rng))
+        found = [part if isinstance(part, Parts) else Parts(np.asarray(part)) for part in owned]
     except StudyError:
         raise
     except Exception as error:  # the user's code may raise anything
         raise StudyError(f"partition: {partition!r} raised {told(error)}") from error
-    if len(owned) != num_clients:
-        raise StudyError(f"partition: must return {num_clients} clients, got {len(owned)}")
+    if len(found) != num_clients:
+        raise StudyError(f"partition: must return {num_clients} clients, got {len(found)}")
     size = len(dataset.y_train)
     taken = np.zeros(size, bool)
-    for client, part in enumerate(owned):
-        if part.ndim != 1 or (part.size and (part.dtype.kind not in "iu" or part.min() < 0 or part.max() >= size)):
+    number = 0
+    for client, part in enumerate(found):
+        if part.test is not None and part.own_test != own_test:
             raise StudyError(
-                f"partition: client {client} must get positions in [0, {size}), got {part.dtype} {part.shape}"
+                f"partition: {partition!r} gives test parts of the clients' {'own' if part.own_test else 'test split'} "
+                f"examples: clients.test must be {'own' if part.own_test else 'split'}"
             )
-        taken[part.astype(np.int64)] = True
-    if np.count_nonzero(taken) != sum(map(len, owned)):
+        for name in ("train", "val", "test"):
+            positions, inside = getattr(part, name), len(dataset.y_test) if name == "test" and not own_test else size
+            if positions is None:
+                continue
+            if positions.ndim != 1 or (
+                positions.size
+                and (positions.dtype.kind not in "iu" or positions.min() < 0 or positions.max() >= inside)
+            ):
+                raise StudyError(
+                    f"partition: client {client} must get positions in [0, {inside}), got {positions.dtype} "
+                    f"{positions.shape}"
+                )
+            if name == "test" and not own_test:
+                if np.unique(positions).size < positions.size:
+                    raise StudyError(f"partition: client {client} must have each test example once, got some twice")
+                continue
+            taken[positions.astype(np.int64)] = True
+            number += len(positions)
+    if np.count_nonzero(taken) != number:
         raise StudyError("partition: clients must not share training examples, got some twice")
-    return owned
+    return [part.as_int64() for part in found]
 
 
-def _validation(indices: np.ndarray, validation: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    count = min(max(1, round(validation * len(indices))), len(indices) - 1)
+def _drawn(indices: np.ndarray, share: float, most: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Return what is left and what is drawn: a share, rounded, from one (none for share 0) to `most`."""
+    count = min(max(1, round(share * len(indices))), most) if share else 0
     order = rng.permutation(indices)
     return np.sort(order[count:]), np.sort(order[:count])
+
+
+def _unseen(partition: Partition, num_clients: int, unseen: float, rng: np.random.Generator) -> frozenset[int]:
+    wanted = num_unseen(num_clients, unseen)
+    given = partition.unseen if isinstance(partition, FromFile) else None
+    if given is None:
+        return frozenset(int(client) for client in rng.choice(num_clients, wanted, replace=False))
+    if len(given) != wanted or any(client >= num_clients for client in given):
+        raise StudyError(
+            f"clients.unseen: must be the share that gives the {len(given)} unseen clients of {partition}, got {unseen}"
+        )
+    return frozenset(given)
 
 
 def _labelled(dataset: Dataset) -> list[np.ndarray]:
@@ -169,9 +254,15 @@ def num_unseen(num_clients: int, unseen: float) -> int:
     return min(max(1, round(unseen * num_clients)), num_clients - 1) if unseen else 0
 
 
-def _digest(clients: list[ClientSplit], unseen: frozenset[int], dataset: str) -> str:
+def num_sampled(wanted: int | float, taking_part: int) -> int:
+    """Return how many clients a count is, or a share of those that take part: rounded, at least one."""
+    return max(1, round(wanted * taking_part)) if isinstance(wanted, float) else wanted
+
+
+def digest_of(clients: Sequence[ClientSplit], unseen: frozenset[int], dataset: str, own_test: bool) -> str:
+    """Return the sha256 hex of a division of the data set with the digest `dataset`."""
     state = hashlib.sha256()
-    state.update(json.dumps([len(clients), sorted(unseen), dataset]).encode())
+    state.update(json.dumps([len(clients), sorted(unseen), dataset, *(["own"] if own_test else [])]).encode())
     for split in clients:
         for part in (split.train, split.val, split.test):
             state.update(len(part).to_bytes(8, "little"))

@@ -175,5 +175,9 @@ def _idle(study: Study, method: FederatedMethod, arms: set[str], product: str | 
         yield from ((f"fleet.{key}", f"{said} has no federated rounds") for key in ("deadline_s", "drop"))
     if product is None:
         yield "tickets", f"no arm of {said} is a client's own model"
+    if study.clients.test == "own":
+        yield "clients.test_samples", "clients.test is own"
+    else:
+        yield "clients.test_share", "clients.test is split"
     if study.seeds:
         yield "seed", "seeds are given"

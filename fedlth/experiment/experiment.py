@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fedlth import rng
+from fedlth.data.split import num_sampled, num_unseen
 from fedlth.errors import StudyError
 from fedlth.methods.aggregate import CountMean
 from fedlth.methods.client_update import ClientUpdate, MaskedUpdate
@@ -106,7 +107,7 @@ class Experiment:
                     join=CountMean(),
                     down="slice",
                     own_mask=True,
-                    who=Sampled(study.refine.clients_per_round),
+                    who=Sampled(self.per_round(study.refine)),
                     rounds=study.refine.rounds,
                 )  # fmt: skip
             )
@@ -132,8 +133,18 @@ class Experiment:
     def _filled(self, phase: Phase) -> Phase:
         federate, who = self.study.federate, phase.who
         if isinstance(who, Sampled) and not who.count:
-            who = Sampled(federate.clients_per_round)
+            who = Sampled(self.per_round(federate))
         return replace(phase, who=who, rounds=phase.rounds or federate.rounds)
+
+    def per_round(self, section: schema.Federate | schema.Refine) -> int:
+        """Return how many clients take part in a round of step 1, or in one inside the tickets."""
+        return num_sampled(section.clients_per_round, self.taking_part)
+
+    @property
+    def taking_part(self) -> int:
+        """How many clients the rounds may sample: all but the unseen."""
+        clients = self.study.clients
+        return clients.count - num_unseen(clients.count, clients.unseen)
 
     @cached_property
     def federated_phases(self) -> tuple[Phase, ...]:

@@ -98,6 +98,10 @@ def _notes(study: Study, experiment: Experiment) -> list[str]:
     idle = [f"tasks.{name}" for name in study.tasks if name not in task.names]
     if idle:
         notes.append(f"{', '.join(idle)}: {'has' if len(idle) == 1 else 'have'} no effect, no client has such examples")
+    places = {"val": ("validation",), "test": ("test_samples", "test_share")}
+    for part in sorted(task.splits.given):
+        idle = [f"clients.{key}" for key in places[part] if study.given(f"clients.{key}")]
+        notes += [f"{place}: has no effect, the partition gives each client's {part} part" for place in idle]
     source = SOURCES.get(study.data.name)
     if study.data.root is not None and source and "root" not in inspect.signature(source).parameters:
         notes.append(f"data.root: has no effect, {study.data.name} is not read from a folder")

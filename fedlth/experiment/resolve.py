@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from fedlth.data.capacity import named
-from fedlth.data.split import num_unseen
+from fedlth.data.partition_file import sha256_of
 from fedlth.errors import StudyError
 from fedlth.experiment import client_memory, effects, feasible
 from fedlth.experiment.experiment import KEPT_FIRST, Experiment, method_of, open_experiment
@@ -21,6 +21,7 @@ from fedlth.personalization.arms import arm_of
 from fedlth.storage import tensorboard
 from fedlth.storage.server_state import ServerState
 from fedlth.study.schema import Study
+from fedlth.tickets.gate import Adaptive, ValAccuracy, ValDrop
 from fedlth.tickets.rewind import ToInit
 from fedlth.training import cohort_size
 from fedlth.training.task import Task, open_task
@@ -59,6 +60,9 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
         update["finder"] = study.finder.model_copy(update={"rewind": {"name": method.rewind}})
     if method.personal and "personal" not in study.model.model_fields_set:
         update["model"] = study.model.model_copy(update={"personal": method.personal})
+    if study.partition["name"] == "file" and isinstance(study.partition.get("path"), str):
+        sha256 = study.partition.get("sha256") or sha256_of(study.partition["path"])
+        update["partition"] = {**study.partition, "sha256": sha256}
     if not method.phases:
         update["federate"] = study.federate.model_copy(update={"rounds": 0})
     experiment = Experiment.of(study.model_copy(update=update))
@@ -91,6 +95,7 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
         replace(finder, rewind=ToInit())  # says so where the finder's other parts forbid it
     kept.check(experiment.keep, study.finder, named(study.clients.capacity))
     _check_counts(experiment)
+    _check_validation(experiment)
     _check_anchor(experiment)
     p = study.personalise
     if method.space == "scores" and "own_tuned" in arms and (p.lr is not None or p.schedule != "constant"):
@@ -193,6 +198,28 @@ def _check_anchor(experiment: Experiment) -> None:
         raise StudyError(f"finder.rewind.round: must be -1, method {method.name} shares no weights, got {anchor}")
 
 
+def _check_validation(experiment: Experiment) -> None:
+    """Refuse decisions on validation data that no client has. What a user's part decides shows only in the run."""
+    study, method, arms = experiment.study, experiment.method, set(experiment.arms)
+    if study.clients.validation:
+        return
+    searches, finder = bool(arms & effects.SEARCH), experiment.finder
+    own = method.own
+    events = [getattr(own, event, None) for event in ("before", "after")]
+    deciding = {
+        "tune.lr": bool(study.tune.lr),
+        "the arm random": "random" in arms,
+        "finder.main: auto": isinstance(experiment.keep, kept.Best),
+        "evaluate.keep: best": study.evaluate.every > 0 and study.evaluate.keep == "best",
+        "finder.gate": searches and isinstance(finder.gate, (ValAccuracy, Adaptive)),
+        "finder.stop": searches and isinstance(finder.stop, ValDrop),
+        f"method {method.name}": any(hasattr(event, "val_accuracy") for event in events),
+    }
+    for place, decides in deciding.items():
+        if decides:
+            raise StudyError(f"clients.validation: must be above 0, {place} decides on validation data, got 0")
+
+
 def _check_counts(experiment: Experiment) -> None:
     """Refuse rounds that ask for more clients than take part (the split's own count), and a rate to try twice."""
     study = experiment.study
@@ -200,7 +227,7 @@ def _check_counts(experiment: Experiment) -> None:
         raise StudyError(f"tune.lr: each must be given once, got {list(study.tune.lr)}")
     if study.tune.lr and experiment.product_arm is None and "global" not in experiment.arms:
         raise StudyError(f"personalise.arms: must hold global or one of {', '.join(KEPT_FIRST)}, which tune.lr scores")
-    most = study.clients.count - num_unseen(study.clients.count, study.clients.unseen)
+    most = experiment.taking_part
     fixed = {phase.name for phase in experiment.method.phases if getattr(phase.who, "count", 0)}
     for phase in experiment.phases:
         wanted = getattr(phase.who, "count", 0)

@@ -326,7 +326,7 @@ def _later(experiment: Experiment, tried: Moved) -> Params:
     if experiment.method.space == "scores" and study.federate.rounds and rule is not None:
         draw, layout = rng.stream(0, "forecast"), experiment.layout
         chance = 1 / (1 + np.exp(-first.floats[: layout.num_prunable].astype(np.float64)))
-        masks = (draw.random(chance.size) < chance for _ in range(study.federate.clients_per_round))
+        masks = (draw.random(chance.size) < chance for _ in range(experiment.per_round(study.federate)))
         came = (Contribution(0, 1, Content(m, None, None)) for m in masks)
         return join(rule, ServerState(first), came, layout).theta
     return tried[-1][0] if tried else first
@@ -334,7 +334,8 @@ def _later(experiment: Experiment, tried: Moved) -> Params:
 
 def _visit_bytes(task: Task) -> int:
     examples = max(len(split.train) for split in task.splits.clients)
-    return len(metrics.encode({"num_examples": examples, "loss": 0.0, "val_accuracy": 0.0, "density": 1.0}))
+    seen = {"val_accuracy": 0.0} if any(len(split.val) for split in task.splits.clients) else {}
+    return len(metrics.encode({"num_examples": examples, "loss": 0.0, **seen, "density": 1.0}))
 
 
 def _arms_bytes(experiment: Experiment) -> int:

@@ -24,6 +24,7 @@ from fedlth.storage import tensorboard, ticket_file
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.records import Digests, Header, Layer, Phase, RoundRow, TaskFacts
 from fedlth.storage.run_folder import RunFolder
+from fedlth.study.schema import Study
 from fedlth.training.client_tasks import metric_of
 from fedlth.training.task import Task
 
@@ -156,6 +157,9 @@ def _write_header(folder: RunFolder, experiment: Experiment, engine: Engine, end
         data_digest=task.dataset.digest(),
         num_clients=study.clients.count,
         unseen=sorted(task.splits.unseen),
+        test=study.clients.test,
+        label_noise=_noise(study),
+        noisy=list(task.splits.noisy),
         num_classes=task.dataset.num_classes,
         client_labels=[label_counts(task.of(c).dataset, s) for c, s in enumerate(task.splits.clients)],
         client_tiers=task.tier_names,
@@ -207,6 +211,13 @@ def _tasks(common: Task) -> list[TaskFacts]:
             )  # fmt: skip
         )
     return found
+
+
+def _noise(study: Study) -> str:
+    noise = study.clients.label_noise
+    if noise is None:
+        return ""
+    return f"{noise.rate:g} of the labels, {'the next class' if noise.kind == 'pair' else 'any other class'}"
 
 
 def versions() -> dict[str, str]:

@@ -164,17 +164,13 @@ class MaskedUpdate:
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         held, task = self.own(local, inbox, state), local.task
-        val_accuracy = local.val_accuracy(held.params)
+        seen = local.seen(held.params)
         params, mask = self.before(local, held.params, held.mask, None)
         recipe = self.recipe(local, local.recipe)
         trained = local.train(params, recipe=recipe, active=mask, snapshots=self.after.snapshots)
         params, mask = self.after(local, trained.params, mask, trained)
         sent, shared = task.shared_part(params), task.shared_mask(mask)
-        metrics = {
-            "loss": trained.loss,
-            "val_accuracy": val_accuracy,
-            "density": int(np.count_nonzero(mask)) / mask.size,
-        }
+        metrics = {"loss": trained.loss, **seen, "density": int(np.count_nonzero(mask)) / mask.size}
         new = replace(state, visits=state.visits + 1)
         if shared is not mask and not mask.all():
             new = new.with_(masks={"active": mask})  # of personal tensors only the client knows what is alive

@@ -79,7 +79,8 @@ class Best:
         return row.target_density in self.allowed(tier) and self._rank(row, tier) > self._rank(kept, tier)
 
     def _rank(self, row: MetricRow, tier: Tier) -> tuple[bool, bool, float, float]:
-        return row.target_density in self.allowed(tier), not row.diverged, row.val_accuracy, -row.target_density
+        score = row.val_accuracy if row.val_accuracy is not None else 0.0
+        return row.target_density in self.allowed(tier), not row.diverged, score, -row.target_density
 
 
 def within(densities: Sequence[float], tier: Tier) -> tuple[float, ...]:

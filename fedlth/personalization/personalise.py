@@ -157,6 +157,7 @@ def row_of(local: LocalClient, result: Result) -> MetricRow:
     if not (result.held or result.diverged) and ((result.params.floats[:size] != 0) & ~result.mask).any():
         raise AssertionError(f"arm {result.arm}: a pruned weight is not zero")
     guess = 1 / task.dataset.num_classes, math.log(task.dataset.num_classes)
+    split = task.splits.clients[local.client]
     val, test, diverged = guess, guess, result.diverged
     if not diverged:
         val = local.evaluate(result.params, local.val_part)
@@ -165,7 +166,6 @@ def row_of(local: LocalClient, result: Result) -> MetricRow:
             val, test, diverged = guess, guess, True
         elif not math.isfinite(test[1]):
             test = guess
-    split = task.splits.clients[local.client]
     return MetricRow(
         client=local.client,
         unseen=local.client in task.splits.unseen,
@@ -177,8 +177,8 @@ def row_of(local: LocalClient, result: Result) -> MetricRow:
         search_epochs=result.search_epochs,
         train_flops=result.flops[0],
         train_flops_effective=result.flops[1],
-        val_accuracy=val[0],
-        val_loss=val[1],
+        val_accuracy=val[0] if len(split.val) else None,
+        val_loss=val[1] if len(split.val) else None,
         test_accuracy=test[0],
         test_loss=test[1],
         num_train=len(split.train),

@@ -139,6 +139,11 @@ def _provenance(facts: Facts) -> dict[str, Any]:
         ("data digest", header.data_digest),
         ("parameters", f"{header.num_parameters:,}, of which {header.num_prunable:,} are prunable"),
     ]
+    if header.test == "own":
+        told.append(("test parts", "of each client's own examples"))
+    if header.label_noise:
+        clients = ", ".join(map(str, header.noisy))
+        told.append(("wrong labels", f"{header.label_noise}; clients {clients}"))
     spent = _seconds(facts)
     if spent:
         shown = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in spent.items())

@@ -241,7 +241,7 @@ class AtBytes:
         labels = []
         shown = [self.results.best_known(arm) for arm in ("global", "dense", "local")]
         for found in [self.results.summary(self.results.main), *shown]:
-            if found is None or (found.choice == self.results.main and found in shown):
+            if found is None or found.val_mean is None or (found.choice == self.results.main and found in shown):
                 continue
             arm = found.choice.arm
             # a local model needs no wire at all

@@ -56,6 +56,11 @@ def done(results: Results) -> str:
     if header.unseen:
         unseen = _plural(len(header.unseen), "client")
         sentences.append(f"{unseen} stayed unseen in the rounds and took part only at the end.")
+    if header.test == "own":
+        sentences.append("A part of each client's own examples is its test part.")
+    if header.label_noise:
+        noisy = _plural(len(header.noisy), "client")
+        sentences.append(f"Of {noisy}, some training and validation labels are wrong: {header.label_noise}.")
     if results.main is not None and results.main.arm in ("ticket", "refined"):
         sentences.append("Then every client found its own ticket, a sparse part of the model, and fine-tuned it.")
         refined = _rounds(results, header.joining(2))

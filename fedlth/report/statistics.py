@@ -40,7 +40,7 @@ class ArmSummary:
     hurt_global: float | None
     hurt_local: float | None
     unseen: float | None
-    val_mean: float
+    val_mean: float | None
     epochs: float
     search_epochs: float
     train_flops: float
@@ -112,6 +112,7 @@ def summarise_arm(group: Sequence[Facts], choice: Choice) -> ArmSummary:
     rows = [row for table in tables for row in table]
     samples = [np.array([row.test_accuracy for row in table]) for table in tables]
     unseen = [v for t in tables if len(v := np.array([r.test_accuracy for r in t if r.unseen]))]
+    seen = [v for t in tables if len(v := np.array([r.val_accuracy for r in t if r.val_accuracy is not None]))]
     return ArmSummary(
         choice=choice,
         density=float(np.mean([row.density for row in rows if not row.diverged] or [choice.target_density])),
@@ -125,7 +126,7 @@ def summarise_arm(group: Sequence[Facts], choice: Choice) -> ArmSummary:
         hurt_global=_hurt(group, choice, "global"),
         hurt_local=_hurt(group, choice, "local"),
         unseen=over_seeds(np.mean, unseen) if unseen else None,
-        val_mean=float(np.mean([np.mean([row.val_accuracy for row in table]) for table in tables])),
+        val_mean=over_seeds(np.mean, seen) if seen else None,
         epochs=float(np.mean([row.epochs for row in rows])),
         search_epochs=float(np.mean([row.search_epochs for row in rows])),
         train_flops=float(np.mean([row.train_flops for row in rows])),

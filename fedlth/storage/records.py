@@ -73,9 +73,11 @@ class Header:
 
     `tasks`: where clients have tasks of their own; `num_classes`, `layers` and their sums are then of the study's own
     network, of which each client has what is shared.
+    `test` says whence test parts are: the data set's split, or each client's own examples. `label_noise` says in words
+    what is wrong with the labels of the clients `noisy`; "" for nothing.
     """
 
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"phases", "tasks", "client_tiers"})
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"phases", "tasks", "client_tiers", "test", "label_noise", "noisy"})
 
     format: int = FORMAT
     study: str
@@ -91,6 +93,9 @@ class Header:
     data_digest: str
     num_clients: int
     unseen: list[int] = field(default_factory=list)
+    test: str = "split"
+    label_noise: str = ""
+    noisy: list[int] = field(default_factory=list)
     num_classes: int
     client_labels: list[list[int]] = field(default_factory=list)
     client_tiers: list[str] = field(default_factory=list)
@@ -250,8 +255,8 @@ class MetricRow:
     """One client under one arm at one density, read once at the end.
 
     `diverged` says that the arm's training did, `chosen` that the client keeps this ticket, where each has a density of
-    its own (finder.main: auto, capacity). Defaults are for reading what earlier versions wrote: a client must give
-    every field that is not in OPTIONAL.
+    its own (finder.main: auto, capacity); validation is None where a client has no validation part. Defaults are for
+    reading what earlier versions wrote: a client must give every field that is not in OPTIONAL.
     """
 
     OPTIONAL: ClassVar[frozenset[str]] = frozenset({"diverged", "chosen"})
@@ -261,7 +266,7 @@ class MetricRow:
     arm: Name
     density: Share
     target_density: Target
-    val_accuracy: Share
+    val_accuracy: Share | None
     test_accuracy: Share
     num_train: Count
     start: Label = ""
@@ -269,7 +274,7 @@ class MetricRow:
     search_epochs: Amount = 0.0
     train_flops: Amount = 0.0
     train_flops_effective: Amount = 0.0
-    val_loss: Number = float("nan")
+    val_loss: Number | None = float("nan")
     test_loss: Number = float("nan")
     num_val: Count = 0
     num_test: Count = 0

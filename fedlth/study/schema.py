@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from fedlth.errors import StudyError
 from fedlth.study import capacity_file
@@ -31,11 +32,23 @@ def _texts(value: Any) -> Any:
     return {str(k) if isinstance(k, int) and not isinstance(k, bool) else k: v for k, v in value.items()}
 
 
+def _count_or_share(value: Any) -> Any:
+    """Accept a whole number of at least 1, or a number with a point in (0, 1]: 1 is one client, 1.0 is all."""
+    if isinstance(value, bool) or not (
+        (isinstance(value, int) and value >= 1) or (isinstance(value, float) and 0 < value <= 1)
+    ):
+        raise PydanticCustomError(
+            "count_or_share", "must be a whole number of at least 1, or a share in (0, 1] with a point (1.0 is all)"
+        )
+    return value
+
+
 Spec = Annotated[dict[str, Any], BeforeValidator(_spec)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+CountOrShare = Annotated[int | float, PlainValidator(_count_or_share)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(as_tuple)]
 Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 
@@ -55,6 +68,7 @@ class Data(Node):
     name: str = "fashion_slice"
     root: str | None = None
     options: dict[str, Any] = {}
+    pool: bool = False
 
 
 class Tier(Node):
@@ -75,6 +89,14 @@ class Tier(Node):
     latency_s: NotNegative | None = None
 
 
+class LabelNoise(Node):
+    """Which share of a client's training and validation labels is wrong, and of which share of the clients."""
+
+    rate: Fraction
+    share: Fraction = 1.0
+    kind: Literal["uniform", "pair"] = "uniform"
+
+
 class Clients(Node):
     """How many clients, how each one's examples are split, and what each can carry.
 
@@ -89,8 +111,11 @@ class Clients(Node):
     count: Count
     capacity: Annotated[tuple[Tier, ...], BeforeValidator(as_tuple)] = ()
     unseen: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    validation: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    test: Literal["split", "own"] = "split"
     test_samples: Count = 100
+    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    label_noise: LabelNoise | None = None
 
 
 class Model(Node):
@@ -118,7 +143,7 @@ class Federate(Node):
     """Step 1: rounds over sampled clients."""
 
     rounds: Annotated[int, Field(ge=0)] = 10
-    clients_per_round: Count = 5
+    clients_per_round: CountOrShare = 5
 
 
 class Personalise(Node):
@@ -157,7 +182,7 @@ class Refine(Node):
     """Further federated rounds inside the tickets."""
 
     rounds: Annotated[int, Field(ge=0)] = 0
-    clients_per_round: Count = 5
+    clients_per_round: CountOrShare = 5
 
 
 class TaskSpec(Node):
@@ -368,6 +393,8 @@ def _cross_check(study: Study, where: str) -> None:
         raise StudyError(
             f"{where}: finder.main: must be one of finder.densities, auto or capacity, got {study.finder.main}"
         )
+    if study.data.pool and study.clients.test != "own":
+        raise StudyError(f"{where}: data.pool: needs clients.test: own, since the test split is then the clients' too")
     if len(set(study.seeds)) != len(study.seeds):
         raise StudyError(f"{where}: seeds: each must be given once, got {list(study.seeds)}")
     for place, spec in (("method", study.method), ("partition", study.partition)):

@@ -12,6 +12,7 @@ import numpy as np
 
 from fedlth import rng
 from fedlth.data.examples import Examples
+from fedlth.errors import StudyError
 from fedlth.models.layout import Params
 from fedlth.study.schema import Tier
 from fedlth.tickets.evidence import Evidence, Lesson
@@ -153,8 +154,14 @@ class LocalClient:
         return dense * scale, (dense - dead) * scale
 
     def val_accuracy(self, params: Params) -> float:
-        """The only accuracy that a decision may look at."""
+        """The only accuracy that a decision may look at; raise StudyError where the client has no validation part."""
+        if not len(self.val_part):
+            raise StudyError("clients.validation: must be above 0 where something decides on validation data, got 0")
         return self.evaluate(params, self.val_part)[0]
+
+    def seen(self, params: Params) -> dict[str, float]:
+        """Return the validation accuracy as a visit reports it; nothing where the client has no validation part."""
+        return {"val_accuracy": self.val_accuracy(params)} if len(self.val_part) else {}
 
     def evaluate(self, params: Params, part: Examples) -> tuple[float, float]:
         """Return (accuracy, mean loss) on a part of the client's data."""

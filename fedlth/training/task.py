@@ -15,11 +15,10 @@ import torch
 
 from fedlth.data.capacity import names_of, tiers_of
 from fedlth.data.dataset import Dataset
+from fedlth.data.divided import divided, loaded
 from fedlth.data.examples import Examples, Inputs, shapes
 from fedlth.data.factory import told
-from fedlth.data.partition import PARTITIONS
-from fedlth.data.sources import load
-from fedlth.data.split import Splits, split_clients
+from fedlth.data.split import Splits
 from fedlth.data.tensors import inputs
 from fedlth.errors import StudyError
 from fedlth.kernel import kernel
@@ -29,7 +28,6 @@ from fedlth.models.initial import torch_stream
 from fedlth.models.layout import Entry, Layout, Params
 from fedlth.rng import stream
 from fedlth.study import schema
-from fedlth.study.parts import make
 from fedlth.training.batches import batches
 from fedlth.training.client_tasks import OWN, TaskNames, as_seen, own_model, own_study
 from fedlth.training.evaluation import evaluate
@@ -186,7 +184,8 @@ class Task:
 
     def part(self, client: int, name: str) -> Examples:
         """Return the examples of a client's "train", "val" or "test" part, on the device."""
-        return inputs(self.dataset, getattr(self.splits.clients[client], name), train=name != "test").to(self.device)
+        train = name != "test" or self.splits.own_test
+        return inputs(self.dataset, getattr(self.splits.clients[client], name), train=train).to(self.device)
 
     def merge(self, received: Params, own: Params) -> Params:
         """Return whole params: the exchanged part from `received`, the rest (local norms, frozen parts) from `own`."""
@@ -243,23 +242,8 @@ def _exchanged(study: schema.Study, moving: Layout) -> Layout:
 def _divided(text: str) -> tuple[Dataset, Splits]:
     """Return the data set and each client's part of it; cached apart: studies that differ elsewhere share it."""
     given = json.loads(text)
-    data, clients, partition = given["data"], given["clients"], given["partition"]
-    dataset = load(data["name"], root=data["root"], options=data["options"])
-    splits = split_clients(
-        dataset,
-        make(
-            PARTITIONS,
-            {k: v for k, v in partition.items() if k != "seed"},
-            "partition",
-            has="__call__(labels, keys, num_clients, rng)",
-        ),  # fmt: skip
-        num_clients=clients["count"],
-        validation=clients["validation"],
-        test_samples=clients["test_samples"],
-        unseen=clients["unseen"],
-        seed=partition.get("seed", 0),
-    )
-    return dataset, splits
+    dataset = loaded(schema.validated(schema.Data, given["data"], "data"))
+    return divided(dataset, given["partition"], schema.validated(schema.Clients, given["clients"], "clients"))
 
 
 def open_task(science: str) -> Task:
