@@ -23,7 +23,15 @@ from fedlth.report.figures import pictures
 from fedlth.report.headline import against, done, honest_notes, numbers, overlapping, reached
 from fedlth.report.known_arms import arm_of
 from fedlth.report.results import Results, results_of
-from fedlth.report.tables import RENDERERS, SUMMARY_HEADER, Table, bytes_table, clients_table, summary_table
+from fedlth.report.tables import (
+    RENDERERS,
+    SUMMARY_HEADER,
+    Table,
+    bytes_table,
+    clients_table,
+    summary_table,
+    tasks_table,
+)
 from fedlth.report.units import scaled
 
 ONE_SEED = "one seed, so BCa bootstrap over clients; they say nothing about what another seed would give."
@@ -49,6 +57,8 @@ def write_report(run: Path) -> Path:
     """
     results = read_results(run)
     tables = {"summary": summary_table(results), "clients": clients_table(results), "bytes": bytes_table(results)}
+    if results.tasks:
+        tables["tasks"] = tasks_table(results)
     try:
         require("report.html with its figures", "matplotlib", "jinja2", extra="sim")
     except MissingExtra:
@@ -172,7 +182,7 @@ def page(results: Results, *, tables: Mapping[str, Table], figures: Sequence[Dra
         framed=_framed(results),
         arms=arms,
         runs=[_provenance(facts) for facts in group],
-        **tables,
+        **{"tasks": None, **tables},
     )
 
 
