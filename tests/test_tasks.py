@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from fedlth.api import load_ticket
@@ -18,8 +22,12 @@ from fedlth.errors import StudyError
 from fedlth.experiment.resolve import resolve
 from fedlth.federation import session
 from fedlth.forecast import forecast
+from fedlth.report import compare, diff, read_results, summary_text, write_report
 from fedlth.storage.run_folder import RunFolder
 from fedlth.study import schema
+from fedlth.training import cohort
+from fedlth.training.batch_requests import Evaluation
+from fedlth.training.evaluation import evaluate
 from fedlth.training.task import forget_tasks
 from tests import tiny
 
@@ -52,17 +60,15 @@ def alike() -> dict[str, Any]:
 class Shared(nn.Module):
     """An encoder that all clients share, and a head; `wide` widens the encoder, which no task must."""
 
-    def __init__(self, *, num_classes: int, hidden: int = 0, wide: int = 12, dropout: float = 0.0) -> None:
+    def __init__(self, *, num_classes: int, hidden: int = 0, wide: int = 12) -> None:
         super().__init__()
         # The head is drawn first: the encoder of each task would then be another, were it the task's own draw.
         inner = [nn.Linear(wide, hidden), nn.ReLU()] if hidden else []
         self.head = nn.Sequential(*inner, nn.Linear(hidden or wide, num_classes))
         self.encoder = nn.Linear(64, wide)
-        self.dropout = dropout
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = torch.relu(self.encoder(x.flatten(1)))
-        return self.head(nn.functional.dropout(h, self.dropout, self.training))
+        return self.head(torch.relu(self.encoder(x.flatten(1))))
 
 
 TASKS: dict[str, Any] = {"digits": {"num_classes": 2}, "shapes": {"options": {"hidden": 7}}, "signs": {}}
@@ -81,9 +87,8 @@ def tree(method: str = "two_step", **sections: Any) -> dict[str, Any]:
     made = tiny.tree(**base)
     made["model"]["options"] = {}
     for key, value in sections.items():
-        made[key] = (
-            {**made.get(key, {}), **value} if isinstance(value, dict) and key not in ("tasks", "partition") else value
-        )
+        whole = not isinstance(value, dict) or key in ("tasks", "partition")
+        made[key] = value if whole else {**made.get(key, {}), **value}
     return made
 
 
@@ -103,8 +108,7 @@ def test_every_client_has_the_network_of_its_key_over_one_exchanged_part() -> No
         assert one.exchange is task.exchange
         assert one.shared_part(one.theta_0).digest() == first.digest()
         one.flat_model.load(one.theta_0)
-    fresh = [task.of(c).model.fresh("reinit", 0, c) for c in (0, 2)]
-    assert all(not np.array_equal(task.of(c).shared_part(p).floats, first.floats) for c, p in zip((0, 2), fresh))
+        assert not np.array_equal(one.shared_part(one.model.fresh("reinit")).floats, first.floats)
 
 
 def test_keys_that_are_numbers_go_by_their_text() -> None:
@@ -115,7 +119,7 @@ def test_keys_that_are_numbers_go_by_their_text() -> None:
     assert task.of(2) is task and task.clients == (2, 3)
 
 
-METHODS = ("fedavg", "fedavg_ft", "local", "standalone", "two_step", "lotteryfl", "sub_fedavg", "fedselect")
+METHODS = ("fedavg", "fedavg_ft", "local", "standalone", "two_step", "lotteryfl", "sub_fedavg", "fedselect", "fedpm")
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +130,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         if method not in known:
             more = {"train": {"epochs": 2}} if method == "sub_fedavg" else {}
             more |= {"refine": {"rounds": 1, "clients_per_round": 3}} if method == "two_step" else {}
+            more |= {"model": {"prunable": ["encoder.weight"]}} if method == "fedpm" else {}
             known[method] = tmp_path_factory.mktemp(method) / "run"
             tiny.run(study(method, **more), known[method])
         return known[method]
@@ -143,7 +148,8 @@ def test_every_method_trains_every_head(finished: Callable[[str], Path], method:
     ]  # fmt: skip
     rows = tiny.rows(out, "metrics")
     assert {row["client"] for row in rows} == set(range(6)) and not any(r["failed"] for r in tiny.rows(out, "rounds"))
-    assert ("head.2.weight" in rows[0]["layer_density"]) == (rows[0]["client"] in (2, 3))
+    for row in rows if method != "fedpm" else ():
+        assert ("head.2.weight" in row["layer_density"]) == (row["client"] in (2, 3))
 
 
 @pytest.mark.parametrize("method", ["two_step", "lotteryfl", "fedselect", "fedavg_ft"])
@@ -189,6 +195,70 @@ def test_tasks_that_all_equal_the_datas_own_change_nothing(tmp_path: Path) -> No
     for name, one in made.items():
         tiny.run(one, tmp_path / name)
     assert tiny.facts(tmp_path / "without") == tiny.facts(tmp_path / "with")
+
+
+def test_an_unseen_client_begins_with_the_head_of_its_task(finished: Callable[[str], Path]) -> None:
+    folder = RunFolder(finished("fedavg"))
+    theta_g, task = folder.load_state(folder.progress().theta).theta, tiny.task_of(folder.root)
+    (client,) = task.splits.unseen
+    own = task.of(client)
+    found = evaluate(own.flat_model, own.merge(theta_g, own.theta_0), own.part(client, "test"))
+    (row,) = [r for r in tiny.rows(folder.root, "metrics") if (r["client"], r["arm"]) == (client, "global")]
+    assert (row["test_accuracy"], row["test_loss"]) == found
+
+
+def test_clients_of_one_network_alone_go_together_in_a_cohort() -> None:
+    task = tiny.experiment(study()).task
+    alone = [(task.of(c).flat_model, task.of(c).theta_0, task.of(c).part(c, "train")) for c in (4, 0, 2, 1, 5)]
+    together = cohort.answer([Evaluation(*one) for one in alone])
+    for found, one in zip(together, alone, strict=True):
+        assert found == pytest.approx(evaluate(*one), rel=1e-5)
+
+
+def test_tasks_with_different_metrics_have_no_common_mean(finished: Callable[[str], Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished("two_step"), run)
+    assert "mean test accuracy" in summary_text(read_results(run))
+    assert len(read_results(run).tasks) == 3 and read_results(run).summaries
+    header = json.loads((run / "header.json").read_text())
+    header["tasks"][1]["metric"] = "macro_f1"
+    (run / "header.json").write_text(json.dumps(header))
+    results, text = read_results(run), summary_text(read_results(run))
+    assert not results.summaries and "accuracy [" not in text
+    assert "By task, whose metrics have no common mean: digits " in text and "(macro_f1)" in text
+    assert write_report(run).read_text().count("macro_f1") > 1
+    with pytest.raises(StudyError, match="one metric, got accuracy, macro_f1"):
+        compare([run, finished("two_step")])
+
+
+def test_no_mean_of_different_metrics_decides_or_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedlth.experiment.experiment.metric_of", lambda study: str(study.model.options))
+    assert not tiny.experiment(study()).one_metric and tiny.experiment(study(tasks={})).one_metric
+    with pytest.raises(StudyError, match="tune.lr: must not be given where tasks have different metrics"):
+        resolve(study(tune={"lr": [0.1, 0.2]}))
+
+
+def test_a_task_that_no_client_has_is_noted() -> None:
+    made = study(clients={"count": 2}, federate={"clients_per_round": 1}, partition="natural")
+    assert "tasks.signs: has no effect, no client has such examples" in resolve(made)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("method", ["two_step", "fedselect"])
+def test_every_engine_gives_equal_results(tmp_path: Path, method: str) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(tree(method)))
+    for name, given in {
+        "inprocess": "workers=1",
+        "forked": "workers=2",
+        "ray": "engine=ray",
+        "flower": "engine=flower",
+    }.items():
+        line = [sys.executable, "-m", "fedlth", "run", str(file), given, f"out={tmp_path / name}"]
+        done = subprocess.run(line, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert diff(tmp_path / "inprocess", tmp_path / name) == []
 
 
 def test_a_check_says_what_each_task_adds() -> None:

@@ -37,6 +37,7 @@ from fedlth.tickets.rewind import REWINDS
 from fedlth.tickets.schedule import SCHEDULES
 from fedlth.tickets.scope import SCOPES
 from fedlth.tickets.score import SCORES
+from fedlth.training.client_tasks import metric_of
 from fedlth.training.task import Task, open_task
 from fedlth.wire.codec import CODECS, Codec
 
@@ -74,6 +75,11 @@ class Experiment:
     def task_of(self, client: int) -> Task:
         """Return what a client trains: the study's own task, or that of its natural key."""
         return self.task.of(client)
+
+    @property
+    def one_metric(self) -> bool:
+        """Say whether all clients are judged by the same metric, so that their numbers have a mean."""
+        return len({metric_of(task.study) for task in self.task.each}) == 1
 
     @cached_property
     def codec(self) -> Codec:

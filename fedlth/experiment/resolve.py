@@ -37,6 +37,8 @@ def resolve(study: Study) -> tuple[Experiment, list[str]]:
         tensorboard.require()
     resolved, why = _backend(experiment)
     experiment = open_experiment(resolved.science())
+    if study.tune.lr and not experiment.one_metric:
+        raise StudyError("tune.lr: must not be given where tasks have different metrics: no mean of them decides")
     notes += why + _checked(experiment) + feasible.check(study, experiment) + client_memory.notes(experiment)
     _check_rules(experiment)
     if resolved.device == "auto" and resolved.engine == "inprocess":  # elsewhere each worker's machine decides

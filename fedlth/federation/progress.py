@@ -18,7 +18,7 @@ def summary_of(replies: Replies) -> RoundRow:
         round=replies.round,
         phase=replies.phase.name,
         clients=list(replies.clients),
-        val_accuracy=float(np.mean(replies.seen)) if replies.seen else None,
+        val_accuracy=float(np.mean(replies.seen)) if replies.seen and replies.experiment.one_metric else None,
         up_bytes=sum(r.payload_bytes for r in replies.rows if r.receiver == "server"),
         down_bytes=sum(r.payload_bytes for r in replies.rows if r.sender == "server"),
         failed=replies.failed,

@@ -33,6 +33,7 @@ from fedlth.report.tables import (
     chosen_table,
     clients_table,
     summary_table,
+    tasks_table,
 )
 from fedlth.report.units import scaled
 
@@ -59,9 +60,10 @@ def write_report(run: Path) -> Path:
     """
     results = read_results(run)
     tables = {"summary": summary_table(results), "clients": clients_table(results), "bytes": bytes_table(results)}
-    more = {"chosen": chosen_table(results), "fleet": tiers_table(results)}
-    if any(facts.curve for facts in results.group):
-        more["curve"] = curve_table(results)
+    more = {
+        "chosen": chosen_table(results), "fleet": tiers_table(results), "curve": curve_table(results),
+        "tasks": tasks_table(results),
+    }  # fmt: skip
     tables |= {name: table for name, table in more.items() if table.rows}
     try:
         require("report.html with its figures", "matplotlib", "jinja2", extra="sim")
@@ -157,7 +159,7 @@ def _framed(results: Results) -> str:
 
 
 def page(results: Results, *, tables: Mapping[str, Table], figures: Sequence[Drawn]) -> str:
-    """Return the HTML of a report. tables: summary, clients, bytes, maybe curve. Every text from the run is escaped."""
+    """Return the HTML of a report with the tables that this run has. Every text from the run is escaped."""
     group, header = results.group, results.group[0].header
     arms = []
     for name in dict.fromkeys(found.choice.arm for found in results.summaries):
@@ -187,17 +189,13 @@ def page(results: Results, *, tables: Mapping[str, Table], figures: Sequence[Dra
         main_label=arm_of(results.main.arm).label if results.main else "nothing evaluated",
         figures=[embedded(one) for one in figures],
         inflation=inflation(results),
-        curve=tables.get("curve"),
         dense_payload=scaled(header.dense_payload_bytes, "B"),
         dense_raw=scaled(header.dense_raw_bytes, "B"),
         framed=_framed(results),
         arms=arms,
         runs=[_provenance(facts) for facts in group],
-        chosen=chosen_table(results),
-        fleet=tiers_table(results),
         fleet_text=fleet_text(results),
-        clients=tables["clients"],
-        bytes=tables["bytes"],
+        **{name: tables.get(name) for name in ("clients", "bytes", "chosen", "fleet", "curve", "tasks")},
     )
 
 

@@ -151,6 +151,9 @@ def _check(first: Contestant, other: Contestant) -> None:
 
 def _contestant(path: Path, *, name: str, arm: str | None, density: float | None) -> Contestant:
     group = read_group(path)
+    if len(group[0].header.metrics) > 1:
+        told = ", ".join(group[0].header.metrics)
+        raise StudyError(f"compare: {path}: clients must be judged by one metric, got {told}, by task")
     choice = main_choice(group, arm=arm, density=density)
     samples = [np.array([row.test_accuracy for row in rows_of(facts, choice).values()]) for facts in group]
     if not all(len(values) for values in samples):

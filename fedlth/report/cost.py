@@ -115,14 +115,13 @@ def _flops(results: Results, choice: Choice) -> Cost | None:
     """Count 3 forwards an example, dense for the twin, by what is alive for the ticket."""
     dense, inside, searches = [], [], []
     for facts in results.group:
-        forward = facts.header.flops_forward_per_example
         for row in rows_of(facts, choice).values():
             if row.diverged:
                 continue
             alive = alive_flops(facts.header, row)
             if alive is None or not row.epochs or not row.search_epochs:
                 return None
-            dense.append(3 * row.num_train * forward)
+            dense.append(3 * row.num_train * facts.header.network(row.client)[1])
             inside.append(3 * row.num_train * alive)
             searches.append(row.train_flops_effective - inside[-1] * row.epochs)
     if not dense or max(searches) <= 0:

@@ -53,7 +53,8 @@ def pictures(results: Results) -> tuple[Picture, ...]:
             "a client that was hurt.",
             8.6, 4.2, dumbbells,
         ))  # fmt: skip
-    if any(facts.rounds for facts in results.group) and any(t.unicast.total_bytes for t in results.traffics):
+    moved = any(facts.rounds for facts in results.group) and any(t.unicast.total_bytes for t in results.traffics)
+    if moved and results.one_metric:
         found.append(Picture(
             "accuracy_at_bytes", "What the bytes buy",
             "The line is the accuracy of the model that the sampled clients received, on their validation data, as "
@@ -200,7 +201,7 @@ class BeforeAfter:
 def before_after(results: Results) -> BeforeAfter | None:
     """Return the figure where both the global model and a main arm other than it were evaluated."""
     before = baseline_of(results.group, "global")
-    if before is None or results.main is None or results.main.arm == "global":
+    if before is None or results.main is None or results.main.arm == "global" or not results.one_metric:
         return None
     return BeforeAfter(results, before, results.main)
 

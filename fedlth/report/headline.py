@@ -14,7 +14,7 @@ from fedlth.report.fleet import fleet_text, tiers_table
 from fedlth.report.known_arms import arm_of, is_users
 from fedlth.report.results import Results
 from fedlth.report.statistics import ArmSummary, Difference, difference
-from fedlth.report.tables import WIDTH, Table, aligned, chosen_table, summary_table
+from fedlth.report.tables import WIDTH, Table, aligned, chosen_table, summary_table, tasks_table
 from fedlth.report.traffic import is_refused
 from fedlth.report.units import bounds, percent, points, scaled, signed
 
@@ -45,11 +45,16 @@ def done(results: Results) -> str:
     held = [sum(count > 0 for count in counts) for counts in header.client_labels]
     sizes = [sum(counts) for counts in header.client_labels]
     clients = _plural(header.num_clients, "client")
-    if held and sizes:
+    if held and sizes and header.tasks:
+        clients += f", each with about {np.median(sizes):.0f} training examples"
+    elif held and sizes:
         clients += (
             f", each with about {np.median(sizes):.0f} training examples of {np.median(held):.0f} out of "
             f"{_plural(header.num_classes, 'class')}".replace("classs", "classes")
         )
+    if results.tasks:
+        told = [f"{t.name} ({_plural(t.num_clients, 'client')}, {t.num_classes} classes)" for t in results.tasks]
+        clients += f", and one of the tasks {', '.join(told)}"
     federated = _rounds(results, header.joining(1))
     rounds = _plural(federated, "federated round")
     sentences = [f"{clients}, trained one shared model in {rounds}." if federated else f"{clients}."]
@@ -113,6 +118,10 @@ def against(results: Results) -> Table:
 def reached(results: Results) -> str:
     """Return the main arm's own result in one sentence."""
     main = results.summary(results.main)
+    if not results.one_metric:
+        ours = [(task, task.summary(results.main)) for task in results.tasks]
+        told = [f"{task.name} {percent(one.mean)} % ({task.metric})" for task, one in ours if one is not None]
+        return f"By task, whose metrics have no common mean: {', '.join(told) or 'nothing evaluated'}."
     if main is None:
         return "No client was evaluated, so there is no result to report."
     label = arm_of(main.choice.arm).label
@@ -160,6 +169,10 @@ def numbers(results: Results) -> tuple[Number, ...]:
         found.append(
             Number(f"{percent(one.mean)} %", f"{arm.label}{one.at_text}", f"95 % interval {bounds(one.interval)}")
         )
+    for task in results.tasks if not results.one_metric else ():
+        if (its := task.summary(results.main)) is not None:
+            label = f"{task.name}: {arm_of(its.choice.arm).label}"
+            found.append(Number(f"{percent(its.mean)} %", label, f"{task.metric}, {bounds(its.interval)}"))
     moved = [(one.unicast.up_bytes, one.unicast.down_bytes, one.dense_bytes) for one in results.traffics]
     up, down, dense = (float(mean) for mean in np.mean(moved, axis=0))
     small = f"dense FedAvg: {scaled(dense, 'B')} both ways" if dense else "no visit in the ledger"
@@ -228,6 +241,8 @@ def summary_text(results: Results) -> str:
         parts.append("hurt: clients below the global model.  Test accuracy, read once at the end.")
     more = [table for table in (chosen_table(results), tiers_table(results)) if table.rows]
     parts += [f"{table.title}\n\n{aligned(table)}" for table in more]
+    if results.tasks:
+        parts.append(aligned(tasks_table(results, arms=("global", "local", "dense"))))
     wire = [one for one in numbers(results) if one.label.startswith("payload")]
     parts.append("\n".join(f"{one.label}: {one.value}  ({one.small})" for one in wire))
     parts.append(fill(reached(results), WIDTH))

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fedlth.errors import StudyError
 from fedlth.report.facts import Facts, SavedTicket
 from fedlth.rng import stream
+from fedlth.storage.records import Header
 from fedlth.storage.ticket_file import is_mask, read
 
 PERMUTATIONS = 9_999
@@ -32,12 +33,17 @@ class Masks:
 
 
 def read_masks(facts: Facts) -> Masks:
-    """Return the masks of every saved ticket; raises StudyError where a file's layers differ from the first one's."""
+    """Return the masks of every saved ticket; raises StudyError where a file's layers differ from the first one's.
+
+    Where clients have tasks of their own, of the layers that all their networks have.
+    """
     rows: dict[str, list[NDArray[np.uint8]]] = {}
-    sizes = {layer.name: layer.size for layer in facts.header.layers}
+    sizes = {layer.name: layer.size for layer in facts.header.shared_layers}
     for saved in facts.tickets:
         tensors, _ = read(saved.path)
         found = {name.removesuffix("_mask"): value for name, value in tensors.items() if is_mask(name, value)}
+        if facts.header.tasks:
+            found = {name: value for name, value in found.items() if name in sizes}
         if rows and found.keys() != rows.keys():
             odd = sorted(found.keys() ^ rows.keys())
             raise StudyError(f"{saved.path}: expected the masks of the other tickets, got a difference in {odd}")
@@ -163,7 +169,7 @@ def overlap(facts: Facts) -> Overlap | None:
     if not masks.packed or all((count == masks.sizes[name]).all() for name, count in masks.kept().items()):
         return None  # dense models have no mask to compare
     shared = jaccard(masks)
-    alike = label_similarity(np.array([facts.header.client_labels[client] for client in masks.clients]))
+    alike = label_similarity(_labels(facts.header)[list(masks.clients)])
     kept = masks.kept()
     total = sum(masks.sizes.values())
     order = [layer.name for layer in facts.header.layers if layer.name in kept] or sorted(kept)
@@ -177,6 +183,18 @@ def overlap(facts: Facts) -> Overlap | None:
         density=float(np.mean(np.sum(list(kept.values()), axis=0)) / total),
         test=mantel(shared, alike),
     )
+
+
+def _labels(header: Header) -> NDArray[np.int64]:
+    """Return the counts of each client's labels, (clients, labels): equal labels of two tasks are different ones."""
+    if not header.tasks:
+        return np.array(header.client_labels)
+    begins = np.cumsum([0, *(task.num_classes for task in header.tasks)])
+    found = np.zeros((len(header.client_labels), begins[-1]), np.int64)
+    for task, begin in zip(header.tasks, begins, strict=False):
+        for client in task.clients:
+            found[client, begin : begin + task.num_classes] = header.client_labels[client]
+    return found
 
 
 def _drawn(tickets: tuple[SavedTicket, ...]) -> tuple[SavedTicket, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,14 +12,30 @@ from fedlth.report.facts import Facts
 from fedlth.report.overlap import Overlap, overlap
 from fedlth.report.statistics import ArmSummary, summarise
 from fedlth.report.traffic import Traffic, traffic
-from fedlth.storage.records import Header, MetricRow
+from fedlth.storage.records import Header, MetricRow, TaskFacts
+
+
+@dataclass(frozen=True)
+class TaskResults:
+    """What the clients of one task got: `name` as people read it, what they are judged by, and every arm over them."""
+
+    name: str
+    metric: str
+    num_clients: int
+    num_classes: int
+    summaries: tuple[ArmSummary, ...]
+
+    def summary(self, choice: Choice | None) -> ArmSummary | None:
+        """Return the summary of one arm and density, or None where no client of the task was evaluated there."""
+        return next((found for found in self.summaries if found.choice == choice), None)
 
 
 @dataclass(frozen=True)
 class Results:
     """The results of one run or of several seeds of it. traffics and overlaps stand in the order of `group`.
 
-    main: the arm and density that speak for the run, None where nothing was evaluated.
+    main: the arm and density that speak for the run, None where nothing was evaluated. tasks: where clients have tasks
+    of their own. Where these have different metrics there are no `summaries` over all clients, but only by task.
     """
 
     group: tuple[Facts, ...]
@@ -27,6 +43,12 @@ class Results:
     summaries: tuple[ArmSummary, ...]
     traffics: tuple[Traffic, ...]
     overlaps: tuple[Overlap, ...]
+    tasks: tuple[TaskResults, ...] = ()
+
+    @property
+    def one_metric(self) -> bool:
+        """Say whether all clients are judged by the same, so that they have a mean."""
+        return len(self.group[0].header.metrics) == 1
 
     def summary(self, choice: Choice | None) -> ArmSummary | None:
         """Return the summary of one arm and density, or None where it was not evaluated."""
@@ -48,13 +70,30 @@ class Results:
 def results_of(group: Sequence[Facts]) -> Results:
     """Return the results of a group of runs of one study (one run a seed)."""
     evaluated = any(facts.metrics for facts in group)
+    alike = len(group[0].header.metrics) == 1
     return Results(
         group=tuple(group),
         main=main_choice(group) if evaluated else None,
-        summaries=summarise(group),
+        summaries=summarise(group) if alike else (),
         traffics=tuple(traffic(facts) for facts in group),
         overlaps=tuple(found for facts in group if (found := overlap(facts)) is not None),
+        tasks=tuple(_task_results(group, task) for task in group[0].header.tasks),
     )
+
+
+def _task_results(group: Sequence[Facts], task: TaskFacts) -> TaskResults:
+    theirs = set(task.clients)
+    only = [replace(facts, metrics=tuple(row for row in facts.metrics if row.client in theirs)) for facts in group]
+    name = task.name or "the study's own"
+    return TaskResults(name, task.metric, len(theirs), task.num_classes, summarise(only))
+
+
+def dense_flops(header: Header) -> float:
+    """Return the dense forward FLOPs an example, mean over clients where their networks differ."""
+    if not header.tasks:
+        return header.flops_forward_per_example
+    costs = [(len(task.clients), task.flops_forward_per_example) for task in header.tasks]
+    return sum(count * flops for count, flops in costs) / sum(count for count, _ in costs)
 
 
 def alive_flops(header: Header, row: MetricRow) -> float | None:
@@ -62,8 +101,8 @@ def alive_flops(header: Header, row: MetricRow) -> float | None:
 
     Layer by layer: dense FLOPs times the layer's density. Layers that cannot be pruned count in full.
     """
-    dense = header.flops_forward_per_example
-    cost = {layer.name: layer.flops_per_example for layer in header.layers if layer.prunable}
+    layers, dense = header.network(row.client)
+    cost = {layer.name: layer.flops_per_example for layer in layers if layer.prunable}
     if not dense or not cost.keys() <= row.layer_density.keys():
         return None
     return dense - sum(flops * float(1 - row.layer_density[name]) for name, flops in cost.items())

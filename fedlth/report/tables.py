@@ -12,7 +12,7 @@ import numpy as np
 
 from fedlth.report.choice import baseline_of, rows_of
 from fedlth.report.known_arms import arm_of
-from fedlth.report.results import Results, inference_flops_effective
+from fedlth.report.results import Results, dense_flops, inference_flops_effective
 from fedlth.report.traffic import Flow
 from fedlth.report.units import NOTHING, bounds, count, percent, scaled
 
@@ -43,7 +43,7 @@ SUMMARY_HEADER = (
 
 def summary_table(results: Results) -> Table:
     """Return one row an arm and density: test accuracy over clients, harm, and what it cost a client."""
-    dense = float(np.mean([facts.header.flops_forward_per_example for facts in results.group]))
+    dense = float(np.mean([dense_flops(facts.header) for facts in results.group]))
     rows = []
     for found in results.summaries:
         cells = (
@@ -66,6 +66,22 @@ def summary_table(results: Results) -> Table:
         )
         rows.append(cells)
     return Table("Test accuracy over clients, by arm and density", SUMMARY_HEADER, tuple(rows))
+
+
+def tasks_table(results: Results, *, arms: Sequence[str] | None = None) -> Table:
+    """Return a block of rows for each task, one row an arm (of `arms`, or every one) and density over its clients."""
+    rows = []
+    for task in results.tasks:
+        for found in task.summaries:
+            if arms is None or found.choice.arm in arms or found.choice == results.main:
+                rows.append((
+                    task.name, task.metric, str(task.num_clients), str(task.num_classes),
+                    arm_of(found.choice.arm).label, found.density_text, percent(found.mean), bounds(found.interval),
+                    percent(found.standard_deviation), percent(found.hurt_global, digits=0), percent(found.unseen),
+                ))  # fmt: skip
+    header = ("task", "metric", "clients", "classes", "arm", "density", "mean %", "95 % interval", "sd", "hurt %",
+              "unseen %")  # fmt: skip
+    return Table("Test results over the clients of each task", header, tuple(rows), left=2)
 
 
 def clients_table(results: Results) -> Table:

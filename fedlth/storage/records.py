@@ -120,6 +120,12 @@ class Header:
         """What clients are judged by: one name, or one a task where they differ; such numbers have no common mean."""
         return tuple(dict.fromkeys(task.metric for task in self.tasks)) or ("accuracy",)
 
+    @property
+    def shared_layers(self) -> list[Layer]:
+        """The layers that the networks of all clients have, in one shape."""
+        others = [{layer.name: layer.shape for layer in task.layers} for task in self.tasks]
+        return [layer for layer in self.layers if all(shapes.get(layer.name) == layer.shape for shapes in others)]
+
     def network(self, client: int) -> tuple[list[Layer], float]:
         """Return the layers of a client's network, and its dense forward FLOPs an example."""
         found = next((task for task in self.tasks if client in task.clients), None)

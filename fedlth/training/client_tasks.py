@@ -104,7 +104,7 @@ class Shared:
     place: str
 
     def __call__(self, params: Params, layout: Layout) -> Params:
-        """Return a task's own draw with what is shared from the study's own; StudyError at tensors that differ."""
+        """Return a task's own draw, what is shared from the study's; raise StudyError at a tensor that differs."""
         ours = self.common.layout.select(self._is_shared)
         known, found = ({e.name: e for e in part.entries} for part in (ours, layout.select(self._is_shared)))
         for name in sorted(known.keys() | found.keys()):

@@ -144,6 +144,15 @@ def test_natural_takes_the_largest_keys_in_order() -> None:
     assert [set(keys[indices]) for indices in owned] == [{"a"}, {"b"}, {"d"}]
 
 
+def test_clients_that_share_a_key_divide_its_examples() -> None:
+    keys = np.array(["b"] * 5 + ["a"] * 3 + ["d"] * 4 + ["c"] * 3)
+    owned = NaturalKey(clients_per_key=2)(np.zeros(15, np.int64), keys, 4, stream(0, "partition"))
+    assert ["".join(set(keys[indices])) for indices in owned] == ["b", "b", "d", "d"]
+    assert [len(indices) for indices in owned] == [3, 2, 2, 2] and len(np.unique(np.concatenate(owned))) == 9
+    with pytest.raises(StudyError, match="partition.clients_per_key: must divide the 5 clients, got 2"):
+        NaturalKey(clients_per_key=2)(np.zeros(15, np.int64), keys, 5, stream(0, "partition"))
+
+
 @pytest.mark.parametrize(
     ("part", "message"),
     [
@@ -185,6 +194,7 @@ def test_natural_without_keys() -> None:
         (Classes, {"classes_per_client": 2.5}),
         (Classes, {"classes_per_client": 2, "unbalance": 0.0}),
         (NaturalKey, {"min_samples": True}),
+        (NaturalKey, {"clients_per_key": 0}),
     ],
 )
 def test_impossible_settings_name_the_setting(kind: type, options: dict[str, Any]) -> None:
