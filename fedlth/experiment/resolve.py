@@ -16,8 +16,8 @@ from fedlth.kernel import kernel
 from fedlth.methods.rules import check_rule
 from fedlth.models.initial import refuse
 from fedlth.personalization.arms import arm_of
-from fedlth.storage import tensorboard
 from fedlth.storage.server_state import ServerState
+from fedlth.storage.trackers import trackers_of
 from fedlth.study.schema import Study
 from fedlth.tickets.rewind import ToInit
 from fedlth.training import cohort_size
@@ -30,8 +30,8 @@ def resolve(study: Study) -> tuple[Experiment, list[str]]:
     Raises StudyError where the study cannot be run.
     """
     experiment, notes = read(study)
-    if study.tensorboard:
-        tensorboard.require()
+    for tracker in trackers_of(study).values():
+        tracker.require()
     resolved, why = _backend(experiment)
     experiment = open_experiment(resolved.science())
     notes += why + _checked(experiment) + feasible.check(study, experiment)
