@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -115,10 +115,10 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
     ups = (*both, *_why_less_goes_up(wire, shrinking))
     ends = (down, up) if shrinking is not None and not sure else (None, None)  # of what accuracy may decide
     both_ways = Bytes(most[0], (*both, *scores), ends[0]), Bytes(most[1], ups, ends[1])
-    return Forecast(*both_ways, len(tried), _evaluation(wire, shrinking))
+    return Forecast(*both_ways, len(tried), _evaluation(wire, shrinking, scores))
 
 
-def _evaluation(wire: _Wire, shrinking: Shrinking | None) -> Evaluation | None:
+def _evaluation(wire: _Wire, shrinking: Shrinking | None, bounds: Sequence[str]) -> Evaluation | None:
     """Return the bytes of evaluation between the rounds, None where there is none.
 
     A client with a mask is sent its slice and the whole model. Where a prune is not sure, the worst is that of the
@@ -141,11 +141,12 @@ def _evaluation(wire: _Wire, shrinking: Shrinking | None) -> Evaluation | None:
                     known = shrinking is not None and shrinking.sure
                     held = shrinking.densities[prunes if known else 1] if shrinking else 1.0
                     down += wire.kept(held) + (experiment.needs_whole(phase) - 1) * wire.model
-    sure = phase.down != "slice" or (shrinking is not None and shrinking.sure)
+    if phase.down == "slice" and not (shrinking and shrinking.sure):
+        bounds = (*bounds, "a prune at the first visit")
     local = LocalClient(experiment.task, count - 1, 0, "forecast")
     row = curve_row(local, Result(arm="", params=experiment.task.theta_0, mask=local.full))
     up = phase.rounds * count * len(metrics.encode({"rows": [{**row, "arm": arm} for arm in experiment.curve_arms]}))
-    return Evaluation(phase.rounds, count, Bytes(down, () if sure else ("a prune at the first visit",)), Bytes(up))
+    return Evaluation(phase.rounds, count, Bytes(down, tuple(bounds)), Bytes(up))
 
 
 def _why_less_goes_up(wire: _Wire, shrinking: Shrinking | None) -> list[str]:
