@@ -18,6 +18,7 @@ from fedlth.study.schema import Study
 from fedlth.tickets.finder import Finder
 from fedlth.tickets.rewind import ToInit
 from fedlth.tickets.schedule import OneShot
+from fedlth.training.evaluation import evaluate
 from fedlth.training.local_client import LocalClient
 from fedlth.training.recipe import Epochs, TrainingRecipe
 from fedlth.training.request import drawn_request
@@ -125,6 +126,7 @@ def forecast(study: Study) -> str:
         *forecast_time(experiment, Visit(*moved.visit, epochs=_kept_epochs(experiment))),
         f"training: {steps:,.0f} steps, {steps * per_step / 1e12:,.2f} TFLOP (dense), at {1e3 * step_s:.2f} ms a step "
         f"about {steps * step_s / 60:,.1f} min on one core",
+        *_evaluation_lines(experiment),
         f"memory: about {_memory_mb(experiment):,.0f} MB a worker; disk about {_disk_mb(experiment):,.0f} MB",
     ]
     return "\n".join(lines)
@@ -153,6 +155,23 @@ def _step_seconds(task: Task) -> float:
         train(task.flat_model, request)
         best = min(best, (time.perf_counter() - began) / count)
     return best
+
+
+def _evaluation_lines(experiment: Experiment) -> list[str]:
+    """Say how long the evaluations between the rounds take, if there are any."""
+    phase, task = next((p for p in experiment.phases if p.evaluates), None), experiment.task
+    if phase is None:
+        return []
+    parts = [len(split.val) + len(split.test) for split in task.splits.clients]
+    local = LocalClient(task, int(np.argmax(parts)), 0, "forecast")
+    data = task.part(local.client, "train")
+    evaluate(task.flat_model, task.theta_0, data)  # once, so that nothing is compiled while it is timed
+    began = time.perf_counter()
+    evaluate(task.flat_model, task.theta_0, data)
+    example_s = (time.perf_counter() - began) / len(data[1])
+    examples = phase.rounds * len(experiment.curve_arms) * sum(parts)
+    minutes = examples * example_s / 60
+    return [f"evaluation between rounds: {examples:,} examples, about {minutes:,.1f} min on one core"]
 
 
 def _memory_mb(experiment: Experiment) -> float:

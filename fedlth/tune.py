@@ -57,6 +57,7 @@ def _trial(study: Study, lr: float) -> Study:
             "train": study.train.model_copy(update={"lr": lr}),
             "federate": study.federate.model_copy(update={"rounds": rounds}),
             "tune": Tune(),
+            "trackers": (),
         }
     )
 

@@ -18,8 +18,8 @@ from fedlth.methods.rules import check_rule
 from fedlth.models.initial import refuse
 from fedlth.personalization import kept
 from fedlth.personalization.arms import arm_of
-from fedlth.storage import tensorboard
 from fedlth.storage.server_state import ServerState
+from fedlth.storage.trackers import trackers_of
 from fedlth.study.schema import Study
 from fedlth.tickets.gate import Adaptive, ValAccuracy, ValDrop
 from fedlth.tickets.rewind import ToInit
@@ -33,8 +33,8 @@ def resolve(study: Study) -> tuple[Experiment, list[str]]:
     Raises StudyError where the study cannot be run.
     """
     experiment, notes = read(study)
-    if study.tensorboard:
-        tensorboard.require()
+    for tracker in trackers_of(study).values():
+        tracker.require()
     resolved, why = _backend(experiment)
     experiment = open_experiment(resolved.science())
     if study.tune.lr and not experiment.one_metric:

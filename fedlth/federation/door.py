@@ -36,6 +36,7 @@ class Accepted:
     masks: Mapping[str, np.ndarray] = field(default_factory=dict)
     visit: VisitRecord | None = None
     rows: tuple[dict[str, Any], ...] = ()
+    curve: tuple[CurveRow, ...] = ()
 
     @property
     def mask(self) -> np.ndarray | None:
@@ -104,8 +105,9 @@ def accept(reply: Reply, *, codec: Codec, held: Held, asked: Asked) -> Accepted:
     first = next(iter(contents.values()), None)
     try:
         if asked.arms:
-            rows = _curve_rows(record, reply, asked) if asked.curve else _rows(record, first, reply, asked)
-            return Accepted(masks=masks, rows=rows)
+            if asked.curve:
+                return Accepted(curve=_curve(record, reply, asked))
+            return Accepted(masks=masks, rows=_rows(record, first, reply, asked))
         visit = visit_record(record)
         if visit.num_examples != len(asked.split.train):
             raise ValueError(f"num_examples must be {len(asked.split.train)}, got {visit.num_examples}")
@@ -150,15 +152,14 @@ def _rows(record: Mapping[str, Any], content: Content | None, reply: Reply, aske
     return tuple(rows)
 
 
-def _curve_rows(record: Mapping[str, Any], reply: Reply, asked: Asked) -> tuple[dict[str, Any], ...]:
-    """Return an evaluation's rows, one for each model that was asked for, each as it came."""
-    rows = _listed(record)
-    parsed = [read(CurveRow, row, strict=True) for row in rows]
+def _curve(record: Mapping[str, Any], reply: Reply, asked: Asked) -> tuple[CurveRow, ...]:
+    """Return an evaluation's rows, one for each model that was asked for."""
+    parsed = [read(CurveRow, row, strict=True) for row in _listed(record)]
     for row in parsed:
         _check_known(row, reply, asked)
     if sorted(row.arm for row in parsed) != sorted(asked.arms):
         raise ValueError(f"arm must be each of {', '.join(sorted(asked.arms))} once, got {[r.arm for r in parsed]}")
-    return tuple(rows)
+    return tuple(parsed)
 
 
 def _listed(record: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +18,7 @@ from fedlth.methods.aggregate import Contribution, join
 from fedlth.methods.client_update import Shrinking
 from fedlth.methods.method import Dense
 from fedlth.models.layout import Layout, Params
+from fedlth.personalization.evaluate import curve_row
 from fedlth.personalization.personalise import NEED_NO_GLOBAL, row_of
 from fedlth.personalization.step2 import Result
 from fedlth.storage.server_state import ServerState
@@ -55,8 +56,22 @@ class Bytes:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """What the evaluations between the rounds move, beside all else: so many times all clients."""
+
+    times: int
+    clients: int
+    down: Bytes
+    up: Bytes
+
+    def __str__(self) -> str:
+        many = f"{self.times} times all {self.clients} clients"
+        return f"beside these, evaluation between rounds, {many}: down {self.down}, up {self.up}"
+
+
+@dataclass(frozen=True)
 class Forecast:
-    """Both directions, and how many visits were tried to see how long an update is.
+    """Both directions, how many visits were tried to see how long an update is, and evaluation between the rounds.
 
     `visit` are the bytes (down, up) of one visit with a dense model.
     """
@@ -65,12 +80,15 @@ class Forecast:
     up: Bytes
     tried: int = 0
     visit: tuple[float, float] = (0.0, 0.0)
+    evaluation: Evaluation | None = None
 
     def __str__(self) -> str:
         ways = (("down", self.down), ("up", self.up))
         lines = [f"{name} is an upper bound, as with {'; '.join(one.bounds)}" for name, one in ways if one.bounds]
         if self.tried:
             lines.append(f"an update is assumed to be as long as in {self.tried} visits tried here")
+        if self.evaluation:
+            lines.append(str(self.evaluation))
         return "\n  ".join([f"bytes: down {self.down}, up {self.up}", *lines])
 
 
@@ -104,7 +122,39 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
     ups = (*both, *_why_less_goes_up(wire, shrinking))
     ends = (down, up) if shrinking is not None and not sure else (None, None)  # of what accuracy may decide
     visit = wire.model, wire.update(1.0) + _visit_bytes(task)
-    return Forecast(Bytes(most[0], (*both, *scores), ends[0]), Bytes(most[1], ups, ends[1]), len(tried), visit)
+    both_ways = Bytes(most[0], (*both, *scores), ends[0]), Bytes(most[1], ups, ends[1])
+    return Forecast(*both_ways, len(tried), visit, _evaluation(wire, shrinking, scores))
+
+
+def _evaluation(wire: _Wire, shrinking: Shrinking | None, bounds: Sequence[str]) -> Evaluation | None:
+    """Return the bytes of evaluation between the rounds, None where there is none.
+
+    A client with a mask is sent its slice and the whole model. Where a prune is not sure, the worst is that of the
+    first one; where nothing is known of the masks, a slice that holds all.
+    """
+    experiment = wire.experiment
+    count, phase = experiment.study.clients.count, next((p for p in experiment.phases if p.evaluates), None)
+    if phase is None:
+        return None
+    visited: Counter[int] = Counter()
+    down = 0.0
+    for one, number in experiment.steps:
+        if one in experiment.federated_phases[-1:]:
+            visited.update(experiment.clients(one, number))
+        elif one.evaluates:
+            down += count * wire.model
+            for visits in visited.values() if phase.down == "slice" else ():
+                prunes = shrinking.prunes(visits) if shrinking else 1
+                if prunes:
+                    known = shrinking is not None and shrinking.sure
+                    held = shrinking.densities[prunes if known else 1] if shrinking else 1.0
+                    down += wire.kept(held) + (experiment.needs_whole(phase) - 1) * wire.model
+    if phase.down == "slice" and not (shrinking and shrinking.sure):
+        bounds = (*bounds, "a prune at the first visit")
+    local = LocalClient(experiment.task, count - 1, 0, "forecast")
+    row = curve_row(local, Result(arm="", params=experiment.task.theta_0, mask=local.full))
+    up = phase.rounds * count * len(metrics.encode({"rows": [{**row, "arm": arm} for arm in experiment.curve_arms]}))
+    return Evaluation(phase.rounds, count, Bytes(down, tuple(bounds)), Bytes(up))
 
 
 def _why_less_goes_up(wire: _Wire, shrinking: Shrinking | None) -> list[str]:

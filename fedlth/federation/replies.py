@@ -21,7 +21,7 @@ from fedlth.methods.client_update import VALUES
 from fedlth.methods.method import Phase
 from fedlth.personalization.arms import row_name
 from fedlth.personalization.personalise import EVALUATION
-from fedlth.storage.records import DROPPED, LATE, Failed, LedgerRow, TimeRow, Work
+from fedlth.storage.records import DROPPED, LATE, CurveRow, Failed, LedgerRow, TimeRow, Work
 from fedlth.storage.run_folder import Progress, RunFolder
 from fedlth.storage.state_archive import Writer
 from fedlth.wire.errors import PayloadError
@@ -64,7 +64,7 @@ class Replies:
     failed: list[Failed] = field(default_factory=list)
     times: list[TimeRow] = field(default_factory=list)
     metrics: list[dict[str, Any]] = field(default_factory=list)
-    curve: list[dict[str, Any]] = field(default_factory=list)
+    curve: list[CurveRow] = field(default_factory=list)
     seen: list[float] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     mirrors: dict[str, str | None] = field(default_factory=dict)
@@ -221,8 +221,8 @@ class Replies:
     def _keep(self, answer: Reply, got: Accepted, states: Writer, masks: Writer) -> None:
         client = str(answer.client)
         if self.phase.evaluates:
-            self.curve += got.rows
-            self.seen += [r["val_accuracy"] for r in got.rows if r["arm"] == "global" and not r["unseen"]]
+            self.curve += got.curve
+            self.seen += [row.val_accuracy for row in got.curve if row.arm == "global" and not row.unseen]
             return
         self.versions[client] = self.version
         if not self.holds_state and answer.state is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,13 +20,14 @@ from fedlth.federation.replies import Replies
 from fedlth.federation.update_norms import UpdateNorms
 from fedlth.methods.method import Phase
 from fedlth.models.layout import Params
-from fedlth.storage.records import DROPPED, LATE, Failed, RoundRow, TimeRow
+from fedlth.storage.records import DROPPED, LATE, CurveRow, Failed, RoundRow, TimeRow
 from fedlth.storage.run_folder import Best, Progress, RunFolder
 from fedlth.storage.server_state import ServerState
 
 log = logging.getLogger(__name__)
 
 EMPTY_ROUNDS_ALLOWED = 3
+Committed = Callable[[int, RoundRow, Sequence[CurveRow]], None]  # who is told of each commit, counted from 1
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,10 @@ class Step:
 class Federation:
     """A run in progress. Everything that outlives a round is in the folder; this object may die at any moment."""
 
-    def __init__(self, experiment: Experiment, folder: RunFolder, engine: Engine) -> None:
-        self.experiment, self.folder, self.engine = experiment, folder, engine
+    def __init__(
+        self, experiment: Experiment, folder: RunFolder, engine: Engine, committed: Committed | None = None
+    ) -> None:  # fmt: skip
+        self.experiment, self.folder, self.engine, self.committed = experiment, folder, engine, committed
         self.progress = folder.progress()
         self.state = self._loaded(self.progress.theta)
 
@@ -132,12 +135,12 @@ class Federation:
         """Return the phase and the round whose model an evaluation looks at."""
         return self.experiment.steps[step.place - 1]
 
-    def _curve(self, step: Step, replies: Replies) -> list[dict[str, Any]]:
+    def _curve(self, step: Step, replies: Replies) -> list[CurveRow]:
         """Return the rows of an evaluation with what the server knows of them; no other step has any."""
         if not step.phase.evaluates:
             return []
         phase, round = self._trained(step)
-        return [{**row, "phase": phase.name, "round": round} for row in replies.curve]
+        return [replace(row, phase=phase.name, round=round) for row in replies.curve]
 
     def _judged(
         self, step: Step, progress: Progress, replies: Replies, summary: RoundRow
@@ -233,14 +236,17 @@ class Federation:
             "metrics": self.folder.append("metrics", replies.metrics),
             "times": self.folder.append("times", [*replies.times, whole]),
         }
+        curve = self._curve(step, replies)
         if any(phase.evaluates for phase in self.experiment.phases):
-            lengths["curve"] = self.folder.append("curve", self._curve(step, replies))
+            lengths["curve"] = self.folder.append("curve", curve)
         self.progress = replace(progress, step=step.place + 1, lengths=lengths, versions=versions, mirrors=mirrors)
         self.folder.commit(self.progress)
         best = self.progress.best.theta if self.progress.best else ""
         self.folder.drop_params([self.progress.theta, self.progress.good or "", best, *targets])
         self.folder.clients.tidy(_owners(versions))
         self.folder.mirrors.tidy(_owners(mirrors))
+        if self.committed:
+            self.committed(self.progress.step, summary, curve)
 
 
 def _add(phase: Phase, accumulator: Any, contribution: Any) -> int:

@@ -20,10 +20,11 @@ from fedlth.federation.downloads import broadcast
 from fedlth.federation.jobs import Engine
 from fedlth.federation.rounds import Federation, missing
 from fedlth.kernel import kernel
-from fedlth.storage import tensorboard, ticket_file
+from fedlth.storage import ticket_file
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.records import Digests, Header, Layer, Phase, RoundRow, TaskFacts
 from fedlth.storage.run_folder import RunFolder
+from fedlth.storage.trackers import Tracking
 from fedlth.study.schema import Study
 from fedlth.training.client_tasks import metric_of
 from fedlth.training.task import Task
@@ -81,20 +82,19 @@ def resume(out: Path, engine: Engine) -> RunFolder:
 
 def _go(experiment: Experiment, folder: RunFolder, engine: Engine, *, revisit: bool = False) -> RunFolder:
     folder.recover()
-    federation = Federation(experiment, folder, engine)
+    tracking = Tracking(folder.root, experiment.study)
+    federation = Federation(experiment, folder, engine, tracking.committed)
     try:
-        federation.run()
-        if revisit:
-            federation.revisit()
+        tracking.begin()
+        try:
+            federation.run()
+            if revisit:
+                federation.revisit()
+        finally:
+            engine.close()
+        _end(federation, tracking)
     finally:
-        engine.close()
-    if not federation.progress.lengths["metrics"]:
-        raise NothingUsable(
-            f"{folder.root}: no client finished step 2; the first failed with: {_first_failure(folder)}"
-        )
-    _finish(federation)
-    if experiment.study.tensorboard:
-        tensorboard.write(folder.root)
+        tracking.stop()
     _write_header(folder, experiment, engine, federation)
     if lost := missing(folder):
         how = "the same `flwr run`" if engine.holds_state else f"fedlth resume {folder.root}"
@@ -103,12 +103,22 @@ def _go(experiment: Experiment, folder: RunFolder, engine: Engine, *, revisit: b
     return folder
 
 
+def _end(federation: Federation, tracking: Tracking) -> None:
+    """Write what a run ends with; raise NothingUsable where that is nothing."""
+    folder = federation.folder
+    if not federation.progress.lengths["metrics"]:
+        raise NothingUsable(
+            f"{folder.root}: no client finished step 2; the first failed with: {_first_failure(folder)}"
+        )
+    tracking.end(_finish(federation))
+
+
 def _first_failure(folder: RunFolder) -> str:
     return next((f.reason for row in folder.rows(RoundRow) for f in row.failed), "no reason is recorded")
 
 
-def _finish(federation: Federation) -> None:
-    """Write the tickets as plain safetensors, and the digests by which two runs are compared."""
+def _finish(federation: Federation) -> Digests:
+    """Write the tickets as plain safetensors, and the digests by which two runs are compared; return these."""
     digests: dict[str, str] = {}
     away = 0
     experiment, folder = federation.experiment, federation.folder
@@ -135,7 +145,9 @@ def _finish(federation: Federation) -> None:
         digests[str(client)] = ticket_file.save(place, study.tickets, task.layout, params, mask, meta)
     if away:
         log.info(f"note: {away} tickets stay with their clients; only their masks' names are here")
-    folder.write(Digests(federation.theta.digest(), digests))
+    found = Digests(federation.theta.digest(), digests)
+    folder.write(found)
+    return found
 
 
 def _write_header(folder: RunFolder, experiment: Experiment, engine: Engine, ended: Federation | None = None) -> None:

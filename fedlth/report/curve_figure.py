@@ -72,7 +72,7 @@ class CurveFigure:
         val, test = (100 * np.array([y(p) for p in one.points]) for y in (_val, _test))
         if alone:
             ends = 100 * np.array([np.quantile(point.val, (0.1, 0.9)) for point in one.points]).T
-            panel.fill_between(x, ends[0], ends[1], color=colour, alpha=0.14, linewidth=0)
+            panel.fill_between(x, ends[0], ends[1], color=colour, alpha=0.1, linewidth=0)
         panel.plot(x, val, color=colour, marker=".", linewidth=1.8 if alone else 1, markersize=5 if alone else 3)
         panel.plot(x, test, color=colour, linestyle="--", linewidth=1.1, alpha=0.85)
         best = one.chosen()[1]

@@ -1,28 +1,76 @@
-"""A run's rounds as TensorBoard events, for those who watch there; an extra."""
+"""A run as TensorBoard events in RUN/tensorboard."""
 
 from __future__ import annotations
 
-import importlib.util
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
-from fedlth.errors import StudyError
-from fedlth.storage.records import RoundRow, read_log
+from fedlth.errors import require
 
-
-def require() -> None:
-    """Raise StudyError where TensorBoard is not installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        raise StudyError("tensorboard: must be false, or install the extra: pip install 'fedlth[tensorboard]'")
+NAME = "events.out.tfevents.fedlth"  # the usual name ends in the machine's, which is nobody's business
 
 
-def write(run: Path) -> None:
-    """Write one scalar a round and direction into RUN/tensorboard, x being the number of commits."""
-    from torch.utils.tensorboard import SummaryWriter
+@dataclass(frozen=True)
+class TensorBoard:
+    """TensorBoard events in the run's folder; an open or resumed run writes them anew from its rows."""
 
-    for old in (run / "tensorboard").glob("events.*"):  # a resume that visited lost clients again writes all anew
-        old.unlink()
-    with SummaryWriter(str(run / "tensorboard")) as writer:
-        for step, row in enumerate(read_log(run, RoundRow)[0], 1):
-            for name in ("val_accuracy", "up_bytes", "down_bytes"):
-                if (value := getattr(row, name)) is not None:
-                    writer.add_scalar(f"{row.phase}/{name}", value, step)
+    def require(self) -> None:
+        require("trackers: tensorboard", "tensorboard", extra="tensorboard")
+
+    def open(self, run: Path, name: str, config: Mapping[str, Any], id: str, /) -> Events:
+        import yaml
+
+        folder = run / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        for old in folder.glob("events.*"):
+            old.unlink()
+        events = Events((folder / NAME).open("wb"))
+        events.write(0, file_version="brain.Event:2")
+        events.text(0, "config", f"```\n{yaml.safe_dump(dict(config))}```")
+        return events
+
+
+class Events:
+    """An open file of events."""
+
+    id, given = "", 0
+
+    def __init__(self, file: IO[bytes]) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.file, self.records = file, RecordWriter(file)
+        self.last = 0
+
+    def log(self, commit: int, scalars: Mapping[str, float], /) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self.write(commit, summary=Summary(value=values))
+        self.file.flush()
+        self.last = commit
+
+    def text(self, commit: int, name: str, text: str) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+        from tensorboard.compat.proto.tensor_pb2 import TensorProto
+        from tensorboard.compat.proto.types_pb2 import DT_STRING
+
+        plugin = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
+        tensor = TensorProto(dtype=DT_STRING, string_val=[text.encode()])
+        self.write(commit, summary=Summary(value=[Summary.Value(tag=name, metadata=plugin, tensor=tensor)]))
+
+    def write(self, commit: int, **what: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self.records.write(Event(wall_time=time.time(), step=commit, **what).SerializeToString())
+
+    def end(self, scalars: Mapping[str, float], texts: Mapping[str, str], /) -> None:
+        self.log(self.last, scalars)
+        for name, text in texts.items():
+            self.text(self.last, name, text)
+        self.file.close()
+
+    def stop(self) -> None:
+        self.file.close()

@@ -256,9 +256,23 @@ class Study(Node):
     workers: Literal["auto"] | Count = "auto"
     ray: Ray = Ray()
     job_timeout_s: Positive | None = None
-    tensorboard: bool = False
+    trackers: Annotated[tuple[Spec, ...], BeforeValidator(as_tuple)] = ()
     tickets: Literal["dense", "compact", "none"] = "dense"
     out: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier(cls, tree: Any) -> Any:
+        """Read `tensorboard: true`, as studies and run folders had it, as the tracker of that name."""
+        if not isinstance(tree, dict) or "tensorboard" not in tree:
+            return tree
+        rest, wanted = {k: v for k, v in tree.items() if k != "tensorboard"}, tree["tensorboard"]
+        if not isinstance(wanted, bool):
+            return tree  # an unknown key, as any other
+        given = rest.get("trackers", [])
+        if wanted and isinstance(given, (list, tuple)) and "tensorboard" not in given:
+            rest["trackers"] = [*given, "tensorboard"]
+        return rest
 
     def science(self) -> str:
         """Return canonical JSON of everything that decides the numbers: what a worker is given.
@@ -272,7 +286,7 @@ class Study(Node):
             "out",
             "seeds",
             "job_timeout_s",
-            "tensorboard",
+            "trackers",
             "tickets",
             "tune",
             "study",
