@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from fedlth.data.examples import Examples
+from fedlth.study.schema import Study
 from fedlth.training import task as world_module
 from tests import tiny
 
@@ -37,7 +38,26 @@ def test_permuting_test_labels_changes_nothing_but_the_test_columns(tmp_path: Pa
     if name == "two_step":
         arms = ["global", "local", "dense", "dense_total", "ticket", "ticket_0", "one_shot", "global_mask", "random"]
         more = {"personalise": {"arms": arms}, "refine": {"rounds": 1, "clients_per_round": 2}}
-    made = tiny.of_method(name, train={"epochs": 2}, **more)
+    unaltered(tiny.of_method(name, train={"epochs": 2}, **more), tmp_path)
+
+
+@pytest.mark.parametrize("main", ["auto", "capacity"])
+def test_no_client_chooses_its_density_by_test_data(tmp_path: Path, main: str) -> None:
+    capacity = [{"clients": [0], "density": 0.3}]
+    made = tiny.study(
+        finder={"main": main, "densities": [0.5, 0.3, 0.1]}, refine={"rounds": 1, "clients_per_round": 2},
+        clients={"capacity": capacity}, federate={"rounds": 4},
+    )  # fmt: skip
+    unaltered(made, tmp_path)
+    assert {r["target_density"] for r in tiny.rows(tmp_path / "honest", "metrics") if r.get("chosen")} <= {
+        0.5,
+        0.3,
+        0.1,
+    }
+
+
+def unaltered(made: Study, tmp_path: Path) -> None:
+    """Run a study with honest and with permuted test labels; only the test columns may differ."""
     # Real gates, so that there is something to decide.
     gates = {k: 0.3 for k in ("val_accuracy",) if k in made.method}
     made = made.model_copy(update={"method": {**made.method, **gates}})
