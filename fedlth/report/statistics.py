@@ -105,7 +105,7 @@ def summarise_arm(group: Sequence[Facts], choice: Choice) -> ArmSummary:
     rows = [row for table in tables for row in table]
     samples = [np.array([row.test_accuracy for row in table]) for table in tables]
     unseen = [v for t in tables if len(v := np.array([r.test_accuracy for r in t if r.unseen]))]
-    seen = [np.array(v) for t in tables if (v := [r.val_accuracy for r in t if r.val_accuracy is not None])]
+    seen = [v for t in tables if len(v := np.array([r.val_accuracy for r in t if r.val_accuracy is not None]))]
     return ArmSummary(
         choice=choice,
         density=float(np.mean([row.density for row in rows if not row.diverged] or [choice.target_density])),
