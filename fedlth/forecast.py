@@ -168,7 +168,7 @@ def _evaluation_lines(experiment: Experiment) -> list[str]:
     evaluate(task.flat_model, task.theta_0, data)  # once, so that nothing is compiled while it is timed
     began = time.perf_counter()
     evaluate(task.flat_model, task.theta_0, data)
-    example_s = (time.perf_counter() - began) / len(data[1])
+    example_s = (time.perf_counter() - began) / len(data)
     examples = phase.rounds * len(experiment.curve_arms) * sum(parts)
     minutes = examples * example_s / 60
     return [f"evaluation between rounds: {examples:,} examples, about {minutes:,.1f} min on one core"]

@@ -25,7 +25,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"train": {"epochs": 1.0}}, "train.epochs"),
     ({"train": {"momentum": 1}}, "train.momentum: .*less than 1"),
     ({"clients": {"count": 0}}, "clients.count: .*greater than or equal to 1, got 0"),
-    ({"clients": {"validation": 0}}, "clients.validation"),
+    ({"clients": {"validation": -0.1}}, "clients.validation"),
+    ({"clients": {"test": "mine"}}, "clients.test: .*split.*own"),
+    ({"clients": {"test_share": 0}}, "clients.test_share"),
+    ({"data": {"pool": True}}, "data.pool: needs clients.test: own"),
+    ({"clients": {"label_noise": {}}}, "clients.label_noise.rate: required"),
+    ({"clients": {"label_noise": {"rate": 0}}}, "clients.label_noise.rate"),
+    ({"clients": {"label_noise": {"rate": 0.1, "kind": "odd"}}}, "clients.label_noise.kind"),
+    *(
+        ({section: {"clients_per_round": wrong}}, rf"{section}.clients_per_round: must be a whole number .* got ")
+        for section in ("federate", "refine")
+        for wrong in (0, -1, 1.5, 0.0, True, "all")
+    ),
     ({"clients": {"unseen": 1}}, "clients.unseen"),
     ({"finder": {"densities": [1.5]}}, r"finder.densities: each must be in \(0, 1\], got \[1.5\]"),
     ({"finder": {"densities": [0]}}, "finder.densities: each must be in"),
@@ -213,3 +224,15 @@ def test_resolve_writes_the_methods_defaults_and_notes_what_has_no_effect() -> N
     assert kept.study.finder.rewind == {"name": "none"}
     few = tiny.of_method("local", clients={"count": 2}, federate={"clients_per_round": 5})
     assert read(few)[0].study.federate.rounds == 0, "rounds that never happen need no clients"
+
+
+def test_one_client_and_all_clients_a_round_are_different_things(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text("clients: {count: 20, unseen: 0.5}\nfederate: {clients_per_round: 1.0}\n")
+    for overrides, count in (([], 10), (["federate.clients_per_round=1"], 1), (["federate.clients_per_round=.25"], 2)):
+        study = schema.load(file, overrides)
+        experiment = read(study)[0]
+        assert experiment.per_round(study.federate) == count == len(experiment.clients(experiment.phases[0], 1))
+        assert schema.build(json.loads(study.science())).science() == study.science()
+    with pytest.raises(StudyError, match="federate.clients_per_round: must be at most the 10 clients"):
+        read(schema.load(file, ["federate.clients_per_round=11"]))

@@ -70,6 +70,8 @@ IDLE: list[tuple[str, dict[str, Any], str]] = [
      "train.lr: has no effect, no arm of method fedpm trains weights"),
     ("fedpm", {"personalise": {"arms": ["own_tuned"], "lr": 0.1}},
      "personalise.lr: has no effect, no arm of method fedpm trains weights"),
+    ("two_step", {"clients": {"test": "own"}}, "clients.test_samples: has no effect, clients.test is own"),
+    ("two_step", {"clients": {"test_share": 0.3}}, "clients.test_share: has no effect, clients.test is split"),
     # Brothers
     ("two_step", {"seed": 3, "seeds": [0, 1]}, "seed: has no effect, seeds are given"),
     ("two_step", {"finder": {"rewind": "init"}, "personalise": {"arms": ["ticket_0"]}},

@@ -98,9 +98,10 @@ def checked(dataset: Dataset) -> Dataset:
 def _check_inputs(dataset: Dataset, place: str) -> None:
     x_train, x_test = dataset.x_train, dataset.x_test
     for field, x in (("x_train", x_train), ("x_test", x_test)):
-        if not isinstance(x, np.ndarray) or x.ndim < 2 or len(x) == 0:
-            got = getattr(x, "shape", type(x).__name__)
-            raise StudyError(f"{place}: {field} must be a non-empty array of at least 2 dimensions, got {got}")
+        least = field == "x_train"  # a source without a test split is one for clients.test: own
+        if not isinstance(x, np.ndarray) or x.ndim < 2 or len(x) < least:
+            got, what = getattr(x, "shape", type(x).__name__), "a non-empty" if least else "an"
+            raise StudyError(f"{place}: {field} must be {what} array of at least 2 dimensions, got {got}")
         if x.dtype == np.uint8 and x.ndim != 4:
             raise StudyError(f"{place}: {field} of uint8 images must be (N, C, H, W), got {x.shape}")
         if x.dtype not in (np.uint8, np.float32, np.int64):

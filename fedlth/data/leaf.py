@@ -53,8 +53,10 @@ class Leaf:
             raise StudyError("partition: leaf must have a data set with natural keys, got one without")
         _, first, owner = np.unique(keys, return_index=True, return_inverse=True)
         users = [np.flatnonzero(owner == user) for user in np.argsort(first)]
-        sample = {"niid": self._niid, "iid": self._iid, "all": lambda users, draws: users}[self.kind]
-        sampled = [own for own in sample(users, Random(self.sample_seed)) if len(own) >= self.min_samples]
+        if self.kind != "all":
+            sample = self._niid if self.kind == "niid" else self._iid
+            users = sample(users, Random(self.sample_seed))
+        sampled = [own for own in users if len(own) >= self.min_samples]
         draws = Random(self.split_seed)
         found = [self._split(own, draws) for own in sampled if len(own) >= 2]
         if len(found) != num_clients:

@@ -14,6 +14,7 @@ from fedlth.data.embedded import fashion_slice
 from fedlth.data.factory import accepted, is_factory, user_dataset
 from fedlth.data.huggingface import huggingface
 from fedlth.data.idx import fashion_mnist, mnist
+from fedlth.data.leaf_json import leaf
 from fedlth.errors import StudyError
 
 SOURCES: dict[str, Callable[..., Dataset]] = {
@@ -23,6 +24,7 @@ SOURCES: dict[str, Callable[..., Dataset]] = {
     "cifar10": cifar10,
     "cifar100": cifar100,
     "characters": characters,
+    "leaf": leaf,
 }
 
 

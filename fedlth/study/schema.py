@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
 
 from fedlth.errors import StudyError
 from fedlth.study import capacity_file
@@ -37,9 +36,7 @@ def _count_or_share(value: Any) -> Any:
     if isinstance(value, bool) or not (
         (isinstance(value, int) and value >= 1) or (isinstance(value, float) and 0 < value <= 1)
     ):
-        raise PydanticCustomError(
-            "count_or_share", "must be a whole number of at least 1, or a share in (0, 1] with a point (1.0 is all)"
-        )
+        raise ValueError("must be a whole number of at least 1, or a share in (0, 1] with a point (1.0 is all)")
     return value
 
 
@@ -351,7 +348,8 @@ def _explain(error: ValidationError, where: str, root: type[BaseModel]) -> Study
         return StudyError(f"{where}: {place}: unknown key; {hint}")
     if first["type"] == "missing":
         return StudyError(f"{where}: {place}: required, but missing")
-    wanted = first["msg"][:1].lower() + first["msg"][1:]
+    message = first["msg"].removeprefix("Value error, ")
+    wanted = message[:1].lower() + message[1:]
     return StudyError(f"{where}: {place}: {wanted}, got {first['input']!r}")
 
 

@@ -97,7 +97,8 @@ def main(out: Path) -> None:
     first = next(iter(RUNS))
     target = min(found for facts in runs["dense"].values() if (found := best_reached(facts)) is not None)
     print(
-        f"| method | density | test % | MB up | MB down | step 1 | step 1, alive | step 2 | to {100 * target:.0f} % val |"
+        "| method | density | test % | MB up | MB down | step 1 | step 1, alive | step 2 "
+        f"| to {100 * target:.0f} % val |"
     )
     print("|---|" + "---:|" * 8)
     for name, facts in runs["dense"].items():

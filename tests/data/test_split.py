@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from fedlth.data.characters import characters
-from fedlth.data.dataset import Dataset
+from fedlth.data.dataset import Dataset, pooled
+from fedlth.data.label_noise import with_noise
 from fedlth.data.label_partition import Classes
 from fedlth.data.partition import Dirichlet, Iid, NaturalKey, Partition
-from fedlth.data.split import Splits, label_counts, split_clients
+from fedlth.data.split import Splits, label_counts, num_sampled, split_clients
 from fedlth.errors import StudyError
+from fedlth.study.schema import LabelNoise
 
 
 def data(seed: int = 0) -> Dataset:
@@ -132,7 +134,9 @@ def test_sequence_labels_draw_test_uniformly() -> None:
     [
         ({"num_clients": 0}, "clients.count must be an integer of at least 1, got 0"),
         ({"num_clients": 301}, "clients.count must be at most half of the 600 train examples"),
-        ({"validation": 0.0}, "clients.validation must be in"),
+        ({"validation": -0.1}, "clients.validation must be in"),
+        ({"test_share": 0.0}, "clients.test_share must be in"),
+        ({"num_clients": 201, "own_test": True}, "clients.count must be at most a third of the 600 train examples"),
         ({"validation": 1}, "clients.validation must be in"),
         ({"test_samples": 0}, "clients.test_samples must be"),
         ({"unseen": 1.0}, "clients.unseen must be in"),
@@ -156,3 +160,96 @@ def test_a_client_without_test_examples_is_named() -> None:
     dataset = replace(dataset, x_test=dataset.x_test[no_nines], y_test=dataset.y_test[no_nines])
     with pytest.raises(StudyError, match=r"client \d+ must have at least 1 test example"):
         split(dataset, Classes(1), num_clients=10)
+
+
+def test_own_tests_are_disjoint_from_train_and_validation_and_all_is_used() -> None:
+    result = split(own_test=True, test_share=0.25, validation=0.5)
+    parts = [part for c in result.clients for part in (c.train, c.val, c.test)]
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(600)) and result.own_test
+    assert all((np.diff(part) > 0).all() and part.size for part in parts)
+    for client in result.clients:
+        total = len(client.train) + len(client.val) + len(client.test)
+        assert len(client.test) == round(0.25 * total)
+        assert len(client.val) == max(1, round(0.5 * (total - len(client.test))))  # of what remains
+
+
+def test_own_tests_leave_an_example_for_each_other_part() -> None:
+    tiny = replace(data(), key_train=np.repeat(np.arange(200), 3))
+    for client in split(tiny, NaturalKey(), num_clients=200, own_test=True, test_share=0.9).clients:
+        assert (len(client.train), len(client.val), len(client.test)) == (1, 1, 1)
+    with pytest.raises(StudyError, match="client 0 must have at least 1 train and 1 validation and 1 test example"):
+        split(replace(tiny, key_train=np.arange(600) // 2), NaturalKey(), num_clients=8, own_test=True)
+
+
+def test_no_validation_leaves_all_but_the_test_part_to_training() -> None:
+    result = split(validation=0, own_test=True)
+    assert all(len(client.val) == 0 for client in result.clients)
+    assert sum(len(client.train) + len(client.test) for client in result.clients) == 600
+    assert all(len(client.val) == 0 and len(client.test) == 15 for client in split(validation=0).clients)
+
+
+def test_what_a_client_has_does_not_depend_on_where_its_tests_are_from() -> None:
+    for before, after in zip(split().clients, split(own_test=True).clients, strict=True):
+        own = np.concatenate([after.train, after.val, after.test])
+        assert np.array_equal(np.sort(own), np.sort(np.concatenate([before.train, before.val])))
+
+
+def test_natural_keys_with_own_tests() -> None:
+    dataset = characters(roles=6)
+    assert dataset.key_train is not None
+    for role, client in enumerate(split(dataset, NaturalKey(), num_clients=6, own_test=True).clients):
+        assert set(dataset.key_train[client.test]) == {role}
+
+
+@pytest.mark.parametrize("changes", [{"own_test": False}, {"test_share": 0.3}, {"validation": 0}, {"seed": 1}])
+def test_digest_of_own_tests_changes_with_everything(changes: dict[str, Any]) -> None:
+    own: dict[str, Any] = {"own_test": True}
+    assert split(**own | changes).digest != split(**own).digest == split(**own).digest
+
+
+def test_pooled_data_has_all_examples_in_order_and_no_test_split() -> None:
+    one = replace(data(), key_train=np.arange(600), key_test=np.arange(600, 800))
+    both = pooled(one)
+    assert np.array_equal(both.y_train, np.concatenate([one.y_train, one.y_test])) and len(both.y_test) == 0
+    assert np.array_equal(both.x_train[600:], one.x_test) and both.digest() != one.digest()
+    assert both.key_train is not None and np.array_equal(both.key_train, np.arange(800))
+    assert pooled(replace(one, key_test=None)).key_train is None
+    result = split(both, own_test=True)
+    assert sum(len(c.train) + len(c.val) + len(c.test) for c in result.clients) == 800
+
+
+def test_a_share_of_the_clients_is_rounded_and_at_least_one() -> None:
+    assert [num_sampled(n, 20) for n in (1, 5, 1.0, 0.1, 0.12, 0.001)] == [1, 5, 20, 2, 2, 1]
+
+
+def noisy(**noise: Any) -> tuple[Dataset, Splits, Dataset, Splits]:
+    before, parts = data(), split(own_test=True)
+    return before, parts, *with_noise(before, parts, LabelNoise(**noise), 0)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "pair"])
+def test_noise_is_of_the_rate_and_never_in_a_test_part(kind: str) -> None:
+    before, parts, after, made = noisy(rate=0.3, share=0.5, kind=kind)
+    wrong = before.y_train != after.y_train
+    assert len(made.noisy) == 4 and made.digest != parts.digest and after.digest() != before.digest()
+    for i, client in enumerate(parts.clients):
+        own = np.concatenate([client.train, client.val])
+        assert not wrong[client.test].any()
+        assert wrong[own].sum() == (max(1, round(0.3 * len(own))) if i in made.noisy else 0)
+    if kind == "pair":
+        assert np.array_equal(after.y_train[wrong], (before.y_train[wrong] + 1) % 10)
+    assert after.y_train.min() >= 0 and after.y_train.max() <= 9
+    assert np.array_equal(before.y_test, after.y_test)
+
+
+def test_uniform_noise_reaches_every_other_class() -> None:
+    before, _, after, _ = noisy(rate=1.0)
+    steps = (after.y_train - before.y_train) % 10
+    assert set(steps[steps > 0]) == set(range(1, 10))
+
+
+def test_noise_is_for_one_class_an_example() -> None:
+    tokens = np.zeros((40, 6), np.int64)
+    dataset = Dataset("sequence", tokens, tokens, tokens, tokens, num_classes=5)
+    with pytest.raises(StudyError, match="clients.label_noise: must be left out where an example has not one class"):
+        with_noise(dataset, split(dataset, Iid(), num_clients=4), LabelNoise(rate=0.5), 0)
