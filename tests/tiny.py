@@ -25,7 +25,9 @@ from fedlth.models.layout import Layout, layout_of
 from fedlth.output import lines_to
 from fedlth.storage.run_folder import RunFolder
 from fedlth.study import schema
-from fedlth.training.recipe import PARTS, Epochs, Sgd, TrainingRecipe
+from fedlth.training.budget import Budget
+from fedlth.training.optimizer import Sgd
+from fedlth.training.recipe import PARTS, TrainingRecipe
 from fedlth.training.task import Task, open_task
 
 NUM_CLASSES, SIDE = 4, 8
@@ -94,7 +96,9 @@ def recipe(
 ) -> TrainingRecipe:
     """Return a recipe of SGD, its parts given as plain numbers."""
     optimizer = Sgd(momentum=momentum, weight_decay=weight_decay)
-    return TrainingRecipe(budget=Epochs(epochs), optimizer=optimizer, schedule=PARTS["schedule"][schedule](), **more)
+    return TrainingRecipe(
+        budget=Budget(epochs=epochs), optimizer=optimizer, schedule=PARTS["schedule"][schedule](), **more
+    )
 
 
 def task(**sections: Any) -> Task:

@@ -10,8 +10,10 @@ import numpy as np
 
 from fedlth.lab import neq
 from fedlth.lab.bench import Bench
+from fedlth.training.budget import Budget
 from fedlth.training.evaluation import evaluate
-from fedlth.training.recipe import Epochs, Sgd, TrainingRecipe
+from fedlth.training.optimizer import Sgd
+from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import drawn_request
 from fedlth.training.train import train
 
@@ -35,7 +37,7 @@ class NeuronsAtEquilibrium:
         x, y = bench.parts["train"]
         data, test = (x[: self.examples], y[: self.examples]), bench.parts["test"]
         recipe = TrainingRecipe(
-            budget=Epochs(self.epochs), batch_size=bench.study.train.batch_size, lr=self.lr,
+            budget=Budget(epochs=self.epochs), batch_size=bench.study.train.batch_size, lr=self.lr,
             optimizer=Sgd(momentum=self.momentum),
         )  # fmt: skip
         epochs = neq.train(

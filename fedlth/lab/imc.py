@@ -18,7 +18,6 @@ from fedlth.errors import StudyError
 from fedlth.models.layout import Params
 from fedlth.tickets.select import keep_top
 from fedlth.training.flat_model import FlatModel
-from fedlth.training.loss import cross_entropy
 
 MOST_WEIGHTS = 2000
 
@@ -52,7 +51,7 @@ def spectrum(model: FlatModel, at: Params, data: tuple[Tensor, Tensor]) -> tuple
 
     def loss(weights: Tensor) -> Tensor:
         named = {e.name: weights[e.slice].view(e.shape) for e in layout.prunable}
-        return cross_entropy(functional_call(model.module, {**fixed, **named}, x.double()), y)
+        return model.loss(functional_call(model.module, {**fixed, **named}, x.double()), y)
 
     matrix: Tensor = hessian(loss)(flat[:size])
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)

@@ -12,9 +12,13 @@ from torch import Tensor
 from fedlth.models.layout import Params
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.lockstep import ASK
-from fedlth.training.loss import CrossEntropy
-from fedlth.training.recipe import Sgd
+from fedlth.training.loss import CrossEntropy, MaskedLm, MeanSquaredError
+from fedlth.training.optimizer import Adam, AdamW, Sgd
+from fedlth.training.pull import Proximal
 from fedlth.training.request import TrainingRequest, TrainingResult
+
+OPTIMIZERS = (Sgd, Adam, AdamW)  # elementwise, so that they work on many clients' vectors as on one
+LOSSES = (CrossEntropy, MeanSquaredError, MaskedLm)
 
 
 class _Shares(threading.local):
@@ -68,12 +72,18 @@ class Evaluation:
 
 def obstacle(request: TrainingRequest) -> str:
     """Say why a training does not go to the cohort that this call is in; "" where it does."""
-    if ASK.get() is None:
-        return "no cohort"
-    for part, known in ((request.recipe.optimizer, Sgd), (request.recipe.loss, CrossEntropy)):
-        if type(part) is not known:
+    return "no cohort" if ASK.get() is None else lacks(request)
+
+
+def lacks(request: TrainingRequest) -> str:
+    """Say what a cohort cannot do of a training; "" where it can do all of it."""
+    recipe = request.recipe
+    for part, known in ((recipe.optimizer, OPTIMIZERS), (recipe.loss, LOSSES), (recipe.pull, (Proximal,))):
+        if type(part) not in known:
             return f"a cohort has no {type(part).__name__}"
-    return ""
+    if recipe.dropout is not None:
+        return "a cohort has no dropout"
+    return "" if recipe.precision == "float32" else f"a cohort has no {recipe.precision}"
 
 
 def train(model: FlatModel, request: TrainingRequest) -> TrainingResult:
@@ -83,8 +93,10 @@ def train(model: FlatModel, request: TrainingRequest) -> TrainingResult:
 
 
 def evaluated(model: FlatModel, params: Params, data: tuple[Tensor, Tensor]) -> tuple[float, float] | None:
-    """Ask for an evaluation with those of the cohort that this call is in; None outside one."""
-    found: tuple[float, float] | None = None if ASK.get() is None else _answer(Evaluation(model, params, data))
+    """Ask for an evaluation with those of the cohort that this call is in; None outside one, or of an own loss."""
+    if ASK.get() is None or type(model.loss) not in LOSSES:
+        return None
+    found: tuple[float, float] = _answer(Evaluation(model, params, data))
     return found
 
 

@@ -17,9 +17,11 @@ from fedlth.rng import stream
 from fedlth.study.schema import Study
 from fedlth.training import cohort
 from fedlth.training.batch_requests import Evaluation, Training
+from fedlth.training.budget import Budget
 from fedlth.training.evaluation import evaluate
 from fedlth.training.lockstep import side_by_side
-from fedlth.training.recipe import Epochs, Sgd, TrainingRecipe
+from fedlth.training.optimizer import Sgd
+from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingRequest, TrainingResult, drawn_request
 from fedlth.training.task import Task
 from fedlth.training.train import train
@@ -68,7 +70,9 @@ def obstacle(task: Task) -> str | None:
         return "compute: sparse trains one client at a time in its kernel"
     x, y = _largest(task)
     size = task.study.train.batch_size
-    recipe = TrainingRecipe(budget=Epochs(1), batch_size=size, lr=0.01, optimizer=PROBE)
+    recipe = TrainingRecipe(
+        budget=Budget(epochs=1), batch_size=size, lr=0.01, optimizer=PROBE, loss=task.flat_model.loss
+    )
     long = min(len(y), 2 * size + 3)
     short = max(1, min(long - 1, size + 2))
     masks = np.ones(task.layout.num_prunable, bool), np.arange(task.layout.num_prunable) % 2 == 0
@@ -106,7 +110,9 @@ def probed(task: Task, peak: Peak) -> tuple[int, int]:
     size = min(len(y), task.study.train.batch_size)
     request = TrainingRequest(
         start=task.theta_0, x=x, y=y, batches=[[np.arange(size)] * 2], rates=[0.0, 0.0], torch_seed=0,
-        recipe=TrainingRecipe(budget=Epochs(1), batch_size=size, lr=0.01, optimizer=PROBE),
+        recipe=TrainingRecipe(
+            budget=Budget(epochs=1), batch_size=size, lr=0.01, optimizer=PROBE, loss=task.flat_model.loss
+        ),
         active=np.zeros(task.layout.num_prunable, bool),
     )  # fmt: skip
     training = Training(task.flat_model, request)

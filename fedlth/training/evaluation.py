@@ -10,19 +10,19 @@ from fedlth.kernel import kernel
 from fedlth.models.layout import Params
 from fedlth.training import batch_requests
 from fedlth.training.flat_model import FlatModel
-from fedlth.training.loss import cross_entropy
+from fedlth.training.loss import examined
 
 EVALUATION_BATCH = 256
 
 
 def evaluate(model: FlatModel, params: Params, data: tuple[Tensor, Tensor]) -> tuple[float, float]:
     """Return (accuracy, mean loss) of `params` on data; (0, 0) where there is none."""
-    x, y = data
-    if not len(y):
+    if not len(data[1]):
         return 0.0, 0.0
+    x, y = data = examined(model.loss, *data)
     if model.table is not None and kernel.suits(model.table, params.floats):
         logits = torch.from_numpy(kernel.predict(model.table, params.floats, x.numpy()))
-        return float((logits.argmax(-1) == y).double().mean()), float(cross_entropy(logits, y))
+        return float((logits.argmax(-1) == y).double().mean()), float(model.loss(logits, y))
     if (found := batch_requests.evaluated(model, params, data)) is not None:
         return found
     with model.lock, torch.inference_mode():
@@ -32,13 +32,14 @@ def evaluate(model: FlatModel, params: Params, data: tuple[Tensor, Tensor]) -> t
         for at in range(0, len(y), EVALUATION_BATCH):
             logits, target = model.forward.evaluate(x[at : at + EVALUATION_BATCH]), y[at : at + EVALUATION_BATCH]
             right += int((logits.argmax(-1) == target).sum())
-            loss_sum += float(cross_entropy(logits, target)) * len(target)
+            loss_sum += float(model.loss(logits, target)) * len(target)
     return right / y.numel(), loss_sum / len(y)
 
 
 def gradient(model: FlatModel, params: Params, data: tuple[Tensor, Tensor]) -> np.ndarray:
     """Return (num_prunable,) float32: the gradient of the mean loss over all of `data`, in evaluation mode."""
-    x, y = model.forward.images(data[0]), data[1]
+    x, y = examined(model.loss, *data)
+    x = model.forward.images(x)
     with model.lock:
         model.load(params)
         model.module.eval()
@@ -46,6 +47,6 @@ def gradient(model: FlatModel, params: Params, data: tuple[Tensor, Tensor]) -> n
         for at in range(0, len(y), EVALUATION_BATCH):
             target = y[at : at + EVALUATION_BATCH]
             logits = model.forward.evaluate(x[at : at + EVALUATION_BATCH])
-            loss = cross_entropy(logits, target) * (len(target) / len(y))
+            loss = model.loss(logits, target) * (len(target) / len(y))
             loss.backward()  # type: ignore[no-untyped-call]
         return model.in_order(model.grad[: model.layout.num_prunable])

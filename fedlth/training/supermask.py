@@ -11,9 +11,9 @@ from torch.func import functional_call
 
 from fedlth.models.layout import Layout, Params
 from fedlth.tickets.evidence import Lesson
-from fedlth.training.batches import batches
+from fedlth.training.budget import Budget
 from fedlth.training.flat_model import FlatModel
-from fedlth.training.loss import cross_entropy
+from fedlth.training.loss import examined
 
 
 def learn(
@@ -32,9 +32,9 @@ def learn(
     The forward pass sees a mask, the backward pass the scores behind it (straight-through), the unselected too.
     "bernoulli" samples the mask from sigmoid(scores); "edge_popup" keeps each layer's `density` of highest |score|;
     "biprop" does, over sign(w) times the mean |w| of what is kept. The scores returned say "higher is kept": |score|
-    for the last two. A loss that is not finite raises FloatingPointError.
+    for the last two. The loss is the model's, as evaluations ask it; one that is not finite raises FloatingPointError.
     """
-    x, y = data
+    x, y = examined(model.loss, *data)
     layout, sampled = model.layout, lesson.rule == "bernoulli"
     model.load(frozen)
     model.module.train()
@@ -43,7 +43,7 @@ def learn(
     torch.manual_seed(torch_seed)
     learned = torch.from_numpy(scores.copy()).to(model.device).requires_grad_()
     momentum = torch.zeros_like(learned)
-    epochs = [batches(len(y), batch_size, order) for _ in range(lesson.epochs)]
+    epochs = Budget(epochs=lesson.epochs, steps=lesson.steps)(len(y), batch_size, order)
     steps, step, loss_sum = sum(map(len, epochs)), 0, 0.0
     for parts in epochs:
         loss_sum = 0.0
@@ -54,7 +54,7 @@ def learn(
                 bits = bits * alive
             masks = _by_name(bits, layout, prunable=True)
             net = {n: _one_bit(weights[n], m) if lesson.rule == "biprop" else weights[n] * m for n, m in masks.items()}
-            loss = cross_entropy(functional_call(model.module, net, x[index]), y[index])
+            loss = model.loss(functional_call(model.module, net, x[index]), y[index])
             (slope,) = torch.autograd.grad(loss, learned)
             with torch.no_grad():
                 if lesson.weight_decay:
@@ -67,7 +67,7 @@ def learn(
                 raise FloatingPointError(f"training diverged: loss {loss_sum} at score learning rate {lesson.lr}")
             step += 1
     done = learned.detach() if sampled else learned.detach().abs()
-    return done.cpu().numpy(), loss_sum / len(y)
+    return done.cpu().numpy(), loss_sum / sum(map(len, epochs[-1]))
 
 
 def _cosine(lr: float, step: int, steps: int) -> float:

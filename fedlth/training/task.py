@@ -29,11 +29,14 @@ from fedlth.rng import stream
 from fedlth.study import schema
 from fedlth.study.parts import make
 from fedlth.training.batches import batches
+from fedlth.training.budget import Budget
 from fedlth.training.evaluation import evaluate
 from fedlth.training.flat_model import FlatModel
+from fedlth.training.loss import plain
 from fedlth.training.model_context import ModelContext
-from fedlth.training.recipe import Epochs, TrainingRecipe
+from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import drawn_request
+from fedlth.training.study_recipe import loss_of
 from fedlth.training.train import train
 from fedlth.training.tuned import tune
 
@@ -72,7 +75,8 @@ class Task:
         if self.study.compute == "tuned" or (table is not None and kernel.large(table)):
             x, _ = inputs(self.dataset, np.arange(min(3, len(self.dataset.y_train))), train=True)
             tuned = tune(module, x.to(self.device))
-        return FlatModel(module, self.layout, self.device, table, tuned)
+        loss = plain(loss_of(self.study.train.loss, self.dataset.num_classes))
+        return FlatModel(module, self.layout, self.device, table, tuned, loss)
 
     @cached_property
     def table(self) -> LayerTable | str:
@@ -140,7 +144,7 @@ class Task:
         """Train and evaluate once, on next to nothing: what is loaded or compiled for it, forked workers then share."""
         if self.study.compute == "sparse":
             x, y = inputs(self.dataset, np.arange(min(2, len(self.dataset.y_train))), train=True)
-            recipe = TrainingRecipe(budget=Epochs(1), batch_size=2, lr=self.study.train.lr)
+            recipe = TrainingRecipe(budget=Budget(epochs=1), batch_size=2, lr=self.study.train.lr)
             request = drawn_request(self.theta_0, (x, y), recipe, order=stream(0, "warm"), torch_seed=0)
             train(self.flat_model, request)
             evaluate(self.flat_model, self.theta_0, (x, y))
