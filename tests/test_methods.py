@@ -22,7 +22,7 @@ from fedlth.storage.client_state import ClientState
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.server_state import ServerState
 from fedlth.tickets.finder import Finder
-from fedlth.training import recipe as training_recipe
+from fedlth.training import budget
 from fedlth.training.budget import Budget
 from fedlth.training.local_client import LocalClient
 from fedlth.training.request import TrainingResult
@@ -311,13 +311,13 @@ def test_dense_total_trains_as_long_as_the_search() -> None:
 
 def orders(monkeypatch: pytest.MonkeyPatch) -> list[list[np.ndarray]]:
     seen: list[list[np.ndarray]] = []
-    original = training_recipe.batches
+    original = budget.batches
 
     def spy(size: int, batch_size: int, order: np.random.Generator) -> list[np.ndarray]:
         seen[-1:] = [[*seen[-1], *(parts := original(size, batch_size, order))]]
         return parts
 
-    monkeypatch.setattr(training_recipe, "batches", spy)
+    monkeypatch.setattr(budget, "batches", spy)
     return seen
 
 
