@@ -45,6 +45,22 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+# A training recipe in which everything is drawn or depends on the round and the step.
+RECIPE: dict[str, Any] = {
+    "train": {
+        "epochs": 2, "lr": 0.01, "momentum": 0.0, "round_decay": 0.7, "clip_norm": 0.5, "dropout": 0.2,
+        "optimizer": {"name": "adamw", "weight_decay": 0.1}, "schedule": {"name": "linear", "warmup": 0.4},
+        "augment": [{"name": "crop", "pad": 1}, "flip"], "loss": {"name": "cross_entropy", "label_smoothing": 0.1},
+    },
+    "personalise": {"steps": 4, "epochs": None, "schedule": {"name": "cosine", "warmup": 0.25}},
+    "model": {"name": "tests.tiny:dropped", "options": {}},
+}  # fmt: skip
+
+
+def dropped(num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Dropout(0.5), nn.Linear(12, num_classes))
+
+
 def images(seed: int = 0, train: int = 240, test: int = 120) -> dict[str, Any]:
     """Return noisy prototypes of four classes, uint8 (N, 1, 8, 8)."""
     rng = np.random.default_rng(seed)

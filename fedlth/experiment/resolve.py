@@ -25,7 +25,7 @@ from fedlth.storage import tensorboard
 from fedlth.storage.server_state import ServerState
 from fedlth.study.schema import Personalise, Study, Train
 from fedlth.tickets.rewind import ToInit
-from fedlth.training import cohort_size, dropout
+from fedlth.training import cohort_size, dropout, kernel_backend
 from fedlth.training.budget import Budget
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import drawn_request
@@ -114,6 +114,10 @@ def _backend(experiment: Experiment) -> tuple[Study, list[str]]:
         return study.model_copy(update={"compute": "tuned"}), [
             f"compute: tuned, because the kernel cannot run: {table}"
         ]
+    lacking = [kernel_backend.lacks(recipe) for recipe in recipes(study, experiment.task.dataset.num_classes)]
+    if all(lacking):
+        why = " and ".join(sorted(set(lacking)))
+        return study.model_copy(update={"compute": "tuned"}), [f"compute: tuned, because the kernel has no {why}"]
     note = "compute: sparse, all layers run in the kernel"
     if kernel.large(table):
         note += "; what is dense is trained in torch, which is faster for maps of this size"
