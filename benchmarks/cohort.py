@@ -15,9 +15,10 @@ from fedlth.models.layout import layout_of, read
 from fedlth.models.prunable import prunable_names
 from fedlth.models.registry import build
 from fedlth.training import cohort
+from fedlth.training.budget import Budget
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.lockstep import side_by_side
-from fedlth.training.recipe import Epochs, TrainingRecipe
+from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingResult, drawn_request
 from fedlth.training.train import train
 
@@ -43,7 +44,7 @@ def measure(name: str, epochs: int, *, device: str, sizes: tuple[int, ...], exam
     layout = layout_of(module, prunable_names(module, None))
     start, model = read(module, layout), FlatModel(module, layout, device)
     rng = np.random.default_rng(0)
-    recipe, most = TrainingRecipe(budget=Epochs(epochs), batch_size=BATCH, lr=0.05), max(sizes)
+    recipe, most = TrainingRecipe(budget=Budget(epochs=epochs), batch_size=BATCH, lr=0.05), max(sizes)
     parts = [
         Examples(torch.randn(examples, *SHAPE, device=device), torch.randint(0, 10, (examples,), device=device))
         for _ in range(most)

@@ -30,8 +30,9 @@ from fedlth.models.prunable import prunable_names
 from fedlth.models.registry import build
 from fedlth.tickets.granularity import GRANULARITIES
 from fedlth.training.batches import batches
+from fedlth.training.budget import Budget
 from fedlth.training.flat_model import FlatModel
-from fedlth.training.recipe import Epochs, TrainingRecipe
+from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import drawn_request
 from fedlth.training.train import train
 from fedlth.training.tuned import tune
@@ -90,7 +91,7 @@ class Work:
         layout = layout_of(module, prunable_names(module, None))
         start = read(module, layout)
         model = FlatModel(module, layout, "cpu", None, tune(module, self.x[:3]))
-        recipe = TrainingRecipe(budget=Epochs(1), batch_size=BATCH, lr=0.05)
+        recipe = TrainingRecipe(budget=Budget(epochs=1), batch_size=BATCH, lr=0.05)
         request = drawn_request(start, Examples(self.x, self.y), recipe, order=np.random.default_rng(1), torch_seed=0)
         return lambda: train(model, request)
 

@@ -24,6 +24,7 @@ def _tables() -> dict[str, Mapping[str, Callable[..., Any]]]:
     from fedlth.tickets.schedule import SCHEDULES
     from fedlth.tickets.scope import SCOPES
     from fedlth.tickets.score import SCORES
+    from fedlth.training.recipe import PARTS
 
     return {
         "methods": METHODS,
@@ -41,6 +42,11 @@ def _tables() -> dict[str, Mapping[str, Callable[..., Any]]]:
         "arms": ARMS,
         "mask_controls": MASKS,
         "probes": PROBES,
+        "optimizers": PARTS["optimizer"],
+        "rate_schedules": PARTS["schedule"],
+        "losses": PARTS["loss"],
+        "pulls": PARTS["pull"],
+        "augments": PARTS["augment"],
     }
 
 

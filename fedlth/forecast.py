@@ -18,10 +18,13 @@ from fedlth.study.schema import Study
 from fedlth.tickets.finder import Finder
 from fedlth.tickets.rewind import ToInit
 from fedlth.tickets.schedule import OneShot
+from fedlth.training import batch_requests, kernel_backend
+from fedlth.training.budget import Budget
 from fedlth.training.evaluation import evaluate
 from fedlth.training.local_client import LocalClient
-from fedlth.training.recipe import Epochs, TrainingRecipe
-from fedlth.training.request import drawn_request
+from fedlth.training.recipe import TrainingRecipe
+from fedlth.training.request import TrainingRequest, drawn_request
+from fedlth.training.study_recipe import budget_of, personal
 from fedlth.training.task import Task
 from fedlth.training.train import train
 
@@ -36,7 +39,8 @@ SEARCHES: Mapping[str, Callable[[Finder], Finder]] = {
 def trainings(arm: str, experiment: Experiment) -> int:
     """Return how many trainings an arm takes, the dense one that a search begins with included.
 
-    Each is of `personalise.epochs`. The random control's are those beside the search, which it shares with `ticket`.
+    Each is as long as `personalise` says. The random control's are those beside the search, which it shares with
+    `ticket`.
     """
     finder, targets = experiment.finder, experiment.study.finder.densities
     if arm in SEARCHES:
@@ -47,7 +51,7 @@ def trainings(arm: str, experiment: Experiment) -> int:
     }.get(arm, 0)  # fmt: skip
 
 
-def step2_epochs(experiment: Experiment) -> int:
+def step2_epochs(experiment: Experiment) -> float:
     """Return the epochs of a client's step 2, the method's own training aside; what arms share counts once."""
     arms, finder, targets = set(experiment.arms), experiment.finder, experiment.study.finder.densities
     if "random" in arms:
@@ -57,7 +61,8 @@ def step2_epochs(experiment: Experiment) -> int:
     learned = finder.learned(targets)[0] * len({"local", "dense_total"} & arms) + sum(
         f.learned(targets)[1] for f in searches
     )
-    epochs = experiment.study.personalise.epochs
+    train = personal(experiment.study)
+    epochs = budget_of(train).in_epochs(_mean_steps(experiment.task, train.batch_size))
     return (sum(trainings(arm, experiment) for arm in arms) - shared) * epochs + learned
 
 
@@ -81,7 +86,15 @@ def own_epochs(experiment: Experiment) -> tuple[float, float]:
     )
     if study.refine.rounds:
         tuned += len(visits)
-    return float((trained + refined) * study.train.epochs), float(tuned * study.personalise.epochs)
+    first, second = (
+        budget_of(train).in_epochs(_mean_steps(task, train.batch_size)) for train in (study.train, personal(study))
+    )
+    return float((trained + refined) * first), float(tuned * second)
+
+
+def _mean_steps(task: Task, batch_size: int) -> float:
+    """Return the mean over clients of the steps of an epoch."""
+    return float(np.mean([-(-len(c.train) // batch_size) for c in task.splits.clients]))
 
 
 def _kept_epochs(experiment: Experiment) -> float:
@@ -91,7 +104,8 @@ def _kept_epochs(experiment: Experiment) -> float:
         return 0.0
     many = 1 if arm == "own_tuned" else trainings(arm, experiment)
     learned = SEARCHES[arm](experiment.finder).learned(experiment.study.finder.densities)[1] if arm in SEARCHES else 0
-    return float(many * experiment.study.personalise.epochs + learned)
+    train = personal(experiment.study)
+    return many * budget_of(train).in_epochs(_mean_steps(experiment.task, train.batch_size)) + learned
 
 
 def _once(task: Task, visits: int) -> int:
@@ -107,13 +121,19 @@ def forecast(study: Study) -> str:
     experiment, notes = resolve(study)
     study, task = experiment.study, experiment.task
     notes += without_effect(study)
-    step_s = _step_seconds(task)
     sizes = [len(c.train) for c in task.splits.clients]
-    per_epoch = float(np.mean([-(-n // study.train.batch_size) for n in sizes]))
-    steps = per_epoch * (sum(own_epochs(experiment)) + study.clients.count * step2_epochs(experiment))
-    moved = forecast_bytes(experiment, step_s * per_epoch * study.train.epochs)
+    largest = int(np.argmax(sizes))
+    local = LocalClient(task.of(largest), largest, 0, "forecast")
+    step_s = [_step_seconds(local, recipe) for recipe in (local.recipe, local.personal_recipe)]
+    per_epoch = [_mean_steps(task, recipe.batch_size) for recipe in (local.recipe, local.personal_recipe)]
+    rounds, tuned = own_epochs(experiment)
+    epochs = rounds, tuned + study.clients.count * step2_epochs(experiment)
+    steps = [one * many for one, many in zip(per_epoch, epochs, strict=True)]
     flops = float(np.mean([task.of(client).model.flops[""] for client in range(study.clients.count)]))
-    per_step = 3 * flops * study.train.batch_size
+    sizes_of_batches = local.recipe.batch_size, local.personal_recipe.batch_size
+    flop = sum(3 * flops * size * many for size, many in zip(sizes_of_batches, steps, strict=True))
+    minutes = sum(one * many for one, many in zip(step_s, steps, strict=True)) / 60
+    moved = forecast_bytes(experiment, step_s[0] * budget_of(study.train).in_epochs(per_epoch[0]) * per_epoch[0])
     lines = [
         f"study {study.study}: method {experiment.method.name}, {len(experiment.steps)} commits",
         *(f"note: {n}" for n in notes),
@@ -121,11 +141,12 @@ def forecast(study: Study) -> str:
         f"train examples {min(sizes)}-{max(sizes)}, {_tests(task)}partition {task.splits.digest[:16]}",
         *(line for one in (task, *(one for one in task.each if one is not task)) for line in _model_lines(one)),
         *_compute_lines(task.each[0]),
+        *_recipe_lines(experiment, local),
         f"cohort: {study.cohort} clients train as one" if study.cohort != 1 else "cohort: 1, clients train one by one",
         str(moved),
         *forecast_time(experiment, Visit(*moved.visit, epochs=_kept_epochs(experiment))),
-        f"training: {steps:,.0f} steps, {steps * per_step / 1e12:,.2f} TFLOP (dense), at {1e3 * step_s:.2f} ms a step "
-        f"about {steps * step_s / 60:,.1f} min on one core",
+        f"training: {sum(steps):,.0f} steps, {flop / 1e12:,.2f} TFLOP (dense), at {1e3 * step_s[0]:.2f} ms a step of "
+        f"step 1 and {1e3 * step_s[1]:.2f} of step 2 about {minutes:,.1f} min on one core",
         *_evaluation_lines(experiment),
         f"memory: about {_memory_mb(experiment):,.0f} MB a worker; disk about {_disk_mb(experiment):,.0f} MB",
     ]
@@ -139,21 +160,14 @@ def _tests(task: Task) -> str:
     return f"own test examples {min(sizes)}-{max(sizes)}, "
 
 
-def _step_seconds(task: Task) -> float:
-    """Time a few steps on the largest client, shortened to a few batches."""
-    client = int(np.argmax([len(c.train) for c in task.splits.clients]))
-    task = task.of(client)
-    local = LocalClient(task, client, 0, "forecast")
-    data = local.train_part
-    size = min(len(data), task.study.train.batch_size * TIMED_STEPS)
-    count = max(1, -(-size // task.study.train.batch_size))
-    recipe = TrainingRecipe(budget=Epochs(1), batch_size=task.study.train.batch_size, lr=1e-6)
-    request = drawn_request(task.theta_0, data.batch(slice(size)), recipe, order=local.rng("order"), torch_seed=0)
+def _step_seconds(local: LocalClient, recipe: TrainingRecipe) -> float:
+    """Time a few steps of a recipe on the largest client, shortened to a few batches."""
+    request = _tried(local, recipe)
     best = float("inf")
     for _ in range(2):
         began = time.perf_counter()
-        train(task.flat_model, request)
-        best = min(best, (time.perf_counter() - began) / count)
+        train(local.task.flat_model, request)
+        best = min(best, (time.perf_counter() - began) / len(request.rates))
     return best
 
 
@@ -172,6 +186,33 @@ def _evaluation_lines(experiment: Experiment) -> list[str]:
     examples = phase.rounds * len(experiment.curve_arms) * sum(parts)
     minutes = examples * example_s / 60
     return [f"evaluation between rounds: {examples:,} examples, about {minutes:,.1f} min on one core"]
+
+
+def _tried(local: LocalClient, recipe: TrainingRecipe) -> TrainingRequest:
+    """Return a training by a recipe, of a few batches and next to no rate."""
+    few = local.train_part.batch(slice(recipe.batch_size * TIMED_STEPS))
+    short = replace(recipe, budget=Budget(epochs=1), lr=1e-6)
+    return drawn_request(local.task.theta_0, few, short, order=local.rng("order"), torch_seed=0)
+
+
+def _recipe_lines(experiment: Experiment, local: LocalClient) -> list[str]:
+    """Say which backend trains by the recipe of each step, and why no faster one; what decides is what trains."""
+    study, lines = experiment.study, []
+    for name, recipe in (("step 1", local.recipe), ("step 2", local.personal_recipe)):
+        request, why = _tried(local, recipe), list[str]()
+        if study.compute == "sparse":
+            why.append(kernel_backend.obstacle(local.task.flat_model, request))
+            if not why[0]:
+                lines.append(f"  {name}: dense trainings run in the kernel")
+                continue
+        if study.cohort != 1:
+            why.append(batch_requests.lacks(request))
+            if not why[-1]:
+                lines.append(f"  {name}: trainings run in cohorts")
+                continue
+        told = f", because {'; '.join(why)}" if why else ""
+        lines.append(f"  {name}: dense trainings run in torch, client by client{told}")
+    return lines
 
 
 def _memory_mb(experiment: Experiment) -> float:

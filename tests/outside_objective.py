@@ -9,7 +9,8 @@ from fedlth.methods.aggregate import FedAvg
 from fedlth.methods.client_update import MaskedUpdate
 from fedlth.methods.method import FederatedMethod, Phase
 from fedlth.training.local_client import LocalClient
-from fedlth.training.recipe import Memory, Optimizer, TrainingRecipe
+from fedlth.training.optimizer import Memory, Optimizer
+from fedlth.training.recipe import TrainingRecipe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from tests import tiny
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"trian": {}}, "trian: unknown key; did you mean train"),
     ({"train": {"lrr": 1}}, "train.lrr: unknown key; did you mean lr"),
-    ({"train": {"zzz": 1}}, "train.zzz: unknown key; known here: epochs, batch_size, lr"),
+    ({"train": {"zzz": 1}}, "train.zzz: unknown key; known here: epochs, steps, batch_size, lr"),
     ({"train": {"lr": "fast"}}, "train.lr: .*number, got 'fast'"),
     ({"train": {"lr": float("inf")}}, "train.lr: .*finite"),
     ({"train": {"lr": float("nan")}}, "train.lr: "),

@@ -21,7 +21,7 @@ from fedlth.study import schema
 from fedlth.tickets.scope import survivors
 from fedlth.training.batches import window
 from fedlth.training.local_client import LocalClient
-from fedlth.training.recipe import Sgd
+from fedlth.training.optimizer import Sgd
 from tests import tiny
 from tests.laws.fakes import TABLES
 from tests.test_methods import step2_of
@@ -152,7 +152,7 @@ def test_a_mask_moves_inside_one_training_by_the_gradient_of_that_moment() -> No
     np.testing.assert_array_equal(one.mask, mask)
     np.testing.assert_array_equal(one.params.floats, at.floats)
     assert one.search_epochs == 0 and one.epochs == 2, "it is one training"
-    assert one.flops[0] == pytest.approx(step.local.flops(one.mask, 2)[0]), "and costs one"
+    assert one.flops[0] == pytest.approx(step.local.flops(one.mask, 2 * step.local.num_train)[0]), "and costs one"
     still, (same,) = tickets(
         study("schedule", "constant", finder={**finder, "schedule": {**schedule, "drop": 1e-9}}, **sections)
     )

@@ -22,9 +22,9 @@ from fedlth.storage.client_state import ClientState
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.server_state import ServerState
 from fedlth.tickets.finder import Finder
-from fedlth.training import recipe as training_recipe
+from fedlth.training import budget
+from fedlth.training.budget import Budget
 from fedlth.training.local_client import LocalClient
-from fedlth.training.recipe import Epochs
 from fedlth.training.request import TrainingResult
 from fedlth.training.task import Task
 from fedlth.wire import payload
@@ -208,7 +208,7 @@ def test_fedselect_trains_one_set_at_a_time() -> None:
             calls.append(more["trainable"])
             return LocalClient.train(self, start, **more)
 
-    update._alternate(Spy(task, 0, 1, "federate"), task.theta_0, shared, replace(local.recipe, budget=Epochs(2)))
+    update._alternate(Spy(task, 0, 1, "federate"), task.theta_0, shared, replace(local.recipe, budget=Budget(epochs=2)))
     size = shared.size
     assert [np.array_equal(c[:size], ~shared) for c in calls] == [True, False, True, False]
     assert all(np.array_equal(c[:size], shared) and c[size:].all() for c in calls[1::2])
@@ -311,13 +311,13 @@ def test_dense_total_trains_as_long_as_the_search() -> None:
 
 def orders(monkeypatch: pytest.MonkeyPatch) -> list[list[np.ndarray]]:
     seen: list[list[np.ndarray]] = []
-    original = training_recipe.batches
+    original = budget.batches
 
     def spy(size: int, batch_size: int, order: np.random.Generator) -> list[np.ndarray]:
         seen[-1:] = [[*seen[-1], *(parts := original(size, batch_size, order))]]
         return parts
 
-    monkeypatch.setattr(training_recipe, "batches", spy)
+    monkeypatch.setattr(budget, "batches", spy)
     return seen
 
 

@@ -35,7 +35,8 @@ from fedlth.training import train
 from fedlth.training.batches import batches, steps_an_epoch
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.local_client import LocalClient
-from fedlth.training.recipe import Sgd, TrainingRecipe
+from fedlth.training.optimizer import Sgd
+from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingRequest
 from fedlth.wire.payload import Content
 from tests import tiny
@@ -129,7 +130,11 @@ def test_learned_masks_and_parts_of_trainings_are_counted() -> None:
     scores = tiny.experiment(made).initial()
     step = given(step2_of(made), Content(np.ones(scores.floats.size, bool), scores.floats, scores.ints))
     (tuned,) = results(step, "own_tuned")
-    assert tuned.epochs == 2 and tuned.flops == step.local.flops(step.local.full, 2) and tuned.cpu_s[0] > 0
+    assert (
+        tuned.epochs == 2
+        and tuned.flops == step.local.flops(step.local.full, 2 * step.local.num_train)
+        and tuned.cpu_s[0] > 0
+    )
     finder = {"score": "edge_popup", "schedule": {"name": "rescore", "steps": 1}, "rewind": "frozen"}
     step = step2_of(tiny.study(finder={**finder, "densities": [0.5]}))
     (ticket,), (total,) = results(step, "ticket"), results(step, "dense_total")
@@ -183,7 +188,7 @@ def test_the_random_control_tells_its_own_seconds_and_epochs() -> None:
         last = [one["cpu_s"] for one in step.local.work if "density" in one][-3:]
         assert result.cpu_s[0] == pytest.approx(sum(last)) and result.cpu_s[1] in last
         assert (result.epochs, result.search_epochs) == (2, 4)
-        assert result.flops[1] == pytest.approx(step.local.flops(result.mask, 6)[1])
+        assert result.flops[1] == pytest.approx(step.local.flops(result.mask, 6 * step.local.num_train)[1])
 
 
 @pytest.mark.parametrize("name", ["lotteryfl", "sub_fedavg", "fedpm"])

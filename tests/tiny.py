@@ -25,7 +25,9 @@ from fedlth.models.layout import Layout, layout_of
 from fedlth.output import lines_to
 from fedlth.storage.run_folder import RunFolder
 from fedlth.study import schema
-from fedlth.training.recipe import PARTS, Epochs, Sgd, TrainingRecipe
+from fedlth.training.budget import Budget
+from fedlth.training.optimizer import Sgd
+from fedlth.training.recipe import PARTS, TrainingRecipe
 from fedlth.training.task import Task, open_task
 
 NUM_CLASSES, SIDE = 4, 8
@@ -41,6 +43,22 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedselect": {"rate": 0.25, "limit": 0.5},
     "fedpm": {"score_lr": 5.0},
 }
+
+
+# A training recipe in which everything is drawn or depends on the round and the step.
+RECIPE: dict[str, Any] = {
+    "train": {
+        "epochs": 2, "lr": 0.01, "momentum": 0.0, "round_decay": 0.7, "clip_norm": 0.5, "dropout": 0.2,
+        "optimizer": {"name": "adamw", "weight_decay": 0.1}, "schedule": {"name": "linear", "warmup": 0.4},
+        "augment": [{"name": "crop", "pad": 1}, "flip"], "loss": {"name": "cross_entropy", "label_smoothing": 0.1},
+    },
+    "personalise": {"steps": 4, "epochs": None, "schedule": {"name": "cosine", "warmup": 0.25}},
+    "model": {"name": "tests.tiny:dropped", "options": {}},
+}  # fmt: skip
+
+
+def dropped(num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Dropout(0.5), nn.Linear(12, num_classes))
 
 
 def images(seed: int = 0, train: int = 240, test: int = 120) -> dict[str, Any]:
@@ -94,7 +112,9 @@ def recipe(
 ) -> TrainingRecipe:
     """Return a recipe of SGD, its parts given as plain numbers."""
     optimizer = Sgd(momentum=momentum, weight_decay=weight_decay)
-    return TrainingRecipe(budget=Epochs(epochs), optimizer=optimizer, schedule=PARTS["schedule"][schedule](), **more)
+    return TrainingRecipe(
+        budget=Budget(epochs=epochs), optimizer=optimizer, schedule=PARTS["schedule"][schedule](), **more
+    )
 
 
 def task(**sections: Any) -> Task:

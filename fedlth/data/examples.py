@@ -75,14 +75,14 @@ def shapes(x: Inputs) -> str:
     return ", ".join(f"{name + ' ' if name else ''}{tuple(t.shape)} {t.dtype}" for name, t in named)
 
 
-def joined(parts: Sequence[Examples]) -> Examples:
-    """Return parts without ragged fields one after the other."""
+def joined(parts: Sequence[Examples], how: Callable[[list[Tensor]], Tensor] = torch.cat) -> Examples:
+    """Return parts without ragged fields one after the other, or as `how` joins their tensors."""
     first = parts[0].x
     if isinstance(first, dict):
-        x: Inputs = {name: torch.cat([p.x[name] for p in parts if isinstance(p.x, dict)]) for name in first}
+        x: Inputs = {name: how([p.x[name] for p in parts if isinstance(p.x, dict)]) for name in first}
     else:
-        x = torch.cat([p.x for p in parts if isinstance(p.x, Tensor)])
-    return Examples(x, torch.cat([p.y for p in parts]))
+        x = how([p.x for p in parts if isinstance(p.x, Tensor)])
+    return Examples(x, how([p.y for p in parts]))
 
 
 def _doubled(t: Tensor) -> Tensor:

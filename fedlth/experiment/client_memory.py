@@ -11,6 +11,7 @@ from fedlth.data.tensors import inputs
 from fedlth.experiment.experiment import Experiment
 from fedlth.models.call import call
 from fedlth.models.initial import torch_stream
+from fedlth.training.study_recipe import recipes
 from fedlth.training.task import Task
 
 
@@ -22,7 +23,7 @@ def training_mb(task: Task, density: float = 1.0) -> float:
     """
     train = task.study.train
     kept = task.layout.num_floats - (1 - density) * task.layout.num_prunable
-    vectors = 3 if train.momentum else 2
+    vectors = 2 + len(recipes(task.study, task.dataset.num_classes)[0].optimizer.memory(torch.zeros(1)))
     return (4 * vectors * kept + train.batch_size * _example_bytes(task)) / 1e6
 
 

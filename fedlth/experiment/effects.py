@@ -19,6 +19,9 @@ SEARCH = frozenset({"ticket", "ticket_0", "one_shot", "random"})
 CUT = SEARCH | {"global_mask"}  # arms that hold a mask of the finder's scope
 LONG = frozenset({"local", "dense_total"})  # arms that train for as long as the search takes
 UNTRAINED = frozenset({"global", "own", "frozen_random"})
+# Of a training recipe, what only a training of weights looks at, beside its rate.
+SGD = ("momentum", "weight_decay")
+STEP_KEYS = (*SGD, "optimizer", "schedule", "clip_norm", "pull", "augment", "dropout", "precision")
 FINDER: dict[str, frozenset[str]] = {
     "score": SEARCH,
     "schedule": SEARCH - {"one_shot"} | LONG,
@@ -70,7 +73,7 @@ def notes(study: Study, experiment: Experiment) -> list[str]:
         made.append(f"{', '.join(places)}: {'has' if len(places) == 1 else 'have'} no effect, {why}")
     made += _idle_columns(study, method)
     only = ", ".join(a for a in arms if a not in UNTRAINED | {"own_tuned"})
-    rates = [p for p in ("train.lr", "train.momentum", "train.weight_decay") if study.given(p)]
+    rates = [p for p in ("train.lr", *(f"train.{key}" for key in STEP_KEYS)) if study.given(p)]
     if method.space == "scores" and not study.refine.rounds and only and rates:
         made.append(f"{', '.join(rates)}: only for the arms {only}, method {method.name} learns scores at its own rate")
     if method.phases and not _federates(study, method):
@@ -141,19 +144,26 @@ def _idle(study: Study, method: FederatedMethod, arms: set[str], product: str | 
     elif all(phase.rounds for phase in method.phases):
         yield from ((place, f"each phase of {said} has its own rounds") for place in ("federate.rounds", "tune.rounds"))
     if not rounds:
-        yield "train.epochs", none
+        yield "train.steps" if study.train.steps else "train.epochs", none
+        yield "train.round_decay", none
         yield "clients.unseen", f"{none}: no client is left out"
     if not weights and not trained:
-        yield from ((f"train.{key}", untrained) for key in ("momentum", "weight_decay"))
+        yield from ((f"train.{key}", untrained) for key in STEP_KEYS)
+    elif not weights:
+        yield "train.schedule", "it is that of the rounds, personalise has its own"
+        for key in set(STEP_KEYS) - {"schedule"}:
+            if getattr(study.personalise, key) is not None:
+                yield f"train.{key}", f"every training takes personalise.{key}"
     if not rounds and not arms - UNTRAINED:
         yield "train.batch_size", f"no arm of {said} trains"
     if not weights and (not trained or study.personalise.lr is not None):
         why = "every training takes personalise.lr" if trained else untrained
         yield from (("train.lr", why), ("tune", why))
     if not arms - UNTRAINED and not refined:
-        yield "personalise.epochs", f"no arm of {said} trains"
+        length = "steps" if study.personalise.steps else "epochs"
+        yield from ((f"personalise.{key}", f"no arm of {said} trains") for key in (length, "batch_size"))
     if not trained and not refined:
-        yield from ((f"personalise.{key}", untrained) for key in ("lr", "schedule"))
+        yield from ((f"personalise.{key}", untrained) for key in ("lr", "loss", *STEP_KEYS))
     if not refined:
         yield "refine.clients_per_round", "refine.rounds is 0"
     if not study.tune.lr:

@@ -16,7 +16,7 @@ from fedlth.models.layout import Layout
 from fedlth.rng import stream
 from fedlth.study.schema import Study
 from fedlth.tickets.finder import Finder
-from fedlth.training.batches import steps_an_epoch
+from fedlth.training.study_recipe import budget_of, personal
 from fedlth.training.task import Task
 
 
@@ -76,13 +76,14 @@ def _check_steps(task: Task, finder: Finder, arms: set[str]) -> None:
         ("schedule", max((m for m in moves if m is not None), default=0) if arms & FINDER["schedule"] - LONG else 0),
     )
     sizes = [len(split.train) for split in task.splits.clients]
-    client, p, size = int(np.argmin(sizes)), task.study.personalise, task.study.train.batch_size
-    steps = p.epochs * steps_an_epoch(sizes[client], size)
+    client, train = int(np.argmin(sizes)), personal(task.study)
+    steps = budget_of(train).total(sizes[client], train.batch_size)
+    length = f"{train.epochs} epochs" if train.epochs else f"{train.steps} steps"
     for part, step in last:
         if step >= steps:
             raise StudyError(
                 f"finder.{part}: must stay inside every client's training, got step {step}; client {client} has "
-                f"{steps} steps: {sizes[client]} examples in batches of {size}, {p.epochs} epochs"
+                f"{steps} steps: {sizes[client]} examples in batches of {train.batch_size}, {length}"
             )
 
 

@@ -9,7 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from fedlth.data.capacity import named
+from fedlth.data.examples import shapes
+from fedlth.data.factory import told
 from fedlth.data.partition_file import sha256_of
+from fedlth.data.tensors import inputs
 from fedlth.errors import StudyError
 from fedlth.experiment import client_memory, effects, feasible
 from fedlth.experiment.experiment import KEPT_FIRST, Experiment, method_of, open_experiment
@@ -18,12 +21,17 @@ from fedlth.methods.rules import check_rule
 from fedlth.models.initial import refuse
 from fedlth.personalization import kept
 from fedlth.personalization.arms import arm_of
+from fedlth.rng import stream
 from fedlth.storage.server_state import ServerState
 from fedlth.storage.trackers import trackers_of
-from fedlth.study.schema import Study
+from fedlth.study.schema import Personalise, Study, Train
 from fedlth.tickets.gate import Adaptive, ValAccuracy, ValDrop
 from fedlth.tickets.rewind import ToInit
-from fedlth.training import cohort_size
+from fedlth.training import cohort_size, dropout, kernel_backend
+from fedlth.training.budget import Budget
+from fedlth.training.recipe import TrainingRecipe
+from fedlth.training.request import drawn_request
+from fedlth.training.study_recipe import recipes
 from fedlth.training.task import Task, open_task
 
 
@@ -68,6 +76,7 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
     if not method.phases:
         update["federate"] = study.federate.model_copy(update={"rounds": 0})
     experiment = Experiment.of(study.model_copy(update=update))
+    recipes(study)  # says what is wrong with a part of the training
     arms, finder = experiment.arms, experiment.finder
     for arm in arms:
         arm_of(arm)
@@ -100,11 +109,11 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
     _check_validation(experiment)
     _check_anchor(experiment)
     p = study.personalise
-    if method.space == "scores" and "own_tuned" in arms and (p.lr is not None or p.schedule != "constant"):
+    if method.space == "scores" and "own_tuned" in arms and (p.lr is not None or p.schedule != {"name": "constant"}):
         notes.append(
             f"personalise.lr and .schedule: have no effect on own_tuned, whose scores have {method.name}'s own rate"
         )
-    if method.name == "sub_fedavg" and study.train.epochs < 2:
+    if method.name == "sub_fedavg" and study.train.epochs == 1:
         notes.append("train.epochs: with 1, sub_fedavg's two masks are the same epoch's, and nothing is pruned")
     return experiment, notes
 
@@ -120,6 +129,10 @@ def _backend(experiment: Experiment) -> tuple[Study, list[str]]:
         return study.model_copy(update={"compute": "tuned"}), [
             f"compute: tuned, because the kernel cannot run: {refused}"
         ]
+    lacking = [kernel_backend.lacks(recipe) for recipe in recipes(study, experiment.task.dataset.num_classes)]
+    if all(lacking):
+        why = " and ".join(sorted(set(lacking)))
+        return study.model_copy(update={"compute": "tuned"}), [f"compute: tuned, because the kernel has no {why}"]
     note = "compute: sparse, all layers run in the kernel"
     if any(kernel.large(table) for table in tables if not isinstance(table, str)):
         note += "; what is dense is trained in torch, which is faster for maps of this size"
@@ -147,6 +160,7 @@ def _checked(experiment: Experiment) -> list[str]:
 
 
 def _checked_task(experiment: Experiment, task: Task, arms: set[str]) -> list[str]:
+    _check_recipes(task)
     method, notes = experiment.method, task.probe()
     if experiment.finder.rewind.anchor == "reinit" and arms & {"ticket", "one_shot", "random"}:
         refuse(task.model.brought, "finder.rewind")
@@ -164,6 +178,33 @@ def _checked_task(experiment: Experiment, task: Task, arms: set[str]) -> list[st
             f"{list(task.study.model.personal or ())} and buffers {task.study.model.buffers}"
         )
     return notes
+
+
+def _check_recipes(task: Task) -> None:
+    """Refuse what the model, the data or the device cannot do of a training recipe."""
+    study, module = task.study, task.model.module()
+    first, second = recipes(study, task.dataset.num_classes)
+    sections: tuple[tuple[str, Train | Personalise, TrainingRecipe], ...] = (
+        ("train", study.train, first), ("personalise", study.personalise, second),
+    )  # fmt: skip
+    for place, section, recipe in sections:
+        if section.dropout is not None and not dropout.places(module):
+            raise StudyError(
+                f"{place}.dropout: needs a model with a dropout module, {study.model.name} has none, got "
+                f"{section.dropout}"
+            )
+        if section.precision == "bf16" and not task.device.startswith("cuda"):
+            raise StudyError(f"{place}.precision: bf16 needs a GPU, the device is {task.device}")
+        if section.augment or (place == "train" and hasattr(recipe.loss, "posed")):
+            few = inputs(task.dataset, task.few[:2], train=True)
+            request = drawn_request(
+                task.theta_0, few, replace(recipe, budget=Budget(epochs=1)), order=stream(0, "probe"), torch_seed=0
+            )
+            try:
+                request.shown(0, few)
+            except Exception as error:  # the user's parts may raise anything
+                what = "augment" if section.augment else "loss"
+                raise StudyError(f"{place}.{what}: fails on a batch {shapes(few.x)}: {told(error)}") from error
 
 
 def _check_rules(experiment: Experiment) -> None:

@@ -20,6 +20,7 @@ from fedlth.methods.method import Phase
 from fedlth.storage.records import LedgerRow, party
 from fedlth.study.schema import Fleet
 from fedlth.training.local_client import LocalClient
+from fedlth.training.study_recipe import budget_of
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,10 @@ class Clock:
 
     def usual_flops(self, client: int, mask: np.ndarray | None = None) -> float:
         """Return the FLOPs of a client's training of step 1, as the fleet counts them; `mask` is of what is shared."""
-        task = self.experiment.task
-        local = LocalClient(task, client, self.round, self.phase.name)
+        task = self.experiment.task_of(client)
+        local, train = LocalClient(task, client, self.round, self.phase.name), task.study.train
         alive = local.full if mask is None else task.whole_mask(mask, local.full)
-        dense, sparse = local.flops(alive, task.study.train.epochs)
+        dense, sparse = local.flops(alive, budget_of(train).examples(local.num_train, train.batch_size))
         return dense if self.fleet is None or self.fleet.flops == "dense" else sparse
 
     def moved(self, messages: Iterable[Message]) -> int:

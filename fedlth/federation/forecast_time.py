@@ -13,6 +13,7 @@ from fedlth.experiment.experiment import Experiment
 from fedlth.federation.fleet import Clock
 from fedlth.methods.method import Phase
 from fedlth.training.local_client import LocalClient
+from fedlth.training.study_recipe import budget_of, personal
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,11 @@ def forecast_time(experiment: Experiment, visit: Visit) -> list[str]:
 def _seconds(clock: Clock, phase: Phase, client: int, visit: Visit) -> float:
     flops, up = clock.usual_flops(client), visit.up_bytes
     if phase.join is None:
-        local = LocalClient(clock.experiment.task, client, 0, phase.name)
-        epochs = visit.epochs if phase.name == "personalise" else clock.experiment.study.personalise.epochs
-        flops, up = local.flops(local.full, epochs)[0], 0.0
+        local = LocalClient(clock.experiment.task_of(client), client, 0, phase.name)
+        train = personal(local.task.study)
+        once = budget_of(train).examples(local.num_train, train.batch_size)
+        examples = round(visit.epochs * local.num_train) if phase.name == "personalise" else once
+        flops, up = local.flops(local.full, examples)[0], 0.0
     return clock.seconds(client, down_bytes=visit.down_bytes, up_bytes=up, flops=flops) or 0.0
 
 

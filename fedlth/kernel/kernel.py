@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -20,6 +20,8 @@ from fedlth.kernel.memory_layout import lay_out
 from fedlth.kernel.table import LayerTable, Op
 
 log = logging.getLogger(__name__)
+
+Shown = Callable[[int], np.ndarray]
 
 _LARGE_BYTES = 64 << 20
 _FASTER = 0.9  # of the dense multiply-adds: with fewer the kernel beats torch in a large network
@@ -88,13 +90,15 @@ def train_epochs(
     mask: np.ndarray | None = None,
     moves: np.ndarray | None = None,
     snapshots: tuple[int, ...] = (),
+    shown: Shown | None = None,
     debug: bool = False,
 ) -> Outcome:
     """Train from `floats` (num_floats,) float32, which is not changed.
 
     x (N, ...) float32, y (N,) int64 in [0, num_classes). epochs: batches of positions in x, by epoch, of any size.
     rates: (steps,) learning rate of each step. mask (num_prunable,) bool: weights outside are zero from the first
-    forward on. moves (num_params,) float32: a factor on each parameter's step. The GIL is released; the result
+    forward on. moves (num_params,) float32: a factor on each parameter's step. shown: gives, for an epoch (from 0), the
+    images to train on in place of those of x, in the order of its batches. The GIL is released; the result
     depends on neither threads nor repeats. Raises ValueError on arrays that do not fit the table. `debug` looks
     afterwards for values where no layer may write, and raises RuntimeError.
     """
@@ -128,8 +132,16 @@ def train_epochs(
     ends = np.cumsum([len(parts) for parts in epochs])
     at = 0
     for epoch, end in enumerate(ends, 1):
-        if epoch not in snapshots and epoch != len(ends):
+        if shown is None and epoch not in snapshots and epoch != len(ends):
             continue
+        if shown is not None:
+            chosen = order[starts[at] : starts[end]]
+            x_now, y_now, order_now = _examples(table, shown(epoch - 1)), y[chosen], np.arange(len(chosen))
+            if len(x_now) != len(chosen):
+                raise ValueError(f"kernel: shown must give {len(chosen)} examples, got {len(x_now)}")
+            starts_now = starts[at : end + 1] - starts[at]
+        else:
+            x_now, y_now, order_now, starts_now = x, y, order, starts[at : end + 1]
         loop.train(
             ready.plan.rows,
             ready.plan.inlet,
@@ -141,10 +153,10 @@ def train_epochs(
             grad,
             velocity,
             factor,
-            x,
-            y,
-            order,
-            starts[at : end + 1],
+            x_now,
+            y_now,
+            order_now,
+            starts_now,
             losses[at:end],
             rates[at:end],
             np.float32(momentum),

@@ -14,7 +14,6 @@ from fedlth.data.examples import Examples
 from fedlth.models.call import call
 from fedlth.models.layout import Params
 from fedlth.training.flat_model import FlatModel
-from fedlth.training.loss import cross_entropy
 
 
 def scale_of(dataset: Dataset) -> tuple[Tensor, Tensor]:
@@ -41,7 +40,7 @@ def attacked(
     moved = x
     for _ in range(1 if kind == "fgsm" else steps):
         probe = moved.detach().requires_grad_()
-        (grad,) = torch.autograd.grad(cross_entropy(call(model.module, probe), y), probe)
+        (grad,) = torch.autograd.grad(model.loss(call(model.module, probe), y), probe)
         moved = moved + size / std * grad.sign()
         moved = torch.maximum(torch.minimum(moved, x + eps / std), x - eps / std)
         moved = torch.maximum(torch.minimum(moved, highest), lowest)
@@ -71,5 +70,5 @@ def evaluate_attacked(
         with torch.inference_mode():
             logits = call(model.module, part)
             right += int((logits.argmax(-1) == labels).sum())
-            total += float(cross_entropy(logits, labels)) * len(labels)
+            total += float(model.loss(logits, labels)) * len(labels)
     return right / len(y), total / len(y)

@@ -27,7 +27,9 @@ from fedlth.rng import stream, torch_seed
 from fedlth.storage import store
 from fedlth.training.evaluation import evaluate
 from fedlth.training.flat_model import FlatModel
+from fedlth.training.loss import Loss, plain
 from fedlth.training.model_context import AsDrawn, ModelContext
+from fedlth.training.study_recipe import loss_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,13 +68,19 @@ class Bench:
     @cached_property
     def flat_model(self) -> FlatModel:
         """The one module of this process in plain torch."""
-        return FlatModel(self.model.module(), self.layout, "cpu")
+        return FlatModel(self.model.module(), self.layout, "cpu", loss=self._loss)
 
     @cached_property
     def fast_model(self) -> FlatModel:
         """The same in the compute kernel where it can run the network."""
         table = self.model.table
-        return FlatModel(self.model.module(), self.layout, "cpu", None if isinstance(table, str) else table)
+        return FlatModel(
+            self.model.module(), self.layout, "cpu", None if isinstance(table, str) else table, loss=self._loss
+        )
+
+    @property
+    def _loss(self) -> Loss:
+        return plain(loss_of(self.study.train.loss, self.dataset.num_classes))
 
     @property
     def full(self) -> np.ndarray:

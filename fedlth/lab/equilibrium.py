@@ -10,8 +10,10 @@ import numpy as np
 
 from fedlth.lab import neq
 from fedlth.lab.bench import Bench
+from fedlth.training.budget import Budget
 from fedlth.training.evaluation import evaluate
-from fedlth.training.recipe import Epochs, Sgd, TrainingRecipe
+from fedlth.training.optimizer import Sgd
+from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import drawn_request
 from fedlth.training.train import train
 
@@ -34,7 +36,7 @@ class NeuronsAtEquilibrium:
     def __call__(self, bench: Bench, /) -> Iterator[dict[str, Any]]:
         data, test = bench.parts["train"].batch(slice(self.examples)), bench.parts["test"]
         recipe = TrainingRecipe(
-            budget=Epochs(self.epochs), batch_size=bench.study.train.batch_size, lr=self.lr,
+            budget=Budget(epochs=self.epochs), batch_size=bench.study.train.batch_size, lr=self.lr,
             optimizer=Sgd(momentum=self.momentum),
         )  # fmt: skip
         epochs = neq.train(

@@ -20,7 +20,6 @@ from fedlth.models.call import call_with
 from fedlth.models.layout import Params
 from fedlth.tickets.select import keep_top
 from fedlth.training.flat_model import FlatModel
-from fedlth.training.loss import cross_entropy
 
 MOST_WEIGHTS = 2000
 
@@ -54,7 +53,7 @@ def spectrum(model: FlatModel, at: Params, data: Examples) -> tuple[np.ndarray, 
 
     def loss(weights: Tensor) -> Tensor:
         named = {e.name: weights[e.slice].view(e.shape) for e in layout.prunable}
-        return cross_entropy(call_with(model.module, {**fixed, **named}, x.double()), y)
+        return model.loss(call_with(model.module, {**fixed, **named}, x.double()), y)
 
     matrix: Tensor = hessian(loss)(flat[:size])
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)

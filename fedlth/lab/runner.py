@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,7 +23,7 @@ from fedlth.lab.instability import Instability
 from fedlth.lab.probes import PROBES
 from fedlth.lab.search import finder_of
 from fedlth.lab.study import Lottery
-from fedlth.lab.training import relus, scales
+from fedlth.lab.training import recipe_of, relus, scales
 from fedlth.models.initial import refuse
 from fedlth.storage import json_lines, store
 from fedlth.storage.run_folder import RunFolder
@@ -96,6 +97,10 @@ def _check_step(step: int, place: str, iterations: int) -> None:
 def _check_acts(train: Mapping[str, Any], made: Lottery, place: str) -> None:
     """Refuse an option that finds nothing in the network to act on."""
     bench = open_bench(made.science(), made.seeds[0], None)
+    config = bench.train_config(dict(train))
+    recipe_of(config, bench.parts["train"].y[:2], bench.dataset.num_classes)
+    if not math.isfinite(config.rate(0)):
+        raise StudyError(f"{place}.train.schedule: must give finite numbers, got {config.rate(0)}")
     if train["dropout"] and not relus(bench.flat_model.module):
         raise StudyError(f"{place}.train.dropout: {made.model.name} has no module nn.ReLU to follow, so nothing drops")
     if train["norm_l1"] and not scales(bench.layout):

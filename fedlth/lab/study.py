@@ -12,12 +12,12 @@ from pydantic import BeforeValidator, Field
 
 from fedlth.errors import StudyError
 from fedlth.study import schema
-from fedlth.study.schema import Count, Floats, Names, Node, Positive, Spec, as_tuple
+from fedlth.study.schema import Count, Floats, Names, Node, NotNegative, Positive, Spec, Specs, as_tuple
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Shares = Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], BeforeValidator(as_tuple)]
 Whole = Annotated[int, Field(ge=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+Named = str | dict[str, Any]  # a part's name, or {name, **options}; kept as written, for it names stored trainings
 Rounds = Annotated[tuple[Whole, ...], BeforeValidator(as_tuple)]
 
 
@@ -49,11 +49,11 @@ class Train(Node):
 
     iterations: Count = 1000
     batch_size: Count = 60
-    optimiser: Literal["sgd", "adam"] = "sgd"
+    optimiser: Named = "sgd"
     lr: Positive = 0.1
     momentum: Share = 0.0
     weight_decay: NotNegative = 0.0
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Named = "constant"
     warmup: Whole = 0
     warmup_lr: NotNegative = 0.0
     milestones: Shares = ()
@@ -63,6 +63,10 @@ class Train(Node):
     attack_eps: NotNegative = 0.0
     attack_steps: Count = 10
     norm_l1: NotNegative = 0.0
+    clip_norm: Positive | None = None
+    loss: Spec = {"name": "cross_entropy"}
+    pull: Spec | None = None
+    augment: Specs = ()
 
 
 class Search(Node):

@@ -14,8 +14,9 @@ from fedlth.lab import imc, subset_sum, tangent
 from fedlth.lab.bench import Bench
 from fedlth.lab.controls import Shuffle
 from fedlth.lab.pooled import pooled
+from fedlth.training.budget import Budget
 from fedlth.training.evaluation import evaluate
-from fedlth.training.recipe import Epochs, TrainingRecipe
+from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import drawn_request
 from fedlth.training.train import train
 
@@ -49,7 +50,7 @@ class TangentSpace:
                 "ratio": before / after,
                 "at_zero": zero,
             }
-        recipe = TrainingRecipe(budget=Epochs(1), batch_size=config.train.batch_size, lr=self.lr)
+        recipe = TrainingRecipe(budget=Budget(epochs=1), batch_size=config.train.batch_size, lr=self.lr)
         there = tangent.Tangent(bench.flat_model, moved)
         data, test = bench.parts["train"], bench.parts["test"].batch(slice(2000))
         learned = tangent.fine_tune(there, data, recipe=recipe, order=bench.rng("tangent"))

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from fedlth.lab.study import Train
-from fedlth.training.recipe import Cosine
+from fedlth.training.rate_schedule import Cosine
+from fedlth.training.study_recipe import part
+
+LATER = ("clip_norm", "loss", "pull", "augment")
+
+
+def spec_of(given: str | dict[str, Any]) -> dict[str, Any]:
+    """Return a part of a train section with its options."""
+    return {"name": given} if isinstance(given, str) else given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +49,18 @@ class TrainConfig:
         if step < t.warmup:
             return t.warmup_lr + (lr - t.warmup_lr) * (step + 1) / t.warmup
         if t.schedule == "cosine":
-            lr *= Cosine()(step / max(1, t.iterations - 1))
+            lr *= Cosine()(step, t.iterations)
+        elif t.schedule != "constant":
+            lr *= part("schedule", spec_of(t.schedule), "train")(step, t.iterations)
         return lr * 0.1 ** sum(step >= share * t.iterations for share in t.milestones)
 
     def text(self) -> str:
-        """Return canonical JSON: what a training's digest is taken over."""
-        return json.dumps({**asdict(self), "train": self.train.model_dump(mode="json")}, sort_keys=True)
+        """Return canonical JSON: what a training's digest is taken over.
+
+        Keys that came later are left out at their defaults: a folder's trainings keep the names that they have.
+        """
+        train, unchanged = self.train.model_dump(mode="json"), Train().model_dump(mode="json")
+        for key in LATER:
+            if train[key] == unchanged[key]:
+                del train[key]
+        return json.dumps({**asdict(self), "train": train}, sort_keys=True)

@@ -16,17 +16,24 @@ from torch.nn import functional
 
 from fedlth.data.dataset import Dataset
 from fedlth.data.examples import Examples
+from fedlth.errors import wrong
 from fedlth.lab.attack import attacked, evaluate_attacked
-from fedlth.lab.train_config import TrainConfig
+from fedlth.lab.train_config import TrainConfig, spec_of
 from fedlth.models.call import call
 from fedlth.models.layout import Layout, Params
 from fedlth.rng import stream, torch_seed
 from fedlth.storage import store
 from fedlth.training import kernel_backend
+from fedlth.training.budget import Budget
 from fedlth.training.evaluation import evaluate
 from fedlth.training.flat_model import FlatModel
-from fedlth.training.recipe import PARTS, Epochs, TrainingRecipe
+from fedlth.training.kernel_backend import lacks
+from fedlth.training.loss import owned
+from fedlth.training.pull import NO_PULL
+from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingRequest
+from fedlth.training.study_recipe import loss_of, part
+from fedlth.training.torch_backend import clip
 
 
 class Networks(Protocol):
@@ -131,20 +138,40 @@ def walk(
     t, layout = config.train, bench.flat_model.layout
     steps = batches(len(data), config, stream(bench.seed, config.order))
     chunks = [steps[i : i + t.evaluate_every] for i in range(0, len(steps), t.evaluate_every)]
-    momentum = {"momentum": t.momentum} if t.optimiser == "sgd" else {}
-    optimizer = PARTS["optimizer"][t.optimiser](weight_decay=t.weight_decay, **momentum)
     request = TrainingRequest(
         start=start, data=data, batches=chunks,
-        recipe=TrainingRecipe(budget=Epochs(len(chunks)), batch_size=t.batch_size, lr=t.lr, optimizer=optimizer),
+        recipe=recipe_of(config, data.y, bench.dataset.num_classes),
         rates=[config.rate(step) for step in range(config.first, config.end)],
         torch_seed=torch_seed(bench.seed, f"dropout/{config.order}"), active=None if free or mask.all() else mask,
         trainable=layout.over_params(mask) if free else None, snapshots=tuple(range(1, len(chunks) + 1)),
+        examples_seed=torch_seed(bench.seed, f"examples/{config.order}"),
     )  # fmt: skip
-    plain = t.optimiser == "sgd" and not (t.dropout or t.attack != "none" or t.norm_l1)
-    if not plain or bench.fast_model.table is None:
+    special = t.dropout or t.attack != "none" or t.norm_l1
+    if special or bench.fast_model.table is None or lacks(request.recipe):
         return _in_torch(bench, config, request)
     result = kernel_backend.train(bench.fast_model, request)
     return [Params(result.snapshots[i], result.params.ints) for i in request.snapshots]
+
+
+def recipe_of(config: TrainConfig, y: Tensor, num_classes: int) -> TrainingRecipe:
+    """Return a train section's parts; raise StudyError naming the place. The rates are the config's own."""
+    t, optimiser = config.train, spec_of(config.train.optimiser)
+    short = {"momentum": t.momentum, "weight_decay": t.weight_decay}
+    if t.optimiser == "adam":  # which never had the momentum that a study's train section may give sgd
+        del short["momentum"]
+    for key, value in short.items():
+        if not value:
+            continue
+        if key in optimiser or (key == "momentum" and optimiser["name"] != "sgd"):
+            raise wrong(f"train.{key}", f"given once, in train.optimiser where that is {optimiser['name']}", value)
+        optimiser = {**optimiser, key: value}
+    loss = owned(loss_of(t.loss, num_classes), y, num_classes)
+    return TrainingRecipe(
+        budget=Budget(steps=config.train.iterations), batch_size=t.batch_size, lr=t.lr,
+        optimizer=part("optimizer", optimiser, "train"), loss=loss, clip_norm=t.clip_norm,
+        pull=NO_PULL if t.pull is None else part("pull", t.pull, "train"),
+        augment=tuple(part("augment", one, "train") for one in t.augment), first_step=config.first,
+    )  # fmt: skip
 
 
 def _in_torch(bench: Networks, config: TrainConfig, request: TrainingRequest) -> list[Params]:
@@ -157,13 +184,15 @@ def _in_torch(bench: Networks, config: TrainConfig, request: TrainingRequest) ->
         gammas[place] = t.norm_l1
     weights, memory = model.flat[: layout.num_params], optimizer.memory(model.grad)
     model.load(request.start)
+    anchor, recipe = weights.clone(), request.recipe
     torch.manual_seed(request.torch_seed)
     states, step = [], 0
     with _dropout(model.module, t.dropout):
         for chunk in request.batches:
             for part in chunk:
                 index = torch.from_numpy(part)
-                x, y = request.data.tensor[index], request.data.y[index]
+                shown = request.shown(step, request.data.batch(index))
+                x, y = shown.tensor, shown.y
                 if t.attack != "none":
                     x = attacked(model, bench.dataset, x, y, kind=t.attack, eps=t.attack_eps, steps=t.attack_steps)
                 model.module.train()
@@ -172,6 +201,12 @@ def _in_torch(bench: Networks, config: TrainConfig, request: TrainingRequest) ->
                 with torch.no_grad():
                     if t.norm_l1:
                         model.grad.add_(gammas * weights.sign())
+                    if recipe.pulls:
+                        recipe.pull(model.grad, weights, anchor)
+                    if recipe.clip_norm is not None:
+                        if free is not None:
+                            model.grad.mul_(free)
+                        clip(model.grad, recipe.clip_norm)
                     direction = optimizer(model.grad, weights, memory, step + 1, free)
                     weights.sub_(direction, alpha=request.rates[step])
                 step += 1

@@ -45,7 +45,7 @@ def first_scores(task: Task) -> Params:
 class ScoreUpdate:
     """Train scores through sampled masks (straight-through), send one sampled mask.
 
-    Of a recipe only the epochs count: scores have another unit than weights, and their own rate `lr`.
+    Of a recipe only its length and batch size count: scores have another unit than weights, and their own rate `lr`.
     """
 
     lr: float
@@ -53,7 +53,7 @@ class ScoreUpdate:
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         seen = local.seen(self.own(local, inbox, state).params)
-        scores, loss = self._train(local, _scores(inbox), local.recipe.budget.epochs)
+        scores, loss = self._train(local, _scores(inbox), local.recipe)
         mask = local.rng("upload mask").random(scores.size) < 1 / (1 + np.exp(-scores.astype(np.float64)))
         metrics = {"loss": loss, **seen, "density": float(mask.mean())}
         return Update(replace(state, visits=state.visits + 1), {UPDATE: Content(mask, None, None)}, metrics)
@@ -62,16 +62,19 @@ class ScoreUpdate:
         return self._likely(local, _scores(inbox))
 
     def tune(self, local: LocalClient, inbox: Inbox, state: ClientState, recipe: TrainingRecipe, /) -> Own:
-        return self._likely(local, self._train(local, _scores(inbox), recipe.budget.epochs)[0])
+        return self._likely(local, self._train(local, _scores(inbox), recipe)[0])
 
     def _likely(self, local: LocalClient, scores: np.ndarray) -> Own:
         """Return the net of the weights that are more likely there than not (no dice in an evaluation)."""
         mask = scores > 0
         return Own(frozen_weights(local.task).masked(mask), mask)
 
-    def _train(self, local: LocalClient, start: np.ndarray, epochs: int) -> tuple[np.ndarray, float]:
-        lesson = Lesson(rule="bernoulli", alive=local.full, density=1.0, epochs=epochs, lr=self.lr)
-        return local.learn(frozen_weights(local.task), start, lesson)
+    def _train(self, local: LocalClient, start: np.ndarray, recipe: TrainingRecipe) -> tuple[np.ndarray, float]:
+        budget = recipe.budget
+        lesson = Lesson(
+            rule="bernoulli", alive=local.full, density=1.0, epochs=budget.epochs, steps=budget.steps, lr=self.lr
+        )
+        return local.learn(frozen_weights(local.task), start, lesson, batch_size=recipe.batch_size)
 
 
 def _scores(inbox: Inbox) -> np.ndarray:

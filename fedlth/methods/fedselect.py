@@ -88,11 +88,12 @@ class SelectUpdate:
     def _alternate(
         self, local: LocalClient, params: Params, shared: np.ndarray, recipe: TrainingRecipe
     ) -> tuple[Params, float]:
-        crosses, steps, loss = crossing(local.task, shared), local.steps_an_epoch, 0.0
+        crosses, steps, loss = crossing(local.task, shared), local.steps_of(recipe), 0.0
         weights = crosses.size
-        for epoch in range(recipe.budget.epochs):
+        end = recipe.budget.total(local.num_train, recipe.batch_size)
+        for first in range(0, end, steps):
             # An epoch is a piece of the whole recipe, so that batches and rates are those of any other training.
-            piece = replace(recipe, first_step=epoch * steps, last_step=(epoch + 1) * steps)
+            piece = replace(recipe, first_step=first, last_step=min(first + steps, end))
             if not crosses.all():
                 moved = local.train(params, recipe=piece, trainable=~crosses).params
                 params = replace(params, floats=np.concatenate((moved.floats[:weights], params.floats[weights:])))

@@ -22,7 +22,8 @@ from fedlth.tickets.granularity import Element, Granularity
 from fedlth.tickets.rewind import ToInit
 from fedlth.tickets.schedule import OneShot
 from fedlth.tickets.search import find
-from fedlth.training.local_client import Cost, LocalClient
+from fedlth.training.budget import Budget
+from fedlth.training.local_client import Cost, LocalClient, plain_number
 
 Arm = Callable[[Step2], Iterator[Result]]
 
@@ -34,7 +35,7 @@ def global_model(step: Step2) -> Iterator[Result]:
 
 def local_only(step: Step2) -> Iterator[Result]:
     """The client alone, from theta_0, for as many epochs as search and fine-tuning take together."""
-    yield trained(step, "local", "theta_0", step.local.full, epochs=_total_epochs(step))
+    yield trained(step, "local", "theta_0", step.local.full, budget=_whole_budget(step))
 
 
 def dense(step: Step2) -> Iterator[Result]:
@@ -44,7 +45,7 @@ def dense(step: Step2) -> Iterator[Result]:
 
 def dense_total(step: Step2) -> Iterator[Result]:
     """The dense twin with the search's epochs given to it as well."""
-    yield trained(step, "dense_total", "theta_g", step.local.full, epochs=_total_epochs(step))
+    yield trained(step, "dense_total", "theta_g", step.local.full, budget=_whole_budget(step))
 
 
 def ticket(step: Step2) -> Iterator[Result]:
@@ -100,7 +101,7 @@ def _best_start(step: Step2, mask: np.ndarray, target: float) -> Result:
             best, best_accuracy = found, accuracy
     assert best is not None
     all_of = step.spent(at)  # of equal trainings
-    searched = step.local.epochs(all_of.steps * (len(starts) - 1) // len(starts))
+    searched = plain_number(all_of.epochs * (len(starts) - 1) / len(starts))
     flops, cpu_s = (all_of.flops, all_of.alive_flops), (all_of.cpu_s, best.cpu_s[1])
     return replace(best, search_epochs=searched, flops=flops, cpu_s=cpu_s)
 
@@ -174,7 +175,7 @@ def tuned(arm: str, local: LocalClient, method: Any, inbox: Inbox, state: Client
     cost = sum(local.log[at:], Cost())
     return Result(
         arm=arm, params=held.params, mask=held.mask, target=target, start="own",
-        epochs=local.epochs(cost.steps), flops=(cost.flops, cost.alive_flops), cpu_s=(cost.cpu_s, cost.cpu_s),
+        epochs=plain_number(cost.epochs), flops=(cost.flops, cost.alive_flops), cpu_s=(cost.cpu_s, cost.cpu_s),
         diverged=diverged,
     )  # fmt: skip
 
@@ -186,19 +187,19 @@ def granularity_of(method: ClientUpdate) -> Granularity:
 
 
 def trained(
-    step: Step2, arm: str, start: str, mask: np.ndarray, *, target: float = 1.0, epochs: int | None = None,
+    step: Step2, arm: str, start: str, mask: np.ndarray, *, target: float = 1.0, budget: Budget | None = None,
     begin: Params | None = None,
 ) -> Result:  # fmt: skip
     """Train a mask once, from the weights named `start` or given as `begin`."""
     at, diverged = len(step.log), False
     params = step.anchor(start) if begin is None else begin
     try:
-        params = step.train(params, mask, epochs=epochs)
+        params = step.train(params, mask, budget=budget)
     except FloatingPointError:
         diverged = True
     cost = step.spent(at)
     return Result(
-        arm=arm, params=params, mask=mask, target=target, start=start, epochs=step.local.epochs(cost.steps),
+        arm=arm, params=params, mask=mask, target=target, start=start, epochs=plain_number(cost.epochs),
         flops=(cost.flops, cost.alive_flops), cpu_s=(cost.cpu_s, cost.cpu_s), diverged=diverged,
     )  # fmt: skip
 
@@ -228,19 +229,17 @@ def _found(arm: str, finder: Finder, step: Step2) -> Iterator[Result]:
             step.masks.append((found.target, found.mask, bool(found.diverged)))
         yield Result(
             arm=arm, params=found.params, mask=found.mask, target=found.target, start=found.start,
-            epochs=step.local.epochs(last.steps), search_epochs=step.local.epochs(whole.steps - last.steps),
+            epochs=plain_number(last.epochs), search_epochs=plain_number(whole.epochs - last.epochs),
             flops=(whole.flops, whole.alive_flops), held=finder.dead.holds and not found.diverged,
             cpu_s=(whole.cpu_s, last.cpu_s), diverged=bool(found.diverged),
         )  # fmt: skip
         before = len(step.log)
 
 
-def _total_epochs(step: Step2) -> int:
-    """Return the epochs of the longest search plus its last training."""
-    count: int = (
-        step.recipe.budget.epochs * step.finder.trainings(step.targets)[0] + step.finder.learned(step.targets)[0]
-    )
-    return count or step.recipe.budget.epochs
+def _whole_budget(step: Step2) -> Budget:
+    """Return the budget of the longest search plus its last training."""
+    once, learned = step.recipe.budget, Budget(epochs=step.finder.learned(step.targets)[0])
+    return once.times(step.finder.trainings(step.targets)[0]) + learned or once
 
 
 def _shuffled(step: Step2, mask: np.ndarray, what: str, granularity: Granularity) -> np.ndarray:

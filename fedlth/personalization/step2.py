@@ -14,9 +14,10 @@ from fedlth.models.layout import Params
 from fedlth.storage.client_state import ClientState
 from fedlth.tickets.finder import Finder
 from fedlth.tickets.search import Walked
+from fedlth.training.budget import Budget
 from fedlth.training.local_client import Cost, LocalClient
 from fedlth.training.loss_probe import LossProbe
-from fedlth.training.recipe import Epochs, TrainingRecipe
+from fedlth.training.recipe import TrainingRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +84,8 @@ class Step2:
             raise StudyError(f"finder.rewind: no weights named {name}; known: {', '.join(self.anchors)}")
         return self.anchors[name]
 
-    def train(self, start: Params, mask: np.ndarray, epochs: int | None = None) -> Params:
-        return self.walk(start, mask, replay_lr=True, epochs=epochs).params
+    def train(self, start: Params, mask: np.ndarray, budget: Budget | None = None) -> Params:
+        return self.walk(start, mask, replay_lr=True, budget=budget).params
 
     def walk(
         self,
@@ -97,22 +98,23 @@ class Step2:
         window: int = 0,
         first_step: int = 0,
         last_step: int | None = None,
-        epochs: int | None = None,
+        budget: Budget | None = None,
     ) -> Walked:
         """Train as a search asks; see tickets.search.TrainFn."""
         recipe = replace(
-            self.recipe, replay_lr=replay_lr, budget=Epochs(epochs or self.recipe.budget.epochs),
+            self.recipe, replay_lr=replay_lr, budget=budget or self.recipe.budget,
             first_step=first_step, last_step=last_step,
         )  # fmt: skip
-        steps = recipe.budget.epochs * self.local.steps_an_epoch
+        size = self.local.num_train, recipe.batch_size
+        steps = recipe.budget.total(*size)
         if last_step is not None and last_step >= steps and not mask.all():
             raise StudyError(
                 f"finder.schedule.every: all moves must come before a training's end; client {self.local.client} has "
                 f"{steps} steps, got a move at {last_step}"
             )
         start = start if held else start.masked(mask)
-        shared = start is self.theta_g and bool(mask.all()) and recipe.budget.epochs == self.recipe.budget.epochs
-        window = min(window, recipe.budget.epochs)
+        shared = start is self.theta_g and bool(mask.all()) and recipe.budget == self.recipe.budget
+        window = min(window, recipe.budget.passes(*size))
         found = self.known.get(recipe) if shared else None
         if found is None or (isinstance(found[0], Walked) and len(found[0].previous) < window):
             walked: Walked | str
@@ -130,7 +132,8 @@ class Step2:
         return found[0]
 
     def _walked(self, start: Params, mask: np.ndarray, recipe: TrainingRecipe, held: bool, window: int) -> Walked:
-        epochs = recipe.budget.epochs - recipe.first_step // self.local.steps_an_epoch
+        passes = recipe.budget.passes(self.local.num_train, recipe.batch_size)
+        epochs = passes - recipe.first_step // self.local.steps_of(recipe)
         ends = range(max(0, epochs - window), epochs)
         asked = tuple(e for e in ends if e)
         active, trainable = (None, self.local.task.layout.over_params(mask)) if held else (mask, None)

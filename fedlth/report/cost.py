@@ -81,7 +81,7 @@ def _round_epochs(facts: Facts) -> int:
     import yaml
 
     study = yaml.safe_load(facts.config) or {}
-    return int(study.get("train", {}).get("epochs", 1))
+    return int(study.get("train", {}).get("epochs") or 1)
 
 
 def _cpu(group: tuple[Facts, ...], choice: Choice) -> Cost | None:

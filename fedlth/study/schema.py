@@ -40,7 +40,14 @@ def _count_or_share(value: Any) -> Any:
     return value
 
 
+def _specs(value: Any) -> Any:
+    """Let one part stand for a list of one, and names for parts."""
+    listed = [value] if isinstance(value, (str, dict)) else value
+    return tuple(map(_spec, listed)) if isinstance(listed, (list, tuple)) else listed
+
+
 Spec = Annotated[dict[str, Any], BeforeValidator(_spec)]
+Specs = Annotated[tuple[dict[str, Any], ...], BeforeValidator(_specs)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -126,14 +133,47 @@ class Model(Node):
     buffers: Literal["aggregate", "local_statistics", "local_all"] = "aggregate"
 
 
-class Train(Node):
-    """Local SGD."""
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+Precision = Literal["float32", "bf16"]
 
-    epochs: Count = 1
+
+class Timed(Node):
+    """A section that says how long a training is, in epochs or in steps."""
+
+    epochs: Count | None = None
+    steps: Count | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_two(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        if given.get("steps") is not None:
+            if given.get("epochs") is not None:
+                raise ValueError("must have epochs or steps, not both")
+            return {**given, "epochs": None}  # the default epochs are then moot
+        if "epochs" in given and given["epochs"] is None:
+            raise ValueError("must have epochs or steps")
+        return given
+
+
+class Train(Timed):
+    """A client's training recipe; `momentum` and `weight_decay` are the short form of sgd's options."""
+
+    epochs: Count | None = 1
     batch_size: Count = 32
     lr: Positive = 0.05
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    momentum: Momentum = 0.0
+    weight_decay: NotNegative = 0.0
+    optimizer: Spec = {"name": "sgd"}
+    schedule: Spec = {"name": "constant"}
+    round_decay: Positive = 1.0
+    clip_norm: Positive | None = None
+    loss: Spec = {"name": "cross_entropy"}
+    pull: Spec | None = None
+    augment: Specs = ()
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    precision: Precision = "float32"
 
 
 class Federate(Node):
@@ -143,12 +183,22 @@ class Federate(Node):
     clients_per_round: CountOrShare = 5
 
 
-class Personalise(Node):
-    """Step 2: every client's own training; `clients_per_wave` of them are committed at once."""
+class Personalise(Timed):
+    """Step 2: every client's own training, train's where a key is not given; `clients_per_wave` commit at once."""
 
-    epochs: Count = 2
+    epochs: Count | None = 2
+    batch_size: Count | None = None
     lr: Positive | None = None
-    schedule: Literal["constant", "cosine"] = "constant"
+    momentum: Momentum | None = None
+    weight_decay: NotNegative | None = None
+    optimizer: Spec | None = None
+    schedule: Spec = {"name": "constant"}
+    clip_norm: Positive | None = None
+    loss: Spec | None = None
+    pull: Spec | None = None
+    augment: Specs | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    precision: Precision | None = None
     arms: Names | None = None
     clients_per_wave: Count = 10
 
@@ -409,12 +459,26 @@ def _cross_check(study: Study, where: str) -> None:
         raise StudyError(f"{where}: data.pool: needs clients.test: own, since the test split is then the clients' too")
     if len(set(study.seeds)) != len(study.seeds):
         raise StudyError(f"{where}: seeds: each must be given once, got {list(study.seeds)}")
+    check_optimizer(study.train, f"{where}: train")
     for place, spec in (("method", study.method), ("partition", study.partition)):
         if not isinstance(spec.get("name"), str):
             raise StudyError(f"{where}: {place}.name: required, but missing")
     seed = study.partition.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise StudyError(f"{where}: partition.seed: must be an integer of at least 0, got {seed!r}")
+
+
+def check_optimizer(train: Train, place: str) -> None:
+    """Refuse the short form of sgd's options beside another optimizer, or beside the same option."""
+    for key in ("momentum", "weight_decay"):
+        value = getattr(train, key)
+        if value and train.optimizer.get("name") != "sgd":
+            raise StudyError(
+                f"{place}.{key}: is an option of sgd; give {train.optimizer.get('name')} its own under {place}."
+                f"optimizer, got {value}"
+            )
+        if value and key in train.optimizer:
+            raise StudyError(f"{place}.{key}: must be given once, got it in {place}.optimizer too")
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Study:

@@ -51,6 +51,7 @@ class Network(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class Lesson:
     """A training of masks over weights that never change. `alive` and `density` say what a mask may hold.
+    It lasts `epochs`, and `steps` more.
 
     `rule` is how scores become a mask in the forward pass: "edge_popup", "biprop" or "bernoulli".
     """
@@ -60,6 +61,7 @@ class Lesson:
     density: float
     epochs: int
     lr: float
+    steps: int = 0
     momentum: float = 0.0
     weight_decay: float = 0.0
 

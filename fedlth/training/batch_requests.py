@@ -11,12 +11,15 @@ from fedlth.data.examples import Examples
 from fedlth.models.layout import Params
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.lockstep import ASK
-from fedlth.training.loss import CrossEntropy
-from fedlth.training.recipe import Sgd
+from fedlth.training.loss import CrossEntropy, MaskedLm, MeanSquaredError
+from fedlth.training.optimizer import Adam, AdamW, Sgd
+from fedlth.training.pull import Proximal
 from fedlth.training.request import TrainingRequest, TrainingResult
 
 # A batch is as long as its own longest example, and what a network makes of padding is its own affair.
 RAGGED = "its examples are ragged, and each client's batches have lengths of their own"
+OPTIMIZERS = (Sgd, Adam, AdamW)  # elementwise, so that they work on many clients' vectors as on one
+LOSSES = (CrossEntropy, MeanSquaredError, MaskedLm)
 
 
 class _Shares(threading.local):
@@ -70,14 +73,20 @@ class Evaluation:
 
 def obstacle(request: TrainingRequest) -> str:
     """Say why a training does not go to the cohort that this call is in; "" where it does."""
-    if ASK.get() is None:
-        return "no cohort"
-    for part, known in ((request.recipe.optimizer, Sgd), (request.recipe.loss, CrossEntropy)):
-        if type(part) is not known:
+    return "no cohort" if ASK.get() is None else lacks(request)
+
+
+def lacks(request: TrainingRequest) -> str:
+    """Say what a cohort cannot do of a training; "" where it can do all of it."""
+    recipe = request.recipe
+    for part, known in ((recipe.optimizer, OPTIMIZERS), (recipe.loss, LOSSES), (recipe.pull, (Proximal,))):
+        if type(part) not in known:
             return f"a cohort has no {type(part).__name__}"
     if request.data.lengths:
         return RAGGED
-    return ""
+    if recipe.dropout is not None:
+        return "a cohort has no dropout"
+    return "" if recipe.precision == "float32" else f"a cohort has no {recipe.precision}"
 
 
 def train(model: FlatModel, request: TrainingRequest) -> TrainingResult:
@@ -87,10 +96,13 @@ def train(model: FlatModel, request: TrainingRequest) -> TrainingResult:
 
 
 def evaluated(model: FlatModel, params: Params, data: Examples) -> tuple[float, float] | None:
-    """Ask for an evaluation with those of the cohort that this call is in; None outside one, and for ragged data."""
-    found: tuple[float, float] | None = None
-    if ASK.get() is not None and not data.lengths:
-        found = _answer(Evaluation(model, params, data))
+    """Ask for an evaluation with those of the cohort that this call is in; None outside one, and where it has none.
+
+    It has none of ragged data, and none of a loss of the user's.
+    """
+    if ASK.get() is None or data.lengths or type(model.loss) not in LOSSES:
+        return None
+    found: tuple[float, float] = _answer(Evaluation(model, params, data))
     return found
 
 

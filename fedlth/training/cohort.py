@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,9 +19,9 @@ from fedlth.data.examples import Examples, Inputs, joined
 from fedlth.models.call import call_with
 from fedlth.models.layout import Params
 from fedlth.training.batch_requests import Evaluation, Training
-from fedlth.training.loss import cross_entropy
-from fedlth.training.recipe import Sgd
+from fedlth.training.loss import IGNORED
 from fedlth.training.request import TrainingRequest, TrainingResult
+from fedlth.training.torch_backend import clip
 
 Q = TypeVar("Q", Training, Evaluation)
 
@@ -38,9 +39,14 @@ def answer(asked: Sequence[Training | Evaluation]) -> list[Any]:
     answers: dict[int, Any] = {}
     for model in {id(one.model): one.model for one in asked}.values():  # clients of one task have one
         mine = [(i, one) for i, one in enumerate(asked) if one.model is model]
-        trainings = {i: one for i, one in mine if isinstance(one, Training)}
         evaluations = {i: one for i, one in mine if isinstance(one, Evaluation)}
-        answers.update(zip(trainings, _tried(train_together, list(trainings.values())), strict=True))
+        alike: dict[Any, dict[int, Training]] = {}
+        for i, one in mine:
+            if isinstance(one, Training):
+                recipe = one.request.recipe
+                alike.setdefault((recipe.optimizer, recipe.loss, recipe.pull, recipe.clip_norm), {})[i] = one
+        for group in alike.values():
+            answers.update(zip(group, _tried(train_together, list(group.values())), strict=True))
         answers.update(zip(evaluations, _tried(evaluate_together, list(evaluations.values())), strict=True))
     return [answers[i] for i in range(len(asked))]
 
@@ -66,8 +72,9 @@ def _share(asked: Sequence[Training] | Sequence[Evaluation], cpu_s: float) -> No
 
 
 def train_together(asked: Sequence[Training]) -> list[TrainingResult]:
-    """Train K clients by masked SGD, as `torch_backend.train` would each alone, up to float32 rounding.
+    """Train K clients, as `torch_backend.train` would each alone, up to float32 rounding.
 
+    Their recipes have one optimizer, loss, pull and norm to clip to; rates, batches and masks are each client's own.
     Clients lie in the order of their step counts, so that those still at work are always the first rows, and nobody
     is trained beyond its end. A batch smaller than the largest of its step is filled up with examples of weight zero.
     """
@@ -77,10 +84,9 @@ def train_together(asked: Sequence[Training]) -> list[TrainingResult]:
     stack = _Stack(members)
     free = _free(requests, stack)
     feed = _Feed(members, stack.device)
-    optimizers = [r.recipe.optimizer for r in requests if isinstance(r.recipe.optimizer, Sgd)]
-    momentum = _column([o.momentum for o in optimizers], stack.device)
-    decay = _column([o.weight_decay for o in optimizers], stack.device)
-    velocity = None if momentum is None else torch.zeros_like(stack.grad)
+    recipe = requests[0].recipe
+    anchors = _anchors(requests, stack) if recipe.pulls else None
+    memory = recipe.optimizer.memory(stack.grad)
     losses = torch.zeros(feed.real.shape[:2], device=stack.device)
     snapshots: list[dict[int, np.ndarray]] = [{} for _ in members]
     count, state = 0, dict[str, Tensor]()
@@ -91,19 +97,21 @@ def train_together(asked: Sequence[Training]) -> list[TrainingResult]:
             state = stack.state(count, trained=True)
         weights, grad = stack.flat[:count, : stack.layout.num_params], stack.grad[:count]
         batch, weight = feed.batch(step)
-        loss = vmap(stack.loss)(state, batch.x, batch.y, weight)
+        loss = vmap(partial(stack.loss, requests[0].recipe.loss))(state, batch.x, batch.y, weight)
         slopes = torch.autograd.grad(loss.sum(), [state[e.name] for e in stack.trained], materialize_grads=True)
         with torch.no_grad():
             for e, slope in zip(stack.trained, slopes, strict=True):
                 grad[:, e.slice] = slope.reshape(count, -1)
             losses[step, :count] = loss
-            if decay is not None:
-                grad.addcmul_(weights, decay[:count])
-            if free is not None:
-                grad.mul_(free[:count])
-            direction = grad
-            if velocity is not None and momentum is not None:
-                direction = velocity[:count].mul_(momentum[:count]).add_(grad)
+            may = None if free is None else free[:count]
+            if anchors is not None:
+                recipe.pull(grad, weights, anchors[:count])
+            if may is not None and (anchors is not None or recipe.clip_norm is not None):
+                grad.mul_(may)
+            if recipe.clip_norm is not None:
+                clip(grad, recipe.clip_norm)
+            rows = tuple(part[:count] for part in memory)
+            direction = recipe.optimizer(grad, weights, rows, step + 1, may)
             weights.addcmul_(direction, feed.rates[step, :count, None], value=-1.0)
         for row, epoch in feed.ends.get(step, ()):
             snapshots[row][epoch] = stack.flat[row].cpu().numpy().copy()
@@ -133,7 +141,7 @@ def evaluate_together(asked: Sequence[Evaluation]) -> list[tuple[float, float]]:
             logits = vmap(stack.forward)(state, part.x)
             same = (logits.argmax(-1) == part.y).double().reshape(*real.shape, -1).sum(2)
             right += (same * real).sum(1)
-            loss_sum += (vmap(cross_entropy.examples)(logits, part.y).double() * real).sum(1)
+            loss_sum += (vmap(stack.examined)(logits, part.y).double() * real).sum(1)
     found = zip(asked, right.tolist(), loss_sum.tolist(), strict=True)
     return [(hits / m.data.y.numel(), total / m.num_examples) for m, hits, total in found]
 
@@ -144,6 +152,7 @@ class _Stack:
     def __init__(self, asked: Sequence[Training] | Sequence[Evaluation]) -> None:
         model = asked[0].model
         self.module, self.layout, self.device = model.module, model.layout, model.device
+        self.examined: Any = getattr(model.loss, "examples", None)
         self.flat = torch.from_numpy(np.stack([m.params.floats for m in asked])).to(self.device)
         self.ints = torch.from_numpy(np.stack([m.params.ints for m in asked])).to(self.device)
         self.grad = torch.zeros(len(asked), self.layout.num_params, device=self.device)
@@ -165,9 +174,10 @@ class _Stack:
     def forward(self, state: dict[str, Tensor], x: Inputs) -> Tensor:
         return call_with(self.module, state, x)
 
-    def loss(self, state: dict[str, Tensor], x: Inputs, y: Tensor, weight: Tensor) -> Tensor:
+    def loss(self, loss: Any, state: dict[str, Tensor], x: Inputs, y: Tensor, weight: Tensor) -> Tensor:
         """Return one client's weighted loss; x (B, ...), weight (B,) sums to one."""
-        return (cross_entropy.examples(self.forward(state, x), y) * weight).sum()
+        found: Tensor = (loss.examples(self.forward(state, x), y) * weight).sum()
+        return found
 
 
 class _Feed:
@@ -179,6 +189,11 @@ class _Feed:
         self.counts = [sum(len(plan) > step for plan in plans) for step in range(self.steps)]
         self.widths = [max(len(plan[step]) for plan in plans[:n]) for step, n in enumerate(self.counts)]
         self.data, starts = _joined(members)
+        self.requests = [m.request for m in members]
+        self.plans, self.drawn = plans, any(r.draws_examples for r in self.requests)
+        self.counted = not self.data.y.is_floating_point() and (
+            hasattr(self.requests[0].recipe.loss, "posed") or bool((self.data.y == IGNORED).any())
+        )
         shape = (self.steps, len(members), max(self.widths))
         index_SKB, real_SKB = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
         rates_SK = np.zeros(shape[:2], np.float32)
@@ -199,8 +214,20 @@ class _Feed:
     def batch(self, step: int) -> tuple[Examples, Tensor]:
         """Return examples (K, B, ...) and weights (K, B) of those at work."""
         count, width = self.counts[step], self.widths[step]
-        index = self.index[step, :count, :width]
-        return self.data.batch(index), self.real[step, :count, :width]
+        index, weight = self.index[step, :count, :width], self.real[step, :count, :width]
+        batch = self.data.batch(index)
+        if self.drawn:
+            batch = joined([self._shown(row, step, index[row]) for row in range(count)], torch.stack)
+        if self.counted:  # a mean over the positions that count, as the loss of the whole batch is
+            counts = (batch.y != IGNORED).reshape(count, width, -1).sum(2) * (weight > 0)
+            weight = counts / counts.sum(1, keepdim=True).clamp(min=1)
+        return batch, weight
+
+    def _shown(self, row: int, step: int, index: Tensor) -> Examples:
+        """Return what one client's step is shown, filled up with its first example."""
+        size, places = len(self.plans[row][step]), torch.arange(len(index), device=index.device)
+        shown = self.requests[row].shown(step, self.data.batch(index[:size]))
+        return shown.batch(torch.where(places < size, places, 0))
 
 
 def _joined(asked: Sequence[Training] | Sequence[Evaluation]) -> tuple[Examples, np.ndarray]:
@@ -230,9 +257,14 @@ def _free(requests: Sequence[TrainingRequest], stack: _Stack) -> Tensor | None:
     return torch.from_numpy(np.stack([whole if row is None else row for row in rows])).to(stack.device)
 
 
-def _column(values: Sequence[float], device: str) -> Tensor | None:
-    """Return (K, 1), or None where all are zero."""
-    return torch.tensor(values, device=device)[:, None] if any(values) else None
+def _anchors(requests: Sequence[TrainingRequest], stack: _Stack) -> Tensor:
+    """Return (K, P): where each client's pull draws to."""
+    size = stack.layout.num_params
+    found = stack.flat[:, :size].clone()
+    for row, request in enumerate(requests):
+        if request.anchor is not None:
+            found[row] = torch.from_numpy(request.anchor.floats[:size]).to(stack.device)
+    return found
 
 
 def _last_loss(request: TrainingRequest, losses: np.ndarray) -> float:

@@ -17,9 +17,11 @@ from fedlth.rng import stream
 from fedlth.study.schema import Study
 from fedlth.training import cohort
 from fedlth.training.batch_requests import RAGGED, Evaluation, Training
+from fedlth.training.budget import Budget
 from fedlth.training.evaluation import evaluate
 from fedlth.training.lockstep import side_by_side
-from fedlth.training.recipe import Epochs, Sgd, TrainingRecipe
+from fedlth.training.optimizer import Sgd
+from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingRequest, TrainingResult, drawn_request
 from fedlth.training.task import Task
 from fedlth.training.train import train
@@ -70,7 +72,9 @@ def obstacle(task: Task) -> str | None:
     if largest.lengths:
         return RAGGED
     size = task.study.train.batch_size
-    recipe = TrainingRecipe(budget=Epochs(1), batch_size=size, lr=0.01, optimizer=PROBE)
+    recipe = TrainingRecipe(
+        budget=Budget(epochs=1), batch_size=size, lr=0.01, optimizer=PROBE, loss=task.flat_model.loss
+    )
     long = min(len(largest), 2 * size + 3)
     short = max(1, min(long - 1, size + 2))
     masks = np.ones(task.layout.num_prunable, bool), np.arange(task.layout.num_prunable) % 2 == 0
@@ -108,7 +112,9 @@ def probed(task: Task, peak: Peak) -> tuple[int, int]:
     size = min(len(largest), task.study.train.batch_size)
     request = TrainingRequest(
         start=task.theta_0, data=largest, batches=[[np.arange(size)] * 2], rates=[0.0, 0.0], torch_seed=0,
-        recipe=TrainingRecipe(budget=Epochs(1), batch_size=size, lr=0.01, optimizer=PROBE),
+        recipe=TrainingRecipe(
+            budget=Budget(epochs=1), batch_size=size, lr=0.01, optimizer=PROBE, loss=task.flat_model.loss
+        ),
         active=np.zeros(task.layout.num_prunable, bool),
     )  # fmt: skip
     training = Training(task.flat_model, request)

@@ -10,19 +10,20 @@ from fedlth.kernel import kernel
 from fedlth.models.layout import Params
 from fedlth.training import batch_requests
 from fedlth.training.flat_model import FlatModel
-from fedlth.training.loss import cross_entropy
+from fedlth.training.loss import examined
 
 EVALUATION_BATCH = 256
 
 
 def evaluate(model: FlatModel, params: Params, data: Examples) -> tuple[float, float]:
     """Return (accuracy, mean loss) of `params` on data; (0, 0) where there is none."""
-    y = data.y
     if not len(data):
         return 0.0, 0.0
+    data = examined(model.loss, data)
+    y = data.y
     if model.table is not None and kernel.suits(model.table, params.floats):
         logits = torch.from_numpy(kernel.predict(model.table, params.floats, data.tensor.numpy()))
-        return float((logits.argmax(-1) == y).double().mean()), float(cross_entropy(logits, y))
+        return float((logits.argmax(-1) == y).double().mean()), float(model.loss(logits, y))
     if (found := batch_requests.evaluated(model, params, data)) is not None:
         return found
     with model.lock, torch.inference_mode():
@@ -33,19 +34,19 @@ def evaluate(model: FlatModel, params: Params, data: Examples) -> tuple[float, f
             part = data.batch(slice(at, at + EVALUATION_BATCH))
             logits, target = model.forward.evaluate(part.x), part.y
             right += int((logits.argmax(-1) == target).sum())
-            loss_sum += float(cross_entropy(logits, target)) * len(target)
+            loss_sum += float(model.loss(logits, target)) * len(target)
     return right / y.numel(), loss_sum / len(y)
 
 
 def gradient(model: FlatModel, params: Params, data: Examples) -> np.ndarray:
     """Return (num_prunable,) float32: the gradient of the mean loss over all of `data`, in evaluation mode."""
-    data = model.forward.images(data)
+    data = model.forward.images(examined(model.loss, data))
     with model.lock:
         model.load(params)
         model.module.eval()
         model.grad.zero_()
         for at in range(0, len(data), EVALUATION_BATCH):
             part = data.batch(slice(at, at + EVALUATION_BATCH))
-            loss = cross_entropy(model.forward.evaluate(part.x), part.y) * (len(part) / len(data))
+            loss = model.loss(model.forward.evaluate(part.x), part.y) * (len(part) / len(data))
             loss.backward()  # type: ignore[no-untyped-call]
         return model.in_order(model.grad[: model.layout.num_prunable])

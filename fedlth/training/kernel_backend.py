@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from fedlth.kernel import kernel
 from fedlth.models.layout import Params
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.loss import CrossEntropy
-from fedlth.training.recipe import Sgd
+from fedlth.training.optimizer import Sgd
+from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingRequest, TrainingResult
 
 
@@ -16,10 +18,29 @@ def obstacle(model: FlatModel, request: TrainingRequest) -> str:
     """Say why a training does not go to the kernel; "" where it does."""
     if model.table is None:
         return "the model has no layer table"
-    for part, known in ((request.recipe.optimizer, Sgd), (request.recipe.loss, CrossEntropy)):
-        if type(part) is not known:
-            return f"the kernel has no {type(part).__name__}"
+    if why := lacks(request.recipe):
+        return f"the kernel has no {why}"
+    if int(request.data.y.min()) < 0:
+        return "the kernel has no labels that do not count"
     return "" if kernel.suits(model.table, request.active) else "a large network as dense as this is faster in torch"
+
+
+def lacks(recipe: TrainingRecipe) -> str:
+    """Name a part of a recipe that the kernel does not have; "" where it has all of them."""
+    optimizer = recipe.optimizer
+    if type(optimizer) is not Sgd:
+        return type(optimizer).__name__
+    if optimizer.nesterov:
+        return "Nesterov momentum"
+    if type(recipe.loss) is not CrossEntropy:
+        return type(recipe.loss).__name__
+    if recipe.loss.label_smoothing:
+        return "label smoothing"
+    checks = (
+        ("clip_norm", recipe.clip_norm is not None), ("pull", recipe.pulls), ("dropout", recipe.dropout is not None),
+        (recipe.precision, recipe.precision != "float32"),
+    )  # fmt: skip
+    return next((name for name, given in checks if given), "")
 
 
 def train(model: FlatModel, request: TrainingRequest) -> TrainingResult:
@@ -30,6 +51,19 @@ def train(model: FlatModel, request: TrainingRequest) -> TrainingResult:
         table, request.start.floats, request.data.tensor.numpy(), request.data.y.numpy(), request.batches,
         rates=np.array(request.rates), momentum=optimizer.momentum, weight_decay=optimizer.weight_decay,
         mask=request.active, moves=None if request.trainable is None else request.trainable.astype(np.float32),
-        snapshots=request.snapshots,
+        snapshots=request.snapshots, shown=_shown(request) if request.draws_examples else None,
     )  # fmt: skip
     return TrainingResult(Params(ended.floats, request.start.ints.copy()), ended.loss, ended.snapshots)
+
+
+def _shown(request: TrainingRequest) -> kernel.Shown:
+    """Return what gives the images of an epoch, from 0, in the order of its batches: one epoch is in memory at once."""
+    ends = np.cumsum([0, *map(len, request.batches)])
+
+    def shown(epoch: int) -> np.ndarray:
+        found = []
+        for step, part in enumerate(request.batches[epoch], int(ends[epoch])):
+            found.append(request.shown(step, request.data.batch(torch.from_numpy(part))).tensor)
+        return torch.cat(found).numpy()
+
+    return shown

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -19,25 +20,31 @@ from fedlth.tickets.evidence import Evidence, Lesson
 from fedlth.training import evaluation, supermask, train
 from fedlth.training.batch_requests import cpu_seconds
 from fedlth.training.batches import steps_an_epoch
+from fedlth.training.loss import owned
 from fedlth.training.loss_probe import LossProbe
-from fedlth.training.recipe import PARTS, Epochs, Sgd, TrainingRecipe
+from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingResult, drawn_request
+from fedlth.training.study_recipe import recipes
 from fedlth.training.task import Task
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What trainings took: FLOPs, forward and backward, counted dense and by what is alive; steps; CPU seconds here."""
+    """What trainings took: FLOPs, forward and backward, counted dense and by what is alive; steps; CPU seconds here.
+
+    `epochs` are the steps as passes over the client's data, exactly.
+    """
 
     flops: float = 0.0
     alive_flops: float = 0.0
     steps: int = 0
+    epochs: Fraction = Fraction(0)
     cpu_s: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
             self.flops + other.flops, self.alive_flops + other.alive_flops, self.steps + other.steps,
-            self.cpu_s + other.cpu_s,
+            self.epochs + other.epochs, self.cpu_s + other.cpu_s,
         )  # fmt: skip
 
 
@@ -77,28 +84,35 @@ class LocalClient:
         """The dense mask, (num_prunable,) bool."""
         return np.ones(self.task.layout.num_prunable, bool)
 
-    @property
+    @cached_property
     def recipe(self) -> TrainingRecipe:
-        """The local training of step 1."""
-        t = self.task.study.train
-        optimizer = Sgd(momentum=t.momentum, weight_decay=t.weight_decay)
-        return TrainingRecipe(budget=Epochs(t.epochs), batch_size=t.batch_size, lr=t.lr, optimizer=optimizer)
+        """The local training of step 1 (and of the rounds inside the tickets), at this round's rate."""
+        first = self._recipes[0]
+        decay = self.task.study.train.round_decay ** max(0, self.round - 1)
+        return first if decay == 1 else replace(first, lr=first.lr * decay)
 
     @property
     def personal_recipe(self) -> TrainingRecipe:
-        """A training of step 2: the same settings for every arm."""
-        p, shared = self.task.study.personalise, self.recipe
-        schedule = PARTS["schedule"][p.schedule]()
-        return replace(shared, budget=Epochs(p.epochs), lr=p.lr or shared.lr, schedule=schedule)
+        """A training of step 2: the same settings for every arm, whatever the round of step 1."""
+        return self._recipes[1]
+
+    @cached_property
+    def _recipes(self) -> tuple[TrainingRecipe, TrainingRecipe]:
+        num_classes = self.task.dataset.num_classes
+        first, second = recipes(self.task.study, num_classes)
+        y = self.train_part.y
+        return (
+            replace(first, loss=owned(first.loss, y, num_classes)),
+            replace(second, loss=owned(second.loss, y, num_classes)),
+        )
 
     @property
     def steps_an_epoch(self) -> int:
-        return steps_an_epoch(self.num_train, self.recipe.batch_size)
+        return self.steps_of(self.recipe)
 
-    def epochs(self, steps: int) -> float:
-        """Return steps as epochs, an int where they are whole."""
-        whole, rest = divmod(steps, self.steps_an_epoch)
-        return whole if not rest else steps / self.steps_an_epoch
+    def steps_of(self, recipe: TrainingRecipe) -> int:
+        """Return how many steps one pass over the client's data is."""
+        return steps_an_epoch(self.num_train, recipe.batch_size)
 
     def rng(self, what: str) -> np.random.Generator:
         return rng.stream(self.task.study.seed, f"{self.stage}/{what}", self.round, self.client)
@@ -114,43 +128,52 @@ class LocalClient:
         active: np.ndarray | None = None,
         trainable: np.ndarray | None = None,
         snapshots: tuple[int, ...] = (),
+        anchor: Params | None = None,
     ) -> TrainingResult:
-        """Train on this client's data, and note what it cost; the masks as in `TrainingRequest`."""
+        """Train on this client's data, and note what it cost; masks and anchor as in `TrainingRequest`."""
         request = drawn_request(
             start, self.train_part, recipe, order=self.rng("order"), torch_seed=self.torch_seed("dropout"),
-            active=active, trainable=trainable, snapshots=snapshots,
+            active=active, trainable=trainable, snapshots=snapshots, anchor=anchor,
+            examples_seed=self.torch_seed("examples"),
         )  # fmt: skip
         alive = self.full if active is None else active
         if active is None and trainable is not None:
             alive = trainable[: alive.size] | (start.floats[: alive.size] != 0)
-        with self._counting(alive, len(request.rates)):
+        with self._counting(alive, len(request.rates), recipe.batch_size, request.num_examples):
             return train.train(self.task.flat_model, request)
 
-    def learn(self, frozen: Params, scores: np.ndarray, lesson: Lesson) -> tuple[np.ndarray, float]:
-        """Train scores of masks over frozen weights; see `supermask.learn`."""
-        data = self.train_part
-        with self._counting(lesson.alive, lesson.epochs * self.steps_an_epoch):
+    def learn(
+        self, frozen: Params, scores: np.ndarray, lesson: Lesson, *, batch_size: int | None = None
+    ) -> tuple[np.ndarray, float]:
+        """Train scores of masks over frozen weights, in step 1's batches unless told; see `supermask.learn`."""
+        data, batch_size = self.train_part, batch_size or self.recipe.batch_size
+        with self._learning(lesson, batch_size):
             return supermask.learn(
-                self.task.flat_model, frozen, scores, data=data, lesson=lesson, batch_size=self.recipe.batch_size,
+                self.task.flat_model, frozen, scores, data=data, lesson=lesson, batch_size=batch_size,
                 order=self.rng("order"), torch_seed=self.torch_seed("masks"),
             )  # fmt: skip
 
+    def _learning(self, lesson: Lesson, batch_size: int) -> AbstractContextManager[None]:
+        spe = steps_an_epoch(self.num_train, batch_size)
+        steps = lesson.epochs * spe + lesson.steps
+        return self._counting(lesson.alive, steps, batch_size, round(self.num_train * steps / spe))
+
     @contextmanager
-    def _counting(self, alive: np.ndarray, steps: int) -> Iterator[None]:
+    def _counting(self, alive: np.ndarray, steps: int, batch_size: int, examples: int) -> Iterator[None]:
         """Note what the training inside costs; the one place where trainings are counted."""
         began = cpu_seconds()
         try:
             yield
         finally:
-            cpu_s, epochs = cpu_seconds() - began, self.epochs(steps)
-            self.work.append({"density": _share(alive), "epochs": epochs, "cpu_s": cpu_s})
-            self.log.append(Cost(*self.flops(alive, epochs), steps, cpu_s))
+            cpu_s, epochs = cpu_seconds() - began, Fraction(steps, steps_an_epoch(self.num_train, batch_size))
+            self.work.append({"density": _share(alive), "epochs": plain_number(epochs), "cpu_s": cpu_s})
+            self.log.append(Cost(*self.flops(alive, examples), steps, epochs, cpu_s))
 
-    def flops(self, alive: np.ndarray, epochs: float) -> tuple[float, float]:
-        """Return training FLOPs (dense, by what is alive): 3 forwards an example, the usual count."""
+    def flops(self, alive: np.ndarray, examples: int) -> tuple[float, float]:
+        """Return training FLOPs (dense, by what is alive): 3 forwards for each time an example is seen, as is usual."""
         dense = float(self.task.model.flops[""])
         dead = sum(self.task.model.flops[e.name] * (1 - _share(alive[e.slice])) for e in self.task.layout.prunable)
-        scale = 3.0 * self.num_train * epochs
+        scale = 3.0 * examples
         return dense * scale, (dense - dead) * scale
 
     def val_accuracy(self, params: Params) -> float:
@@ -176,7 +199,7 @@ class LocalClient:
             model=self.task.flat_model, params=at, data=self.train_part, layer_flops=lambda: self.task.model.flops,
             order=lambda: self.rng("mask order"), torch_seed=self.torch_seed("mask bits"),
             batch_size=self.recipe.batch_size,
-            learning=lambda alive, epochs: self._counting(alive, epochs * self.steps_an_epoch),
+            learning=lambda lesson: self._learning(lesson, self.recipe.batch_size),
         )  # fmt: skip
 
     def evidence(self, *, start: Params, now: Params, mask: np.ndarray, density: float) -> Evidence:
@@ -199,6 +222,11 @@ class LocalClient:
     def fresh_init(self, what: str) -> Params:
         """Draw another initialisation, from this client's own stream; see `ModelContext.fresh`."""
         return self.task.model.fresh(f"{self.stage}/{what}", self.round, self.client)
+
+
+def plain_number(value: Fraction) -> float:
+    """Return an int where the value is whole."""
+    return int(value) if value.denominator == 1 else float(value)
 
 
 def _share(mask: np.ndarray) -> float:

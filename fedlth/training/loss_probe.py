@@ -19,7 +19,7 @@ from fedlth.models.layout import Layout, Params
 from fedlth.tickets.evidence import Lesson
 from fedlth.training.evaluation import gradient
 from fedlth.training.flat_model import FlatModel
-from fedlth.training.loss import cross_entropy
+from fedlth.training.loss import examined
 from fedlth.training.supermask import learn
 
 EXAMPLES_AT_ONCE = 64
@@ -30,8 +30,8 @@ class LossProbe:
     """The network of `model` at `params` over `data`, all in evaluation mode.
 
     Curvature and flow are computed in float64. `layer_flops` are forward FLOPs an example by tensor name; `order` and
-    `torch_seed` give the batches and dice of learned masks, `batch_size` their batches; `learning`, given the alive
-    mask and epochs of such a training, is entered around it, since it is a cost.
+    `torch_seed` give the batches and dice of learned masks, `batch_size` their batches; `learning`, given such a
+    training, is entered around it, since it is a cost.
     """
 
     model: FlatModel
@@ -41,7 +41,7 @@ class LossProbe:
     order: Callable[[], np.random.Generator]
     torch_seed: int
     batch_size: int
-    learning: Callable[[np.ndarray, int], AbstractContextManager[None]] = lambda alive, epochs: nullcontext()
+    learning: Callable[[Lesson], AbstractContextManager[None]] = lambda lesson: nullcontext()
 
     @property
     def layout(self) -> Layout:
@@ -69,7 +69,7 @@ class LossProbe:
         def one(flat: Tensor, x: Inputs, y: Tensor) -> Tensor:
             return self._loss(fixed, flat, each(x, lambda t: t[None]), y[None], 1.0)
 
-        data = self.data.double()
+        data = examined(self.model.loss, self.data).double()
         total = torch.zeros_like(flat)
         size = EXAMPLES_AT_ONCE if _batches(one, flat, data.batch(slice(2))) else 1
         for at in range(0, len(data), size):
@@ -119,7 +119,7 @@ class LossProbe:
         if lesson.rule != "bernoulli":  # whose scores are log-odds; these have the scale that edge-popup gives weights
             for e in self.layout.prunable:
                 first[e.slice] /= np.float32(np.sqrt(e.size // e.shape[0]))
-        with self.learning(lesson.alive, lesson.epochs):
+        with self.learning(lesson):
             scores, _ = learn(
                 self.model, self._at(weights), first, data=self.data, lesson=lesson, batch_size=self.batch_size,
                 order=self.order(), torch_seed=self.torch_seed,
@@ -145,13 +145,14 @@ class LossProbe:
         return call_with(self.model.module, {**fixed, **named}, x)
 
     def _loss(self, fixed: Mapping[str, Tensor], flat: Tensor, x: Inputs, y: Tensor, temperature: float) -> Tensor:
-        return cross_entropy(self._logits(fixed, flat, x) / temperature, y)
+        return self.model.loss(self._logits(fixed, flat, x) / temperature, y)
 
     def _shares(self) -> Iterator[tuple[Examples, float]]:
         """Yield the data in parts with each part's share of the mean."""
-        for at in range(0, len(self.data), 256):
-            part = self.data.batch(slice(at, at + 256))
-            yield part.double(), len(part) / len(self.data)
+        data = examined(self.model.loss, self.data)
+        for at in range(0, len(data), 256):
+            part = data.batch(slice(at, at + 256))
+            yield part.double(), len(part) / len(data)
 
 
 def _batches(one: Callable[[Tensor, Inputs, Tensor], Tensor], flat: Tensor, two: Examples) -> bool:

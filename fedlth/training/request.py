@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from fedlth.data.examples import Examples
 from fedlth.errors import StudyError
 from fedlth.models.layout import Layout, Params
+from fedlth.rng import stream
 from fedlth.training.batches import window
 from fedlth.training.recipe import TrainingRecipe
 
@@ -20,7 +22,8 @@ class TrainingRequest:
     batches: positions in the data of each step, by epoch. rates: the learning rate of each step. torch_seed: for
     torch's own generator (dropout). active (num_prunable,) bool: weights outside are zero from the first forward on,
     after every step, and have no momentum. trainable (num_params,) bool: all others, biases and norms too, keep
-    their value. snapshots: after which epochs, the first is 1, the weights are wanted.
+    their value. snapshots: after which epochs, the first is 1, the weights are wanted. anchor: where the recipe's pull
+    draws to, None for `start`. examples_seed: for what is drawn of the examples (augmentation, hidden tokens).
     """
 
     start: Params
@@ -32,6 +35,30 @@ class TrainingRequest:
     active: np.ndarray | None = None
     trainable: np.ndarray | None = None
     snapshots: tuple[int, ...] = ()
+    anchor: Params | None = None
+    examples_seed: int = 0
+
+    @property
+    def draws_examples(self) -> bool:
+        """Say whether a step is given anything else than the examples as they are."""
+        return bool(self.recipe.augment) or hasattr(self.recipe.loss, "posed")
+
+    def shown(self, step: int, batch: Examples) -> Examples:
+        """Return what step `step` (from 0) of this request trains on, given its examples; the same in every backend."""
+        if not self.draws_examples:
+            return batch
+        # By the step of the whole run: a piece of a run sees what the run would.
+        generator = stream(self.examples_seed, "examples", self.recipe.first_step + step)
+        for part in self.recipe.augment:
+            x = batch.tensor
+            changed = part(x, generator)
+            if changed.shape != x.shape or changed.dtype != x.dtype:
+                wanted = f"{tuple(x.shape)} {x.dtype}"
+                raise ValueError(
+                    f"{type(part).__name__} must give {wanted}, got {tuple(changed.shape)} {changed.dtype}"
+                )
+            batch = replace(batch, x=changed)
+        return self.recipe.loss.posed(batch, generator) if hasattr(self.recipe.loss, "posed") else batch
 
     def free(self, layout: Layout) -> np.ndarray | None:
         """Return (num_params,) bool: the parameters that a step may change; None where that is all of them."""
@@ -58,6 +85,8 @@ def drawn_request(
     active: np.ndarray | None = None,
     trainable: np.ndarray | None = None,
     snapshots: tuple[int, ...] = (),
+    anchor: Params | None = None,
+    examples_seed: int = 0,
 ) -> TrainingRequest:
     """Return the request of a recipe on data, its batches drawn from `order`.
 
@@ -68,10 +97,13 @@ def drawn_request(
     inside = window(epochs, recipe.first_step, recipe.last_step)
     if not inside:
         raise StudyError(f"finder.rewind.step: must lie inside a training's {steps} steps, got {recipe.first_step}")
+    rates = [recipe.rate(step, steps) for step in range(recipe.first_step, recipe.end(steps))]
+    if not all(map(math.isfinite, rates)):
+        raise StudyError(f"train.schedule: must give finite numbers, got {rates}")
     return TrainingRequest(
         start=start, data=data, recipe=recipe, batches=inside,
-        rates=[recipe.rate(step, steps) for step in range(recipe.first_step, recipe.end(steps))],
-        torch_seed=torch_seed, active=active, trainable=trainable, snapshots=snapshots,
+        rates=rates, torch_seed=torch_seed, active=active, trainable=trainable, snapshots=snapshots, anchor=anchor,
+        examples_seed=examples_seed,
     )  # fmt: skip
 
 

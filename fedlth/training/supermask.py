@@ -12,9 +12,9 @@ from fedlth.data.examples import Examples
 from fedlth.models.call import call_with
 from fedlth.models.layout import Layout, Params
 from fedlth.tickets.evidence import Lesson
-from fedlth.training.batches import batches
+from fedlth.training.budget import Budget
 from fedlth.training.flat_model import FlatModel
-from fedlth.training.loss import cross_entropy
+from fedlth.training.loss import examined
 
 
 def learn(
@@ -33,8 +33,9 @@ def learn(
     The forward pass sees a mask, the backward pass the scores behind it (straight-through), the unselected too.
     "bernoulli" samples the mask from sigmoid(scores); "edge_popup" keeps each layer's `density` of highest |score|;
     "biprop" does, over sign(w) times the mean |w| of what is kept. The scores returned say "higher is kept": |score|
-    for the last two. A loss that is not finite raises FloatingPointError.
+    for the last two. The loss is the model's, as evaluations ask it; one that is not finite raises FloatingPointError.
     """
+    data = examined(model.loss, data)
     layout, sampled = model.layout, lesson.rule == "bernoulli"
     model.load(frozen)
     model.module.train()
@@ -43,7 +44,7 @@ def learn(
     torch.manual_seed(torch_seed)
     learned = torch.from_numpy(scores.copy()).to(model.device).requires_grad_()
     momentum = torch.zeros_like(learned)
-    epochs = [batches(len(data), batch_size, order) for _ in range(lesson.epochs)]
+    epochs = Budget(epochs=lesson.epochs, steps=lesson.steps)(len(data), batch_size, order)
     steps, step, loss_sum = sum(map(len, epochs)), 0, 0.0
     for parts in epochs:
         loss_sum = 0.0
@@ -54,7 +55,7 @@ def learn(
                 bits = bits * alive
             masks = _by_name(bits, layout, prunable=True)
             net = {n: _one_bit(weights[n], m) if lesson.rule == "biprop" else weights[n] * m for n, m in masks.items()}
-            loss = cross_entropy(call_with(model.module, net, batch.x), batch.y)
+            loss = model.loss(call_with(model.module, net, batch.x), batch.y)
             (slope,) = torch.autograd.grad(loss, learned)
             with torch.no_grad():
                 if lesson.weight_decay:
@@ -67,7 +68,7 @@ def learn(
                 raise FloatingPointError(f"training diverged: loss {loss_sum} at score learning rate {lesson.lr}")
             step += 1
     done = learned.detach() if sampled else learned.detach().abs()
-    return done.cpu().numpy(), loss_sum / len(data)
+    return done.cpu().numpy(), loss_sum / sum(map(len, epochs[-1]))
 
 
 def _cosine(lr: float, step: int, steps: int) -> float:

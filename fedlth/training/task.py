@@ -29,12 +29,15 @@ from fedlth.models.layout import Entry, Layout, Params
 from fedlth.rng import stream
 from fedlth.study import schema
 from fedlth.training.batches import batches
+from fedlth.training.budget import Budget
 from fedlth.training.client_tasks import OWN, TaskNames, as_seen, own_model, own_study
 from fedlth.training.evaluation import evaluate
 from fedlth.training.flat_model import FlatModel
+from fedlth.training.loss import plain
 from fedlth.training.model_context import ModelContext
-from fedlth.training.recipe import Epochs, TrainingRecipe
+from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import drawn_request
+from fedlth.training.study_recipe import loss_of
 from fedlth.training.train import train
 from fedlth.training.tuned import tune
 
@@ -93,7 +96,8 @@ class Task:
         if self.study.compute == "tuned" or (table is not None and kernel.large(table)):
             few = inputs(self.dataset, self.few[:3], train=True)
             tuned = tune(module, few.to(self.device).x)
-        return FlatModel(module, self.layout, self.device, table, tuned)
+        loss = plain(loss_of(self.study.train.loss, self.dataset.num_classes))
+        return FlatModel(module, self.layout, self.device, table, tuned, loss)
 
     @cached_property
     def table(self) -> LayerTable | str:
@@ -168,7 +172,7 @@ class Task:
         """Train and evaluate each once, on next to nothing: what is loaded or compiled, forked workers then share."""
         for task in self.each if self.study.compute == "sparse" else ():
             few = inputs(task.dataset, task.few[:2], train=True)
-            recipe = TrainingRecipe(budget=Epochs(1), batch_size=2, lr=task.study.train.lr)
+            recipe = TrainingRecipe(budget=Budget(epochs=1), batch_size=2, lr=task.study.train.lr)
             request = drawn_request(task.theta_0, few, recipe, order=stream(0, "warm"), torch_seed=0)
             train(task.flat_model, request)
             evaluate(task.flat_model, task.theta_0, few)

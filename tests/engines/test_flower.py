@@ -122,8 +122,9 @@ class TestInOneSimulation:
             ("lotteryfl", {"wire": "lossless"}, unlucky),
             ("fedselect", {}, client_step),
             ("fedpm", {}, client_step),
+            ("two_step", tiny.RECIPE, client_step),
         ],
-        ids=["every part", "a client that raises", "fedselect", "fedpm"],
+        ids=["every part", "a client that raises", "fedselect", "fedpm", "a training recipe"],
     )
     def test_a_study_equals_the_in_process_run_and_its_ledger_what_crossed_the_grid(
         self, method: str, sections: dict[str, Any], step: Step, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -90,6 +90,12 @@ def test_a_ray_started_here_equals_in_process_and_ends_with_the_run(tmp_path: Pa
 
 @pytest.mark.usefixtures("shared_ray")
 class TestOnOneRay:
+    def test_a_training_recipe_equals_in_process(self, tmp_path: Path) -> None:
+        made = tiny.study(**tiny.RECIPE, engine="ray", ray={"workers": 2})
+        run(made, tmp_path / "there")
+        tiny.run(made, tmp_path / "here")
+        assert tiny.facts(tmp_path / "there") == tiny.facts(tmp_path / "here")
+
     def test_workers_equal_in_process_and_the_gpu_of_each_client_is_recorded(self, tmp_path: Path) -> None:
         here = run(study_of(**PARTS), tmp_path / "here")
         ray = {"workers": 2, "num_gpus": 1.0, "logical_gpus": 2}

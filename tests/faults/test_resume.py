@@ -49,6 +49,7 @@ STUDIES: dict[str, dict[str, Any]] = {
     "fedselect": {"method": {"name": "fedselect", **tiny.METHODS["fedselect"]}, "model": {
         "name": "tests.test_methods:normed", "options": {}, "buffers": "local_statistics"}},
     "fedpm": {"method": {"name": "fedpm", **tiny.METHODS["fedpm"]}},
+    "recipe": tiny.RECIPE,
 }  # fmt: skip
 
 
@@ -150,7 +151,7 @@ def test_a_crash_at_every_place_of_a_commit(
     assert tiny.facts(out) == reference("refined")
 
 
-@pytest.mark.parametrize("name", ["fedselect", "fedpm"])
+@pytest.mark.parametrize("name", ["fedselect", "fedpm", "recipe"])
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_stopping_between_commits(
     tmp_path: Path, reference: Callable[[str], dict[str, bytes]], name: str, stop: int

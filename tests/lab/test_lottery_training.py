@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from fedlth.errors import StudyError
+from fedlth.lab import runner
 from fedlth.lab.attack import attacked, evaluate_attacked
 from fedlth.lab.bench import Bench
 from fedlth.lab.study import Train
@@ -178,3 +180,70 @@ def test_a_step_on_attacked_images_is_a_step_on_those_images(kind: str) -> None:
         bench.flat_model, bench.dataset, one.final, bench.parts["validation"], kind="pgd", eps=0.1, steps=3
     )
     assert one.curve[-1].accuracy == told[0], "validation is on PGD's images, whatever it trained on"
+
+
+RECIPE = {
+    "optimiser": {"name": "adamw", "weight_decay": 0.1, "eps": 1e-4}, "lr": 0.01, "clip_norm": 0.5,
+    "schedule": {"name": "linear", "warmup": 0.2}, "loss": {"name": "cross_entropy", "label_smoothing": 0.1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_a_whole_recipe_takes_torchs_steps(start: int) -> None:
+    bench = tiny.bench()
+    config = replace(bench.train_config(RECIPE), first=start, last=start + 8)
+    ours = bench.trained(bench.theta_0, bench.full, config).final
+    module, layout = bench.model.module(), bench.layout
+    named = dict(module.named_parameters())
+    with torch.no_grad():
+        for e in layout.floats:
+            named[e.name].copy_(torch.from_numpy(bench.theta_0.floats[e.slice].reshape(e.shape)))
+    optimiser = torch.optim.AdamW(module.parameters(), lr=0.01, weight_decay=0.1, eps=1e-4)
+    x, y = bench.parts["train"]
+    for step, part in enumerate(batches(len(y), config, stream(bench.seed, "order")), start):
+        optimiser.param_groups[0]["lr"] = 0.01 * ((step + 1) / 5 if step < 4 else (20 - step) / 16)
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(module(x[part]), y[part], label_smoothing=0.1).backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)
+        optimiser.step()
+    for e in layout.floats:
+        np.testing.assert_allclose(ours.floats[e.slice], named[e.name].detach().reshape(-1).numpy(), atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "change", [{"augment": "flip"}, {"pull": {"name": "proximal", "mu": 1.0}}, {"clip_norm": 0.01}]
+)
+def test_each_part_of_a_recipe_changes_a_training_and_its_name(change: dict[str, object]) -> None:
+    bench = tiny.bench()
+    plain, other = bench.train_config(), bench.train_config(change)
+    assert plain.text() != other.text()
+    one, two = (bench.trained(bench.theta_0, bench.full, config).final for config in (plain, other))
+    assert one.digest() != two.digest()
+    half = bench.trained(bench.theta_0, bench.full, replace(other, last=10)).final
+    if "pull" not in change:
+        rest = bench.trained(half, bench.full, replace(other, first=10)).final
+        assert rest.digest() == two.digest(), "a training that goes on sees what the whole one sees"
+
+
+def test_keys_that_came_later_do_not_rename_what_a_folder_holds() -> None:
+    text = TrainConfig(train=Train()).text()
+    assert not any(f'"{key}"' in text for key in ("clip_norm", "loss", "pull", "augment"))
+    assert '"optimiser": "sgd"' in text and '"schedule": "constant"' in text
+
+
+@pytest.mark.parametrize(
+    ("train", "says"),
+    [
+        ({"optimiser": "adamm"}, "train.optimizer.name: must be one of"),
+        ({"optimiser": {"name": "adamw"}, "momentum": 0.9}, "train.momentum must be given once"),
+        ({"schedule": {"name": "linear", "warmup": 2.0}}, "train.schedule: .*warmup must be"),
+        ({"loss": "hinge"}, "train.loss.name: must be one of"),
+        ({"pull": "elastic"}, "train.pull.name: must be one of"),
+        ({"augment": {"name": "crop", "pad": 0}}, "train.augment: .*pad must be"),
+        ({"clip_norm": 0.0}, "train.clip_norm: "),
+    ],
+    ids=lambda given: given if isinstance(given, str) else "",
+)
+def test_a_bad_part_of_a_recipe_names_its_place(train: dict[str, object], says: str) -> None:
+    with pytest.raises(StudyError, match=says):
+        runner.check(tiny.made(train={"iterations": 20, "batch_size": 16, "lr": 0.1, **train}))

@@ -34,12 +34,13 @@ from fedlth.models.layout import Params, layout_of, read
 from fedlth.rng import stream
 from fedlth.storage.run_folder import RunFolder
 from fedlth.training import cohort, cohort_size
+from fedlth.training.budget import Budget
 from fedlth.training.evaluation import evaluate
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.local_client import LocalClient
 from fedlth.training.lockstep import ASK, side_by_side
 from fedlth.training.loss import cross_entropy
-from fedlth.training.recipe import Epochs, TrainingRecipe
+from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingRequest, TrainingResult, drawn_request
 from fedlth.training.task import Task
 from fedlth.training.train import train
@@ -100,7 +101,7 @@ def members(model: FlatModel, start: Params, recipe: TrainingRecipe) -> list[Tra
         active = rng.random(size) < 0.4 if k in (1, 3) else None
         trainable = rng.random(model.layout.num_params) < 0.5 if k in (2, 3) else None
         found.append(drawn_request(
-            Params(floats, start.ints), data(count, k), replace(recipe, budget=Epochs(epochs + (k == 2))),
+            Params(floats, start.ints), data(count, k), replace(recipe, budget=Budget(epochs=epochs + (k == 2))),
             order=stream(0, "order", k, 0), torch_seed=0, active=active, trainable=trainable,
             snapshots=(1, epochs) if k != 4 else (),
         ))  # fmt: skip

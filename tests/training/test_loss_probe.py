@@ -326,7 +326,7 @@ def test_a_learned_mask_beats_its_untrained_net_and_leaves_weights_alone(rule: s
 def test_learning_tells_its_cost_and_respects_the_dead() -> None:
     told: list[tuple[float, int]] = []
     net, layout, params = network(mlp(num_classes=4, input_shape=(12,), hidden=[8]), digits())
-    net = replace(net, learning=lambda alive, epochs: nullcontext(told.append((float(alive.mean()), epochs))))
+    net = replace(net, learning=lambda one: nullcontext(told.append((float(one.alive.mean()), one.epochs))))
     alive = np.arange(layout.num_prunable) % 2 == 0
     lesson = Lesson(rule="edge_popup", alive=alive, density=0.25, epochs=3, lr=0.1)
     weights = params.floats[: layout.num_prunable] * alive

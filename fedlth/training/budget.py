@@ -1,0 +1,50 @@
+"""How long a training is: epochs over the client's data, steps, or a sum of both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedlth.training.batches import batches, steps_an_epoch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """So many passes over the data and so many steps more, each pass in an order of its own; the last may be cut."""
+
+    epochs: int = 0
+    steps: int = 0
+
+    def __add__(self, other: Budget) -> Budget:
+        return Budget(epochs=self.epochs + other.epochs, steps=self.steps + other.steps)
+
+    def times(self, count: int) -> Budget:
+        return Budget(epochs=self.epochs * count, steps=self.steps * count)
+
+    def __bool__(self) -> bool:
+        return bool(self.epochs or self.steps)
+
+    def __call__(self, size: int, batch_size: int, order: np.random.Generator, /) -> list[list[np.ndarray]]:
+        """Draw the batches of `size` examples, by epoch."""
+        found, left = [], self.total(size, batch_size)
+        while left > 0:
+            found.append(batches(size, batch_size, order)[:left])
+            left -= len(found[-1])
+        return found
+
+    def total(self, size: int, batch_size: int) -> int:
+        """Return how many steps it is on `size` examples."""
+        return self.epochs * steps_an_epoch(size, batch_size) + self.steps
+
+    def passes(self, size: int, batch_size: int) -> int:
+        """Return how many passes over `size` examples it begins."""
+        return -(-self.total(size, batch_size) // steps_an_epoch(size, batch_size))
+
+    def examples(self, size: int, batch_size: int) -> int:
+        """Return about how many examples it sees of `size`, each as often as it is seen: a pass sees them all."""
+        return round(size * self.total(size, batch_size) / steps_an_epoch(size, batch_size))
+
+    def in_epochs(self, steps_an_epoch: float) -> float:
+        """Return it in epochs of so many steps; an int where only epochs are asked for."""
+        return self.epochs + self.steps / steps_an_epoch if self.steps else self.epochs

@@ -1,0 +1,90 @@
+"""From the train and personalise sections of a study to the recipes of its two steps."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from fedlth.errors import StudyError
+from fedlth.study import schema
+from fedlth.study.parts import imported, make, options_of
+from fedlth.training.budget import Budget
+from fedlth.training.loss import Loss, OfBatch
+from fedlth.training.pull import NO_PULL
+from fedlth.training.recipe import PARTS, TrainingRecipe
+
+ANY_CLASSES = 2**31  # before the data are known, no token is out of range
+HAS = {
+    "optimizer": "memory(like)", "schedule": "__call__(step, steps)", "loss": "__call__(outputs, y)",
+    "pull": "__call__(grad, weights, anchor)", "augment": "__call__(x, generator)",
+}  # fmt: skip
+
+
+def budget_of(section: schema.Train | schema.Personalise) -> Budget:
+    return Budget(epochs=section.epochs or 0, steps=section.steps or 0)
+
+
+def recipe_of(train: schema.Train, num_classes: int, where: str = "train") -> TrainingRecipe:
+    """Build the parts that a train section names; raise StudyError naming the place."""
+    optimizer = dict(train.optimizer)
+    for key in ("momentum", "weight_decay"):
+        if short := getattr(train, key):
+            optimizer[key] = short
+    return TrainingRecipe(
+        budget=budget_of(train), batch_size=train.batch_size, lr=train.lr,
+        optimizer=part("optimizer", optimizer, where), schedule=part("schedule", train.schedule, where),
+        loss=loss_of(train.loss, num_classes, where), clip_norm=train.clip_norm,
+        pull=NO_PULL if train.pull is None else part("pull", train.pull, where),
+        augment=tuple(part("augment", one, where) for one in train.augment),
+        dropout=train.dropout, precision=train.precision,
+    )  # fmt: skip
+
+
+def personal(study: schema.Study) -> schema.Train:
+    """Return what a training of step 2 is as a train section: personalise's keys, and train's where it has none."""
+    p, keys = study.personalise, schema.Train.model_fields.keys() & schema.Personalise.model_fields.keys()
+    given = {key: getattr(p, key) for key in keys if getattr(p, key) is not None}
+    if "optimizer" in given:  # with it go the options of the other one
+        given = {"momentum": 0.0, "weight_decay": 0.0, **given}
+    return study.train.model_copy(update={**given, "epochs": p.epochs, "steps": p.steps})
+
+
+def recipes(study: schema.Study, num_classes: int = ANY_CLASSES) -> tuple[TrainingRecipe, TrainingRecipe]:
+    """Return the recipes of step 1 (in its first round) and of step 2."""
+    schema.check_optimizer(personal(study), "personalise")
+    own = any(getattr(study.personalise, key, None) is not None for key in HAS)
+    return recipe_of(study.train, num_classes), recipe_of(
+        personal(study), num_classes, "personalise" if own else "train"
+    )
+
+
+def loss_of(spec: Mapping[str, Any], num_classes: int, where: str = "train") -> Loss:
+    """Build a loss; your own may be a plain function of (outputs, y)."""
+    name = str(spec.get("name"))
+    factory = imported(name, f"{where}.loss") if ":" in name else PARTS["loss"].get(name)
+    if inspect.isfunction(factory) and len(_required(factory)) == 2:
+        return OfBatch(factory)
+    takes = factory is not None and callable(factory) and "num_classes" in options_of(factory)
+    found: Loss = part("loss", {"num_classes": num_classes, **spec} if takes else spec, where)
+    return found
+
+
+def part(kind: str, spec: Mapping[str, Any], where: str) -> Any:
+    """Build one part; it must be a frozen value, since recipes are compared."""
+    place = f"{where}.{kind}"
+    found = make(PARTS[kind], spec, place, has=HAS[kind])
+    try:
+        hash(found)
+    except TypeError as error:
+        raise StudyError(f"{place}: {spec.get('name')} must be a frozen value that can be hashed: {error}") from error
+    return found
+
+
+@cache
+def _required(function: Any) -> tuple[str, ...]:
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(
+        p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    )
