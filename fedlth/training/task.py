@@ -122,8 +122,11 @@ class Task:
 
     def _single_batches(self, x: Tensor) -> list[str]:
         """Return a note that names the clients with a batch of one example, where the model cannot train on one."""
-        size = self.study.train.batch_size
-        shortest = [min(map(len, batches(len(c.train), size, stream(0, "probe")))) for c in self.splits.clients]
+        sizes = {self.study.train.batch_size, self.study.personalise.batch_size or self.study.train.batch_size}
+        shortest = [
+            min(len(part) for size in sizes for part in batches(len(c.train), size, stream(0, "probe")))
+            for c in self.splits.clients
+        ]
         single = [client for client, count in enumerate(shortest) if count == 1]
         if not single:
             return []
