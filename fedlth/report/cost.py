@@ -26,7 +26,7 @@ class Cost:
     ticket: float
     search: float
 
-    def rounds(self, epochs: int) -> float:
+    def rounds(self, epochs: float) -> float:
         """Return after how many rounds of `epochs` epochs the ticket has paid for its search; inf for never."""
         saved = (self.dense - self.ticket) * epochs
         return self.search / saved if saved > 0 else math.inf
@@ -45,14 +45,14 @@ def costs(results: Results) -> tuple[Cost, ...]:
 
 
 def cost_text(results: Results) -> str:
-    """Return the costs as sentences, "" where nothing was measured; a round is one of `train.epochs` epochs."""
+    """Return the costs as sentences, "" where nothing was measured; a round is as long as `train` says."""
     epochs = _round_epochs(results.group[0])
+    many = f"{epochs:.3g} epoch{'' if epochs == 1 else 's'}"
     parts = []
     for cost in costs(results):
         rounds = cost.rounds(epochs)
         paid = "a ticket never pays for its search"
         if math.isfinite(rounds):
-            many = f"{epochs} epoch{'s' if epochs > 1 else ''}"
             paid = f"a ticket has paid for its search after {math.ceil(rounds)} rounds of {many}"
         parts.append(
             f"An epoch inside the ticket takes {cost.ticket:.3g} {cost.unit} a client, its dense twin "
@@ -77,11 +77,16 @@ def _evaluation(results: Results) -> list[str]:
     return [f"Of the CPU time of training and evaluation, evaluation takes {', '.join(shares)}."] if shares else []
 
 
-def _round_epochs(facts: Facts) -> int:
+def _round_epochs(facts: Facts) -> float:
+    """Return the epochs of a client's training in a round; of one in steps, what its trainings came to."""
     import yaml
 
-    study = yaml.safe_load(facts.config) or {}
-    return int(study.get("train", {}).get("epochs") or 1)
+    train = (yaml.safe_load(facts.config) or {}).get("train", {})
+    if not train.get("steps"):
+        return int(train.get("epochs") or 1)
+    rounds = {phase.name for phase in facts.header.phases if phase.step == 1}
+    done = [one.epochs for row in facts.times if row.phase in rounds for one in row.work if one.epochs]
+    return float(np.mean(done)) if done else 1.0
 
 
 def _cpu(group: tuple[Facts, ...], choice: Choice) -> Cost | None:

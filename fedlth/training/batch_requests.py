@@ -11,7 +11,7 @@ from fedlth.data.examples import Examples
 from fedlth.models.layout import Params
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.lockstep import ASK
-from fedlth.training.loss import CrossEntropy, MaskedLm, MeanSquaredError
+from fedlth.training.loss import CrossEntropy, MaskedLm, MeanSquaredError, restricts
 from fedlth.training.optimizer import Adam, AdamW, Sgd
 from fedlth.training.pull import Proximal
 from fedlth.training.request import TrainingRequest, TrainingResult
@@ -79,6 +79,8 @@ def obstacle(request: TrainingRequest) -> str:
 def lacks(request: TrainingRequest) -> str:
     """Say what a cohort cannot do of a training; "" where it can do all of it."""
     recipe = request.recipe
+    if restricts(recipe.loss):
+        return "a cohort has no classes: own"
     for part, known in ((recipe.optimizer, OPTIMIZERS), (recipe.loss, LOSSES), (recipe.pull, (Proximal,))):
         if type(part) not in known:
             return f"a cohort has no {type(part).__name__}"

@@ -8,7 +8,7 @@ import torch
 from fedlth.kernel import kernel
 from fedlth.models.layout import Params
 from fedlth.training.flat_model import FlatModel
-from fedlth.training.loss import CrossEntropy
+from fedlth.training.loss import CrossEntropy, restricts
 from fedlth.training.optimizer import Sgd
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingRequest, TrainingResult
@@ -32,6 +32,8 @@ def lacks(recipe: TrainingRecipe) -> str:
         return type(optimizer).__name__
     if optimizer.nesterov:
         return "Nesterov momentum"
+    if restricts(recipe.loss):
+        return "classes: own"
     if type(recipe.loss) is not CrossEntropy:
         return type(recipe.loss).__name__
     if recipe.loss.label_smoothing:

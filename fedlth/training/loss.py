@@ -91,6 +91,11 @@ class Restricted:
         return logits[..., kept], torch.where(y == IGNORED, y, place[y.clamp(min=0)])
 
 
+def restricts(loss: object) -> bool:
+    """Say whether a loss trains a client's own classes alone."""
+    return isinstance(loss, Restricted) or (isinstance(loss, CrossEntropy) and loss.classes == "own")
+
+
 @dataclass(frozen=True)
 class MeanSquaredError:
     """Mean squared error; outputs and y (N,) or (N, k), or outputs (N, 1) with y (N,)."""

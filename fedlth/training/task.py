@@ -149,9 +149,12 @@ class Task:
 
     def _single_batches(self, x: Inputs) -> list[str]:
         """Return a note that names the clients with a batch of one example, where the model cannot train on one."""
-        size = self.study.train.batch_size
+        wanted = {self.study.train.batch_size, self.study.personalise.batch_size or self.study.train.batch_size}
         sizes = {client: len(self.splits.clients[client].train) for client in self.clients}
-        shortest = {c: min(map(len, batches(count, size, stream(0, "probe")))) for c, count in sizes.items()}
+        shortest = {
+            c: min(len(part) for size in wanted for part in batches(count, size, stream(0, "probe")))
+            for c, count in sizes.items()
+        }
         single = [client for client, count in shortest.items() if count == 1]
         if not single:
             return []

@@ -20,6 +20,7 @@ from fedlth.training.batch_requests import Training
 from fedlth.training.budget import Budget
 from fedlth.training.dropout import at_rate, places
 from fedlth.training.flat_model import FlatModel
+from fedlth.training.local_client import LocalClient
 from fedlth.training.loss import IGNORED, CrossEntropy, MaskedLm, MeanSquaredError, OfBatch, Restricted, examined
 from fedlth.training.optimizer import Adam, AdamW, Memory, Sgd
 from fedlth.training.pull import Proximal
@@ -372,6 +373,7 @@ def test_what_the_kernel_and_a_cohort_lack_is_said() -> None:
             replace(BASE, optimizer=Sgd(momentum=0.5, nesterov=True)),
             replace(BASE, loss=MeanSquaredError()),
             replace(BASE, loss=CrossEntropy(label_smoothing=0.1)),
+            replace(BASE, loss=Restricted(CrossEntropy(), (0, 1))),
             replace(BASE, clip_norm=1.0),
             replace(BASE, pull=Proximal(mu=1.0)),
             replace(BASE, dropout=0.1),
@@ -383,6 +385,7 @@ def test_what_the_kernel_and_a_cohort_lack_is_said() -> None:
         "Nesterov momentum",
         "MeanSquaredError",
         "label smoothing",
+        "classes: own",
         "clip_norm",
         "pull",
         "dropout",
@@ -396,3 +399,19 @@ def test_what_the_kernel_and_a_cohort_lack_is_said() -> None:
         (replace(BASE, precision="bf16"), "a cohort has no bf16"),
     ):  # fmt: skip
         assert batch_requests.lacks(asked(recipe, start, images(30))) == why
+
+
+def test_bf16_casts_the_forward_pass_alone() -> None:
+    exact, rounded = ended(BASE), ended(replace(BASE, precision="bf16"))
+    assert rounded.dtype == np.float32 and 0 < np.abs(exact - rounded).max() < 0.05
+    assert (rounded.view(np.uint32) & 0xFFFF).any(), "weights keep their float32 digits"
+
+
+def test_a_client_trains_towards_the_anchor_that_its_method_gives() -> None:
+    local = LocalClient(tiny.task(train={"pull": {"name": "proximal", "mu": 1.0}}), 0, 1, "federate")
+    far = Params(local.task.theta_0.floats + 1, local.task.theta_0.ints)
+    mask = np.random.default_rng(0).random(local.full.size) < 0.5
+    given, anchors = {"recipe": local.recipe, "active": mask}, (None, far, local.task.theta_0)
+    ends = [local.train(far, **given, anchor=anchor).params.floats for anchor in anchors]
+    np.testing.assert_array_equal(ends[0][: mask.size][mask], ends[1][: mask.size][mask])
+    assert (ends[2] != ends[0]).any() and not any(end[: mask.size][~mask].any() for end in ends)
