@@ -244,7 +244,7 @@ def test_a_task_that_no_client_has_is_noted() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("method", ["two_step", "fedselect"])
 def test_every_engine_gives_equal_results(tmp_path: Path, method: str) -> None:
     file = tmp_path / "study.yaml"
