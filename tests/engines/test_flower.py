@@ -34,7 +34,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),
 ]
 ROOT = Path(__file__).parents[2]
-NAMES = ("ledger", "metrics", "rounds")
+NAMES = ("ledger", "metrics", "rounds", "curve")
 
 
 PARTS: dict[str, Any] = {
@@ -78,7 +78,7 @@ def bare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def assert_equal(one: Path, other: Path) -> None:
-    for name in NAMES:
+    for name in (name for name in NAMES if name != "curve" or (one / "curve.jsonl").exists()):
         assert bare(tiny.rows(one, name)) == bare(tiny.rows(other, name)), name
     assert tiny.digests(one) == tiny.digests(other)
 
@@ -123,8 +123,13 @@ class TestInOneSimulation:
             ("fedselect", {}, client_step),
             ("fedpm", {}, client_step),
             ("two_step", tiny.RECIPE, client_step),
+            ("two_step", {"train": {"lr": 0.8}, "evaluate": {"every": 1, "keep": "best"}}, client_step),
+            ("lotteryfl", {"evaluate": {"every": 1}}, client_step),
         ],
-        ids=["every part", "a client that raises", "fedselect", "fedpm", "a training recipe"],
+        ids=[
+            "every part", "a client that raises", "fedselect", "fedpm", "a training recipe", "the best of a curve",
+            "a curve of slices",
+        ],  # fmt: skip
     )
     def test_a_study_equals_the_in_process_run_and_its_ledger_what_crossed_the_grid(
         self, method: str, sections: dict[str, Any], step: Step, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

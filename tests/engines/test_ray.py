@@ -105,6 +105,14 @@ class TestOnOneRay:
         assert sorted(served) == [0, 1, 2, 3]
         assert {worker.split()[0].partition("@")[2] for worker in served.values()} <= {"gpu0", "gpu1"}
 
+    @pytest.mark.parametrize(("name", "keep"), [("two_step", "best"), ("lotteryfl", "last")])
+    def test_evaluation_between_the_rounds_equals_in_process(self, name: str, keep: str, tmp_path: Path) -> None:
+        sections = {"federate": {"rounds": 3}, "train": {"lr": 0.8}, "evaluate": {"every": 1, "keep": keep}}
+        tiny.run(tiny.of_method(name, **sections), tmp_path / "here")
+        run(tiny.of_method(name, **sections, engine="ray", ray={"workers": 2}), tmp_path / "there")
+        assert tiny.facts(tmp_path / "there") == tiny.facts(tmp_path / "here")
+        assert (tmp_path / "there" / "curve.jsonl").read_bytes() == (tmp_path / "here" / "curve.jsonl").read_bytes()
+
     def test_faulty_clients_cost_only_themselves(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A stopped process runs no more and does not answer Ray's own request to end."""
         monkeypatch.setattr(pool, "TRIES", 1)  # tests/engines/test_pool.py counts them
