@@ -49,11 +49,7 @@ def test_no_client_chooses_its_density_by_test_data(tmp_path: Path, main: str) -
         clients={"capacity": capacity}, federate={"rounds": 4},
     )  # fmt: skip
     unaltered(made, tmp_path)
-    assert {r["target_density"] for r in tiny.rows(tmp_path / "honest", "metrics") if r.get("chosen")} <= {
-        0.5,
-        0.3,
-        0.1,
-    }
+    assert sum(r.get("chosen", False) for r in tiny.rows(tmp_path / "honest", "metrics")) == 2 * 4
 
 
 def unaltered(made: Study, tmp_path: Path) -> None:

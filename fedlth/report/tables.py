@@ -138,6 +138,8 @@ def bytes_table(results: Results) -> Table:
     for kind in sorted({kind for one in all_of for kind in one.by_kind}):
         rows.append(row(f"kind: {kind}", [one.by_kind.get(kind, nothing) for one in all_of]))
     rows.append(row("of these refused or failed", [one.refused for one in all_of]))
+    if any(one.late.messages for one in all_of):
+        rows.append(row("of these after the deadline", [one.late for one in all_of]))
     dense = [float(np.mean([getattr(one, key) for one in all_of])) for key in ("dense_up_bytes", "dense_down_bytes")]
     rows.append(("dense FedAvg for the same visits", NOTHING, *(scaled(mean, "B") for mean in (*dense, sum(dense)))))
     if any(one.evaluation.messages for one in all_of):

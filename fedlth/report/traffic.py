@@ -63,17 +63,19 @@ class Traffic:
     """The traffic of one run. Refused and failed messages are in every total: they were sent.
 
     unicast: every message counts. once: a payload broadcast to many receivers counts once a round (see `once`).
-    framed_bytes: as the transport sent it, None unless every frame's size was told. dense_bytes: what dense FedAvg
-    would have moved for the same visits through the same codec: one dense model down and one dense update up for each
-    visit in rounds that join updates, one down for each other visit. A dense update is the mean of those that this run
-    did send (dense_seen of them); with none, it counts as much as a dense model down. `evaluation` is what the
-    evaluations between the rounds moved, every receiver counted: no other field holds any of it.
+    late: replies after a fleet's deadline. framed_bytes: as the transport sent it, None unless every frame's size was
+    told. dense_bytes: what dense FedAvg would have moved for the same visits through the same codec: one dense model
+    down and one dense update up for each visit in rounds that join updates (only the model down where the client
+    dropped out), one down for each other visit. A dense update is the mean of those that this run did send (dense_seen
+    of them); with none, it counts as much as a dense model down. `evaluation` is what the evaluations between the
+    rounds moved, every receiver counted: no other field holds any of it.
     """
 
     unicast: Flow
     once: Flow
     framed_bytes: int | None
     refused: Flow
+    late: Flow
     by_kind: dict[str, Flow]
     by_phase: dict[str, Flow]
     by_client: dict[int, Flow]
@@ -172,6 +174,7 @@ def traffic(facts: Facts) -> Traffic:
         once=flow(once(rows)),
         framed_bytes=told.framed_bytes if told.frames and told.frames == told.all_frames else None,
         refused=flow(filter(is_refused, rows)),
+        late=flow(row for row in rows if row.status == LATE),
         by_kind=dict(sorted(_flows((row.kind, row) for row in rows).items())),
         by_phase=_flows((row.phase, row) for row in rows),
         by_client=dict(sorted(_flows((client, row) for row in rows for client in clients_of(row)).items())),
