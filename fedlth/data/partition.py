@@ -1,7 +1,7 @@
 """How train examples are divided among clients: one frozen part a scheme, and the table that names them.
 
-Every part is called with labels (N,) or (N, T), keys (N,) or None, num_clients and a generator, and returns one
-sorted int64 index array a client. Arrays are disjoint; a part that leaves examples out says so.
+Every part is called with labels (N,) or (N, T), or real numbers, keys (N,) or None, num_clients and a generator, and
+returns one sorted int64 index array a client. Arrays are disjoint; a part that leaves examples out says so.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from fedlth.data.label_partition import Classes, Shards
+from fedlth.data.label_partition import Classes, Shards, one_label_each
 from fedlth.data.limits import check_above_zero, check_count
 from fedlth.errors import StudyError
 
@@ -59,8 +59,7 @@ class Dirichlet:
     def __call__(
         self, labels: np.ndarray, keys: np.ndarray | None, num_clients: int, rng: np.random.Generator
     ) -> list[np.ndarray]:
-        if labels.ndim != 1:
-            raise StudyError("partition: dirichlet must have one label for each example, got one for each position")
+        one_label_each("dirichlet", labels)
         classes, sizes = np.unique(labels, return_counts=True)
 
         def draw() -> np.ndarray:

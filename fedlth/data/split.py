@@ -12,6 +12,7 @@ from fedlth.data.dataset import Dataset
 from fedlth.data.factory import told
 from fedlth.data.limits import check_count, is_number
 from fedlth.data.partition import Partition
+from fedlth.data.ragged import IGNORED
 from fedlth.errors import StudyError, wrong
 from fedlth.rng import stream
 
@@ -48,8 +49,9 @@ def split_clients(
 
     validation: share of a client's examples, rounded, at least one and never all.
     test_samples: test images a client, drawn without replacement by the client's label proportions (train and
-    validation together) from the data set's own test split; a class with too few gives what it has, and clients may
-    overlap. A partition by key with keys in the test split draws from the client's own key instead.
+    validation together) from the data set's own test split (of positions and real numbers: plainly); a class with
+    too few gives what it has, and clients may overlap. A partition by key with keys in the test split draws from the
+    client's own key instead.
     unseen: share of clients held out, rounded, at least one when above zero.
     seed: of the partition, apart from the run's seed.
     Raises StudyError naming the setting, and the client when one would be empty.
@@ -77,8 +79,11 @@ def split_clients(
 
 
 def label_counts(dataset: Dataset, split: ClientSplit) -> list[int]:
-    """Return how many train examples (or positions) of each class a client has: (num_classes,)."""
-    counts = np.bincount(dataset.y_train[split.train].reshape(-1), minlength=dataset.num_classes)
+    """Return a client's train examples (or positions) of each class, (num_classes,); [] for real numbers."""
+    if dataset.targets == "numbers":
+        return []
+    labels = dataset.y_train[split.train].reshape(-1)
+    counts = np.bincount(labels[labels != IGNORED], minlength=dataset.num_classes)
     return [int(n) for n in counts]
 
 
@@ -91,7 +96,7 @@ def _check(dataset: Dataset, num_clients: int, validation: float, test_samples: 
     check_count("clients.test_samples", test_samples)
     if not is_number(unseen) or not 0 <= unseen < 1:
         raise wrong("clients.unseen", "in [0, 1)", unseen)
-    if dataset.x_train.dtype.kind != "i" and dataset.y_train.ndim == 1:  # a vocabulary may hold words that never come
+    if dataset.targets == "classes" and not dataset.tokens:  # a vocabulary may hold words that never come
         absent = np.flatnonzero(np.bincount(dataset.y_train, minlength=dataset.num_classes) == 0)
         if absent.size:
             raise StudyError(f"data: class {absent[0]} must have a training example, got none that a client could have")
@@ -130,7 +135,7 @@ def _validation(indices: np.ndarray, validation: float, rng: np.random.Generator
 
 def _labelled(dataset: Dataset) -> list[np.ndarray]:
     """Return the positions in x_test of each class; none where labels are not one an example."""
-    if dataset.y_test.ndim != 1:
+    if dataset.targets != "classes":
         return []
     order = np.argsort(dataset.y_test, kind="stable")
     return np.split(order, np.cumsum(np.bincount(dataset.y_test, minlength=dataset.num_classes))[:-1])
@@ -144,7 +149,7 @@ def _test(
     if getattr(partition, "by_key", False) and dataset.key_train is not None and dataset.key_test is not None:
         own = np.flatnonzero(np.isin(dataset.key_test, np.unique(dataset.key_train[indices])))
         return np.sort(rng.choice(own, min(test_samples, len(own)), replace=False))
-    if dataset.y_train.ndim != 1:
+    if dataset.targets != "classes":
         everything = len(dataset.y_test)
         return np.sort(rng.choice(everything, min(test_samples, everything), replace=False))
     counts = np.bincount(dataset.y_train[indices], minlength=dataset.num_classes)

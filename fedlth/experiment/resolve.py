@@ -122,6 +122,7 @@ def _checked(experiment: Experiment) -> list[str]:
         refuse(task.model.brought, "finder.rewind")
     if "random" in arms and task.model.brought:
         notes.append(f"arm random: starts from {' and '.join(experiment.random_starts)} alone; {task.model.brought}")
+    _check_gates(experiment)
     task.capacity(0)  # says what is wrong with clients.capacity
     method = experiment.method
     if method.space == "scores" and task.exchange.num_prunable != task.layout.num_prunable:
@@ -130,6 +131,24 @@ def _checked(experiment: Experiment) -> list[str]:
             f"{list(task.study.model.personal or ())} and buffers {task.study.model.buffers}"
         )
     return notes
+
+
+def _check_gates(experiment: Experiment) -> None:
+    """Refuse a threshold on a metric of which less is better: all thresholds say what must be reached or exceeded."""
+    metric, finder, own = experiment.task.judged.main, experiment.finder, experiment.method.own
+    if metric.higher_is_better:
+        return
+    for event in (getattr(own, "before", None), getattr(own, "after", None)):
+        if event is not None and getattr(event, "val_accuracy", -1) >= 0:
+            raise StudyError(
+                f"method.val_accuracy: must be below 0 (always open) where less of the metric is better, as of "
+                f"{metric.name}, got {event.val_accuracy}"
+            )
+    if set(experiment.arms) & effects.SEARCH and hasattr(finder.gate, "at_least"):
+        raise StudyError(
+            f"finder.gate: must not be {type(finder.gate).__name__} where less of the metric is better, as of "
+            f"{metric.name}"
+        )
 
 
 def _check_rules(experiment: Experiment) -> None:

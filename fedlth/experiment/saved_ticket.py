@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedlth.data.ragged import Shape, named
 from fedlth.data.sources import load
 from fedlth.errors import StudyError
 from fedlth.experiment.experiment import Experiment
@@ -26,9 +27,12 @@ from fedlth.training.task import Task
 
 def inputs(task: Task) -> dict[str, Any]:
     """Return what a ticket's metadata says of its network's inputs: with them the network is built without data."""
-    dtype = "int64" if task.dataset.x_train.dtype.kind == "i" else "float32"
-    shape = list(task.dataset.input_shape)
-    return {"num_classes": task.dataset.num_classes, "input_shape": shape, "input_dtype": dtype}
+    x, shape = task.dataset.x_train, task.dataset.input_shape
+    dtypes = {name: "int64" if array.dtype.kind == "i" else "float32" for name, array in named(x).items()}
+    told: dict[str, Any] = {"num_classes": task.dataset.num_classes}
+    if isinstance(shape, dict):
+        return told | {"input_shape": {name: list(own) for name, own in shape.items()}, "input_dtype": dtypes}
+    return told | {"input_shape": list(shape), "input_dtype": dtypes["x"]}
 
 
 def kept_ticket(task: Task, state: ClientState) -> tuple[Params, np.ndarray]:
@@ -65,8 +69,11 @@ def load_ticket(run: str | Path, client: int) -> nn.Module:
 def _filled(path: Path, run: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> nn.Module:
     """Build the run's network and copy the ticket into it; every tensor of both is checked."""
     study = RunFolder(run).study()
+    shape: Shape
     if "input_shape" in metadata:
-        num_classes, shape = int(metadata["num_classes"]), tuple(json.loads(metadata["input_shape"]))
+        read = json.loads(metadata["input_shape"])
+        shape = {n: tuple(own) for n, own in read.items()} if isinstance(read, dict) else tuple(read)
+        num_classes = int(metadata["num_classes"])
     else:  # files of version 0.1 do not say what goes in: the data set does
         dataset = load(study.data.name, root=study.data.root, options=study.data.options)
         num_classes, shape = dataset.num_classes, dataset.input_shape

@@ -55,7 +55,9 @@ class Asked:
 
     The client's own parts of the data; in step 2, the arms and their target densities, and what tensors are prunable;
     the messages that its phase's update sends, by name: kind and layout. `named`: the mask that comes up is that of a
-    model in the rows. `own_mask`: values may lie under another mask than what was sent.
+    model in the rows. `own_mask`: values may lie under another mask than what was sent. Whether the
+    task has an accuracy, the metric that the study is judged by, and the names of those in the rows beside accuracy
+    and loss.
     """
 
     split: ClientSplit
@@ -66,6 +68,9 @@ class Asked:
     targets: frozenset[float] = frozenset()
     layers: frozenset[str] = frozenset()
     named: bool = True
+    accuracy: bool = True
+    metric: str = "accuracy"
+    metrics: frozenset[str] = frozenset()
 
 
 def accept(reply: Reply, *, codec: Codec, held: Held, asked: Asked) -> Accepted:
@@ -102,6 +107,10 @@ def accept(reply: Reply, *, codec: Codec, held: Held, asked: Asked) -> Accepted:
         visit = visit_record(record)
         if visit.num_examples != len(asked.split.train):
             raise ValueError(f"num_examples must be {len(asked.split.train)}, got {visit.num_examples}")
+        if visit.val_accuracy is not None and not asked.accuracy:
+            raise ValueError("val_accuracy was not asked for: the targets are real numbers")
+        if visit.val_metric is not None and asked.metric == "accuracy":
+            raise ValueError("val_metric was not asked for: the study is judged by accuracy")
     except ValueError as error:
         raise PayloadError(f"metrics: {error}") from error
     if first is None:
@@ -144,6 +153,12 @@ def _rows(record: Mapping[str, Any], content: Content | None, reply: Reply, aske
             raise ValueError(f"arm {row.arm!r} at target_density {row.target_density} came twice")
         if row.layer_density.keys() != asked.layers:
             raise ValueError(f"layer_density must name the model's prunable tensors, got {_short(row.layer_density)}")
+        for part in ("val", "test"):
+            if (getattr(row, f"{part}_accuracy") is not None) != asked.accuracy:
+                raise ValueError(f"{part}_accuracy must {'be a number' if asked.accuracy else 'be None'}")
+            if getattr(row, f"{part}_metrics").keys() != asked.metrics:
+                wanted = ", ".join(sorted(asked.metrics)) or "nothing"
+                raise ValueError(f"{part}_metrics must name {wanted}, got {_short(getattr(row, f'{part}_metrics'))}")
         met.add((row.arm, row.target_density))
     if content is not None and asked.named and _name(content.mask) not in {row.ticket for row in parsed}:
         raise ValueError("ticket must name the mask that came with the rows, in one of them")

@@ -311,8 +311,10 @@ def _later(experiment: Experiment, tried: Moved) -> Params:
 
 
 def _visit_bytes(task: Task) -> int:
-    examples = max(len(split.train) for split in task.splits.clients)
-    return len(metrics.encode({"num_examples": examples, "loss": 0.0, "val_accuracy": 0.0, "density": 1.0}))
+    examples, judged = max(len(split.train) for split in task.splits.clients), task.judged
+    told = {"val_accuracy": 0.0} if judged.has_accuracy else {}
+    told |= {} if judged.main.name == "accuracy" else {"val_metric": 0.0}
+    return len(metrics.encode({"num_examples": examples, "loss": 0.0, **told, "density": 1.0}))
 
 
 def _arms_bytes(experiment: Experiment) -> int:

@@ -58,6 +58,7 @@ class Replies:
     times: list[TimeRow] = field(default_factory=list)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     seen: list[float] = field(default_factory=list)
+    seen_metric: list[float] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     mirrors: dict[str, str | None] = field(default_factory=dict)
     resyncs: int = 0
@@ -158,7 +159,7 @@ class Replies:
     @cached_property
     def _asked_of_all(self) -> Asked:
         experiment, phase = self.experiment, self.phase
-        layout, sends = experiment.task.layout, phase.update.sends
+        layout, sends, judged = experiment.task.layout, phase.update.sends, experiment.task.judged
         arms: tuple[str, ...] = ()
         if phase.in_waves:
             arms = ("refined",) if phase.name == "refined" else tuple(map(row_name, experiment.arms))
@@ -167,7 +168,8 @@ class Replies:
             sends={name: (kind, experiment.layout_of(kind)) for name, kind in sends}, arms=frozenset(arms),
             targets=frozenset((1.0, *experiment.study.finder.densities, experiment.main_density)),
             layers=frozenset(e.name for e in layout.prunable),
-            named=experiment.layout.num_prunable == layout.num_prunable,
+            named=experiment.layout.num_prunable == layout.num_prunable, accuracy=judged.has_accuracy,
+            metric=judged.main.name, metrics=frozenset(judged.named),
         )  # fmt: skip
 
     def _keep(self, answer: Reply, got: Accepted, states: Writer, masks: Writer) -> None:
@@ -183,6 +185,8 @@ class Replies:
         self.metrics += got.rows
         if got.visit is not None and got.visit.val_accuracy is not None:
             self.seen.append(got.visit.val_accuracy)
+        if got.visit is not None and got.visit.val_metric is not None:
+            self.seen_metric.append(got.visit.val_metric)
 
     def _rows_down(self, job: Job, answer: Reply | Failure, kind: str = "") -> list[LedgerRow]:
         first = "install" if str(job.client) not in self.progress.versions else ""

@@ -115,7 +115,9 @@ class Federation:
             summary = replace(summary, rolled_back_to=self._roll_back())
             progress = replace(progress, good=f"theta-{step.place}")
         self._commit(step, progress, sent, replies, summary, began)
-        log.info(line(summary, step.place + 1, step.total, time.perf_counter() - began))
+        log.info(
+            line(summary, step.place + 1, step.total, time.perf_counter() - began, self.experiment.task.judged.main)
+        )
         if summary.rolled_back_to:
             log.info(f"note: no client could use this global model; it is rolled back to {summary.rolled_back_to}")
         if phase.join and self.progress.empty_rounds >= EMPTY_ROUNDS_ALLOWED:

@@ -22,7 +22,7 @@ from fedlth.federation.rounds import Federation, missing
 from fedlth.kernel import kernel
 from fedlth.storage import tensorboard, ticket_file
 from fedlth.storage.client_state import ClientState
-from fedlth.storage.records import Digests, Header, Layer, Phase, RoundRow
+from fedlth.storage.records import Digests, Header, Layer, Measure, Phase, RoundRow
 from fedlth.storage.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ def _write_header(folder: RunFolder, experiment: Experiment, engine: Engine, end
         num_clients=study.clients.count,
         unseen=sorted(task.splits.unseen),
         num_classes=task.dataset.num_classes,
-        client_labels=[label_counts(task.dataset, s) for s in task.splits.clients],
+        client_labels=[found for s in task.splits.clients if (found := label_counts(task.dataset, s))],
         layers=[
             Layer(e.name, list(e.shape), e.size, e.prunable, task.model.flops.get(e.name, 0))
             for e in task.layout.floats
@@ -171,6 +171,9 @@ def _write_header(folder: RunFolder, experiment: Experiment, engine: Engine, end
         phases=[
             Phase(name=p.name, rounds=p.rounds, step=2 - (p in experiment.federated_phases), joins=bool(p.join))
             for p in experiment.phases
+        ],
+        metrics=[
+            Measure(m.name, m.higher_is_better, m.percent) for m in dict.fromkeys((task.judged.main, *task.judged.all))
         ],
         finished=ended is not None,
     )

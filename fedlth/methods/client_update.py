@@ -160,7 +160,7 @@ class MaskedUpdate:
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         held, task = self.own(local, inbox, state), local.task
-        val_accuracy = local.val_accuracy(held.params)
+        seen = local.visit_scores(held.params)
         params, mask = self.before(local, held.params, held.mask, None)
         recipe = self.recipe(local, local.recipe)
         trained = local.train(params, recipe=recipe, active=mask, snapshots=self.after.snapshots)
@@ -168,7 +168,7 @@ class MaskedUpdate:
         sent, shared = task.shared_part(params), task.shared_mask(mask)
         metrics = {
             "loss": trained.loss,
-            "val_accuracy": val_accuracy,
+            **seen,
             "density": int(np.count_nonzero(mask)) / mask.size,
         }
         new = replace(state, visits=state.visits + 1)

@@ -52,10 +52,10 @@ class ScoreUpdate:
     sends: tuple[tuple[str, str], ...] = ((UPDATE, "mask"),)
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
-        val_accuracy = local.val_accuracy(self.own(local, inbox, state).params)
+        seen = local.visit_scores(self.own(local, inbox, state).params)
         scores, loss = self._train(local, _scores(inbox), local.recipe.budget.epochs)
         mask = local.rng("upload mask").random(scores.size) < 1 / (1 + np.exp(-scores.astype(np.float64)))
-        metrics = {"loss": loss, "val_accuracy": val_accuracy, "density": float(mask.mean())}
+        metrics = {"loss": loss, **seen, "density": float(mask.mean())}
         return Update(replace(state, visits=state.visits + 1), {UPDATE: Content(mask, None, None)}, metrics)
 
     def own(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Own:

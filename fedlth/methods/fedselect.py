@@ -56,7 +56,7 @@ class SelectUpdate:
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         held, shared = self.own(local, inbox, state), _shared(local, inbox)
-        val_accuracy = local.val_accuracy(held.params)
+        seen = local.visit_scores(held.params)
         params, loss = self._alternate(local, held.params, shared, local.recipe)
         visits = state.visits + 1
         if visits % self.every == 0:
@@ -64,7 +64,7 @@ class SelectUpdate:
         own = local.task.moving_part(params)
         new = replace(state, visits=visits).with_(vectors={"private": own.floats, "private_ints": own.ints})
         sent = local.task.shared_part(params.masked(shared))
-        metrics = {"loss": loss, "val_accuracy": val_accuracy, "density": float(shared.mean())}
+        metrics = {"loss": loss, **seen, "density": float(shared.mean())}
         return Update(new, {UPDATE: Content(local.task.shared_mask(shared), sent.floats, sent.ints)}, metrics)
 
     def own(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Own:

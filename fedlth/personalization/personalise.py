@@ -125,21 +125,21 @@ def _reported(
 def row_of(local: LocalClient, result: Result) -> MetricRow:
     """Evaluate one finished model. Test data is read here alone; no training and no choice sees it.
 
-    A model that diverged, or whose loss is not finite, counts as a uniform guess among the classes. Its row says so for
-    what training and validation show; of a test loss no ticket file and no choice may depend.
+    A model that diverged, or whose loss is not finite, counts as a uniform guess among the classes, or as the mean of
+    the client's training targets. Its row says so for what training and validation show; of a test loss no ticket file
+    and no choice may depend.
     """
     task, size = local.task, local.full.size
     if not (result.held or result.diverged) and ((result.params.floats[:size] != 0) & ~result.mask).any():
         raise AssertionError(f"arm {result.arm}: a pruned weight is not zero")
-    guess = 1 / task.dataset.num_classes, math.log(task.dataset.num_classes)
-    val, test, diverged = guess, guess, result.diverged
+    judged, test_part, diverged = task.judged, task.part(local.client, "test"), result.diverged
     if not diverged:
-        val = local.evaluate(result.params, local.val_part)
-        test = local.evaluate(result.params, task.part(local.client, "test"))
-        if not math.isfinite(val[1]):
-            val, test, diverged = guess, guess, True
-        elif not math.isfinite(test[1]):
-            test = guess
+        val, test = local.evaluate(result.params, local.val_part), local.evaluate(result.params, test_part)
+        diverged = not math.isfinite(val.loss)
+    if diverged:
+        val = local.guess(local.val_part, judged.all)
+    if diverged or not math.isfinite(test.loss):
+        test = local.guess(test_part, judged.all)
     split = task.splits.clients[local.client]
     return MetricRow(
         client=local.client,
@@ -152,16 +152,18 @@ def row_of(local: LocalClient, result: Result) -> MetricRow:
         search_epochs=result.search_epochs,
         train_flops=result.flops[0],
         train_flops_effective=result.flops[1],
-        val_accuracy=val[0],
-        val_loss=val[1],
-        test_accuracy=test[0],
-        test_loss=test[1],
+        val_accuracy=val.metrics.get("accuracy"),
+        val_loss=val.loss,
+        test_accuracy=test.metrics.get("accuracy"),
+        test_loss=test.loss,
         num_train=len(split.train),
         num_val=len(split.val),
         num_test=len(split.test),
         ticket="" if result.mask.all() else bitmap.digest(result.mask),
         layer_density={e.name: _share(result.mask[e.slice]) for e in task.layout.prunable},
         diverged=diverged,
+        val_metrics={name: val.metrics[name] for name in judged.named},
+        test_metrics={name: test.metrics[name] for name in judged.named},
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from fedlth.report.choice import Choice, main_choice, rows_of
 from fedlth.report.facts import Facts
+from fedlth.report.measure import Shown, shown_of
 from fedlth.report.overlap import Overlap, overlap
 from fedlth.report.statistics import ArmSummary, summarise
 from fedlth.report.traffic import Traffic, traffic
@@ -27,6 +28,11 @@ class Results:
     summaries: tuple[ArmSummary, ...]
     traffics: tuple[Traffic, ...]
     overlaps: tuple[Overlap, ...]
+
+    @property
+    def shown(self) -> Shown:
+        """The metric that the study is judged by."""
+        return shown_of(self.group)
 
     def summary(self, choice: Choice | None) -> ArmSummary | None:
         """Return the summary of one arm and density, or None where it was not evaluated."""

@@ -13,7 +13,20 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from fedlth.errors import StudyError, wrong
 from fedlth.storage.json_lines import read_lines, read_object
-from fedlth.storage.typed_record import Amount, Count, Label, Name, Number, Range, Share, Shares, Target, Text, read
+from fedlth.storage.typed_record import (
+    Amount,
+    Count,
+    Label,
+    Name,
+    Number,
+    Numbers,
+    Range,
+    Share,
+    Shares,
+    Target,
+    Text,
+    read,
+)  # fmt: skip
 from fedlth.study.parts import is_number
 
 T = TypeVar("T")
@@ -51,11 +64,23 @@ class Layer:
     flops_per_example: float = 0.0
 
 
+@dataclass(frozen=True)
+class Measure:
+    """A metric as a report shows it: which direction is better, and whether it is a percentage."""
+
+    name: str
+    higher_is_better: bool
+    percent: bool
+
+
+ACCURACY = Measure("accuracy", higher_is_better=True, percent=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What is true of a whole run (header.json). `phases` are in order."""
+    """What is true of a whole run (header.json). `phases` are in order; the first of `metrics` is the study's."""
 
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"phases"})
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"phases", "metrics"})
 
     format: int = FORMAT
     study: str
@@ -82,6 +107,7 @@ class Header:
     dense_raw_bytes: int = 0
     flops_forward_per_example: float = 0.0
     random_starts: list[str] = field(default_factory=list)
+    metrics: list[Measure] = field(default_factory=lambda: [ACCURACY])
     finished: bool
 
     def joining(self, step: int | None = None) -> frozenset[str]:
@@ -144,10 +170,11 @@ class Diverged:
 class RoundRow:
     """One round as the server saw it; `val_accuracy` is None where no visit reported one.
 
-    `rolled_back_to` says which global model took the place of one that no client could use ("" for none).
+    `val_metric` is the study's metric where that is not accuracy. `rolled_back_to` says which global model took the
+    place of one that no client could use ("" for none).
     """
 
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"rolled_back_to"})
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"rolled_back_to", "val_metric"})
 
     round: int
     phase: str
@@ -158,6 +185,7 @@ class RoundRow:
     failed: list[Failed] = field(default_factory=list)
     diverged: list[Diverged] = field(default_factory=list)
     rolled_back_to: str = ""
+    val_metric: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,19 +235,20 @@ class Digests:
 class MetricRow:
     """One client under one arm at one density, read once at the end.
 
-    `diverged` says that the arm's training did. Defaults are for reading what earlier versions wrote: a client must
-    give every field that is not in OPTIONAL.
+    Accuracies are None where targets are real numbers; the study's metrics beside accuracy and loss are in
+    `val_metrics` and `test_metrics` by name. `diverged` says that the arm's training did. Defaults are for reading what
+    earlier versions wrote: a client must give every field that is not in OPTIONAL.
     """
 
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"diverged"})
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"diverged", "val_metrics", "test_metrics"})
 
     client: Count
     unseen: bool
     arm: Name
     density: Share
     target_density: Target
-    val_accuracy: Share
-    test_accuracy: Share
+    val_accuracy: Share | None
+    test_accuracy: Share | None
     num_train: Count
     start: Label = ""
     epochs: Amount = 0.0
@@ -233,18 +262,32 @@ class MetricRow:
     ticket: Label = ""
     layer_density: Annotated[dict[str, Any], Shares()] = field(default_factory=dict)
     diverged: bool = False
+    val_metrics: Annotated[dict[str, Any], Numbers()] = field(default_factory=dict)
+    test_metrics: Annotated[dict[str, Any], Numbers()] = field(default_factory=dict)
+
+    def value(self, part: str, metric: str) -> float:
+        """Return a metric's value on "val" or "test" data; NaN where the row does not say it."""
+        if metric == "loss":
+            return float(getattr(self, f"{part}_loss"))
+        found = getattr(self, f"{part}_accuracy") if metric == "accuracy" else None
+        found = getattr(self, f"{part}_metrics").get(metric) if found is None else found
+        return float("nan") if found is None else float(found)
 
 
 @dataclass(frozen=True)
 class VisitRecord:
-    """What a client says of one visit. A method may leave out all but the first, and add numbers of its own."""
+    """What a client says of one visit. A method may leave out all but the first, and add numbers of its own.
 
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"loss", "val_accuracy", "density"})
+    `val_metric` is the study's metric where that is not accuracy.
+    """
+
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"loss", "val_accuracy", "density", "val_metric"})
 
     num_examples: Annotated[int, Range(1, 2**53, "a whole number of at least 1")]
     loss: Number | None = None
     val_accuracy: Share | None = None
     density: Share | None = None
+    val_metric: Number | None = None
 
 
 def visit_record(record: Mapping[str, Any]) -> VisitRecord:

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from fedlth.errors import StudyError
-from fedlth.storage.records import RoundRow, read_log
+from fedlth.storage.records import RoundRow, read_header, read_log
 
 
 def require() -> None:
@@ -21,8 +21,10 @@ def write(run: Path) -> None:
 
     for old in (run / "tensorboard").glob("events.*"):  # a resume that visited lost clients again writes all anew
         old.unlink()
+    metric = read_header(run).metrics[0].name
     with SummaryWriter(str(run / "tensorboard")) as writer:
         for step, row in enumerate(read_log(run, RoundRow)[0], 1):
-            for name in ("val_accuracy", "up_bytes", "down_bytes"):
+            for name in ("val_accuracy", "val_metric", "up_bytes", "down_bytes"):
                 if (value := getattr(row, name)) is not None:
-                    writer.add_scalar(f"{row.phase}/{name}", value, step)
+                    told = f"val_{metric}" if name == "val_metric" else name
+                    writer.add_scalar(f"{row.phase}/{told}", value, step)

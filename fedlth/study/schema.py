@@ -159,6 +159,8 @@ class Study(Node):
     partition: Spec = {"name": "iid"}
     clients: Clients
     model: Annotated[Model, BeforeValidator(_spec)] = Model()
+    metric: str | None = None
+    metrics: Names = ()
     train: Train = Train()
     federate: Federate = Federate()
     finder: Finder = Finder()

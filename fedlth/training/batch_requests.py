@@ -11,7 +11,8 @@ from fedlth.data.examples import Examples
 from fedlth.models.layout import Params
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.lockstep import ASK
-from fedlth.training.loss import CrossEntropy
+from fedlth.training.loss import CrossEntropy, MeanSquaredError
+from fedlth.training.metrics import Metric, Scores
 from fedlth.training.recipe import Sgd
 from fedlth.training.request import TrainingRequest, TrainingResult
 
@@ -61,6 +62,7 @@ class Evaluation:
     model: FlatModel
     params: Params
     data: Examples
+    metrics: tuple[Metric, ...]
     cpu_s: list[float] = field(default_factory=list)
 
     @property
@@ -72,8 +74,8 @@ def obstacle(request: TrainingRequest) -> str:
     """Say why a training does not go to the cohort that this call is in; "" where it does."""
     if ASK.get() is None:
         return "no cohort"
-    for part, known in ((request.recipe.optimizer, Sgd), (request.recipe.loss, CrossEntropy)):
-        if type(part) is not known:
+    for part, known in ((request.recipe.optimizer, (Sgd,)), (request.recipe.loss, (CrossEntropy, MeanSquaredError))):
+        if type(part) not in known:
             return f"a cohort has no {type(part).__name__}"
     if request.data.lengths:
         return RAGGED
@@ -86,11 +88,11 @@ def train(model: FlatModel, request: TrainingRequest) -> TrainingResult:
     return result
 
 
-def evaluated(model: FlatModel, params: Params, data: Examples) -> tuple[float, float] | None:
+def evaluated(model: FlatModel, params: Params, data: Examples, metrics: tuple[Metric, ...]) -> Scores | None:
     """Ask for an evaluation with those of the cohort that this call is in; None outside one, and for ragged data."""
-    found: tuple[float, float] | None = None
+    found: Scores | None = None
     if ASK.get() is not None and not data.lengths:
-        found = _answer(Evaluation(model, params, data))
+        found = _answer(Evaluation(model, params, data, metrics))
     return found
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fedlth.kernel.table import LayerTable
 from fedlth.models.layout import Entry, Layout, Params
+from fedlth.training.loss import Loss, cross_entropy
 from fedlth.training.tuned import Tuned, as_written
 
 
@@ -19,7 +20,7 @@ class FlatModel:
     With a `table`, training and evaluation run in the compute kernel instead; with `tuned` they take its forwards of
     the module and its memory format. All are equal up to float32 rounding. Of one FlatModel, the kernel's training
     and evaluation may run in many threads at once; training and evaluation
-    in the module hold `lock`.
+    in the module hold `lock`. `loss` is what evaluations and probes ask; a training has its recipe's.
     """
 
     def __init__(
@@ -29,7 +30,9 @@ class FlatModel:
         device: str,
         table: LayerTable | None = None,
         tuned: Tuned | None = None,
+        loss: Loss = cross_entropy,
     ) -> None:
+        self.loss = loss
         self.table = table
         self.module = module.to(device)
         self.forward = tuned or as_written(self.module)

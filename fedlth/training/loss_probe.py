@@ -19,7 +19,7 @@ from fedlth.models.layout import Layout, Params
 from fedlth.tickets.evidence import Lesson
 from fedlth.training.evaluation import gradient
 from fedlth.training.flat_model import FlatModel
-from fedlth.training.loss import cross_entropy
+from fedlth.training.metrics import counted
 from fedlth.training.supermask import learn
 
 EXAMPLES_AT_ONCE = 64
@@ -145,13 +145,14 @@ class LossProbe:
         return call_with(self.model.module, {**fixed, **named}, x)
 
     def _loss(self, fixed: Mapping[str, Tensor], flat: Tensor, x: Inputs, y: Tensor, temperature: float) -> Tensor:
-        return cross_entropy(self._logits(fixed, flat, x) / temperature, y)
+        return self.model.loss(self._logits(fixed, flat, x) / temperature, y)
 
     def _shares(self) -> Iterator[tuple[Examples, float]]:
         """Yield the data in parts with each part's share of the mean."""
+        total = int(counted(self.data.y).sum())
         for at in range(0, len(self.data), 256):
             part = self.data.batch(slice(at, at + 256))
-            yield part.double(), len(part) / len(self.data)
+            yield part.double(), int(counted(part.y).sum()) / total
 
 
 def _batches(one: Callable[[Tensor, Inputs, Tensor], Tensor], flat: Tensor, two: Examples) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedlth.training.batches import batches, steps_an_epoch
-from fedlth.training.loss import CrossEntropy
+from fedlth.training.loss import CrossEntropy, Loss
 
 Memory = tuple[Tensor, ...]
 
@@ -128,7 +128,7 @@ class TrainingRecipe:
     lr: float
     optimizer: Optimizer = Sgd()
     schedule: Schedule = Constant()
-    loss: CrossEntropy = CrossEntropy()
+    loss: Loss = CrossEntropy()
     replay_lr: bool = True
     first_step: int = 0
     last_step: int | None = None

@@ -14,7 +14,6 @@ from fedlth.models.layout import Layout, Params
 from fedlth.tickets.evidence import Lesson
 from fedlth.training.batches import batches
 from fedlth.training.flat_model import FlatModel
-from fedlth.training.loss import cross_entropy
 
 
 def learn(
@@ -54,7 +53,7 @@ def learn(
                 bits = bits * alive
             masks = _by_name(bits, layout, prunable=True)
             net = {n: _one_bit(weights[n], m) if lesson.rule == "biprop" else weights[n] * m for n, m in masks.items()}
-            loss = cross_entropy(call_with(model.module, net, batch.x), batch.y)
+            loss = model.loss(call_with(model.module, net, batch.x), batch.y)
             (slope,) = torch.autograd.grad(loss, learned)
             with torch.no_grad():
                 if lesson.weight_decay:

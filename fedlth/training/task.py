@@ -11,6 +11,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedlth.data.capacity import tiers_of
 from fedlth.data.dataset import Dataset
@@ -32,6 +33,8 @@ from fedlth.study.parts import make
 from fedlth.training.batches import batches
 from fedlth.training.evaluation import evaluate
 from fedlth.training.flat_model import FlatModel
+from fedlth.training.loss import Loss, MeanSquaredError, cross_entropy
+from fedlth.training.metrics import Judged, judged
 from fedlth.training.model_context import ModelContext
 from fedlth.training.recipe import Epochs, TrainingRecipe
 from fedlth.training.request import drawn_request
@@ -73,7 +76,16 @@ class Task:
         if self.study.compute == "tuned" or (table is not None and kernel.large(table)):
             few = inputs(self.dataset, np.arange(min(3, len(self.dataset.y_train))), train=True)
             tuned = tune(module, few.to(self.device).x)
-        return FlatModel(module, self.layout, self.device, table, tuned)
+        return FlatModel(module, self.layout, self.device, table, tuned, self.loss)
+
+    @property
+    def loss(self) -> Loss:
+        return MeanSquaredError() if self.dataset.targets == "numbers" else cross_entropy
+
+    @cached_property
+    def judged(self) -> Judged:
+        """The metrics that this study is judged by."""
+        return judged(self.study.metric, self.study.metrics, self.dataset.targets)
 
     @cached_property
     def table(self) -> LayerTable | str:
@@ -105,17 +117,25 @@ class Task:
                     raise StudyError(
                         f"model: {self.study.model.name} fails on a batch {shapes(few.x)}: {told(error)}"
                     ) from error
-                wanted = (*few.y.shape, self.dataset.num_classes)
-                if tuple(outputs.shape) != wanted:
-                    got = tuple(outputs.shape)
-                    raise StudyError(f"model: {self.study.model.name} must return logits of shape {wanted}, got {got}")
+                self._check_outputs(outputs, few)
             for name, buffer in buffers.items():
                 if dict(module.named_buffers()).get(name) is not buffer:
                     raise StudyError(
                         f"model: buffer {name} is replaced; write into it in place: self.{name}.copy_(...)"
                     )
+        _ = self.judged  # a metric that cannot judge these targets says so
         _ = self.flat_model  # a backend that cannot run this model says so
         return self._single_batches(few.batch(slice(1)).x)
+
+    def _check_outputs(self, outputs: Tensor, few: Examples) -> None:
+        got, name = tuple(outputs.shape), self.study.model.name
+        if self.dataset.targets == "numbers":
+            wanted = tuple(few.y.shape)
+            if got not in (wanted, (len(few), 1) if len(wanted) == 1 else wanted) or not outputs.is_floating_point():
+                more = f" or {(len(few), 1)}" if len(wanted) == 1 else ""
+                raise StudyError(f"model: {name} must return real numbers of shape {wanted}{more}, got {got}")
+        elif got != (wanted := (*few.y.shape, self.dataset.num_classes)):
+            raise StudyError(f"model: {name} must return logits of shape {wanted}, got {got}")
 
     def _single_batches(self, x: Inputs) -> list[str]:
         """Return a note that names the clients with a batch of one example, where the model cannot train on one."""
@@ -144,7 +164,7 @@ class Task:
             recipe = TrainingRecipe(budget=Epochs(1), batch_size=2, lr=self.study.train.lr)
             request = drawn_request(self.theta_0, few, recipe, order=stream(0, "warm"), torch_seed=0)
             train(self.flat_model, request)
-            evaluate(self.flat_model, self.theta_0, few)
+            evaluate(self.flat_model, self.theta_0, few, self.judged.all)
 
     @property
     def device(self) -> str:

@@ -188,7 +188,8 @@ def test_calls_of_different_lengths_meet_and_end() -> None:
         found: list[Any] = []
         for turn in range(k):
             if (turn + k) % 2:
-                found.append(evaluate(model, start, given[k].data))
+                scores = evaluate(model, start, given[k].data)
+                found.append((scores.accuracy, scores.loss))
             else:
                 found.append(train(model, given[k]).params.floats)
         return found
@@ -340,14 +341,14 @@ def test_who_asks_again_does_so_in_the_same_cohort_on_every_engine(cohort: int, 
 
 def planted(patch: pytest.MonkeyPatch, fault: Callable[[], None]) -> None:
     """Let client 2 meet a fault in its first evaluation, before it trains."""
-    real = LocalClient.val_accuracy
+    real = LocalClient.visit_scores
 
-    def val_accuracy(self: LocalClient, params: Params) -> float:
+    def visit_scores(self: LocalClient, params: Params) -> dict[str, float]:
         if self.client == 2:
             fault()
         return real(self, params)
 
-    patch.setattr(LocalClient, "val_accuracy", val_accuracy)
+    patch.setattr(LocalClient, "visit_scores", visit_scores)
 
 
 def raises() -> None:
@@ -542,7 +543,7 @@ def test_a_members_cpu_seconds_are_those_of_its_share_of_the_work(monkeypatch: p
     members = [LocalClient(task, client, 1, "federate") for client in (0, 1, 2)]
 
     def step(local: LocalClient) -> None:
-        local.val_accuracy(local.train(task.theta_0, recipe=local.recipe).params)
+        local.val_score(local.train(task.theta_0, recipe=local.recipe).params)
 
     side_by_side([partial(step, m) for m in members], cohort.answer)
     for kind, sizes in (

@@ -84,7 +84,8 @@ def test_training_evaluation_and_gradient_equal_the_reference(way: str, masked: 
     (a, seen, slope), (b, seen_2, slope_2) = found
     assert np.abs(a.params.floats - b.params.floats).max() < 1e-5 and (a.params.ints == b.params.ints).all()
     assert np.abs(a.snapshots[1] - b.snapshots[1]).max() < 1e-5
-    assert a.loss == pytest.approx(b.loss, rel=1e-4) and seen == pytest.approx(seen_2, rel=1e-4)
+    assert a.loss == pytest.approx(b.loss, rel=1e-4) and seen.loss == pytest.approx(seen_2.loss, rel=1e-4)
+    assert seen.accuracy == pytest.approx(seen_2.accuracy, rel=1e-4)
     assert np.abs(slope - slope_2).max() < 1e-4 * np.abs(slope).max()
     if mask is not None:
         assert not b.params.floats[: mask.size][~mask].any()
