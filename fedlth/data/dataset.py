@@ -96,6 +96,8 @@ def checked(dataset: Dataset) -> Dataset:
     _check_inputs(dataset, place)
     for part in ("train", "test"):
         _check_labels(dataset, part, place)
+    for part in ("train", "test"):
+        _check_values(dataset, part, place)
         _check_lengths(dataset, part, place)
     shape = dataset.input_shape
     channels = shape[0] if len(shape) == 3 and not isinstance(shape, dict) else 0
@@ -146,7 +148,7 @@ def _check_field(x: np.ndarray, place: str, *, least: int) -> None:
 
 def _check_labels(dataset: Dataset, part: str, place: str) -> None:
     x, y, key = (getattr(dataset, f"{field}_{part}") for field in ("x", "y", "key"))
-    size, classes = len(next(iter(named(x).values()))), dataset.num_classes
+    size = len(next(iter(named(x).values())))
     known = isinstance(y, np.ndarray) and y.dtype in (np.int64, np.float32)
     if not known or y.ndim not in (1, 2) or len(y) != size:
         got = f"{y.dtype} {y.shape}" if isinstance(y, np.ndarray) else type(y).__name__
@@ -156,10 +158,13 @@ def _check_labels(dataset: Dataset, part: str, place: str) -> None:
         )
     if key is not None and (not isinstance(key, np.ndarray) or key.shape != (size,) or key.dtype.kind not in "iuU"):
         raise StudyError(f"{place}: key_{part} must be one integer or string for each example, (N,) with N = {size}")
-    first = dataset.y_train
-    if (y.dtype, y.ndim) != (first.dtype, first.ndim) or (y.dtype == np.float32 and y.shape[1:] != first.shape[1:]):
+
+
+def _check_values(dataset: Dataset, part: str, place: str) -> None:
+    y, other, classes = getattr(dataset, f"y_{part}"), dataset.y_test, dataset.num_classes
+    if (y.dtype, y.ndim) != (other.dtype, other.ndim) or (y.dtype == np.float32 and y.shape[1:] != other.shape[1:]):
         raise StudyError(
-            f"{place}: y_train and y_test must be of one kind, got {first.dtype} {first.shape} and {y.dtype} {y.shape}"
+            f"{place}: y_train and y_test must be of one kind, got {y.dtype} {y.shape} and {other.dtype} {other.shape}"
         )
     least = 2
     if y.dtype == np.float32:

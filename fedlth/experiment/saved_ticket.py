@@ -31,7 +31,7 @@ def inputs(task: Task) -> dict[str, Any]:
     dtypes = {name: "int64" if array.dtype.kind == "i" else "float32" for name, array in named(x).items()}
     told: dict[str, Any] = {"num_classes": task.dataset.num_classes}
     if isinstance(shape, dict):
-        return told | {"input_shape": {name: list(own) for name, own in shape.items()}, "input_dtype": dtypes}
+        return told | {"input_shape": json.dumps(shape), "input_dtype": json.dumps(dtypes)}
     return told | {"input_shape": list(shape), "input_dtype": dtypes["x"]}
 
 

@@ -175,8 +175,8 @@ def test_evaluation_of_a_cohort_equals_one_by_one() -> None:
     model, start = made()
     given = members(model, start, RECIPES["plain"])
     calls = [partial(evaluate, model, g.start, data(3 + 60 * k, k)) for k, g in enumerate(given)]
-    for (right, loss), (accuracy, mean) in zip(side_by_side(calls, cohort.answer), [c() for c in calls], strict=True):
-        assert right == pytest.approx(accuracy, abs=1e-12) and loss == pytest.approx(mean, rel=1e-5)
+    for got, one in zip(side_by_side(calls, cohort.answer), [c() for c in calls], strict=True):
+        assert got.accuracy == pytest.approx(one.accuracy, abs=1e-12) and got.loss == pytest.approx(one.loss, rel=1e-5)
 
 
 def test_calls_of_different_lengths_meet_and_end() -> None:
