@@ -75,7 +75,7 @@ def listing(what: str, name: str = "", study: str = "") -> str:
     tables = _tables()
     if name:
         return _one(what, name, study, tables)
-    kinds = [*tables, "finders", "engines"]
+    kinds = [*tables, "metrics", "finders", "engines"]
     if what and what not in kinds:
         raise StudyError(f"list: must be one of {', '.join(kinds)}, got {what!r}")
     wanted = [what] if what else [k for k in kinds if k not in FINDER_KINDS]
@@ -85,6 +85,8 @@ def listing(what: str, name: str = "", study: str = "") -> str:
 def _section(kind: str, tables: Mapping[str, Mapping[str, Callable[..., Any]]]) -> str:
     if kind == "engines":
         return "\n".join(["engines", *(f"  {n:18} {text}" for n, text in ENGINES.items())])
+    if kind == "metrics":
+        return "\n".join(["metrics", *_metrics(), "  or your own package.module:metric, called as (outputs, y)"])
     if kind == "finders":
         return "\n".join([FINDER, *(_section(k, tables) for k in FINDER_KINDS)])
     if kind == "methods":
@@ -140,6 +142,17 @@ def _methods(table: Mapping[str, Callable[..., Any]]) -> list[str]:
     for name, build in table.items():
         method = build()
         lines += [f"  {name:12} {method.summary}", f"  {'':12} {method.paper}{_options(build)}"]
+    return lines
+
+
+def _metrics() -> list[str]:
+    from fedlth.training.metrics import METRICS
+
+    lines = []
+    for name, metric in METRICS.items():
+        of = ", ".join(sorted(metric.fits))
+        way = "higher" if metric.higher_is_better else "lower"
+        lines.append(f"  {name:18} {_first_line(type(metric))} Of {of}; {way} is better")
     return lines
 
 

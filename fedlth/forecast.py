@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from fedlth.data.ragged import named
 from fedlth.engines.choose import check_engine, without_effect
 from fedlth.experiment.experiment import Experiment
 from fedlth.experiment.resolve import resolve
@@ -217,9 +218,9 @@ def _recipe_lines(experiment: Experiment, local: LocalClient) -> list[str]:
 
 def _memory_mb(experiment: Experiment) -> float:
     task = experiment.task
-    data = sum(a.nbytes for a in (task.dataset.x_train, task.dataset.x_test))
+    data = sum(a.nbytes for x in (task.dataset.x_train, task.dataset.x_test) for a in named(x).values())
     largest = max(len(c.train) + len(c.val) for c in task.splits.clients)
-    example = 4 * int(np.prod(task.dataset.x_train.shape[1:]))
+    example = sum(4 * int(np.prod(a.shape[1:])) for a in named(task.dataset.x_train).values())
     models = 12 + _step2_models(experiment)
     masks = len(task.study.finder.densities) if "random" in experiment.arms else 0
     return (

@@ -15,6 +15,7 @@ from fedlth.storage.records import MetricRow, read_log
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.store import write_atomic
 from fedlth.study.schema import Study, Tune
+from fedlth.training.metrics import Metric
 
 log = logging.getLogger(__name__)
 
@@ -25,28 +26,37 @@ def tuned(study: Study, out: Path) -> Study:
     """Return the study with the best of `tune.lr` as `train.lr`; without candidates, the study itself.
 
     Each candidate runs `tune.rounds` rounds and all that comes after in its own folder under `out`/tune, where it can
-    be resumed and read. The mean validation accuracy of the model that would be kept, at the density that would be
-    kept, decides; a client without one counts as 0, and ties go to the first. A candidate that diverges for
+    be resumed and read. The mean over clients of the study's metric on validation data, of the model that would be kept
+    at the density that would be kept, decides; a client without one counts as 0, where less is better as the worst of
+    the others, and ties go to the first. A candidate that diverges for
     any client has lost; chosen.json says so. Raises StudyError where all have.
     """
     if not study.tune.lr:
         return study
-    file = out / "tune" / "chosen.json"
-    scores: dict[str, float | str] = json.loads(file.read_bytes())["val_accuracy"] if file.exists() else {}
+    file, judged = out / "tune" / "chosen.json", Experiment.of(study).task.judged
+    metric = judged.main
+    scores: dict[str, float | str] = {}
+    if file.exists():
+        scores = next(found for key, found in json.loads(file.read_bytes()).items() if key.startswith("val_"))
     for lr in study.tune.lr:
         if str(lr) not in scores:
             scores[str(lr)] = _score(_trial(study, lr), out / "tune" / f"lr-{lr}")
-            write_atomic(file, json.dumps({"lr": None, "val_accuracy": scores}).encode())
+            write_atomic(file, json.dumps({"lr": None, f"val_{metric.name}": scores}).encode())
         score = scores[str(lr)]
-        told = score if isinstance(score, str) else f"validation accuracy {100 * score:.2f} %"
+        told = score if isinstance(score, str) else _shown(score, metric)
         log.info(f"tune: lr {lr}: {told}")
     found = {lr: score for lr in study.tune.lr if not isinstance(score := scores[str(lr)], str)}
     if not found:
         raise StudyError(f"{out / 'tune'}: every rate of tune.lr diverged, got {list(study.tune.lr)}; try lower ones")
-    best = max(found, key=lambda lr: found[lr])
+    best = max(found, key=lambda lr: judged.score(found[lr]))
     log.info(f"tune: lr {best} chosen")
-    write_atomic(file, json.dumps({"lr": best, "val_accuracy": scores}).encode())
+    write_atomic(file, json.dumps({"lr": best, f"val_{metric.name}": scores}).encode())
     return study.model_copy(update={"train": study.train.model_copy(update={"lr": best}), "tune": Tune()})
+
+
+def _shown(score: float, metric: Metric) -> str:
+    value = f"{100 * score:.2f} %" if metric.percent else f"{score:.4g}"
+    return f"validation {metric.name.rpartition(':')[2].replace('_', ' ')} {value}"
 
 
 def _trial(study: Study, lr: float) -> Study:
@@ -63,7 +73,7 @@ def _trial(study: Study, lr: float) -> Study:
 
 
 def _score(trial: Study, where: Path) -> float | str:
-    """Run a candidate, or go on with it, and return the mean validation accuracy of what it keeps, or DIVERGED."""
+    """Run a candidate, or go on with it, and return the metric of what it keeps on validation data, or DIVERGED."""
     try:
         again = (where / "config.yaml").exists()
         experiment = Experiment.of(RunFolder(where).study()) if again else resolve(trial)[0]
@@ -78,4 +88,7 @@ def _score(trial: Study, where: Path) -> float | str:
             kept[row.client] = row
     if not kept or any(row.diverged for row in kept.values()):
         return DIVERGED
-    return math.fsum(row.val_accuracy or 0.0 for row in kept.values()) / trial.clients.count
+    metric = experiment.judged.main
+    values = [row.value("val", metric.name) for row in kept.values()]
+    absent = 0.0 if metric.higher_is_better else max(values)
+    return math.fsum([*values, absent * (trial.clients.count - len(values))]) / trial.clients.count

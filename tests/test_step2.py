@@ -35,6 +35,7 @@ from fedlth.training import train
 from fedlth.training.batches import batches, steps_an_epoch
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.local_client import LocalClient
+from fedlth.training.metrics import Scores
 from fedlth.training.optimizer import Sgd
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingRequest
@@ -309,9 +310,9 @@ def test_what_is_kept_does_not_depend_on_test_data(tmp_path: Path, monkeypatch: 
     tiny.run(made, tmp_path / "whole")
     original = LocalClient.evaluate
 
-    def infinite(self: LocalClient, params: Any, data: Any) -> tuple[float, float]:
-        accuracy, loss = original(self, params, data)
-        return (accuracy, loss) if data is self.val_part else (accuracy, math.inf)
+    def infinite(self: LocalClient, params: Any, data: Any, metrics: Any = None) -> Scores:
+        found = original(self, params, data, metrics)
+        return found if data is self.val_part else replace(found, loss=math.inf)
 
     monkeypatch.setattr(LocalClient, "evaluate", infinite)
     tiny.run(made, tmp_path / "r")

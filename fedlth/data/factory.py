@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fedlth.data.dataset import Dataset
+from fedlth.data.ragged import IGNORED, as_rows, padded
 from fedlth.errors import StudyError
 
 
@@ -83,13 +84,13 @@ def user_dataset(name: str, root: str | None, options: Mapping[str, object]) -> 
     """Return the data set of a user's factory, which gives a Dataset or a dict of its fields (name left out or not)."""
     made = call_factory(name, "data", {"root": root}, options)
     if isinstance(made, Dataset):
-        return made
+        made = {field.name: getattr(made, field.name) for field in fields(Dataset)}
     if not isinstance(made, Mapping):
         raise StudyError(f"data: {name} must return a Dataset or a dict of its fields, got {type(made).__name__}")
     known = [field.name for field in fields(Dataset)]
     unknown = [str(key) for key in made if key not in known]
     required = ("x_train", "y_train", "x_test", "y_test", "num_classes")
-    missing = [key for key in required if key not in made]
+    missing = [key for key in required if key not in made and not (key == "num_classes" and _numbers(made))]
     if unknown or missing:
         raise StudyError(
             f"data: {name} must return the fields {', '.join(required)} and at most {', '.join(known)}, "
@@ -98,32 +99,59 @@ def user_dataset(name: str, root: str | None, options: Mapping[str, object]) -> 
     plain: dict[str, Any] = {"name": name, **made}
     if not isinstance(plain["name"], str):
         raise StudyError(f"data: {name}: name must be text, got {type(plain['name']).__name__}")
-    arrays: dict[str, Callable[[object], np.ndarray]] = {"x": _inputs, "y": _integers, "key": np.asarray}
-    for field in (f"{kind}_{part}" for kind in arrays for part in ("train", "test")):
-        if plain.get(field) is not None or not field.startswith("key"):
-            try:
-                plain[field] = arrays[field.partition("_")[0]](plain[field])
-            except ValueError as error:  # lists of unequal lengths
-                raise StudyError(f"data: {name}: {field} must be an array, got another value: {told(error)}") from error
+    _arrange(plain, name)
+    for field in ("key_train", "key_test"):
+        if plain.get(field) is not None:
+            plain[field] = np.asarray(plain[field])
     for field in ("mean", "std"):
         try:
             plain[field] = tuple(float(value) for value in plain.get(field, ()))
         except (TypeError, ValueError) as error:
             raise StudyError(f"data: {name}: {field} must be a list of numbers, got {plain[field]!r}") from error
+    y = plain["y_train"]
+    if not plain.get("num_classes") and isinstance(y, np.ndarray) and y.dtype.kind == "f" and y.ndim in (1, 2):
+        plain["num_classes"] = 1 if y.ndim == 1 else int(y.shape[1])
     return Dataset(**plain)
 
 
-def _inputs(values: object) -> np.ndarray:
-    """Bring doubles to float32 and small integers to int64, which hold the same values to training's precision."""
-    x = np.asarray(values)
-    if x.dtype.kind == "f":
-        return x.astype(np.float32)
-    return x.astype(np.int64) if x.dtype.kind in "iu" and x.dtype != np.uint8 else x
+def _numbers(made: Mapping[str, Any]) -> bool:
+    """Say whether targets are real numbers, whose outputs need not be counted by the user."""
+    try:
+        return "y_train" in made and np.asarray(made["y_train"]).dtype.kind == "f"
+    except ValueError:  # ragged rows
+        return False
 
 
-def _integers(values: object) -> np.ndarray:
-    y = np.asarray(values)
-    return y.astype(np.int64) if y.dtype.kind in "iu" else y
+def _arrange(made: dict[str, Any], name: str) -> None:
+    """Bring inputs and targets to arrays, ragged ones padded to one length in train and test, their lengths noted."""
+    lengths: dict[str, dict[str, np.ndarray]] = {"train": {}, "test": {}}
+    several = isinstance(made["x_train"], Mapping) and isinstance(made["x_test"], Mapping)
+    fields = {"x", "y"}
+    if several:
+        made["x_train"], made["x_test"] = dict(made["x_train"]), dict(made["x_test"])
+        fields = {"y"} | (made["x_train"].keys() & made["x_test"].keys())
+    for field in sorted(fields):
+        inside = several and field != "y"
+        holders = {part: made[f"x_{part}"] if inside else made for part in lengths}
+        keys = {part: field if inside else f"{field}_{part}" for part in lengths}
+        try:
+            rows = {part: as_rows(holders[part][keys[part]]) for part in lengths}
+        except ValueError as error:
+            place = f"x_train[{field!r}]" if inside else f"{field}_train or {field}_test"
+            raise StudyError(f"data: {name}: {place} must be an array, got another value: {told(error)}") from error
+        if any(isinstance(found, list) for found in rows.values()):
+            if any(part.ndim < 2 for part in rows.values() if isinstance(part, np.ndarray)):
+                part, other = sorted(rows, key=lambda part: isinstance(rows[part], np.ndarray))
+                place = f"x_{part}[{field!r}]" if inside else f"{field}_{part}"
+                raise StudyError(f"data: {name}: {place} must be an array, as that of {other} is, got ragged rows")
+            longest = max(len(row) for part in rows.values() for row in part)
+            for part, found in rows.items():
+                rows[part], lengths[part][field] = padded(found, longest, IGNORED if field == "y" else 0)
+        for part, found in rows.items():
+            holders[part][keys[part]] = found.astype(np.int64) if field == "y" and found.dtype == np.uint8 else found  # type: ignore[union-attr]
+    for part, own in lengths.items():
+        if own:
+            made[f"lengths_{part}"] = {**made.get(f"lengths_{part}", {}), **own}
 
 
 def _find(name: str, place: str) -> Callable[..., object]:

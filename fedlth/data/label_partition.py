@@ -32,7 +32,7 @@ class Shards:
     def __call__(
         self, labels: np.ndarray, keys: np.ndarray | None, num_clients: int, rng: np.random.Generator
     ) -> list[np.ndarray]:
-        _one_label_each("shards", labels)
+        one_label_each("shards", labels)
         wanted, there = num_clients * self.shards_per_client, len(labels) // self.shard_size
         if wanted > there:
             raise StudyError(
@@ -70,7 +70,7 @@ class Classes:
     def __call__(
         self, labels: np.ndarray, keys: np.ndarray | None, num_clients: int, rng: np.random.Generator
     ) -> list[np.ndarray]:
-        _one_label_each("classes", labels)
+        one_label_each("classes", labels)
         classes, sizes = np.unique(labels, return_counts=True)
         if self.classes_per_client > len(classes):
             raise wrong(
@@ -117,7 +117,10 @@ class Classes:
         )
 
 
-def _one_label_each(name: str, labels: np.ndarray) -> None:
+def one_label_each(name: str, labels: np.ndarray) -> None:
+    """Raise StudyError where examples have no one class each that a partition could follow."""
+    if labels.dtype.kind == "f":
+        raise StudyError(f"partition: {name} must have classes as targets, got real numbers; iid, quantity or natural")
     if labels.ndim != 1:
         raise StudyError(f"partition: {name} must have one label for each example, got one for each position")
 

@@ -1,8 +1,8 @@
 """How train examples are divided among clients: one frozen part a scheme, and the table that names them.
 
-Every part is called with labels (N,) or (N, T), keys (N,) or None, num_clients and a generator, and returns one
-sorted int64 index array a client, or `Parts` where it also says which examples are for validation or test. Arrays are
-disjoint; a part that leaves examples out says so.
+Every part is called with labels (N,) or (N, T), or real numbers, keys (N,) or None, num_clients and a generator, and
+returns one sorted int64 index array a client, or `Parts` where it also says which examples are for validation or test.
+Arrays are disjoint; a part that leaves examples out says so.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from fedlth.data.label_partition import Classes, Shards
+from fedlth.data.label_partition import Classes, Shards, one_label_each
 from fedlth.data.leaf import Leaf
 from fedlth.data.limits import MAX_TRIES, check_above_zero, check_count
 from fedlth.data.partition_file import FromFile
@@ -62,8 +62,7 @@ class Dirichlet:
     def __call__(
         self, labels: np.ndarray, keys: np.ndarray | None, num_clients: int, rng: np.random.Generator
     ) -> list[np.ndarray]:
-        if labels.ndim != 1:
-            raise StudyError("partition: dirichlet must have one label for each example, got one for each position")
+        one_label_each("dirichlet", labels)
         classes, sizes = np.unique(labels, return_counts=True)
 
         def draw() -> np.ndarray:

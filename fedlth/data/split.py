@@ -15,6 +15,7 @@ from fedlth.data.limits import check_count, is_number
 from fedlth.data.partition import Partition
 from fedlth.data.partition_file import FromFile
 from fedlth.data.parts import Parts
+from fedlth.data.ragged import IGNORED
 from fedlth.errors import StudyError, wrong
 from fedlth.rng import stream
 
@@ -63,8 +64,8 @@ def split_clients(
 
     own_test: the test part is a share of the client's own examples, rounded, at least one. Otherwise it is
     `test_samples` images drawn without replacement by the client's label proportions (train and validation together)
-    from the data set's own test split; a class with too few gives what it has, and clients may overlap. A partition
-    by key with keys in the test split draws from the client's own key instead.
+    from the data set's own test split (of positions and real numbers: plainly); a class with too few gives what it has,
+    and clients may overlap. A partition by key with keys in the test split draws from the client's own key instead.
     validation: share of a client's examples (of what the test part leaves), rounded, at least one and never all; 0:
     none.
     unseen: share of clients held out, rounded, at least one when above zero.
@@ -101,8 +102,11 @@ def split_clients(
 
 
 def label_counts(dataset: Dataset, split: ClientSplit) -> list[int]:
-    """Return how many train examples (or positions) of each class a client has: (num_classes,)."""
-    counts = np.bincount(dataset.y_train[split.train].reshape(-1), minlength=dataset.num_classes)
+    """Return a client's train examples (or positions) of each class, (num_classes,); [] for real numbers."""
+    if dataset.targets == "numbers":
+        return []
+    labels = dataset.y_train[split.train].reshape(-1)
+    counts = np.bincount(labels[labels != IGNORED], minlength=dataset.num_classes)
     return [int(n) for n in counts]
 
 
@@ -122,7 +126,7 @@ def _check(
         raise wrong("clients.test_share", "in (0, 1)", test_share)
     if not is_number(unseen) or not 0 <= unseen < 1:
         raise wrong("clients.unseen", "in [0, 1)", unseen)
-    if dataset.x_train.dtype.kind != "i" and dataset.y_train.ndim == 1:  # a vocabulary may hold words that never come
+    if dataset.targets == "classes" and not dataset.tokens:  # a vocabulary may hold words that never come
         absent = np.flatnonzero(np.bincount(dataset.y_train, minlength=dataset.num_classes) == 0)
         if absent.size:
             raise StudyError(f"data: class {absent[0]} must have a training example, got none that a client could have")
@@ -215,7 +219,7 @@ def _unseen(partition: Partition, num_clients: int, unseen: float, rng: np.rando
 
 def _labelled(dataset: Dataset) -> list[np.ndarray]:
     """Return the positions in x_test of each class; none where labels are not one an example."""
-    if dataset.y_test.ndim != 1:
+    if dataset.targets != "classes":
         return []
     order = np.argsort(dataset.y_test, kind="stable")
     return np.split(order, np.cumsum(np.bincount(dataset.y_test, minlength=dataset.num_classes))[:-1])
@@ -229,7 +233,7 @@ def _test(
     if getattr(partition, "by_key", False) and dataset.key_train is not None and dataset.key_test is not None:
         own = np.flatnonzero(np.isin(dataset.key_test, np.unique(dataset.key_train[indices])))
         return np.sort(rng.choice(own, min(test_samples, len(own)), replace=False))
-    if dataset.y_train.ndim != 1:
+    if dataset.targets != "classes":
         everything = len(dataset.y_test)
         return np.sort(rng.choice(everything, min(test_samples, everything), replace=False))
     counts = np.bincount(dataset.y_train[indices], minlength=dataset.num_classes)

@@ -23,7 +23,9 @@ def training_mb(task: Task, density: float = 1.0) -> float:
     """
     train = task.study.train
     kept = task.layout.num_floats - (1 - density) * task.layout.num_prunable
-    vectors = 2 + len(recipes(task.study, task.dataset.num_classes)[0].optimizer.memory(torch.zeros(1)))
+    vectors = 2 + len(
+        recipes(task.study, task.dataset.num_classes, task.dataset.targets)[0].optimizer.memory(torch.zeros(1))
+    )
     return (4 * vectors * kept + train.batch_size * _example_bytes(task)) / 1e6
 
 

@@ -37,7 +37,7 @@ from fedlth.tickets.rewind import REWINDS
 from fedlth.tickets.schedule import SCHEDULES
 from fedlth.tickets.scope import SCOPES
 from fedlth.tickets.score import SCORES
-from fedlth.training.client_tasks import metric_of
+from fedlth.training.metrics import Judged
 from fedlth.training.task import Task, open_task
 from fedlth.wire.codec import CODECS, Codec
 
@@ -79,7 +79,12 @@ class Experiment:
     @property
     def one_metric(self) -> bool:
         """Say whether all clients are judged by the same metric, so that their numbers have a mean."""
-        return len({metric_of(task.study) for task in self.task.each}) == 1
+        return len({task.judged.main.name for task in self.task.each}) == 1
+
+    @property
+    def judged(self) -> Judged:
+        """The metrics of what is said of all clients together; of several tasks, the first one's."""
+        return self.task.each[0].judged
 
     @cached_property
     def codec(self) -> Codec:

@@ -129,7 +129,10 @@ def _backend(experiment: Experiment) -> tuple[Study, list[str]]:
         return study.model_copy(update={"compute": "tuned"}), [
             f"compute: tuned, because the kernel cannot run: {refused}"
         ]
-    lacking = [kernel_backend.lacks(recipe) for recipe in recipes(study, experiment.task.dataset.num_classes)]
+    lacking = [
+        kernel_backend.lacks(recipe)
+        for recipe in recipes(study, experiment.task.dataset.num_classes, experiment.task.dataset.targets)
+    ]
     if all(lacking):
         why = " and ".join(sorted(set(lacking)))
         return study.model_copy(update={"compute": "tuned"}), [f"compute: tuned, because the kernel has no {why}"]
@@ -172,6 +175,7 @@ def _checked_task(experiment: Experiment, task: Task, arms: set[str]) -> list[st
             "evaluate.keep: must be last where tensors stay with the clients (model.personal, model.buffers): theirs "
             "are of later rounds than the best one, got best"
         )
+    _check_gates(experiment, task)
     if method.space == "scores" and task.exchange.num_prunable != task.layout.num_prunable:
         raise StudyError(
             f"model.personal: must leave all that is prunable shared, method {method.name} learns one mask of it, got "
@@ -183,7 +187,7 @@ def _checked_task(experiment: Experiment, task: Task, arms: set[str]) -> list[st
 def _check_recipes(task: Task) -> None:
     """Refuse what the model, the data or the device cannot do of a training recipe."""
     study, module = task.study, task.model.module()
-    first, second = recipes(study, task.dataset.num_classes)
+    first, second = recipes(study, task.dataset.num_classes, task.dataset.targets)
     sections: tuple[tuple[str, Train | Personalise, TrainingRecipe], ...] = (
         ("train", study.train, first), ("personalise", study.personalise, second),
     )  # fmt: skip
@@ -205,6 +209,24 @@ def _check_recipes(task: Task) -> None:
             except Exception as error:  # the user's parts may raise anything
                 what = "augment" if section.augment else "loss"
                 raise StudyError(f"{place}.{what}: fails on a batch {shapes(few.x)}: {told(error)}") from error
+
+
+def _check_gates(experiment: Experiment, task: Task) -> None:
+    """Refuse a threshold on a metric of which less is better: all thresholds say what must be reached or exceeded."""
+    metric, finder, own = task.judged.main, experiment.finder, experiment.method.own
+    if metric.higher_is_better:
+        return
+    for event in (getattr(own, "before", None), getattr(own, "after", None)):
+        if event is not None and getattr(event, "val_accuracy", -1) >= 0:
+            raise StudyError(
+                f"method.val_accuracy: must be below 0 (always open) where less of the metric is better, as of "
+                f"{metric.name}, got {event.val_accuracy}"
+            )
+    if set(experiment.arms) & effects.SEARCH and hasattr(finder.gate, "at_least"):
+        raise StudyError(
+            f"finder.gate: must not be {type(finder.gate).__name__} where less of the metric is better, as of "
+            f"{metric.name}"
+        )
 
 
 def _check_rules(experiment: Experiment) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedlth.data.ragged import Shape, named
 from fedlth.data.sources import load
 from fedlth.errors import StudyError
 from fedlth.experiment.experiment import Experiment
@@ -27,10 +28,14 @@ from fedlth.training.task import Task
 
 def inputs(task: Task) -> dict[str, Any]:
     """Return what a ticket's metadata says of its network's inputs: with them the network is built without data."""
-    dtype = "int64" if task.dataset.x_train.dtype.kind == "i" else "float32"
-    shape = list(task.dataset.input_shape)
-    named = {"task": task.name} if task.name else {}  # by which the study tells the network's options
-    return {"num_classes": task.dataset.num_classes, "input_shape": shape, "input_dtype": dtype, **named}
+    x, shape = task.dataset.x_train, task.dataset.input_shape
+    dtypes = {name: "int64" if array.dtype.kind == "i" else "float32" for name, array in named(x).items()}
+    told: dict[str, Any] = {"num_classes": task.dataset.num_classes}
+    if task.name:
+        told["task"] = task.name  # by which the study tells the network's options
+    if isinstance(shape, dict):
+        return told | {"input_shape": json.dumps(shape), "input_dtype": json.dumps(dtypes)}
+    return told | {"input_shape": list(shape), "input_dtype": dtypes["x"]}
 
 
 def kept_ticket(task: Task, state: ClientState) -> tuple[Params, np.ndarray]:
@@ -70,9 +75,12 @@ def _filled(path: Path, run: Path, arrays: Mapping[str, np.ndarray], metadata: M
     if name := metadata.get("task"):
         if name not in study.tasks:
             raise StudyError(f"{path}: is of task {name}, which the run's study does not have")
-        study = own_study(study, study.tasks[name], f"tasks.{name}")
+        study = own_study(study, study.tasks[name])
+    shape: Shape
     if "input_shape" in metadata:
-        num_classes, shape = int(metadata["num_classes"]), tuple(json.loads(metadata["input_shape"]))
+        read = json.loads(metadata["input_shape"])
+        shape = {n: tuple(own) for n, own in read.items()} if isinstance(read, dict) else tuple(read)
+        num_classes = int(metadata["num_classes"])
     else:  # files of version 0.1 do not say what goes in: the data set does
         dataset = load(study.data.name, root=study.data.root, options=study.data.options)
         num_classes, shape = dataset.num_classes, dataset.input_shape

@@ -17,6 +17,7 @@ from fedlth.personalization.kept import Keep
 from fedlth.storage.records import CurveRow, MetricRow, VisitRecord, visit_record
 from fedlth.storage.typed_record import read
 from fedlth.study.schema import Tier
+from fedlth.training.metrics import Judged, judged
 from fedlth.wire import mask as bitmap
 from fedlth.wire import metrics, payload
 from fedlth.wire.codec import Codec
@@ -59,7 +60,8 @@ class Asked:
     The client's own parts of the data; in step 2, the arms and their target densities, and what tensors are prunable;
     the messages that its phase's update sends, by name: kind and layout. `named`: the mask that comes up is that of a
     model in the rows. `own_mask`: values may lie under another mask than what was sent. `curve`: the rows are those of
-    an evaluation between rounds. `keep` is the rule that says which ticket a client of this `tier` keeps.
+    an evaluation between rounds. `keep` is the rule that says which ticket a client of this `tier` keeps, of a task
+    `judged` so.
     """
 
     split: ClientSplit
@@ -73,6 +75,7 @@ class Asked:
     curve: bool = False
     keep: Keep | None = None
     tier: Tier = field(default_factory=Tier)
+    judged: Judged = field(default_factory=lambda: judged(None, (), "classes"))
 
 
 def accept(reply: Reply, *, codec: Codec, held: Held, asked: Asked) -> Accepted:
@@ -111,6 +114,10 @@ def accept(reply: Reply, *, codec: Codec, held: Held, asked: Asked) -> Accepted:
         visit = visit_record(record)
         if visit.num_examples != len(asked.split.train):
             raise ValueError(f"num_examples must be {len(asked.split.train)}, got {visit.num_examples}")
+        if visit.val_accuracy is not None and not asked.judged.has_accuracy:
+            raise ValueError("val_accuracy was not asked for: the targets are real numbers")
+        if visit.val_metric is not None and asked.judged.main.name == "accuracy":
+            raise ValueError("val_metric was not asked for: the study is judged by accuracy")
     except ValueError as error:
         raise PayloadError(f"metrics: {error}") from error
     if first is None:
@@ -145,6 +152,7 @@ def _rows(record: Mapping[str, Any], content: Content | None, reply: Reply, aske
             raise ValueError(f"arm {row.arm!r} at target_density {row.target_density} came twice")
         if row.layer_density.keys() != asked.layers:
             raise ValueError(f"layer_density must name the model's prunable tensors, got {_short(row.layer_density)}")
+        _check_scores(row, asked)
         met.add((row.arm, row.target_density))
     _check_choice(parsed, content, asked)
     if content is not None and asked.named and _name(content.mask) not in {row.ticket for row in parsed}:
@@ -157,6 +165,7 @@ def _curve(record: Mapping[str, Any], reply: Reply, asked: Asked) -> tuple[Curve
     parsed = [read(CurveRow, row, strict=True) for row in _listed(record)]
     for row in parsed:
         _check_known(row, reply, asked)
+        _check_scores(row, asked)
     if sorted(row.arm for row in parsed) != sorted(asked.arms):
         raise ValueError(f"arm must be each of {', '.join(sorted(asked.arms))} once, got {[r.arm for r in parsed]}")
     return tuple(parsed)
@@ -180,6 +189,20 @@ def _check_known(row: MetricRow | CurveRow, reply: Reply, asked: Asked, **more: 
             raise ValueError(f"{name} must be {value}, got {getattr(row, name)}")
 
 
+def _check_scores(row: MetricRow | CurveRow, asked: Asked) -> None:
+    """Raise ValueError where a row lacks a score that its client has, or tells one that was not asked for."""
+    for part, size in (("val", len(asked.split.val)), ("test", len(asked.split.test))):
+        accuracy, loss, others = (getattr(row, f"{part}_{name}") for name in ("accuracy", "loss", "metrics"))
+        for name, value, wanted in (("accuracy", accuracy, asked.judged.has_accuracy), ("loss", loss, True)):
+            if (value is not None) != (wanted and size > 0):
+                raise ValueError(
+                    f"{part}_{name} must be {'a finite number' if wanted and size else 'None'}, got {value}"
+                )
+        names = asked.judged.named if size else ()
+        if others.keys() != set(names):
+            raise ValueError(f"{part}_metrics must name {', '.join(names) or 'nothing'}, got {_short(others)}")
+
+
 def _check_choice(rows: Sequence[MetricRow], content: Content | None, asked: Asked) -> None:
     """Raise ValueError where the rows do not choose the one ticket that the study's rule picks among them."""
     chosen = [row for row in rows if row.chosen]
@@ -191,7 +214,9 @@ def _check_choice(rows: Sequence[MetricRow], content: Content | None, asked: Ask
     if len(chosen) > 1 or (not chosen and not refined):
         raise ValueError(f"chosen must be one row, got {len(chosen)}")
     for row in chosen:
-        best = not any(asked.keep.better(other, row, asked.tier) for other in rows if other.arm == row.arm)
+        best = not any(
+            asked.keep.better(other, row, asked.tier, asked.judged) for other in rows if other.arm == row.arm
+        )
         allowed = row.target_density in asked.keep.allowed(asked.tier)
         if row.arm != ("refined" if refined else "ticket") or not allowed or not best:
             raise ValueError(f"chosen must be the ticket to keep, got {row.arm} at {row.target_density}")

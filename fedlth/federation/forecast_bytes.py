@@ -383,8 +383,11 @@ def _later(experiment: Experiment, tried: Moved) -> Params:
 
 
 def _visit_bytes(task: Task) -> int:
-    examples = max(len(split.train) for split in task.splits.clients)
-    seen = {"val_accuracy": 0.0} if any(len(split.val) for split in task.splits.clients) else {}
+    examples, judged = max(len(split.train) for split in task.splits.clients), task.judged
+    seen = {"val_accuracy": 0.0} if judged.has_accuracy else {}
+    seen |= {} if judged.main.name == "accuracy" else {"val_metric": 0.0}
+    if not any(len(split.val) for split in task.splits.clients):
+        seen = {}
     return len(metrics.encode({"num_examples": examples, "loss": 0.0, **seen, "density": 1.0}))
 
 

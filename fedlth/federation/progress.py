@@ -8,6 +8,7 @@ import numpy as np
 
 from fedlth.federation.replies import Replies
 from fedlth.storage.records import Diverged, Failed, RoundRow
+from fedlth.training.metrics import Metric
 
 CLIENTS_SHOWN, REASON_SHOWN = 5, 100  # of failures on a line
 
@@ -18,7 +19,8 @@ def summary_of(replies: Replies) -> RoundRow:
         round=replies.round,
         phase=replies.phase.name,
         clients=list(replies.clients),
-        val_accuracy=float(np.mean(replies.seen)) if replies.seen and replies.experiment.one_metric else None,
+        val_accuracy=_mean(replies.seen, replies),
+        val_metric=_mean(replies.seen_metric, replies),
         up_bytes=sum(r.payload_bytes for r in replies.rows if r.receiver == "server"),
         down_bytes=sum(r.payload_bytes for r in replies.rows if r.sender == "server"),
         failed=replies.failed,
@@ -27,10 +29,17 @@ def summary_of(replies: Replies) -> RoundRow:
     )
 
 
-def line(summary: RoundRow, done: int, total: int, seconds: float) -> str:
-    """Return one line of live progress."""
-    accuracy = summary.val_accuracy
-    said = f"val {100 * accuracy:5.1f} %" if accuracy is not None else f"{len(summary.clients)} clients"
+def _mean(seen: Sequence[float], replies: Replies) -> float | None:
+    """Return the mean of what clients saw; of tasks with different metrics there is none."""
+    return float(np.mean(seen)) if seen and replies.experiment.one_metric else None
+
+
+def line(summary: RoundRow, done: int, total: int, seconds: float, metric: Metric) -> str:
+    """Return one line of live progress, with the study's metric on validation data."""
+    seen = summary.val_accuracy if metric.name == "accuracy" else summary.val_metric
+    said = f"{len(summary.clients)} clients"
+    if seen is not None:
+        said = f"val {100 * seen:5.1f} %" if metric.percent else f"val {metric.name.rpartition(':')[2]} {seen:.4g}"
     failed = f"  {len(summary.failed)} failed: {_failures(summary.failed)}" if summary.failed else ""
     for arm in dict.fromkeys(one.arm for one in summary.diverged):
         failed += f"  {arm} diverged for {len({d.client for d in summary.diverged if d.arm == arm})}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -66,6 +67,7 @@ class Replies:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     curve: list[CurveRow] = field(default_factory=list)
     seen: list[float] = field(default_factory=list)
+    seen_metric: list[float] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     mirrors: dict[str, str | None] = field(default_factory=dict)
     resyncs: int = 0
@@ -198,7 +200,7 @@ class Replies:
         task = self.experiment.task_of(client)
         return replace(
             self._asked_of_all, split=task.splits.clients[client], unseen=client in task.splits.unseen,
-            layers=frozenset(e.name for e in task.layout.prunable), tier=task.capacity(client),
+            layers=frozenset(e.name for e in task.layout.prunable), tier=task.capacity(client), judged=task.judged,
             named=self.experiment.layout.num_prunable == task.layout.num_prunable,
         )  # fmt: skip
 
@@ -222,7 +224,9 @@ class Replies:
         client = str(answer.client)
         if self.phase.evaluates:
             self.curve += got.curve
-            self.seen += [row.val_accuracy for row in got.curve if row.arm == "global" and not row.unseen]
+            for row in got.curve:
+                if row.arm == "global" and not row.unseen:
+                    self._see(row.val_accuracy, row.value("val", self.experiment.task_of(row.client).judged.main.name))
             return
         self.versions[client] = self.version
         if not self.holds_state and answer.state is not None:
@@ -233,8 +237,15 @@ class Replies:
                 masks.add(answer.client, self.folder.packed_mask(got.mask))
                 self.mirrors[client] = self.version
         self.metrics += got.rows
-        if got.visit is not None and got.visit.val_accuracy is not None:
-            self.seen.append(got.visit.val_accuracy)
+        if got.visit is not None:
+            self._see(got.visit.val_accuracy, got.visit.val_metric)
+
+    def _see(self, accuracy: float | None, metric: float | None) -> None:
+        """Note what a client saw on validation data; the study's metric where that is not accuracy."""
+        if accuracy is not None:
+            self.seen.append(accuracy)
+        if metric is not None and math.isfinite(metric) and self.experiment.judged.main.name != "accuracy":
+            self.seen_metric.append(metric)
 
     def _rows_down(self, job: Job, answer: Reply | Failure, kind: str = "") -> list[LedgerRow]:
         first = "install" if str(job.client) not in self.progress.versions else ""

@@ -120,7 +120,8 @@ class Federation:
             summary = replace(summary, rolled_back_to=self._roll_back())
             progress = replace(progress, good=f"theta-{step.place}")
         self._commit(step, progress, sent, replies, summary, began)
-        log.info(line(summary, step.place + 1, step.total, time.perf_counter() - began))
+        told = line(summary, step.place + 1, step.total, time.perf_counter() - began, self.experiment.judged.main)
+        log.info(told)
         if summary.kept_best:
             log.info(f"note: step 2 begins with the global model of {summary.kept_best}, the best on validation data")
         if summary.rolled_back_to:
@@ -152,8 +153,10 @@ class Federation:
         if self.experiment.study.evaluate.keep != "best":
             return progress, summary
         best = progress.best
-        if summary.val_accuracy is not None:
-            rank = (len(replies.seen), summary.val_accuracy)
+        judged = self.experiment.judged
+        seen = summary.val_accuracy if judged.main.name == "accuracy" else summary.val_metric
+        if seen is not None:
+            rank = (max(len(replies.seen), len(replies.seen_metric)), judged.score(seen))
             if best is None or rank > best.rank:
                 phase, round = self._trained(step)
                 best = Best(progress.theta, phase.name, round, rank)

@@ -22,11 +22,10 @@ from fedlth.federation.rounds import Federation, missing
 from fedlth.kernel import kernel
 from fedlth.storage import ticket_file
 from fedlth.storage.client_state import ClientState
-from fedlth.storage.records import Digests, Header, Layer, Phase, RoundRow, TaskFacts
+from fedlth.storage.records import Digests, Header, Layer, Measure, Phase, RoundRow, TaskFacts
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.trackers import Tracking
 from fedlth.study.schema import Study
-from fedlth.training.client_tasks import metric_of
 from fedlth.training.task import Task
 
 log = logging.getLogger(__name__)
@@ -193,9 +192,16 @@ def _write_header(folder: RunFolder, experiment: Experiment, engine: Engine, end
             for p in experiment.phases
         ],
         tasks=_tasks(task),
+        metrics=_measures(task.each[0]),
         finished=ended is not None,
     )
     folder.write(header)
+
+
+def _measures(task: Task) -> list[Measure]:
+    """Return what a task is judged by, and its other metrics."""
+    metrics = dict.fromkeys((task.judged.main, *task.judged.all))
+    return [Measure(m.name, m.higher_is_better, m.percent) for m in metrics]
 
 
 def _layers(task: Task) -> list[Layer]:
@@ -216,7 +222,7 @@ def _tasks(common: Task) -> list[TaskFacts]:
             TaskFacts(
                 name=name,
                 clients=clients,
-                metric=metric_of(task.study),
+                metrics=_measures(task),
                 num_classes=task.dataset.num_classes,
                 layers=_layers(task),
                 flops_forward_per_example=task.model.flops[""],

@@ -18,7 +18,9 @@ from fedlth.training.flat_model import FlatModel
 
 def scale_of(dataset: Dataset) -> tuple[Tensor, Tensor]:
     """Return (mean, std), (C, 1, 1) each: a pixel p in [0, 1] is given to the network as (p - mean) / std."""
-    channels = dataset.input_shape[0]
+    shape = dataset.input_shape
+    assert not isinstance(shape, dict)
+    channels = shape[0]
     mean = torch.tensor(dataset.mean or (0.0,) * channels).reshape(-1, 1, 1)
     return mean, torch.tensor(dataset.std or (1.0,) * channels).reshape(-1, 1, 1)
 

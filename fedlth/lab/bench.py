@@ -91,7 +91,7 @@ class Bench:
         return TrainConfig(train=self.study.train.model_validate({**self.study.train.model_dump(), **(changes or {})}))
 
     def accuracy(self, params: Params, part: str = "test") -> float:
-        return evaluate(self.fast_model, params, self.parts[part])[0]
+        return evaluate(self.fast_model, params, self.parts[part]).accuracy
 
     def trained(
         self,

@@ -56,7 +56,7 @@ class NeuronsAtEquilibrium:
             yield {
                 "epoch": number, "parameters": size, "frozen": one.frozen, "moved": float(moved),
                 "upload_bytes": float(4 * np.count_nonzero(one.moves)),
-                "accuracy": evaluate(bench.flat_model, one.params, test)[0],
-                "baseline": evaluate(bench.flat_model, baseline, test)[0],
+                "accuracy": evaluate(bench.flat_model, one.params, test).accuracy,
+                "baseline": evaluate(bench.flat_model, baseline, test).accuracy,
             }  # fmt: skip
             before = one.params.floats

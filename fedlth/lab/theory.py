@@ -57,10 +57,10 @@ class TangentSpace:
         request = drawn_request(moved, data, recipe, order=bench.rng("tangent"), torch_seed=0)
         real = train(bench.flat_model, request).params
         yield {
-            "step": "fine-tuned", "before": evaluate(bench.flat_model, moved, test)[0],
+            "step": "fine-tuned", "before": evaluate(bench.flat_model, moved, test).accuracy,
             "linear": tangent.accuracy(there, learned, test, linear=True),
             "linear_weights_in_the_network": tangent.accuracy(there, learned, test, linear=False),
-            "network": evaluate(bench.flat_model, real, test)[0],
+            "network": evaluate(bench.flat_model, real, test).accuracy,
         }  # fmt: skip
 
 

@@ -114,7 +114,7 @@ def train(
             raise FloatingPointError(f"training began with loss {loss}, learning rate {config.train.lr}")
         states, curve = [begun], [Point(config.first, loss, accuracy)]
     best = min(range(len(curve)), key=lambda i: curve[i].loss)
-    tests = {i: evaluate(bench.fast_model, states[i], parts["test"])[0] for i in {best, len(states) - 1}}
+    tests = {i: evaluate(bench.fast_model, states[i], parts["test"]).accuracy for i in {best, len(states) - 1}}
     older = tuple(state.floats[: mask.size] for state in [begun, *states][-1 - window : -1]) if window else ()
     return Run(states[-1], states[best], tuple(curve), tests[best], tests[len(states) - 1], older, diverged)
 
@@ -123,7 +123,8 @@ def _watched(bench: Networks, state: Params, config: TrainConfig, data: Examples
     """Return (accuracy, loss) on validation data; a training on attacked images is watched on PGD's."""
     t = config.train
     if t.attack == "none":
-        return evaluate(bench.fast_model, state, data)
+        found = evaluate(bench.fast_model, state, data)
+        return found.accuracy, found.loss
     return evaluate_attacked(
         bench.flat_model, bench.dataset, state, data, kind="pgd", eps=t.attack_eps, steps=t.attack_steps
     )

@@ -164,7 +164,7 @@ class MaskedUpdate:
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         held, task = self.own(local, inbox, state), local.task
-        seen = local.seen(held.params)
+        seen = local.visit_scores(held.params)
         params, mask = self.before(local, held.params, held.mask, None)
         recipe = self.recipe(local, local.recipe)
         trained = local.train(params, recipe=recipe, active=mask, snapshots=self.after.snapshots)

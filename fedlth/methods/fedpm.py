@@ -52,7 +52,7 @@ class ScoreUpdate:
     sends: tuple[tuple[str, str], ...] = ((UPDATE, "mask"),)
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
-        seen = local.seen(self.own(local, inbox, state).params)
+        seen = local.visit_scores(self.own(local, inbox, state).params)
         scores, loss = self._train(local, _scores(inbox), local.recipe)
         mask = local.rng("upload mask").random(scores.size) < 1 / (1 + np.exp(-scores.astype(np.float64)))
         metrics = {"loss": loss, **seen, "density": float(mask.mean())}

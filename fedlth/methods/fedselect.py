@@ -56,7 +56,7 @@ class SelectUpdate:
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         held, shared = self.own(local, inbox, state), _shared(local, inbox)
-        seen = local.seen(held.params)
+        seen = local.visit_scores(held.params)
         params, loss = self._alternate(local, held.params, shared, local.recipe)
         visits = state.visits + 1
         if visits % self.every == 0:

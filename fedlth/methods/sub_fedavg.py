@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fedlth.methods.client_update import Shrinking, geometric
-from fedlth.methods.lotteryfl import shrink
+from fedlth.methods.lotteryfl import passes, shrink
 from fedlth.models.layout import Params
 from fedlth.tickets.scope import Layerwise, Scope
 from fedlth.tickets.score import Magnitude, Score
@@ -55,4 +55,4 @@ class PruneWhenMaskMoves:
         if float(np.mean(apart)) <= self.distance:
             return params, mask
         pruned = params.masked(last)
-        return (pruned, last) if local.val_accuracy(pruned) > self.val_accuracy else (params, mask)
+        return (pruned, last) if passes(local, pruned, self.val_accuracy) else (params, mask)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fedlth.data.factory import load_factory
+from fedlth.data.ragged import Shape
 from fedlth.errors import StudyError
 from fedlth.models.layout import Layout, Params, layout_of, read
 from fedlth.models.registry import build
@@ -23,9 +24,7 @@ def torch_stream(seed: int) -> Iterator[None]:
         yield
 
 
-def drawn(
-    name: str, *, num_classes: int, input_shape: tuple[int, ...], options: Mapping[str, object], seed: int
-) -> nn.Module:
+def drawn(name: str, *, num_classes: int, input_shape: Shape, options: Mapping[str, object], seed: int) -> nn.Module:
     """Build a network from a stream of its own: what stands in no state dict is then equal in every process too."""
     load_factory(name)  # first: importing a user's model may draw from torch's generator, or seed it
     with torch_stream(seed):

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fedlth.data.factory import accepted, call_factory, is_factory
+from fedlth.data.ragged import Shape
 from fedlth.errors import StudyError
 from fedlth.models.char_lstm import CharLstm
 from fedlth.models.conv_k import conv2, conv4
@@ -28,14 +29,17 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build(name: str, *, num_classes: int, input_shape: tuple[int, ...], options: Mapping[str, object]) -> nn.Module:
+def build(name: str, *, num_classes: int, input_shape: Shape, options: Mapping[str, object]) -> nn.Module:
     """Return a fresh module in training mode; torch's default generator decides its initial values.
 
     name: one of MODELS, or a user's `package.module:callable`, called with num_classes=, input_shape= as far as its
     signature accepts them, and with the options.
     Raises StudyError for an unknown name or option, an unsuited input shape, or what is no usable module.
     """
-    given = {"num_classes": num_classes, "input_shape": tuple(input_shape)}
+    if isinstance(input_shape, dict) and name in MODELS:
+        raise StudyError(f"model: {name} has one input, got {', '.join(input_shape)}; give a model of your own")
+    shape = input_shape if isinstance(input_shape, dict) else tuple(input_shape)
+    given = {"num_classes": num_classes, "input_shape": shape}
     if name in MODELS:
         module: object = MODELS[name](**accepted(MODELS[name], "model", name, given, options))
     elif is_factory(name):

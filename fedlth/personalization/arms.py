@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -89,16 +90,16 @@ def random_ticket(step: Step2) -> Iterator[Result]:
 
 
 def _best_start(step: Step2, mask: np.ndarray, target: float) -> Result:
-    """Train a mask from each start and return the best by validation accuracy; one that diverges has none."""
+    """Train a mask from each start and return the best on validation data; one that diverges is last."""
     starts = {"theta_g": step.theta_g, "theta_0": step.anchor("theta_0")}
     if not step.local.task.model.brought:
         starts["reinit"] = _rescaled(step, step.local.fresh_init("random ticket"), mask)
-    at, best, best_accuracy = len(step.log), None, -1.0
+    at, best, best_score = len(step.log), None, -math.inf
     for name, start in starts.items():
         found = trained(step, "random", name, mask, target=target, begin=start)
-        accuracy = -1.0 if found.diverged else step.local.val_accuracy(found.params)
-        if best is None or accuracy > best_accuracy:
-            best, best_accuracy = found, accuracy
+        score = -math.inf if found.diverged else step.local.val_score(found.params)
+        if best is None or score > best_score:
+            best, best_score = found, score
     assert best is not None
     all_of = step.spent(at)  # of equal trainings
     searched = plain_number(all_of.epochs * (len(starts) - 1) / len(starts))
@@ -216,7 +217,7 @@ def _found(arm: str, finder: Finder, step: Step2) -> Iterator[Result]:
         train=step.walk,
         rng=step.local.rng,
         network=step.network,
-        val_accuracy=step.local.val_accuracy,
+        val_accuracy=step.local.val_score,
     )
     before = began
     for found in search:

@@ -15,6 +15,7 @@ from fedlth.errors import StudyError
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.records import MetricRow
 from fedlth.study.schema import Finder, Tier
+from fedlth.training.metrics import Judged
 
 TARGET = "ticket_target"  # in a state: the target density of the ticket that the client chose
 
@@ -29,7 +30,7 @@ class Keep(Protocol):
         """Return the target densities at which a client of this tier may keep its ticket, in falling order."""
         ...
 
-    def better(self, row: MetricRow, kept: MetricRow, tier: Tier, /) -> bool:
+    def better(self, row: MetricRow, kept: MetricRow, tier: Tier, judged: Judged, /) -> bool:
         """Say whether a ticket takes the place of one that is kept so far."""
         ...
 
@@ -44,7 +45,7 @@ class At:
     def allowed(self, tier: Tier, /) -> tuple[float, ...]:
         return (self.density,)
 
-    def better(self, row: MetricRow, kept: MetricRow, tier: Tier, /) -> bool:
+    def better(self, row: MetricRow, kept: MetricRow, tier: Tier, judged: Judged, /) -> bool:
         return row.target_density == self.density != kept.target_density
 
 
@@ -58,7 +59,7 @@ class Largest:
     def allowed(self, tier: Tier, /) -> tuple[float, ...]:
         return within(self.densities, tier)[:1]
 
-    def better(self, row: MetricRow, kept: MetricRow, tier: Tier, /) -> bool:
+    def better(self, row: MetricRow, kept: MetricRow, tier: Tier, judged: Judged, /) -> bool:
         return row.target_density in self.allowed(tier) and kept.target_density not in self.allowed(tier)
 
 
@@ -75,11 +76,13 @@ class Best:
     def allowed(self, tier: Tier, /) -> tuple[float, ...]:
         return within(self.densities, tier)
 
-    def better(self, row: MetricRow, kept: MetricRow, tier: Tier, /) -> bool:
-        return row.target_density in self.allowed(tier) and self._rank(row, tier) > self._rank(kept, tier)
+    def better(self, row: MetricRow, kept: MetricRow, tier: Tier, judged: Judged, /) -> bool:
+        return row.target_density in self.allowed(tier) and self._rank(row, tier, judged) > self._rank(
+            kept, tier, judged
+        )
 
-    def _rank(self, row: MetricRow, tier: Tier) -> tuple[bool, bool, float, float]:
-        score = row.val_accuracy if row.val_accuracy is not None else 0.0
+    def _rank(self, row: MetricRow, tier: Tier, judged: Judged) -> tuple[bool, bool, float, float]:
+        score = judged.score(row.value("val", judged.main.name))
         return row.target_density in self.allowed(tier), not row.diverged, score, -row.target_density
 
 

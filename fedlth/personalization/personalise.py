@@ -104,7 +104,7 @@ def _reported(
         if result.arm == arm:
             if main.chooses:
                 cost += spent  # who chooses has to find them all
-            if kept is None or main.better(row, rows[kept[1]], local.capacity):
+            if kept is None or main.better(row, rows[kept[1]], local.capacity, local.task.judged):
                 kept = result, len(rows)
                 if not main.chooses:
                     cost = Cost(*result.flops)
@@ -150,22 +150,24 @@ def _with_ticket(local: LocalClient, state: ClientState, kept: Result) -> Client
 def row_of(local: LocalClient, result: Result) -> MetricRow:
     """Evaluate one finished model. Test data is read here alone; no training and no choice sees it.
 
-    A model that diverged, or whose loss is not finite, counts as a uniform guess among the classes. Its row says so for
-    what training and validation show; of a test loss no ticket file and no choice may depend.
+    A model that diverged, or whose loss is not finite, counts as a uniform guess among the classes, or as the mean of
+    the client's training targets. Its row says so for what training and validation show; of a test loss no ticket file
+    and no choice may depend.
     """
     task, size = local.task, local.full.size
     if not (result.held or result.diverged) and ((result.params.floats[:size] != 0) & ~result.mask).any():
         raise AssertionError(f"arm {result.arm}: a pruned weight is not zero")
-    guess = 1 / task.dataset.num_classes, math.log(task.dataset.num_classes)
-    split = task.splits.clients[local.client]
-    val, test, diverged = guess, guess, result.diverged
+    judged, test_part, diverged = task.judged, task.part(local.client, "test"), result.diverged
+    split, val = task.splits.clients[local.client], None
     if not diverged:
-        val = local.evaluate(result.params, local.val_part)
-        test = local.evaluate(result.params, task.part(local.client, "test"))
-        if not math.isfinite(val[1]):
-            val, test, diverged = guess, guess, True
-        elif not math.isfinite(test[1]):
-            test = guess
+        test = local.evaluate(result.params, test_part)
+        if len(split.val):
+            val = local.evaluate(result.params, local.val_part)
+            diverged = not math.isfinite(val.loss)
+    if diverged and len(split.val):
+        val = local.guess(local.val_part, judged.all)
+    if diverged or not math.isfinite(test.loss):
+        test = local.guess(test_part, judged.all)
     return MetricRow(
         client=local.client,
         unseen=local.client in task.splits.unseen,
@@ -177,16 +179,18 @@ def row_of(local: LocalClient, result: Result) -> MetricRow:
         search_epochs=result.search_epochs,
         train_flops=result.flops[0],
         train_flops_effective=result.flops[1],
-        val_accuracy=val[0] if len(split.val) else None,
-        val_loss=val[1] if len(split.val) else None,
-        test_accuracy=test[0],
-        test_loss=test[1],
+        val_accuracy=val.metrics.get("accuracy") if val else None,
+        val_loss=val.loss if val else None,
+        test_accuracy=test.metrics.get("accuracy"),
+        test_loss=test.loss,
         num_train=len(split.train),
         num_val=len(split.val),
         num_test=len(split.test),
         ticket="" if result.mask.all() else bitmap.digest(result.mask),
         layer_density={e.name: _share(result.mask[e.slice]) for e in task.layout.prunable},
         diverged=diverged,
+        val_metrics={name: val.metrics[name] for name in judged.named} if val else {},
+        test_metrics={name: test.metrics[name] for name in judged.named},
     )
 
 

@@ -26,8 +26,8 @@ from fedlth.report.headline import against, done, honest_notes, numbers, overlap
 from fedlth.report.known_arms import arm_of
 from fedlth.report.results import Results, results_of
 from fedlth.report.tables import (
+    COST,
     RENDERERS,
-    SUMMARY_HEADER,
     Table,
     bytes_table,
     chosen_table,
@@ -39,10 +39,6 @@ from fedlth.report.units import scaled
 
 ONE_SEED = "one seed, so BCa bootstrap over clients; they say nothing about what another seed would give."
 SEEDS = "hierarchical bootstrap, seeds first and then the clients of each; with so few seeds still rather narrow."
-
-
-# the summary table is too wide for a page: what came out, and what it cost
-ACCURACY, COST = SUMMARY_HEADER[:11], SUMMARY_HEADER[:2] + SUMMARY_HEADER[11:]
 
 
 def read_results(run: Path) -> Results:
@@ -183,8 +179,10 @@ def page(results: Results, *, tables: Mapping[str, Table], figures: Sequence[Dra
         against=against(results),
         overlapping=overlapping(results),
         ticket_cost=cost_text(results),
-        accuracy=tables["summary"].columns(ACCURACY),
-        cost=tables["summary"].columns(COST),
+        # the summary table is too wide for a page: what came out, and what it cost
+        outcome=tables["summary"].columns(tables["summary"].header[: -len(COST)]),
+        cost=tables["summary"].columns((*tables["summary"].header[:2], *COST)),
+        metric=results.shown.label.capitalize(),
         main_row=chosen.index(results.main) if results.main in chosen else -1,
         main_label=arm_of(results.main.arm).label if results.main else "nothing evaluated",
         figures=[embedded(one) for one in figures],

@@ -16,9 +16,10 @@ from fedlth.report.facts import Facts, read_group
 from fedlth.report.fleet import best_reached, duration, simulated_s, time_to
 from fedlth.report.intervals import Interval, interval
 from fedlth.report.known_arms import arm_of
+from fedlth.report.measure import shown_of
 from fedlth.report.statistics import Difference, over_seeds
 from fedlth.report.tables import Table, aligned
-from fedlth.report.units import bounds, percent, points, signed
+from fedlth.report.units import signed
 
 Values = NDArray[np.float64]
 
@@ -39,7 +40,7 @@ class Contestant:
 class Contrast:
     """One contestant against the first. p_value: Wilcoxon signed-rank, two-sided; p_holm: corrected over contrasts.
 
-    effect: matched-pairs rank-biserial correlation, -1 (every pair lower) to 1 (every pair higher).
+    effect: matched-pairs rank-biserial correlation, -1 (every pair worse) to 1 (every pair better).
     pairs: how many (seed, client) pairs. units: how many values the test saw (see `compare`).
     """
 
@@ -58,7 +59,7 @@ class Contrast:
 class Comparison:
     """The first contestant, which the others are held against, and their contrasts in the order given.
 
-    `target` is the best validation accuracy of a round that every run reaches, None where one has no fleet.
+    `target` is the best validation result of a round that every run reaches, None where one has no fleet.
     """
 
     reference: Contestant
@@ -68,27 +69,30 @@ class Comparison:
 
     def times(self) -> Table:
         """Return simulated time to the accuracy that the worst run reaches, and in all; no rows without a fleet."""
-        header = ("run", "best round %", "time to it", "step 1", "step 2")
+        shown = shown_of(self.reference.group)
+        header = ("run", f"best round {shown.column}", "time to it", "step 1", "step 2")
         rows = []
         for one in [self.reference, *(c.contestant for c in self.contrasts)] if self.target is not None else []:
             best = [found for facts in one.group if (found := best_reached(facts)) is not None]
             reached = [found for facts in one.group if (found := time_to(facts, self.target or 0.0)) is not None]
             steps = [[simulated_s(facts, step=step) or 0.0 for facts in one.group] for step in (1, 2)]
             cells = (duration(float(np.mean(seconds))) for seconds in (reached, *steps))
-            rows.append((one.name, percent(float(np.mean(best))), *cells))
-        title = f"Simulated time to a round of {percent(self.target)} % validation accuracy, which every run reaches"
+            rows.append((one.name, shown.text(float(np.mean(best))), *cells))
+        target = f"{shown.text(self.target)}{shown.unit}"
+        title = f"Simulated time to a round of {target} validation {shown.label}, which every run reaches"
         return Table(title, header, tuple(rows))
 
     def table(self) -> Table:
         """Return the comparison as rows of text."""
-        header = ("run", "arm", "density", "mean %", "95 % interval", "difference", "95 % of difference",
+        shown = shown_of(self.reference.group)
+        header = ("run", "arm", "density", f"mean {shown.column}", "95 % interval", "difference", "95 % of difference",
                   "better / worse", "p", "p (Holm)", "effect")  # fmt: skip
         rows = [(*_cells(self.reference), "reference", "", "", "", "", "")]
         for one in self.contrasts:
-            gap = (points(one.difference.mean), bounds(one.difference.interval, signed=True))
+            gap = (shown.difference(one.difference.mean), shown.bounds(one.difference.interval, signed=True))
             tests = (_p(one.p_value), _p(one.p_holm), signed(one.effect))
             rows.append((*_cells(one.contestant), *gap, f"{one.better} / {one.worse} of {one.pairs}", *tests))
-        title = f"Test accuracy, paired by seed and client, against {self.reference.name}"
+        title = f"Test {shown.label}, paired by seed and client, against {self.reference.name}"
         return Table(title, header, tuple(rows), left=2)
 
     def text(self) -> str:
@@ -100,8 +104,8 @@ class Comparison:
 
 
 def _cells(one: Contestant) -> tuple[str, ...]:
-    arm, density = arm_of(one.choice.arm).label, f"{one.density:.3g}"
-    return one.name, arm, density, percent(one.mean), bounds(one.interval)
+    arm, density, shown = arm_of(one.choice.arm).label, f"{one.density:.3g}", shown_of(one.group)
+    return one.name, arm, density, shown.text(one.mean), shown.bounds(one.interval)
 
 
 def _p(value: float) -> str:
@@ -139,6 +143,9 @@ def _check(first: Contestant, other: Contestant) -> None:
         raise StudyError(f"compare: {other.name}: expected seeds {seeds[0]} of {first.name}, got {seeds[1]}")
     for ours, theirs in zip(first.group, other.group, strict=True):
         place = f"compare: {theirs.path}"
+        judged = [facts.header.judged[0].name for facts in (ours, theirs)]
+        if judged[0] != judged[1]:
+            raise StudyError(f"{place}: expected the metric {judged[0]} (that of {ours.path}), got {judged[1]}")
         for key in ("partition_digest", "data_digest"):
             one, two = getattr(ours.header, key), getattr(theirs.header, key)
             if one != two:
@@ -151,11 +158,12 @@ def _check(first: Contestant, other: Contestant) -> None:
 
 def _contestant(path: Path, *, name: str, arm: str | None, density: float | None) -> Contestant:
     group = read_group(path)
-    if len(group[0].header.metrics) > 1:
-        told = ", ".join(group[0].header.metrics)
+    if len(group[0].header.judged) > 1:
+        told = ", ".join(measure.name for measure in group[0].header.judged)
         raise StudyError(f"compare: {path}: clients must be judged by one metric, got {told}, by task")
     choice = main_choice(group, arm=arm, density=density)
-    samples = [np.array([row.test_accuracy for row in rows_of(facts, choice).values()]) for facts in group]
+    shown = shown_of(group)
+    samples = [np.array([shown.of(row) for row in rows_of(facts, choice).values()]) for facts in group]
     if not all(len(values) for values in samples):
         at = f"{choice.arm} at {choice.target_density:.3g}"
         raise StudyError(f"compare: {path}: expected {at} in every seed, got a seed without it")
@@ -165,17 +173,20 @@ def _contestant(path: Path, *, name: str, arm: str | None, density: float | None
 
 def _contrast(first: Contestant, other: Contestant) -> Contrast:
     gains: list[dict[int, float]] = []
+    shown = shown_of(first.group)
     for ours, theirs in zip(first.group, other.group, strict=True):
         base, new = rows_of(ours, first.choice), rows_of(theirs, other.choice)
-        gains.append({client: new[client].test_accuracy - base[client].test_accuracy for client in base})
+        gains.append({client: shown.of(new[client]) - shown.of(base[client]) for client in base})
     samples = [np.array(list(gain.values())) for gain in gains]
     one_partition = len({facts.header.partition_digest for facts in first.group}) == 1
     if one_partition and len({frozenset(gain) for gain in gains}) == 1:
         units = np.mean(samples, axis=0)
     else:
         units = np.concatenate(samples)
-    p_value, effect = signed_rank(units)
-    flat = np.concatenate(samples)
+    # Ranks are taken of rounded gains: of a metric without a unit the largest is one.
+    scale = 1.0 if shown.measure.percent else float(np.abs(units).max()) or 1.0
+    p_value, effect = signed_rank(np.asarray(shown.gain(units / scale)))
+    flat = np.asarray(shown.gain(np.concatenate(samples)))
     moved = Difference(over_seeds(np.mean, samples), interval(samples, what="difference"))
     better, worse = int((flat > 0).sum()), int((flat < 0).sum())
     return Contrast(other, moved, len(flat), len(units), better, worse, p_value, p_value, effect)
@@ -203,7 +214,8 @@ def compare(runs: Sequence[Path], *, arm: str | None = None, density: float | No
     notes = [f"{one.name}: {note}" for one in found for facts in one.group for note in facts.notes]
     pairs = zip(contrasts, corrected, strict=True)
     best = [best_reached(facts) for one in found for facts in one.group]
-    target = min((b for b in best if b is not None), default=None) if None not in best else None
+    reached = [value for value in best if value is not None]
+    target = shown_of(found[0].group).worst(reached) if reached and len(reached) == len(best) else None
     return Comparison(found[0], tuple(replace(one, p_holm=value) for one, value in pairs), tuple(notes), target)
 
 

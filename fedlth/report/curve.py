@@ -10,23 +10,25 @@ from numpy.typing import NDArray
 
 from fedlth.report.facts import Facts, grouped
 from fedlth.report.known_arms import arm_of, arm_order
+from fedlth.report.measure import Shown, shown_of
 from fedlth.report.results import Results
 from fedlth.report.tables import Table
 from fedlth.report.traffic import Traffic
-from fedlth.report.units import percent
 from fedlth.storage.records import EVALUATE, CurveRow
 
 Values = NDArray[np.float64]
-CHOICES = ("the last", "best on validation", "best on test (audit)")
+LAST, VALIDATED, TESTED = CHOICES = ("the last", "best on validation", "best on test (audit)")
 
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation of one model: the round it followed, what had been spent until then, and accuracies of clients.
+    """One evaluation of one model: the round it followed, what had been spent until then, and what clients got.
 
     `rounds` counts step 1's rounds, `total_bytes` what they had moved both ways, evaluations left out, `simulated_s`
-    the simulated time, where the run has one. `val` and `test` are those of the federation's clients that answered,
-    `unseen` the others' test accuracies.
+    the simulated time, where the run has one. `val` and `test` are the study's metric of the federation's clients that
+    answered (`val` is empty where they have no validation data), `unseen` the others' on test data. Of `val_rank` and
+    `test_rank` more is better; a run that keeps the best compares by the first: how many clients answered, then how
+    well.
     """
 
     rounds: int
@@ -35,11 +37,8 @@ class Point:
     val: Values
     test: Values
     unseen: Values
-
-    @property
-    def rank(self) -> tuple[int, float]:
-        """By which a run that keeps the best compares two: first how many clients answered."""
-        return len(self.val), float(self.val.mean())
+    val_rank: tuple[int, float]
+    test_rank: float
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,15 @@ class Curve:
     arm: str
     points: tuple[Point, ...]
 
-    def chosen(self) -> tuple[Point, Point, Point]:
-        """Return the points of CHOICES; of equals the earlier one."""
-        return (
+    def chosen(self) -> dict[str, Point]:
+        """Return the points of CHOICES, of equals the earlier one; without validation data there is no choice by it."""
+        found = [
             self.points[-1],
-            max(self.points, key=lambda point: point.rank),
-            max(self.points, key=lambda point: float(point.test.mean())),
-        )
+            max(self.points, key=lambda point: point.val_rank),
+            max(self.points, key=lambda point: point.test_rank),
+        ]
+        asked = all(len(point.val) for point in self.points)
+        return {name: point for name, point in zip(CHOICES, found, strict=True) if asked or name != VALIDATED}
 
 
 def curves(facts: Facts, moved: Traffic) -> tuple[Curve, ...]:
@@ -63,8 +64,9 @@ def curves(facts: Facts, moved: Traffic) -> tuple[Curve, ...]:
     spent = _spent(facts, moved)
     found = []
     for arm, rows in sorted(grouped((row.arm, row) for row in facts.curve).items(), key=lambda one: arm_order(one[0])):
-        points = [_point(spent[place], of) for place, of in grouped(((r.phase, r.round), r) for r in rows).items()]
-        if points := [point for point in points if len(point.val)]:
+        by_round = grouped(((r.phase, r.round), r) for r in rows).items()
+        points = [_point(shown_of([facts]), spent[place], of) for place, of in by_round]
+        if points := [point for point in points if len(point.test)]:
             found.append(Curve(arm, tuple(points)))
     return tuple(found)
 
@@ -83,14 +85,13 @@ def _spent(facts: Facts, moved: Traffic) -> dict[tuple[str, int], tuple[int, int
     return found
 
 
-def _point(spent: tuple[int, int, float | None], rows: Sequence[CurveRow]) -> Point:
+def _point(shown: Shown, spent: tuple[int, int, float | None], rows: Sequence[CurveRow]) -> Point:
     seen = [row for row in rows if not row.unseen]
-    return Point(
-        *spent,
-        val=np.array([row.val_accuracy for row in seen]),
-        test=np.array([row.test_accuracy for row in seen]),
-        unseen=np.array([row.test_accuracy for row in rows if row.unseen]),
-    )
+    val = np.array([shown.of(row, "val") for row in seen if row.num_val])
+    test = np.array([shown.of(row) for row in seen])
+    ranks = [float(shown.gain(values.mean())) if len(values) else 0.0 for values in (val, test)]
+    unseen = np.array([shown.of(row) for row in rows if row.unseen])
+    return Point(*spent, val=val, test=test, unseen=unseen, val_rank=(len(val), ranks[0]), test_rank=ranks[1])
 
 
 def curves_of(results: Results) -> tuple[tuple[Curve, ...], ...]:
@@ -100,13 +101,17 @@ def curves_of(results: Results) -> tuple[tuple[Curve, ...], ...]:
 
 def curve_table(results: Results) -> Table:
     """Return each model at its last round, at its best on validation and at its best on test data; means over seeds."""
-    header = ("model", "round", "after rounds", "validation %", "test %", "unseen clients, test %")
-    rows = []
+    shown, rows = results.shown, []
+    of = shown.column if shown.measure.name == "accuracy" else f", {shown.column}"
+    kinds = [f"{kind} {of}".replace(" ,", ",") for kind in ("validation", "test")]
+    header = ("model", "round", "after rounds", *kinds, f"unseen clients, {kinds[1]}")
     for arm, held in _by_arm(results).items():
-        for name, points in zip(CHOICES, zip(*(one.chosen() for one in held), strict=True), strict=True):
+        chosen = [one.chosen() for one in held]
+        for name in chosen[0]:
+            points = [found[name] for found in chosen]
             places = ", ".join(dict.fromkeys(str(point.rounds) for point in points))
-            accuracies = (percent(_mean([p.val for p in points])), percent(_mean([p.test for p in points])))
-            rows.append((arm_of(arm).label, name, places, *accuracies, percent(_mean([p.unseen for p in points]))))
+            values = (_mean([getattr(point, part) for point in points]) for part in ("val", "test", "unseen"))
+            rows.append((arm_of(arm).label, name, places, *map(shown.text, values)))
     return Table("The curve: all clients, by the round that is looked at", header, tuple(rows), left=2)
 
 
@@ -125,15 +130,18 @@ def inflation(results: Results) -> str:
     held = _by_arm(results).get("global")
     if held is None:
         return ""
-    last, validated, tested = (
-        _mean([p.test for p in points]) or 0.0 for points in zip(*(one.chosen() for one in held), strict=True)
-    )
+    shown, chosen = results.shown, [one.chosen() for one in held]
+    of = {name: _mean([found[name].test for found in chosen]) or 0.0 for name in chosen[0]}
+    told = {name: f"{shown.text(value)}{shown.unit}" for name, value in of.items()}
+    flattery = {name: abs(of[TESTED] - value) * (100 if shown.measure.percent else 1) for name, value in of.items()}
+    unit = " points" if shown.measure.percent else ""
+    validated = f", and {told[VALIDATED]} at the round that validation data choose" if VALIDATED in of else ""
+    over = f", and by {flattery[VALIDATED]:.3g} over the choice on validation data" if VALIDATED in of else ""
     text = (
-        f"Over the clients of the federation the global model reaches {percent(last)} % mean test accuracy after the "
-        f"last round, and {percent(validated)} % at the round that validation data choose. The best round on test "
-        f"data reads {percent(tested)} %: that is an audit and no result, for nobody may choose by test data. Reported "
-        f"as one, it would be inflated by {100 * (tested - last):.1f} points over the last round, and by "
-        f"{100 * (tested - validated):.1f} over the choice on validation data."
+        f"Over the clients of the federation the global model reaches a mean test {shown.label} of {told[LAST]} after "
+        f"the last round{validated}. The best round on test data reads {told[TESTED]}: that is an audit and no result, "
+        f"for nobody may choose by test data. Reported as one, it would be inflated by {flattery[LAST]:.3g}{unit} over "
+        f"the last round{over}."
     )
     return f"{text} {_kept(results)}".strip()
 

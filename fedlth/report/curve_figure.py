@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedlth.report.canvas import Picture, Theme, end_labels
-from fedlth.report.curve import Curve, Point, curves_of
+from fedlth.report.curve import VALIDATED, Curve, Point, curves_of
 from fedlth.report.known_arms import arm_of
+from fedlth.report.measure import Shown
 from fedlth.report.results import Results
 
 if TYPE_CHECKING:
@@ -34,11 +35,11 @@ def curve_picture(results: Results) -> Picture | None:
         "one line a seed" if len(held) > 1 else "the band holds the clients from the 10th to the 90th percentile of it"
     )
     return Picture(
-        "accuracy_curve", "The curve: all clients, evaluated between the rounds",
+        f"{results.shown.slug}_curve", "The curve: all clients, evaluated between the rounds",
         f"Means over the clients of the federation: solid on validation data, dashed on test data; {spread}. A ring "
         "marks the round that is best on validation data. The bytes are those of the training; evaluation is not in "
         "them.",
-        8.6, 4.0, CurveFigure(held, axes),
+        8.6, 4.0, CurveFigure(held, axes, results.shown),
     )  # fmt: skip
 
 
@@ -48,6 +49,7 @@ class CurveFigure:
 
     held: tuple[tuple[Curve, ...], ...]
     axes: tuple[Axis, ...]
+    shown: Shown
 
     def __call__(self, figure: Figure, theme: Theme) -> None:
         """Draw on an empty figure."""
@@ -57,10 +59,10 @@ class CurveFigure:
                 for one in of:
                     self._line(panel, theme, one, place)
             panel.set_xlabel(label)
-        panels[0].set_ylabel("accuracy (%)")
+        panels[0].set_ylabel(self.shown.axis)
         labels: dict[str, list[float]] = {}
         for one in (one for of in self.held for one in of):
-            labels.setdefault(one.arm, []).append(100 * float(one.points[-1].val.mean()))
+            labels.setdefault(one.arm, []).append(self.shown.factor * _main(one.points[-1]))
         low, high = panels[-1].get_ylim()
         ends = [(float(np.mean(y)), arm_of(arm).label, theme.colour(arm)) for arm, y in labels.items()]
         end_labels(panels[-1], ends, gap=(high - low) * 0.065)
@@ -69,20 +71,26 @@ class CurveFigure:
     def _line(self, panel: Axes, theme: Theme, one: Curve, place: Callable[[Point], float]) -> None:
         alone, colour = len(self.held) == 1, theme.colour(one.arm)
         x = [place(point) for point in one.points]
-        val, test = (100 * np.array([y(p) for p in one.points]) for y in (_val, _test))
+        asked, factor = all(len(point.val) for point in one.points), self.shown.factor
         if alone:
-            ends = 100 * np.array([np.quantile(point.val, (0.1, 0.9)) for point in one.points]).T
+            of = [point.val if asked else point.test for point in one.points]
+            ends = factor * np.array([np.quantile(values, (0.1, 0.9)) for values in of]).T
             panel.fill_between(x, ends[0], ends[1], color=colour, alpha=0.1, linewidth=0)
-        panel.plot(x, val, color=colour, marker=".", linewidth=1.8 if alone else 1, markersize=5 if alone else 3)
+        test = factor * np.array([_test(point) for point in one.points])
         panel.plot(x, test, color=colour, linestyle="--", linewidth=1.1, alpha=0.85)
-        best = one.chosen()[1]
+        if not asked:
+            return
+        val = factor * np.array([_main(point) for point in one.points])
+        panel.plot(x, val, color=colour, marker=".", linewidth=1.8 if alone else 1, markersize=5 if alone else 3)
+        best = one.chosen()[VALIDATED]
         panel.plot(
-            [place(best)], [100 * _val(best)], "o", markersize=10, markerfacecolor="none", markeredgecolor=colour
+            [place(best)], [factor * _main(best)], "o", markersize=10, markerfacecolor="none", markeredgecolor=colour
         )  # fmt: skip
 
 
-def _val(point: Point) -> float:
-    return float(point.val.mean())
+def _main(point: Point) -> float:
+    """Return the mean on validation data, on test data where there are none."""
+    return float((point.val if len(point.val) else point.test).mean())
 
 
 def _test(point: Point) -> float:

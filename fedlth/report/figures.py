@@ -1,4 +1,4 @@
-"""The figures of a report in reading order, each with one sentence on how to read it; those of accuracy."""
+"""The figures of a report in reading order, each with one sentence on how to read it; those of the metric."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fedlth.report.facts import Facts
 from fedlth.report.fleet import AtTime
 from fedlth.report.fleet import curve as curve_at_time
 from fedlth.report.known_arms import arm_of
+from fedlth.report.measure import shown_of
 from fedlth.report.results import Results
 from fedlth.report.statistics import ArmSummary
 from fedlth.report.ticket_figures import LayerDensity, OverlapMaps, OverlapScatter
@@ -32,15 +33,16 @@ def pictures(results: Results) -> tuple[Picture, ...]:
     The ticket figures are of the first seed: masks of two seeds start from different weights and do not compare.
     """
     found: list[Picture] = []
+    shown = results.shown
     units = "seeds and clients" if len(results.group) > 1 else "clients"
     own = any(summary.choice.chosen for summary in results.summaries)
     hollow = " Hollow markers are means at each client's own density, at the mean of those." if own else ""
     if any(summary.choice.target_density < 1 for summary in results.summaries):
         found.append(Picture(
-            "accuracy_by_density", "What sparsity costs, arm by arm",
-            f"Higher is better, sparser is to the right; whiskers are 95 % bootstrap intervals over {units}, and "
-            "horizontal lines are the dense models. Arms are compared on the same clients, so whiskers that overlap "
-            "can still hide a clear paired difference: those are given in the text above." + hollow,
+            f"{shown.slug}_by_density", "What sparsity costs, arm by arm",
+            f"{shown.better} is better, sparser is to the right; whiskers are 95 % bootstrap intervals over {units}, "
+            "and horizontal lines are the dense models. Arms are compared on the same clients, so whiskers that "
+            "overlap can still hide a clear paired difference: those are given in the text above." + hollow,
             8.6, 4.8, ByDensity(results),
         ))  # fmt: skip
     dumbbells = before_after(results)
@@ -48,7 +50,7 @@ def pictures(results: Results) -> tuple[Picture, ...]:
         after = results.summary(dumbbells.after)
         at = "" if after is None else after.at_text
         found.append(Picture(
-            "accuracy_by_client", f"Every client, before and after: {arm_of(dumbbells.after.arm).label}{at}",
+            f"{shown.slug}_by_client", f"Every client, before and after: {arm_of(dumbbells.after.arm).label}{at}",
             "One line for each client, from the global model (hollow) to its own model (filled); an orange line is "
             "a client that was hurt.",
             8.6, 4.2, dumbbells,
@@ -56,9 +58,9 @@ def pictures(results: Results) -> tuple[Picture, ...]:
     moved = any(facts.rounds for facts in results.group) and any(t.unicast.total_bytes for t in results.traffics)
     if moved and results.one_metric:
         found.append(Picture(
-            "accuracy_at_bytes", "What the bytes buy",
-            "The line is the accuracy of the model that the sampled clients received, on their validation data, as "
-            "bytes add up over the rounds; the markers at the right end are the arms on the validation data of all "
+            f"{shown.slug}_at_bytes", "What the bytes buy",
+            f"The line is the {shown.label} of the model that the sampled clients received, on their validation data, "
+            "as bytes add up over the rounds; the markers at the right end are the arms on the validation data of all "
             "clients after the last byte.",
             8.6, 4.2, AtBytes(results),
         ))  # fmt: skip
@@ -66,9 +68,9 @@ def pictures(results: Results) -> tuple[Picture, ...]:
         found.append(curve_of_all)
     if any(curve_at_time(facts)[0] for facts in results.group):
         found.append(Picture(
-            "accuracy_at_time", "What simulated time buys",
-            "The accuracy of the model that a round's sampled clients received, on their validation data, at the start "
-            "of that round on the study's fleet.",
+            f"{shown.slug}_at_time", "What simulated time buys",
+            f"The {shown.label} of the model that a round's sampled clients received, on their validation data, at the "
+            "start of that round on the study's fleet.",
             8.6, 4.2, AtTime(results),
         ))  # fmt: skip
     if results.overlaps:
@@ -98,13 +100,13 @@ def pictures(results: Results) -> tuple[Picture, ...]:
 
 @dataclass(frozen=True)
 class ByDensity:
-    """Mean test accuracy against density: a line with intervals for each sparse arm, a level for each dense one."""
+    """The metric's mean on test data by density: a line with intervals for each sparse arm, a level for dense ones."""
 
     results: Results
 
     def __call__(self, figure: Figure, theme: Theme) -> None:
         """Draw on an empty figure."""
-        axes = figure.add_subplot()
+        axes, shown = figure.add_subplot(), self.results.shown
         levels = [one for one in self.results.summaries if one.choice.target_density == 1 and not one.choice.chosen]
         sparse = [one for one in self.results.summaries if one.choice.target_density < 1 and not one.choice.chosen]
         arms = list(dict.fromkeys(found.choice.arm for found in sparse))
@@ -112,18 +114,18 @@ class ByDensity:
         labels: list[tuple[float, str, str]] = []
         for level in levels:
             colour, dashes = theme.colour(level.choice.arm), theme.style(level.choice.arm).dashes
-            axes.axhline(100 * level.mean, color=colour, linestyle=dashes, linewidth=1.2)
-            labels.append((100 * level.mean, arm_of(level.choice.arm).label, colour))
+            axes.axhline(shown.factor * level.mean, color=colour, linestyle=dashes, linewidth=1.2)
+            labels.append((shown.factor * level.mean, arm_of(level.choice.arm).label, colour))
         for rank, arm in enumerate(arms):
             line = [found for found in sparse if found.choice.arm == arm]
             self._line(axes, theme, line, shift=(rank - (len(arms) - 1) / 2) * 0.05)
-            labels.append((100 * line[-1].mean, arm_of(arm).label, theme.colour(arm)))
+            labels.append((shown.factor * line[-1].mean, arm_of(arm).label, theme.colour(arm)))
         for found in (one for one in self.results.summaries if one.choice.chosen):
             x, colour = _place(found.choice.target_density), theme.colour(found.choice.arm)
             marker = theme.style(found.choice.arm).marker
-            axes.plot([x], [100 * found.mean], marker, color=theme.page, markeredgecolor=colour, markersize=9)
+            axes.plot([x], [shown.factor * found.mean], marker, color=theme.page, markeredgecolor=colour, markersize=9)
         self._density_axis(axes, densities)
-        axes.set_ylabel("mean test accuracy over clients (%)")
+        axes.set_ylabel(f"mean test {shown.label} over clients{' (%)' if shown.measure.percent else ''}")
         low, high = axes.get_ylim()
         end_labels(axes, labels, gap=(high - low) * 0.052)
         axes.set_ylim(low, high)
@@ -131,8 +133,9 @@ class ByDensity:
     def _line(self, axes: Axes, theme: Theme, line: list[ArmSummary], *, shift: float) -> None:
         style, colour = theme.style(line[0].choice.arm), theme.colour(line[0].choice.arm)
         x = np.array([_place(found.choice.target_density) for found in line]) + shift
-        y = 100 * np.array([found.mean for found in line])
-        ends = 100 * np.array([(found.interval.low, found.interval.high) for found in line]).T
+        factor = self.results.shown.factor
+        y = factor * np.array([found.mean for found in line])
+        ends = factor * np.array([(found.interval.low, found.interval.high) for found in line]).T
         whiskers = np.nan_to_num(np.abs(ends - y))
         axes.errorbar(x, y, yerr=whiskers, color=colour, fmt="none", elinewidth=1.1, capsize=0, alpha=0.55)
         axes.plot(x, y, color=colour, marker=style.marker, linestyle=style.dashes, markersize=6)
@@ -155,7 +158,7 @@ def _place(density: float) -> float:
 
 @dataclass(frozen=True)
 class BeforeAfter:
-    """Every client's test accuracy under the global model and under the main arm, clients sorted by the first."""
+    """Every client's metric on test data under the global model and under the main arm, clients sorted by the first."""
 
     results: Results
     before: Choice
@@ -165,30 +168,33 @@ class BeforeAfter:
         """Draw on an empty figure."""
         from matplotlib.lines import Line2D
 
-        axes = figure.add_subplot()
+        axes, shown = figure.add_subplot(), self.results.shown
         pairs = []
         for facts in self.results.group:
             first, second = rows_of(facts, self.before), rows_of(facts, self.after)
             both = [client for client in first if client in second]
-            pairs += [(first[c].test_accuracy, second[c].test_accuracy, first[c].unseen) for c in both]
+            pairs += [(shown.of(first[c]), shown.of(second[c]), first[c].unseen) for c in both]
         pairs.sort(key=lambda pair: pair[:2])
         x = np.arange(len(pairs))
-        start, end = (100 * np.array([pair[place] for pair in pairs]) for place in (0, 1))
+        start, end = (shown.factor * np.array([pair[place] for pair in pairs]) for place in (0, 1))
         unseen = np.array([pair[2] for pair in pairs], dtype=bool)
         size = 6.5 if len(pairs) <= 40 else 4.5 if len(pairs) <= 120 else 3
-        for rows, colour in ((end >= start, theme.gain), (end < start, theme.loss)):
+        hurt = np.asarray(shown.gain(end - start)) < 0
+        for rows, colour in ((~hurt, theme.gain), (hurt, theme.loss)):
             axes.vlines(x[rows], start[rows], end[rows], color=colour, linewidth=size / 3, alpha=0.5)
             for marker, kept in (("o", rows & ~unseen), ("s", rows & unseen)):
                 axes.plot(x[kept], end[kept], marker, color=colour, markersize=size)
         axes.plot(x, start, "o", color=theme.page, markeredgecolor=theme.ink, markersize=size * 0.8, alpha=0.9)
-        axes.set_ylabel("test accuracy (%)")
-        axes.set_xlabel(f"{len(pairs)} clients, sorted by their accuracy under the {arm_of(self.before.arm).label}")
+        axes.set_ylabel(f"test {shown.axis}")
+        axes.set_xlabel(
+            f"{len(pairs)} clients, sorted by their {shown.label} under the {arm_of(self.before.arm).label}"
+        )
         axes.set_xticks([])
         axes.margins(x=0.02)
         before, after = arm_of(self.before.arm).label, arm_of(self.after.arm).label
         keys = [("o", theme.page, theme.ink, f"before: {before}"), ("o", theme.gain, theme.gain, f"after: {after}")]
-        if (end < start).any():
-            keys.append(("o", theme.loss, theme.loss, "after, and lower than before"))
+        if hurt.any():
+            keys.append(("o", theme.loss, theme.loss, f"after, and {shown.worse} than before"))
         if unseen.any():
             keys.append(("s", theme.gain, theme.gain, "a client unseen in the rounds"))
         handles = [
@@ -207,29 +213,30 @@ def before_after(results: Results) -> BeforeAfter | None:
 
 
 def curve(facts: Facts, moved: Traffic, *, phase: str) -> tuple[list[float], list[float]]:
-    """Return cumulative megabytes (up and down) at the end of each round of a phase, and its validation accuracy.
+    """Return cumulative megabytes (up and down) at the end of each round of a phase, and its metric on validation data.
 
-    A round without an accuracy (no client answered) moves the bytes on and gives no point.
+    A round without one (no client answered) moves the bytes on and gives no point.
     """
     reached = {(one.round, one.phase): one.cumulative_bytes for one in moved.by_round}
-    x, y = [], []
+    x, y, shown = [], [], shown_of([facts])
     for row in facts.rounds:
         place = (row.round, row.phase)
-        if row.phase == phase and row.val_accuracy is not None and place in reached:
+        value = shown.of_round(row)
+        if row.phase == phase and value is not None and place in reached:
             x.append(reached[place] / MEGA)
-            y.append(100 * row.val_accuracy)
+            y.append(shown.factor * value)
     return x, y
 
 
 @dataclass(frozen=True)
 class AtBytes:
-    """Validation accuracy against bytes: a line a seed for the rounds, a marker for each arm at the end."""
+    """The metric on validation data against bytes: a line a seed for the rounds, a marker for each arm at the end."""
 
     results: Results
 
     def __call__(self, figure: Figure, theme: Theme) -> None:
         """Draw on an empty figure."""
-        axes = figure.add_subplot()
+        axes, factor = figure.add_subplot(), self.results.shown.factor
         alone = len(self.results.group) == 1
         for facts, moved in zip(self.results.group, self.results.traffics, strict=True):
             for phase in (one for one in facts.header.phases if one.joins):
@@ -248,18 +255,18 @@ class AtBytes:
             # a local model needs no wire at all
             place = 0.0 if arm == "local" else total
             axes.plot(
-                [place], [100 * found.val_mean], linestyle="", marker=theme.style(arm).marker, clip_on=False,
+                [place], [factor * found.val_mean], linestyle="", marker=theme.style(arm).marker, clip_on=False,
                 color=theme.colour(arm), markersize=8, zorder=3,
             )  # fmt: skip
             at = "" if found.choice.target_density == 1 and not found.choice.chosen else f" at {found.density_text}"
             label = f"{arm_of(arm).label}{at}"
             if arm == "local":
-                axes.annotate(label, (0, 100 * found.val_mean), (8, 0), textcoords="offset points", va="center",
+                axes.annotate(label, (0, factor * found.val_mean), (8, 0), textcoords="offset points", va="center",
                               color=theme.colour(arm), fontsize=9)  # fmt: skip
             else:
-                labels.append((100 * found.val_mean, label, theme.colour(arm)))
+                labels.append((factor * found.val_mean, label, theme.colour(arm)))
         axes.set_xlim(0, total * 1.02)
         axes.set_xlabel("payload moved so far, up and down, every receiver counted (MB)")
-        axes.set_ylabel("validation accuracy (%)")
+        axes.set_ylabel(f"validation {self.results.shown.axis}")
         low, high = axes.get_ylim()
         end_labels(axes, labels, gap=(high - low) * 0.055)

@@ -12,6 +12,7 @@ import numpy as np
 from fedlth.report.canvas import Theme
 from fedlth.report.choice import rows_of
 from fedlth.report.facts import Facts
+from fedlth.report.measure import shown_of
 from fedlth.report.results import Results
 from fedlth.report.tables import Table
 from fedlth.report.traffic import clients_of, flow
@@ -45,29 +46,32 @@ def simulated_s(facts: Facts, *, step: int) -> float | None:
 
 
 def curve(facts: Facts) -> tuple[list[float], list[float]]:
-    """Return simulated seconds and validation accuracy of the rounds of step 1.
+    """Return simulated seconds of the rounds of step 1, and the study's metric on validation data.
 
-    A round's accuracy is that of the model which its clients were sent, so it stands at the round's start.
+    A round's value is that of the model which its clients were sent, so it stands at the round's start.
     """
     joining, at = facts.header.joining(1), 0.0
-    seconds, reached = [], []
+    seconds, reached, shown = [], [], shown_of([facts])
     for row in facts.rounds:
         if row.phase in joining and row.simulated_s is not None:
-            if row.val_accuracy is not None:
+            value = shown.of_round(row)
+            if value is not None:
                 seconds.append(at)
-                reached.append(row.val_accuracy)
+                reached.append(value)
             at += row.simulated_s
     return seconds, reached
 
 
 def best_reached(facts: Facts) -> float | None:
-    """Return the best validation accuracy of any round of step 1, None where the study had no fleet."""
-    return max(curve(facts)[1], default=None)
+    """Return the best validation result of any round of step 1, None where the study had no fleet."""
+    reached = curve(facts)[1]
+    return shown_of([facts]).best(reached) if reached else None
 
 
-def time_to(facts: Facts, accuracy: float) -> float | None:
-    """Return the simulated seconds after which a round first had this validation accuracy, None where none had."""
-    return next((s for s, reached in zip(*curve(facts), strict=True) if reached >= accuracy), None)
+def time_to(facts: Facts, target: float) -> float | None:
+    """Return the simulated seconds after which a round first was as good on validation data, None where none was."""
+    shown = shown_of([facts])
+    return next((s for s, value in zip(*curve(facts), strict=True) if shown.reaches(value, target)), None)
 
 
 def duration(seconds: float | None) -> str:
@@ -94,7 +98,8 @@ def tiers_table(results: Results) -> Table:
     No rows where a run has neither tiers nor a fleet. Visits, late and dropped are of federated rounds.
     """
     header = (
-        "tier", "clients", "visits", "up", "down", "simulated a visit", "late %", "dropped %", "density", "mean %"
+        "tier", "clients", "visits", "up", "down", "simulated a visit", "late %", "dropped %", "density",
+        f"mean {results.shown.column}",
     )  # fmt: skip
     known = [f for f in results.group if f.header.client_tiers or simulated_s(f, step=1) is not None]
     names = dict.fromkeys(name for facts in known for name in facts.header.client_tiers)
@@ -106,7 +111,8 @@ def _tier_row(results: Results, group: Sequence[Facts], name: str) -> tuple[str,
     clients, visits, late, dropped, up, down = (0.0,) * 6
     seconds: list[float] = []
     densities: list[float] = []
-    accuracies: list[float] = []
+    values: list[float] = []
+    shown = results.shown
     for facts in group:
         tiers = facts.header.client_tiers
         held = {c for c in range(facts.header.num_clients) if name == ALL or tiers[c] == name}
@@ -121,19 +127,19 @@ def _tier_row(results: Results, group: Sequence[Facts], name: str) -> tuple[str,
         seconds += [row.simulated_s for row in times if row.simulated_s is not None]
         kept = [row for client, row in rows_of(facts, results.main).items() if client in held] if results.main else []
         densities += [row.density for row in kept if not row.diverged]
-        accuracies += [row.test_accuracy for row in kept]
+        values += [shown.of(row) for row in kept]
     seeds = len(group)
     return (
         name, count(clients / seeds), count(visits / seeds), scaled(up / seeds, "B"), scaled(down / seeds, "B"),
         duration(float(np.mean(seconds)) if seconds else None), percent(late / visits if visits else None),
         percent(dropped / visits if visits else None), f"{np.mean(densities):.3g}" if densities else NOTHING,
-        percent(float(np.mean(accuracies)) if accuracies else None),
+        shown.text(float(np.mean(values)) if values else None),
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class AtTime:
-    """Validation accuracy of the rounds of step 1 against simulated time, a line a seed."""
+    """The study's metric on validation data in the rounds of step 1 against simulated time, a line a seed."""
 
     results: Results
 
@@ -144,8 +150,8 @@ class AtTime:
         longest = max((seconds[-1] for seconds, _ in lines if seconds), default=0.0)
         unit, scale = ("h", 3600.0) if longest >= 3600 else ("s", 1.0)
         for seconds, reached in lines:
-            x, y = np.array(seconds) / scale, 100 * np.array(reached)
+            x, y = np.array(seconds) / scale, self.results.shown.factor * np.array(reached)
             axes.plot(x, y, ".-", color=theme.colour("global"), linewidth=1.2, markersize=5)
         axes.set_xlim(0, longest / scale * 1.02 or 1.0)
         axes.set_xlabel(f"simulated time ({unit})")
-        axes.set_ylabel("validation accuracy (%)")
+        axes.set_ylabel(f"validation {self.results.shown.axis}")

@@ -12,18 +12,17 @@ from fedlth.report.cost import cost_text
 from fedlth.report.curve import curve_table, inflation, lost_evaluations
 from fedlth.report.fleet import fleet_text, tiers_table
 from fedlth.report.known_arms import arm_of, is_users
+from fedlth.report.measure import Shown
 from fedlth.report.results import Results
 from fedlth.report.statistics import ArmSummary, Difference, difference
-from fedlth.report.tables import WIDTH, Table, aligned, chosen_table, summary_table, tasks_table
+from fedlth.report.tables import COST, WIDTH, Table, aligned, chosen_table, summary_table, tasks_table
 from fedlth.report.traffic import is_refused
-from fedlth.report.units import bounds, percent, points, scaled, signed
+from fedlth.report.units import percent, scaled, signed
 
 PERMUTATION_LEVEL = 0.01
-# The columns of the summary that fit a terminal, and what they are called there.
-TERMINAL = {
-    "arm": "arm", "density": "density", "mean %": "mean %", "95 % interval": "95 % interval", "sd": "sd",
-    "10th pct": "10th pct", "worst decile": "worst 10 %", "hurt vs global %": "hurt %", "unseen %": "unseen %",
-}  # fmt: skip
+# What columns of the summary are called in a terminal, and those that do not fit one.
+TERMINAL = {"worst decile": "worst 10 %", "hurt vs global %": "hurt %"}
+LEFT_OUT = ("hurt vs local %", "diverged", *COST)
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,11 @@ def done(results: Results) -> str:
     held = [sum(count > 0 for count in counts) for counts in header.client_labels]
     sizes = [sum(counts) for counts in header.client_labels]
     clients = _plural(header.num_clients, "client")
+    examples = {row.client: row.num_train for row in results.group[0].metrics}
     if held and sizes and header.tasks:
         clients += f", each with about {np.median(sizes):.0f} training examples"
+    elif examples and not held:
+        clients += f", each with about {np.median(list(examples.values())):.0f} training examples"
     elif held and sizes:
         clients += (
             f", each with about {np.median(sizes):.0f} training examples of {np.median(held):.0f} out of "
@@ -94,24 +96,25 @@ def rivals(results: Results) -> list[ArmSummary]:
     return [one for one in found if one is not None and one.choice != results.main]
 
 
-def verdict(found: Difference) -> str:
+def verdict(found: Difference, shown: Shown) -> str:
     """Return what a paired difference says: ahead, behind, or no clear difference (its interval holds zero)."""
     if np.isnan(found.interval.low):
         return "too few clients to tell"
     if not found.interval.excludes(0):
         return "no clear difference"
-    return "ahead" if found.mean > 0 else "behind"
+    return "ahead" if shown.gain(found.mean) > 0 else "behind"
 
 
 def against(results: Results) -> Table:
     """Return the main arm's paired differences from its rivals, one row each."""
-    rows = []
+    rows, shown = [], results.shown
     for rival in rivals(results):
         found = difference(results.group, results.main, rival.choice) if results.main else None
         if found is not None:
-            gap = (points(found.mean), bounds(found.interval, signed=True))
-            rows.append((arm_of(rival.choice.arm).label, percent(rival.mean), *gap, verdict(found)))
-    header = ("against", "its mean %", "difference, points", "95 % interval", "so the main arm is")
+            gap = (shown.difference(found.mean), shown.bounds(found.interval, signed=True))
+            rows.append((arm_of(rival.choice.arm).label, shown.text(rival.mean), *gap, verdict(found, shown)))
+    gap_head = "difference, points" if shown.measure.percent else "difference"
+    header = ("against", f"its mean {shown.column}", gap_head, "95 % interval", "so the main arm is")
     return Table("The main arm against the others, paired by client", header, tuple(rows))
 
 
@@ -120,20 +123,30 @@ def reached(results: Results) -> str:
     main = results.summary(results.main)
     if not results.one_metric:
         ours = [(task, task.summary(results.main)) for task in results.tasks]
-        told = [f"{task.name} {percent(one.mean)} % ({task.metric})" for task, one in ours if one is not None]
+        told = [
+            f"{task.name} {task.shown.text(one.mean)}{task.shown.unit} ({task.shown.label})"
+            for task, one in ours
+            if one is not None
+        ]
         return f"By task, whose metrics have no common mean: {', '.join(told) or 'nothing evaluated'}."
     if main is None:
         return "No client was evaluated, so there is no result to report."
     label = arm_of(main.choice.arm).label
+    shown, mean = results.shown, results.shown.text(main.mean)
+    reaches = f"{mean} % mean test {shown.label}" if shown.measure.percent else f"a mean test {shown.label} of {mean}"
     text = (
-        f"The {label}{main.at_text} reaches {percent(main.mean)} % mean test accuracy {bounds(main.interval)}; the "
-        f"worst tenth of clients {percent(main.worst_decile)} %"
+        f"The {label}{main.at_text} reaches {reaches} {shown.bounds(main.interval)}; the worst tenth "
+        f"of clients {shown.text(main.worst_decile)}{shown.unit}"
     )
     if main.unseen is not None:
-        text += f"; clients unseen in the rounds {percent(main.unseen)} %"
+        text += f"; clients unseen in the rounds {shown.text(main.unseen)}{shown.unit}"
     if main.hurt_global is not None:
-        text += f". It hurts {percent(main.hurt_global, digits=0)} % of clients (below the global model)"
+        text += f". It hurts {percent(main.hurt_global, digits=0)} % of clients ({_below(shown)} the global model)"
     return f"{text}."
+
+
+def _below(shown: Shown) -> str:
+    return "below" if shown.measure.name == "accuracy" else "worse than"
 
 
 def overlapping(results: Results) -> str:
@@ -163,16 +176,21 @@ def numbers(results: Results) -> tuple[Number, ...]:
     """Return the headline numbers: the main arm, what it is held against, and the bytes both ways."""
     found: list[Number] = []
     main = results.summary(results.main)
-    shown: Sequence[ArmSummary | None] = [main, *(results.best_known(arm) for arm in ("global", "dense", "local"))]
-    for one in dict.fromkeys(item for item in shown if item is not None):
+    shown = results.shown
+    held: Sequence[ArmSummary | None] = [main, *(results.best_known(arm) for arm in ("global", "dense", "local"))]
+    for one in dict.fromkeys(item for item in held if item is not None):
         arm = arm_of(one.choice.arm)
-        found.append(
-            Number(f"{percent(one.mean)} %", f"{arm.label}{one.at_text}", f"95 % interval {bounds(one.interval)}")
+        value, metric = (
+            f"{shown.text(one.mean)}{shown.unit}",
+            "" if shown.measure.name == "accuracy" else f", {shown.label}",
         )
+        interval = f"95 % interval {shown.bounds(one.interval)}"
+        found.append(Number(value, f"{arm.label}{one.at_text}{metric}", interval))
     for task in results.tasks if not results.one_metric else ():
         if (its := task.summary(results.main)) is not None:
             label = f"{task.name}: {arm_of(its.choice.arm).label}"
-            found.append(Number(f"{percent(its.mean)} %", label, f"{task.metric}, {bounds(its.interval)}"))
+            value = f"{task.shown.text(its.mean)}{task.shown.unit}"
+            found.append(Number(value, label, f"{task.shown.label}, {task.shown.bounds(its.interval)}"))
     moved = [(one.unicast.up_bytes, one.unicast.down_bytes, one.dense_bytes) for one in results.traffics]
     up, down, dense = (float(mean) for mean in np.mean(moved, axis=0))
     small = f"dense FedAvg: {scaled(dense, 'B')} both ways" if dense else "no visit in the ledger"
@@ -214,11 +232,13 @@ def honest_notes(results: Results) -> tuple[str, ...]:
             shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
             clients = _plural(len(missing), "client")
             notes.append(f"{seed}{clients} without any result ({shown}); means are over the others")
+    numbers_told = any(row.test_accuracy is None for facts in results.group for row in facts.metrics)
+    guess = "the mean of its training targets" if numbers_told else "a uniform guess among the classes"
     for found in results.summaries:
         if found.diverged:
             at = f"{arm_of(found.choice.arm).label} at {found.choice.target_density:.3g}"
             clients = f"{found.diverged} of {_plural(found.num_clients, 'client')}"
-            notes.append(f"{at}: the training of {clients} diverged; each counts as a uniform guess among the classes")
+            notes.append(f"{at}: the training of {clients} diverged; each counts as {guess}")
         per_seed = found.num_clients / max(found.num_seeds, 1)
         largest = max(one.num_clients / max(one.num_seeds, 1) for one in results.summaries)
         if per_seed < largest:
@@ -232,13 +252,17 @@ def honest_notes(results: Results) -> tuple[str, ...]:
 
 def summary_text(results: Results) -> str:
     """Return the result of a run in a terminal's width: table, bytes, findings, notes."""
-    header = results.group[0].header
+    header, shown = results.group[0].header, results.shown
     seeds = ", ".join(str(facts.header.seed) for facts in results.group)
     parts = [f"{header.study} · {header.method} · seed {seeds} · {header.num_clients} clients"]
     if results.summaries:
-        table = replace(summary_table(results).columns(list(TERMINAL)), header=tuple(TERMINAL.values()))
-        parts.append(aligned(table))
-        parts.append("hurt: clients below the global model.  Test accuracy, read once at the end.")
+        whole = summary_table(results)
+        table = whole.columns([name for name in whole.header if name not in LEFT_OUT])
+        parts.append(aligned(replace(table, header=tuple(TERMINAL.get(name, name) for name in table.header))))
+        better = "" if shown.measure.name == "accuracy" else f" ({shown.better.lower()} is better)"
+        parts.append(
+            f"hurt: clients {_below(shown)} the global model.  Test {shown.label}{better}, read once at the end."
+        )
     more = [table for table in (chosen_table(results), tiers_table(results)) if table.rows]
     parts += [f"{table.title}\n\n{aligned(table)}" for table in more]
     if results.tasks:

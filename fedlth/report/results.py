@@ -9,6 +9,7 @@ import numpy as np
 
 from fedlth.report.choice import Choice, main_choice, rows_of
 from fedlth.report.facts import Facts
+from fedlth.report.measure import Shown, shown_of
 from fedlth.report.overlap import Overlap, overlap
 from fedlth.report.statistics import ArmSummary, summarise
 from fedlth.report.traffic import Traffic, traffic
@@ -20,7 +21,7 @@ class TaskResults:
     """What the clients of one task got: `name` as people read it, what they are judged by, and every arm over them."""
 
     name: str
-    metric: str
+    shown: Shown
     num_clients: int
     num_classes: int
     summaries: tuple[ArmSummary, ...]
@@ -48,7 +49,12 @@ class Results:
     @property
     def one_metric(self) -> bool:
         """Say whether all clients are judged by the same, so that they have a mean."""
-        return len(self.group[0].header.metrics) == 1
+        return len(self.group[0].header.judged) == 1
+
+    @property
+    def shown(self) -> Shown:
+        """The metric that the study is judged by."""
+        return shown_of(self.group)
 
     def summary(self, choice: Choice | None) -> ArmSummary | None:
         """Return the summary of one arm and density, or None where it was not evaluated."""
@@ -70,7 +76,7 @@ class Results:
 def results_of(group: Sequence[Facts]) -> Results:
     """Return the results of a group of runs of one study (one run a seed)."""
     evaluated = any(facts.metrics for facts in group)
-    alike = len(group[0].header.metrics) == 1
+    alike = len(group[0].header.judged) == 1
     return Results(
         group=tuple(group),
         main=main_choice(group) if evaluated else None,
@@ -82,10 +88,12 @@ def results_of(group: Sequence[Facts]) -> Results:
 
 
 def _task_results(group: Sequence[Facts], task: TaskFacts) -> TaskResults:
-    theirs = set(task.clients)
-    only = [replace(facts, metrics=tuple(row for row in facts.metrics if row.client in theirs)) for facts in group]
+    theirs, only = set(task.clients), []
+    for facts in group:
+        header = replace(facts.header, metrics=task.metrics, tasks=[])
+        only.append(replace(facts, header=header, metrics=tuple(r for r in facts.metrics if r.client in theirs)))
     name = task.name or "the study's own"
-    return TaskResults(name, task.metric, len(theirs), task.num_classes, summarise(only))
+    return TaskResults(name, shown_of(only), len(theirs), task.num_classes, summarise(only))
 
 
 def dense_flops(header: Header) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from fedlth.report.choice import Choice, baseline_of, chosen_choices, rows_of
 from fedlth.report.facts import Facts
 from fedlth.report.intervals import Interval, interval
 from fedlth.report.known_arms import arm_order
+from fedlth.report.measure import others_of, shown_of
 
 Values = NDArray[np.float64]
 
@@ -21,11 +21,11 @@ Values = NDArray[np.float64]
 class ArmSummary:
     """One arm at one target density, over the clients of every seed.
 
-    Every statistic is taken within a seed and then averaged over seeds. Accuracies are shares in [0, 1], on test
-    data. None: there was nothing to take it from. worst_decile: mean of the lowest tenth of clients
-    (rounded up). hurt_*: share of clients strictly below their own baseline. Epochs and FLOPs are means a client.
-    diverged: clients (of every seed) whose training did, which all other statistics but the density count too, as a
-    uniform guess.
+    Every statistic is taken within a seed and then averaged over seeds, of the study's metric on test data (accuracies
+    are shares in [0, 1]). None: there was nothing to take it from. tail: the percentile behind which the worst tenth
+    lies. worst_decile: mean of the worst tenth of clients (rounded up). hurt_*: share of clients strictly worse than
+    their own baseline. others: means of the further metrics. Epochs and FLOPs are means a client. diverged: clients (of
+    every seed) whose training did, which all other statistics but the density count too, as a constant guess.
     """
 
     choice: Choice
@@ -35,7 +35,7 @@ class ArmSummary:
     mean: float
     interval: Interval
     standard_deviation: float
-    p10: float
+    tail: float
     worst_decile: float
     hurt_global: float | None
     hurt_local: float | None
@@ -47,6 +47,7 @@ class ArmSummary:
     train_flops_effective: float
     starts: tuple[str, ...]
     diverged: int = 0
+    others: tuple[float, ...] = ()
 
     @property
     def density_text(self) -> str:
@@ -61,25 +62,20 @@ class ArmSummary:
         return "" if self.choice.target_density == 1 else f" at density {self.density_text}"
 
 
-def worst_decile_mean(values: Values) -> float:
-    """Return the mean of the lowest ceil(n / 10) values."""
-    return float(np.sort(values)[: math.ceil(len(values) / 10)].mean())
-
-
 def paired(group: Sequence[Facts], choice: Choice, baseline: Choice) -> list[Values]:
-    """Return test accuracy of `choice` less `baseline`, one array a seed, over the clients that have both."""
-    found = []
+    """Return the metric on test data of `choice` less `baseline`, one array a seed, over clients that have both."""
+    found, shown = [], shown_of(group)
     for facts in group:
         ours, theirs = rows_of(facts, choice), rows_of(facts, baseline)
         both = [client for client in ours if client in theirs]
         if both:
-            found.append(np.array([ours[c].test_accuracy - theirs[c].test_accuracy for c in both]))
+            found.append(np.array([shown.of(ours[c]) - shown.of(theirs[c]) for c in both]))
     return found
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference of means and its interval, in share of accuracy (0.01 is one point)."""
+    """A paired difference of means and its interval, in the metric's unit (of accuracy 0.01 is one point)."""
 
     mean: float
     interval: Interval
@@ -102,17 +98,20 @@ def _hurt(group: Sequence[Facts], choice: Choice, arm: str) -> float | None:
     baseline = baseline_of(group, arm)
     if baseline is None or choice.arm == arm:
         return None
-    samples = paired(group, choice, baseline)
-    return over_seeds(lambda gain: np.mean(gain < 0), samples) if samples else None
+    samples, shown = paired(group, choice, baseline), shown_of(group)
+    return over_seeds(lambda moved: np.mean(shown.gain(moved) < 0), samples) if samples else None
 
 
 def summarise_arm(group: Sequence[Facts], choice: Choice) -> ArmSummary:
     """Return the statistics of one arm and density; at least one client must have been evaluated there."""
     tables = [list(found.values()) for facts in group if (found := rows_of(facts, choice))]
     rows = [row for table in tables for row in table]
-    samples = [np.array([row.test_accuracy for row in table]) for table in tables]
-    unseen = [v for t in tables if len(v := np.array([r.test_accuracy for r in t if r.unseen]))]
-    seen = [v for t in tables if len(v := np.array([r.val_accuracy for r in t if r.val_accuracy is not None]))]
+    shown = shown_of(group)
+    samples = [np.array([shown.of(row) for row in table]) for table in tables]
+    unseen = [v for t in tables if len(v := np.array([shown.of(r) for r in t if r.unseen]))]
+    seen = [
+        v for t in tables if len(v := np.array([shown.of(r, "val") for r in t if r.num_val or r.val_loss is not None]))
+    ]
     return ArmSummary(
         choice=choice,
         density=float(np.mean([row.density for row in rows if not row.diverged] or [choice.target_density])),
@@ -121,8 +120,8 @@ def summarise_arm(group: Sequence[Facts], choice: Choice) -> ArmSummary:
         mean=over_seeds(np.mean, samples),
         interval=interval(samples),
         standard_deviation=over_seeds(lambda v: np.std(v, ddof=1) if len(v) > 1 else 0.0, samples),
-        p10=over_seeds(lambda v: np.percentile(v, 10), samples),
-        worst_decile=over_seeds(worst_decile_mean, samples),
+        tail=over_seeds(shown.tail_of, samples),
+        worst_decile=over_seeds(shown.worst_decile, samples),
         hurt_global=_hurt(group, choice, "global"),
         hurt_local=_hurt(group, choice, "local"),
         unseen=over_seeds(np.mean, unseen) if unseen else None,
@@ -133,6 +132,10 @@ def summarise_arm(group: Sequence[Facts], choice: Choice) -> ArmSummary:
         train_flops_effective=float(np.mean([row.train_flops_effective for row in rows])),
         starts=tuple(sorted({row.start for row in rows if row.start})),
         diverged=sum(row.diverged for row in rows),
+        others=tuple(
+            over_seeds(np.mean, [np.array([other.of(row) for row in table]) for table in tables])
+            for other in others_of(group)
+        ),
     )
 
 

@@ -12,9 +12,10 @@ import numpy as np
 
 from fedlth.report.choice import baseline_of, rows_of
 from fedlth.report.known_arms import arm_of
+from fedlth.report.measure import Shown, others_of
 from fedlth.report.results import Results, dense_flops, inference_flops_effective
 from fedlth.report.traffic import Flow
-from fedlth.report.units import NOTHING, bounds, count, percent, scaled
+from fedlth.report.units import NOTHING, count, percent, scaled
 
 
 @dataclass(frozen=True)
@@ -34,30 +35,37 @@ class Table:
 
 
 WIDTH = 100  # of a terminal
-SUMMARY_HEADER = (
-    "arm", "density", "mean %", "95 % interval", "sd", "10th pct", "worst decile", "hurt vs global %",
-    "hurt vs local %", "unseen %", "diverged", "search + tune epochs", "train FLOPs", "train effective",
-    "inference FLOPs", "inference effective",
-)  # fmt: skip
+COST = ("search + tune epochs", "train FLOPs", "train effective", "inference FLOPs", "inference effective")
+
+
+def summary_header(results: Results) -> tuple[str, ...]:
+    """Return what the summary's columns are called: what came out, further metrics, and last COST."""
+    shown = results.shown
+    return (
+        "arm", "density", f"mean {shown.column}", "95 % interval", "sd", shown.tail, "worst decile",
+        "hurt vs global %", "hurt vs local %", f"unseen {shown.column}", "diverged",
+        *(f"{other.label}{other.unit}" for other in others_of(results.group)), *COST,
+    )  # fmt: skip
 
 
 def summary_table(results: Results) -> Table:
-    """Return one row an arm and density: test accuracy over clients, harm, and what it cost a client."""
+    """Return one row an arm and density: the study's metric over clients, harm, and what it cost a client."""
     dense = float(np.mean([dense_flops(facts.header) for facts in results.group]))
-    rows = []
+    rows, shown, others = [], results.shown, others_of(results.group)
     for found in results.summaries:
         cells = (
             arm_of(found.choice.arm).label,
             found.density_text,
-            percent(found.mean),
-            bounds(found.interval),
-            percent(found.standard_deviation),
-            percent(found.p10),
-            percent(found.worst_decile),
+            shown.text(found.mean),
+            shown.bounds(found.interval),
+            shown.text(found.standard_deviation),
+            shown.text(found.tail),
+            shown.text(found.worst_decile),
             percent(found.hurt_global, digits=0),
             percent(found.hurt_local, digits=0),
-            percent(found.unseen),
+            shown.text(found.unseen),
             str(found.diverged),
+            *(other.text(value) for other, value in zip(others, found.others, strict=True)),
             f"{count(found.search_epochs)} + {count(found.epochs)}",
             scaled(found.train_flops, "") if found.train_flops else NOTHING,
             scaled(found.train_flops_effective, "") if found.train_flops_effective else NOTHING,
@@ -65,7 +73,8 @@ def summary_table(results: Results) -> Table:
             scaled(inference_flops_effective(results, found.choice), ""),
         )
         rows.append(cells)
-    return Table("Test accuracy over clients, by arm and density", SUMMARY_HEADER, tuple(rows))
+    title = f"Test {shown.label} over clients, by arm and density"
+    return Table(title, summary_header(results), tuple(rows))
 
 
 def tasks_table(results: Results, *, arms: Sequence[str] | None = None) -> Table:
@@ -75,49 +84,57 @@ def tasks_table(results: Results, *, arms: Sequence[str] | None = None) -> Table
         for found in task.summaries:
             if arms is None or found.choice.arm in arms or found.choice == results.main:
                 rows.append((
-                    task.name, task.metric, str(task.num_clients), str(task.num_classes),
-                    arm_of(found.choice.arm).label, found.density_text, percent(found.mean), bounds(found.interval),
-                    percent(found.standard_deviation), percent(found.hurt_global, digits=0), percent(found.unseen),
+                    task.name, task.shown.label, str(task.num_clients), str(task.num_classes),
+                    arm_of(found.choice.arm).label, found.density_text, _with_unit(task.shown, found.mean),
+                    task.shown.bounds(found.interval), _with_unit(task.shown, found.standard_deviation),
+                    percent(found.hurt_global, digits=0), _with_unit(task.shown, found.unseen),
                 ))  # fmt: skip
-    header = ("task", "metric", "clients", "classes", "arm", "density", "mean %", "95 % interval", "sd", "hurt %",
-              "unseen %")  # fmt: skip
+    header = ("task", "metric", "clients", "outputs", "arm", "density", "mean", "95 % interval", "sd", "hurt %",
+              "unseen")  # fmt: skip
     return Table("Test results over the clients of each task", header, tuple(rows), left=2)
 
 
+def _with_unit(shown: Shown, value: float | None) -> str:
+    text = shown.text(value)
+    return text if text == NOTHING else f"{text}{shown.unit}"
+
+
 def clients_table(results: Results) -> Table:
-    """Return one row a client (and seed): its data, the baselines and the main arm, in percent."""
+    """Return one row a client (and seed): its data, the baselines and the main arm."""
+    shown = results.shown
     arms = [arm for arm in ("global", "local", "dense") if baseline_of(results.group, arm)]
-    shown = [found for arm in arms if (found := baseline_of(results.group, arm)) and found != results.main]
+    chosen = [found for arm in arms if (found := baseline_of(results.group, arm)) and found != results.main]
     main = [results.main] if results.main else []
-    names = [arm_of(choice.arm).label for choice in (*shown, *main)]
-    header = ("seed", "client", "unseen", "train examples", "classes", *(f"{name} %" for name in names))
+    names = [arm_of(choice.arm).label for choice in (*chosen, *main)]
+    header = ("seed", "client", "unseen", "train examples", "classes", *(f"{name} {shown.column}" for name in names))
     own = ("density",) if results.main and results.main.chosen else ()
     rows = []
     for facts in results.group:
-        tables = [rows_of(facts, choice) for choice in (*shown, *main)]
+        tables = [rows_of(facts, choice) for choice in (*chosen, *main)]
         for client in sorted(set().union(*tables)):
             held = [table.get(client) for table in tables]
             known = next(row for row in held if row is not None)
             labels = facts.header.client_labels
             classes = str(sum(number > 0 for number in labels[client])) if client < len(labels) else NOTHING
-            accuracies = (percent(row.test_accuracy if row else None) for row in held)
+            values = (shown.text(shown.of(row) if row else None) for row in held)
             place = (str(facts.header.seed), str(client), "yes" if known.unseen else "no")
             last = tuple(f"{held[-1].density:.3g}" if held[-1] else NOTHING for _ in own)
-            rows.append((*place, str(known.num_train), classes, *accuracies, *last))
-    return Table("Test accuracy of every client", (*header, *own), tuple(rows), left=0)
+            rows.append((*place, str(known.num_train), classes, *values, *last))
+    return Table(f"Test {shown.label} of every client", (*header, *own), tuple(rows), left=0)
 
 
 def chosen_table(results: Results) -> Table:
     """Return how many clients keep a ticket of each density, where each has one of its own; else no rows."""
-    header = ("density", "clients", "share %", "mean %")
+    shown = results.shown
+    header = ("density", "clients", "share %", f"mean {shown.column}")
     if results.main is None or not results.main.chosen:
         return Table("", header, ())
     held = [(facts.chosen[c], row) for facts in results.group for c, row in rows_of(facts, results.main).items()]
     rows = []
     for density in sorted({density for density, _ in held}, reverse=True):
-        got = [row.test_accuracy for one, row in held if one == density]
+        got = [shown.of(row) for one, row in held if one == density]
         share, number = percent(len(got) / len(held)), count(len(got) / len(results.group))
-        rows.append((f"{density:.3g}", number, share, percent(float(np.mean(got)))))
+        rows.append((f"{density:.3g}", number, share, shown.text(float(np.mean(got)))))
     return Table("The densities that clients keep", header, tuple(rows))
 
 

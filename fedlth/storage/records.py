@@ -13,7 +13,20 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from fedlth.errors import StudyError, wrong
 from fedlth.storage.json_lines import read_lines, read_object
-from fedlth.storage.typed_record import Amount, Count, Label, Name, Number, Range, Share, Shares, Target, Text, read
+from fedlth.storage.typed_record import (
+    Amount,
+    Count,
+    Label,
+    Name,
+    Number,
+    Numbers,
+    Range,
+    Share,
+    Shares,
+    Target,
+    Text,
+    read,
+)  # fmt: skip
 from fedlth.study.parts import is_number
 
 T = TypeVar("T")
@@ -55,13 +68,28 @@ class Layer:
     flops_per_example: float = 0.0
 
 
+@dataclass(frozen=True)
+class Measure:
+    """A metric as a report shows it: which direction is better, and whether it is a percentage."""
+
+    name: str
+    higher_is_better: bool
+    percent: bool
+
+
+ACCURACY = Measure("accuracy", higher_is_better=True, percent=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskFacts:
-    """A task that some clients have: its natural key ("" for the study's own), its metric, and its network."""
+    """A task that some clients have: its natural key ("" for the study's own), its metrics, and its network.
+
+    The first of `metrics` is what it is judged by.
+    """
 
     name: str
     clients: list[int]
-    metric: str
+    metrics: list[Measure]
     num_classes: int
     layers: list[Layer] = field(default_factory=list)
     flops_forward_per_example: float = 0.0
@@ -71,13 +99,16 @@ class TaskFacts:
 class Header:
     """What is true of a whole run (header.json). `phases` are in order, `client_tiers` names of clients.capacity.
 
+    The first of `metrics` is the study's.
     `tasks`: where clients have tasks of their own; `num_classes`, `layers` and their sums are then of the study's own
     network, of which each client has what is shared.
     `test` says whence test parts are: the data set's split, or each client's own examples. `label_noise` says in words
     what is wrong with the labels of the clients `noisy`; "" for nothing.
     """
 
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"phases", "tasks", "client_tiers", "test", "label_noise", "noisy"})
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset(
+        {"phases", "metrics", "tasks", "client_tiers", "test", "label_noise", "noisy"}
+    )
 
     format: int = FORMAT
     study: str
@@ -109,6 +140,7 @@ class Header:
     flops_forward_per_example: float = 0.0
     random_starts: list[str] = field(default_factory=list)
     tasks: list[TaskFacts] = field(default_factory=list)
+    metrics: list[Measure] = field(default_factory=lambda: [ACCURACY])
     finished: bool
 
     def joining(self, step: int | None = None) -> frozenset[str]:
@@ -116,9 +148,9 @@ class Header:
         return frozenset(p.name for p in self.phases if p.joins and step in (None, p.step))
 
     @property
-    def metrics(self) -> tuple[str, ...]:
-        """What clients are judged by: one name, or one a task where they differ; such numbers have no common mean."""
-        return tuple(dict.fromkeys(task.metric for task in self.tasks)) or ("accuracy",)
+    def judged(self) -> tuple[Measure, ...]:
+        """What clients are judged by: one metric, or one a task where they differ; such numbers have no common mean."""
+        return tuple(dict.fromkeys(task.metrics[0] for task in self.tasks)) or (self.metrics[0],)
 
     @property
     def shared_layers(self) -> list[Layer]:
@@ -189,12 +221,13 @@ class Diverged:
 class RoundRow:
     """One round as the server saw it; `val_accuracy` is None where no visit reported one.
 
-    `rolled_back_to` says which global model took the place of one that no client could use ("" for none), `kept_best`
-    with which one step 2 begins where the evaluations chose it (it is on the row of the last evaluation), `simulated_s`
-    what the round takes on the study's fleet (None without one).
+    `val_metric` is the study's metric where that is not accuracy. `rolled_back_to` says which global model took the
+    place of one that no client could use ("" for none), `kept_best` with which one step 2 begins where the evaluations
+    chose it (it is on the row of the last evaluation), `simulated_s` what the round takes on the study's fleet (None
+    without one).
     """
 
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"rolled_back_to", "kept_best", "simulated_s"})
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"rolled_back_to", "kept_best", "simulated_s", "val_metric"})
 
     round: int
     phase: str
@@ -207,6 +240,7 @@ class RoundRow:
     rolled_back_to: str = ""
     kept_best: str = ""
     simulated_s: float | None = None
+    val_metric: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,12 +294,14 @@ class Digests:
 class MetricRow:
     """One client under one arm at one density, read once at the end.
 
-    `diverged` says that the arm's training did, `chosen` that the client keeps this ticket, where each has a density of
-    its own (finder.main: auto, capacity); validation is None where a client has no validation part. Defaults are for
-    reading what earlier versions wrote: a client must give every field that is not in OPTIONAL.
+    Accuracies are None where targets are real numbers, and all of validation where a client has no such part; the
+    study's metrics beside accuracy and loss are in `val_metrics` and `test_metrics` by name. `diverged` says that the
+    arm's training did, `chosen` that the client keeps this ticket, where each has a density of its own (finder.main:
+    auto, capacity). Defaults are for reading what earlier versions wrote: a client must give every field that is not
+    in OPTIONAL.
     """
 
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"diverged", "chosen"})
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"diverged", "chosen", "val_metrics", "test_metrics"})
 
     client: Count
     unseen: bool
@@ -273,7 +309,7 @@ class MetricRow:
     density: Share
     target_density: Target
     val_accuracy: Share | None
-    test_accuracy: Share
+    test_accuracy: Share | None
     num_train: Count
     start: Label = ""
     epochs: Amount = 0.0
@@ -288,6 +324,12 @@ class MetricRow:
     layer_density: Annotated[dict[str, Any], Shares()] = field(default_factory=dict)
     diverged: bool = False
     chosen: bool = False
+    val_metrics: Annotated[dict[str, Any], Numbers()] = field(default_factory=dict)
+    test_metrics: Annotated[dict[str, Any], Numbers()] = field(default_factory=dict)
+
+    def value(self, part: str, metric: str) -> float:
+        """Return a metric's value on "val" or "test" data; NaN where the row does not say it."""
+        return _value(self, part, metric)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,7 +339,7 @@ class CurveRow:
     `phase` and `round` are those of the round that made the model; the server writes them, whatever a client says.
     """
 
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"round", "phase", "diverged"})
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"round", "phase", "diverged", "val_metrics", "test_metrics"})
 
     round: Count = 0
     phase: Label = ""
@@ -305,25 +347,41 @@ class CurveRow:
     unseen: bool
     arm: Name
     density: Share
-    val_accuracy: Share
-    test_accuracy: Share
-    val_loss: Number
-    test_loss: Number
+    val_accuracy: Share | None
+    test_accuracy: Share | None
+    val_loss: Number | None
+    test_loss: Number | None
     num_val: Count
     num_test: Count
     diverged: bool = False
+    val_metrics: Annotated[dict[str, Any], Numbers()] = field(default_factory=dict)
+    test_metrics: Annotated[dict[str, Any], Numbers()] = field(default_factory=dict)
+
+    def value(self, part: str, metric: str) -> float:
+        """Return a metric's value on "val" or "test" data; NaN where the row does not say it."""
+        return _value(self, part, metric)
+
+
+def _value(row: MetricRow | CurveRow, part: str, metric: str) -> float:
+    found = getattr(row, f"{part}_{metric}") if metric in ("accuracy", "loss") else None
+    found = getattr(row, f"{part}_metrics").get(metric) if found is None else found
+    return float("nan") if found is None else float(found)
 
 
 @dataclass(frozen=True)
 class VisitRecord:
-    """What a client says of one visit. A method may leave out all but the first, and add numbers of its own."""
+    """What a client says of one visit. A method may leave out all but the first, and add numbers of its own.
 
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"loss", "val_accuracy", "density"})
+    `val_metric` is the study's metric where that is not accuracy.
+    """
+
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"loss", "val_accuracy", "density", "val_metric"})
 
     num_examples: Annotated[int, Range(1, 2**53, "a whole number of at least 1")]
     loss: Number | None = None
     val_accuracy: Share | None = None
     density: Share | None = None
+    val_metric: Number | None = None
 
 
 def visit_record(record: Mapping[str, Any]) -> VisitRecord:

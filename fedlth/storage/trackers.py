@@ -187,8 +187,7 @@ def _commits(rounds: Sequence[RoundRow], curve: Iterable[CurveRow]) -> list[Scal
 def _scalars(row: RoundRow, curve: Sequence[CurveRow]) -> Scalars:
     """Return what a tracker shows of one commit; of the curve, means over clients."""
     found: Scalars = {"up_bytes": row.up_bytes, "down_bytes": row.down_bytes, "failed": len(row.failed)}
-    if row.val_accuracy is not None:
-        found["val_accuracy"] = row.val_accuracy
+    found |= {name: seen for name in ("val_accuracy", "val_metric") if (seen := getattr(row, name)) is not None}
     found = {f"{row.phase}/{name}": float(value) for name, value in found.items()}
     for arm in dict.fromkeys(one.arm for one in curve):
         seen = [one for one in curve if one.arm == arm and not one.unseen]
@@ -199,8 +198,12 @@ def _scalars(row: RoundRow, curve: Sequence[CurveRow]) -> Scalars:
 
 
 def _means(rows: Sequence[CurveRow | MetricRow]) -> Scalars:
-    names = ("val_accuracy", "val_loss", "test_accuracy", "test_loss")
-    return {name: math.fsum(getattr(row, name) for row in rows) / len(rows) for name in names} if rows else {}
+    """Return the means over clients of what every one of them has."""
+    names = {f"{part}_{name}": (part, name) for part in ("val", "test") for name in ("accuracy", "loss")}
+    for part in ("val", "test"):
+        names |= {f"{part}_{name}": (part, name) for row in rows[:1] for name in getattr(row, f"{part}_metrics")}
+    values = {told: [row.value(*place) for row in rows] for told, place in names.items()}
+    return {told: math.fsum(v) / len(v) for told, v in values.items() if v and all(map(math.isfinite, v))}
 
 
 def _final(metrics: Iterable[MetricRow]) -> Scalars:

@@ -52,6 +52,16 @@ class Shares:
         return all(isinstance(k, str) and is_number(v) and 0 <= v <= 1 for k, v in value.items())
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """A mapping of printable names to finite numbers."""
+
+    words: str = "a mapping of printable names to finite numbers"
+
+    def __call__(self, value: Any) -> bool:
+        return all(isinstance(k, str) and Text(100)(k) and is_number(v) for k, v in value.items())
+
+
 Share = Annotated[float, Range(0, 1, "a number in [0, 1]")]
 Target = Annotated[float, Range(math.ulp(0.0), 1, "a number in (0, 1]")]
 Count = Annotated[int, Range(0, 2**53, "a whole number of at least 0")]

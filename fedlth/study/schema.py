@@ -169,7 +169,7 @@ class Train(Timed):
     schedule: Spec = {"name": "constant"}
     round_decay: Positive = 1.0
     clip_norm: Positive | None = None
-    loss: Spec = {"name": "cross_entropy"}
+    loss: Spec | None = None
     pull: Spec | None = None
     augment: Specs = ()
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
@@ -287,6 +287,8 @@ class Study(Node):
     clients: Clients
     tasks: Annotated[dict[str, TaskSpec], BeforeValidator(_texts)] = {}
     model: Annotated[Model, BeforeValidator(_spec)] = Model()
+    metric: str | None = None
+    metrics: Names = ()
     train: Train = Train()
     federate: Federate = Federate()
     evaluate: Evaluate = Evaluate()

@@ -12,6 +12,7 @@ from fedlth.models.layout import Params
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.lockstep import ASK
 from fedlth.training.loss import CrossEntropy, MaskedLm, MeanSquaredError, restricts
+from fedlth.training.metrics import Metric, Scores
 from fedlth.training.optimizer import Adam, AdamW, Sgd
 from fedlth.training.pull import Proximal
 from fedlth.training.request import TrainingRequest, TrainingResult
@@ -64,6 +65,7 @@ class Evaluation:
     model: FlatModel
     params: Params
     data: Examples
+    metrics: tuple[Metric, ...]
     cpu_s: list[float] = field(default_factory=list)
 
     @property
@@ -97,14 +99,14 @@ def train(model: FlatModel, request: TrainingRequest) -> TrainingResult:
     return result
 
 
-def evaluated(model: FlatModel, params: Params, data: Examples) -> tuple[float, float] | None:
+def evaluated(model: FlatModel, params: Params, data: Examples, metrics: tuple[Metric, ...]) -> Scores | None:
     """Ask for an evaluation with those of the cohort that this call is in; None outside one, and where it has none.
 
     It has none of ragged data, and none of a loss of the user's.
     """
     if ASK.get() is None or data.lengths or type(model.loss) not in LOSSES:
         return None
-    found: tuple[float, float] = _answer(Evaluation(model, params, data))
+    found: Scores = _answer(Evaluation(model, params, data, metrics))
     return found
 
 

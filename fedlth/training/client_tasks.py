@@ -76,20 +76,16 @@ class TaskNames:
         return np.flatnonzero(np.isin(self.train, [i for i, name in enumerate(self.names) if name in names]))[:count]
 
 
-def own_study(study: Study, spec: TaskSpec, place: str) -> Study:
+def own_study(study: Study, spec: TaskSpec) -> Study:
     """Return the study as a task's clients have it."""
-    for key, known in (("loss", "cross_entropy"), ("metric", "accuracy")):
-        given = getattr(spec, key)
-        given = given["name"] if isinstance(given, dict) else given
-        if given not in (None, known):
-            raise StudyError(f"{place}.{key}: must be {known}, got {given!r}")
-    model = study.model.model_copy(update={"options": {**study.model.options, **spec.options}})
-    return study.model_copy(update={"model": model})
-
-
-def metric_of(study: Study) -> str:
-    """Return the name of what a task is judged by, from the study as its clients have it."""
-    return "accuracy"
+    changed: dict[str, object] = {
+        "model": study.model.model_copy(update={"options": {**study.model.options, **spec.options}})
+    }
+    if spec.loss is not None:
+        changed["train"] = study.train.model_copy(update={"loss": spec.loss})
+        changed["personalise"] = study.personalise.model_copy(update={"loss": None})
+    given = {"metric": spec.metric, "metrics": spec.metrics}
+    return study.model_copy(update={**changed, **{key: value for key, value in given.items() if value is not None}})
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,7 @@ from fedlth.models.call import call_with
 from fedlth.models.layout import Params
 from fedlth.training.batch_requests import Evaluation, Training
 from fedlth.training.loss import IGNORED
+from fedlth.training.metrics import Metric, Scores, counted, rows, scored
 from fedlth.training.request import TrainingRequest, TrainingResult
 from fedlth.training.torch_backend import clip
 
@@ -32,7 +33,7 @@ EVALUATION_BATCH = 32
 def answer(asked: Sequence[Training | Evaluation]) -> list[Any]:
     """Train and evaluate together what is asked at once; return what came of each, in order.
 
-    That is a TrainingResult, (accuracy, mean loss), or an exception.
+    That is a TrainingResult, Scores, or an exception.
     Where a batched call fails each client is tried alone, in the same way, so that a faulty one costs only itself.
     What memory refuses is refused to all: which of them would fit depends on the machine, and so would the bits.
     """
@@ -123,13 +124,13 @@ def train_together(asked: Sequence[Training]) -> list[TrainingResult]:
     return [results[order.index(k)] for k in range(len(asked))]
 
 
-def evaluate_together(asked: Sequence[Evaluation]) -> list[tuple[float, float]]:
-    """Return each client's (accuracy, mean loss), as `evaluation.evaluate` would alone, up to float32 rounding."""
+def evaluate_together(asked: Sequence[Evaluation]) -> list[Scores]:
+    """Return each client's scores, as `evaluation.evaluate` would alone, up to float32 rounding."""
     stack = _Stack(asked)
     state = stack.state(len(asked), trained=False)
     data, starts = _joined(asked)
-    right = torch.zeros(len(asked), dtype=torch.float64, device=stack.device)
-    loss_sum = torch.zeros_like(right)
+    states: list[dict[Metric, Any]] = [dict.fromkeys(m.metrics) for m in asked]
+    loss_sum = torch.zeros(len(asked), dtype=torch.float64, device=stack.device)
     stack.module.eval()
     for at in range(0, max(m.num_examples for m in asked), EVALUATION_BATCH):
         parts = [np.arange(at, min(at + EVALUATION_BATCH, m.num_examples)) for m in asked]
@@ -139,11 +140,14 @@ def evaluate_together(asked: Sequence[Evaluation]) -> list[tuple[float, float]]:
         with torch.no_grad():
             part = data.batch(index)
             logits = vmap(stack.forward)(state, part.x)
-            same = (logits.argmax(-1) == part.y).double().reshape(*real.shape, -1).sum(2)
-            right += (same * real).sum(1)
-            loss_sum += (vmap(stack.examined)(logits, part.y).double() * real).sum(1)
-    found = zip(asked, right.tolist(), loss_sum.tolist(), strict=True)
-    return [(hits / m.data.y.numel(), total / m.num_examples) for m, hits, total in found]
+            count = vmap(counted)(part.y) * real
+            loss_sum += (vmap(stack.examined)(logits, part.y).double() * count).sum(1)
+        for row, (filled, there) in enumerate(zip(states, parts, strict=True)):
+            if len(there):
+                told = rows(logits[row, : len(there)], part.y[row, : len(there)])
+                filled.update({m: m.add(before, *told) for m, before in filled.items()})
+    found = zip(asked, states, loss_sum.tolist(), strict=True)
+    return [scored(filled, total / int(counted(m.data.y).sum())) for m, filled, total in found]
 
 
 class _Stack:

@@ -83,7 +83,7 @@ def obstacle(task: Task) -> str | None:
         data = largest.batch(slice(count))
         request = drawn_request(task.theta_0, data, recipe, order=stream(0, "probe"), torch_seed=0, active=mask)
         result = train(task.flat_model, request)
-        return result, evaluate(task.flat_model, result.params, data)[1]
+        return result, evaluate(task.flat_model, result.params, data, task.judged.all).loss
 
     calls = [partial(client, count, mask) for count, mask in zip((long, short), masks, strict=True)]
     with torch_stream(0), warnings.catch_warnings():
@@ -118,7 +118,7 @@ def probed(task: Task, peak: Peak) -> tuple[int, int]:
         active=np.zeros(task.layout.num_prunable, bool),
     )  # fmt: skip
     training = Training(task.flat_model, request)
-    evaluation = Evaluation(task.flat_model, task.theta_0, largest)
+    evaluation = Evaluation(task.flat_model, task.theta_0, largest, task.judged.all)
 
     def work(count: int) -> None:
         cohort.train_together([training] * count)

@@ -11,31 +11,37 @@ from fedlth.models.layout import Params
 from fedlth.training import batch_requests
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.loss import examined
+from fedlth.training.metrics import METRICS, Metric, Scores, counted, rows, scored
 
 EVALUATION_BATCH = 256
+ACCURACY = (METRICS["accuracy"],)
 
 
-def evaluate(model: FlatModel, params: Params, data: Examples) -> tuple[float, float]:
-    """Return (accuracy, mean loss) of `params` on data; (0, 0) where there is none."""
+def evaluate(model: FlatModel, params: Params, data: Examples, metrics: tuple[Metric, ...] = ACCURACY) -> Scores:
+    """Return the mean loss of `params` on data (over examples, or all positions with a class), and each metric's value.
+
+    All are 0 where there are no data. Raises ValueError where a user's metric is not finite.
+    """
     if not len(data):
-        return 0.0, 0.0
+        return Scores(0.0, dict.fromkeys((m.name for m in metrics), 0.0))
     data = examined(model.loss, data)
-    y = data.y
     if model.table is not None and kernel.suits(model.table, params.floats):
         logits = torch.from_numpy(kernel.predict(model.table, params.floats, data.tensor.numpy()))
-        return float((logits.argmax(-1) == y).double().mean()), float(model.loss(logits, y))
-    if (found := batch_requests.evaluated(model, params, data)) is not None:
+        states = {m: m.add(None, *rows(logits, data.y)) for m in metrics}
+        return scored(states, float(model.loss(logits, data.y)))
+    if (found := batch_requests.evaluated(model, params, data, metrics)) is not None:
         return found
     with model.lock, torch.inference_mode():
         model.load(params)
         model.module.eval()
-        data, right, loss_sum = model.forward.images(data), 0, 0.0
+        data, loss_sum, states = model.forward.images(data), 0.0, dict.fromkeys(metrics)
         for at in range(0, len(data), EVALUATION_BATCH):
             part = data.batch(slice(at, at + EVALUATION_BATCH))
-            logits, target = model.forward.evaluate(part.x), part.y
-            right += int((logits.argmax(-1) == target).sum())
-            loss_sum += float(model.loss(logits, target)) * len(target)
-    return right / y.numel(), loss_sum / len(y)
+            outputs = model.forward.evaluate(part.x)
+            told = rows(outputs, part.y)
+            states = {m: m.add(state, *told) for m, state in states.items()}
+            loss_sum += float(model.loss(outputs, part.y)) * int(counted(part.y).sum())
+    return scored(states, loss_sum / int(counted(data.y).sum()))
 
 
 def gradient(model: FlatModel, params: Params, data: Examples) -> np.ndarray:
@@ -45,8 +51,9 @@ def gradient(model: FlatModel, params: Params, data: Examples) -> np.ndarray:
         model.load(params)
         model.module.eval()
         model.grad.zero_()
+        total = int(counted(data.y).sum())
         for at in range(0, len(data), EVALUATION_BATCH):
             part = data.batch(slice(at, at + EVALUATION_BATCH))
-            loss = model.loss(model.forward.evaluate(part.x), part.y) * (len(part) / len(data))
+            loss = model.loss(model.forward.evaluate(part.x), part.y) * (int(counted(part.y).sum()) / total)
             loss.backward()  # type: ignore[no-untyped-call]
         return model.in_order(model.grad[: model.layout.num_prunable])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -22,6 +22,7 @@ from fedlth.training.batch_requests import cpu_seconds
 from fedlth.training.batches import steps_an_epoch
 from fedlth.training.loss import owned
 from fedlth.training.loss_probe import LossProbe
+from fedlth.training.metrics import Metric, Scores, guessed
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingResult, drawn_request
 from fedlth.training.study_recipe import recipes
@@ -99,7 +100,7 @@ class LocalClient:
     @cached_property
     def _recipes(self) -> tuple[TrainingRecipe, TrainingRecipe]:
         num_classes = self.task.dataset.num_classes
-        first, second = recipes(self.task.study, num_classes)
+        first, second = recipes(self.task.study, num_classes, self.task.dataset.targets)
         y = self.train_part.y
         return (
             replace(first, loss=owned(first.loss, y, num_classes)),
@@ -176,22 +177,46 @@ class LocalClient:
         scale = 3.0 * examples
         return dense * scale, (dense - dead) * scale
 
-    def val_accuracy(self, params: Params) -> float:
-        """The only accuracy that a decision may look at; raise StudyError where the client has no validation part."""
+    def val_score(self, params: Params) -> float:
+        """Return the study's metric on validation data, more is better: all that a decision may look at.
+
+        Raises StudyError where the client has no validation part.
+        """
         if not len(self.val_part):
             raise StudyError("clients.validation: must be above 0 where something decides on validation data, got 0")
-        return self.evaluate(params, self.val_part)[0]
+        judged = self.task.judged
+        return judged.score(self.evaluate(params, self.val_part, (judged.main,)).metrics[judged.main.name])
 
-    def seen(self, params: Params) -> dict[str, float]:
-        """Return the validation accuracy as a visit reports it; nothing where the client has no validation part."""
-        return {"val_accuracy": self.val_accuracy(params)} if len(self.val_part) else {}
+    def visit_scores(self, params: Params) -> dict[str, float]:
+        """Return what a visit tells of a model on validation data: its accuracy, and the study's metric if another.
 
-    def evaluate(self, params: Params, part: Examples) -> tuple[float, float]:
-        """Return (accuracy, mean loss) on a part of the client's data."""
-        began = cpu_seconds()
-        found = evaluation.evaluate(self.task.flat_model, params, part)
+        Nothing where the client has no validation part.
+        """
+        if not len(self.val_part):
+            return {}
+        judged = self.task.judged
+        decisive = tuple(m for m in judged.all if m is judged.main or m.name == "accuracy")
+        found = self.evaluate(params, self.val_part, decisive).metrics
+        told = {"val_accuracy": found["accuracy"]} if judged.has_accuracy else {}
+        return told if judged.main.name == "accuracy" else {**told, "val_metric": found[judged.main.name]}
+
+    def evaluate(self, params: Params, part: Examples, metrics: tuple[Metric, ...] | None = None) -> Scores:
+        """Return the mean loss and the metrics (all of the study's) on a part of the client's data.
+
+        Where the loss is no number, metrics that are none either have what a constant guess reaches.
+        """
+        began, metrics = cpu_seconds(), metrics or self.task.judged.all
+        found = evaluation.evaluate(self.task.flat_model, params, part, metrics)
+        if missing := [m for m in metrics if m.name not in found.metrics]:
+            found = replace(found, metrics={**found.metrics, **self.guess(part, missing).metrics})
         self.work.append({"evaluated": len(part), "cpu_s": cpu_seconds() - began})
         return found
+
+    def guess(self, part: Examples, metrics: Sequence[Metric]) -> Scores:
+        """Return what a model that diverged counts as: uniform among classes, the training mean of real numbers."""
+        dataset, y = self.task.dataset, self.train_part.y
+        mean = y.mean(0) if dataset.targets == "numbers" else None
+        return guessed(part, metrics, dataset.num_classes, mean, self.task.loss)
 
     def network(self, at: Params) -> LossProbe:
         """Return the network at `at` over the client's training data, as scores ask it; a mask it learns is counted."""

@@ -20,6 +20,7 @@ from fedlth.tickets.evidence import Lesson
 from fedlth.training.evaluation import gradient
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.loss import examined
+from fedlth.training.metrics import counted
 from fedlth.training.supermask import learn
 
 EXAMPLES_AT_ONCE = 64
@@ -150,9 +151,10 @@ class LossProbe:
     def _shares(self) -> Iterator[tuple[Examples, float]]:
         """Yield the data in parts with each part's share of the mean."""
         data = examined(self.model.loss, self.data)
+        total = int(counted(data.y).sum())
         for at in range(0, len(data), 256):
             part = data.batch(slice(at, at + 256))
-            yield part.double(), len(part) / len(data)
+            yield part.double(), int(counted(part.y).sum()) / total
 
 
 def _batches(one: Callable[[Tensor, Inputs, Tensor], Tensor], flat: Tensor, two: Examples) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from fedlth.data.dataset import Dataset
+from fedlth.data.ragged import Shape
 from fedlth.data.tensors import inputs
 from fedlth.kernel import kernel
 from fedlth.kernel.graph import compile_layers
@@ -111,9 +112,16 @@ class ModelContext:
     @cached_property
     def table(self) -> LayerTable | str:
         """Return the network as the compute kernel sees it, or one line that says why the kernel cannot run it."""
-        if self.dataset.x_train.dtype.kind == "i":
+        shape = self.dataset.input_shape
+        if isinstance(shape, dict):
+            return "the inputs are several tensors"
+        if self.dataset.tokens:
             return "the inputs are tokens"
-        return kernel.available() or compile_layers(self.module(), self.layout, tuple(self.dataset.x_train.shape[1:]))
+        if self.dataset.lengths_train:
+            return "the data are ragged"
+        if self.dataset.targets == "numbers":
+            return "the targets are real numbers"
+        return kernel.available() or compile_layers(self.module(), self.layout, shape)
 
     @cached_property
     def flops(self) -> dict[str, int]:
@@ -124,7 +132,7 @@ class ModelContext:
         return {**layers, "": total}
 
 
-def initial_module(spec: ModelSpec, num_classes: int, input_shape: tuple[int, ...], seed: int) -> nn.Module:
+def initial_module(spec: ModelSpec, num_classes: int, input_shape: Shape, seed: int) -> nn.Module:
     """Build a network as theta_0 is drawn; no data are needed."""
     return drawn(
         spec.name, num_classes=num_classes, input_shape=input_shape, options=spec.options,

@@ -11,7 +11,7 @@ from fedlth.errors import StudyError
 from fedlth.study import schema
 from fedlth.study.parts import imported, make, options_of
 from fedlth.training.budget import Budget
-from fedlth.training.loss import Loss, OfBatch
+from fedlth.training.loss import CrossEntropy, Loss, MeanSquaredError, OfBatch
 from fedlth.training.pull import NO_PULL
 from fedlth.training.recipe import PARTS, TrainingRecipe
 
@@ -26,7 +26,7 @@ def budget_of(section: schema.Train | schema.Personalise) -> Budget:
     return Budget(epochs=section.epochs or 0, steps=section.steps or 0)
 
 
-def recipe_of(train: schema.Train, num_classes: int, where: str = "train") -> TrainingRecipe:
+def recipe_of(train: schema.Train, num_classes: int, targets: str, where: str = "train") -> TrainingRecipe:
     """Build the parts that a train section names; raise StudyError naming the place."""
     optimizer = dict(train.optimizer)
     for key in ("momentum", "weight_decay"):
@@ -35,7 +35,7 @@ def recipe_of(train: schema.Train, num_classes: int, where: str = "train") -> Tr
     return TrainingRecipe(
         budget=budget_of(train), batch_size=train.batch_size, lr=train.lr,
         optimizer=part("optimizer", optimizer, where), schedule=part("schedule", train.schedule, where),
-        loss=loss_of(train.loss, num_classes, where), clip_norm=train.clip_norm,
+        loss=loss_of(train.loss, num_classes, targets, where), clip_norm=train.clip_norm,
         pull=NO_PULL if train.pull is None else part("pull", train.pull, where),
         augment=tuple(part("augment", one, where) for one in train.augment),
         dropout=train.dropout, precision=train.precision,
@@ -51,17 +51,21 @@ def personal(study: schema.Study) -> schema.Train:
     return study.train.model_copy(update={**given, "epochs": p.epochs, "steps": p.steps})
 
 
-def recipes(study: schema.Study, num_classes: int = ANY_CLASSES) -> tuple[TrainingRecipe, TrainingRecipe]:
-    """Return the recipes of step 1 (in its first round) and of step 2."""
+def recipes(
+    study: schema.Study, num_classes: int = ANY_CLASSES, targets: str = "classes"
+) -> tuple[TrainingRecipe, TrainingRecipe]:
+    """Return the recipes of step 1 (in its first round) and of step 2; what the targets are decides the usual loss."""
     schema.check_optimizer(personal(study), "personalise")
     own = any(getattr(study.personalise, key, None) is not None for key in HAS)
-    return recipe_of(study.train, num_classes), recipe_of(
-        personal(study), num_classes, "personalise" if own else "train"
+    return recipe_of(study.train, num_classes, targets), recipe_of(
+        personal(study), num_classes, targets, "personalise" if own else "train"
     )
 
 
-def loss_of(spec: Mapping[str, Any], num_classes: int, where: str = "train") -> Loss:
-    """Build a loss; your own may be a plain function of (outputs, y)."""
+def loss_of(spec: Mapping[str, Any] | None, num_classes: int, targets: str = "classes", where: str = "train") -> Loss:
+    """Build a loss; your own may be a plain function of (outputs, y). None: the usual one for such targets."""
+    if spec is None:
+        return MeanSquaredError() if targets == "numbers" else CrossEntropy()
     name = str(spec.get("name"))
     factory = imported(name, f"{where}.loss") if ":" in name else PARTS["loss"].get(name)
     if inspect.isfunction(factory) and len(_required(factory)) == 2:

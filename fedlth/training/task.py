@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedlth.data.capacity import names_of, tiers_of
 from fedlth.data.dataset import Dataset
@@ -33,7 +34,8 @@ from fedlth.training.budget import Budget
 from fedlth.training.client_tasks import OWN, TaskNames, as_seen, own_model, own_study
 from fedlth.training.evaluation import evaluate
 from fedlth.training.flat_model import FlatModel
-from fedlth.training.loss import plain
+from fedlth.training.loss import Loss, plain
+from fedlth.training.metrics import Judged, judged
 from fedlth.training.model_context import ModelContext
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import drawn_request
@@ -96,8 +98,17 @@ class Task:
         if self.study.compute == "tuned" or (table is not None and kernel.large(table)):
             few = inputs(self.dataset, self.few[:3], train=True)
             tuned = tune(module, few.to(self.device).x)
-        loss = plain(loss_of(self.study.train.loss, self.dataset.num_classes))
-        return FlatModel(module, self.layout, self.device, table, tuned, loss)
+        return FlatModel(module, self.layout, self.device, table, tuned, self.loss)
+
+    @cached_property
+    def loss(self) -> Loss:
+        """The loss that evaluations report; a training has its recipe's, which may be smoothed, say."""
+        return plain(loss_of(self.study.train.loss, self.dataset.num_classes, self.dataset.targets))
+
+    @cached_property
+    def judged(self) -> Judged:
+        """The metrics that this study is judged by."""
+        return judged(self.study.metric, self.study.metrics, self.dataset.targets)
 
     @cached_property
     def table(self) -> LayerTable | str:
@@ -135,17 +146,25 @@ class Task:
                     raise StudyError(
                         f"model: {self.study.model.name} fails on a batch {shapes(few.x)}: {told(error)}"
                     ) from error
-                wanted = (*few.y.shape, self.dataset.num_classes)
-                if tuple(outputs.shape) != wanted:
-                    got = tuple(outputs.shape)
-                    raise StudyError(f"model: {self.study.model.name} must return logits of shape {wanted}, got {got}")
+                self._check_outputs(outputs, few)
             for name, buffer in buffers.items():
                 if dict(module.named_buffers()).get(name) is not buffer:
                     raise StudyError(
                         f"model: buffer {name} is replaced; write into it in place: self.{name}.copy_(...)"
                     )
+        _ = self.judged  # a metric that cannot judge these targets says so
         _ = self.flat_model  # a backend that cannot run this model says so
         return self._single_batches(few.batch(slice(1)).x)
+
+    def _check_outputs(self, outputs: Tensor, few: Examples) -> None:
+        got, name = tuple(outputs.shape), self.study.model.name
+        if self.dataset.targets == "numbers":
+            wanted = tuple(few.y.shape)
+            if got not in (wanted, (len(few), 1) if len(wanted) == 1 else wanted) or not outputs.is_floating_point():
+                more = f" or {(len(few), 1)}" if len(wanted) == 1 else ""
+                raise StudyError(f"model: {name} must return real numbers of shape {wanted}{more}, got {got}")
+        elif got != (wanted := (*few.y.shape, self.dataset.num_classes)):
+            raise StudyError(f"model: {name} must return logits of shape {wanted}, got {got}")
 
     def _single_batches(self, x: Inputs) -> list[str]:
         """Return a note that names the clients with a batch of one example, where the model cannot train on one."""
@@ -175,10 +194,10 @@ class Task:
         """Train and evaluate each once, on next to nothing: what is loaded or compiled, forked workers then share."""
         for task in self.each if self.study.compute == "sparse" else ():
             few = inputs(task.dataset, task.few[:2], train=True)
-            recipe = TrainingRecipe(budget=Budget(epochs=1), batch_size=2, lr=task.study.train.lr)
+            recipe = TrainingRecipe(budget=Budget(epochs=1), batch_size=2, lr=task.study.train.lr, loss=task.loss)
             request = drawn_request(task.theta_0, few, recipe, order=stream(0, "warm"), torch_seed=0)
             train(task.flat_model, request)
-            evaluate(task.flat_model, task.theta_0, few)
+            evaluate(task.flat_model, task.theta_0, few, task.judged.all)
 
     @property
     def device(self) -> str:
@@ -293,7 +312,7 @@ def _with_tasks(common: Task) -> Task:
     alike: dict[str, list[str]] = {}
     made: dict[str, tuple[schema.Study, int]] = {}
     for name, spec in study.tasks.items():
-        own, classes = own_study(study, spec, f"tasks.{name}"), keys.num_classes(name, spec, dataset)
+        own, classes = own_study(study, spec), keys.num_classes(name, spec, dataset)
         if name in names and (own, classes) != (study, dataset.num_classes):
             text = f"{classes} {own.science()}"
             alike.setdefault(text, []).append(name)

@@ -127,7 +127,12 @@ class TestInOneSimulation:
             ("lotteryfl", {"evaluate": {"every": 1}}, client_step),
         ],
         ids=[
-            "every part", "a client that raises", "fedselect", "fedpm", "a training recipe", "the best of a curve",
+            "every part",
+            "a client that raises",
+            "fedselect",
+            "fedpm",
+            "a training recipe",
+            "the best of a curve",
             "a curve of slices",
         ],  # fmt: skip
     )

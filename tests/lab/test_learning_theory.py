@@ -161,7 +161,7 @@ def test_frozen_units_are_frozen_whole_and_byte_for_byte() -> None:
         before = epoch.params
     plain = train(model, drawn_request(params, data, recipe, order=rng.stream(0, "order"), torch_seed=0)).params
     held_out = blobs(400, seed=5)
-    assert evaluate(model, epochs[-1].params, held_out)[0] >= evaluate(model, plain, held_out)[0] - 0.05
+    assert evaluate(model, epochs[-1].params, held_out).accuracy >= evaluate(model, plain, held_out).accuracy - 0.05
 
 
 def test_a_gate_that_never_freezes_is_plain_training() -> None:
@@ -239,7 +239,7 @@ def test_the_spectral_ticket_beats_a_random_one_of_its_size() -> None:
                     model, drawn_request(near, data, recipe, order=rng.stream(seed, "o"), torch_seed=0, active=m)
                 ).params,
                 held_out,
-            )[0]
+            ).accuracy
             for m in (cut.mask, other)
         ]
         assert cut.mask.sum() == other.sum() == model.layout.num_prunable - cut.dropped

@@ -13,11 +13,12 @@ from fedlth.report.choice import Choice
 from fedlth.report.compare import holm, signed_rank
 from fedlth.report.facts import Facts, read_run
 from fedlth.report.intervals import interval
+from fedlth.report.measure import Shown
 from fedlth.report.presets import Cell
-from fedlth.report.statistics import difference, summarise_arm, worst_decile_mean
+from fedlth.report.statistics import difference, summarise_arm
 from fedlth.report.traffic import Flow, traffic
 from fedlth.report.units import bounds, percent, points, scaled
-from fedlth.storage.records import MetricRow
+from fedlth.storage.records import ACCURACY, MetricRow
 
 OURS, THEIRS = Choice("ticket", 0.5), Choice("global", 1.0)
 
@@ -36,7 +37,7 @@ def test_four_clients(four: Facts) -> None:
     found = summarise_arm([four], OURS)
     assert found.mean == pytest.approx(0.7)
     assert found.standard_deviation == pytest.approx(np.sqrt((0.04 + 0.01 + 0 + 0.09) / 3))
-    assert found.p10 == pytest.approx(0.4 + 0.3 * 0.3)  # rank 0.1 * 3 between the two lowest
+    assert found.tail == pytest.approx(0.4 + 0.3 * 0.3)  # rank 0.1 * 3 between the two lowest
     assert found.worst_decile == 0.4
     assert found.hurt_global == 0.25  # the third; the second is equal, and equal is not hurt
     assert found.hurt_local is None
@@ -59,8 +60,8 @@ def test_seeds_count_alike(four: Facts) -> None:
 
 
 def test_the_worst_decile_is_rounded_up() -> None:
-    assert worst_decile_mean(np.arange(11.0)) == 0.5
-    assert worst_decile_mean(np.arange(10.0)) == 0.0
+    assert Shown(ACCURACY).worst_decile(np.arange(11.0)) == 0.5
+    assert Shown(ACCURACY).worst_decile(np.arange(10.0)) == 0.0
 
 
 def test_an_interval_is_the_same_each_time_and_covers_the_mean() -> None:

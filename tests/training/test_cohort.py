@@ -176,8 +176,8 @@ def test_evaluation_of_a_cohort_equals_one_by_one() -> None:
     model, start = made()
     given = members(model, start, RECIPES["plain"])
     calls = [partial(evaluate, model, g.start, data(3 + 60 * k, k)) for k, g in enumerate(given)]
-    for (right, loss), (accuracy, mean) in zip(side_by_side(calls, cohort.answer), [c() for c in calls], strict=True):
-        assert right == pytest.approx(accuracy, abs=1e-12) and loss == pytest.approx(mean, rel=1e-5)
+    for got, one in zip(side_by_side(calls, cohort.answer), [c() for c in calls], strict=True):
+        assert got.accuracy == pytest.approx(one.accuracy, abs=1e-12) and got.loss == pytest.approx(one.loss, rel=1e-5)
 
 
 def test_calls_of_different_lengths_meet_and_end() -> None:
@@ -189,7 +189,8 @@ def test_calls_of_different_lengths_meet_and_end() -> None:
         found: list[Any] = []
         for turn in range(k):
             if (turn + k) % 2:
-                found.append(evaluate(model, start, given[k].data))
+                scores = evaluate(model, start, given[k].data)
+                found.append((scores.accuracy, scores.loss))
             else:
                 found.append(train(model, given[k]).params.floats)
         return found
@@ -341,14 +342,14 @@ def test_who_asks_again_does_so_in_the_same_cohort_on_every_engine(cohort: int, 
 
 def planted(patch: pytest.MonkeyPatch, fault: Callable[[], None]) -> None:
     """Let client 2 meet a fault in its first evaluation, before it trains."""
-    real = LocalClient.val_accuracy
+    real = LocalClient.visit_scores
 
-    def val_accuracy(self: LocalClient, params: Params) -> float:
+    def visit_scores(self: LocalClient, params: Params) -> dict[str, float]:
         if self.client == 2:
             fault()
         return real(self, params)
 
-    patch.setattr(LocalClient, "val_accuracy", val_accuracy)
+    patch.setattr(LocalClient, "visit_scores", visit_scores)
 
 
 def raises() -> None:
@@ -543,7 +544,7 @@ def test_a_members_cpu_seconds_are_those_of_its_share_of_the_work(monkeypatch: p
     members = [LocalClient(task, client, 1, "federate") for client in (0, 1, 2)]
 
     def step(local: LocalClient) -> None:
-        local.val_accuracy(local.train(task.theta_0, recipe=local.recipe).params)
+        local.val_score(local.train(task.theta_0, recipe=local.recipe).params)
 
     side_by_side([partial(step, m) for m in members], cohort.answer)
     for kind, sizes in (

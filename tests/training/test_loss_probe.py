@@ -200,8 +200,10 @@ def deep(seed: int = 0, *, size: int = 100) -> tuple[LossProbe, Layout, Params]:
     layers: list[nn.Module] = [nn.Flatten()]
     for before, after in zip(widths, widths[1:], strict=False):
         layers += [nn.Linear(before, after, bias=False), nn.ReLU()]
-    x, y = data_of((1, 28, 28), size=size, classes=10, seed=seed)
-    return network(nn.Sequential(*layers[:-1]), (x.abs().clamp(max=1), y))  # as positive as images are
+    data = data_of((1, 28, 28), size=size, classes=10, seed=seed)
+    return network(
+        nn.Sequential(*layers[:-1]), Examples(data.tensor.abs().clamp(max=1), data.y)
+    )  # as positive as images are
 
 
 def layer_sums(score: np.ndarray, layout: Layout) -> np.ndarray:
@@ -422,7 +424,7 @@ def test_flow_of_a_chain_by_hand() -> None:
     with torch.no_grad():
         module[0].weight.copy_(torch.tensor([[2.0, -3.0]]))
         module[2].weight.copy_(torch.tensor([[-1.0], [4.0]]))
-    net, layout, params = network(module, (torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)))
+    net, layout, params = network(module, Examples(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)))
     score = SCORES["synflow"]()(at_init(net, layout, params))
     assert score.tolist() == [10.0, 15.0, 5.0, 20.0]
     assert math.isclose(score[:2].sum(), score[2:].sum())

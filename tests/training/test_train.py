@@ -19,6 +19,7 @@ from fedlth.training.batches import batches
 from fedlth.training.evaluation import evaluate, gradient
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.loss import cross_entropy
+from fedlth.training.metrics import Scores
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingResult, drawn_request
 from fedlth.training.train import train
@@ -270,7 +271,8 @@ def test_divergence_is_an_error() -> None:
 def test_evaluate_and_gradient_leave_the_model_alone() -> None:
     model, start = made()
     whole = data(300)
-    accuracy, loss = evaluate(model, start, whole)
+    found = evaluate(model, start, whole)
+    accuracy, loss = found.accuracy, found.loss
     module = model.module.eval()
     with torch.no_grad():
         logits = module(whole.tensor)
@@ -278,7 +280,7 @@ def test_evaluate_and_gradient_leave_the_model_alone() -> None:
         float((logits.argmax(1) == whole.y).sum()) / 300
     )
     assert loss == pytest.approx(float(cross_entropy(logits, whole.y)), rel=1e-5)
-    assert evaluate(model, start, whole.batch(slice(0))) == (0.0, 0.0)
+    assert evaluate(model, start, whole.batch(slice(0))) == Scores(0.0, {"accuracy": 0.0})
     got = gradient(model, start, whole)
     cross_entropy(module(whole.tensor), whole.y).backward()  # adds to what gradient() left
     np.testing.assert_allclose(2 * got, model.grad[: got.size].numpy(), rtol=1e-3, atol=1e-6)

@@ -1,0 +1,279 @@
+"""Any data, any targets, any metric: small studies of each kind end to end, and what is wrong with them by name."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedlth.data.dataset import Dataset, checked
+from fedlth.data.factory import user_dataset
+from fedlth.data.split import label_counts
+from fedlth.errors import StudyError
+from fedlth.experiment.resolve import resolve
+from fedlth.experiment.saved_ticket import load_ticket
+from fedlth.report.build import read_results, write_report
+from fedlth.report.compare import compare
+from fedlth.report.headline import honest_notes, summary_text
+from fedlth.training.local_client import LocalClient
+from tests import own_tasks, tiny
+
+HERE = "tests.own_tasks"
+MLP = {"name": "mlp", "options": {"hidden": [12]}}
+TASKS: dict[str, dict[str, Any]] = {
+    "mapping by keyword": {"data": f"{HERE}:mapping", "model": f"{HERE}:ByName", "metrics": ["macro_f1", "perplexity"]},
+    "mapping as one": {"data": f"{HERE}:mapping", "model": f"{HERE}:ByMapping", "metric": "balanced_accuracy"},
+    "ragged tokens": {"data": f"{HERE}:tokens", "model": f"{HERE}:Recurrent", "metrics": ["loss"]},
+    "ragged mapping": {"data": f"{HERE}:sentences", "model": f"{HERE}:Attentive"},
+    "positions": {"data": f"{HERE}:tagged", "model": f"{HERE}:Tagger", "metric": "perplexity"},
+    "numbers": {"data": f"{HERE}:numbers", "model": MLP, "metrics": ["mae", "r2", "pearson", "rmse"]},
+    "several numbers": {
+        "data": {"name": f"{HERE}:numbers", "options": {"outputs": 3}}, "model": MLP, "metric": f"{HERE}:WorstError",
+        "partition": "natural",
+    },
+    "a user's metric": {"data": f"{HERE}:mapping", "model": f"{HERE}:ByName", "metric": f"{HERE}:hits"},
+}  # fmt: skip
+
+
+def tree(task: str, **sections: Any) -> dict[str, Any]:
+    made = {
+        key: {"name": v} if isinstance(v, str) and key in ("data", "model") else v for key, v in TASKS[task].items()
+    }
+    base = tiny.tree(**sections)
+    return {**base, "finder": {"densities": [0.5]}, **made}
+
+
+def study(task: str, **sections: Any) -> Any:
+    return tiny.schema.build(tree(task, **sections))
+
+
+@pytest.mark.parametrize("method", ["two_step", "fedavg"])
+@pytest.mark.parametrize("task", TASKS)
+def test_a_study_of_each_kind(task: str, method: str, tmp_path: Path) -> None:
+    made = study(task, method={"name": method, **tiny.METHODS[method]}, train={"lr": 0.05})
+    folder = tiny.run(made, tmp_path / "r")
+    rows, rounds = tiny.rows(folder.root, "metrics"), tiny.rows(folder.root, "rounds")
+    judged = tiny.task_of(folder.root).judged
+    assert rows and {r["client"] for r in rows} == {0, 1, 2, 3}
+    for row in rows:
+        assert (row["test_accuracy"] is not None) == ("numbers" not in task)
+        for part in ("val", "test"):
+            told = row.get(f"{part}_metrics", {})
+            assert set(told) == set(judged.named) and all(map(math.isfinite, told.values()))
+    if judged.main.name != "accuracy":
+        assert all(isinstance(r["val_metric"], float) for r in rounds if r["phase"] == "federate")
+    text = summary_text(read_results(folder.root))
+    assert text.count("\n") > 5
+    if method == "two_step":
+        assert load_ticket(folder.root, 0) is not None
+        write_report(folder.root)
+        page = (folder.root / "report.html").read_text()
+        assert judged.main.name.rpartition(":")[2].replace("_", " ") in page
+
+
+def test_engines_agree_on_a_mapping(tmp_path: Path) -> None:
+    made = study("mapping by keyword")
+    for name, engine in (("here", None), ("lists", tiny.Lists())):
+        tiny.run(made, tmp_path / name, engine=engine)
+    assert tiny.facts(tmp_path / "here") == tiny.facts(tmp_path / "lists")
+
+
+def test_a_batch_is_as_long_as_its_longest() -> None:
+    part = tiny.experiment(study("ragged mapping")).task.part(0, "train")
+    lengths = part.lengths["input_ids"]
+    short = torch.argsort(lengths)[:3]
+    batch = part.batch(short)
+    assert set(part.lengths) == {"input_ids", "attention_mask"}
+    assert batch.x["input_ids"].shape == batch.x["attention_mask"].shape == (3, int(lengths[short].max()))
+    assert batch.x["input_ids"].shape[1] < part.x["input_ids"].shape[1]
+    assert torch.equal(batch.x["attention_mask"].sum(1), lengths[short])
+
+
+def test_what_stands_behind_a_batchs_longest_changes_nothing() -> None:
+    task = tiny.experiment(study("ragged tokens")).task
+    local = LocalClient(task, 0, 1, "federate")
+    longer = task.part(0, "val")
+    wide = type(longer)(torch.nn.functional.pad(longer.x, (0, 5)), longer.y, longer.lengths)
+    assert local.evaluate(task.theta_0, longer) == local.evaluate(task.theta_0, wide)
+
+
+def test_ignored_positions_count_nowhere() -> None:
+    task = tiny.experiment(study("positions")).task
+    local = LocalClient(task, 0, 1, "federate")
+    part, model = task.part(0, "val"), task.model.module().eval()
+    right, lost, count = 0, 0.0, 0
+    with torch.no_grad():
+        for i in range(len(part)):
+            one = part.batch(torch.tensor([i]))
+            logits, y = model(one.x)[0], one.y[0]
+            kept = y != -100
+            right += int((logits.argmax(-1) == y)[kept].sum())
+            lost += float(torch.nn.functional.cross_entropy(logits[kept], y[kept], reduction="sum"))
+            count += int(kept.sum())
+    found = local.evaluate(task.theta_0, part)
+    assert found.accuracy == right / count and found.loss == pytest.approx(lost / count, rel=1e-5)
+    assert found.metrics["perplexity"] == pytest.approx(math.exp(lost / count), rel=1e-5)
+    labels = task.dataset.y_train[task.splits.clients[0].train]
+    assert sum(label_counts(task.dataset, task.splits.clients[0])) == int((labels != -100).sum())
+
+
+def test_a_diverged_regression_counts_as_the_training_mean(tmp_path: Path) -> None:
+    made = study("numbers", train={"lr": 1e12}, federate={"rounds": 0})
+    folder = tiny.run(made, tmp_path / "r")
+    task = tiny.task_of(folder.root)
+    (row,) = [r for r in tiny.rows(folder.root, "metrics") if r["client"] == 0 and r["arm"] == "ticket"]
+    train, test = task.part(0, "train").y.double(), task.part(0, "test").y.double()
+    assert row["diverged"] and row["test_metrics"]["pearson"] == 0
+    assert row["test_metrics"]["mse"] == pytest.approx(float((test - train.mean()).square().mean()), rel=1e-5)
+    assert row["test_metrics"]["mse"] == pytest.approx(row["test_loss"], rel=1e-5)
+    assert "each counts as the mean of its training targets" in " ".join(honest_notes(read_results(folder.root)))
+
+
+def test_less_is_better_in_decisions_and_reports(tmp_path: Path) -> None:
+    task = tiny.experiment(study("numbers")).task
+    local = LocalClient(task, 0, 1, "federate")
+    trained = local.train(task.theta_0, recipe=local.recipe).params
+    mse = [local.evaluate(p, local.val_part).metrics["mse"] for p in (task.theta_0, trained)]
+    assert mse[1] < mse[0] and local.val_score(trained) == -mse[1] > local.val_score(task.theta_0)
+    weak, strong = study("numbers"), study("numbers", personalise={"epochs": 6})
+    for name, made in (("weak", weak), ("strong", strong)):
+        tiny.run(made, tmp_path / name)
+    found = compare([tmp_path / "weak", tmp_path / "strong"], arm="ticket")
+    (contrast,) = found.contrasts
+    assert contrast.difference.mean < 0 and contrast.better > contrast.worse and contrast.effect > 0
+    assert "mean mse" in found.table().header
+
+
+def test_a_rate_is_chosen_by_the_studys_metric(tmp_path: Path) -> None:
+    from fedlth.tune import tuned
+
+    made = study("numbers", tune={"lr": [1e-5, 0.05], "rounds": 1}, personalise={"epochs": 1})
+    lines: list[str] = []
+    with tiny.lines_to(lines.append):
+        chosen = tuned(made, tmp_path)
+    assert chosen.train.lr == 0.05 and any("validation mse" in line for line in lines)
+    assert tuned(made, tmp_path).train.lr == 0.05, "read back"
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown metric": ({"metric": "acuracy"}, "metric: must be one of accuracy, loss"),
+    "a metric of numbers": (
+        {"metrics": ["macro_f1", "mse"]},
+        "metrics.1: must be one of .* targets are classes",
+    ),
+    "no such function": ({"metric": f"{HERE}:nothing"}, "metric: cannot import"),
+    "no function": ({"metric": f"{HERE}:WORDS"}, "must be called as"),
+    "a metric that is a number": ({"metric": 3}, "metric: input should be a valid string"),
+    "metrics that are text": ({"metrics": "mae"}, "metrics: input should be a valid tuple"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_metrics_are_named(case: str) -> None:
+    sections, said = BAD[case]
+    with pytest.raises(StudyError, match=said):
+        resolve(tiny.schema.build({**tree("mapping by keyword"), **sections}))
+
+
+def test_a_metric_that_is_no_number_costs_its_client_and_says_so(tmp_path: Path) -> None:
+    made = tiny.schema.build({**tree("mapping by keyword"), "metrics": [f"{HERE}:not_finite"]})
+    with pytest.raises(StudyError, match="not_finite must be a finite number, got nan"):
+        tiny.run(made, tmp_path / "r")
+
+
+@pytest.mark.parametrize("partition", [{"name": "dirichlet", "alpha": 1.0}, {"name": "shards", "shard_size": 5},
+                                       {"name": "classes", "classes_per_client": 2}])  # fmt: skip
+def test_partitions_by_class_refuse_real_numbers(partition: dict[str, Any]) -> None:
+    with pytest.raises(StudyError, match="must have classes as targets, got real numbers"):
+        resolve(tiny.schema.build({**tree("numbers"), "partition": partition}))
+
+
+@pytest.mark.parametrize("partition", [{"name": "iid"}, {"name": "quantity", "alpha": 5.0}, {"name": "natural"}])
+def test_other_partitions_take_real_numbers(partition: dict[str, Any]) -> None:
+    task = tiny.experiment(tiny.schema.build({**tree("numbers"), "partition": partition})).task
+    assert all(len(split.test) for split in task.splits.clients)
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"method": {"name": "lotteryfl"}}, "method.val_accuracy: must be below 0"),
+        ({"finder": {"gate": "val_accuracy"}}, "finder.gate: must not be ValAccuracy"),
+        ({"compute": "sparse"}, "the targets are real numbers"),
+        ({"model": {"name": "tests.own_tasks:Tagger"}}, "fails on a batch"),
+        ({"finder": {"score": "synflow"}, "data": {"name": "tests.own_tasks:mapping"},
+          "model": {"name": "tests.own_tasks:ByName"}, "metrics": []}, "synflow"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_said(sections: dict[str, Any], said: str, tmp_path: Path) -> None:
+    made = tiny.schema.build({**tree("numbers"), **sections})
+    with pytest.raises(StudyError, match=said):
+        tiny.run(made, tmp_path / "r")
+
+
+def dataset(**changes: Any) -> Dataset:
+    x = {"a": np.zeros((4, 3), np.float32), "b": np.zeros(4, np.int64)}
+    y = np.array([0, 1, 0, 1])
+    return Dataset(**{"name": "d", "x_train": x, "y_train": y, "x_test": x, "y_test": y, "num_classes": 2, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"x_test": {"a": np.zeros((4, 3), np.float32)}}, "must have the same fields"),
+        ({"x_train": {"a": np.zeros((4, 3), np.float32), "b": np.zeros(3, np.int64)}}, "as many examples"),
+        ({"x_train": {"a": np.zeros((4, 2), np.float32), "b": np.zeros(4, np.int64)}}, r"x_train\['a'\] and x_test"),
+        ({"y_train": np.array([0.5, np.nan, 1, 2], np.float32), "y_test": np.zeros(4, np.float32)}, "must be finite"),
+        ({"y_train": np.zeros(4, np.float32)}, "y_train and y_test must be of one kind"),
+        ({"y_train": np.zeros((4, 3), np.float32), "y_test": np.zeros((4, 3), np.float32)}, "at least 3, got 2"),
+        ({"y_train": np.full((4, 2), -100), "y_test": np.zeros((4, 2), np.int64)}, "example 0 has none"),
+        ({"y_train": np.array([0, 1, -100, 1])}, r"must lie in \[0, 2\)"),
+        ({"lengths_train": {"c": np.ones(4, np.int64)}}, "must name fields with positions"),
+        ({"lengths_train": {"a": np.full(4, 9)}, "lengths_test": {"a": np.ones(4, np.int64)}}, "from 1 to 3"),
+    ],
+)  # fmt: skip
+def test_data_that_break_the_contract_are_named(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(StudyError, match=said):
+        checked(dataset(**changes))
+
+
+def test_a_digest_sees_names_and_lengths() -> None:
+    one = checked(dataset())
+    renamed = {"a": one.x_train["a"], "c": one.x_train["b"]}
+    lengths = {"a": np.array([1, 2, 3, 3])}
+    changed = [
+        dataset(x_train=renamed, x_test=renamed), dataset(lengths_train=lengths, lengths_test=lengths),
+        dataset(x_train={**one.x_train, "b": np.ones(4, np.int64)}),
+    ]  # fmt: skip
+    assert len({checked(d).digest() for d in (one, *changed)}) == 4
+    backwards = dict(reversed(one.x_train.items()))
+    assert dataset(x_train=backwards, x_test=backwards).digest() == one.digest()
+
+
+def test_ragged_rows_are_padded_once() -> None:
+    found = user_dataset(f"{HERE}:tagged", None, {})
+    assert found.x_train.shape[1] == found.x_test.shape[1] == found.y_train.shape[1] == 8
+    first = own_tasks.tagged()
+    for i in range(5):
+        n = found.lengths_train["x"][i]
+        assert found.x_train[i, :n].tolist() == first["x_train"][i] and not found.x_train[i, n:].any()
+        assert found.y_train[i, :n].tolist() == first["y_train"][i] and (found.y_train[i, n:] == -100).all()
+    assert found.targets == "positions" and checked(found) is found
+    numbers = user_dataset(f"{HERE}:numbers", None, {"outputs": 3})
+    assert numbers.num_classes == 3 and numbers.y_train.dtype == numbers.x_train.dtype == np.float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ray", "flower"])
+def test_a_mapping_on_other_engines(engine: str, tmp_path: Path) -> None:
+    from fedlth.engines.choose import drive
+    from fedlth.report.diff import diff
+
+    for name in ("inprocess", engine):
+        made = study("ragged mapping").model_copy(update={"engine": name})
+        drive(resolve(made)[0], tmp_path / name)
+    assert diff(tmp_path / "inprocess", tmp_path / engine) == []

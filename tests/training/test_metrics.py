@@ -1,0 +1,104 @@
+"""Every metric against its formula written out, filled in one batch and in many; values where it is undefined."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fedlth.training.metrics import METRICS, OfAll, counted, judged, metric_of, rows
+
+LOGITS = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0], [1.0, 4.0, 0.0], [0.5, 0.0, 0.2]])
+CLASSES = torch.tensor([0, 2, 0, 1])  # guessed 0, 2, 1, 0
+OUTPUTS, NUMBERS = torch.tensor([1.0, 2.0, 4.0, 3.0]), torch.tensor([1.5, 2.0, 3.0, 5.0])
+
+
+def value(name: str, outputs: Tensor, y: Tensor, size: int = 4) -> float:
+    metric, state = METRICS[name], None
+    for at in range(0, len(y), size):
+        state = metric.add(state, outputs[at : at + size], y[at : at + size])
+    return metric.value(state)
+
+
+def r2(o: np.ndarray, y: np.ndarray) -> float:
+    return float(1 - ((o - y) ** 2).sum() / ((y - y.mean()) ** 2).sum())
+
+
+REFERENCE: dict[str, Callable[[], float]] = {
+    "accuracy": lambda: 2 / 4,
+    "balanced_accuracy": lambda: (1 / 2 + 0 / 1 + 1 / 1) / 3,
+    "macro_f1": lambda: (2 * 1 / (2 + 2) + 0.0 + 2 * 1 / (1 + 1)) / 3,
+    "perplexity": lambda: float(
+        np.exp(np.mean([-math.log(math.exp(z[c]) / sum(map(math.exp, z)))
+                        for z, c in zip(LOGITS.tolist(), CLASSES.tolist(), strict=True)]))
+    ),
+    "mse": lambda: (0.25 + 0 + 1 + 4) / 4,
+    "rmse": lambda: math.sqrt(5.25 / 4),
+    "mae": lambda: (0.5 + 0 + 1 + 2) / 4,
+    "r2": lambda: r2(OUTPUTS.numpy(), NUMBERS.numpy()),
+    "pearson": lambda: float(np.corrcoef(OUTPUTS.numpy(), NUMBERS.numpy())[0, 1]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+@pytest.mark.parametrize("name", REFERENCE)
+def test_four_examples_by_hand(name: str, size: int) -> None:
+    classes = "classes" in METRICS[name].fits
+    given = (LOGITS, CLASSES) if classes else (OUTPUTS, NUMBERS)
+    assert value(name, *given, size=size) == pytest.approx(REFERENCE[name](), rel=1e-6)
+
+
+def test_every_metric_has_a_reference() -> None:
+    assert REFERENCE.keys() == METRICS.keys() - {"loss"}
+
+
+def test_several_outputs_are_averaged() -> None:
+    o, y = torch.stack([OUTPUTS, NUMBERS], 1), torch.stack([NUMBERS, OUTPUTS], 1)
+    ours = [r2(a, b) for a, b in ((OUTPUTS.numpy(), NUMBERS.numpy()), (NUMBERS.numpy(), OUTPUTS.numpy()))]
+    assert value("r2", o, y, size=3) == pytest.approx(np.mean(ours), rel=1e-6)
+    assert value("mse", o, y) == value("mse", OUTPUTS, NUMBERS)
+
+
+def test_a_large_mean_costs_no_digits() -> None:
+    far = torch.tensor([1e6 + k for k in (0.0, 1.0, 2.0, 4.0)])
+    assert value("pearson", far, far, size=1) == 1 and value("r2", far, far, size=1) == 1
+
+
+def test_what_is_undefined_has_a_value() -> None:
+    one_class = torch.zeros(4, dtype=torch.int64)
+    assert value("balanced_accuracy", LOGITS, one_class) == value("accuracy", LOGITS, one_class) == 0.5
+    same = torch.full((4,), 0.1)
+    assert value("r2", OUTPUTS, same, size=3) == 0 and value("r2", same, same, size=3) == 1
+    assert value("pearson", OUTPUTS, same, size=1) == value("pearson", same, OUTPUTS, size=1) == 0
+    assert value("perplexity", torch.tensor([[0.0, 1e4]]), torch.tensor([0])) == pytest.approx(1e30)
+
+
+def test_rows_lay_positions_out_and_leave_ignored_ones() -> None:
+    y = torch.tensor([[0, -100, 1], [-100, 2, -100]])
+    outputs, told = rows(torch.arange(18.0).reshape(2, 3, 3), y)
+    assert told.tolist() == [0, 1, 2] and outputs[:, 0].tolist() == [0, 6, 12] and counted(y).tolist() == [2, 1]
+    assert rows(torch.zeros(4, 1), NUMBERS)[0].shape == (4,)
+
+
+def test_defaults_and_what_is_always_there() -> None:
+    assert judged(None, (), "classes").main.name == "accuracy" and judged(None, ("mae",), "numbers").named == (
+        "mse",
+        "mae",
+    )
+    found = judged("macro_f1", ("accuracy", "loss", "macro_f1"), "positions")
+    assert [m.name for m in found.all] == ["accuracy", "macro_f1", "loss"] and found.named == ("macro_f1",)
+    assert judged("mse", (), "numbers").score(2.0) == -2.0
+
+
+def test_a_users_metric_sees_everything_at_once() -> None:
+    metric = metric_of("tests.own_tasks:hits", "metric", "classes")
+    assert isinstance(metric, OfAll) and metric.higher_is_better
+    state = None
+    for i in range(4):
+        state = metric.add(state, LOGITS[i : i + 1], CLASSES[i : i + 1])
+    assert metric.value(state) == 2.0
+    assert not metric_of("tests.own_tasks:WorstError", "metric", "numbers").higher_is_better
