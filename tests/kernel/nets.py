@@ -97,11 +97,15 @@ class Case:
         done = train(FlatModel(copy.deepcopy(self.module), self.layout, "cpu"), self.request)
         return done.params.floats, done.loss
 
+    @property
+    def sgd(self) -> dict[str, float]:
+        return {key: value for key, value in vars(self.recipe.optimizer).items() if key != "nesterov"}
+
     def kernel(self, snapshots: tuple[int, ...] = (), *, debug: bool = False) -> kernel.Outcome:
         request = self.request
         return kernel.train_epochs(
             self.table, self.start.floats, self.x.numpy(), self.y.numpy(), request.batches,
-            rates=np.array(request.rates), **vars(self.recipe.optimizer), mask=self.mask,
+            rates=np.array(request.rates), mask=self.mask, **self.sgd,
             moves=None if self.trainable is None else self.trainable.astype(np.float32), snapshots=snapshots,
             debug=debug,
         )  # fmt: skip
