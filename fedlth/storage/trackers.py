@@ -160,15 +160,15 @@ def bounded(act: Callable[[], None], patience_s: float = PATIENCE_S) -> str:
 
     def call() -> None:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                act()
+            act()
         except (Exception, SystemExit) as error:  # whatever a tool may raise
             failed.append(" ".join(f"{type(error).__name__}: {error}".split())[:200])
 
     thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    thread.join(patience_s)
+    with warnings.catch_warnings():  # out here: filters are the whole process's, and a call that hangs ends whenever
+        warnings.simplefilter("ignore")
+        thread.start()
+        thread.join(patience_s)
     return f"no answer for {patience_s:g} s" if thread.is_alive() else "".join(failed)
 
 
