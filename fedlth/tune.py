@@ -14,7 +14,8 @@ from fedlth.experiment.resolve import resolve
 from fedlth.storage.records import MetricRow, read_log
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.store import write_atomic
-from fedlth.study.schema import Study, Tune
+from fedlth.study.schema import Study
+from fedlth.study.sections import Tune
 from fedlth.training.metrics import Metric
 
 log = logging.getLogger(__name__)

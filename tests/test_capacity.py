@@ -16,7 +16,7 @@ from fedlth.experiment.resolve import resolve
 from fedlth.methods.aggregate import FedAvg
 from fedlth.methods.client_update import MaskedUpdate
 from fedlth.methods.method import FederatedMethod, Phase, Seen
-from fedlth.study import schema
+from fedlth.study import schema, sections
 from fedlth.study.yaml_text import parse
 from fedlth.training.local_client import LocalClient
 from fedlth.training.recipe import Epochs, TrainingRecipe
@@ -31,7 +31,7 @@ FLEET = f"""{HEAD}
 """
 
 
-def from_file(path: Path, text: str) -> tuple[schema.Tier, ...]:
+def from_file(path: Path, text: str) -> tuple[sections.Tier, ...]:
     path.write_text(text)
     return tiny.study(clients={"capacity": str(path)}).clients.capacity
 

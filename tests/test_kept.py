@@ -27,7 +27,8 @@ from fedlth.report.facts import read_group
 from fedlth.report.headline import rivals, summary_text
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.records import MetricRow
-from fedlth.study.schema import Study, Tier
+from fedlth.study.schema import Study
+from fedlth.study.sections import Tier
 from tests import tiny
 from tests.test_personal import started
 

@@ -23,7 +23,7 @@ from fedlth.models.layout import Layout
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.server_state import ServerState
 from fedlth.study import schema
-from fedlth.study.schema import Tier
+from fedlth.study.sections import Tier
 from fedlth.tickets.select import keep_top
 from fedlth.training.local_client import LocalClient
 from fedlth.training.task import Task

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fedlth.errors import StudyError
 from fedlth.rng import stream
-from fedlth.study.schema import Tier
+from fedlth.study.sections import Tier
 
 WHOLE = Tier()
 

@@ -14,7 +14,8 @@ from fedlth.data.sources import load
 from fedlth.data.split import Splits, split_clients
 from fedlth.errors import StudyError
 from fedlth.study.parts import make
-from fedlth.study.schema import Clients, Data, Study
+from fedlth.study.schema import Study
+from fedlth.study.sections import Clients, Data
 
 
 def loaded(data: Data) -> Dataset:

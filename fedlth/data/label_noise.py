@@ -10,7 +10,7 @@ from fedlth.data.dataset import Dataset
 from fedlth.data.split import Splits, digest_of
 from fedlth.errors import StudyError
 from fedlth.rng import stream
-from fedlth.study.schema import LabelNoise
+from fedlth.study.sections import LabelNoise
 
 
 def with_noise(dataset: Dataset, splits: Splits, noise: LabelNoise, seed: int) -> tuple[Dataset, Splits]:

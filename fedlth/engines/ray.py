@@ -15,7 +15,7 @@ from fedlth.engines.pool import Limits, Pool
 from fedlth.engines.ray_placement import count, in_use, share_of, shortage, taken
 from fedlth.engines.worker import Worker
 from fedlth.federation.jobs import Again, Answers, Job, never
-from fedlth.study import schema
+from fedlth.study import sections
 
 if TYPE_CHECKING:
     from fedlth.engines.ray_cluster import Cluster
@@ -37,7 +37,7 @@ class RayEngine:
 
     def __init__(
         self,
-        ray: schema.Ray,
+        ray: sections.Ray,
         *,
         job_timeout_s: float | None = None,
         device: str = "cpu",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedlth.errors import StudyError
-from fedlth.study import schema
+from fedlth.study import sections
 
 EPSILON = 1e-9  # 0.3 / 0.1 must be 3
 GRAIN = 1e-4  # Ray counts resources in ten-thousandths
@@ -39,7 +39,7 @@ class Share:
         return min(limits) if limits else None
 
 
-def share_of(ray: schema.Ray, *, device: str, total_memory_mb: Callable[[], int | None]) -> Share:
+def share_of(ray: sections.Ray, *, device: str, total_memory_mb: Callable[[], int | None]) -> Share:
     """Return what one worker takes; `total_memory_mb` asks this machine's smallest GPU, None where there is none.
 
     Raises StudyError for what no placement can serve.

@@ -26,7 +26,7 @@ from fedlth.personalization.kept import At, Keep, keep_of
 from fedlth.personalization.personalise import NEED_NO_GLOBAL, TICKET, Personalise, Refined
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.records import EVALUATE, MetricRow
-from fedlth.study import schema
+from fedlth.study import schema, sections
 from fedlth.study.parts import make
 from fedlth.study.schema import Study
 from fedlth.tickets.dead import DEADS
@@ -147,7 +147,7 @@ class Experiment:
             who = Sampled(self.per_round(federate))
         return replace(phase, who=who, rounds=phase.rounds or federate.rounds)
 
-    def per_round(self, section: schema.Federate | schema.Refine) -> int:
+    def per_round(self, section: sections.Federate | sections.Refine) -> int:
         """Return how many clients take part in a round of step 1, or in one inside the tickets."""
         return num_sampled(section.clients_per_round, self.taking_part)
 

@@ -24,7 +24,8 @@ from fedlth.personalization.arms import arm_of
 from fedlth.rng import stream
 from fedlth.storage.server_state import ServerState
 from fedlth.storage.trackers import trackers_of
-from fedlth.study.schema import Personalise, Study, Train
+from fedlth.study.schema import Study
+from fedlth.study.sections import Personalise, Train
 from fedlth.tickets.gate import Adaptive, ValAccuracy, ValDrop
 from fedlth.tickets.rewind import ToInit
 from fedlth.training import cohort_size, dropout, kernel_backend

@@ -16,7 +16,7 @@ from fedlth.models.layout import Layout
 from fedlth.personalization.kept import Keep
 from fedlth.storage.records import CurveRow, MetricRow, VisitRecord, visit_record
 from fedlth.storage.typed_record import read
-from fedlth.study.schema import Tier
+from fedlth.study.sections import Tier
 from fedlth.training.metrics import Judged, judged
 from fedlth.wire import mask as bitmap
 from fedlth.wire import metrics, payload

@@ -18,7 +18,7 @@ from fedlth.experiment.experiment import Experiment
 from fedlth.federation.jobs import Job, Message, Reply
 from fedlth.methods.method import Phase
 from fedlth.storage.records import LedgerRow, party
-from fedlth.study.schema import Fleet
+from fedlth.study.sections import Fleet
 from fedlth.training.local_client import LocalClient
 from fedlth.training.study_recipe import budget_of
 

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field
 
 from fedlth.errors import StudyError
 from fedlth.study import schema
-from fedlth.study.schema import Count, Floats, Names, Node, NotNegative, Positive, Spec, Specs, as_tuple
+from fedlth.study.sections import Count, Floats, Names, Node, NotNegative, Positive, Spec, Specs, as_tuple
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Shares = Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], BeforeValidator(as_tuple)]
@@ -131,7 +131,7 @@ def build(tree: Any, where: str = "lottery") -> Lottery:
     """Validate a plain tree; raise StudyError with `where: place: what was wanted, got`."""
     if isinstance(tree, dict) and tree.keys() & {"study", "method", "clients", "federate"}:
         raise StudyError(f"{where}: is a federated study; `fedlth run` runs it")
-    study = schema.validated(Lottery, tree, where)
+    study = validated(Lottery, tree, where)
     for section, names in (("searches", study.searches), ("arms", study.arms), ("probes", study.probes)):
         for name in names:
             if not re.fullmatch(r"\w[\w.-]*", name):
@@ -162,7 +162,7 @@ def build(tree: Any, where: str = "lottery") -> Lottery:
 
 def override(train: Train, changes: dict[str, Any], where: str) -> Train:
     """Return the train section with some keys changed; raise StudyError at an unknown one."""
-    return schema.validated(Train, {**train.model_dump(), **changes}, where)
+    return validated(Train, {**train.model_dump(), **changes}, where)
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Lottery:

@@ -14,7 +14,7 @@ import numpy as np
 from fedlth.errors import StudyError
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.records import MetricRow
-from fedlth.study.schema import Finder, Tier
+from fedlth.study.sections import Finder, Tier
 from fedlth.training.metrics import Judged
 
 TARGET = "ticket_target"  # in a state: the target density of the ticket that the client chose

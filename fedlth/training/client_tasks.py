@@ -12,7 +12,8 @@ from fedlth.data.dataset import Dataset
 from fedlth.data.split import Splits
 from fedlth.errors import StudyError
 from fedlth.models.layout import Entry, Layout, Params
-from fedlth.study.schema import Study, TaskSpec
+from fedlth.study.schema import Study
+from fedlth.study.sections import TaskSpec
 from fedlth.training.model_context import ModelContext
 
 OWN = ""  # the name of the study's own task, for keys without an entry

@@ -15,7 +15,7 @@ from fedlth import rng
 from fedlth.data.examples import Examples
 from fedlth.errors import StudyError
 from fedlth.models.layout import Params
-from fedlth.study.schema import Tier
+from fedlth.study.sections import Tier
 from fedlth.tickets.evidence import Evidence, Lesson
 from fedlth.training import evaluation, supermask, train
 from fedlth.training.batch_requests import cpu_seconds

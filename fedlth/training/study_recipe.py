@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from fedlth.errors import StudyError
-from fedlth.study import schema
+from fedlth.study import schema, sections
 from fedlth.study.parts import imported, make, options_of
 from fedlth.training.budget import Budget
 from fedlth.training.loss import CrossEntropy, Loss, MeanSquaredError, OfBatch
@@ -22,11 +22,11 @@ HAS = {
 }  # fmt: skip
 
 
-def budget_of(section: schema.Train | schema.Personalise) -> Budget:
+def budget_of(section: sections.Train | sections.Personalise) -> Budget:
     return Budget(epochs=section.epochs or 0, steps=section.steps or 0)
 
 
-def recipe_of(train: schema.Train, num_classes: int, targets: str, where: str = "train") -> TrainingRecipe:
+def recipe_of(train: sections.Train, num_classes: int, targets: str, where: str = "train") -> TrainingRecipe:
     """Build the parts that a train section names; raise StudyError naming the place."""
     optimizer = dict(train.optimizer)
     for key in ("momentum", "weight_decay"):
@@ -42,9 +42,9 @@ def recipe_of(train: schema.Train, num_classes: int, targets: str, where: str = 
     )  # fmt: skip
 
 
-def personal(study: schema.Study) -> schema.Train:
+def personal(study: schema.Study) -> sections.Train:
     """Return what a training of step 2 is as a train section: personalise's keys, and train's where it has none."""
-    p, keys = study.personalise, schema.Train.model_fields.keys() & schema.Personalise.model_fields.keys()
+    p, keys = study.personalise, sections.Train.model_fields.keys() & sections.Personalise.model_fields.keys()
     given = {key: getattr(p, key) for key in keys if getattr(p, key) is not None}
     if "optimizer" in given:  # with it go the options of the other one
         given = {"momentum": 0.0, "weight_decay": 0.0, **given}

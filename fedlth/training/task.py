@@ -28,7 +28,7 @@ from fedlth.models.call import call
 from fedlth.models.initial import torch_stream
 from fedlth.models.layout import Entry, Layout, Params
 from fedlth.rng import stream
-from fedlth.study import schema
+from fedlth.study import schema, sections
 from fedlth.training.batches import batches
 from fedlth.training.budget import Budget
 from fedlth.training.client_tasks import OWN, TaskNames, as_seen, own_model, own_study
@@ -115,12 +115,12 @@ class Task:
         """Return the network as the compute kernel sees it, or one line that says why the kernel cannot run it."""
         return self.model.table if self.device == "cpu" else f"the device is {self.device}"
 
-    def capacity(self, client: int) -> schema.Tier:
+    def capacity(self, client: int) -> sections.Tier:
         """Return what a client can carry (clients.capacity)."""
         return self._tiers[client]
 
     @cached_property
-    def _tiers(self) -> tuple[schema.Tier, ...]:
+    def _tiers(self) -> tuple[sections.Tier, ...]:
         clients = self.study.clients
         return tiers_of(clients.capacity, clients.count, self.study.partition.get("seed", 0))
 
@@ -268,8 +268,8 @@ def _exchanged(study: schema.Study, moving: Layout) -> Layout:
 def _divided(text: str) -> tuple[Dataset, Splits]:
     """Return the data set and each client's part of it; cached apart: studies that differ elsewhere share it."""
     given = json.loads(text)
-    dataset = loaded(schema.validated(schema.Data, given["data"], "data"))
-    return divided(dataset, given["partition"], schema.validated(schema.Clients, given["clients"], "clients"))
+    dataset = loaded(validated(sections.Data, given["data"], "data"))
+    return divided(dataset, given["partition"], validated(sections.Clients, given["clients"], "clients"))
 
 
 def open_task(science: str) -> Task:

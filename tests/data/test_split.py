@@ -15,7 +15,7 @@ from fedlth.data.label_partition import Classes
 from fedlth.data.partition import Dirichlet, Iid, NaturalKey, Partition
 from fedlth.data.split import Splits, label_counts, num_sampled, split_clients
 from fedlth.errors import StudyError
-from fedlth.study.schema import LabelNoise
+from fedlth.study.sections import LabelNoise
 
 
 def data(seed: int = 0) -> Dataset:

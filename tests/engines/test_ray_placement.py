@@ -9,7 +9,7 @@ import pytest
 
 from fedlth.engines.ray_placement import Share, count, share_of, shortage, taken
 from fedlth.errors import StudyError
-from fedlth.study.schema import Ray
+from fedlth.study.sections import Ray
 
 TWO_GPUS = [{"CPU": 64.0, "GPU": 2.0}]
 
