@@ -11,7 +11,7 @@ import numpy as np
 from fedlth.report.choice import Choice
 from fedlth.report.cost import cost_text
 from fedlth.report.known_arms import arm_of, is_users
-from fedlth.report.measure import Shown
+from fedlth.report.measure import Shown, others_of
 from fedlth.report.results import Results
 from fedlth.report.statistics import ArmSummary, Difference, difference
 from fedlth.report.tables import COST, WIDTH, Table, aligned, summary_table
@@ -229,12 +229,15 @@ def summary_text(results: Results) -> str:
     parts = [f"{header.study} · {header.method} · seed {seeds} · {header.num_clients} clients"]
     if results.summaries:
         whole = summary_table(results)
-        table = whole.columns([name for name in whole.header if name not in LEFT_OUT])
+        others = [f"{other.label}{other.unit}" for other in others_of(results.group)]
+        table = whole.columns([name for name in whole.header if name not in (*LEFT_OUT, *others)])
         parts.append(aligned(replace(table, header=tuple(TERMINAL.get(name, name) for name in table.header))))
         better = "" if shown.measure.name == "accuracy" else f" ({shown.better.lower()} is better)"
         parts.append(
             f"hurt: clients {_below(shown)} the global model.  Test {shown.label}{better}, read once at the end."
         )
+        if others:
+            parts.append(aligned(whole.columns(["arm", "density", *others])))
     wire = [one for one in numbers(results) if one.label.startswith("payload")]
     parts.append("\n".join(f"{one.label}: {one.value}  ({one.small})" for one in wire))
     parts.append(fill(reached(results), WIDTH))

@@ -277,6 +277,9 @@ def _cross_check(study: Study, where: str) -> None:
         raise StudyError(f"{where}: finder.densities: must fall from left to right, got {list(densities)}")
     if study.finder.main is not None and study.finder.main not in densities:
         raise StudyError(f"{where}: finder.main: must be one of finder.densities, got {study.finder.main}")
+    named = [*study.metrics, *([study.metric] if study.metric else [])]
+    if len(set(named)) < len(named):
+        raise StudyError(f"{where}: metrics: each must be given once, metric included, got {list(study.metrics)}")
     if len(set(study.seeds)) != len(study.seeds):
         raise StudyError(f"{where}: seeds: each must be given once, got {list(study.seeds)}")
     for place, spec in (("method", study.method), ("partition", study.partition)):

@@ -106,7 +106,7 @@ class Task:
 
         The examples are the data set's first, no client's own. Raises StudyError where no client can train it.
         """
-        few = inputs(self.dataset, np.arange(min(4, len(self.dataset.y_train))), train=True)
+        few = inputs(self.dataset, np.arange(min(4, len(self.dataset.y_train))), train=True).batch(slice(None))
         with torch_stream(0):
             module = self.model.module()
             buffers = dict(module.named_buffers())
