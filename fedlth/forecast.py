@@ -124,7 +124,7 @@ def _step_seconds(task: Task) -> float:
     data = local.train_part
     size = min(len(data), task.study.train.batch_size * TIMED_STEPS)
     count = max(1, -(-size // task.study.train.batch_size))
-    recipe = TrainingRecipe(budget=Epochs(1), batch_size=task.study.train.batch_size, lr=1e-6)
+    recipe = TrainingRecipe(budget=Epochs(1), batch_size=task.study.train.batch_size, lr=1e-6, loss=task.loss)
     request = drawn_request(task.theta_0, data.batch(slice(size)), recipe, order=local.rng("order"), torch_seed=0)
     best = float("inf")
     for _ in range(2):
