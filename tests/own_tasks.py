@@ -64,9 +64,15 @@ def tokens(seed: int = 0, size: int = 240) -> dict[str, Any]:
     return {**made, **{f"x_{part}": made[f"x_{part}"]["input_ids"] for part in ("train", "test")}}
 
 
-def tagged(seed: int = 0, size: int = 240) -> dict[str, Any]:
-    """Return ragged tokens with a class at each position, none at some: -100."""
+def tagged(seed: int = 0, size: int = 240, plain: bool = False) -> dict[str, Any]:
+    """Return ragged tokens with a class at each position, none at some: -100. `plain`: neither."""
     made = tokens(seed, size)
+    if plain:
+        rng = np.random.default_rng(seed)
+        for part in ("train", "test"):
+            made[f"x_{part}"] = rng.integers(1, WORDS, (len(made[f"x_{part}"]), 6))
+            made[f"y_{part}"] = made[f"x_{part}"] % CLASSES
+        return made
     for part in ("train", "test"):
         rows = made[f"x_{part}"]
         made[f"y_{part}"] = [[t % CLASSES if i % 3 < 2 else -100 for i, t in enumerate(row)] for row in rows]

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field
 from fedlth.errors import StudyError
 from fedlth.study import schema
 from fedlth.study.sections import Count, Floats, Names, Node, NotNegative, Positive, Spec, Specs, as_tuple
+from fedlth.study.validate import validated
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Shares = Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], BeforeValidator(as_tuple)]

@@ -156,7 +156,8 @@ def _framed(results: Results) -> str:
 
 def page(results: Results, *, tables: Mapping[str, Table], figures: Sequence[Drawn]) -> str:
     """Return the HTML of a report with the tables that this run has. Every text from the run is escaped."""
-    group, header = results.group, results.group[0].header
+    group, header, shown = results.group, results.group[0].header, results.shown
+    plain = shown.measure.name == "accuracy"
     arms = []
     for name in dict.fromkeys(found.choice.arm for found in results.summaries):
         starts = sorted({start for one in results.summaries if one.choice.arm == name for start in one.starts})
@@ -182,7 +183,14 @@ def page(results: Results, *, tables: Mapping[str, Table], figures: Sequence[Dra
         # the summary table is too wide for a page: what came out, and what it cost
         outcome=tables["summary"].columns(tables["summary"].header[: -len(COST)]),
         cost=tables["summary"].columns((*tables["summary"].header[:2], *COST)),
-        metric=results.shown.label.capitalize(),
+        metric="Accuracy" if plain else f"The metric, {shown.label},",
+        how_told=(
+            "Percent over clients. Worst decile: mean of the lowest tenth. Hurt: share of clients below their own "
+            "baseline."
+            if plain
+            else f"The metric, {shown.label}, over clients; {shown.better.lower()} is better. Worst decile: mean of "
+            "the worst tenth. Hurt: share of clients, in percent, that are worse than their own baseline."
+        ),
         main_row=chosen.index(results.main) if results.main in chosen else -1,
         main_label=arm_of(results.main.arm).label if results.main else "nothing evaluated",
         figures=[embedded(one) for one in figures],

@@ -12,7 +12,7 @@ from fedlth.report.cost import cost_text
 from fedlth.report.curve import curve_table, inflation, lost_evaluations
 from fedlth.report.fleet import fleet_text, tiers_table
 from fedlth.report.known_arms import arm_of, is_users
-from fedlth.report.measure import Shown
+from fedlth.report.measure import Shown, others_of
 from fedlth.report.results import Results
 from fedlth.report.statistics import ArmSummary, Difference, difference
 from fedlth.report.tables import COST, WIDTH, Table, aligned, chosen_table, summary_table, tasks_table
@@ -257,12 +257,15 @@ def summary_text(results: Results) -> str:
     parts = [f"{header.study} · {header.method} · seed {seeds} · {header.num_clients} clients"]
     if results.summaries:
         whole = summary_table(results)
-        table = whole.columns([name for name in whole.header if name not in LEFT_OUT])
+        others = [f"{other.label}{other.unit}" for other in others_of(results.group)]
+        table = whole.columns([name for name in whole.header if name not in (*LEFT_OUT, *others)])
         parts.append(aligned(replace(table, header=tuple(TERMINAL.get(name, name) for name in table.header))))
         better = "" if shown.measure.name == "accuracy" else f" ({shown.better.lower()} is better)"
         parts.append(
             f"hurt: clients {_below(shown)} the global model.  Test {shown.label}{better}, read once at the end."
         )
+        if others:
+            parts.append(aligned(whole.columns(["arm", "density", *others])))
     more = [table for table in (chosen_table(results), tiers_table(results)) if table.rows]
     parts += [f"{table.title}\n\n{aligned(table)}" for table in more]
     if results.tasks:

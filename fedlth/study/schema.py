@@ -152,6 +152,9 @@ def _cross_check(study: Study, where: str) -> None:
         )
     if study.data.pool and study.clients.test != "own":
         raise StudyError(f"{where}: data.pool: needs clients.test: own, since the test split is then the clients' too")
+    named = [*study.metrics, *([study.metric] if study.metric else [])]
+    if len(set(named)) < len(named):
+        raise StudyError(f"{where}: metrics: each must be given once, metric included, got {list(study.metrics)}")
     if len(set(study.seeds)) != len(study.seeds):
         raise StudyError(f"{where}: seeds: each must be given once, got {list(study.seeds)}")
     check_optimizer(study.train, f"{where}: train")

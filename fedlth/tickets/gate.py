@@ -29,6 +29,7 @@ class Proposal:
 class Look:
     """A model after one training: the density in force, the prunes so far; the rest is worked out when asked for.
 
+    `val_accuracy` is the study's metric on validation data, turned so that more is better.
     An older one has let its model go, or a search would hold as many models as it trains: it keeps what it was asked.
     """
 

@@ -72,9 +72,7 @@ def obstacle(task: Task) -> str | None:
     if largest.lengths:
         return RAGGED
     size = task.study.train.batch_size
-    recipe = TrainingRecipe(
-        budget=Budget(epochs=1), batch_size=size, lr=0.01, optimizer=PROBE, loss=task.flat_model.loss
-    )
+    recipe = TrainingRecipe(budget=Budget(epochs=1), batch_size=size, lr=0.01, optimizer=PROBE, loss=task.loss)
     long = min(len(largest), 2 * size + 3)
     short = max(1, min(long - 1, size + 2))
     masks = np.ones(task.layout.num_prunable, bool), np.arange(task.layout.num_prunable) % 2 == 0
@@ -112,9 +110,7 @@ def probed(task: Task, peak: Peak) -> tuple[int, int]:
     size = min(len(largest), task.study.train.batch_size)
     request = TrainingRequest(
         start=task.theta_0, data=largest, batches=[[np.arange(size)] * 2], rates=[0.0, 0.0], torch_seed=0,
-        recipe=TrainingRecipe(
-            budget=Budget(epochs=1), batch_size=size, lr=0.01, optimizer=PROBE, loss=task.flat_model.loss
-        ),
+        recipe=TrainingRecipe(budget=Budget(epochs=1), batch_size=size, lr=0.01, optimizer=PROBE, loss=task.loss),
         active=np.zeros(task.layout.num_prunable, bool),
     )  # fmt: skip
     training = Training(task.flat_model, request)

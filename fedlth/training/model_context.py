@@ -128,7 +128,7 @@ class ModelContext:
         """Forward FLOPs an example of each parameter's layer, by torch's flop counter; "" is the whole model."""
         few = inputs(self.dataset, np.arange(min(2, len(self.dataset.y_train))), train=True)
         with torch_stream(0):
-            layers, total = layer_flops(self.module(), few.x)
+            layers, total = layer_flops(self.module(), few.batch(slice(None)).x)
         return {**layers, "": total}
 
 

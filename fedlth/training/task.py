@@ -29,6 +29,7 @@ from fedlth.models.initial import torch_stream
 from fedlth.models.layout import Entry, Layout, Params
 from fedlth.rng import stream
 from fedlth.study import schema, sections
+from fedlth.study.validate import validated
 from fedlth.training.batches import batches
 from fedlth.training.budget import Budget
 from fedlth.training.client_tasks import OWN, TaskNames, as_seen, own_model, own_study
@@ -135,7 +136,7 @@ class Task:
 
         The examples are the data set's first, no client's own. Raises StudyError where no client can train it.
         """
-        few = inputs(self.dataset, self.few, train=True)
+        few = inputs(self.dataset, self.few, train=True).batch(slice(None))
         with torch_stream(0):
             module = self.model.module()
             buffers = dict(module.named_buffers())
