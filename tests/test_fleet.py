@@ -249,6 +249,7 @@ def test_workers_change_nothing(faulty: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(280)
 @pytest.mark.parametrize("engine", ["ray", "flower"])
+@pytest.mark.filterwarnings("ignore:'click.utils:DeprecationWarning")  # typer, which Flower imports
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_engines_change_nothing(engine: str, faulty: Path, tmp_path: Path) -> None:

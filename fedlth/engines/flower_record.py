@@ -58,7 +58,9 @@ def of_answer(answer: Reply | Failure) -> Records:
     head: dict[str, Any] = {"round": answer.round, "client": answer.client, "worker": answer.worker}
     if isinstance(answer, Failure):
         return _pack(head | {"kind": answer.kind, "reason": answer.reason}, ())
-    told = {"seconds": answer.seconds, "device": answer.device, "flops": [answer.flops, answer.alive_flops]}
+    told: dict[str, Any] = {"seconds": answer.seconds, "device": answer.device}
+    if answer.flops:
+        told["flops"] = [answer.flops, answer.alive_flops]
     return _pack(head | told, answer.outbox)
 
 
@@ -140,7 +142,9 @@ def _seconds(head: Mapping[str, Any], name: str) -> float:
 
 
 def _flops(head: Mapping[str, Any]) -> tuple[float, float]:
-    """Return what a client says that it trained, (dense, by what is alive): finite and not negative."""
+    """Return what a client says that it trained, (dense, by what is alive): finite and not negative; nothing is 0."""
+    if "flops" not in head:
+        return 0.0, 0.0
     told = _field(head, "flops", list)
     if len(told) != 2:
         raise ValueError("flops must be two numbers")

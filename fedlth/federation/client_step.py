@@ -39,7 +39,9 @@ def client_step(job: Job) -> Reply:
     local = LocalClient(experiment.task_of(job.client), job.client, 0 if phase.in_waves else job.round, job.phase)
     update = phase.update(local, inbox, state)
     state, outbox = _encoded(job, experiment, phase, local, inbox[THETA_G], update)
-    cost = sum(local.log, Cost()) if update.cost is None else update.cost
+    cost = Cost()
+    if experiment.study.fleet is not None:  # else nobody asks, and it would cost bytes of the transport
+        cost = sum(local.log, Cost()) if update.cost is None else update.cost
     return Reply(
         round=job.round,
         client=job.client,

@@ -46,7 +46,8 @@ class Reply:
     """One client's answer. `state` is a new version of its state, current only once the round is committed.
 
     `work` says what its trainings cost this machine, for times.jsonl: nothing that decides a result. `flops` and
-    `alive_flops` are what it trained, counted dense and by what is alive: with a fleet they decide who is late.
+    `alive_flops` are what it trained, counted dense and by what is alive, told where the study has a fleet: they decide
+    who is late.
     """
 
     round: int
