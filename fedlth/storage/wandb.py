@@ -26,7 +26,7 @@ class WandB:
         import wandb
 
         settings = wandb.Settings(
-            silent=True, quiet=True, show_warnings=False, console="off", show_emoji=False, symlink=False, init_timeout=STARTS_S,
+            silent=True, quiet=True, console="off", show_emoji=False, symlink=False, init_timeout=STARTS_S,
             finish_timeout=ENDS_S, disable_git=True, disable_code=True, save_code=False, disable_job_creation=True,
             x_disable_meta=True, x_disable_stats=True, x_disable_machine_info=True, x_save_requirements=False,
             host="", program="", username="",
