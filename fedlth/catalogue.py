@@ -17,6 +17,7 @@ def _tables() -> dict[str, Mapping[str, Callable[..., Any]]]:
     from fedlth.methods.table import METHODS
     from fedlth.models.registry import MODELS
     from fedlth.personalization.arms import ARMS
+    from fedlth.storage.trackers import TRACKERS
     from fedlth.tickets.dead import DEADS
     from fedlth.tickets.gate import GATES, STOPS
     from fedlth.tickets.granularity import GRANULARITIES
@@ -47,6 +48,7 @@ def _tables() -> dict[str, Mapping[str, Callable[..., Any]]]:
         "losses": PARTS["loss"],
         "pulls": PARTS["pull"],
         "augments": PARTS["augment"],
+        "trackers": TRACKERS,
     }
 
 

@@ -104,12 +104,11 @@ class Tracking:
     def _open(
         self, tool: str, tracker: Tracker, name: str, config: Mapping[str, Any], known: Mapping[str, Any]
     ) -> None:  # fmt: skip
-        def act() -> None:
-            self.open[tool] = tracked = tracker.open(self.run, name, config, known.get("id", ""))
+        opened: list[Tracked] = []
+        if self._tried(tool, lambda: opened.append(tracker.open(self.run, name, config, known.get("id", "")))):
+            self.open[tool] = tracked = opened[0]  # not in there: one that comes late stays outside
             self.given[tool] = known.get("commits", 0) if tracked.given is None else tracked.given
-
-        self._tried(tool, act)
-        self._remember()
+            self._remember()
 
     def committed(self, commit: int, row: RoundRow, curve: Sequence[CurveRow]) -> None:
         """Give every tracker one commit, counted from 1."""

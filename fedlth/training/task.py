@@ -35,7 +35,7 @@ from fedlth.training.budget import Budget
 from fedlth.training.client_tasks import OWN, TaskNames, as_seen, own_model, own_study
 from fedlth.training.evaluation import evaluate
 from fedlth.training.flat_model import FlatModel
-from fedlth.training.loss import Loss, plain
+from fedlth.training.loss import Loss, examined, plain
 from fedlth.training.metrics import Judged, judged
 from fedlth.training.model_context import ModelContext
 from fedlth.training.recipe import TrainingRecipe
@@ -136,7 +136,7 @@ class Task:
 
         The examples are the data set's first, no client's own. Raises StudyError where no client can train it.
         """
-        few = inputs(self.dataset, self.few, train=True).batch(slice(None))
+        few = examined(self.loss, inputs(self.dataset, self.few, train=True).batch(slice(None)))
         with torch_stream(0):
             module = self.model.module()
             buffers = dict(module.named_buffers())
@@ -148,6 +148,7 @@ class Task:
                         f"model: {self.study.model.name} fails on a batch {shapes(few.x)}: {told(error)}"
                     ) from error
                 self._check_outputs(outputs, few)
+                self._check_loss(outputs, few)
             for name, buffer in buffers.items():
                 if dict(module.named_buffers()).get(name) is not buffer:
                     raise StudyError(
@@ -159,13 +160,26 @@ class Task:
 
     def _check_outputs(self, outputs: Tensor, few: Examples) -> None:
         got, name = tuple(outputs.shape), self.study.model.name
-        if self.dataset.targets == "numbers":
+        if few.y.is_floating_point():
             wanted = tuple(few.y.shape)
             if got not in (wanted, (len(few), 1) if len(wanted) == 1 else wanted) or not outputs.is_floating_point():
                 more = f" or {(len(few), 1)}" if len(wanted) == 1 else ""
                 raise StudyError(f"model: {name} must return real numbers of shape {wanted}{more}, got {got}")
         elif got != (wanted := (*few.y.shape, self.dataset.num_classes)):
             raise StudyError(f"model: {name} must return logits of shape {wanted}, got {got}")
+
+    def _check_loss(self, outputs: Tensor, few: Examples) -> None:
+        """Refuse a loss that cannot judge such targets; a loss may be the user's."""
+        try:
+            loss = self.loss(outputs, few.y)
+            found = loss.numel() == 1 and loss.requires_grad and loss.is_floating_point()
+        except Exception as error:  # the user's code may raise anything
+            told_of = f"outputs {tuple(outputs.shape)} and targets {tuple(few.y.shape)} {few.y.dtype}"
+            raise StudyError(f"train.loss: fails on {told_of}: {told(error)}") from error
+        if not found:
+            raise StudyError(
+                f"train.loss: must return one number with a gradient, got {tuple(loss.shape)} {loss.dtype}"
+            )
 
     def _single_batches(self, x: Inputs) -> list[str]:
         """Return a note that names the clients with a batch of one example, where the model cannot train on one."""
