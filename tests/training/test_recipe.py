@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedlth.data.examples import Examples
 from fedlth.models.layout import Params, layout_of, read, views
 from fedlth.rng import stream
 from fedlth.training import batch_requests, cohort, kernel_backend
@@ -50,7 +51,7 @@ def every_step(request: TrainingRequest) -> TrainingRequest:
 
 
 def asked(recipe: TrainingRecipe, start: Params, data: tuple[Tensor, Tensor], **more: Any) -> TrainingRequest:
-    return drawn_request(start, data, recipe, order=stream(0, "order"), torch_seed=5, **more)
+    return drawn_request(start, Examples(*data), recipe, order=stream(0, "order"), torch_seed=5, **more)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -252,15 +253,30 @@ def test_masked_tokens_are_as_bert_draws_them() -> None:
     x = torch.from_numpy(np.random.default_rng(0).integers(2, 50, (400, 50)))
     x[:, 0] = 1  # special
     loss = MaskedLm(num_classes=50, mask_token=0, special=(1,))
-    shown, labels = loss.posed(x, x, stream(0, "a"))
+    data = Examples(x, x)
+    posed = loss.posed(data, stream(0, "a"))
+    shown, labels = posed.tensor, posed.y
     asked = labels != IGNORED
     assert (labels[asked] == x[asked]).all() and (shown[~asked] == x[~asked]).all() and not asked[:, 0].any()
     assert 0.13 < float(asked[:, 1:].double().mean()) < 0.17 and asked.any(1).all()
     assert 0.78 < float((shown[asked] == 0).double().mean()) < 0.82
     assert 0.07 < float(((shown != x) & (shown != 0))[asked].double().mean()) < 0.13
-    again, _ = examined(loss, x, x)
-    assert (again == examined(loss, x, x)[0]).all() and (again != shown).any()
-    assert (loss.posed(torch.full((1, 3), 1), x, stream(0, "a"))[1] == IGNORED).all()
+    again = examined(loss, data).tensor
+    assert (again == examined(loss, data).tensor).all() and (again != shown).any()
+    special = torch.full((1, 3), 1)
+    assert (loss.posed(Examples(special, special), stream(0, "a")).y == IGNORED).all()
+
+
+def test_padding_is_never_asked_for() -> None:
+    ids = torch.randint(2, 50, (40, 9), generator=torch.Generator().manual_seed(0))
+    lengths = torch.arange(40) % 8 + 1
+    there = torch.arange(9) < lengths[:, None]
+    loss = MaskedLm(num_classes=50, mask_token=0, rate=0.5)
+    masked = loss.posed(Examples({"input_ids": ids, "attention_mask": there.long()}, ids), stream(0, "a"))
+    ragged = loss.posed(Examples(ids, ids, {"x": lengths}), stream(0, "a"))
+    for found in (masked, ragged):
+        assert (found.y[~there] == IGNORED).all() and (found.y[there] != IGNORED).any(), "padding is no token"
+    assert (masked.x["attention_mask"] == there).all() and ragged.lengths["y"] is lengths
 
 
 def test_augmentation_is_drawn_by_step_and_cuts_true_windows() -> None:
@@ -275,10 +291,11 @@ def test_augmentation_is_drawn_by_step_and_cuts_true_windows() -> None:
     recipe = replace(BASE, augment=(Crop(pad=2), Flip()))
     model, start = made(*NETS["conv"][::2])
     request = asked(recipe, start, images(30))
-    first, second = (request.shown(step, x, y)[0] for step in (0, 1))
-    assert (first != second).any() and (first == request.shown(0, x, y)[0]).all()
+    data = Examples(x, y)
+    first, second = (request.shown(step, data).tensor for step in (0, 1))
+    assert (first != second).any() and (first == request.shown(0, data).tensor).all()
     piece = replace(request, recipe=replace(recipe, first_step=1))
-    assert (piece.shown(0, x, y)[0] == second).all(), "a piece of a run sees what the run sees"
+    assert (piece.shown(0, data).tensor == second).all(), "a piece of a run sees what the run sees"
     with pytest.raises(ValueError, match="flip needs images"):
         Flip()(tokens(3)[0], stream(0, "flip"))
 
