@@ -168,7 +168,7 @@ def test_own_classes_are_the_clients_own() -> None:
     }
     for client in range(4):
         one = local(client=client, **sections)
-        found = tuple(sorted(set(one.train_part[1].tolist())))
+        found = tuple(sorted(set(one.train_part.y.tolist())))
         loss = one.recipe.loss
         assert loss == (CrossEntropy() if len(found) == 4 else Restricted(CrossEntropy(), found))
         assert one.task.flat_model.loss == CrossEntropy()

@@ -158,6 +158,6 @@ def _accepted(hint: Any) -> tuple[tuple[type, ...], tuple[Any, ...], str]:
         return _accepted(plain)[0], (check,), check.words
     if type(None) in get_args(hint):  # X | None
         types, checks, words = _accepted(next(a for a in get_args(hint) if a is not type(None)))
-        return (*types, type(None)), checks, f"{words} | None"
+        return (*types, type(None)), checks, f"{words} or None"
     plain = get_origin(hint) or hint
     return ((int, float) if plain is float else (plain,)), (), getattr(hint, "__name__", str(hint))
