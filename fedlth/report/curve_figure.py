@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Axis = tuple[str, Callable[[Point], float]]
 ROUNDS: Axis = ("rounds of step 1", lambda point: point.rounds)
-BYTES: Axis = ("payload so far, up and down (MB)", lambda point: point.total_bytes / 1e6)
+BYTES: Axis = ("payload up and down (MB)", lambda point: point.total_bytes / 1e6)
 TIME: Axis = ("simulated time (s)", lambda point: point.simulated_s or 0.0)
 
 
