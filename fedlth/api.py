@@ -13,7 +13,7 @@ from fedlth.experiment.experiment import Experiment
 from fedlth.experiment.resolve import resolve
 from fedlth.experiment.saved_ticket import load_ticket
 from fedlth.federation.session import versions
-from fedlth.storage.records import read_header
+from fedlth.storage.header import read_header
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.store import write_atomic
 from fedlth.study.schema import Study, dump, load

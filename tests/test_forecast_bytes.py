@@ -10,7 +10,7 @@ import pytest
 
 from fedlth.errors import StudyError
 from fedlth.experiment.resolve import read
-from fedlth.federation import forecast_bytes
+from fedlth.federation import forecast_bytes, message_lengths
 from fedlth.federation.forecast_bytes import Bytes, Forecast
 from fedlth.forecast import forecast
 from fedlth.methods.client_update import VALUES
@@ -120,7 +120,7 @@ def test_a_slow_visit_is_not_tried_and_the_forecast_says_which_bound_it_is() -> 
 
 def test_of_a_large_model_few_densities_are_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row 11: sizes between two densities lie on a line."""
-    monkeypatch.setattr(forecast_bytes, "LARGE", 10)
+    monkeypatch.setattr(message_lengths, "LARGE", 10)
     compared(tiny.of_method("lotteryfl", federate={"rounds": 4}), tmp_path / "run")
 
 

@@ -15,7 +15,7 @@ from fedlth.federation import session
 from fedlth.forecast import forecast
 from fedlth.report.build import read_results, write_report
 from fedlth.report.headline import done
-from fedlth.storage.records import read_header
+from fedlth.storage.header import read_header
 from fedlth.training.task import _divided, forget_tasks
 from tests import tiny
 

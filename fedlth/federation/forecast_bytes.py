@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-import numpy as np
-
-from fedlth import rng
 from fedlth.experiment.experiment import Experiment
-from fedlth.federation import downloads
-from fedlth.methods.aggregate import Contribution, join
+from fedlth.federation.message_lengths import Lengths, later, noise, tried
 from fedlth.methods.client_update import Shrinking
 from fedlth.methods.method import Dense
-from fedlth.models.layout import Layout, Params
 from fedlth.personalization.evaluate import curve_row
 from fedlth.personalization.personalise import NEED_NO_GLOBAL, row_of
 from fedlth.personalization.step2 import Result
-from fedlth.storage.server_state import ServerState
 from fedlth.storage.typed_record import as_record
 from fedlth.study.schema import Study
-from fedlth.tickets.scope import Layerwise
 from fedlth.training.local_client import LocalClient
 from fedlth.training.task import Task
-from fedlth.wire import metrics, payload
-from fedlth.wire.codec import DELTA, STEP, Codec
-from fedlth.wire.payload import Content
+from fedlth.wire import metrics
+from fedlth.wire.codec import DELTA, STEP
 
-TRIED, TRIAL_S = 4, 2.0  # how many clients try two visits each, and for how long at most
-LARGE = 1 << 18  # weights: of a larger model two densities are encoded, and those between lie on a line
 EACH_TARGET = {"ticket", "ticket_0", "one_shot", "global_mask", "random"}  # arms with a row for every density
 DENSE = {"global", "local", "dense", "dense_total"}
-
-Moved = tuple[tuple[Params, Params], ...]  # what a client was sent, and what it sent back
 
 
 @dataclass(frozen=True)
@@ -103,8 +88,8 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
         return Forecast(Bytes(0), Bytes(_arms_bytes(experiment)))
     dense = not method.slices
     shrinking: Shrinking | None = Shrinking() if dense else getattr(method.own, "shrinking", None)
-    tried = _tried(experiment, visit_s) if dense and method.space == "weights" and DELTA in codec.values else ()
-    wire = _Wire(experiment, tried or _noise(task, codec), _later(experiment, tried))
+    found = tried(experiment, visit_s) if dense and method.space == "weights" and DELTA in codec.values else ()
+    wire = Lengths(experiment, found or noise(task, codec), later(experiment, found))
     down, up = _sums(wire, shrinking or Shrinking(), pruned=True)
     sure = shrinking is not None and shrinking.sure
     most = (down, up) if sure else _sums(wire, shrinking or Shrinking(), pruned=False)
@@ -123,10 +108,10 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
     ends = (down, up) if shrinking is not None and not sure else (None, None)  # of what accuracy may decide
     visit = wire.model, wire.update(1.0) + _visit_bytes(task)
     both_ways = Bytes(most[0], (*both, *scores), ends[0]), Bytes(most[1], ups, ends[1])
-    return Forecast(*both_ways, len(tried), visit, _evaluation(wire, shrinking, scores))
+    return Forecast(*both_ways, len(found), visit, _evaluation(wire, shrinking, scores))
 
 
-def _evaluation(wire: _Wire, shrinking: Shrinking | None, bounds: Sequence[str]) -> Evaluation | None:
+def _evaluation(wire: Lengths, shrinking: Shrinking | None, bounds: Sequence[str]) -> Evaluation | None:
     """Return the bytes of evaluation between the rounds, None where there is none.
 
     A client with a mask is sent its slice and the whole model. Where a prune is not sure, the worst is that of the
@@ -157,7 +142,7 @@ def _evaluation(wire: _Wire, shrinking: Shrinking | None, bounds: Sequence[str])
     return Evaluation(phase.rounds, count, Bytes(down, tuple(bounds)), Bytes(up))
 
 
-def _why_less_goes_up(wire: _Wire, shrinking: Shrinking | None) -> list[str]:
+def _why_less_goes_up(wire: Lengths, shrinking: Shrinking | None) -> list[str]:
     codec, study = wire.codec, wire.experiment.study
     if not codec.refers or not study.federate.rounds + study.refine.rounds:
         return []
@@ -173,96 +158,11 @@ def _why_less_goes_up(wire: _Wire, shrinking: Shrinking | None) -> list[str]:
     return found
 
 
-@dataclass(frozen=True, eq=False)
-class _Wire:
-    """How long each message is. `theta` is a global model as it goes down after the first round."""
-
-    experiment: Experiment
-    moved: Moved
-    theta: Params
-    known: dict[tuple[str, float], float] = field(default_factory=dict)
-
-    @property
-    def codec(self) -> Codec:
-        return self.experiment.codec
-
-    @property
-    def layout(self) -> Layout:
-        return self.experiment.layout
-
-    @cached_property
-    def model(self) -> int:
-        return self.broadcast(self.theta)
-
-    def broadcast(self, theta: Params) -> int:
-        kind = "values" if self.experiment.method.space == "weights" else "scores"
-        return len(downloads.broadcast(kind, "", theta, self.layout, self.codec).payload)
-
-    def message(self, kind: str) -> float:
-        """Return the most that a message of this kind takes which holds everything."""
-        if kind == "values":
-            return self.update(1.0)
-        return self.bare_mask(0.5) if kind == "mask" else 4.0 * self.experiment.layout_of(kind).num_floats + 64
-
-    def kept(self, density: float) -> float:
-        """Return the bytes of a slice."""
-        return self._line(self._slice, density)
-
-    def update(self, density: float) -> float:
-        """Return the bytes of an update whose mask the server knows."""
-        return self._line(self._update, density)
-
-    def new_mask(self, before: float, after: float) -> float:
-        """Return the most that naming `after` of the `before` takes: its entropy and the counts, or a bitmap."""
-        size, share = self.layout.num_prunable, after / before
-        bitmap = math.ceil(size / 8)
-        if not self.codec.refers or not 0 < share < 1:
-            return bitmap
-        entropy = -share * math.log2(share) - (1 - share) * math.log2(1 - share)
-        return min(bitmap, 1.02 * size * before * entropy / 8 + 8 * (1 + len(self.layout.prunable)))
-
-    def bare_mask(self, density: float) -> float:
-        whole = Content(np.ones(self.layout.num_prunable, bool), None, None)
-        return len(payload.encode("mask", self.layout, whole)) + self.new_mask(1.0, density)
-
-    def _line(self, measure: Callable[[float], float], density: float) -> float:
-        if self.layout.num_prunable <= LARGE:
-            return self._once(measure, density)
-        low, high = self._once(measure, 0.1), self._once(measure, 1.0)
-        return low + (high - low) * (density - 0.1) / 0.9
-
-    def _once(self, measure: Callable[[float], float], density: float) -> float:
-        if (measure.__name__, density) not in self.known:
-            self.known[measure.__name__, density] = measure(density)
-        return self.known[measure.__name__, density]
-
-    def _mask(self, density: float, *, by_size: bool) -> np.ndarray:
-        size = self.layout.num_prunable
-        score = np.abs(self.theta.floats[:size]) if by_size else rng.stream(0, "forecast mask").random(size)
-        return Layerwise()(score, np.ones(size, bool), self.layout, density)
-
-    def _slice(self, density: float) -> float:
-        mask = self._mask(density, by_size=True)
-        return len(downloads.slice_for("", self.theta, self.layout, mask, self.codec).payload)
-
-    def _update(self, density: float) -> float:
-        if self.experiment.method.space == "scores":
-            return self.bare_mask(0.5)
-        # Of a method with masks of its own this is a bound: weights that are alike in size take fewer bytes than any.
-        mask, sizes = self._mask(density, by_size=not self.experiment.method.slices), []
-        for old, new in self.moved or ((None, self.theta),):
-            held = None if old is None else Content(mask, old.masked(mask).floats, old.ints).reference
-            sent = Content(mask, new.masked(mask).floats, new.ints)
-            coded = payload.encode("values", self.layout, sent, codec=self.codec, known_mask=mask, reference=held)
-            sizes.append(len(coded))
-        return float(np.mean(sizes))
-
-
 def _may_stop(study: Study) -> bool:
     return study.finder.stop != {"name": "target"}
 
 
-def _sums(wire: _Wire, shrinking: Shrinking, *, pruned: bool) -> tuple[float, float]:
+def _sums(wire: Lengths, shrinking: Shrinking, *, pruned: bool) -> tuple[float, float]:
     """Return the bytes down and up, if every prune happens or none does (a mask is then paid for all the same)."""
     experiment, densities = wire.experiment, shrinking.densities
     task, study, method = experiment.task, experiment.study, experiment.method
@@ -325,7 +225,7 @@ def _prunes(experiment: Experiment, shrinking: Shrinking) -> tuple[Mapping[tuple
     return steps, Counter(shrinking.prunes(number) for number in visited.values())
 
 
-def _earlier(wire: _Wire) -> tuple[float, float]:
+def _earlier(wire: Lengths) -> tuple[float, float]:
     """Return the bytes down and up of a method's phases before its last: whole models down, what they name up."""
     experiment, down, up = wire.experiment, 0.0, 0.0
     for phase, number in experiment.steps:
@@ -334,52 +234,6 @@ def _earlier(wire: _Wire) -> tuple[float, float]:
             down += count * wire.model
             up += count * (_visit_bytes(experiment.task) + sum(wire.message(kind) for _, kind in phase.update.sends))
     return down, up
-
-
-def _tried(experiment: Experiment, visit_s: float) -> Moved:
-    """Try the visits of a few clients, small to large, from theta_0 and from the mean of what they made of it."""
-    task = experiment.task
-    parts, unseen = task.splits.clients, task.splits.unseen
-    clients = sorted((len(part.train), c) for c, part in enumerate(parts) if c not in unseen)
-    number = min(TRIED, len(clients), int(TRIAL_S / (2 * visit_s)))
-    if not number or not task.study.federate.rounds:
-        return ()
-    chosen = [clients[int((i + 0.5) * len(clients) / number)][1] for i in range(number)]
-    found: list[tuple[Params, Params]] = []
-    theta = task.shared_part(task.theta_0)
-    for round in (1, 2):
-        ends = []
-        for local in (LocalClient(task.of(client), client, round, "forecast") for client in chosen):
-            with suppress(Exception):  # who cannot train, or diverges, is not tried: that is for the run to say
-                trained = local.train(local.task.merge(theta, local.task.theta_0), recipe=local.recipe)
-                ends.append(local.task.shared_part(trained.params))
-        if not ends:
-            break
-        found += [(theta, end) for end in ends]
-        theta = Params(np.mean([end.floats for end in ends], axis=0).astype(np.float32), ends[0].ints)
-    return tuple(found)
-
-
-def _noise(task: Task, codec: Codec) -> Moved:
-    """Return an update that is noise: of all updates of one size it takes the most steps to tell."""
-    if not codec.feedback:
-        return ()
-    theta = task.shared_part(task.theta_0)
-    noise = rng.stream(0, "forecast").normal(0, 0.1 * float(np.std(theta.floats)) or 1.0, theta.floats.size)
-    return ((theta, Params((theta.floats + noise).astype(np.float32), theta.ints)),)
-
-
-def _later(experiment: Experiment, tried: Moved) -> Params:
-    """Return a global state as it goes down after the first round."""
-    first, study = experiment.initial(), experiment.study
-    rule = experiment.method.phases[-1].join
-    if experiment.method.space == "scores" and study.federate.rounds and rule is not None:
-        draw, layout = rng.stream(0, "forecast"), experiment.layout
-        chance = 1 / (1 + np.exp(-first.floats[: layout.num_prunable].astype(np.float64)))
-        masks = (draw.random(chance.size) < chance for _ in range(experiment.per_round(study.federate)))
-        came = (Contribution(0, 1, Content(m, None, None)) for m in masks)
-        return join(rule, ServerState(first), came, layout).theta
-    return tried[-1][0] if tried else first
 
 
 def _visit_bytes(task: Task) -> int:

@@ -22,7 +22,8 @@ from fedlth.federation.rounds import Federation, missing
 from fedlth.kernel import kernel
 from fedlth.storage import ticket_file
 from fedlth.storage.client_state import ClientState
-from fedlth.storage.records import Digests, Header, Layer, Measure, Phase, RoundRow, TaskFacts
+from fedlth.storage.header import Header, Layer, Measure, Phase, TaskFacts
+from fedlth.storage.records import Digests, RoundRow
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.trackers import Tracking
 from fedlth.study.schema import Study

@@ -9,17 +9,8 @@ from typing import TypeVar
 
 from fedlth.errors import StudyError
 from fedlth.storage import ticket_file
-from fedlth.storage.records import (
-    EVALUATE,
-    CurveRow,
-    Header,
-    LedgerRow,
-    MetricRow,
-    RoundRow,
-    TimeRow,
-    read_header,
-    read_log,
-)
+from fedlth.storage.header import Header, read_header
+from fedlth.storage.records import EVALUATE, CurveRow, LedgerRow, MetricRow, RoundRow, TimeRow, read_log
 
 T = TypeVar("T")
 Key = TypeVar("Key")

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from fedlth.report.facts import Facts
 from fedlth.report.intervals import Interval
 from fedlth.report.units import NOTHING, bounds, percent, points
-from fedlth.storage.records import CurveRow, Measure, MetricRow, RoundRow
+from fedlth.storage.header import Measure
+from fedlth.storage.records import CurveRow, MetricRow, RoundRow
 
 Values = NDArray[np.float64]
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fedlth.errors import StudyError
 from fedlth.report.facts import Facts, SavedTicket
 from fedlth.rng import stream
-from fedlth.storage.records import Header
+from fedlth.storage.header import Header
 from fedlth.storage.ticket_file import is_mask, read
 
 PERMUTATIONS = 9_999

@@ -13,7 +13,8 @@ from fedlth.report.measure import Shown, shown_of
 from fedlth.report.overlap import Overlap, overlap
 from fedlth.report.statistics import ArmSummary, summarise
 from fedlth.report.traffic import Traffic, traffic
-from fedlth.storage.records import Header, MetricRow, TaskFacts
+from fedlth.storage.header import Header, TaskFacts
+from fedlth.storage.records import MetricRow
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ import numpy as np
 from fedlth.errors import StudyError
 from fedlth.models.layout import Params
 from fedlth.storage import json_lines, store
-from fedlth.storage.records import LOGS, Digests, Header, read_header, read_log
+from fedlth.storage.header import Header, read_header
+from fedlth.storage.records import LOGS, Digests, read_log
 from fedlth.storage.server_state import ServerState
 from fedlth.storage.state_archive import Packs
 from fedlth.storage.typed_record import as_record

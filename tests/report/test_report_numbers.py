@@ -18,7 +18,8 @@ from fedlth.report.presets import Cell
 from fedlth.report.statistics import difference, summarise_arm
 from fedlth.report.traffic import Flow, traffic
 from fedlth.report.units import bounds, percent, points, scaled
-from fedlth.storage.records import ACCURACY, MetricRow
+from fedlth.storage.header import ACCURACY
+from fedlth.storage.records import MetricRow
 
 OURS, THEIRS = Choice("ticket", 0.5), Choice("global", 1.0)
 

@@ -12,7 +12,8 @@ import pytest
 
 from fedlth.report.facts import Facts, read_run
 from fedlth.report.presets import MIB, PRESETS, Cell, FedDST, FedPM, LotteryFL, Preset, Sizes, lotteryfl_bytes, sizes_of
-from fedlth.storage.records import Layer, LedgerRow
+from fedlth.storage.header import Layer
+from fedlth.storage.records import LedgerRow
 
 ROOT = Path(__file__).parents[2]
 MASKABLE, HEAD, BIAS = 8, 4, 2

@@ -18,8 +18,9 @@ from fedlth.report.known_arms import ARMS, arm_of
 from fedlth.report.presets import PRESETS
 from fedlth.report.tables import bytes_table, summary_table
 from fedlth.report.traffic import traffic
+from fedlth.storage.header import Header, Phase
 from fedlth.storage.json_lines import lines
-from fedlth.storage.records import Header, Phase, RoundRow, parse
+from fedlth.storage.records import RoundRow, parse
 
 NEW = [("saliency", 1, 1, True), ("federate", 2, 1, True), ("personalise", 1, 2, False)]
 PHASES = [{"name": name, "rounds": rounds, "step": step, "joins": joins} for name, rounds, step, joins in NEW]

@@ -1,0 +1,160 @@
+"""How long each message of a study will be: what a few tried visits and an encoding of it tell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from fedlth import rng
+from fedlth.experiment.experiment import Experiment
+from fedlth.federation import downloads
+from fedlth.methods.aggregate import Contribution, join
+from fedlth.models.layout import Layout, Params
+from fedlth.storage.server_state import ServerState
+from fedlth.tickets.scope import Layerwise
+from fedlth.training.local_client import LocalClient
+from fedlth.training.task import Task
+from fedlth.wire import payload
+from fedlth.wire.codec import Codec
+from fedlth.wire.payload import Content
+
+TRIED, TRIAL_S = 4, 2.0  # how many clients try two visits each, and for how long at most
+LARGE = 1 << 18  # weights: of a larger model two densities are encoded, and those between lie on a line
+
+Moved = tuple[tuple[Params, Params], ...]  # what a client was sent, and what it sent back
+
+
+@dataclass(frozen=True, eq=False)
+class Lengths:
+    """How long each message is. `theta` is a global model as it goes down after the first round."""
+
+    experiment: Experiment
+    moved: Moved
+    theta: Params
+    known: dict[tuple[str, float], float] = field(default_factory=dict)
+
+    @property
+    def codec(self) -> Codec:
+        return self.experiment.codec
+
+    @property
+    def layout(self) -> Layout:
+        return self.experiment.layout
+
+    @cached_property
+    def model(self) -> int:
+        return self.broadcast(self.theta)
+
+    def broadcast(self, theta: Params) -> int:
+        kind = "values" if self.experiment.method.space == "weights" else "scores"
+        return len(downloads.broadcast(kind, "", theta, self.layout, self.codec).payload)
+
+    def message(self, kind: str) -> float:
+        """Return the most that a message of this kind takes which holds everything."""
+        if kind == "values":
+            return self.update(1.0)
+        return self.bare_mask(0.5) if kind == "mask" else 4.0 * self.experiment.layout_of(kind).num_floats + 64
+
+    def kept(self, density: float) -> float:
+        """Return the bytes of a slice."""
+        return self._line(self._slice, density)
+
+    def update(self, density: float) -> float:
+        """Return the bytes of an update whose mask the server knows."""
+        return self._line(self._update, density)
+
+    def new_mask(self, before: float, after: float) -> float:
+        """Return the most that naming `after` of the `before` takes: its entropy and the counts, or a bitmap."""
+        size, share = self.layout.num_prunable, after / before
+        bitmap = math.ceil(size / 8)
+        if not self.codec.refers or not 0 < share < 1:
+            return bitmap
+        entropy = -share * math.log2(share) - (1 - share) * math.log2(1 - share)
+        return min(bitmap, 1.02 * size * before * entropy / 8 + 8 * (1 + len(self.layout.prunable)))
+
+    def bare_mask(self, density: float) -> float:
+        whole = Content(np.ones(self.layout.num_prunable, bool), None, None)
+        return len(payload.encode("mask", self.layout, whole)) + self.new_mask(1.0, density)
+
+    def _line(self, measure: Callable[[float], float], density: float) -> float:
+        if self.layout.num_prunable <= LARGE:
+            return self._once(measure, density)
+        low, high = self._once(measure, 0.1), self._once(measure, 1.0)
+        return low + (high - low) * (density - 0.1) / 0.9
+
+    def _once(self, measure: Callable[[float], float], density: float) -> float:
+        if (measure.__name__, density) not in self.known:
+            self.known[measure.__name__, density] = measure(density)
+        return self.known[measure.__name__, density]
+
+    def _mask(self, density: float, *, by_size: bool) -> np.ndarray:
+        size = self.layout.num_prunable
+        score = np.abs(self.theta.floats[:size]) if by_size else rng.stream(0, "forecast mask").random(size)
+        return Layerwise()(score, np.ones(size, bool), self.layout, density)
+
+    def _slice(self, density: float) -> float:
+        mask = self._mask(density, by_size=True)
+        return len(downloads.slice_for("", self.theta, self.layout, mask, self.codec).payload)
+
+    def _update(self, density: float) -> float:
+        if self.experiment.method.space == "scores":
+            return self.bare_mask(0.5)
+        # Of a method with masks of its own this is a bound: weights that are alike in size take fewer bytes than any.
+        mask, sizes = self._mask(density, by_size=not self.experiment.method.slices), []
+        for old, new in self.moved or ((None, self.theta),):
+            held = None if old is None else Content(mask, old.masked(mask).floats, old.ints).reference
+            sent = Content(mask, new.masked(mask).floats, new.ints)
+            coded = payload.encode("values", self.layout, sent, codec=self.codec, known_mask=mask, reference=held)
+            sizes.append(len(coded))
+        return float(np.mean(sizes))
+
+
+def tried(experiment: Experiment, visit_s: float) -> Moved:
+    """Try the visits of a few clients, small to large, from theta_0 and from the mean of what they made of it."""
+    task = experiment.task
+    parts, unseen = task.splits.clients, task.splits.unseen
+    clients = sorted((len(part.train), c) for c, part in enumerate(parts) if c not in unseen)
+    number = min(TRIED, len(clients), int(TRIAL_S / (2 * visit_s)))
+    if not number or not task.study.federate.rounds:
+        return ()
+    chosen = [clients[int((i + 0.5) * len(clients) / number)][1] for i in range(number)]
+    found: list[tuple[Params, Params]] = []
+    theta = task.shared_part(task.theta_0)
+    for round in (1, 2):
+        ends = []
+        for local in (LocalClient(task.of(client), client, round, "forecast") for client in chosen):
+            with suppress(Exception):  # who cannot train, or diverges, is not tried: that is for the run to say
+                trained = local.train(local.task.merge(theta, local.task.theta_0), recipe=local.recipe)
+                ends.append(local.task.shared_part(trained.params))
+        if not ends:
+            break
+        found += [(theta, end) for end in ends]
+        theta = Params(np.mean([end.floats for end in ends], axis=0).astype(np.float32), ends[0].ints)
+    return tuple(found)
+
+
+def noise(task: Task, codec: Codec) -> Moved:
+    """Return an update that is noise: of all updates of one size it takes the most steps to tell."""
+    if not codec.feedback:
+        return ()
+    theta = task.shared_part(task.theta_0)
+    noise = rng.stream(0, "forecast").normal(0, 0.1 * float(np.std(theta.floats)) or 1.0, theta.floats.size)
+    return ((theta, Params((theta.floats + noise).astype(np.float32), theta.ints)),)
+
+
+def later(experiment: Experiment, tried: Moved) -> Params:
+    """Return a global state as it goes down after the first round."""
+    first, study = experiment.initial(), experiment.study
+    rule = experiment.method.phases[-1].join
+    if experiment.method.space == "scores" and study.federate.rounds and rule is not None:
+        draw, layout = rng.stream(0, "forecast"), experiment.layout
+        chance = 1 / (1 + np.exp(-first.floats[: layout.num_prunable].astype(np.float64)))
+        masks = (draw.random(chance.size) < chance for _ in range(experiment.per_round(study.federate)))
+        came = (Contribution(0, 1, Content(m, None, None)) for m in masks)
+        return join(rule, ServerState(first), came, layout).theta
+    return tried[-1][0] if tried else first
