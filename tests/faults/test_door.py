@@ -102,7 +102,7 @@ def test_a_row_without_any_of_its_fields_is_refused(reply: Reply) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"test_accuracy": 5.0}, r"test_accuracy must be a number in \[0, 1\] \| None, got 5.0"),
+        ({"test_accuracy": 5.0}, r"test_accuracy must be a number in \[0, 1\] or None, got 5.0"),
         ({"test_accuracy": None}, "test_accuracy must be a number"),
         ({"val_metrics": {"mse": 1.0}}, "val_metrics must name nothing"),
         ({"test_metrics": {"mse": "low"}}, "test_metrics must be a mapping of printable names to finite numbers"),
