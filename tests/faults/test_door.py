@@ -103,7 +103,7 @@ def test_a_row_without_any_of_its_fields_is_refused(reply: Reply) -> None:
     ("changes", "message"),
     [
         ({"test_accuracy": 5.0}, r"test_accuracy must be a number in \[0, 1\] or None, got 5.0"),
-        ({"test_accuracy": None}, "test_accuracy must be a number"),
+        ({"test_accuracy": None}, "test_accuracy must be a finite number"),
         ({"val_metrics": {"mse": 1.0}}, "val_metrics must name nothing"),
         ({"test_metrics": {"mse": "low"}}, "test_metrics must be a mapping of printable names to finite numbers"),
         ({"val_accuracy": True}, "val_accuracy must be"),
