@@ -29,6 +29,7 @@ from fedlth.storage.client_state import ClientState
 from fedlth.storage.records import MetricRow
 from fedlth.study.schema import Study
 from fedlth.study.sections import Tier
+from fedlth.training.metrics import judged
 from tests import tiny
 from tests.test_personal import started
 
@@ -42,10 +43,10 @@ def row(density: float, val: float, diverged: bool = False) -> MetricRow:
     )  # fmt: skip
 
 
-def kept(keep: Keep, rows: Sequence[MetricRow], most: float = 1.0) -> float:
-    tier, best = Tier(density=most), rows[0]
+def kept(keep: Keep, rows: Sequence[MetricRow], most: float = 1.0, metric: str = "accuracy") -> float:
+    tier, best, of = Tier(density=most), rows[0], judged(metric, (), "classes")
     for one in rows[1:]:
-        best = one if keep.better(one, best, tier) else best
+        best = one if keep.better(one, best, tier, of) else best
     return best.target_density
 
 
@@ -68,6 +69,11 @@ def test_auto_keeps_the_best_on_validation_that_the_tier_carries(
 ) -> None:
     rows = [row(d, v) for d, v in zip(DENSITIES, val, strict=True)][::order]
     assert kept(Best(DENSITIES), rows, most) == wanted
+
+
+def test_the_best_is_the_lowest_where_less_is_better() -> None:
+    rows = [replace(row(d, 0.5), val_loss=loss) for d, loss in zip(DENSITIES, (0.4, 0.2, 0.9), strict=True)]
+    assert kept(Best(DENSITIES), rows, metric="loss") == 0.3
 
 
 def test_a_ticket_that_diverged_is_never_the_best() -> None:

@@ -55,8 +55,8 @@ BROKEN: dict[str, tuple[FederatedMethod, str]] = {
     "down": (made_of(replace(FEDERATE, down="all")), "its federate.down must be broadcast or slice, got 'all'"),  # type: ignore[arg-type]
     "update": (made_of(replace(FEDERATE, update=Seen())), "its federate.update must be a ClientUpdate, got Seen"),  # type: ignore[arg-type]
     "join": (made_of(replace(FEDERATE, join=None)), "its federate.join must be a rule with init, add and result"),
-    "twice": (made_of(FEDERATE, FEDERATE), "phase names must be unique and not those of step 2, got federate"),
-    "taken": (made_of(replace(FEDERATE, name="refine")), "must be unique and not those of step 2, got refine"),
+    "twice": (made_of(FEDERATE, FEDERATE), "phase names must be unique and none that every run has, got federate"),
+    "taken": (made_of(replace(FEDERATE, name="refine")), "must be unique and none that every run has, got refine"),
     "no tuple": (replace(made_of(), phases=FEDERATE), "its phases must be a tuple of Phase, got Phase(name='federate'"),  # type: ignore[arg-type]
     "silent": (made_of(replace(FEDERATE, update=MaskedUpdate(sends=()))), "its federate.update must be one that sends"),
     "idle mask": (made_of(FEDERATE, first_mask=FirstOf()), "its first_mask must be Dense where no phase sends slices"),

@@ -78,7 +78,7 @@ def _spent(facts: Facts, moved: Traffic) -> dict[tuple[str, int], tuple[int, int
     found: dict[tuple[str, int], tuple[int, int, float | None]] = {}
     total_bytes, seconds = 0, 0.0
     for row in (row for row in facts.rounds if row.phase in joining):
-        took = getattr(row, "simulated_s", None)
+        took = row.simulated_s
         seconds += took or 0.0
         total_bytes = reached.get((row.phase, row.round), total_bytes)  # a round that nobody took part in moves none
         found[row.phase, row.round] = len(found) + 1, total_bytes, None if took is None else seconds
@@ -133,17 +133,25 @@ def inflation(results: Results) -> str:
     shown, chosen = results.shown, [one.chosen() for one in held]
     of = {name: _mean([found[name].test for found in chosen]) or 0.0 for name in chosen[0]}
     told = {name: f"{shown.text(value)}{shown.unit}" for name, value in of.items()}
-    flattery = {name: abs(of[TESTED] - value) * (100 if shown.measure.percent else 1) for name, value in of.items()}
-    unit = " points" if shown.measure.percent else ""
+    over = {name: _flattery(shown, abs(of[TESTED] - value)) for name, value in of.items()}
+    mean = (
+        f"{told[LAST]} mean test {shown.label}"
+        if shown.measure.percent
+        else f"a mean test {shown.label} of {told[LAST]}"
+    )
     validated = f", and {told[VALIDATED]} at the round that validation data choose" if VALIDATED in of else ""
-    over = f", and by {flattery[VALIDATED]:.3g} over the choice on validation data" if VALIDATED in of else ""
+    more = f", and by {over[VALIDATED]} over the choice on validation data" if VALIDATED in of else ""
+    unit = " points" if shown.measure.percent else ""
     text = (
-        f"Over the clients of the federation the global model reaches a mean test {shown.label} of {told[LAST]} after "
-        f"the last round{validated}. The best round on test data reads {told[TESTED]}: that is an audit and no result, "
-        f"for nobody may choose by test data. Reported as one, it would be inflated by {flattery[LAST]:.3g}{unit} over "
-        f"the last round{over}."
+        f"Over the clients of the federation the global model reaches {mean} after the last round{validated}. The best "
+        f"round on test data reads {told[TESTED]}: that is an audit and no result, for nobody may choose by test data. "
+        f"Reported as one, it would be inflated by {over[LAST]}{unit} over the last round{more}."
     )
     return f"{text} {_kept(results)}".strip()
+
+
+def _flattery(shown: Shown, gap: float) -> str:
+    return f"{100 * gap:.1f}" if shown.measure.percent else f"{gap:.3g}"
 
 
 def _kept(results: Results) -> str:

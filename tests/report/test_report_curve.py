@@ -15,7 +15,6 @@ from fedlth.report.curve import curve_table, curves_of, inflation
 from fedlth.report.curve_figure import curve_picture
 from fedlth.report.facts import read_run
 from fedlth.report.tables import WIDTH, aligned
-from fedlth.storage.records import RoundRow
 from fedlth.storage.typed_record import as_record
 
 # After rounds 4, 9, ..., 29: the best on validation is the third, the best on test the fourth; the last is worse.
@@ -128,10 +127,12 @@ def test_bytes_and_rounds_are_those_of_the_training(run: Path) -> None:
     assert [point.total_bytes for point in held.points] == moved[4:30:5]
 
 
-def test_simulated_time_is_a_third_axis_where_the_rounds_have_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_simulated_time_is_a_third_axis_where_the_rounds_have_it(tmp_path: Path) -> None:
+    run = curved(tmp_path / "run")
     picture = curve_picture(read_results(run))
     assert picture is not None and len(picture.draw.axes) == 2
-    monkeypatch.setattr(RoundRow, "simulated_s", 2.5, raising=False)
+    rows = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    write_rows(run / "rounds.jsonl", [{**row, "simulated_s": 2.5} for row in rows])
     picture = curve_picture(read_results(run))
     assert picture is not None and [label for label, _ in picture.draw.axes][2] == "simulated time (s)"
     ((_, held),) = curves_of(read_results(run))
@@ -144,4 +145,4 @@ def test_a_client_that_never_answered_gives_no_point(tmp_path: Path) -> None:
     write_rows(run / "curve.jsonl", [r for r in rows if r["unseen"] or (r["round"] != 14 and r["client"] != 3)] + [
         r for r in rows if r["round"] == 9 and r["client"] == 3])  # fmt: skip
     ((held,),) = curves_of(read_results(run))
-    assert len(held.points) == 5 and held.chosen()[1].rounds == 10, "where all answered"
+    assert len(held.points) == 5 and held.chosen()["best on validation"].rounds == 10, "where all answered"
