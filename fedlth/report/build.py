@@ -67,7 +67,7 @@ def write_report(run: Path) -> Path:
         write_tables(run / "tables", tables)
         raise
     figures = [drawn(picture) for picture in pictures(results)]
-    html = page(results, tables={name: tables[name] for name in ("summary", "clients", "bytes")}, figures=figures)
+    html = page(results, tables=tables, figures=figures)
     return write_files(run, tables=tables, figures=figures, html=html)
 
 
