@@ -258,7 +258,7 @@ BAD: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
     "client must be 1, got 2": lambda rows: [{**row, "client": 2} for row in rows],
     "unseen must be False, got True": lambda rows: [{**row, "unseen": True} for row in rows],
     "num_test must be 20, got 3": lambda rows: [{**row, "num_test": 3} for row in rows],
-    "val_accuracy must be a number in [0, 1], got 7.0": lambda rows: [{**row, "val_accuracy": 7.0} for row in rows],
+    "val_accuracy must be a number in [0, 1] | None, got 7": lambda rows: [{**row, "val_accuracy": 7} for row in rows],
     "arm must be each of global, own once": lambda rows: rows[:1],
     "got ['own', 'own']": lambda rows: [rows[1], rows[1]],
     "got ['global', 'local']": lambda rows: [rows[0], {**rows[1], "arm": "local"}],

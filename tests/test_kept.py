@@ -29,6 +29,7 @@ from fedlth.storage.client_state import ClientState
 from fedlth.storage.records import MetricRow
 from fedlth.study.schema import Study
 from fedlth.study.sections import Tier
+from fedlth.training.metrics import judged
 from tests import tiny
 from tests.test_personal import started
 
@@ -45,7 +46,7 @@ def row(density: float, val: float, diverged: bool = False) -> MetricRow:
 def kept(keep: Keep, rows: Sequence[MetricRow], most: float = 1.0) -> float:
     tier, best = Tier(density=most), rows[0]
     for one in rows[1:]:
-        best = one if keep.better(one, best, tier) else best
+        best = one if keep.better(one, best, tier, judged(None, (), "classes")) else best
     return best.target_density
 
 

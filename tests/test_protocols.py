@@ -58,10 +58,10 @@ def test_stopped_and_resumed_and_on_forked_workers_it_is_the_same(tmp_path: Path
 def test_tests_are_read_where_the_split_says() -> None:
     task = tiny.task(**PROTOCOL)
     own = task.splits.clients[1]
-    assert task.part(1, "test")[1].tolist() == task.dataset.y_train[own.test].tolist()
-    assert len(task.part(1, "val")[1]) == 0
+    assert task.part(1, "test").y.tolist() == task.dataset.y_train[own.test].tolist()
+    assert len(task.part(1, "val")) == 0
     clean = tiny.task(**{**PROTOCOL, "clients": {"test": "own", "validation": 0}})
-    assert task.part(1, "test")[1].tolist() == clean.part(1, "test")[1].tolist()
+    assert task.part(1, "test").y.tolist() == clean.part(1, "test").y.tolist()
     assert task.splits.digest != clean.splits.digest
 
 
