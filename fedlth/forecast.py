@@ -20,6 +20,7 @@ from fedlth.tickets.finder import Finder
 from fedlth.tickets.rewind import ToInit
 from fedlth.tickets.schedule import OneShot
 from fedlth.training import batch_requests, kernel_backend
+from fedlth.training.batches import steps_an_epoch
 from fedlth.training.budget import Budget
 from fedlth.training.evaluation import evaluate
 from fedlth.training.local_client import LocalClient
@@ -95,7 +96,7 @@ def own_epochs(experiment: Experiment) -> tuple[float, float]:
 
 def _mean_steps(task: Task, batch_size: int) -> float:
     """Return the mean over clients of the steps of an epoch."""
-    return float(np.mean([-(-len(c.train) // batch_size) for c in task.splits.clients]))
+    return float(np.mean([steps_an_epoch(len(c.train), batch_size) for c in task.splits.clients]))
 
 
 def _kept_epochs(experiment: Experiment) -> float:
@@ -178,8 +179,9 @@ def _evaluation_lines(experiment: Experiment) -> list[str]:
     if phase is None:
         return []
     parts = [len(split.val) + len(split.test) for split in task.splits.clients]
-    local = LocalClient(task, int(np.argmax(parts)), 0, "forecast")
-    data = task.part(local.client, "train")
+    client = int(np.argmax(parts))
+    task = task.of(client)
+    data = task.part(client, "train")
     evaluate(task.flat_model, task.theta_0, data)  # once, so that nothing is compiled while it is timed
     began = time.perf_counter()
     evaluate(task.flat_model, task.theta_0, data)

@@ -28,8 +28,8 @@ def tuned(study: Study, out: Path) -> Study:
 
     Each candidate runs `tune.rounds` rounds and all that comes after in its own folder under `out`/tune, where it can
     be resumed and read. The mean over clients of the study's metric on validation data, of the model that would be kept
-    at the density that would be kept, decides; a client without one counts as 0, where less is better as the worst of
-    the others, and ties go to the first. A candidate that diverges for
+    at the density that would be kept, decides; a client without one counts as 0, or as the worst of the
+    others where that is worse, and ties go to the first. A candidate that diverges for
     any client has lost; chosen.json says so. Raises StudyError where all have.
     """
     if not study.tune.lr:
@@ -91,5 +91,5 @@ def _score(trial: Study, where: Path) -> float | str:
         return DIVERGED
     metric = experiment.judged.main
     values = [row.value("val", metric.name) for row in kept.values()]
-    absent = 0.0 if metric.higher_is_better else max(values)
+    absent = min(0.0, *values) if metric.higher_is_better else max(values)
     return math.fsum([*values, absent * (trial.clients.count - len(values))]) / trial.clients.count

@@ -41,6 +41,8 @@ IDLE: list[tuple[str, dict[str, Any], str]] = [
     ("two_step", {"ray": {"workers": 4}}, "ray: has no effect, engine is inprocess"),
     ("two_step", {"ray": {"num_gpus": 0.5}, "engine": "flower"}, "ray: has no effect, engine is flower"),
     ("two_step", {"workers": 2, "engine": "ray"}, "workers: has no effect, engine ray has workers of its own"),
+    ("fedpm", {"train": {"round_decay": 0.9}}, "train.round_decay: has no effect, method fedpm learns scores "
+     "at its own rate"),
     ("two_step", {"tune": {"rounds": 3}}, "tune.rounds: has no effect, tune.lr names no rates to try"),
     ("two_step", {"refine": {"clients_per_round": 2}}, "refine.clients_per_round: has no effect, refine.rounds is 0"),
     # Row 35

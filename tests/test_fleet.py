@@ -100,6 +100,16 @@ def test_how_many_clients_a_wave_holds_changes_no_time_of_step_2(tmp_path: Path)
     assert found[0] == found[1]
 
 
+def test_the_curve_takes_no_time_of_the_fleet(tmp_path: Path) -> None:
+    with_curve = study(evaluate={"every": 2})
+    bare, curved = (read_results(tiny.run(made, tmp_path / str(i)).root).group[0] for i, made in
+                    enumerate((study(), with_curve)))  # fmt: skip
+    for step in (1, 2):
+        assert simulated_s(curved, step=step) == simulated_s(bare, step=step)
+    assert curve(curved) == curve(bare) and times(curved.path) == times(bare.path)
+    assert "fleet: " + forecast(with_curve).partition("fleet: ")[2].partition("\n")[0] in forecast(study())
+
+
 def test_alive_pays_for_what_is_alive_and_changes_nothing_else(tmp_path: Path) -> None:
     for flops in ("dense", "alive"):
         made = study({"flops": flops}, method={"name": "lotteryfl", **tiny.METHODS["lotteryfl"]},

@@ -161,6 +161,24 @@ def test_a_study_with_steps_is_read_back_as_it_was() -> None:
     assert tiny.study(train={"steps": 3}).train.epochs is None
 
 
+def test_zero_in_step_2_takes_an_option_of_sgd_away() -> None:
+    given = {"momentum": 0.0, "optimizer": {"name": "sgd", "momentum": 0.9, "weight_decay": 0.1}}
+    assert recipes(tiny.study(train=given, personalise={"momentum": 0.0}))[1].optimizer == Sgd(weight_decay=0.1)
+    assert recipes(tiny.study(train=given, personalise={"momentum": 0.5}))[1].optimizer == Sgd(
+        momentum=0.5, weight_decay=0.1
+    )
+    with pytest.raises(StudyError, match="personalise.weight_decay: is an option of sgd; give adamw its own"):
+        recipes(tiny.study(train={"momentum": 0.0, "optimizer": "adamw"}, personalise={"weight_decay": 0.0}))
+
+
+def test_a_loss_of_step_2_is_tried_before_anything_trains() -> None:
+    with pytest.raises(StudyError, match="personalise.loss: fails on a batch .*mse: outputs"):
+        resolve(tiny.study(personalise={"loss": "mse"}))
+    with pytest.raises(StudyError, match="personalise.loss: fails on a batch .*masked_lm needs tokens"):
+        resolve(tiny.study(personalise={"loss": {"name": "masked_lm", "mask_token": 1}}))
+    resolve(tiny.study(personalise={"loss": {"name": "cross_entropy", "classes": "own"}}))
+
+
 def test_own_classes_are_the_clients_own() -> None:
     sections: dict[str, Any] = {
         "train": {"loss": {"name": "cross_entropy", "classes": "own"}},

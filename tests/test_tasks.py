@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,11 +21,13 @@ from fedlth.experiment.resolve import resolve
 from fedlth.federation import session
 from fedlth.forecast import forecast
 from fedlth.report import compare, diff, read_results, summary_text, write_report
+from fedlth.report.fleet import tiers_table
+from fedlth.report.units import NOTHING
 from fedlth.storage.run_folder import RunFolder
 from fedlth.study import schema
 from fedlth.training import cohort
 from fedlth.training.batch_requests import Evaluation
-from fedlth.training.evaluation import evaluate
+from fedlth.training.evaluation import ACCURACY, evaluate
 from fedlth.training.task import forget_tasks
 from tests import tiny
 
@@ -71,6 +71,11 @@ class Shared(nn.Module):
         return self.head(torch.relu(self.encoder(x.flatten(1))))
 
 
+MIXED: dict[str, Any] = {
+    "digits": {"metric": "macro_f1"},
+    "shapes": {"metric": "perplexity"},
+    "signs": {"metric": "loss"},
+}
 TASKS: dict[str, Any] = {"digits": {"num_classes": 2}, "shapes": {"options": {"hidden": 7}}, "signs": {}}
 
 
@@ -164,9 +169,9 @@ def test_a_loaded_ticket_gives_its_clients_metrics_row(finished: Callable[[str],
 
         with safe_open(path, framework="numpy") as file:
             meta = file.metadata()
-        x, y = task.of(client).part(client, "test")
-        logits = load_ticket(out, client)(x)
-        right = float((logits.argmax(-1) == y).double().mean())
+        part = task.of(client).part(client, "test")
+        logits = load_ticket(out, client)(part.x)
+        right = float((logits.argmax(-1) == part.y).double().mean())
         rows = [r for r in tiny.rows(out, "metrics") if (r["client"], r["arm"]) == (client, meta["arm"])]
         assert logits.shape[1] == [2, 2, 5, 5, 3, 3][client]
         assert right in {r["test_accuracy"] for r in rows}
@@ -204,38 +209,39 @@ def test_an_unseen_client_begins_with_the_head_of_its_task(finished: Callable[[s
     own = task.of(client)
     found = evaluate(own.flat_model, own.merge(theta_g, own.theta_0), own.part(client, "test"))
     (row,) = [r for r in tiny.rows(folder.root, "metrics") if (r["client"], r["arm"]) == (client, "global")]
-    assert (row["test_accuracy"], row["test_loss"]) == found
+    assert (row["test_accuracy"], row["test_loss"]) == (found.accuracy, found.loss)
 
 
 def test_clients_of_one_network_alone_go_together_in_a_cohort() -> None:
     task = tiny.experiment(study()).task
     alone = [(task.of(c).flat_model, task.of(c).theta_0, task.of(c).part(c, "train")) for c in (4, 0, 2, 1, 5)]
-    together = cohort.answer([Evaluation(*one) for one in alone])
+    together = cohort.answer([Evaluation(*one, ACCURACY) for one in alone])
     for found, one in zip(together, alone, strict=True):
-        assert found == pytest.approx(evaluate(*one), rel=1e-5)
+        wanted = evaluate(*one)
+        assert (found.accuracy, found.loss) == pytest.approx((wanted.accuracy, wanted.loss), rel=1e-5)
 
 
 def test_tasks_with_different_metrics_have_no_common_mean(finished: Callable[[str], Path], tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(finished("two_step"), run)
-    assert "mean test accuracy" in summary_text(read_results(run))
-    assert len(read_results(run).tasks) == 3 and read_results(run).summaries
-    header = json.loads((run / "header.json").read_text())
-    header["tasks"][1]["metric"] = "macro_f1"
-    (run / "header.json").write_text(json.dumps(header))
+    alike_run = finished("two_step")
+    assert "mean test accuracy" in summary_text(read_results(alike_run))
+    assert len(read_results(alike_run).tasks) == 3 and read_results(alike_run).summaries
+    fleet = {"flops_s": 1e6, "down_bytes_s": 1000.0, "up_bytes_s": 1000.0}
+    run = tiny.run(study(tasks=MIXED, evaluate={"every": 1}, fleet=fleet), tmp_path / "r").root
     results, text = read_results(run), summary_text(read_results(run))
-    assert not results.summaries and "accuracy [" not in text
-    assert "By task, whose metrics have no common mean: digits " in text and "(macro_f1)" in text
-    assert write_report(run).read_text().count("macro_f1") > 1
-    with pytest.raises(StudyError, match="one metric, got accuracy, macro_f1"):
-        compare([run, finished("two_step")])
+    assert not results.summaries and "accuracy [" not in text and "nan" not in text
+    assert "By task, whose metrics have no common mean: digits " in text and "(macro f1)" in text
+    assert len(tiny.rows(run, "curve")) == 2 * 6 and "The best round on test data" not in text
+    assert tiers_table(results).rows[-1][-1] == NOTHING
+    page = write_report(run).read_text()
+    assert page.count("macro f1") > 1 and "the curve is in curve.jsonl alone" in page
+    with pytest.raises(StudyError, match="one metric, got macro_f1, perplexity, loss"):
+        compare([run, alike_run])
 
 
-def test_no_mean_of_different_metrics_decides_or_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedlth.experiment.experiment.metric_of", lambda study: str(study.model.options))
-    assert not tiny.experiment(study()).one_metric and tiny.experiment(study(tasks={})).one_metric
+def test_no_mean_of_different_metrics_decides_or_is_recorded() -> None:
+    assert not tiny.experiment(study(tasks=MIXED)).one_metric and tiny.experiment(study(tasks={})).one_metric
     with pytest.raises(StudyError, match="tune.lr: must not be given where tasks have different metrics"):
-        resolve(study(tune={"lr": [0.1, 0.2]}))
+        resolve(study(tasks=MIXED, tune={"lr": [0.1, 0.2]}))
 
 
 def test_a_task_that_no_client_has_is_noted() -> None:
@@ -280,8 +286,11 @@ def test_a_check_says_what_each_task_adds() -> None:
         ({"tasks": {"letters": {}}}, "tasks.letters: must be a natural key of the train examples, got keys digits, sh"),
         ({"partition": "iid"}, "tasks: client 0 must have examples of one task, got some of digits and of shapes and"),
         ({"tasks": {"digits": {"options": {"depth": 2}}}}, "tasks.digits: .*depth"),
-        ({"tasks": {"digits": {"loss": "focal"}}}, "tasks.digits.loss: must be cross_entropy, got 'focal'"),
-        ({"tasks": {"digits": {"metric": "auc"}}}, "tasks.digits.metric: must be accuracy, got 'auc'"),
+        (
+            {"tasks": {"digits": {"loss": "focal"}}},
+            "tasks.digits: train.loss.name: must be one of cross_.*, got 'focal'",
+        ),
+        ({"tasks": {"digits": {"metric": "auc"}}}, "tasks.digits: metric: must be one of accuracy, .*, got 'auc'"),
         ({"data": {"name": "tests.tiny:images"}, "partition": "iid"}, "tasks: must have natural keys in the data"),
         ({"partition": {"name": "natural", "clients_per_key": 4}}, "partition.clients_per_key: must divide the 6 cl"),
         ({"tasks": {"digits": {"head": 3}}}, "tasks.digits.head: unknown key"),

@@ -58,8 +58,9 @@ def notes(experiment: Experiment) -> list[str]:
     held = [(name, tier) for name, tier in named(experiment.study.clients.capacity) if tier.memory_mb is not None]
     if not held:
         return []
-    dense, smallest, found = training_mb(task), min(finder.densities), []
-    least = training_mb(task, smallest)
+    smallest, found = min(finder.densities), list[str]()
+    # Of tasks with networks of their own, the largest.
+    dense, least = (max(training_mb(one, density) for one in task.each) for density in (1.0, smallest))
     for name, tier in held:
         assert tier.memory_mb is not None
         if tier.memory_mb >= dense:

@@ -147,6 +147,8 @@ def _idle(study: Study, method: FederatedMethod, arms: set[str], product: str | 
         yield "train.steps" if study.train.steps else "train.epochs", none
         yield "train.round_decay", none
         yield "clients.unseen", f"{none}: no client is left out"
+    elif not weights:
+        yield "train.round_decay", f"{said} learns scores at its own rate"
     if not weights and not trained:
         yield from ((f"train.{key}", untrained) for key in STEP_KEYS)
     elif not weights:

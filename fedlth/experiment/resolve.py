@@ -18,7 +18,8 @@ from fedlth.experiment import client_memory, effects, feasible
 from fedlth.experiment.experiment import KEPT_FIRST, Experiment, method_of, open_experiment
 from fedlth.kernel import kernel
 from fedlth.methods.rules import check_rule
-from fedlth.models.initial import refuse
+from fedlth.models.call import call
+from fedlth.models.initial import refuse, torch_stream
 from fedlth.personalization import kept
 from fedlth.personalization.arms import arm_of
 from fedlth.rng import stream
@@ -30,6 +31,7 @@ from fedlth.tickets.gate import Adaptive, ValAccuracy, ValDrop
 from fedlth.tickets.rewind import ToInit
 from fedlth.training import cohort_size, dropout, kernel_backend
 from fedlth.training.budget import Budget
+from fedlth.training.loss import Loss, examined
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import drawn_request
 from fedlth.training.study_recipe import recipes
@@ -210,6 +212,23 @@ def _check_recipes(task: Task) -> None:
             except Exception as error:  # the user's parts may raise anything
                 what = "augment" if section.augment else "loss"
                 raise StudyError(f"{place}.{what}: fails on a batch {shapes(few.x)}: {told(error)}") from error
+    if study.personalise.loss is not None:
+        _check_own_loss(task, second.loss)
+
+
+def _check_own_loss(task: Task, loss: Loss) -> None:
+    """Refuse a loss of step 2 that cannot judge such outputs and targets; that of step 1 the probe tries."""
+    few = inputs(task.dataset, task.few, train=True).batch(slice(None))
+    try:
+        few = examined(loss, few)
+        with torch_stream(0):
+            outputs = call(task.model.module(), few.x)
+        found = loss(outputs, few.y)
+    except Exception as error:  # the user's code may raise anything
+        what = f"a batch {shapes(few.x)} with targets {tuple(few.y.shape)} {few.y.dtype}"
+        raise StudyError(f"personalise.loss: fails on {what}: {told(error)}") from error
+    if found.numel() != 1 or not found.requires_grad:
+        raise StudyError(f"personalise.loss: must return one number with a gradient, got {tuple(found.shape)}")
 
 
 def _check_gates(experiment: Experiment, task: Task) -> None:

@@ -25,7 +25,10 @@ from fedlth.training.study_recipe import budget_of
 
 @dataclass(frozen=True)
 class Clock:
-    """The clock of one round; without a fleet there is no time, and nobody is late or drops out."""
+    """The clock of one round; without a fleet there is no time, and nobody is late or drops out.
+
+    Evaluations between the rounds serve the curve alone: as no total of bytes holds them, they take no time.
+    """
 
     experiment: Experiment
     phase: Phase
@@ -33,7 +36,7 @@ class Clock:
 
     @property
     def fleet(self) -> Fleet | None:
-        return self.experiment.study.fleet
+        return None if self.phase.evaluates else self.experiment.study.fleet
 
     def _draw(self, what: str, client: int) -> np.random.Generator:
         # Of step 2 the streams carry no round: which wave a client is in must not matter.

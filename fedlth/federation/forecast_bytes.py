@@ -136,10 +136,15 @@ def _evaluation(wire: Lengths, shrinking: Shrinking | None, bounds: Sequence[str
                     down += wire.kept(held) + (experiment.needs_whole(phase) - 1) * wire.model
     if phase.down == "slice" and not (shrinking and shrinking.sure):
         bounds = (*bounds, "a prune at the first visit")
-    local = LocalClient(experiment.task, count - 1, 0, "forecast")
-    row = curve_row(local, Result(arm="", params=experiment.task.theta_0, mask=local.full))
-    up = phase.rounds * count * len(metrics.encode({"rows": [{**row, "arm": arm} for arm in experiment.curve_arms]}))
+    up = phase.rounds * sum(len(task.clients) * _curve_bytes(experiment, task) for task in experiment.task.each)
     return Evaluation(phase.rounds, count, Bytes(down, tuple(bounds)), Bytes(up))
+
+
+def _curve_bytes(experiment: Experiment, task: Task) -> int:
+    """Return the bytes of one client's rows of an evaluation."""
+    local = LocalClient(task, task.clients[-1], 0, "forecast")
+    row = curve_row(local, Result(arm="", params=task.theta_0, mask=local.full))
+    return len(metrics.encode({"rows": [{**row, "arm": arm} for arm in experiment.curve_arms]}))
 
 
 def _why_less_goes_up(wire: Lengths, shrinking: Shrinking | None) -> list[str]:

@@ -33,6 +33,8 @@ def forecast_time(experiment: Experiment, visit: Visit) -> list[str]:
     step1, step2, visits, dropped, late = 0.0, 0.0, 0, 0, 0
     longest: dict[str, float] = {}
     for phase, round in experiment.steps:
+        if phase.evaluates:
+            continue
         clock, clients = Clock(experiment, phase, round), experiment.clients(phase, round)
         seconds = {c: _seconds(clock, phase, c, visit) for c in clients}
         gone = [s for c, s in seconds.items() if clock.drops(c)]

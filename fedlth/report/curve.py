@@ -95,7 +95,9 @@ def _point(shown: Shown, spent: tuple[int, int, float | None], rows: Sequence[Cu
 
 
 def curves_of(results: Results) -> tuple[tuple[Curve, ...], ...]:
-    """Return the curves of every run of a group."""
+    """Return the curves of every run of a group; none where tasks have different metrics, which have no mean."""
+    if not results.one_metric:
+        return tuple(() for _ in results.group)
     return tuple(curves(*one) for one in zip(results.group, results.traffics, strict=True))
 
 

@@ -127,7 +127,7 @@ def _tier_row(results: Results, group: Sequence[Facts], name: str) -> tuple[str,
         seconds += [row.simulated_s for row in times if row.simulated_s is not None]
         kept = [row for client, row in rows_of(facts, results.main).items() if client in held] if results.main else []
         densities += [row.density for row in kept if not row.diverged]
-        values += [shown.of(row) for row in kept]
+        values += [shown.of(row) for row in kept] if results.one_metric else []  # of other metrics there is no mean
     seeds = len(group)
     return (
         name, count(clients / seeds), count(visits / seeds), scaled(up / seeds, "B"), scaled(down / seeds, "B"),

@@ -222,6 +222,8 @@ def honest_notes(results: Results) -> tuple[str, ...]:
             for row in facts.rounds
             if row.rolled_back_to
         ]
+        if facts.curve and not results.one_metric:
+            notes.append(f"{seed}the curve is in curve.jsonl alone: tasks have different metrics, which have no mean")
         if lost := lost_evaluations(facts):
             notes.append(
                 f"{seed}{_plural(lost, 'evaluation')} between the rounds failed; their points are of the others"

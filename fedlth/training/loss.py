@@ -144,7 +144,8 @@ class MaskedLm:
             raise ValueError(f"special must be a list of tokens, got {self.special!r}")
 
     def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
-        return cross_entropy(logits, y)
+        # The mean of nothing is no number: a batch of `special` tokens alone asks for none, and moves nothing.
+        return cross_entropy(logits, y) if bool((y != IGNORED).any()) else 0.0 * logits.sum()
 
     def examples(self, logits: Tensor, y: Tensor) -> Tensor:
         return cross_entropy.examples(logits, y)

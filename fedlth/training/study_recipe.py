@@ -48,6 +48,8 @@ def personal(study: schema.Study) -> sections.Train:
     given = {key: getattr(p, key) for key in keys if getattr(p, key) is not None}
     if "optimizer" in given:  # with it go the options of the other one
         given = {"momentum": 0.0, "weight_decay": 0.0, **given}
+    elif study.train.optimizer.get("name") == "sgd":  # a short form takes the place of train's option, 0 too
+        given["optimizer"] = {key: value for key, value in study.train.optimizer.items() if key not in given}
     return study.train.model_copy(update={**given, "epochs": p.epochs, "steps": p.steps})
 
 
@@ -55,10 +57,14 @@ def recipes(
     study: schema.Study, num_classes: int = ANY_CLASSES, targets: str = "classes"
 ) -> tuple[TrainingRecipe, TrainingRecipe]:
     """Return the recipes of step 1 (in its first round) and of step 2; what the targets are decides the usual loss."""
-    schema.check_optimizer(personal(study), "personalise")
+    second = personal(study)
+    for key in ("momentum", "weight_decay"):  # of another optimizer's own, 0 would change nothing
+        if getattr(study.personalise, key) is not None and (name := second.optimizer.get("name")) != "sgd":
+            raise StudyError(f"personalise.{key}: is an option of sgd; give {name} its own under personalise.optimizer")
+    schema.check_optimizer(second, "personalise")
     own = any(getattr(study.personalise, key, None) is not None for key in HAS)
     return recipe_of(study.train, num_classes, targets), recipe_of(
-        personal(study), num_classes, targets, "personalise" if own else "train"
+        second, num_classes, targets, "personalise" if own else "train"
     )
 
 

@@ -249,6 +249,14 @@ def test_mean_squared_error_takes_its_shapes() -> None:
         loss(torch.randn(6, 2), y)
 
 
+def test_a_batch_of_special_tokens_alone_asks_for_nothing() -> None:
+    loss, logits = MaskedLm(num_classes=5, mask_token=4, special=(0,)), torch.zeros(2, 3, 5, requires_grad=True)
+    nothing = torch.full((2, 3), IGNORED)
+    found = loss(logits, nothing)
+    found.backward()
+    assert found == loss.examples(logits, nothing).sum() == 0 and (logits.grad == 0).all()
+
+
 def test_masked_tokens_are_as_bert_draws_them() -> None:
     x = torch.from_numpy(np.random.default_rng(0).integers(2, 50, (400, 50)))
     x[:, 0] = 1  # special
