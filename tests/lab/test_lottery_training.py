@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedlth.data.examples import Examples
 from fedlth.errors import StudyError
 from fedlth.lab import runner
 from fedlth.lab.attack import attacked, evaluate_attacked
@@ -173,7 +174,7 @@ def test_a_step_on_attacked_images_is_a_step_on_those_images(kind: str) -> None:
     bench.flat_model.load(bench.theta_0)
     moved = attacked(bench.flat_model, bench.dataset, x, y, kind=kind, eps=0.1, steps=3)
     assert not torch.equal(moved, x)
-    slope = gradient(bench.flat_model, bench.theta_0, (moved, y))
+    slope = gradient(bench.flat_model, bench.theta_0, Examples(moved, y))
     size = bench.layout.num_prunable
     np.testing.assert_allclose(one.final.floats[:size], bench.theta_0.floats[:size] - 0.1 * slope, atol=1e-6)
     told = evaluate_attacked(
@@ -199,7 +200,7 @@ def test_a_whole_recipe_takes_torchs_steps(start: int) -> None:
         for e in layout.floats:
             named[e.name].copy_(torch.from_numpy(bench.theta_0.floats[e.slice].reshape(e.shape)))
     optimiser = torch.optim.AdamW(module.parameters(), lr=0.01, weight_decay=0.1, eps=1e-4)
-    x, y = bench.parts["train"]
+    x, y = bench.parts["train"].tensor, bench.parts["train"].y
     for step, part in enumerate(batches(len(y), config, stream(bench.seed, "order")), start):
         optimiser.param_groups[0]["lr"] = 0.01 * ((step + 1) / 5 if step < 4 else (20 - step) / 16)
         optimiser.zero_grad()
