@@ -142,7 +142,7 @@ def forecast(study: Study) -> str:
         f"clients: {study.clients.count} ({len(task.splits.unseen)} unseen), "
         f"train examples {min(sizes)}-{max(sizes)}, {_tests(task)}partition {task.splits.digest[:16]}",
         *(line for one in (task, *(one for one in task.each if one is not task)) for line in _model_lines(one)),
-        *_compute_lines(task.each[0]),
+        *_compute_lines(next((t for t in task.each if isinstance(t.table, str)), task.each[0])),
         *_recipe_lines(experiment, local),
         f"cohort: {study.cohort} clients train as one" if study.cohort != 1 else "cohort: 1, clients train one by one",
         str(moved),
@@ -265,7 +265,8 @@ def _model_lines(task: Task) -> list[str]:
     """Say what a task's network is; of a task with a name, only what the clients do not share."""
     shared = {e.name for e in task.exchange.entries} if task.name else set()
     params = [e.name for e in task.layout.floats if e.role == "param" and e.name not in shared]
-    what = f"task {task.name}, {task.dataset.num_classes} classes" if task.name else f"model: {task.study.model.name}"
+    outputs = "1 output" if task.dataset.num_classes == 1 else f"{task.dataset.num_classes} outputs"
+    what = f"task {task.name}, {outputs}" if task.name else f"model: {task.study.model.name}"
     of = f", {len(task.clients)} clients" if task.name else ""
     head = f"{what}{of}, {task.layout.num_params:,} parameters, {task.layout.num_prunable:,} prunable"
     return [head, *(_tensor_line(task, name) for name in params)]

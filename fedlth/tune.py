@@ -34,7 +34,7 @@ def tuned(study: Study, out: Path) -> Study:
     """
     if not study.tune.lr:
         return study
-    file, judged = out / "tune" / "chosen.json", Experiment.of(study).task.judged
+    file, judged = out / "tune" / "chosen.json", Experiment.of(study).judged
     metric = judged.main
     scores: dict[str, float | str] = {}
     if file.exists():

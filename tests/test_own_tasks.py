@@ -222,6 +222,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no function": ({"metric": f"{HERE}:WORDS"}, "must be called as"),
     "a metric that is a number": ({"metric": 3}, "metric: input should be a valid string"),
     "a metric twice": ({"metric": "macro_f1", "metrics": ["macro_f1"]}, "metrics: each must be given once"),
+    "a metric that returns text": (
+        {"metrics": [f"{HERE}:wordy"]},
+        f"metrics: {HERE}:wordy must return one number: Val",
+    ),
     "metrics that are text": ({"metrics": "mae"}, "metrics: input should be a valid tuple"),
 }
 
@@ -231,6 +235,25 @@ def test_bad_metrics_are_named(case: str) -> None:
     sections, said = BAD[case]
     with pytest.raises(StudyError, match=said):
         resolve(tiny.schema.build({**tree("mapping by keyword"), **sections}))
+
+
+def test_a_metric_that_fails_on_few_examples_is_noted() -> None:
+    made = tiny.schema.build({**tree("mapping by keyword"), "metrics": [f"{HERE}:needs_many"]})
+    assert (
+        f"metrics: {HERE}:needs_many fails on 4 examples, and so may clients: ValueError: too few" in resolve(made)[1]
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_a_loss_does_not_broadcast_numbers_against_their_outputs(tmp_path: Path) -> None:
+    """(N, 1) minus (N,) is (N, N), with which a network learns the mean of all targets and nobody sees an error."""
+    given = {**tree("numbers"), "train": {"epochs": 5, "lr": 0.1, "loss": f"{HERE}:huber"}}
+    tiny.run(tiny.schema.build({**given, "method": {"name": "fedavg"}}), tmp_path / "r")
+    rows = [row for row in tiny.rows(tmp_path / "r", "metrics") if row["arm"] == "global"]
+    assert np.mean([row["test_metrics"]["r2"] for row in rows]) > 0.5
+    given["train"]["loss"] = f"{HERE}:Huber"
+    with pytest.raises(StudyError, match=r"train.loss: must bring outputs \(4, 1\) to the shape of targets \(4,\)"):
+        resolve(tiny.schema.build(given))
 
 
 def test_a_metric_that_is_no_number_costs_its_client_and_says_so(tmp_path: Path) -> None:

@@ -269,7 +269,7 @@ def test_every_engine_gives_equal_results(tmp_path: Path, method: str) -> None:
 
 def test_a_check_says_what_each_task_adds() -> None:
     text = forecast(study())
-    assert "task digits, 2 classes, 2 clients" in text and "head.0.weight" in text
+    assert "task digits, 2 outputs, 2 clients" in text and "head.0.weight" in text
     assert text.count("encoder.weight") == 1
 
 
@@ -296,6 +296,8 @@ def test_a_check_says_what_each_task_adds() -> None:
         ({"tasks": {"digits": {"head": 3}}}, "tasks.digits.head: unknown key"),
         ({"tasks": {"digits": {"num_classes": 0}}}, "tasks.digits.num_classes: .*greater than or equal to 1"),
         ({"tasks": {1.5: {}}}, "tasks.*1.5"),
+        ({"tasks": {"digits": {"targets": "labels"}}}, "tasks.digits.targets: input should be 'classes' or 'numbers'"),
+        ({"clients": {"label_noise": {"rate": 0.5}}}, "clients.label_noise: must be left out with tasks"),
     ],
 )
 def test_bad_input_names_its_place(sections: dict[str, Any], message: str) -> None:

@@ -183,10 +183,9 @@ def _owned(
                 positions.size
                 and (positions.dtype.kind not in "iu" or positions.min() < 0 or positions.max() >= inside)
             ):
-                raise StudyError(
-                    f"partition: client {client} must get positions in [0, {inside}), got {positions.dtype} "
-                    f"{positions.shape}"
-                )
+                whole = positions.ndim == 1 and positions.dtype.kind in "iu"
+                got = f"{positions.min()} to {positions.max()}" if whole else f"{positions.dtype} {positions.shape}"
+                raise StudyError(f"partition: client {client} must get positions in [0, {inside}), got {got}")
             if name == "test" and not own_test:
                 if np.unique(positions).size < positions.size:
                     raise StudyError(f"partition: client {client} must have each test example once, got some twice")

@@ -242,6 +242,12 @@ def _earlier(wire: Lengths) -> tuple[float, float]:
 
 
 def _visit_bytes(task: Task) -> int:
+    """Return the bytes of what a client says of a visit, the mean over the clients' tasks."""
+    told = sum(len(one.clients) * _told_bytes(one) for one in task.each)
+    return round(told / sum(len(one.clients) for one in task.each))
+
+
+def _told_bytes(task: Task) -> int:
     examples, judged = max(len(split.train) for split in task.splits.clients), task.judged
     seen = {"val_accuracy": 0.0} if judged.has_accuracy else {}
     seen |= {} if judged.main.name == "accuracy" else {"val_metric": 0.0}

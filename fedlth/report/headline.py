@@ -45,9 +45,10 @@ def done(results: Results) -> str:
     sizes = [sum(counts) for counts in header.client_labels]
     clients = _plural(header.num_clients, "client")
     examples = {row.client: row.num_train for row in results.group[0].metrics}
-    if held and sizes and header.tasks:
-        clients += f", each with about {np.median(sizes):.0f} training examples"
-    elif examples and not held:
+    if header.tasks:
+        if examples:
+            clients += f", each with about {np.median(list(examples.values())):.0f} training examples"
+    elif examples and not any(header.client_labels):
         clients += f", each with about {np.median(list(examples.values())):.0f} training examples"
     elif held and sizes:
         clients += (
@@ -55,7 +56,9 @@ def done(results: Results) -> str:
             f"{_plural(header.num_classes, 'class')}".replace("classs", "classes")
         )
     if results.tasks:
-        told = [f"{t.name} ({_plural(t.num_clients, 'client')}, {t.num_classes} classes)" for t in results.tasks]
+        told = [
+            f"{t.name} ({_plural(t.num_clients, 'client')}, {_plural(t.num_classes, 'output')})" for t in results.tasks
+        ]
         clients += f", and one of the tasks {', '.join(told)}"
     federated = _rounds(results, header.joining(1))
     rounds = _plural(federated, "federated round")

@@ -186,14 +186,18 @@ def overlap(facts: Facts) -> Overlap | None:
 
 
 def _labels(header: Header) -> NDArray[np.int64]:
-    """Return the counts of each client's labels, (clients, labels): equal labels of two tasks are different ones."""
+    """Return the counts of each client's labels, (clients, labels): equal labels of two tasks are different ones.
+
+    A client whose targets are real numbers has none.
+    """
     if not header.tasks:
         return np.array(header.client_labels)
     begins = np.cumsum([0, *(task.num_classes for task in header.tasks)])
     found = np.zeros((len(header.client_labels), begins[-1]), np.int64)
     for task, begin in zip(header.tasks, begins, strict=False):
         for client in task.clients:
-            found[client, begin : begin + task.num_classes] = header.client_labels[client]
+            labels = header.client_labels[client]
+            found[client, begin : begin + len(labels)] = labels
     return found
 
 

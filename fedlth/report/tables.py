@@ -115,7 +115,8 @@ def clients_table(results: Results) -> Table:
             held = [table.get(client) for table in tables]
             known = next(row for row in held if row is not None)
             labels = facts.header.client_labels
-            classes = str(sum(number > 0 for number in labels[client])) if client < len(labels) else NOTHING
+            held_labels = labels[client] if client < len(labels) else []  # real numbers have none
+            classes = str(sum(number > 0 for number in held_labels)) if held_labels else NOTHING
             values = (shown.text(shown.of(row) if row else None) for row in held)
             place = (str(facts.header.seed), str(client), "yes" if known.unseen else "no")
             last = tuple(f"{held[-1].density:.3g}" if held[-1] else NOTHING for _ in own)

@@ -38,7 +38,8 @@ def listing(facts: Facts, clients: Sequence[int]) -> str:
     rows = []
     for saved in chosen(facts, clients):
         labels = facts.header.client_labels
-        classes = str(sum(n > 0 for n in labels[saved.client])) if saved.client < len(labels) else NOTHING
+        held = labels[saved.client] if saved.client < len(labels) else []  # real numbers have none
+        classes = str(sum(n > 0 for n in held)) if held else NOTHING
         unseen = "yes" if saved.client in facts.header.unseen else "no"
         size = f"{saved.path.stat().st_size:,}"
         name = f"tickets/{saved.path.name}"

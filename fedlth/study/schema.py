@@ -172,8 +172,8 @@ def check_optimizer(train: Train, place: str) -> None:
         value = getattr(train, key)
         if value and train.optimizer.get("name") != "sgd":
             raise StudyError(
-                f"{place}.{key}: is an option of sgd; give {train.optimizer.get('name')} its own under {place}."
-                f"optimizer, got {value}"
+                f"{place}.{key}: is an option of sgd; give {train.optimizer.get('name')} its own beside its name, got "
+                f"{value}"
             )
         if value and key in train.optimizer:
             raise StudyError(f"{place}.{key}: must be given once, got it in {place}.optimizer too")

@@ -226,8 +226,9 @@ class Refine(Node):
 
 
 class TaskSpec(Node):
-    """What clients of one natural key train; what is not given is the study's."""
+    """What clients of one natural key train; what is not given is the study's, `targets` what the data hold."""
 
+    targets: Literal["classes", "numbers"] | None = None
     num_classes: Count | None = None
     options: dict[str, Any] = {}
     loss: Spec | None = None

@@ -31,11 +31,15 @@ class TaskNames:
     @staticmethod
     def of(tasks: Mapping[str, TaskSpec], dataset: Dataset) -> TaskNames:
         """Read the data's natural keys; raise StudyError where there are none, or a task's is not among them."""
-        if dataset.key_train is None or dataset.key_test is None:
+        tested = len(dataset.y_test) > 0  # a pooled data set has no test split
+        if dataset.key_train is None or (dataset.key_test is None and tested):
             part = "train" if dataset.key_train is None else "test"
             raise StudyError(f"tasks: must have natural keys in the data, got none of the {part} examples (key_{part})")
         names, codes = (OWN, *sorted(tasks)), list[np.ndarray]()
-        for keys in (dataset.key_train, dataset.key_test):
+        for keys in (dataset.key_train, dataset.key_test if tested else None):
+            if keys is None:
+                codes.append(np.zeros(0, np.int64))
+                continue
             known, places = np.unique(keys, return_inverse=True)
             texts = [str(key) for key in known]
             missing = sorted(tasks.keys() - set(texts))
@@ -48,9 +52,9 @@ class TaskNames:
 
     def clients(self, splits: Splits) -> tuple[str, ...]:
         """Return the name of each client's task; raise StudyError at a client with examples of two."""
-        found = []
+        found, held_out = [], self.train if splits.own_test else self.test
         for client, split in enumerate(splits.clients):
-            met = np.unique(np.concatenate((self.train[split.train], self.train[split.val], self.test[split.test])))
+            met = np.unique(np.concatenate((self.train[split.train], self.train[split.val], held_out[split.test])))
             if len(met) > 1:
                 told = " and of ".join(self.names[i] or "a key without an entry" for i in met)
                 raise StudyError(
@@ -60,21 +64,52 @@ class TaskNames:
             found.append(self.names[met[0]])
         return tuple(found)
 
-    def num_classes(self, name: str, spec: TaskSpec, dataset: Dataset) -> int:
-        """Return a task's number of classes: as given, or its largest label + 1; raise StudyError at labels beyond."""
-        if name == OWN or dataset.y_train.dtype.kind == "f":  # real-number targets have no largest label
-            return spec.num_classes or dataset.num_classes
-        code = self.names.index(name)
-        largest = max(int(dataset.y_train[self.train == code].max()), int(dataset.y_test[self.test == code].max()))
+    def seen(self, name: str, spec: TaskSpec, dataset: Dataset) -> Dataset:
+        """Return the data set as a task's clients see it: its own kind of targets, and its own number of classes.
+
+        Where the kind is another than the data's, the targets of all other keys are 0: no client of the task has them.
+        Raises StudyError at what is no class of the task.
+        """
+        place, code = f"tasks.{name}", self.names.index(name)
+        own = (dataset.y_train[self.train == code], dataset.y_test[self.test == code])
+        kind = "numbers" if dataset.targets == "numbers" else "classes"
+        if (spec.targets or kind) != kind:
+            if dataset.y_train.ndim != 1:
+                raise StudyError(f"{place}.targets: must be left out where an example has several, got {spec.targets}")
+            if spec.targets == "classes":
+                _check_whole(place, own)
+            dtype = np.int64 if spec.targets == "classes" else np.float32
+            dataset = replace(
+                dataset,
+                y_train=np.where(self.train == code, dataset.y_train, 0).astype(dtype),
+                y_test=np.where(self.test == code, dataset.y_test, 0).astype(dtype),
+            )
+        if dataset.targets == "numbers":
+            outputs = 1 if dataset.y_train.ndim == 1 else int(dataset.y_train.shape[1])
+            if spec.num_classes not in (None, outputs):
+                hint = "" if spec.targets else "; targets: classes for a key whose numbers are classes"
+                raise StudyError(
+                    f"{place}.num_classes: must be the number of outputs of real-number targets, "
+                    f"{outputs}, got {spec.num_classes}{hint}"
+                )
+            return as_seen(dataset, outputs)
+        largest = max((int(y.max()) for y in own if y.size), default=0)
         if spec.num_classes is not None and largest >= spec.num_classes:
             raise StudyError(
-                f"tasks.{name}.num_classes: labels of key {name} must lie in [0, {spec.num_classes}), got {largest}"
+                f"{place}.num_classes: labels of key {name} must lie in [0, {spec.num_classes}), got {largest}"
             )
-        return spec.num_classes or largest + 1
+        return as_seen(dataset, spec.num_classes or largest + 1)
 
     def first(self, names: frozenset[str], count: int) -> np.ndarray:
         """Return the positions of the first train examples of these tasks."""
         return np.flatnonzero(np.isin(self.train, [i for i, name in enumerate(self.names) if name in names]))[:count]
+
+
+def _check_whole(place: str, own: tuple[np.ndarray, ...]) -> None:
+    for y in own:
+        wrong = y[(y < 0) | (y != np.floor(y))]
+        if wrong.size:
+            raise StudyError(f"{place}.targets: classes must be whole numbers of at least 0, got {wrong[0]:g}")
 
 
 def own_study(study: Study, spec: TaskSpec) -> Study:

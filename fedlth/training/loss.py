@@ -108,6 +108,11 @@ class MeanSquaredError:
         return (_shaped(outputs, y) - y).square().reshape(len(y), -1).mean(1)
 
 
+def spread(outputs: Tensor, y: Tensor) -> bool:
+    """Say whether real numbers (N,) and their outputs (N, 1) would be broadcast against each other."""
+    return y.is_floating_point() and tuple(outputs.shape) == (*y.shape, 1)
+
+
 def _shaped(outputs: Tensor, y: Tensor) -> Tensor:
     if outputs.shape != y.shape and tuple(outputs.shape) != (*y.shape, 1):
         raise ValueError(f"mse: outputs {tuple(outputs.shape)} do not fit targets {tuple(y.shape)}")
@@ -178,12 +183,13 @@ class MaskedLm:
 
 @dataclass(frozen=True)
 class OfBatch:
-    """Your own plain function of (outputs, y): the mean loss of a batch."""
+    """Your own plain function of (outputs, y): the mean loss of a batch. Real numbers and outputs are of one shape."""
 
     function: Callable[[Tensor, Tensor], Tensor]
 
     def __call__(self, outputs: Tensor, y: Tensor) -> Tensor:
-        return self.function(outputs, y)
+        # torch would broadcast outputs (N, 1) and targets (N,) to (N, N), and the model would learn next to nothing.
+        return self.function(outputs.reshape(y.shape) if spread(outputs, y) else outputs, y)
 
 
 def plain(loss: Any) -> Loss:

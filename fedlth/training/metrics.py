@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedlth.data.examples import Examples
+from fedlth.data.factory import told
 from fedlth.errors import StudyError
 from fedlth.study.parts import imported
 from fedlth.training.class_metrics import CLASSES, HITS, Accuracy, BalancedAccuracy, MacroF1, Perplexity
@@ -81,6 +82,18 @@ class OfAll:
         self, state: tuple[tuple[Tensor, Tensor], ...] | None, outputs: Tensor, y: Tensor, /
     ) -> tuple[tuple[Tensor, Tensor], ...]:
         return (*(state or ()), (outputs.cpu(), y.cpu()))
+
+    def tried(self, outputs: Tensor, y: Tensor, /) -> str:
+        """Call it on a few rows; say what it raised, which may be for want of examples, or "".
+
+        Raises TypeError or ValueError where what it returns is no number.
+        """
+        try:
+            found = self.function(outputs, y)
+        except Exception as error:  # the user's code may raise anything
+            return told(error)
+        float(found)
+        return ""
 
     def value(self, state: tuple[tuple[Tensor, Tensor], ...], /) -> float:
         outputs, y = (torch.cat(parts) for parts in zip(*state, strict=True))
@@ -154,8 +167,7 @@ def _own(name: str, place: str) -> Metric:
         try:
             function = function()
         except Exception as error:  # the user's code may raise anything
-            told = f"{type(error).__name__}: {error}"
-            raise StudyError(f"{place}: {name} must be made without arguments: {told}") from error
+            raise StudyError(f"{place}: {name} must be made without arguments: {told(error)}") from error
     if not callable(function):
         raise StudyError(f"{place}: {name} must be called as (outputs, y), got {type(function).__name__}")
     if len(name) > 100 or not name.isprintable():
@@ -210,15 +222,15 @@ def guessed(data: Examples, metrics: Sequence[Metric], num_classes: int, mean: T
 
     A metric that says what chance is has that. The loss of classes is that of a uniform guess, ln of their number.
     """
-    told = math.log(num_classes) if mean is None else float(loss(mean.expand(data.y.shape), data.y))
+    usual = math.log(num_classes) if mean is None else float(loss(mean.expand(data.y.shape), data.y))
     found: dict[str, float] = {}
     for metric in metrics:
         chance = metric.chance(num_classes)
         if metric.name == "loss":
-            chance = told
+            chance = usual
         elif chance is None:
             outputs = data.y.new_zeros((*data.y.shape, num_classes), dtype=torch.float32) if mean is None else mean
             outputs = outputs if mean is None else mean.expand(data.y.shape)
             chance = metric.value(metric.add(None, *rows(outputs, data.y)))
         found[metric.name] = chance
-    return Scores(told, found)
+    return Scores(usual, found)

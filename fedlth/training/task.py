@@ -32,11 +32,11 @@ from fedlth.study import schema, sections
 from fedlth.study.validate import validated
 from fedlth.training.batches import batches
 from fedlth.training.budget import Budget
-from fedlth.training.client_tasks import OWN, TaskNames, as_seen, own_model, own_study
+from fedlth.training.client_tasks import OWN, TaskNames, own_model, own_study
 from fedlth.training.evaluation import evaluate
 from fedlth.training.flat_model import FlatModel
-from fedlth.training.loss import Loss, examined, plain
-from fedlth.training.metrics import Judged, judged
+from fedlth.training.loss import Loss, examined, plain, spread
+from fedlth.training.metrics import Judged, OfAll, judged, rows
 from fedlth.training.model_context import ModelContext
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import drawn_request
@@ -154,9 +154,22 @@ class Task:
                     raise StudyError(
                         f"model: buffer {name} is replaced; write into it in place: self.{name}.copy_(...)"
                     )
-        _ = self.judged  # a metric that cannot judge these targets says so
+        notes = self._try_metrics(outputs.detach(), few)
         _ = self.flat_model  # a backend that cannot run this model says so
-        return self._single_batches(few.batch(slice(1)).x)
+        return notes + self._single_batches(few.batch(slice(1)).x)
+
+    def _try_metrics(self, outputs: Tensor, few: Examples) -> list[str]:
+        """Call the user's metrics once: else a whole federation goes by before step 2 says that one cannot be used."""
+        notes = []
+        for metric in self.judged.all:
+            if isinstance(metric, OfAll):
+                try:
+                    raised = metric.tried(*rows(outputs, few.y))
+                except (TypeError, ValueError) as error:
+                    raise StudyError(f"metrics: {metric.name} must return one number: {told(error)}") from error
+                if raised:
+                    notes.append(f"metrics: {metric.name} fails on {len(few)} examples, and so may clients: {raised}")
+        return notes
 
     def _check_outputs(self, outputs: Tensor, few: Examples) -> None:
         got, name = tuple(outputs.shape), self.study.model.name
@@ -172,6 +185,7 @@ class Task:
         """Refuse a loss that cannot judge such targets; a loss may be the user's."""
         try:
             loss = self.loss(outputs, few.y)
+            flat = self.loss(outputs.reshape(few.y.shape), few.y) if spread(outputs, few.y) else loss
             found = loss.numel() == 1 and loss.requires_grad and loss.is_floating_point()
         except Exception as error:  # the user's code may raise anything
             told_of = f"outputs {tuple(outputs.shape)} and targets {tuple(few.y.shape)} {few.y.dtype}"
@@ -179,6 +193,11 @@ class Task:
         if not found:
             raise StudyError(
                 f"train.loss: must return one number with a gradient, got {tuple(loss.shape)} {loss.dtype}"
+            )
+        if not torch.isclose(loss, flat, equal_nan=True):  # (N, 1) and (N,) were broadcast to (N, N)
+            raise StudyError(
+                f"train.loss: must bring outputs {tuple(outputs.shape)} to the shape of targets {tuple(few.y.shape)}, "
+                f"got {loss.item():g} where outputs of that shape have {flat.item():g}"
             )
 
     def _single_batches(self, x: Inputs) -> list[str]:
@@ -322,20 +341,23 @@ def _check_names(layout: Layout) -> None:
 def _with_tasks(common: Task) -> Task:
     """Return the task with those of its clients that have another: tasks that are equal but for their name are one."""
     study, dataset, splits = common.study, common.dataset, common.splits
+    if study.clients.label_noise is not None:
+        raise StudyError("clients.label_noise: must be left out with tasks: a wrong label may be no class of its task")
     keys = TaskNames.of(study.tasks, dataset)
     names = keys.clients(splits)
     alike: dict[str, list[str]] = {}
-    made: dict[str, tuple[schema.Study, int]] = {}
+    made: dict[str, tuple[schema.Study, Dataset]] = {}
     for name, spec in study.tasks.items():
-        own, classes = own_study(study, spec), keys.num_classes(name, spec, dataset)
-        if name in names and (own, classes) != (study, dataset.num_classes):
-            text = f"{classes} {own.science()}"
+        own, seen = own_study(study, spec), keys.seen(name, spec, dataset)
+        if name in names and (own, seen) != (study, dataset):
+            # What is cast holds one key's targets alone.
+            cast = "" if seen.y_train is dataset.y_train else name
+            text = f"{seen.num_classes} {cast} {own.science()}"
             alike.setdefault(text, []).append(name)
-            made[text] = own, classes
+            made[text] = own, seen
     found: dict[str, Task] = {}
     for text, same in alike.items():
-        (own, classes), place = made[text], f"tasks.{same[0]}"
-        seen = as_seen(dataset, classes)
+        (own, seen), place = made[text], f"tasks.{same[0]}"
         try:
             model = own_model(own, seen, common.model, place)
             _check_names(model.layout)

@@ -59,7 +59,7 @@ WRONG: list[tuple[Any, str]] = [
     ({"clients": [[1, 2, 3]]}, "must return 2 clients, got 1"),
     ({"clients": [[1, 2, 3], [3, 4, 5]]}, "clients must not share training examples"),
     ({"clients": [[1, 2, 3], [4, 4, 5]]}, r"clients.1.train: must hold each position once"),
-    ({"clients": [[1, 2, 3], [4, 5, 240]]}, r"client 1 must get positions in \[0, 240\)"),
+    ({"clients": [[1, 2, 3], [4, 5, 240]]}, r"client 1 must get positions in \[0, 240\), got 4 to 240"),
     ({"clients": [[1, 2, 3], [4, 5, True]]}, r"clients.1.train: must be a list of whole numbers"),
     ({"clients": [[1, 2, 3], [4, 5, -1]]}, r"clients.1.train: must be a list of whole numbers"),
     ({"clients": [[1, 2, 3], [4, 5, 6.0]]}, r"clients.1.train: must be a list of whole numbers"),
