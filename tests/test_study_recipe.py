@@ -247,7 +247,7 @@ def test_an_option_without_effect_is_said(method: str, sections: dict[str, Any],
 
 def test_the_forecast_says_which_backend_trains_and_why() -> None:
     pytest.importorskip("numba")
-    text = forecast(tiny.study(compute="sparse", personalise={"optimizer": "adam", "momentum": 0.0}))
+    text = forecast(tiny.study(compute="sparse", personalise={"optimizer": "adam"}))
     assert "step 1: dense trainings run in the kernel" in text
     assert "step 2: dense trainings run in torch, client by client, because the kernel has no Adam" in text
     text = forecast(tiny.study(train={**PLAIN, "optimizer": "adamw"}, compute="auto"))
