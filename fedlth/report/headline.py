@@ -237,15 +237,16 @@ def honest_notes(results: Results) -> tuple[str, ...]:
             shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
             clients = _plural(len(missing), "client")
             notes.append(f"{seed}{clients} without any result ({shown}); means are over the others")
-    numbers_told = any(row.test_accuracy is None for facts in results.group for row in facts.metrics)
-    guess = "the mean of its training targets" if numbers_told else "a uniform guess among the classes"
-    for found in results.summaries:
+    kinds = {row.test_accuracy is None for facts in results.group for row in facts.metrics}
+    guesses = {False: "a uniform guess among the classes", True: "the mean of its training targets"}
+    guess = " or ".join(guesses[kind] for kind in sorted(kinds))
+    for found in results.summaries or [one for task in results.tasks for one in task.summaries]:
         if found.diverged:
             at = f"{arm_of(found.choice.arm).label} at {found.choice.target_density:.3g}"
             clients = f"{found.diverged} of {_plural(found.num_clients, 'client')}"
             notes.append(f"{at}: the training of {clients} diverged; each counts as {guess}")
         per_seed = found.num_clients / max(found.num_seeds, 1)
-        largest = max(one.num_clients / max(one.num_seeds, 1) for one in results.summaries)
+        largest = max((one.num_clients / max(one.num_seeds, 1) for one in results.summaries), default=0.0)
         if per_seed < largest:
             at = f"{arm_of(found.choice.arm).label} at {found.density_text}"
             notes.append(f"{at}: {per_seed:g} clients a seed, others {largest:g}; its mean is over fewer clients")

@@ -106,7 +106,8 @@ def clients_table(results: Results) -> Table:
     chosen = [found for arm in arms if (found := baseline_of(results.group, arm)) and found != results.main]
     main = [results.main] if results.main else []
     names = [arm_of(choice.arm).label for choice in (*chosen, *main)]
-    header = ("seed", "client", "unseen", "train examples", "classes", *(f"{name} {shown.column}" for name in names))
+    column = f" {shown.column}" if results.one_metric else ""  # else each client has its own task's
+    header = ("seed", "client", "unseen", "train examples", "classes", *(f"{name}{column}" for name in names))
     own = ("density",) if results.main and results.main.chosen else ()
     rows = []
     for facts in results.group:
@@ -117,11 +118,15 @@ def clients_table(results: Results) -> Table:
             labels = facts.header.client_labels
             held_labels = labels[client] if client < len(labels) else []  # real numbers have none
             classes = str(sum(number > 0 for number in held_labels)) if held_labels else NOTHING
-            values = (shown.text(shown.of(row) if row else None) for row in held)
+            of = Shown(facts.header.judges(client))
+            values = (of.text(of.of(row) if row else None) for row in held)
             place = (str(facts.header.seed), str(client), "yes" if known.unseen else "no")
             last = tuple(f"{held[-1].density:.3g}" if held[-1] else NOTHING for _ in own)
             rows.append((*place, str(known.num_train), classes, *values, *last))
-    return Table(f"Test {shown.label} of every client", (*header, *own), tuple(rows), left=0)
+    title = (
+        f"Test {shown.label} of every client" if results.one_metric else "Every client on its test data, by its metric"
+    )
+    return Table(title, (*header, *own), tuple(rows), left=0)
 
 
 def chosen_table(results: Results) -> Table:

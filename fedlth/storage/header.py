@@ -127,6 +127,10 @@ class Header:
         """What clients are judged by: one metric, or one a task where they differ; such numbers have no common mean."""
         return tuple(dict.fromkeys(task.metrics[0] for task in self.tasks)) or (self.metrics[0],)
 
+    def judges(self, client: int) -> Measure:
+        """Return what one client is judged by."""
+        return next((task.metrics[0] for task in self.tasks if client in task.clients), self.metrics[0])
+
     @property
     def shared_layers(self) -> list[Layer]:
         """The layers that the networks of all clients have, in one shape."""

@@ -20,11 +20,14 @@ ACCURACY = (METRICS["accuracy"],)
 def evaluate(model: FlatModel, params: Params, data: Examples, metrics: tuple[Metric, ...] = ACCURACY) -> Scores:
     """Return the mean loss of `params` on data (over examples, or all positions with a class), and each metric's value.
 
-    All are 0 where there are no data. Raises ValueError where a user's metric is not finite.
+    All are 0 where there are no data. Raises ValueError where a user's metric is not finite, and where no example has a
+    target that counts.
     """
     if not len(data):
         return Scores(0.0, dict.fromkeys((m.name for m in metrics), 0.0))
     data = examined(model.loss, data)
+    if not int(counted(data.y).sum()):
+        raise ValueError(f"none of the {len(data)} examples to evaluate on has a target that counts")
     if model.table is not None and kernel.suits(model.table, params.floats):
         logits = torch.from_numpy(kernel.predict(model.table, params.floats, data.tensor.numpy()))
         states = {m: m.add(None, *rows(logits, data.y)) for m in metrics}
