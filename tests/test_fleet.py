@@ -20,7 +20,6 @@ from fedlth.federation.jobs import Failure, Job, Reply
 from fedlth.forecast import forecast
 from fedlth.report.build import read_results, write_report
 from fedlth.report.compare import compare
-from fedlth.report.diff import diff
 from fedlth.report.fleet import curve, simulated_s, tiers_table, time_to
 from fedlth.report.traffic import traffic
 from fedlth.study.schema import Study
@@ -254,21 +253,6 @@ def test_a_stop_anywhere_changes_nothing(faulty: Path, after: int, tmp_path: Pat
 def test_workers_change_nothing(faulty: Path, tmp_path: Path) -> None:
     tiny.run(study(FAULTY, **SLICED), tmp_path / "r", engine=Forked(2))
     assert tiny.facts(tmp_path / "r") == tiny.facts(faulty) and times(tmp_path / "r") == times(faulty)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(280)
-@pytest.mark.parametrize("engine", ["ray", "flower"])
-@pytest.mark.filterwarnings("ignore:'click.utils:DeprecationWarning")  # typer, which Flower imports
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_engines_change_nothing(engine: str, faulty: Path, tmp_path: Path) -> None:
-    from fedlth.engines.choose import drive
-
-    made = study(FAULTY, **SLICED, engine=engine, **({"ray": {"workers": 2}} if engine == "ray" else {}))
-    experiment, notes = resolve(made)
-    drive(experiment, tmp_path / "r", again=False, notes=notes)
-    assert diff(faulty, tmp_path / "r") == [] and times(tmp_path / "r") == times(faulty)
 
 
 def test_the_report_and_the_comparison_tell_it(faulty: Path, tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ from fedlth.experiment.saved_ticket import load_ticket
 from fedlth.forecast import forecast
 from fedlth.report.build import read_results, write_report
 from fedlth.report.compare import compare
-from fedlth.report.diff import diff
 from fedlth.report.headline import honest_notes, summary_text
 from fedlth.training.local_client import LocalClient
 from fedlth.training.metrics import METRICS
@@ -342,17 +339,3 @@ def test_ragged_rows_are_padded_once() -> None:
     assert found.targets == "positions" and checked(found) is found
     numbers = user_dataset(f"{HERE}:numbers", None, {"outputs": 3})
     assert numbers.num_classes == 3 and numbers.y_train.dtype == numbers.x_train.dtype == np.float32
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(280)
-@pytest.mark.parametrize("engine", ["ray", "flower"])
-def test_a_mapping_on_other_engines(engine: str, tmp_path: Path) -> None:
-    """In processes of their own: what Ray and Flower warn of at their end is not ours."""
-    file = tmp_path / "study.yaml"
-    file.write_text(yaml.safe_dump({**tree("ragged mapping"), "metrics": ["macro_f1"]}))
-    for name in ("inprocess", engine):
-        told = [sys.executable, "-m", "fedlth", "run", str(file), f"engine={name}", f"out={tmp_path / name}"]
-        done = subprocess.run(told, capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, done.stderr
-    assert diff(tmp_path / "inprocess", tmp_path / engine) == []

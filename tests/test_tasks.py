@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch import nn
 
 from fedlth.api import load_ticket
@@ -20,7 +17,7 @@ from fedlth.errors import StudyError
 from fedlth.experiment.resolve import resolve
 from fedlth.federation import session
 from fedlth.forecast import forecast
-from fedlth.report import compare, diff, read_results, summary_text, write_report
+from fedlth.report import compare, read_results, summary_text, write_report
 from fedlth.report.fleet import tiers_table
 from fedlth.report.units import NOTHING
 from fedlth.storage.run_folder import RunFolder
@@ -247,24 +244,6 @@ def test_no_mean_of_different_metrics_decides_or_is_recorded() -> None:
 def test_a_task_that_no_client_has_is_noted() -> None:
     made = study(clients={"count": 2}, federate={"clients_per_round": 1}, partition="natural")
     assert "tasks.signs: has no effect, no client has such examples" in resolve(made)[1]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("method", ["two_step", "fedselect"])
-def test_every_engine_gives_equal_results(tmp_path: Path, method: str) -> None:
-    file = tmp_path / "study.yaml"
-    file.write_text(yaml.safe_dump(tree(method)))
-    for name, given in {
-        "inprocess": "workers=1",
-        "forked": "workers=2",
-        "ray": "engine=ray",
-        "flower": "engine=flower",
-    }.items():
-        line = [sys.executable, "-m", "fedlth", "run", str(file), given, f"out={tmp_path / name}"]
-        done = subprocess.run(line, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert diff(tmp_path / "inprocess", tmp_path / name) == []
 
 
 def test_a_check_says_what_each_task_adds() -> None:

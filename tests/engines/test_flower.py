@@ -122,7 +122,6 @@ class TestInOneSimulation:
             ("lotteryfl", {"wire": "lossless"}, unlucky),
             ("fedselect", {}, client_step),
             ("fedpm", {}, client_step),
-            ("two_step", tiny.RECIPE, client_step),
             ("two_step", {"train": {"lr": 0.8}, "evaluate": {"every": 1, "keep": "best"}}, client_step),
             ("lotteryfl", {"evaluate": {"every": 1}}, client_step),
         ],
