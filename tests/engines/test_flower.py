@@ -130,7 +130,6 @@ class TestInOneSimulation:
             "a client that raises",
             "fedselect",
             "fedpm",
-            "a training recipe",
             "the best of a curve",
             "a curve of slices",
         ],  # fmt: skip
