@@ -19,7 +19,7 @@ from fedlth.methods.method import FederatedMethod, Phase, Seen
 from fedlth.study import schema, sections
 from fedlth.study.yaml_text import parse
 from fedlth.training.local_client import LocalClient
-from fedlth.training.recipe import Epochs, TrainingRecipe
+from fedlth.training.recipe import TrainingRecipe
 from tests import tiny
 
 HEAD = "client,density,width,speed,memory_mb,down_bytes_s,up_bytes_s,latency_s,name"
@@ -104,7 +104,7 @@ class AsFast(MaskedUpdate):
     """An update of one's own: a slow client trains one epoch, the others three."""
 
     def recipe(self, local: LocalClient, recipe: TrainingRecipe, /) -> TrainingRecipe:
-        return replace(recipe, budget=Epochs(1 if local.capacity.speed < 1 else 3))
+        return replace(recipe, budget=Budget(epochs=1 if local.capacity.speed < 1 else 3))
 
 
 def as_fast() -> FederatedMethod:
