@@ -18,6 +18,7 @@ from fedlth.methods.client_update import MaskedUpdate
 from fedlth.methods.method import FederatedMethod, Phase, Seen
 from fedlth.study import schema, sections
 from fedlth.study.yaml_text import parse
+from fedlth.training.budget import Budget
 from fedlth.training.local_client import LocalClient
 from fedlth.training.recipe import TrainingRecipe
 from tests import tiny
