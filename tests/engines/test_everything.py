@@ -60,7 +60,7 @@ STUDY: dict[str, Any] = {
         "steps": 9, "batch_size": 16, "lr": 0.02, "optimizer": "adamw", "clip_norm": 1.0, "dropout": 0.1,
         "schedule": {"name": "linear", "warmup": 0.3}, "round_decay": 0.9,
     },
-    "federate": {"rounds": 4, "clients_per_round": 0.67},
+    "federate": {"rounds": 3, "clients_per_round": 0.67},
     "evaluate": {"every": 2},
     "finder": {"densities": [0.5, 0.3], "main": "auto"},
     "personalise": {"epochs": 1, "clients_per_wave": 3},
@@ -75,8 +75,7 @@ STUDY: dict[str, Any] = {
 def test_every_engine_gives_equal_results(tmp_path: Path) -> None:
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(STUDY))
-    for name, given in {"inprocess": "workers=1", "forked": "workers=2", "ray": "engine=ray",
-                        "flower": "engine=flower"}.items():  # fmt: skip
+    for name, given in {"inprocess": "workers=2", "ray": "engine=ray", "flower": "engine=flower"}.items():
         line = [sys.executable, "-m", "fedlth", "run", str(file), given, f"out={tmp_path / name}"]
         done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -123,16 +123,8 @@ class TestInOneSimulation:
             ("fedselect", {}, client_step),
             ("fedpm", {}, client_step),
             ("two_step", {"train": {"lr": 0.8}, "evaluate": {"every": 1, "keep": "best"}}, client_step),
-            ("lotteryfl", {"evaluate": {"every": 1}}, client_step),
         ],
-        ids=[
-            "every part",
-            "a client that raises",
-            "fedselect",
-            "fedpm",
-            "the best of a curve",
-            "a curve of slices",
-        ],  # fmt: skip
+        ids=["every part", "a client that raises", "fedselect", "fedpm", "the best of a curve"],
     )
     def test_a_study_equals_the_in_process_run_and_its_ledger_what_crossed_the_grid(
         self, method: str, sections: dict[str, Any], step: Step, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
