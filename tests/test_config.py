@@ -124,7 +124,7 @@ def test_overrides(tmp_path: Path) -> None:
             schema.load(file, [wrong])
 
 
-@pytest.mark.parametrize("name", tiny.METHODS)
+@pytest.mark.parametrize("name", tiny.KINDS)
 def test_what_is_dumped_loads_equal(tmp_path: Path, name: str) -> None:
     study = tiny.of_method(name, finder={"main": 0.5}, seeds=[1, 2], ray={"num_gpus": 0.25})
     (tmp_path / "s.yaml").write_text(schema.dump(study))

@@ -32,7 +32,7 @@ from tests import tiny
 from tests.faults.test_resume import Crash, Meddling, crashing
 from tests.test_no_test_data import permuted_test_labels
 
-FEDERATED = [name for name in tiny.METHODS if name not in ("local", "standalone")]
+FEDERATED = [name for name in tiny.KINDS if name not in ("local", "standalone")]
 # Every client is right on every validation example after two rounds, and stays so: the second is the best.
 EARLY: dict[str, Any] = {"train": {"lr": 0.8}, "federate": {"rounds": 5}, "evaluate": {"every": 1, "keep": "best"}}
 

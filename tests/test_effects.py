@@ -93,7 +93,7 @@ def test_an_option_without_effect_is_said(method: str, sections: dict[str, Any],
     assert says not in notes(method) and not [n for n in notes(method) if "no effect" in n]
 
 
-@pytest.mark.parametrize("method", tiny.METHODS)
+@pytest.mark.parametrize("method", tiny.KINDS)
 def test_an_option_with_effect_is_not_noted(method: str) -> None:
     """Rows 24 and 35: nothing is said of what counts."""
     made = {"personalise": {"clients_per_wave": 2}, "train": {"batch_size": 8}, "partition": {"name": "iid", "seed": 1}}

@@ -23,7 +23,7 @@ from tests import tiny
 WIRES = ("raw", "lossless", "bf16", "f16", "step", "sign")
 REFINED = {"refine": {"rounds": 2, "clients_per_round": 2}}
 CASES: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in sorted(tiny.METHODS) if name != "two_step"),
+    *((name, {}) for name in sorted(tiny.KINDS) if name != "two_step"),
     ("two_step", REFINED),
     ("two_step", {**REFINED, "finder": {"rewind": {"name": "global", "round": 1}, "densities": [0.3]}}),
     ("lotteryfl", {"personalise": {"arms": ["own"]}}),

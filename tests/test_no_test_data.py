@@ -32,7 +32,7 @@ def permuted_test_labels() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", tiny.METHODS)
+@pytest.mark.parametrize("name", tiny.KINDS)
 def test_permuting_test_labels_changes_nothing_but_the_test_columns(tmp_path: Path, name: str) -> None:
     more: dict[str, Any] = {}
     if name == "two_step":

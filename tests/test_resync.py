@@ -11,8 +11,8 @@ import pytest
 
 from fedlth.engines.inprocess import InProcess
 from fedlth.federation.jobs import Failure, Job, Reply
+from fedlth.methods.lotteryfl import lotteryfl
 from fedlth.methods.method import FederatedMethod
-from fedlth.methods.table import lotteryfl
 from fedlth.storage.client_state import ClientState
 from fedlth.training.task import Task
 from tests import tiny

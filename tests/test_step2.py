@@ -152,7 +152,7 @@ EVERY_ARM = ["global", "local", "dense", "dense_total", "ticket", "ticket_0", "o
 @pytest.mark.parametrize(
     "made",
     [
-        *(tiny.of_method(name, federate={"rounds": 4, "clients_per_round": 2}) for name in tiny.METHODS),
+        *(tiny.of_method(name, federate={"rounds": 4, "clients_per_round": 2}) for name in tiny.KINDS),
         tiny.of_method("fedselect", personalise={"epochs": 2}, train={"epochs": 2}, federate={"rounds": 5}),
         tiny.study(method={"name": "fedselect", "every": 2}, federate={"rounds": 4, "clients_per_round": 2}),
         tiny.study(method={"name": "fedselect", "limit": 1e-9}, federate={"rounds": 3}),

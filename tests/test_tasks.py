@@ -121,7 +121,6 @@ def test_keys_that_are_numbers_go_by_their_text() -> None:
     assert task.of(2) is task and task.clients == (2, 3)
 
 
-METHODS = ("fedavg", "fedavg_ft", "local", "standalone", "two_step", "lotteryfl", "sub_fedavg", "fedselect", "fedpm")
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +139,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return run
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", tiny.KINDS)
 def test_every_method_trains_every_head(finished: Callable[[str], Path], method: str) -> None:
     out = finished(method)
     header = RunFolder(out).header()

@@ -87,12 +87,12 @@ def test_frozen_dead_weights_need_the_dense_form() -> None:
 MIXED = {"model": {"name": "tests.user_model:Mixed", "options": {}}}
 REFINE = {"refine": {"rounds": 1, "clients_per_round": 2}, "personalise": {"arms": ["ticket"]}}
 RUNS: dict[str, Callable[..., schema.Study]] = {
-    **{name: lambda name=name, **more: tiny.of_method(name, **more) for name in tiny.METHODS if name != "fedavg"},
+    **{name: lambda name=name, **more: tiny.of_method(name, **more) for name in tiny.KINDS if name != "fedavg"},
     "two_step refined": lambda **more: tiny.of_method("two_step", **REFINE, **more),
     "lotteryfl refined": lambda **more: tiny.of_method("lotteryfl", **REFINE, **more),
     "tied, local statistics": lambda **more: own("local_statistics", personalise={"arms": ["ticket"]}, **more),
     "tied, local norms": lambda **more: own("local_all", method={"name": "lotteryfl"}, **more),
-    **{f"mixed {name}": lambda name=name, **more: tiny.of_method(name, **MIXED, **more) for name in tiny.METHODS
+    **{f"mixed {name}": lambda name=name, **more: tiny.of_method(name, **MIXED, **more) for name in tiny.KINDS
        if name in ("two_step", "fedselect", "sub_fedavg", "fedpm", "local")},
 }  # fmt: skip
 

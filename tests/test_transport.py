@@ -15,7 +15,7 @@ from fedlth.federation.jobs import Failure, Job, Message, Reply
 from tests import tiny
 
 REFINED = ("two_step", "lotteryfl", "sub_fedavg", "fedselect")
-CASES = [*((name, False) for name in tiny.METHODS), *((name, True) for name in REFINED)]
+CASES = [*((name, False) for name in tiny.KINDS), *((name, True) for name in REFINED)]
 
 
 class Counting(tiny.Lists):

@@ -31,7 +31,7 @@ def compared(folder: Path, name: str, **sections: Any) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-@pytest.mark.parametrize("name", sorted(tiny.METHODS))
+@pytest.mark.parametrize("name", sorted(tiny.KINDS))
 def test_a_study_ends_the_same_over_both_codecs(name: str, tmp_path: Path) -> None:
     raw, lossless = compared(tmp_path, name, federate={"rounds": 3})
     assert lossless < raw or (lossless == raw and name in ("local", "standalone"))

@@ -43,6 +43,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedselect": {"rate": 0.25, "limit": 0.5},
     "fedpm": {"score_lr": 5.0},
 }
+# One of each kind: what holds for all methods is tried on each in tests/methods, what depends on the kind on these.
+KINDS = ("fedavg", "fedavg_ft", "local", "standalone", "two_step", "lotteryfl", "sub_fedavg", "fedselect", "fedpm")
 
 
 # A training recipe in which everything is drawn or depends on the round and the step.

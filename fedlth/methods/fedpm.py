@@ -12,7 +12,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedlth import rng
+from fedlth.methods.aggregate import MaskMean
 from fedlth.methods.client_update import THETA_G, UPDATE, Inbox, Own, Update
+from fedlth.methods.method import FederatedMethod, Phase
+from fedlth.methods.options import check, positive
 from fedlth.models.layout import Params
 from fedlth.storage.client_state import ClientState
 from fedlth.tickets.evidence import Lesson
@@ -82,3 +85,13 @@ def _scores(inbox: Inbox) -> np.ndarray:
     if scores is None:
         raise ValueError("expected scores, got a bare mask")
     return scores
+
+
+def fedpm(score_lr: float = 50.0) -> FederatedMethod:
+    check(score_lr=positive(score_lr))
+    return FederatedMethod(
+        name="fedpm", paper="Isik et al., ICLR 2023, arXiv 2209.15328",
+        summary="frozen weights, learnt Bernoulli masks: bits up, scores down",
+        phases=(Phase(name="federate", update=ScoreUpdate(score_lr), join=MaskMean(), own_mask=True),), space="scores",
+        arms=("global", "local", "own_tuned", "frozen_random"),
+    )  # fmt: skip

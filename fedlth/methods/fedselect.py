@@ -7,6 +7,7 @@ Parameters for Fine-Tuning. CVPR 2024, arXiv 2404.02478.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,8 @@ from fedlth.methods.client_update import (
     merged,
     private,
 )
+from fedlth.methods.method import FederatedMethod
+from fedlth.methods.options import OWN, at_least, check, density_of, score_of, share_of, sliced
 from fedlth.models.layout import Params
 from fedlth.storage.client_state import ClientState
 from fedlth.tickets.score import Movement, Score
@@ -127,3 +130,14 @@ def crossing(task: Task, shared: np.ndarray) -> np.ndarray:
 def _shared(local: LocalClient, inbox: Inbox) -> np.ndarray:
     """Return (num_prunable,) bool over the whole model: the weights that this client shares."""
     return local.task.whole_mask(inbox[THETA_G].mask, np.zeros(local.full.size, bool))
+
+
+def fedselect(
+    rate: float = 0.25, limit: float = 0.8, every: int = 1, score: str | dict[str, Any] = "movement"
+) -> FederatedMethod:
+    check(rate=share_of(rate), limit=density_of(limit), every=at_least(1, every))
+    return FederatedMethod(
+        name="fedselect", paper="Tamirisa et al., CVPR 2024, arXiv 2404.02478",
+        summary="clients turn their fastest-moving weights personal and share the rest (control: score: random)",
+        phases=(sliced(SelectUpdate(rate, limit, every, score_of(score))),), arms=OWN,
+    )  # fmt: skip

@@ -7,24 +7,20 @@ Lottery Ticket Hypothesis on Non-IID Datasets. SEC 2021, arXiv 2008.03371.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from fedlth.methods.client_update import Shrinking, geometric
+from fedlth.methods.client_update import MaskedUpdate, Shrinking, geometric
+from fedlth.methods.method import FederatedMethod
+from fedlth.methods.options import OWN, check, density_of, score_of, share_of, sliced
+from fedlth.methods.prune import passes, shrink
 from fedlth.models.layout import Params
 from fedlth.tickets.scope import Layerwise, Scope
 from fedlth.tickets.score import Magnitude, Score
 from fedlth.training.local_client import LocalClient
 from fedlth.training.request import TrainingResult
 from fedlth.training.task import Task
-
-
-def shrink(
-    score: Score, scope: Scope, local: LocalClient, *, start: Params, now: Params, mask: np.ndarray, density: float
-) -> np.ndarray:
-    """Return the mask of exactly `density`, picked among what `mask` holds alive, by `score` at `now`."""
-    evidence = local.evidence(start=start, now=now, mask=mask, density=density)
-    return scope(score(evidence), mask, local.task.layout, density)
 
 
 @dataclass(frozen=True)
@@ -57,13 +53,20 @@ class PruneAndRewind:
         return _rewound(params, local.task, cut), cut
 
 
-def passes(local: LocalClient, params: Params, gate: float) -> bool:
-    """Say whether the study's metric on validation data exceeds a gate; one below zero is open."""
-    return gate < 0 or local.val_score(params) > gate
-
-
 def _rewound(params: Params, task: Task, mask: np.ndarray) -> Params:
     """Return theta_0's parameters under `mask`; buffers are statistics of data, not weights, and stay."""
     floats, weights = params.floats.copy(), task.layout.num_params
     floats[:weights] = task.theta_0.floats[:weights]
     return Params(floats, params.ints).masked(mask)
+
+
+def lotteryfl(
+    rate: float = 0.2, density: float = 0.1, val_accuracy: float = 0.5, score: str | dict[str, Any] = "magnitude"
+) -> FederatedMethod:
+    check(rate=share_of(rate), density=density_of(density))
+    before = PruneAndRewind(rate, density, val_accuracy, score_of(score))
+    return FederatedMethod(
+        name="lotteryfl", paper="Li et al., SEC 2021, arXiv 2008.03371",
+        summary="clients prune and rewind to theta_0 as accuracy allows; holders of a weight average it",
+        phases=(sliced(MaskedUpdate(before=before)),), arms=(*OWN, "own_random"),
+    )  # fmt: skip

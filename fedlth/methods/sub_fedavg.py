@@ -7,11 +7,14 @@ Heterogeneity. ICDCS workshop 2021, arXiv 2105.00562.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
-from fedlth.methods.client_update import Shrinking, geometric
-from fedlth.methods.lotteryfl import passes, shrink
+from fedlth.methods.client_update import MaskedUpdate, Shrinking, geometric
+from fedlth.methods.method import FederatedMethod
+from fedlth.methods.options import OWN, check, density_of, score_of, share_of, sliced
+from fedlth.methods.prune import passes, shrink
 from fedlth.models.layout import Params
 from fedlth.tickets.scope import Layerwise, Scope
 from fedlth.tickets.score import Magnitude, Score
@@ -56,3 +59,16 @@ class PruneWhenMaskMoves:
             return params, mask
         pruned = params.masked(last)
         return (pruned, last) if passes(local, pruned, self.val_accuracy) else (params, mask)
+
+
+def sub_fedavg(
+    rate: float = 0.1, density: float = 0.3, val_accuracy: float = 0.5, distance: float = 1e-4,
+    score: str | dict[str, Any] = "magnitude",
+) -> FederatedMethod:  # fmt: skip
+    check(rate=share_of(rate), density=density_of(density))
+    after = PruneWhenMaskMoves(rate, density, val_accuracy, distance, score_of(score))
+    return FederatedMethod(
+        name="sub_fedavg", paper="Vahidian et al., ICDCS-W 2021, arXiv 2105.00562",
+        summary="clients prune after training, without rewind; holders of a weight average it",
+        phases=(sliced(MaskedUpdate(after=after)),), arms=(*OWN, "own_random"),
+    )  # fmt: skip
