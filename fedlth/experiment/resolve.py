@@ -71,8 +71,9 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
     update: dict[str, Any] = {}
     if method.rewind and "rewind" not in study.finder.model_fields_set:
         update["finder"] = study.finder.model_copy(update={"rewind": {"name": method.rewind}})
-    if method.personal and "personal" not in study.model.model_fields_set:
-        update["model"] = study.model.model_copy(update={"personal": method.personal})
+    kept_local = {"personal": method.personal, "buffers": method.buffers}
+    if own := {k: v for k, v in kept_local.items() if v and k not in study.model.model_fields_set}:
+        update["model"] = study.model.model_copy(update=own)
     if study.partition["name"] == "file" and isinstance(study.partition.get("path"), str):
         sha256 = study.partition.get("sha256") or sha256_of(study.partition["path"])
         update["partition"] = {**study.partition, "sha256": sha256}
@@ -116,8 +117,8 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
         notes.append(
             f"personalise.lr and .schedule: have no effect on own_tuned, whose scores have {method.name}'s own rate"
         )
-    if method.name == "sub_fedavg" and study.train.epochs == 1:
-        notes.append("train.epochs: with 1, sub_fedavg's two masks are the same epoch's, and nothing is pruned")
+    if study.train.epochs == 1 and 1 in getattr(getattr(method.own, "after", None), "snapshots", ()):
+        notes.append(f"train.epochs: with 1, {method.name}'s two masks are the same epoch's, and nothing is pruned")
     return experiment, notes
 
 
@@ -236,11 +237,12 @@ def _check_gates(experiment: Experiment, task: Task) -> None:
     metric, finder, own = task.judged.main, experiment.finder, experiment.method.own
     if metric.higher_is_better:
         return
-    for event in (getattr(own, "before", None), getattr(own, "after", None)):
-        if event is not None and getattr(event, "val_accuracy", -1) >= 0:
+    for event in (own, getattr(own, "before", None), getattr(own, "after", None)):
+        gate = getattr(event, "val_accuracy", -1)
+        if gate >= 0:
             raise StudyError(
                 f"method.val_accuracy: must be below 0 (always open) where less of the metric is better, as of "
-                f"{metric.name}, got {event.val_accuracy}"
+                f"{metric.name}, got {gate}"
             )
     if set(experiment.arms) & effects.SEARCH and hasattr(finder.gate, "at_least"):
         raise StudyError(
@@ -290,7 +292,7 @@ def _check_validation(experiment: Experiment) -> None:
         return
     searches, finder = bool(arms & effects.SEARCH), experiment.finder
     own = method.own
-    events = [getattr(own, event, None) for event in ("before", "after")]
+    events = [own, *(getattr(own, event, None) for event in ("before", "after"))]
     deciding = {
         "tune.lr": bool(study.tune.lr),
         "the arm random": "random" in arms,

@@ -11,7 +11,7 @@ import numpy as np
 from fedlth.experiment.experiment import Experiment, open_experiment
 from fedlth.federation.jobs import RESYNC, Job, Message, Reply
 from fedlth.federation.uplink import Uplink
-from fedlth.methods.client_update import THETA_G, UPDATE, Update
+from fedlth.methods.client_update import NEXT_MASK, THETA_G, UPDATE, Update
 from fedlth.methods.method import Phase
 from fedlth.personalization.personalise import EVALUATION
 from fedlth.storage.client_state import ClientState
@@ -90,7 +90,8 @@ def _encoded(
 ) -> tuple[ClientState, tuple[Message, ...]]:
     """Return what goes up as messages, and the state after it: with what the client now shares, and what it owes.
 
-    An update refers to the download that the server knows it has sent; a ticket's mask comes on its own.
+    An update refers to the download that the server knows it has sent; the mask after it to the update's; a ticket's
+    mask comes on its own.
     """
     codec, state, sent = experiment.codec, update.state, []
     known = None if phase.in_waves else received.mask
@@ -106,10 +107,12 @@ def _encoded(
         content, layout, refers = update.contents[name], experiment.layout_of(kind), i == 0 and kind != "scores"
         if refers and name == UPDATE:
             data, state = up.update(kind, layout, content, state)
+        elif name == NEXT_MASK:
+            data = Uplink(codec, update.contents[UPDATE].mask).encode(kind, layout, content)
         else:
             data = (up if refers else plain).encode(kind, layout, content)
         sent.append(Message(kind, name, data))
-        if i == 0 and experiment.chooses(phase):
+        if (i == 0 or name == NEXT_MASK) and experiment.chooses(phase):
             dense = content.mask.all() and experiment.first_mask(job.client) is None
             state = state.without("shared") if dense else state.with_(masks={"shared": content.mask})
     if phase.in_waves:

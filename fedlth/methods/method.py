@@ -121,7 +121,8 @@ class FederatedMethod:
     `phases` come before step 2; without any, every client stands alone. The last of them has the method's own personal
     model (arms `own`, `own_tuned`). `arms` are the models that step 2 evaluates: names of `fedlth list arms`, or your
     own `package.module:arm`. `space` says what the global state is: "weights", or "scores" of frozen weights.
-    `personal` are glob patterns of tensors that stay with the client (FedPer's head), `first_mask` what a client keeps
+    `personal` are glob patterns of tensors that stay with the client (FedPer's head), `buffers` the policy for norms
+    (model.buffers) where the study names none, `first_mask` what a client keeps
     of the model before it has chosen for itself, `reads_capacity` whether any part asks for clients.capacity. `rewind`
     names the finder's rewind where the study names none.
     """
@@ -133,6 +134,7 @@ class FederatedMethod:
     arms: tuple[str, ...]
     space: Literal["weights", "scores"] = "weights"
     personal: tuple[str, ...] = ()
+    buffers: str | None = None
     first_mask: FirstMask = field(default_factory=Dense)
     reads_capacity: bool = False
     rewind: str | None = None

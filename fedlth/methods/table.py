@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from fedlth.methods.baselines import fedavg, fedavg_ft, local, standalone, two_step
+from fedlth.methods.cell import cell
+from fedlth.methods.fedltn import fedltn
 from fedlth.methods.fedpm import fedpm
 from fedlth.methods.fedselect import fedselect
+from fedlth.methods.fedspa import fedspa
+from fedlth.methods.hermes import hermes
 from fedlth.methods.lotteryfl import lotteryfl
 from fedlth.methods.method import FederatedMethod
 from fedlth.methods.sub_fedavg import sub_fedavg
+from fedlth.methods.sub_fedavg_hybrid import sub_fedavg_hybrid
 
 METHODS: Mapping[str, Callable[..., FederatedMethod]] = {
     f.__name__: f
@@ -23,5 +28,10 @@ METHODS: Mapping[str, Callable[..., FederatedMethod]] = {
         sub_fedavg,
         fedselect,
         fedpm,
+        cell,
+        sub_fedavg_hybrid,
+        hermes,
+        fedltn,
+        fedspa,
     )
 }
