@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
+from fedlth.federation.jobs import Failure, Job, Reply
 from fedlth.methods.client_update import NEXT_MASK, UPDATE
 from fedlth.wire import mask as bitmap
 from tests import tiny
 from tests.test_methods import final_theta, manual_fedavg
+from tests.test_resync import Forgetful
 
 
 def test_with_all_ones_masks_it_is_unweighted_fedavg_to_the_bit(tmp_path: Path) -> None:
@@ -78,3 +80,30 @@ def test_each_option_changes_what_it_says(tmp_path: Path, option: dict[str, Any]
         assert len({t for _, _, t in other[:1]}) == 1 and other[0][2] == other[3][2], "all begin with one mask"
     if "by" in option:
         assert other[0] == usual[0], "the first masks are the same"
+
+
+@pytest.mark.parametrize("how", ["lost", "other"])
+def test_a_client_that_lost_its_mask_gets_it_back(tmp_path: Path, how: str) -> None:
+    made = tiny.of_method("fedspa", federate={"rounds": 4, "clients_per_round": 3})
+    engine = Forgetful(how=how, round=3)
+    tiny.run(made, tmp_path / "hit", engine=engine)
+    tiny.run(made, tmp_path / "whole")
+    assert engine.hit and any(r["kind"] == "resync" for r in tiny.rows(tmp_path / "hit", "ledger"))
+    assert tiny.digests(tmp_path / "hit") == tiny.digests(tmp_path / "whole")
+
+
+def test_the_next_mask_must_come_after_the_update_that_it_refers_to(tmp_path: Path) -> None:
+    class Reversed(tiny.Lists):
+        def run(self, jobs: list[Job]) -> list[Reply | Failure]:
+            return [self._turned(answer) for answer in super().run(jobs)]
+
+        def _turned(self, answer: Reply | Failure) -> Reply | Failure:
+            if isinstance(answer, Failure) or answer.client != 1 or len(answer.outbox) < 3:
+                return answer
+            update, mask, visit = answer.outbox
+            return replace(answer, outbox=(mask, update, visit))
+
+    made = tiny.of_method("fedspa", federate={"rounds": 3, "clients_per_round": 3}, wire="lossless")
+    tiny.run(made, tmp_path / "r", engine=Reversed())
+    failed = [f for r in tiny.rows(tmp_path / "r", "rounds") for f in r["failed"]]
+    assert {(f["client"], f["kind"]) for f in failed} == {(1, "refused")}

@@ -1,4 +1,4 @@
-"""Sub-FedAvg's hybrid: channels by norm scales, weights elsewhere, two gates, the pull; on networks with norms or not."""
+"""Sub-FedAvg's hybrid: channels by norm scales, other weights one by one, two gates, the pull; norms or not."""
 
 from __future__ import annotations
 
