@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlth.methods.aggregate import Contribution, CountMean, FedAvg, MaskMean, join
+from fedlth.methods.hermes import OverlapMean
 from fedlth.models.layout import Entry, Layout, Params
 from fedlth.storage.server_state import ServerState
 from fedlth.wire.payload import Content
@@ -20,7 +21,7 @@ from tests.tiny import small_layout
 
 LAYOUT = small_layout()
 SIZE = LAYOUT.num_prunable
-RULES = [FedAvg(), CountMean(), CountMean("zero"), CountMean("zero", weighted=True)]
+RULES = [FedAvg(), CountMean(), CountMean("zero"), CountMean("zero", weighted=True), OverlapMean()]
 FOUR = Layout((Entry("w", (4,), "param", 0, prunable=True),))
 
 
@@ -121,7 +122,7 @@ def test_a_rule_is_a_value_and_touches_nothing(rule: Any) -> None:
         np.testing.assert_array_equal(c.content.floats, was)
 
 
-def test_averaging_the_overlap_is_four_rules() -> None:
+def test_averaging_the_overlap_is_five_rules() -> None:
     """Both hold the first, one the second and third, nobody the fourth."""
     a = Contribution(0, 1, Content(np.array([1, 1, 0, 0], bool), np.float32([2, 4, 0, 0]), np.zeros(0, np.int64)))
     b = Contribution(1, 3, Content(np.array([1, 0, 1, 0], bool), np.float32([6, 0, 8, 0]), np.zeros(0, np.int64)))
@@ -132,6 +133,7 @@ def test_averaging_the_overlap_is_four_rules() -> None:
         repr(CountMean("zero")): [4, 4, 8, 0],
         repr(CountMean("zero", weighted=True)): [5, 4, 8, 0],  # FedDST
         repr(FedAvg()): [5, 1, 6, 0],  # zeros count
+        repr(OverlapMean()): [4, 9, 9, 9],  # Hermes: what all hold, the rest keeps
     }
 
 
