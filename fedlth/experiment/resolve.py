@@ -99,10 +99,10 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
             "refine.rounds: must be 0 where dead weights are not zero or tickets are frozen: refinement trains "
             f"survivors among zeros, got {finder.dead} and {finder.rewind}"
         )
-    if study.evaluate.keep == "best" and study.evaluate.every and method.slices:
+    if study.evaluate.keep == "best" and study.evaluate.every and method.own_masks:
         raise StudyError(
-            f"evaluate.keep: must be last for a method that sends slices, as {method.name}: its clients hold masks of "
-            "later rounds than the best one, got best"
+            f"evaluate.keep: must be last for a method whose clients have masks, as {method.name}: theirs are of later "
+            "rounds than the best one, got best"
         )
     if study.tickets == "compact" and finder.dead.holds:
         raise StudyError(f"tickets: must be dense where dead weights are not zero, as with {finder.dead}")

@@ -87,8 +87,7 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
     if not experiment.federated:
         return Forecast(Bytes(0), Bytes(_arms_bytes(experiment)))
     dense = not method.slices
-    masked = not dense or (method.space == "weights" and any(phase.own_mask for phase in method.phases))
-    shrinking: Shrinking | None = getattr(method.own, "shrinking", None) if masked else Shrinking()
+    shrinking: Shrinking | None = getattr(method.own, "shrinking", None) if method.own_masks else Shrinking()
     found = tried(experiment, visit_s) if dense and method.space == "weights" and DELTA in codec.values else ()
     wire = Lengths(experiment, found or noise(task, codec), later(experiment, found))
     down, up = _sums(wire, shrinking or Shrinking(), pruned=True)

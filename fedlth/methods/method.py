@@ -149,6 +149,11 @@ class FederatedMethod:
         """Say whether clients are sent their own part of the model: both ends then keep what a client shares."""
         return any(phase.down == "slice" for phase in self.phases)
 
+    @property
+    def own_masks(self) -> bool:
+        """Say whether a client has a mask of its own among weights, whatever is sent down."""
+        return self.slices or (self.space == "weights" and any(phase.own_mask for phase in self.phases))
+
 
 def check_frozen(method: FederatedMethod) -> None:
     """Raise StudyError where a part of a method is no frozen value: what it kept in itself would be lost on resume."""
