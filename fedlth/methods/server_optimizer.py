@@ -4,7 +4,8 @@ Momentum: Hsu, Qi, Brown. Measuring the Effects of Non-Identical Data Distributi
 Classification. 2019, arXiv 1909.06335. Adam and Yogi, whose second moment begins at tau^2 and has no bias correction:
 Reddi, Charles, Zaheer, Garrett, Rush, Konecny, Kumar, McMahan. Adaptive Federated Optimization. ICLR 2021, arXiv
 2003.00295. Left open by the papers: the server's rate, which both tune for each task. Changes are weighted by
-examples, as in the second paper's experiments. Only what training moves is stepped: running statistics and counters are averaged.
+examples, as in the second paper's experiments. Only what training moves is stepped: running statistics and counters are
+averaged.
 """
 
 from __future__ import annotations
