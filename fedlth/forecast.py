@@ -251,8 +251,9 @@ def _disk_mb(experiment: Experiment) -> float:
     task, count = experiment.task, experiment.study.clients.count
     whole = 4 * task.layout.num_floats
     tickets = count * (whole + task.layout.num_prunable / 8) if experiment.arms != ("global",) else 0
-    private = isinstance(experiment.method.own, SelectUpdate) or task.exchange is not task.layout.moving
-    return float(2 * tickets + 3 * whole + (count * whole if private else 0)) / 1e6
+    own = experiment.method.own
+    private = isinstance(own, SelectUpdate) or task.exchange is not task.layout.moving
+    return float(2 * tickets + 3 * whole + count * whole * (private + getattr(own, "keeps", 0))) / 1e6
 
 
 def _compute_lines(task: Task) -> list[str]:

@@ -33,6 +33,7 @@ class MixtureUpdate:
     shared: MaskedUpdate = field(default_factory=MaskedUpdate)
     sends: tuple[tuple[str, str], ...] = VALUES
     own_pull: ClassVar[bool] = True
+    keeps: ClassVar[int] = 1
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         held, task = self.shared.own(local, inbox, state), local.task

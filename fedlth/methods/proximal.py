@@ -71,6 +71,7 @@ class DittoUpdate:
     shared: MaskedUpdate = field(default_factory=MaskedUpdate)
     sends: tuple[tuple[str, str], ...] = VALUES
     own_pull: ClassVar[bool] = True
+    keeps: ClassVar[int] = 1
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         personal = self.tune(local, inbox, state, local.recipe)
@@ -112,6 +113,7 @@ class EnvelopeUpdate:
     shared: MaskedUpdate = field(default_factory=MaskedUpdate)
     sends: tuple[tuple[str, str], ...] = VALUES
     own_pull: ClassVar[bool] = True
+    keeps: ClassVar[int] = 1
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         held, task = self.shared.own(local, inbox, state), local.task

@@ -53,6 +53,7 @@ class ControlledUpdate(MaskedUpdate):
 
     sends: tuple[tuple[str, str], ...] = ((UPDATE, "values"), (DELTA_C, "values"))
     own_pull: ClassVar[bool] = True
+    keeps: ClassVar[int] = 1
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         held, task = self.own(local, inbox, state), local.task

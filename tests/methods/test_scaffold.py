@@ -108,6 +108,13 @@ def test_only_sgd_has_a_mean_gradient() -> None:
         resolve(tiny.study(method=SCAFFOLD, train={"momentum": 0.0, "optimizer": {"name": "adam"}}))
 
 
+@pytest.mark.parametrize("name", ["scaffold", "apfl", "pfedme"])
+def test_a_cohort_trains_the_same_up_to_rounding(name: str, tmp_path: Path) -> None:
+    method = {"name": name, **tiny.METHODS[name]}
+    found = [theta_of(ran(method, tmp_path / str(cohort), cohort=cohort)[1]).floats for cohort in (1, 3)]
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5)
+
+
 # What the server's rule remembers goes down
 
 
