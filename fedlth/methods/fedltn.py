@@ -16,13 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from fedlth.methods.aggregate import Aggregate, Contribution, CountMean
 from fedlth.methods.client_update import MaskedUpdate, Shrinking
 from fedlth.methods.method import FederatedMethod, Phase
-from fedlth.methods.options import OWN, at_least, check, density_of, score_of, share_of, sliced
+from fedlth.methods.options import BY_HOLDERS, OWN, at_least, check, density_of, score_of, share_of, sliced
 from fedlth.methods.prune import passes, shrink
-from fedlth.models.layout import Layout, Params
-from fedlth.storage.server_state import ServerState
+from fedlth.methods.server_optimizer import Momentum, ServerOptimizer
+from fedlth.models.layout import Params
 from fedlth.tickets.scope import Global, Scope
 from fedlth.tickets.score import Magnitude, Score
 from fedlth.training.local_client import LocalClient
@@ -67,39 +66,6 @@ class PruneAfter:
         return params.masked(cut), cut
 
 
-@dataclass
-class _Moving:
-    state: ServerState
-    layout: Layout
-    inner: Any
-
-
-@dataclass(frozen=True)
-class Momentum:
-    """Go the way of `rule`'s mean with momentum: v = beta v + (mean - theta), theta + v; buffers are the mean's.
-
-    FedAvgM: Hsu, Qi, Brown, 2019, arXiv 1909.06335. At beta 0 it is `rule`.
-    """
-
-    rule: Aggregate
-    beta: float
-
-    def init(self, state: ServerState, layout: Layout, /) -> _Moving:
-        return _Moving(state, layout, self.rule.init(state, layout))
-
-    def add(self, so_far: _Moving, c: Contribution, /) -> None:
-        self.rule.add(so_far.inner, c)
-
-    def result(self, so_far: _Moving, /) -> ServerState:
-        mean, size = self.rule.result(so_far.inner), so_far.layout.num_params
-        if not self.beta:
-            return mean
-        old, floats = so_far.state.theta.floats[:size].astype(np.float64), mean.theta.floats.copy()
-        velocity = floats[:size] - old + self.beta * so_far.state.memory.get("velocity", np.zeros(size))
-        floats[:size] = old + velocity
-        return ServerState(Params(floats, mean.theta.ints), {"velocity": velocity})
-
-
 def fedltn(
     rate: float = 0.2, acceleration: float = 1.5, density: float = 0.1, val_accuracy: float = 0.5,
     momentum: float = 0.9, jump_start: int = 2, score: str | dict[str, Any] = "magnitude",
@@ -108,7 +74,7 @@ def fedltn(
         rate=share_of(rate), acceleration=at_least(1, acceleration), density=density_of(density),
         momentum=(momentum, 0 <= momentum < 1, "in [0, 1)"), jump_start=at_least(0, jump_start),
     )  # fmt: skip
-    join = Momentum(CountMean(), momentum)
+    join = ServerOptimizer(Momentum(beta=momentum), BY_HOLDERS) if momentum else BY_HOLDERS
     after = PruneAfter(accelerated(rate, acceleration, density), val_accuracy, score_of(score))
     tickets = sliced(MaskedUpdate(after=after), join)
     dense = Phase(name="jump_start", update=MaskedUpdate(), join=join, rounds=jump_start)

@@ -173,6 +173,11 @@ class SlimmingUpdate(MaskedUpdate):
     strength: float = 0.0
 
     @property
+    def own_pull(self) -> bool:
+        """Say whether its objective has a pull of its own."""
+        return self.strength > 0
+
+    @property
     def granularity(self) -> Granularity:
         return Filters()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from fedlth.methods.apfl import apfl
 from fedlth.methods.baselines import fedavg, fedavg_ft, local, standalone, two_step
 from fedlth.methods.cell import cell
 from fedlth.methods.fedltn import fedltn
@@ -13,6 +14,10 @@ from fedlth.methods.fedspa import fedspa
 from fedlth.methods.hermes import hermes
 from fedlth.methods.lotteryfl import lotteryfl
 from fedlth.methods.method import FederatedMethod
+from fedlth.methods.private_layers import fedbn, fedper, fedrep
+from fedlth.methods.proximal import ditto, fedprox, pfedme
+from fedlth.methods.scaffold import scaffold
+from fedlth.methods.server_optimizer import fedadam, fedavgm, fedyogi
 from fedlth.methods.sub_fedavg import sub_fedavg
 from fedlth.methods.sub_fedavg_hybrid import sub_fedavg_hybrid
 
@@ -28,6 +33,17 @@ METHODS: Mapping[str, Callable[..., FederatedMethod]] = {
         sub_fedavg,
         fedselect,
         fedpm,
+        fedavgm,
+        fedadam,
+        fedyogi,
+        scaffold,
+        fedprox,
+        ditto,
+        pfedme,
+        apfl,
+        fedper,
+        fedrep,
+        fedbn,
         cell,
         sub_fedavg_hybrid,
         hermes,

@@ -10,7 +10,7 @@ import pytest
 
 from fedlth.experiment.resolve import read
 from fedlth.methods.aggregate import Contribution, CountMean, join
-from fedlth.methods.fedltn import Momentum, PruneAfter, accelerated
+from fedlth.methods.fedltn import PruneAfter, accelerated
 from fedlth.models.layout import Entry, Layout, Params
 from fedlth.storage.server_state import ServerState
 from fedlth.training.local_client import LocalClient
@@ -27,20 +27,21 @@ def test_each_prune_cuts_more_than_the_one_before() -> None:
     assert accelerated(0.5, 3.0, 0.1) == pytest.approx((1, 0.5, 0.1)), "a rate above 1 ends at the target"
 
 
-def contribution(*values: float, mask: tuple[int, ...] = (1, 1, 1)) -> Contribution:
-    return Contribution(0, 1, Content(np.array(mask, bool), np.array(values, np.float32), np.zeros(0, np.int64)))
-
-
-def test_momentum_on_four_elements_leaves_buffers_alone() -> None:
-    rule, state = Momentum(CountMean(), 0.5), ServerState(Params(np.zeros(4, np.float32), np.zeros(0, np.int64)))
-    state = join(rule, state, [contribution(1, 2, 4, 8)], FOUR)
+def test_momentum_is_on_what_holders_average() -> None:
+    """Two hold the first, one the second, nobody the third, which the velocity of before still moves; no buffer."""
+    join_of = tiny.experiment(tiny.study(method={"name": "fedltn", "momentum": 0.5})).method.phases[-1].join
+    assert join_of is not None
+    theta = Params(np.zeros(4, np.float32), np.zeros(0, np.int64))
+    state = join(join_of, ServerState(theta), [sent(1, 2, 4, 8)], FOUR)
     np.testing.assert_array_equal(state.theta.floats, [1, 2, 4, 8])
-    state = join(rule, state, [contribution(1, 4, 0, 9, mask=(1, 1, 0))], FOUR)
-    np.testing.assert_array_equal(state.theta.floats, [1.5, 5, 6, 9])
-    np.testing.assert_array_equal(state.memory["velocity"], [0.5, 3, 2])
-    plain = join(CountMean(), state, [contribution(1, 4, 5, 9)], FOUR)
-    none = join(Momentum(CountMean(), 0.0), state, [contribution(1, 4, 5, 9)], FOUR)
-    assert plain.theta.digest() == none.theta.digest() and not none.memory
+    state = join(join_of, state, [sent(1, 4, 0, 9, mask=(1, 1, 0)), sent(3, 0, 0, 9, mask=(1, 0, 0))], FOUR)
+    np.testing.assert_array_equal(state.theta.floats, [2.5, 5, 6, 9])
+    plain = tiny.experiment(tiny.study(method={"name": "fedltn", "momentum": 0.0})).method
+    assert {phase.join for phase in plain.phases} == {CountMean()}
+
+
+def sent(*values: float, mask: tuple[int, ...] = (1, 1, 1)) -> Contribution:
+    return Contribution(0, 1, Content(np.array(mask, bool), np.array(values, np.float32), np.zeros(0, np.int64)))
 
 
 @pytest.mark.parametrize("method", [{"density": 1.0}, {"val_accuracy": 1.0}], ids=str)
