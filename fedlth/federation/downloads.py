@@ -61,6 +61,7 @@ class Downloads:
         if mask is None:
             return (self._first, *self._targets)
         theta, layout, codec = self.state.theta, self.experiment.layout, self.experiment.codec
+        alone = alone or self.phase.hand is not None  # the mask is another's
         own = slice_for(THETA_G, theta, layout, mask, codec, alone=alone)
         whole = (replace(self._first, kind="evaluation"),) if self.experiment.needs_whole(self.phase) else ()
         return (own, *whole, *self._targets)

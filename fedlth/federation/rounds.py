@@ -116,7 +116,7 @@ class Federation:
             progress, summary = self._judged(step, progress, replies, summary)
         elif replies.versions:
             progress = replace(progress, good=self.progress.theta)
-        elif self._broken(replies):
+        elif phase.changes_state and self._broken(replies):
             summary = replace(summary, rolled_back_to=self._roll_back())
             progress = replace(progress, good=f"theta-{step.place}")
         self._commit(step, progress, sent, replies, summary, began)
@@ -170,15 +170,24 @@ class Federation:
 
     def _downloads(self, step: Step) -> Downloads:
         masks: dict[int, np.ndarray] = {}
-        for client in step.clients if step.phase.down == "slice" else ():
-            version = self.progress.mirrors.get(str(client), "")
-            mask = self.folder.mirror(client, version, self.experiment.layout.num_prunable)
+        hand = step.phase.hand
+        if hand is not None:
+            others = (c for c in range(self.experiment.study.clients.count) if c not in step.clients)
+            known = {c: mask for c in others if (mask := self._mirror(c)) is not None}
+            masks = hand(step.clients, known, self.state.memory)
+        for client in step.clients if step.phase.down == "slice" and hand is None else ():
+            mask = self._mirror(client)
             mask = self.experiment.first_mask(client) if mask is None else mask
             if mask is not None:
                 masks[client] = mask
         names = self.experiment.rewind_targets if step.phase.name == "personalise" else ()
         targets = {name: self.folder.load_params(name) for name in names}
         return Downloads(self.experiment, step.phase, self.state, masks, targets)
+
+    def _mirror(self, client: int) -> np.ndarray | None:
+        """Return the mask of what a client shares, as it last said; None where it has not, or shares all."""
+        version = self.progress.mirrors.get(str(client), "")
+        return self.folder.mirror(client, version, self.experiment.layout.num_prunable)
 
     def _broken(self, replies: Replies) -> bool:
         """Say whether the global model is why nobody's work can be used, and there is one that somebody could use.
