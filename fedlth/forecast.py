@@ -15,6 +15,7 @@ from fedlth.experiment.resolve import resolve
 from fedlth.federation.forecast_bytes import forecast_bytes
 from fedlth.federation.forecast_time import Visit, forecast_time
 from fedlth.methods.fedselect import SelectUpdate
+from fedlth.methods.robust import holds_round
 from fedlth.study.schema import Study
 from fedlth.tickets.finder import Finder
 from fedlth.tickets.rewind import ToInit
@@ -150,9 +151,28 @@ def forecast(study: Study) -> str:
         f"training: {sum(steps):,.0f} steps, {flop / 1e12:,.2f} TFLOP (dense), at {1e3 * step_s[0]:.2f} ms a step of "
         f"step 1 and {1e3 * step_s[1]:.2f} of step 2 about {minutes:,.1f} min on one core",
         *_evaluation_lines(experiment),
+        *_server_lines(experiment),
         f"memory: about {_memory_mb(experiment):,.0f} MB a worker; disk about {_disk_mb(experiment):,.0f} MB",
     ]
     return "\n".join(lines)
+
+
+def _server_lines(experiment: Experiment) -> list[str]:
+    """Say what the server holds at once where its rule looks at all updates of a round together."""
+    layout, lines = experiment.layout, []
+    holding = [phase for phase in experiment.phases if holds_round(phase.join)]
+    if holding:
+        phase = max(holding, key=lambda one: len(experiment.clients(one, one.rounds)))
+        count = len(experiment.clients(phase, phase.rounds))
+        each = (4 * layout.num_floats + 8 * layout.num_ints + layout.num_prunable) / 1e6
+        rule = type(phase.join).__name__
+        lines.append(f"server: {rule} holds a round's updates at once: {count} x {each:,.2f} = {count * each:,.1f} MB")
+    if experiment.population.hostile:
+        lines.append(f"hostile clients: {', '.join(map(str, sorted(experiment.population.hostile)))}")
+    if experiment.population.arrivals:
+        told = ", ".join(f"{c} from round {r}" for c, r in sorted(experiment.population.arrivals.items()))
+        lines.append(f"late joiners: clients {told}")
+    return lines
 
 
 def _tests(task: Task) -> str:

@@ -144,6 +144,15 @@ def _idle(study: Study, method: FederatedMethod, arms: set[str], product: str | 
     elif all(phase.rounds for phase in method.phases):
         yield from ((place, f"each phase of {said} has its own rounds") for place in ("federate.rounds", "tune.rounds"))
     if not rounds:
+        yield "attack", none
+        yield "clients.joiners", none
+    elif not federates:
+        yield "clients.joiners", none
+    if not study.clients.unseen:
+        yield "clients.newcomer", "clients.unseen is 0: there is no newcomer"
+    if federates and not any(phase.own_mask for phase in method.phases):
+        yield "federate.mask_outliers", f"clients of {said} have no masks of their own"
+    if not rounds:
         yield "train.steps" if study.train.steps else "train.epochs", none
         yield "train.round_decay", none
         yield "clients.unseen", f"{none}: no client is left out"

@@ -119,17 +119,11 @@ class Experiment:
             density = self.keep.density if isinstance(self.keep, At) else study.finder.densities[-1]
             found += phases_of(self.newcomer, personalise, density)
         if study.refine.rounds:
-            found.append(
-                Phase(
-                    name="refine",
-                    update=MaskedUpdate(),
-                    join=CountMean(),
-                    down="slice",
-                    own_mask=True,
-                    who=Sampled(self.per_round(study.refine)),
-                    rounds=study.refine.rounds,
-                )  # fmt: skip
-            )
+            refine = Phase(
+                name="refine", update=MaskedUpdate(), join=CountMean(), down="slice", own_mask=True,
+                who=Sampled(self.per_round(study.refine)), rounds=study.refine.rounds,
+            )  # fmt: skip
+            found += with_rule((refine,), study.federate.join, self.method.name)
             found.append(self._wave("refined", Refined(main=self.keep), "slice"))
         return tuple(phase for phase in found if phase.rounds)
 

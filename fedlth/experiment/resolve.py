@@ -109,6 +109,7 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
         replace(finder, rewind=ToInit())  # says so where the finder's other parts forbid it
     kept.check(experiment.keep, study.finder, named(study.clients.capacity))
     _check_counts(experiment)
+    _check_newcomers(experiment)
     _check_validation(experiment)
     _check_anchor(experiment)
     p = study.personalise
@@ -151,6 +152,7 @@ def _checked(experiment: Experiment) -> list[str]:
     Another initialisation of a model that brings its weights would be those weights again: a rewind to it is
     refused, and the arm `random` does without.
     """
+    _check_population(experiment)
     arms = set(experiment.arms)
     experiment.task.capacity(0)  # says what is wrong with clients.capacity
     notes: list[str] = []
@@ -163,6 +165,24 @@ def _checked(experiment: Experiment) -> list[str]:
             raise StudyError(f"tasks.{task.name}: {error}") from error
         notes += [f"tasks.{task.name}: {note}" if task.name else note for note in found]
     return notes
+
+
+def _check_population(experiment: Experiment) -> None:
+    """Refuse hostile clients and late joiners that the data or the rounds do not allow."""
+    study, people = experiment.study, experiment.population
+    attack, _ = people.attack
+    if hasattr(attack, "poison") and any(task.dataset.targets != "classes" for task in experiment.task.each):
+        raise StudyError(f"attack: {study.attack and study.attack['name']} needs targets that are classes")
+    total = sum(phase.rounds for phase in experiment.federated_phases)
+    late = max(people.arrivals.values(), default=0)
+    if late > total and total:
+        raise StudyError(f"clients.joiners: round must be at most the {total} rounds of step 1, got {late}")
+    first, wanted = len(people.there(1)), study.federate.clients_per_round
+    if isinstance(wanted, int) and total and wanted > first:
+        raise StudyError(
+            f"federate.clients_per_round: must be at most the {first} clients that are there from the first round on "
+            f"(clients.joiners), got {wanted}"
+        )
 
 
 def _checked_task(experiment: Experiment, task: Task, arms: set[str]) -> list[str]:
@@ -253,6 +273,7 @@ def _check_rules(experiment: Experiment) -> None:
     """Raise StudyError where a rule of the method cannot be believed."""
     for phase in experiment.phases:
         if phase.join is not None:
+            phase.join.init(ServerState(experiment.initial()), experiment.layout)  # a rule may refuse a layout
             place = f"method: {experiment.method.name}'s aggregation rule {type(phase.join).__name__}"
             count = len(experiment.clients(phase, 1))
             layouts = {name: (kind, experiment.layout_of(kind)) for name, kind in phase.update.sends}
@@ -303,6 +324,20 @@ def _check_validation(experiment: Experiment) -> None:
     for place, decides in deciding.items():
         if decides:
             raise StudyError(f"clients.validation: must be above 0, {place} decides on validation data, got 0")
+
+
+def _check_newcomers(experiment: Experiment) -> None:
+    """Refuse a first ticket for newcomers where clients have none at one density, of weights that all share."""
+    study, method = experiment.study, experiment.method
+    if experiment.newcomer is None:
+        return
+    place = f"clients.newcomer: must be left out for method {method.name}"
+    if not experiment.trains_weights:
+        raise StudyError(f"{place}, which shares no weights")
+    if "ticket" not in experiment.arms:
+        raise StudyError("clients.newcomer: needs the arm ticket (personalise.arms), whose masks are handed over")
+    if experiment.keep.chooses:
+        raise StudyError(f"clients.newcomer: needs tickets of one density, got finder.main: {study.finder.main}")
 
 
 def _check_counts(experiment: Experiment) -> None:

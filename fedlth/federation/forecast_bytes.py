@@ -13,6 +13,7 @@ from fedlth.methods.method import Dense
 from fedlth.personalization.evaluate import curve_row
 from fedlth.personalization.personalise import NEED_NO_GLOBAL, row_of
 from fedlth.personalization.step2 import Result
+from fedlth.storage.records import HANDED, INTRODUCE
 from fedlth.storage.typed_record import as_record
 from fedlth.study.schema import Study
 from fedlth.training.local_client import LocalClient
@@ -196,11 +197,33 @@ def _sums(wire: Lengths, shrinking: Shrinking, *, pruned: bool) -> tuple[float, 
             # Where no prune is sure, the worst is one: a slice, and for the controls the whole model beside it.
             left = densities[prunes if pruned else 1]
             down += number * (wire.kept(left) + whole * wire.model if pruned or whole else wire.model)
+    more = _newcomers(wire)
+    down, up = down + more[0], up + more[1]
     if study.refine.rounds:
         for density, (clients, visits) in _tickets(experiment).items():
             down += (visits + clients) * wire.kept(density)
             up += clients * wire.bare_mask(min(density, 0.5))
             up += visits * (wire.update(density) + _visit_bytes(task))
+    return down, up
+
+
+def _newcomers(wire: Lengths) -> tuple[float, float]:
+    """Return the bytes of what newcomers are handed and say, and of the masks that others have for them."""
+    experiment, down, up = wire.experiment, 0.0, 0.0
+    newcomer, study, density = experiment.newcomer, experiment.study, experiment.study.finder.densities[-1]
+    for phase in experiment.phases:
+        count = len(experiment.clients(phase, 1))
+        if phase.name == HANDED:
+            handed = wire.kept(density) + wire.bare_mask(density) if phase.hand is not None else wire.model
+            down += count * handed
+            local = LocalClient(experiment.task, experiment.task.clients[-1], 0, "forecast")
+            row = as_record(row_of(local, Result(arm=HANDED, params=local.task.theta_0, mask=local.full)))
+            up += count * len(metrics.encode({"rows": [{**row, "ticket": "0" * 16}]}))
+        if phase.name == INTRODUCE:
+            down += count * wire.model if phase.down != "nothing" else 0.0
+            up += count * (_visit_bytes(experiment.task) + sum(wire.message(kind) for _, kind in phase.update.sends))
+    if newcomer is not None and newcomer.others and not study.refine.rounds:
+        up += study.clients.count * wire.bare_mask(min(density, 0.5))
     return down, up
 
 

@@ -88,7 +88,8 @@ def _between(values: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarra
     """Return the mean of the values of rank low to high - 1, (columns,) float64; high > low."""
     rank = np.arange(len(values))[:, None]
     inside = (rank >= low) & (rank < high)
-    return np.sum(values, axis=0, where=inside, dtype=np.float64) / (high - low)
+    mean: np.ndarray = np.sum(values, axis=0, where=inside, dtype=np.float64) / (high - low)
+    return mean
 
 
 def _check(few: str, uncovered: str) -> None:
@@ -280,6 +281,11 @@ def with_rule(phases: Sequence[Phase], spec: Mapping[str, Any] | None, name: str
         replace(phase, join=in_place_of(phase.join, rule, name)) if takes else phase
         for phase, takes in zip(phases, weights, strict=True)
     ]
+
+
+def holds_round(rule: Any) -> bool:
+    """Say whether a rule, or the mean that it goes on from, holds all updates of a round at once."""
+    return bool(getattr(rule, "holds_round", False) or getattr(getattr(rule, "mean", None), "holds_round", False))
 
 
 def in_place_of(own: Aggregate | None, rule: Any, name: str) -> Any:

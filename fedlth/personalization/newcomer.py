@@ -135,11 +135,11 @@ def voted(known: Mapping[int, np.ndarray], distances: Mapping[int, float], neare
     Equal distances: the first client; equal votes: the first weight.
     """
     chosen = sorted(distances, key=lambda client: (distances[client], client))[:nearest]
-    votes = np.sum([known[client] for client in chosen], axis=0, dtype=np.int64)
+    votes: np.ndarray = np.stack([known[client] for client in chosen]).sum(axis=0).astype(np.float64)
     if len(chosen) == 1:
         return known[chosen[0]]
     size = round(float(np.mean([np.count_nonzero(known[client]) for client in chosen])))
-    return keep_top(votes.astype(np.float64), votes > 0, size)
+    return keep_top(votes, votes > 0, size)
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,8 @@ class Remember:
         so_far[2].append(said)
 
     def result(self, so_far: Any, /) -> ServerState:
-        state, clients, said = so_far
+        state: ServerState = so_far[0]
+        clients, said = so_far[1:]
         memory = {**state.memory, WHO: np.array(clients, np.int64), self.name: np.stack(said)}
         return replace(state, memory=memory)
 
