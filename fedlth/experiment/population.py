@@ -10,7 +10,7 @@ from typing import Any
 from fedlth import rng
 from fedlth.errors import wrong
 from fedlth.methods.attack import ATTACKS
-from fedlth.methods.method import Phase
+from fedlth.methods.method import Phase, loose_part
 from fedlth.study.parts import is_number, make
 from fedlth.study.schema import Study
 from fedlth.study.sections import Joiners
@@ -68,7 +68,10 @@ def attack_of(study: Study) -> tuple[Any, float]:
     if not is_number(share) or not 0 < share < 1:
         raise wrong("attack.share", "in (0, 1)", share)
     spec = {key: value for key, value in study.attack.items() if key != "share"}
-    return make(ATTACKS, spec, "attack", has="__call__(local, content, aim)"), float(share)
+    attack = make(ATTACKS, spec, "attack", has="__call__(local, content, aim)")
+    if loose := loose_part(attack, "attack"):
+        raise wrong("attack", "a frozen dataclass whose fields are immutable", loose)
+    return attack, float(share)
 
 
 def hostile(share: float, seed: int, seen: Sequence[int]) -> frozenset[int]:
