@@ -72,6 +72,19 @@ def test_a_late_joiner_begins_as_every_client_does(late: Path) -> None:
     assert "2 clients came later, from round 3 on." in page
 
 
+def test_a_late_joiner_begins_with_its_first_mask_where_a_method_has_one(tmp_path: Path) -> None:
+    clients = {**LATE["clients"], "capacity": [{"share": 1.0, "density": 0.25}]}
+    made = tiny.study(
+        method={"name": "tests.test_method_parts:sliced", "chooses": True}, clients=clients,
+        federate={"rounds": 3, "clients_per_round": 1.0}, personalise={"arms": ["own_tuned"], "epochs": 1},
+    )  # fmt: skip
+    tiny.run(made, tmp_path / "r")
+    for client, round in read_results(tmp_path / "r").group[0].header.joiners.items():
+        (down,) = ledger(tmp_path / "r", receiver=f"client:{client}", phase="federate")
+        assert (down["round"], down["kind"], round) == (3, "install", 3) and down["density"] == 0.25
+        assert down["mask_bytes"] == 0, "both ends know it"
+
+
 def test_stops_and_workers_change_nothing_of_it(late: Path, tmp_path: Path) -> None:
     made = tiny.study(**{**LATE, "federate": {"rounds": 4, "clients_per_round": 1.0}}, method=LOTTERY,
                       personalise={"arms": ["own_tuned"], "epochs": 1})  # fmt: skip

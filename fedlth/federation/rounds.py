@@ -74,7 +74,10 @@ class Federation:
         ledger.
         """
         lost, size = missing(self.folder), self.experiment.study.personalise.clients_per_wave
-        phase, done = self.experiment.phases[-1], max((row.round for row in _last_waves(self.folder)), default=0)
+        phase, done = (
+            self.experiment.phase(_last(self.folder)),
+            max((row.round for row in _last_waves(self.folder)), default=0),
+        )
         waves = [lost[i : i + size] for i in range(0, len(lost), size)]
         first = self.progress.step
         for i, wave in enumerate(waves):
@@ -305,5 +308,9 @@ def missing(folder: RunFolder) -> list[int]:
 
 def _last_waves(folder: RunFolder) -> list[RoundRow]:
     """Return the committed waves of the run's last phase."""
-    phase = "refined" if folder.study().refine.rounds else "personalise"
-    return [row for row in folder.rows(RoundRow) if row.phase == phase]
+    return [row for row in folder.rows(RoundRow) if row.phase == _last(folder)]
+
+
+def _last(folder: RunFolder) -> str:
+    """Name the last phase that gives clients another state; newcomers may be handed a ticket after it."""
+    return "refined" if folder.study().refine.rounds else "personalise"
