@@ -105,7 +105,9 @@ class Phase:
     prunes, or selects); one that does is otherwise refused. `join` makes the next server state of what came up; None:
     nothing is joined. `rounds` 0 stands for the study's federate.rounds. `evaluates`: clients only look at what came,
     and what crosses counts as evaluation. `changes_state` False: no client has another state afterwards. `hand` picks
-    the masks of those that have none of their own.
+    the masks of those that have none of their own. `also` names vectors of the server's memory, (num_floats,) float32
+    of what is exchanged, that go down beside a broadcast state, each as a payload of its own: of all that everyone
+    keeps. One that the memory does not have yet is not sent.
     """
 
     name: str
@@ -118,6 +120,7 @@ class Phase:
     evaluates: bool = False
     changes_state: bool = True
     hand: Hand | None = None
+    also: tuple[str, ...] = ()
 
     @property
     def in_waves(self) -> bool:
@@ -148,9 +151,10 @@ class FederatedMethod:
     `phases` come before step 2; without any, every client stands alone. The last of them has the method's own personal
     model (arms `own`, `own_tuned`). `arms` are the models that step 2 evaluates: names of `fedlth list arms`, or your
     own `package.module:arm`. `space` says what the global state is: "weights", or "scores" of frozen weights.
-    `personal` are glob patterns of tensors that stay with the client (FedPer's head), `first_mask` what a client keeps
-    of the model before it has chosen for itself, `reads_capacity` whether any part asks for clients.capacity. `rewind`
-    names the finder's rewind where the study names none.
+    `personal` are glob patterns of tensors that stay with the client ("@head": the last layer, FedPer's), `buffers` the
+    model's policy for norms (FedBN's keeps them with the client), for a model that has some; a study may name others.
+    `first_mask` is what a client keeps of the model before it has chosen for itself, `reads_capacity` whether any part
+    asks for clients.capacity. `rewind` names the finder's rewind where the study names none.
     """
 
     name: str
@@ -160,6 +164,7 @@ class FederatedMethod:
     arms: tuple[str, ...]
     space: Literal["weights", "scores"] = "weights"
     personal: tuple[str, ...] = ()
+    buffers: Literal["aggregate", "local_statistics", "local_all"] | None = None
     first_mask: FirstMask = field(default_factory=Dense)
     reads_capacity: bool = False
     rewind: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from fedlth.methods.aggregate import Aggregate, Contribution, CountMean, FedAvg,
 from fedlth.methods.client_update import MaskedUpdate
 from fedlth.methods.mask_outliers import distances, jaccard_distance, outliers
 from fedlth.methods.method import FederatedMethod, Phase
-from fedlth.methods.robust import Held, Median, MultiKrum, TrimmedMean, WithoutOutliers, in_place_of, krum
+from fedlth.methods.robust import Held, Median, MultiKrum, TrimmedMean, WithoutOutliers, holds_round, in_place_of, krum
 from fedlth.models.layout import Entry, Layout, Params
 from fedlth.storage.server_state import ServerState
 from fedlth.wire.payload import Content
@@ -156,6 +157,15 @@ def test_it_stands_for_the_mean_alone_or_for_the_mean_inside() -> None:
     assert joined(Half(Median()), FIVE) == [6, 5.5, 7, 9]
 
 
+def test_a_server_optimizer_goes_on_from_a_robust_mean_and_keeps_its_memory(tmp_path: Path) -> None:
+    made = tiny.of_method("fedadam", federate={"rounds": 2, "clients_per_round": 3, "join": "median"})
+    (phase,) = tiny.experiment(made).federated_phases
+    rule: Any = phase.join
+    assert rule.mean == Median() and holds_round(rule)
+    folder = tiny.run(made, tmp_path / "r")
+    assert folder.load_state(folder.progress().theta).memory
+
+
 @pytest.mark.parametrize(
     ("method", "federate", "says"),
     [
@@ -164,6 +174,7 @@ def test_it_stands_for_the_mean_alone_or_for_the_mean_inside() -> None:
             {"join": "median"},
             "federate.join: must be left out for method fedpm, whose clients send no weights",
         ),
+        ("scaffold", {"join": "median"}, "federate.join: must be left out for method scaffold: its rule"),
         ("tests.methods.test_robust:odd", {"join": "median"}, "its rule Odd is no mean, and has no field `mean`"),
         ("fedavg", {"join": "mode"}, "federate.join.name: must be one of trimmed_mean, median, krum"),
         (
