@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from fedlth.bench.contrasts import Contrast, contrast, corrected, gains
-from fedlth.bench.controls import DENSE, GLOBAL, KINDS, RANDOM
-from fedlth.bench.matrix import LOCAL, Cell, Matrix
+from fedlth.bench.controls import DENSE, KINDS
+from fedlth.bench.matrix import Matrix
 from fedlth.bench.outcome import DONE, UNFINISHED, Outcome, finished, read_outcome
 from fedlth.bench.ranks import Ranking, ranking
 from fedlth.bench.spending import Spending, mean_spending, spending
@@ -89,12 +89,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Board:
-    """Everything a leaderboard shows. `entries` by partition and method; `outcomes` of every cell of the matrix."""
+    """Everything a leaderboard shows. `entries` by partition and method; `outcomes` of every cell, by its name."""
 
     matrix: Matrix
     root: Path
     entries: Mapping[str, Mapping[str, Entry]]
-    outcomes: Mapping[Cell, Outcome]
+    outcomes: Mapping[str, Outcome]
     problems: tuple[str, ...]
 
     @cached_property
@@ -150,9 +150,7 @@ class Board:
         found: dict[str, Contrast | None] = {}
         for name, entry in self.entries[partition].items():
             if (control := entry.of_kind(kind)) is not None:
-                found[name] = contrast(
-                    gains(entry.group, entry.choice, entry.group, control), better=self._better
-                )
+                found[name] = contrast(gains(entry.group, entry.choice, entry.group, control), better=self._better)
         return corrected(found)
 
     @property
@@ -184,7 +182,7 @@ def read_board(matrix: Matrix, root: Path) -> Board:
     """Return the results of the cells that have ended, from their run folders alone."""
     entries: dict[str, dict[str, Entry]] = {}
     problems: list[str] = []
-    outcomes = {cell: _outcome(cell.folder(root)) for cell in matrix.cells}
+    outcomes = {cell.name: _outcome(cell.folder(root)) for cell in matrix.cells}
     for partition in matrix.partitions:
         for label in matrix.methods:
             ours = [c for c in matrix.cells if (c.partition, c.method) == (partition, label)]
@@ -232,8 +230,7 @@ def _unlike(entries: Mapping[str, Mapping[str, Entry]]) -> list[str]:
             for facts in entry.group:
                 digests = (facts.header.data_digest, facts.header.partition_digest)
                 if seen.setdefault(facts.header.seed, digests) != digests:
-                    found.append(f"{partition}/{label}, seed {facts.header.seed}: other data than the methods before it")
+                    found.append(
+                        f"{partition}/{label}, seed {facts.header.seed}: other data than the methods before it"
+                    )
     return found
-
-
-__all__ = ["GLOBAL", "LOCAL", "RANDOM", "Board", "Entry", "Line", "read_board"]

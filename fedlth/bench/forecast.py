@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
 
 from fedlth.bench.matrix import Cell, Matrix
+from fedlth.bench.process import spawn
 from fedlth.engines.forked import usable_cpus
 from fedlth.errors import StudyError
 from fedlth.forecast import Foreseen, foreseen
@@ -33,11 +32,8 @@ def expect(cells: Sequence[Cell]) -> dict[Key, Expected]:
     found: dict[Key, Expected] = {}
     for partition in dict.fromkeys(cell.partition for cell in cells):
         firsts = {cell.method: cell for cell in reversed(cells) if cell.partition == partition}
-        # This process must not have trained: it is forked for every cell.
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_foresee, args=([*firsts.values()][::-1], theirs))
-        process.start()
+        ours, theirs = Pipe(duplex=False)
+        process = spawn(_foresee, [*firsts.values()][::-1], theirs)
         theirs.close()
         try:
             for method in [*firsts][::-1]:
@@ -71,7 +67,8 @@ def expected_minutes(matrix: Matrix, cell: Cell, expected: Mapping[Key, Expected
 
 def told(matrix: Matrix, cells: Sequence[Cell], expected: Mapping[Key, Expected], *, done: int) -> str:
     """Return the forecast as text: one line a method and partition, and sums over the cells that are to run."""
-    rows, lines = [], []
+    rows: list[tuple[str, ...]] = []
+    lines = []
     sums = [0.0, 0.0, 0.0, 0.0]
     for (partition, method), one in expected.items():
         ours = [cell for cell in cells if (cell.partition, cell.method) == (partition, method)]

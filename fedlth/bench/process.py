@@ -11,12 +11,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from fedlth.bench.outcome import DONE, FAILED, LOG, UNFINISHED, Outcome, read_outcome, write_outcome
 from fedlth.errors import StudyError
+from fedlth.kernel.late_jit import load_numba
 from fedlth.output import lines_to
 
 INTERRUPTED = 130
@@ -24,9 +26,22 @@ INTERRUPTED = 130
 
 def begin(work: Callable[[], None], folder: Path) -> BaseProcess:
     """Start `work` in a fresh process, which writes how it ended into `folder`; its lines go to the log there."""
-    # A fork shares what is imported. Elsewhere than on Linux, libraries that were used do not survive one.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    process = context.Process(target=_piece, args=(work, folder))
+    return spawn(_piece, work, folder)
+
+
+def spawn(target: Callable[..., None], *values: object) -> BaseProcess:
+    """Start `target(*values)` in a process that shares what is imported here, where libraries survive a fork.
+
+    This process must not have trained before; nothing in a bench's own process does.
+    """
+    process: BaseProcess
+    if sys.platform == "linux":
+        with suppress(ImportError):  # 1.5 s of a run's first two, once for all of them
+            load_numba()
+            import pcodec  # noqa: F401
+        process = multiprocessing.get_context("fork").Process(target=target, args=values)
+    else:
+        process = multiprocessing.get_context("spawn").Process(target=target, args=values)
     process.start()
     return process
 

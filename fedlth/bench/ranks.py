@@ -36,9 +36,7 @@ class Ranking:
         return tuple(found)
 
 
-def ranking(
-    scores: Mapping[str, Mapping[str, float]], *, higher_is_better: bool
-) -> Ranking | None:
+def ranking(scores: Mapping[str, Mapping[str, float]], *, higher_is_better: bool) -> Ranking | None:
     """Return the ranking of `scores`, method -> block -> value, over the blocks that every method has.
 
     None for fewer than two methods or two blocks. Equal values share the mean of their ranks.

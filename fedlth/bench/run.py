@@ -133,8 +133,8 @@ class _Crew:
             while waiting or self.busy:
                 self._start(waiting, failed)
                 ready = wait([process.sentinel for _, process in self.busy.values()], timeout=TOLD_S)
-                for sentinel in ready:
-                    piece, process = self.busy.pop(int(sentinel))  # type: ignore[call-overload]
+                for sentinel in [one for one in self.busy if one in ready]:
+                    piece, process = self.busy.pop(sentinel)
                     outcome = ended(process, piece.folder)
                     if outcome.status == FAILED:
                         failed[piece.name] = outcome
