@@ -8,12 +8,12 @@ from multiprocessing.connection import Connection, Pipe
 
 from fedlth.bench.matrix import Cell, Matrix
 from fedlth.bench.process import spawn
+from fedlth.bench.tuning import trial
 from fedlth.engines.forked import usable_cpus
 from fedlth.errors import StudyError
 from fedlth.forecast import Foreseen, foreseen
 from fedlth.report.tables import Table, aligned
 from fedlth.report.units import NOTHING, scaled
-from fedlth.tune import trial_of
 
 Key = tuple[str, str]  # partition, method
 
@@ -49,8 +49,8 @@ def _foresee(cells: Sequence[Cell], pipe: Connection) -> None:
     for cell in cells:
         rates = cell.study.tune.lr
         try:
-            trial = foreseen(trial_of(cell.study, rates[0])) if rates else None
-            told = Expected(foreseen(cell.study), trial)
+            one = foreseen(trial(cell.study, rates[0])) if rates else None
+            told = Expected(foreseen(cell.study), one)
         except StudyError as error:
             told = Expected(None, reason=str(error))
         pipe.send(told)

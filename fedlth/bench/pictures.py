@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedlth.bench.board import Board, Entry
+from fedlth.bench.board import Board, Entry, Line
 from fedlth.bench.contrasts import contrast, gains
 from fedlth.bench.controls import DENSE, GLOBAL, RANDOM
 from fedlth.report.canvas import Picture, Theme
@@ -32,23 +32,26 @@ def pictures(board: Board) -> tuple[Picture, ...]:
     if board.shown is None:
         return ()
     word = "highest" if board.shown.measure.higher_is_better else "lowest"
+    guide = (
+        f"One numbered disc a method: the mean test {board.shown.label} over clients (the {word} is best) against all "
+        "payload bytes that its run moved, both ways and for every receiver; discs that would cover each other are "
+        "moved to the right. The line is the Pareto front: a method on it (filled) has no better one for as few bytes. "
+        "Small marks, right of a disc and with its number, are its controls at the same bytes: a random mask of equal "
+        "density, the global model's own mask, the dense twin. A ticket buys something where its disc lies clear of them."
+    )
     for partition in board.entries:
-        found.append(Picture(
-            f"pareto_{partition}", f"{partition}: what bytes buy",
-            f"One numbered disc a method: the mean test {board.shown.label} over clients (the {word} is best) against "
-            "all payload bytes that its run moved, both ways and for every receiver. The line is the Pareto front: a "
-            "method on it (filled) has no better one for as few bytes. Small marks are controls, at the bytes and "
-            "with the number of the method that they belong to: a random mask of equal density, the global model's own "
-            "mask, and the dense twin. A ticket buys something where its disc lies clear of them.",
-            8.6, 5.4, Pareto(board, partition),
-        ))  # fmt: skip
+        picture = Picture(
+            f"pareto_{partition}", f"{partition}: what bytes buy", guide, 8.6, 5.4, Pareto(board, partition)
+        )
+        found.append(picture)
+        guide = "As above."
     lines = mask_lines(board)
     if lines:
         found.append(Picture(
             "personal_less_global_mask", "Where a personal mask wins",
             "The personal mask less the global model's own mask of the same density, on the same clients. Above the "
             "zero line a personal mask is better; sparser is to the right. Bars are 95 % intervals, filled where they "
-            f"exclude zero. {_crossing(lines, board.shown)}",
+            f"exclude zero. {_crossing(lines)}",
             8.6, 4.4, MaskGain(board.shown, tuple(lines)),
         ))  # fmt: skip
     if board.ranking is not None:
@@ -80,17 +83,27 @@ class Pareto:
         self._scale(axes, list(x.values()))
         axes.plot([x[one] for one in front], [y[one] for one in front], color=theme.gain, linewidth=1.2, zorder=1,
                   drawstyle="steps-post")  # fmt: skip
-        used = self._controls(axes, theme, x, {line.method: n for n, line in enumerate(lines, start=1)})
+        axes.plot(
+            [x[line.method] for line in self._all], [shown.factor * line.summary.mean for line in self._all], alpha=0
+        )  # the limits must be known before discs are moved apart
+        axes.margins(x=0.08, y=0.1)
+        moved = _apart(axes, [(x[line.method], y[line.method]) for line in lines])
+        shifts = dict(zip((line.method for line in lines), moved, strict=True))
+        used: list[str] = []
         for number, line in enumerate(lines, start=1):
-            place, on = (x[line.method], y[line.method]), line.method in front
-            axes.plot(*place, "o", markersize=15, markeredgecolor=theme.gain, markeredgewidth=1.4, zorder=4,
-                      color=theme.gain if on else theme.page, clip_on=False)  # fmt: skip
-            axes.annotate(str(number), place, ha="center", va="center", fontsize=8, zorder=5,
-                          color=theme.page if on else theme.ink)  # fmt: skip
+            place, on, shift = (x[line.method], y[line.method]), line.method in front, shifts[line.method]
+            _mark(axes, place, shift, "o", size=14, zorder=4, edge=theme.gain, colour=theme.gain if on else theme.page)
+            axes.annotate(str(number), place, (shift, 0), ha="center", va="center", fontsize=8, zorder=5,
+                          textcoords="offset points", color=theme.page if on else theme.ink)  # fmt: skip
+            used += self._controls(axes, theme, number, line.method, x[line.method], shift + 13)
         axes.set_xlabel("payload moved, down and up, every receiver counted (MB)")
         axes.set_ylabel(f"mean test {shown.axis}")
-        axes.margins(x=0.06, y=0.12)
-        self._legend(axes, theme, [line.method for line in lines], used)
+        self._legend(axes, theme, [line.method for line in lines], [kind for kind in MARKS if kind in used])
+
+    @property
+    def _all(self) -> list[Line]:
+        """Methods and controls that are drawn."""
+        return [line for line in self.board.lines[self.partition] if not line.control or line.control in MARKS]
 
     def _scale(self, axes: Axes, x: Sequence[float]) -> None:
         """Stretch few bytes apart; a method that moves nothing has its place at zero."""
@@ -103,20 +116,20 @@ class Pareto:
 
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
-    def _controls(self, axes: Axes, theme: Theme, x: dict[str, float], numbers: dict[str, int]) -> list[str]:
+    def _controls(self, axes: Axes, theme: Theme, number: int, method: str, x: float, shift: float) -> list[str]:
+        """Draw a method's controls right of its disc; return which kinds they are."""
         shown, used = self.board.shown, []
         assert shown is not None
-        for line in self.board.lines[self.partition]:
-            if line.control in MARKS:
-                (marker, arm), y = MARKS[line.control], shown.factor * line.summary.mean
-                size = 9 if marker == "*" else 6
-                axes.plot(x[line.method], y, marker, color=theme.colour(arm), markersize=size, zorder=3, clip_on=False)
+        for line in self._all:
+            if line.method == method and line.control:
+                (marker, arm), place = MARKS[line.control], (x, shown.factor * line.summary.mean)
+                _mark(axes, place, shift, marker, size=9 if marker == "*" else 6, zorder=3, colour=theme.colour(arm))
                 axes.annotate(
-                    str(numbers[line.method]), (x[line.method], y), (6, -3), textcoords="offset points", fontsize=6.5,
+                    str(number), place, (shift + 5, 0), textcoords="offset points", fontsize=6.5, va="center",
                     color=theme.colour(arm), zorder=3,
                 )  # fmt: skip
                 used.append(line.control)
-        return [kind for kind in MARKS if kind in used]
+        return used
 
     def _legend(self, axes: Axes, theme: Theme, methods: Sequence[str], used: Sequence[str]) -> None:
         from matplotlib.lines import Line2D
@@ -131,6 +144,36 @@ class Pareto:
         ]
         axes.legend(handles=[*names, *marks], loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8.5,
                     handletextpad=0.3, ncols=1 + (len(names) + len(marks)) // 24)  # fmt: skip
+
+
+def _mark(
+    axes: Axes, place: tuple[float, float], shift: float, marker: str, *, size: float, zorder: float, colour: str,
+    edge: str | None = None,
+) -> None:  # fmt: skip
+    """Draw a mark `shift` points right of its place."""
+    from matplotlib.transforms import ScaledTranslation
+
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    at = axes.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans)
+    axes.plot(*place, marker, transform=at, color=colour, markersize=size, zorder=zorder, clip_on=False,
+              markeredgecolor=edge or colour, markeredgewidth=1.4 if edge else 0)  # fmt: skip
+
+
+def _apart(axes: Axes, places: Sequence[tuple[float, float]]) -> list[float]:
+    """Return how many points each disc moves to the right, so that none covers one before it or its controls."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    points = 72 / figure.dpi * axes.transData.transform(np.array(places))
+    taken: list[tuple[float, float]] = []
+    moved = []
+    for x, y in points:
+        shift = 0.0
+        while any(abs(x + shift - a) < 26 and abs(y - b) < 15 for a, b in taken):
+            shift += 26
+        taken.append((x + shift, y))
+        moved.append(shift)
+    return moved
 
 
 def pareto(x: dict[str, float], y: dict[str, float], *, higher_is_better: bool) -> list[str]:
@@ -185,18 +228,14 @@ def _points(entry: Entry, personal: str, general: str) -> list[tuple[float, floa
     return points
 
 
-def _crossing(lines: Sequence[MaskLine], shown: Shown) -> str:
-    """Say from which density on a personal mask wins, line by line, of those that have several densities."""
+def _crossing(lines: Sequence[MaskLine]) -> str:
+    """Say at which densities a personal mask wins, line by line."""
     told = []
     for line in lines:
-        wins = [density for density, _, interval in line.points if interval.low > 0]
-        name = f"{line.method} on {line.partition}"
-        if not wins:
-            told.append(f"{name}: at no density")
-        else:
-            told.append(f"{name}: at {', '.join(f'{density:.2g}' for density in wins)}")
+        wins = [f"{density:.2g}" for density, _, interval in line.points if interval.low > 0]
+        told.append(f"{line.method} on {line.partition} {f'at {", ".join(wins)}' if wins else 'nowhere'}")
     more = f"; and {len(told) - 8} more" if len(told) > 8 else ""
-    return f"Clearly better on these clients at the densities: {'; '.join(told[:8])}{more}."
+    return f"Above zero with its whole interval: {'; '.join(told[:8])}{more}."
 
 
 @dataclass(frozen=True)
@@ -238,7 +277,7 @@ class MaskGain:
         unit = "points" if self.shown.measure.percent else self.shown.label
         axes.set_ylabel(f"personal less global mask ({unit})")
         axes.margins(x=0.1, y=0.15)
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8.5)
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8.5, handlelength=3.4)
 
 
 def _colours(theme: Theme) -> list[str]:

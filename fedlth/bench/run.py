@@ -17,6 +17,7 @@ from pathlib import Path
 from fedlth.bench.matrix import Cell, Matrix
 from fedlth.bench.outcome import FAILED, LOG, Outcome, changed, finished, plan
 from fedlth.bench.process import begin, ended
+from fedlth.bench.tuning import chosen
 from fedlth.engines.choose import drive
 from fedlth.engines.forked import usable_cpus
 from fedlth.errors import StudyError
@@ -24,8 +25,6 @@ from fedlth.experiment.experiment import Experiment
 from fedlth.experiment.resolve import resolve
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.store import write_atomic
-from fedlth.study.sections import Tune
-from fedlth.tune import tuned
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +99,7 @@ def _given(cell: Cell, workers: int | None) -> Cell:
 
 
 def _tune(first: Cell, shared: Path, workers: int | None) -> None:
-    tuned(_given(first, workers).study, shared)
+    chosen(_given(first, workers).study, shared)
 
 
 def _run(cell: Cell, folder: Path, shared: Path | None, workers: int | None) -> None:
@@ -108,13 +107,8 @@ def _run(cell: Cell, folder: Path, shared: Path | None, workers: int | None) -> 
     if (folder / "config.yaml").exists():
         drive(Experiment.of(RunFolder(folder).study()), folder, again=True)
         return
-    study = _given(cell, workers).study
-    if shared is None:
-        study = tuned(study, folder)
-    else:
-        chosen = tuned(study, shared).train.lr  # every candidate has been scored: this reads
-        study = study.model_copy(update={"train": study.train.model_copy(update={"lr": chosen}), "tune": Tune()})
-    experiment, notes = resolve(study)
+    # In a shared folder every candidate has been scored: nothing is tried again.
+    experiment, notes = resolve(chosen(_given(cell, workers).study, shared or folder))
     drive(experiment, folder, again=False, notes=notes)
 
 
