@@ -37,7 +37,7 @@ def pictures(board: Board) -> tuple[Picture, ...]:
         "payload bytes that its run moved, both ways and for every receiver; discs that would cover each other are "
         "moved to the right. The line is the Pareto front: a method on it (filled) has no better one for as few bytes. "
         "Small marks, right of a disc and with its number, are its controls at the same bytes: a random mask of equal "
-        "density, the global model's own mask, the dense twin. A ticket buys something where its disc lies clear of them."
+        "density, the global model's own mask, the dense twin. A ticket buys something where its disc is clear of them."
     )
     for partition in board.entries:
         picture = Picture(
@@ -51,7 +51,7 @@ def pictures(board: Board) -> tuple[Picture, ...]:
             "personal_less_global_mask", "Where a personal mask wins",
             "The personal mask less the global model's own mask of the same density, on the same clients. Above the "
             "zero line a personal mask is better; sparser is to the right. Bars are 95 % intervals, filled where they "
-            f"exclude zero. {_crossing(lines)}",
+            f"exclude zero (not corrected for their number). {_crossing(lines)}",
             8.6, 4.4, MaskGain(board.shown, tuple(lines)),
         ))  # fmt: skip
     if board.ranking is not None:
@@ -233,7 +233,7 @@ def _crossing(lines: Sequence[MaskLine]) -> str:
     told = []
     for line in lines:
         wins = [f"{density:.2g}" for density, _, interval in line.points if interval.low > 0]
-        told.append(f"{line.method} on {line.partition} {f'at {", ".join(wins)}' if wins else 'nowhere'}")
+        told.append(f"{line.method} on {line.partition} {'at ' + ', '.join(wins) if wins else 'nowhere'}")
     more = f"; and {len(told) - 8} more" if len(told) > 8 else ""
     return f"Above zero with its whole interval: {'; '.join(told[:8])}{more}."
 
