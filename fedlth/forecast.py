@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -51,6 +51,7 @@ def trainings(arm: str, experiment: Experiment) -> int:
     once, longest = len(targets), finder.trainings(targets)[0] or int(not finder.learned(targets)[0])
     return {
         "local": longest, "dense": 1, "dense_total": longest, "global_mask": once, "random": 3 * once, "own_random": 1,
+        "own_global_mask": 1,
     }.get(arm, 0)  # fmt: skip
 
 
@@ -116,8 +117,26 @@ def _once(task: Task, visits: int) -> float:
     return 1
 
 
+@dataclass(frozen=True)
+class Foreseen:
+    """A forecast as text, and its sums: payload bytes, dense training FLOPs, minutes on one core, megabytes."""
+
+    text: str
+    down_bytes: float
+    up_bytes: float
+    flops: float
+    minutes: float
+    memory_mb: float
+    disk_mb: float
+
+
 def forecast(study: Study) -> str:
-    """Validate a study wholly and return the forecast as text; a few steps and visits are tried, nothing is kept.
+    """Validate a study wholly and return the forecast as text; see `foreseen`."""
+    return foreseen(study).text
+
+
+def foreseen(study: Study) -> Foreseen:
+    """Validate a study wholly and return its forecast; a few steps and visits are tried, nothing is kept.
 
     Bytes are estimates, or upper bounds that say so and why (forecast_bytes).
     """
@@ -155,7 +174,8 @@ def forecast(study: Study) -> str:
         *_server_lines(experiment),
         f"memory: about {_memory_mb(experiment):,.0f} MB a worker; disk about {_disk_mb(experiment):,.0f} MB",
     ]
-    return "\n".join(lines)
+    memory, disk = _memory_mb(experiment), _disk_mb(experiment)
+    return Foreseen("\n".join(lines), moved.down.size, moved.up.size, flop, minutes, memory, disk)
 
 
 def _server_lines(experiment: Experiment) -> list[str]:

@@ -17,6 +17,7 @@ from fedlth.study.schema import Study
 
 SEARCH = frozenset({"ticket", "ticket_0", "one_shot", "random"})
 CUT = SEARCH | {"global_mask"}  # arms that hold a mask of the finder's scope
+OWN_MASK = frozenset({"own_random", "own_global_mask"})  # controls of a method's own mask
 LONG = frozenset({"local", "dense_total"})  # arms that train for as long as the search takes
 UNTRAINED = frozenset({"global", "own", "frozen_random"})
 # Of a training recipe, what only a training of weights looks at, beside its rate.
@@ -27,7 +28,7 @@ FINDER: dict[str, frozenset[str]] = {
     "schedule": SEARCH - {"one_shot"} | LONG,
     "scope": CUT,
     "rewind": SEARCH - {"ticket_0"},
-    "granularity": CUT | {"own_random"},
+    "granularity": CUT | OWN_MASK,
     "dead": SEARCH,
     "gate": SEARCH,
     "stop": SEARCH,
@@ -46,9 +47,9 @@ def check_arms(study: Study, method: FederatedMethod, arms: Sequence[str]) -> No
     own, name = method.own, method.name
     if "frozen_random" in arms and method.space != "scores":
         raise StudyError(f"personalise.arms: must not contain frozen_random, method {name} has no frozen weights")
-    if "own_random" in arms and (method.space == "scores" or not _own_mask(method)):
-        raise StudyError(f"personalise.arms: must not contain own_random, method {name} has no own mask of weights")
-    for arm in {"own", "own_tuned", "own_random"} & set(arms):
+    if (found := sorted(OWN_MASK & set(arms))) and (method.space == "scores" or not _own_mask(method)):
+        raise StudyError(f"personalise.arms: must not contain {found[-1]}, method {name} has no own mask of weights")
+    for arm in {"own", "own_tuned", *OWN_MASK} & set(arms):
         if not (hasattr(own, "own") and hasattr(own, "tune")):
             raise StudyError(f"personalise.arms: must not contain {arm}, {type(own).__name__} has no own and tune")
 

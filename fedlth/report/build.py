@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -212,10 +213,14 @@ def page(results: Results, *, tables: Mapping[str, Table], figures: Sequence[Dra
 
 def filled(template: str, **values: Any) -> str:
     """Return a page of this room with its values; every text among them is escaped."""
+    return filled_page(files("fedlth.report").joinpath(template), **values)
+
+
+def filled_page(page: Traversable, /, **values: Any) -> str:
+    """Return a template, of whatever room, with its values in the style of reports; every text is escaped."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    folder = files("fedlth.report")
-    source, css = (folder.joinpath(name).read_text(encoding="utf-8") for name in (template, "page.css"))
+    source, css = (one.read_text(encoding="utf-8") for one in (page, files("fedlth.report").joinpath("page.css")))
     made = Environment(autoescape=True, undefined=StrictUndefined).from_string(source)
     return made.render(css=Markup(css), **values)  # the style is ours, never the user's

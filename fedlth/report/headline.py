@@ -100,7 +100,7 @@ def rivals(results: Results) -> list[ArmSummary]:
     if results.main is None:
         return []
     same = [replace(results.main, arm=arm) for arm in ("global_mask", "one_shot", "random", "handed")]
-    single = ("global", "local", "dense", "dense_total", "own_random", "frozen_random")
+    single = ("global", "local", "dense", "dense_total", "own_random", "own_global_mask", "frozen_random")
     users = dict.fromkeys(one.choice.arm for one in results.summaries if is_users(one.choice.arm))
     found = [results.best_known(arm) for arm in (*single, *users)]
     found += [results.summary(choice) for choice in same]
