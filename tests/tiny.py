@@ -42,6 +42,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "sub_fedavg": {"rate": 0.2, "density": 0.3, "val_accuracy": -1.0, "distance": -1.0},
     "fedselect": {"rate": 0.25, "limit": 0.5},
     "fedpm": {"score_lr": 5.0},
+    "dfedavg": {"topology": "ring"},
+    "dispfl": {"density": 0.4, "topology": {"name": "random", "count": 1}},
 }
 # One of each kind: what holds for all methods is tried on each in tests/methods, what depends on the kind on these.
 KINDS = ("fedavg", "fedavg_ft", "local", "standalone", "two_step", "lotteryfl", "sub_fedavg", "fedselect", "fedpm")

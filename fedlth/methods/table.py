@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from fedlth.methods.baselines import fedavg, fedavg_ft, local, standalone, two_step
+from fedlth.methods.dispfl import dispfl
 from fedlth.methods.fedpm import fedpm
 from fedlth.methods.fedselect import fedselect
+from fedlth.methods.gossip import dfedavg
 from fedlth.methods.lotteryfl import lotteryfl
 from fedlth.methods.method import FederatedMethod
 from fedlth.methods.sub_fedavg import sub_fedavg
@@ -23,5 +25,7 @@ METHODS: Mapping[str, Callable[..., FederatedMethod]] = {
         sub_fedavg,
         fedselect,
         fedpm,
+        dfedavg,
+        dispfl,
     )
 }
