@@ -10,7 +10,7 @@ federate.clients_per_round says (the paper: all); gradients are clipped where tr
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -30,6 +30,7 @@ class Moved:
 
     evolve: Evolve = field(default_factory=Evolve)
     snapshots: tuple[int, ...] = ()
+    keeps_density: ClassVar[bool] = True
 
     def __call__(
         self, local: LocalClient, params: Params, mask: np.ndarray, trained: TrainingResult | None, /
