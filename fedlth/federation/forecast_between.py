@@ -41,8 +41,11 @@ def published_bytes(wire: Lengths) -> float:
     return float(np.mean(sizes))
 
 
-def may_change(experiment: Experiment) -> bool:
-    """Say whether nothing is known of how dense a publication is: an update of the user's, or one that prunes."""
-    own = experiment.method.own
-    event = getattr(own, "after", None)
-    return event is None or not (event == Keep() or getattr(event, "keeps_density", False))
+def bounds(experiment: Experiment) -> tuple[str, ...]:
+    """Say why publications may be shorter: masks that may lose density, zeros that a coder spares."""
+    event = getattr(experiment.method.own, "after", None)
+    if event == Keep():
+        return ()
+    if not getattr(event, "keeps_density", False):
+        return ("masks as dense as the first",)
+    return ("no weight that has just come back, at zero",) if experiment.codec.refers else ()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedlth.experiment.experiment import Experiment
-from fedlth.federation.forecast_between import between, may_change, published_bytes
+from fedlth.federation.forecast_between import between, bounds, published_bytes
 from fedlth.federation.message_lengths import Lengths, later, noise, tried
 from fedlth.methods.client_update import Shrinking
 from fedlth.methods.method import Dense
@@ -116,11 +116,10 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
 
 def _between(experiment: Experiment) -> Forecast:
     """Return the bytes where clients send to one another: what one sends, another receives."""
-    wire = Lengths(experiment, (), later(experiment, ()))
+    wire, most = Lengths(experiment, (), later(experiment, ())), bounds(experiment)
     count, edges = experiment.study.clients.count, between(wire)
     whole = sum(experiment.needs_whole(p) for p in experiment.phases if p.in_waves and not p.evaluates)
     told = sum(len(experiment.clients(*step)) for step in experiment.steps if step[0] in experiment.federated_phases)
-    bounds = ("publications as dense as the first",) if may_change(experiment) else ()
     up = edges + told * _visit_bytes(experiment.task) + _arms_bytes(experiment)
     down, visit = edges + whole * count * wire.model, published_bytes(wire)
     evaluated, phase = None, next((p for p in experiment.phases if p.evaluates), None)
@@ -128,9 +127,9 @@ def _between(experiment: Experiment) -> Forecast:
         heard, task = between(wire, evaluations=True), experiment.task
         rows = phase.rounds * sum(len(one.clients) * _curve_bytes(experiment, one) for one in task.each)
         evaluated = Evaluation(
-            phase.rounds, count, Bytes(heard + phase.rounds * count * wire.model, bounds), Bytes(heard + rows, bounds)
+            phase.rounds, count, Bytes(heard + phase.rounds * count * wire.model, most), Bytes(heard + rows, most)
         )
-    return Forecast(Bytes(down, bounds), Bytes(up, bounds), 0, (visit, visit), evaluated)
+    return Forecast(Bytes(down, most), Bytes(up, most), 0, (visit, visit), evaluated)
 
 
 def _evaluation(wire: Lengths, shrinking: Shrinking | None, bounds: Sequence[str]) -> Evaluation | None:
