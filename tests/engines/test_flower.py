@@ -114,7 +114,7 @@ def run_under_flower(study: schema.Study, out: Path, tell: Callable[[str], None]
 
 
 def relay(meter: Any, ledger: list[dict[str, Any]]) -> None:
-    """Take what clients publish off the meter on its way to the relay: the ledger has it on the way to each receiver."""
+    """Take off the meter what clients publish on its way to the relay: the ledger has it where it is received."""
     visits = [r for r in ledger if r["phase"] == "federate" and r["kind"] == "metrics" and r["status"] == "ok"]
     for row in visits:
         place = ("up", "federate", row["round"], int(row["sender"].partition(":")[2]))
