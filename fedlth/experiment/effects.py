@@ -12,7 +12,8 @@ from fedlth.errors import StudyError
 from fedlth.experiment.experiment import Experiment
 from fedlth.methods.client_update import Keep, MaskedUpdate
 from fedlth.methods.fedselect import SelectUpdate
-from fedlth.methods.method import FederatedMethod
+from fedlth.methods.gossip import GossipUpdate
+from fedlth.methods.method import Dense, FederatedMethod
 from fedlth.study.schema import Study
 
 SEARCH = frozenset({"ticket", "ticket_0", "one_shot", "random"})
@@ -59,6 +60,8 @@ def _own_mask(method: FederatedMethod) -> bool:
     own = method.own
     if isinstance(own, MaskedUpdate):
         return own.before != Keep() or own.after != Keep() or method.slices
+    if isinstance(own, GossipUpdate):
+        return own.after != Keep() or method.first_mask != Dense()
     return not isinstance(own, SelectUpdate)
 
 

@@ -19,7 +19,17 @@ from fedlth.experiment.population import Population
 from fedlth.methods.aggregate import CountMean
 from fedlth.methods.client_update import THETA_G, ClientUpdate, MaskedUpdate
 from fedlth.methods.fedpm import first_scores
-from fedlth.methods.method import Dense, Down, Everyone, FederatedMethod, Phase, Sampled, Waves, check_frozen
+from fedlth.methods.method import (
+    Dense,
+    Down,
+    Everyone,
+    FederatedMethod,
+    Phase,
+    Sampled,
+    Waves,
+    check_frozen,
+    sending_checks,
+)
 from fedlth.methods.robust import with_rule
 from fedlth.methods.table import METHODS
 from fedlth.models.layout import Entry, Layout, Params
@@ -43,6 +53,7 @@ from fedlth.tickets.score import SCORES
 from fedlth.training.metrics import Judged
 from fedlth.training.task import Task, open_task
 from fedlth.wire.codec import CODECS, Codec
+from fedlth.wire.payload import Content
 
 KEPT_FIRST = ("ticket", "own_tuned", "own", "dense", "local")  # tuned before untuned, personal before dense
 
@@ -108,13 +119,16 @@ class Experiment:
             sends=((TICKET, "mask"),) if study.refine.rounds or getattr(self.newcomer, "others", False) else (),
         )  # fmt: skip
         down: Down = "slice" if slices else "broadcast" if found else "nothing"
+        topology = self.method.topology
+        if topology is not None:
+            down = "nothing"
         evaluated = sum(map(self._evaluated, range(1, sum(phase.rounds for phase in found) + 1)))
         update = Evaluate(step2=personalise, arms=self.curve_arms)
         found.append(
             Phase(name=EVALUATE, update=update, who=Everyone(), rounds=evaluated, down=down, evaluates=True,
-                  changes_state=False)
+                  changes_state=False, topology=topology)
         )  # fmt: skip
-        found.append(self._wave("personalise", personalise, down))
+        found.append(replace(self._wave("personalise", personalise, down), topology=topology))
         if self.newcomer is not None:
             density = self.keep.density if isinstance(self.keep, At) else study.finder.densities[-1]
             found += phases_of(self.newcomer, personalise, density)
@@ -215,6 +229,28 @@ class Experiment:
             return math.inf
         return sum(one.rounds for one in self.federated_phases[: names.index(phase.name)]) + round
 
+    def senders(self, phase: Phase, round: int, client: int) -> tuple[int, ...]:
+        """Return who sends to a client in a round of a phase with a topology, sorted; both ends draw the same.
+
+        An evaluation hears whom step 2 would hear, whatever the round: which wave a client is in must not matter.
+        """
+        assert phase.topology is not None
+        unseen = self.task.splits.unseen
+        others = [c for c in range(self.study.clients.count) if c != client and c not in unseen]
+        what, number = ("topology", 0) if phase.in_waves else (f"topology {phase.name}", round)
+        found = [int(c) for c in phase.topology(client, others, rng.stream(self.study.seed, what, number, client))]
+        if len(set(found)) < len(found) or not set(found) <= set(others):
+            name = type(phase.topology).__name__
+            raise StudyError(f"method.topology: {name} must return each sender once, among the others, got {found}")
+        return tuple(sorted(found))
+
+    def unpublished(self, client: int) -> Content:
+        """Return what stands for a client that has not published: theta_0 under its first mask, as both ends know."""
+        first, start = self.first_mask(client), self.initial()
+        if first is None:
+            return Content(np.ones(self.layout.num_prunable, bool), start.floats, start.ints)
+        return Content(first, start.masked(first).floats, start.ints)
+
     @property
     def federated(self) -> bool:
         """Say whether anything crosses: a method without phases, and no rounds inside tickets, sends nothing."""
@@ -264,9 +300,10 @@ class Experiment:
         return None if mask.all() else mask
 
     def first_state(self, client: int) -> ClientState:
-        """Return what a client holds before its first visit: of personal tensors, only it keeps the first mask."""
+        """Return what a client holds before its first visit: its first mask, where nobody else keeps all of it."""
         task = self.task_of(client)
-        if self.method.first_mask == Dense() or task.exchange.num_prunable == task.layout.num_prunable:
+        mirrored = task.exchange.num_prunable == task.layout.num_prunable and self.method.topology is None
+        if self.method.first_mask == Dense() or mirrored:
             return ClientState()
         return ClientState(masks={"active": self.method.first_mask(task, client)})
 
@@ -335,14 +372,18 @@ def method_of(study: Study) -> FederatedMethod:
     dense = method.first_mask == Dense()
     checks: list[tuple[str, Any, bool, str]] = [
         ("space", method.space, method.space in ("weights", "scores"), "weights or scores"),
-        ("first_mask", method.first_mask, dense or method.slices, "Dense where no phase sends slices"),
-    ]
+        (
+            "first_mask", method.first_mask, dense or method.slices or method.topology is not None,
+            "Dense where no phase sends slices and clients do not send to one another",
+        ),
+    ]  # fmt: skip
+    between = False
     for phase in method.phases:
         rule = all(hasattr(phase.join, part) for part in ("init", "add", "result"))
         update, place = phase.update, phase.name
         checks += [
             ("phase name", place, bool(re.fullmatch("[a-z_]+", place)), "letters a-z and _"),
-            (f"{place}.down", phase.down, phase.down in ("broadcast", "slice"), "broadcast or slice"),
+            *sending_checks(phase, method.space, between),
             (f"{place}.update", update, callable(update) and hasattr(update, "sends"), "a ClientUpdate"),
             (f"{place}.join", phase.join, rule, "a rule with init, add and result"),
             (f"{place}.update", update, bool(getattr(update, "sends", None)), "one that sends something to join"),
@@ -350,6 +391,7 @@ def method_of(study: Study) -> FederatedMethod:
             (f"{place}.also", phase.also, not phase.also or phase.down == "broadcast", "empty where slices go down"),
             (f"{place}.also", phase.also, not any(n.startswith(THETA_G) for n in phase.also), f"no {THETA_G}"),
         ]
+        between = phase.topology is not None
     for place, value, fits, wanted in checks:
         if not fits:
             raise StudyError(f"method: {name}: its {place} must be {wanted}, got {value!r}")

@@ -105,6 +105,8 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
             "refine.rounds: must be 0 where dead weights are not zero or tickets are frozen: refinement trains "
             f"survivors among zeros, got {finder.dead} and {finder.rewind}"
         )
+    if method.topology is not None:
+        _check_no_server(experiment)
     if study.evaluate.keep == "best" and study.evaluate.every and method.slices:
         raise StudyError(
             f"evaluate.keep: must be last for a method that sends slices, as {method.name}: its clients hold masks of "
@@ -162,6 +164,9 @@ def _checked(experiment: Experiment) -> list[str]:
     _check_population(experiment)
     arms = set(experiment.arms)
     experiment.task.capacity(0)  # says what is wrong with clients.capacity
+    for phase in (phase for phase in experiment.phases if phase.topology is not None):
+        for client in experiment.clients(phase, 1):
+            experiment.senders(phase, 1, client)  # says what is wrong with a topology of the user's
     notes: list[str] = []
     for task in experiment.task.each:
         try:
@@ -287,6 +292,18 @@ def _check_rules(experiment: Experiment) -> None:
             count = len(experiment.clients(phase, 1))
             layouts = {name: (kind, experiment.layout_of(kind)) for name, kind in phase.update.sends}
             check_rule(phase.join, ServerState(experiment.initial()), experiment.layout, layouts, count, place)
+
+
+def _check_no_server(experiment: Experiment) -> None:
+    """Refuse what needs a global model that clients go on from: where they send to one another, there is none."""
+    study, anchor, name = experiment.study, experiment.finder.rewind.anchor, experiment.method.name
+    why = f"for method {name}, whose clients send to one another and hold no global model"
+    if study.refine.rounds:
+        raise StudyError(f"refine.rounds: must be 0 {why}, got {study.refine.rounds}")
+    if study.evaluate.keep == "best" and study.evaluate.every:
+        raise StudyError(f"evaluate.keep: must be last {why}, got best")
+    if experiment.rewind_targets:
+        raise StudyError(f"finder.rewind.round: must be -1 {why}, got {anchor}")
 
 
 def _check_anchor(experiment: Experiment) -> None:

@@ -11,9 +11,11 @@ import numpy as np
 from fedlth.experiment.experiment import Experiment
 from fedlth.federation.door import Held
 from fedlth.federation.jobs import Message
+from fedlth.federation.published import Published
 from fedlth.methods.client_update import THETA_G
 from fedlth.methods.method import Phase
 from fedlth.models.layout import Layout, Params
+from fedlth.storage.records import party
 from fedlth.storage.server_state import ServerState
 from fedlth.wire import payload
 from fedlth.wire.codec import RAW, Codec
@@ -44,17 +46,22 @@ def slice_for(
 class Downloads:
     """One round's downloads. The global state is encoded once for everyone, and decoded here at most once.
 
-    `masks` are what each client shares, where the phase sends slices; `rewind_targets` earlier global models by name.
+    `masks` are what each client shares, where the phase sends slices; `rewind_targets` earlier global models by name;
+    `published` what clients send to one another, where the phase has a topology.
     """
 
     experiment: Experiment
     phase: Phase
+    round: int
     state: ServerState
     masks: Mapping[int, np.ndarray]
     rewind_targets: Mapping[str, Params]
+    published: Published
 
     def inbox(self, client: int, *, alone: bool = False) -> tuple[Message, ...]:
         """Return what a client is sent; `alone` means that nothing in it depends on what the client holds."""
+        if self.phase.topology is not None:
+            return self._relayed(client, alone)
         if self.phase.down == "nothing":
             return ()
         mask = self.masks.get(client)
@@ -71,6 +78,8 @@ class Downloads:
 
         In step 2 a mask comes on its own, not as a change of what the client shared before.
         """
+        if self.phase.topology is not None:
+            return Held(None, None)  # it will be read by clients that hold nothing of this one's
         known = self.mask(client)
         floats = None
         if inbox and self.experiment.codec.refers and self.phase.update.sends:
@@ -80,6 +89,15 @@ class Downloads:
     def mask(self, client: int) -> np.ndarray | None:
         """Return the mask of what a client is sent, None for all."""
         return self.masks.get(client, self.state.mask)
+
+    def _relayed(self, client: int, alone: bool) -> tuple[Message, ...]:
+        """Return what a client's neighbours published, under their names; `alone`: what it published itself, too."""
+        senders = self.published.heard(self.phase, self.round, client)
+        if alone and self.published.has(client):
+            senders = (client, *senders)
+        needs = self.experiment.needs_whole(self.phase)
+        whole = (replace(self._first, kind="evaluation"),) if needs else ()
+        return (*(Message("values", party(s), self.published.payload(s), broadcast=True) for s in senders), *whole)
 
     @cached_property
     def _first(self) -> Message:

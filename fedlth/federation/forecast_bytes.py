@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedlth.experiment.experiment import Experiment
+from fedlth.federation.forecast_between import between, bounds, published_bytes
 from fedlth.federation.message_lengths import Lengths, later, noise, tried
 from fedlth.methods.client_update import Shrinking
 from fedlth.methods.method import Dense
@@ -87,6 +88,8 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
     task, study, codec, method = experiment.task, experiment.study, experiment.codec, experiment.method
     if not experiment.federated:
         return Forecast(Bytes(0), Bytes(_arms_bytes(experiment)))
+    if method.topology is not None:
+        return _between(experiment)
     dense = not method.slices
     shrinking: Shrinking | None = Shrinking() if dense else getattr(method.own, "shrinking", None)
     found = tried(experiment, visit_s) if dense and method.space == "weights" and DELTA in codec.values else ()
@@ -112,6 +115,24 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
     visit = wire.model * (1 + len(last.also)), wire.update(1.0) + more + _visit_bytes(task)
     both_ways = Bytes(most[0], (*both, *scores), ends[0]), Bytes(most[1], ups, ends[1])
     return Forecast(*both_ways, len(found), visit, _evaluation(wire, shrinking, scores))
+
+
+def _between(experiment: Experiment) -> Forecast:
+    """Return the bytes where clients send to one another: what one sends, another receives."""
+    wire, most = Lengths(experiment, (), later(experiment, ())), bounds(experiment)
+    count, edges = experiment.study.clients.count, between(wire)
+    whole = sum(experiment.needs_whole(p) for p in experiment.phases if p.in_waves and not p.evaluates)
+    told = sum(len(experiment.clients(*step)) for step in experiment.steps if step[0] in experiment.federated_phases)
+    up = edges + told * _visit_bytes(experiment.task) + _arms_bytes(experiment)
+    down, visit = edges + whole * count * wire.model, published_bytes(wire)
+    evaluated, phase = None, next((p for p in experiment.phases if p.evaluates), None)
+    if phase is not None:
+        heard, task = between(wire, evaluations=True), experiment.task
+        rows = phase.rounds * sum(len(one.clients) * _curve_bytes(experiment, one) for one in task.each)
+        evaluated = Evaluation(
+            phase.rounds, count, Bytes(heard + phase.rounds * count * wire.model, most), Bytes(heard + rows, most)
+        )
+    return Forecast(Bytes(down, most), Bytes(up, most), 0, (visit, visit), evaluated)
 
 
 def _evaluation(wire: Lengths, shrinking: Shrinking | None, bounds: Sequence[str]) -> Evaluation | None:

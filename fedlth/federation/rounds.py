@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from fedlth.experiment.experiment import Experiment
 from fedlth.federation.downloads import Downloads
 from fedlth.federation.jobs import MACHINES, Engine
 from fedlth.federation.progress import line, summary_of
+from fedlth.federation.published import Published
 from fedlth.federation.replies import Replies
 from fedlth.federation.update_norms import UpdateNorms
 from fedlth.methods.method import Phase
@@ -93,20 +94,26 @@ class Federation:
         )  # fmt: skip
         sent, joined = self.state, 0
         accumulator = phase.join.init(sent, layout) if phase.join else None
+        publishes = phase.topology is not None and phase.join is not None
         with (
             self.folder.clients.writing(replies.version) as states,
             self.folder.mirrors.writing(replies.version) as masks,
+            self.folder.published.writing(replies.version) if publishes else nullcontext() as publishing,
             closing(self.engine.map(replies.jobs(), again=replies.again)) as answers,
         ):
+            replies.publishing = publishing
             for job, answer in replies.all_of(answers):
                 for contribution in replies.judged(job, answer, states, masks):
                     joined += _add(phase, accumulator, contribution)
             for contribution in replies.rest(states, masks):
                 joined += _add(phase, accumulator, contribution)
+        published = {**self.progress.published, **replies.published}
         progress = self.progress
         if phase.join:
             if joined:  # without a reply the old state stays
                 new = phase.join.result(accumulator)
+                if publishes:  # of all that is published, by whoever was not here too
+                    new = Published(self.experiment, self.folder, published).consensus(phase, sent)
                 self.state = new if new.mask is not None else replace(new, mask=sent.mask)
             progress = replace(progress, empty_rounds=0 if joined else progress.empty_rounds + self._at_fault(replies))
             if norms.accepted:
@@ -119,7 +126,7 @@ class Federation:
             progress, summary = self._judged(step, progress, replies, summary)
         elif replies.versions:
             progress = replace(progress, good=self.progress.theta)
-        elif phase.changes_state and self._broken(replies):
+        elif phase.changes_state and not publishes and self._broken(replies):
             summary = replace(summary, rolled_back_to=self._roll_back())
             progress = replace(progress, good=f"theta-{step.place}")
         self._commit(step, progress, sent, replies, summary, began)
@@ -185,7 +192,8 @@ class Federation:
                 masks[client] = mask
         names = self.experiment.rewind_targets if step.phase.name == "personalise" else ()
         targets = {name: self.folder.load_params(name) for name in names}
-        return Downloads(self.experiment, step.phase, self.state, masks, targets)
+        published = Published(self.experiment, self.folder, self.progress.published)
+        return Downloads(self.experiment, step.phase, step.round, self.state, masks, targets, published)
 
     def _mirror(self, client: int) -> np.ndarray | None:
         """Return the mask of what a client shares, as it last said; None where it has not, or shares all."""
@@ -254,12 +262,16 @@ class Federation:
         curve = self._curve(step, replies)
         if any(phase.evaluates for phase in self.experiment.phases):
             lengths["curve"] = self.folder.append("curve", curve)
-        self.progress = replace(progress, step=step.place + 1, lengths=lengths, versions=versions, mirrors=mirrors)
+        published = {**progress.published, **replies.published}
+        self.progress = replace(
+            progress, step=step.place + 1, lengths=lengths, versions=versions, mirrors=mirrors, published=published
+        )
         self.folder.commit(self.progress)
         best = self.progress.best.theta if self.progress.best else ""
         self.folder.drop_params([self.progress.theta, self.progress.good or "", best, *targets])
         self.folder.clients.tidy(_owners(versions))
         self.folder.mirrors.tidy(_owners(mirrors))
+        self.folder.published.tidy(_owners(published))
         if self.committed:
             self.committed(self.progress.step, summary, curve)
 

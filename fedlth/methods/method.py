@@ -13,7 +13,8 @@ import numpy as np
 
 from fedlth.errors import StudyError
 from fedlth.methods.aggregate import Aggregate
-from fedlth.methods.client_update import ClientUpdate, MaskedUpdate
+from fedlth.methods.client_update import VALUES, ClientUpdate, MaskedUpdate
+from fedlth.methods.topology import Topology
 from fedlth.training.task import Task
 
 Down = Literal["broadcast", "slice", "nothing"]
@@ -108,6 +109,10 @@ class Phase:
     the masks of those that have none of their own. `also` names vectors of the server's memory, (num_floats,) float32
     of what is exchanged, that go down beside a broadcast state, each as a payload of its own: of all that everyone
     keeps. One that the memory does not have yet is not sent.
+
+    With a `topology` clients send to one another, and `down` is "nothing": an inbox holds, under each sender's name,
+    what it last published, or what both ends know of one that has not yet (theta_0 under its first mask, no bytes).
+    `join` then makes of all that was published the model that reports call global; nobody is sent it to go on from.
     """
 
     name: str
@@ -121,6 +126,7 @@ class Phase:
     changes_state: bool = True
     hand: Hand | None = None
     also: tuple[str, ...] = ()
+    topology: Topology | None = None
 
     @property
     def in_waves(self) -> bool:
@@ -179,11 +185,33 @@ class FederatedMethod:
         """Say whether clients are sent their own part of the model: both ends then keep what a client shares."""
         return any(phase.down == "slice" for phase in self.phases)
 
+    @property
+    def topology(self) -> Topology | None:
+        """Who sends to whom in the end; None where a server averages."""
+        return self.phases[-1].topology if self.phases else None
+
+
+def sending_checks(phase: Phase, space: str, between: bool) -> list[tuple[str, Any, bool, str]]:
+    """Return what must hold of how a phase sends; `between` says that in the one before clients had no server."""
+    place, topology, update = phase.name, phase.topology, phase.update
+    if topology is None:
+        down = (f"{place}.down", phase.down, phase.down in ("broadcast", "slice"), "broadcast or slice")
+        return [down, (f"{place}.topology", None, not between, "there: after such a phase no server has a model")]
+    sends = getattr(update, "sends", None)
+    return [
+        (f"{place}.down", phase.down, phase.down == "nothing", "nothing where clients send to one another"),
+        (f"{place}.topology", topology, callable(topology), "callable as (client, others, rng)"),
+        (f"{place}.topology", topology, space == "weights", "None where the global state is scores"),
+        (f"{place}.update", update, sends == VALUES, f"one that sends {VALUES}: what neighbours are relayed"),
+    ]
+
 
 def check_frozen(method: FederatedMethod) -> None:
     """Raise StudyError where a part of a method is no frozen value: what it kept in itself would be lost on resume."""
     parts = [("first_mask", method.first_mask)]
-    parts += [(f"{p.name}.{part}", getattr(p, part)) for p in method.phases for part in ("update", "join", "who")]
+    parts += [
+        (f"{p.name}.{part}", getattr(p, part)) for p in method.phases for part in ("update", "join", "who", "topology")
+    ]
     for name, value in parts:
         loose = loose_part(value, name)
         if loose:

@@ -202,11 +202,14 @@ def numbers(results: Results) -> tuple[Number, ...]:
             label = f"{task.name}: {arm_of(its.choice.arm).label}"
             value = f"{task.shown.text(its.mean)}{task.shown.unit}"
             found.append(Number(value, label, f"{task.shown.label}, {task.shown.bounds(its.interval)}"))
-    moved = [(one.unicast.up_bytes, one.unicast.down_bytes, one.dense_bytes) for one in results.traffics]
-    up, down, dense = (float(mean) for mean in np.mean(moved, axis=0))
+    moved = [
+        (one.unicast.up_bytes, one.unicast.down_bytes, one.unicast.total_bytes, one.dense_bytes)
+        for one in results.traffics
+    ]
+    up, down, both, dense = (float(mean) for mean in np.mean(moved, axis=0))
     small = f"dense FedAvg: {scaled(dense, 'B')} both ways" if dense else "no visit in the ledger"
     found.append(Number(scaled(up, "B"), "payload up", small))
-    found.append(Number(scaled(down, "B"), "payload down", _saved(up + down, dense)))
+    found.append(Number(scaled(down, "B"), "payload down", _saved(both, dense)))
     return tuple(found)
 
 

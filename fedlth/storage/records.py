@@ -71,6 +71,12 @@ def party(client: int | None) -> str:
     return "server" if client is None else f"client:{client}"
 
 
+def client_of(party: str) -> int | None:
+    """Return the client that a party's name stands for, None for any other name."""
+    kind, _, number = party.partition(":")
+    return int(number) if kind == "client" and number.isdecimal() else None
+
+
 @dataclass(frozen=True)
 class Failed:
     """A client without a usable answer: `kind` is refused, late, dropped, or a failure's; `reason` is one line."""
