@@ -15,7 +15,7 @@ import torch
 from fedlth import rng
 from fedlth.data.split import num_sampled, num_unseen
 from fedlth.errors import StudyError
-from fedlth.methods.aggregate import CountMean
+from fedlth.methods.aggregate import Aggregate, CountMean
 from fedlth.methods.client_update import ClientUpdate, MaskedUpdate
 from fedlth.methods.fedpm import first_scores
 from fedlth.methods.method import Dense, Down, Everyone, FederatedMethod, Phase, Sampled, Waves, check_frozen
@@ -26,6 +26,7 @@ from fedlth.personalization.kept import At, Keep, keep_of
 from fedlth.personalization.personalise import NEED_NO_GLOBAL, TICKET, Personalise, Refined
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.records import EVALUATE, MetricRow
+from fedlth.storage.server_state import ServerState
 from fedlth.study import schema, sections
 from fedlth.study.parts import make
 from fedlth.study.schema import Study
@@ -219,6 +220,19 @@ class Experiment:
             return self._scores
         return self.task.exchange
 
+    def message_layout(self, phase: Phase, name: str, kind: str) -> Layout:
+        """Return the layout of a message that a phase's update sends up."""
+        if kind != "statistics":
+            return self.layout_of(kind)
+        update: Any = phase.update
+        found: Layout = update.layout(name, self.task)
+        return found
+
+    def rule(self, phase: Phase) -> Aggregate | None:
+        """Return what joins a phase's contributions, given the task where it asks for it."""
+        asks = getattr(phase.join, "of_task", None)
+        return phase.join if asks is None else asks(self.task)
+
     @cached_property
     def _scores(self) -> Layout:
         return self.task.exchange.select(lambda e: e.prunable)
@@ -227,6 +241,19 @@ class Experiment:
         """Return round 0's global state, which both ends draw from the study's seed."""
         task = self.task
         return task.shared_part(task.theta_0) if self.method.space == "weights" else first_scores(task)
+
+    @cached_property
+    def start_mask(self) -> np.ndarray | None:
+        """Everyone's mask before the first round, (exchange.num_prunable,) bool; None for everything."""
+        if self.method.start_mask == Dense():
+            return None
+        mask = self.task.shared_mask(self.method.start_mask(self.task, 0))
+        return None if mask.all() else mask
+
+    def start(self) -> ServerState:
+        """Return the server's state before the first round."""
+        theta, mask = self.initial(), self.start_mask
+        return ServerState(theta if mask is None else theta.masked(mask), mask=mask)
 
     def first_mask(self, client: int) -> np.ndarray | None:
         """Return what a client shares before it has chosen, (exchange.num_prunable,) bool; None for everything."""
@@ -305,10 +332,11 @@ def method_of(study: Study) -> FederatedMethod:
     if not isinstance(method.phases, tuple) or not all(isinstance(phase, Phase) for phase in method.phases):
         raise StudyError(f"method: {name}: its phases must be a tuple of Phase, got {method.phases!r}")
     check_frozen(method)
-    dense = method.first_mask == Dense()
+    dense, shared = method.first_mask == Dense(), method.start_mask == Dense()
     checks: list[tuple[str, Any, bool, str]] = [
         ("space", method.space, method.space in ("weights", "scores"), "weights or scores"),
         ("first_mask", method.first_mask, dense or method.slices, "Dense where no phase sends slices"),
+        ("start_mask", method.start_mask, shared or not method.slices, "Dense where a phase sends slices"),
     ]
     for phase in method.phases:
         rule = all(hasattr(phase.join, part) for part in ("init", "add", "result"))

@@ -11,6 +11,7 @@ import numpy as np
 
 from fedlth.data.split import ClientSplit
 from fedlth.federation.jobs import Reply
+from fedlth.federation.uplink import REFERRING
 from fedlth.methods.aggregate import Contribution
 from fedlth.models.layout import Layout
 from fedlth.personalization.kept import Keep
@@ -88,7 +89,7 @@ def accept(reply: Reply, *, codec: Codec, held: Held, asked: Asked) -> Accepted:
         if (kind, name) == ("metrics", record_name) and record is None:
             record = metrics.decode(message.payload)
         elif name in asked.sends and asked.sends[name][0] == kind and name not in contents:
-            refers = kind != "scores" and name == next(iter(asked.sends))  # as the client encodes it
+            refers = kind in REFERRING and name == next(iter(asked.sends))  # as the client encodes it
             contents[name] = payload.decode(
                 message.payload, kind, asked.sends[name][1], codec=codec, known_mask=held.mask if refers else None,
                 reference=held.sent if refers else None,

@@ -18,6 +18,7 @@ from fedlth.federation.jobs import MACHINES, Engine
 from fedlth.federation.progress import line, summary_of
 from fedlth.federation.replies import Replies
 from fedlth.federation.update_norms import UpdateNorms
+from fedlth.methods.aggregate import Aggregate
 from fedlth.methods.method import Phase
 from fedlth.models.layout import Params
 from fedlth.storage.records import DROPPED, LATE, CurveRow, Failed, RoundRow, TimeRow
@@ -56,7 +57,7 @@ class Federation:
         return self.state.theta
 
     def _loaded(self, name: str) -> ServerState:
-        return self.folder.load_state(name) if name else ServerState(self.experiment.initial())
+        return self.folder.load_state(name) if name else self.experiment.start()
 
     def run(self, stop_after: int | None = None) -> None:
         """Run what is left of the study, committing after every round."""
@@ -89,7 +90,8 @@ class Federation:
             self.engine.holds_state,
         )  # fmt: skip
         sent, joined = self.state, 0
-        accumulator = phase.join.init(sent, layout) if phase.join else None
+        rule = self.experiment.rule(phase)
+        accumulator = rule.init(sent, layout) if rule else None
         with (
             self.folder.clients.writing(replies.version) as states,
             self.folder.mirrors.writing(replies.version) as masks,
@@ -97,13 +99,13 @@ class Federation:
         ):
             for job, answer in replies.all_of(answers):
                 for contribution in replies.judged(job, answer, states, masks):
-                    joined += _add(phase, accumulator, contribution)
+                    joined += _add(rule, accumulator, contribution)
             for contribution in replies.rest(states, masks):
-                joined += _add(phase, accumulator, contribution)
+                joined += _add(rule, accumulator, contribution)
         progress = self.progress
-        if phase.join:
+        if rule:
             if joined:  # without a reply the old state stays
-                new = phase.join.result(accumulator)
+                new = rule.result(accumulator)
                 self.state = new if new.mask is not None else replace(new, mask=sent.mask)
             progress = replace(progress, empty_rounds=0 if joined else progress.empty_rounds + self._at_fault(replies))
             if norms.accepted:
@@ -178,7 +180,8 @@ class Federation:
                 masks[client] = mask
         names = self.experiment.rewind_targets if step.phase.name == "personalise" else ()
         targets = {name: self.folder.load_params(name) for name in names}
-        return Downloads(self.experiment, step.phase, self.state, masks, targets)
+        holds = {int(client): name for client, name in self.progress.holds.items()}
+        return Downloads(self.experiment, step.phase, self.state, masks, targets, holds)
 
     def _broken(self, replies: Replies) -> bool:
         """Say whether the global model is why nobody's work can be used, and there is one that somebody could use.
@@ -226,6 +229,9 @@ class Federation:
             mirrors.pop(client, None)
             if version is not None:
                 mirrors[client] = version
+        held = {**self.progress.holds, **replies.holds}
+        # Before there is a mask nobody holds one: where there never is, nothing is written.
+        holds = held if any(held.values()) or self.experiment.start_mask is not None else {}
         whole = TimeRow(round=step.round, phase=step.phase.name, seconds=time.perf_counter() - began)
         targets, target = self.experiment.rewind_targets, f"theta_g@{step.round}"
         if self.state is not sent and not step.phase.evaluates:  # what an evaluation chose has its file
@@ -242,7 +248,9 @@ class Federation:
         curve = self._curve(step, replies)
         if any(phase.evaluates for phase in self.experiment.phases):
             lengths["curve"] = self.folder.append("curve", curve)
-        self.progress = replace(progress, step=step.place + 1, lengths=lengths, versions=versions, mirrors=mirrors)
+        self.progress = replace(
+            progress, step=step.place + 1, lengths=lengths, versions=versions, mirrors=mirrors, holds=holds
+        )
         self.folder.commit(self.progress)
         best = self.progress.best.theta if self.progress.best else ""
         self.folder.drop_params([self.progress.theta, self.progress.good or "", best, *targets])
@@ -252,11 +260,11 @@ class Federation:
             self.committed(self.progress.step, summary, curve)
 
 
-def _add(phase: Phase, accumulator: Any, contribution: Any) -> int:
+def _add(rule: Aggregate | None, accumulator: Any, contribution: Any) -> int:
     """Join one contribution; a ticket's mask is mirrored, not joined."""
-    if phase.join is None:
+    if rule is None:
         return 0
-    phase.join.add(accumulator, contribution)
+    rule.add(accumulator, contribution)
     return 1
 
 

@@ -14,6 +14,9 @@ from fedlth.wire.payload import Content
 from fedlth.wire.reference import Reference
 
 
+REFERRING = ("values", "mask")  # kinds of a first message that may refer to what was sent down
+
+
 @dataclass(frozen=True)
 class Uplink:
     """What an upload may refer to: mask and floats of the same visit's decoded download, which the server sent."""

@@ -122,7 +122,8 @@ class FederatedMethod:
     model (arms `own`, `own_tuned`). `arms` are the models that step 2 evaluates: names of `fedlth list arms`, or your
     own `package.module:arm`. `space` says what the global state is: "weights", or "scores" of frozen weights.
     `personal` are glob patterns of tensors that stay with the client (FedPer's head), `first_mask` what a client keeps
-    of the model before it has chosen for itself, `reads_capacity` whether any part asks for clients.capacity. `rewind`
+    of the model before it has chosen for itself, `start_mask` everyone's mask before the first round, the same for any
+    client (both ends know it, too), `reads_capacity` whether any part asks for clients.capacity. `rewind`
     names the finder's rewind where the study names none.
     """
 
@@ -134,6 +135,7 @@ class FederatedMethod:
     space: Literal["weights", "scores"] = "weights"
     personal: tuple[str, ...] = ()
     first_mask: FirstMask = field(default_factory=Dense)
+    start_mask: FirstMask = field(default_factory=Dense)
     reads_capacity: bool = False
     rewind: str | None = None
 
@@ -143,6 +145,11 @@ class FederatedMethod:
         return self.phases[-1].update if self.phases else MaskedUpdate()
 
     @property
+    def masks_all(self) -> bool:
+        """Say whether everyone may come to share one mask."""
+        return self.start_mask != Dense() or any(getattr(phase.join, "masks", False) for phase in self.phases)
+
+    @property
     def slices(self) -> bool:
         """Say whether clients are sent their own part of the model: both ends then keep what a client shares."""
         return any(phase.down == "slice" for phase in self.phases)
@@ -150,7 +157,7 @@ class FederatedMethod:
 
 def check_frozen(method: FederatedMethod) -> None:
     """Raise StudyError where a part of a method is no frozen value: what it kept in itself would be lost on resume."""
-    parts = [("first_mask", method.first_mask)]
+    parts = [("first_mask", method.first_mask), ("start_mask", method.start_mask)]
     parts += [(f"{p.name}.{part}", getattr(p, part)) for p in method.phases for part in ("update", "join", "who")]
     for name, value in parts:
         loose = _loose(value, name)

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from fedlth.methods.baselines import fedavg, fedavg_ft, local, standalone, two_step
+from fedlth.methods.feddst import feddst
 from fedlth.methods.fedpm import fedpm
 from fedlth.methods.fedselect import fedselect
+from fedlth.methods.fedtiny import fedtiny
+from fedlth.methods.flash import flash
 from fedlth.methods.lotteryfl import lotteryfl
 from fedlth.methods.method import FederatedMethod
+from fedlth.methods.prunefl import prunefl
+from fedlth.methods.salient import salientgrads, ssfl
 from fedlth.methods.sub_fedavg import sub_fedavg
 
 METHODS: Mapping[str, Callable[..., FederatedMethod]] = {
@@ -23,5 +28,11 @@ METHODS: Mapping[str, Callable[..., FederatedMethod]] = {
         sub_fedavg,
         fedselect,
         fedpm,
+        salientgrads,
+        ssfl,
+        prunefl,
+        fedtiny,
+        feddst,
+        flash,
     )
 }
