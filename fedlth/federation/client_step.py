@@ -21,7 +21,6 @@ from fedlth.wire import metrics, payload
 from fedlth.wire.errors import ReferenceLost
 from fedlth.wire.payload import Content
 
-
 EVERYONES = "everyones"  # the mask that all share, among the masks of a client's state
 
 
