@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fedlth.experiment.experiment import Experiment
 from fedlth.federation.message_lengths import Lengths, later, noise, tried
-from fedlth.methods.client_update import Shrinking
+from fedlth.methods.client_update import Shrinking, sends_in
 from fedlth.methods.method import Dense
 from fedlth.personalization.evaluate import curve_row
 from fedlth.personalization.personalise import NEED_NO_GLOBAL, row_of
@@ -101,7 +101,7 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
         both.append("tickets at the largest density that each client may choose")
     if method.first_mask != Dense():
         both.append("clients that begin with the whole model")
-    if len(method.phases) > 1:
+    if len(method.phases) > 1 or method.masks_all:
         both.append("no mask that all clients share")
     scores = ["scores as undecided as after the first round"] if method.space == "scores" and codec.refers else []
     ups = (*both, *_why_less_goes_up(wire, shrinking))
@@ -231,13 +231,21 @@ def _prunes(experiment: Experiment, shrinking: Shrinking) -> tuple[Mapping[tuple
 
 
 def _earlier(wire: Lengths) -> tuple[float, float]:
-    """Return the bytes down and up of a method's phases before its last: whole models down, what they name up."""
+    """Return the bytes down and up of a method's phases before its last: whole models down, what they name up.
+
+    And what goes up beside the update in the rounds of the last one.
+    """
     experiment, down, up = wire.experiment, 0.0, 0.0
     for phase, number in experiment.steps:
-        if phase in experiment.federated_phases[:-1]:
-            count = len(experiment.clients(phase, number))
+        if phase not in experiment.federated_phases:
+            continue
+        count, sends = len(experiment.clients(phase, number)), sends_in(phase.update, number)
+        if phase == experiment.federated_phases[-1]:
+            sends = sends[1:]
+        else:
             down += count * wire.model
-            up += count * (_visit_bytes(experiment.task) + sum(wire.message(kind) for _, kind in phase.update.sends))
+            up += count * _visit_bytes(experiment.task)
+        up += count * sum(wire.message(phase, name, kind) for name, kind in sends)
     return down, up
 
 
