@@ -3,18 +3,19 @@
 Huang, Zhang, Sun, Fang, Yuan, Wu. Distributed Pruning Towards Tiny Neural Networks in Federated Learning.
 ICDCS 2023, arXiv 2212.01977.
 
-Selection: both ends make the same `pool` of models from theta_0 and the study's seed, so that no candidate crosses.
-Each is the magnitude mask of exactly `density`; tensors keep equal shares in the first, and shares times a log-normal
-factor (`spread`) in the others. A client sends, of each, the statistics that its norms have on its own data, and the
-loss under them on its validation part (its training part where it has none). The server takes the candidate of the
-least mean loss, and the mean of its statistics, both by examples. Progressive pruning: every `every` rounds up to
-round `end`, clients send the largest gradients of dead weights in one block of tensors, as many as are to be adjusted;
-the server grows the largest of their mean and drops as many of the smallest weights of the same tensor. Blocks are
-groups of tensors in the module's order, and the last comes first.
+Selection: both ends make the same `pool` of models from theta_0 and the study's seed. Each is the magnitude mask of
+exactly `density`; tensors keep equal shares in the first, shares times a log-normal factor (`spread`) in the others. In
+the first phase all clients send, of each candidate, the statistics that its norms have on their own data; the server
+means them by examples. In the second, a round a candidate, the server sends the candidate with its mean statistics, and
+clients send its loss on their validation part (their training part where they have none); the least mean loss by
+examples is chosen. A round in which nobody answers is another candidate's, so that the last ones are then not tried.
 
-Left open or other than in the paper, and chosen here. The paper means the statistics first and asks for the loss under
-the mean in a second exchange; here it is the loss under the client's own, in one. `rate` of a tensor's weights is
-adjusted at first, less by a cosine until `end`. Gradients are those of `batches` minibatches after the local training.
+Progressive pruning: every `every` rounds before round `end`, clients send the largest gradients of dead weights in one
+block of tensors, as many as are to be adjusted; the server grows the largest of their mean and drops as many of the
+smallest weights of the same tensor. Blocks are groups of tensors in the module's order, and the last comes first.
+
+Left open, and chosen here: how candidates differ; `rate` of a tensor's weights is adjusted at first, less by a cosine
+until `end`; gradients are those of `batches` minibatches after the local training.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from fedlth.training.local_client import LocalClient
 from fedlth.training.task import Task
 from fedlth.wire.payload import Content
 
-JUDGED, GRADIENTS = "candidates", "gradients"
+MEASURED, JUDGED, GRADIENTS = "statistics", "loss", "gradients"
 
 
 @dataclass(frozen=True)
@@ -77,34 +78,60 @@ def _buffers(layout: Layout) -> slice:
     return slice(layout.num_params, layout.num_floats)
 
 
+def _statistics(task: Task) -> int:
+    """Return how many numbers the norms of what crosses keep as statistics."""
+    return task.exchange.num_floats - task.exchange.num_params
+
+
 @dataclass(frozen=True)
-class Judge:
-    """Send the loss of each candidate on the client's own data, and the statistics that its norms then have."""
+class Measure:
+    """Send the statistics that the norms of each candidate have on the client's own data; train nothing."""
 
     pool: Pool
-    sends: tuple[tuple[str, str], ...] = ((JUDGED, "statistics"),)
+    sends: tuple[tuple[str, str], ...] = ((MEASURED, "statistics"),)
 
     def layout(self, name: str, task: Task, /) -> Layout:
-        where = _buffers(task.exchange)
-        return numbers_layout(name, self.pool.count * (1 + where.stop - where.start))
+        return numbers_layout(name, self.pool.count * _statistics(task))
+
+    def passes(self, task: Task, visits: int, /) -> int:
+        return 0
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
-        whole, task = merged(local, inbox, state), local.task
-        part = local.val_part if len(local.val_part) else local.train_part
-        rows = []
+        whole, task, rows = merged(local, inbox, state), local.task, []
         for shared in self.pool(task):
             mask = task.whole_mask(shared, local.full)
             params = local.normalised(whole.masked(mask), mask)
-            loss = local.evaluate(params, part, ()).loss
-            rows.append(np.concatenate(([loss], task.shared_part(params).floats[_buffers(task.exchange)])))
-        return Update(state, {JUDGED: numbers(np.concatenate(rows))})
+            rows.append(task.shared_part(params).floats[_buffers(task.exchange)])
+        return Update(state, {MEASURED: numbers(np.concatenate(rows))})
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Send the loss of the candidate that came; train nothing."""
+
+    sends: tuple[tuple[str, str], ...] = ((JUDGED, "statistics"),)
+
+    def layout(self, name: str, task: Task, /) -> Layout:
+        return numbers_layout(name, 1)
+
+    def passes(self, task: Task, visits: int, /) -> int:
+        return 0
+
+    def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
+        part = local.val_part if len(local.val_part) else local.train_part
+        return Update(state, {JUDGED: numbers(np.array([local.evaluate(merged(local, inbox, state), part).loss]))})
 
 
 @dataclass(frozen=True)
 class Choose:
-    """Take the candidate of the least mean loss, ties to the first, with the mean of its statistics."""
+    """Mean what clients measured of all candidates, then what they lose under each; go on with the best at the end.
+
+    `judging`: what comes is the loss of the candidate that was sent, and the next one follows; else it is everyone's
+    statistics, and the first one follows. The memory has all `statistics`, (count, number), and the `losses` so far.
+    """
 
     pool: Pool
+    judging: bool = False
     task: Task | None = None
     masks: ClassVar[bool] = True
 
@@ -121,12 +148,22 @@ class Choose:
 
     def result(self, so_far: Any, /) -> ServerState:
         state, layout, total, examples = so_far
-        rows = (total / examples).reshape(self.pool.count, -1)
-        best = int(np.argmin(rows[:, 0]))
+        mean = total / examples
+        if not self.judging:
+            return self._candidate(0, mean.reshape(self.pool.count, -1), np.zeros(0), layout)
+        statistics, losses = state.memory["statistics"], np.append(state.memory["losses"], mean)
+        if losses.size < self.pool.count:
+            return self._candidate(losses.size, statistics, losses, layout)
+        best = self._candidate(int(np.argmin(losses)), statistics, losses, layout)
+        return replace(best, memory={})
+
+    def _candidate(self, number: int, statistics: np.ndarray, losses: np.ndarray, layout: Layout) -> ServerState:
         assert self.task is not None
-        mask, floats = self.pool(self.task)[best], state.theta.floats.copy()
-        floats[_buffers(layout)] = rows[best, 1:]
-        return ServerState(Params(floats, state.theta.ints).masked(mask), mask=mask)
+        mask, theta = self.pool(self.task)[number], self.task.shared_part(self.task.theta_0)
+        floats = theta.floats.copy()
+        floats[_buffers(layout)] = statistics[number]
+        memory = {"statistics": statistics, "losses": losses}
+        return ServerState(Params(floats, theta.ints).masked(mask), memory, mask)
 
 
 @dataclass(frozen=True)
@@ -217,11 +254,12 @@ def fedtiny(
         end=at_least(1, end), rate=share_of(rate), blocks=at_least(1, blocks), batches=at_least(0, batches),
     )  # fmt: skip
     candidates, plan = Pool(pool, density, spread), Blocks(blocks, every, end, rate)
-    first = Phase(name="select", rounds=1, who=Seen(), update=Judge(candidates), join=Choose(candidates))
+    first = Phase(name="measure", rounds=1, who=Seen(), update=Measure(candidates), join=Choose(candidates))
+    second = Phase(name="select", rounds=pool, who=Seen(), update=Judge(), join=Choose(candidates, judging=True))
     update = GradientsUpdate(blocks=plan, batches=batches)
     rounds = Phase(name="federate", update=update, join=GrowAndPrune())
     return FederatedMethod(
         name="fedtiny", paper="Huang et al., ICDCS 2023, arXiv 2212.01977",
         summary="the best of a pool of pruned models, then pruned and grown block by block by clients' top gradients",
-        phases=(first, rounds), arms=ARMS,
+        phases=(first, second, rounds), arms=ARMS,
     )  # fmt: skip

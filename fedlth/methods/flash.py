@@ -63,6 +63,9 @@ class FindDensities:
     def layout(self, name: str, task: Task, /) -> Layout:
         return numbers_layout(name, len(task.exchange.prunable))
 
+    def passes(self, task: Task, visits: int, /) -> int:
+        return self.times
+
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         params, layout = merged(local, inbox, state), local.task.layout
         mask = Layerwise()(local.rng("first mask").random(local.full.size), local.full, layout, self.density)

@@ -156,6 +156,9 @@ class PruneFirst(MaskedUpdate):
     density: float = 1.0
     time: RoundTime = RoundTime(0.0, 1.0, 1.0)
 
+    def passes(self, task: Task, visits: int, /) -> int:
+        return self.times
+
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         held, task = self.own(local, inbox, state), local.task
         params, mask, loss = held.params, held.mask, 0.0

@@ -183,10 +183,15 @@ def test_fedtiny_takes_the_candidate_of_least_mean_loss() -> None:
     assert {int(mask.sum()) for mask in masks} == {survivors(task.exchange, 0.3)}
     assert len({mask.tobytes() for mask in masks}) == 3
     assert all(np.array_equal(a, b) for a, b in zip(masks, pool(tiny.task()), strict=True)), "equal at both ends"
-    rule, start = Choose(pool).of_task(task), ServerState(task.theta_0)
-    came = [Contribution(0, 1, numbers(floats(9, 2, 3))), Contribution(1, 9, numbers(floats(2, 3, 1)))]
-    new = join(rule, start, came, task.exchange)
-    assert np.array_equal(new.mask, masks[2]) and np.array_equal(new.theta.floats, start.theta.masked(masks[2]).floats)
+    start, size = ServerState(task.theta_0), task.exchange.num_floats - task.exchange.num_params
+    measured = [Contribution(c, 1, numbers(np.zeros(3 * size))) for c in range(2)]
+    now = join(Choose(pool).of_task(task), start, measured, task.exchange)
+    for number, losses in enumerate(((9, 2), (2, 3), (3, 1))):
+        assert np.array_equal(now.mask, masks[number]), "they are sent one after the other"
+        came = [Contribution(c, 1 + 8 * c, numbers(floats(loss))) for c, loss in enumerate(losses)]
+        now = join(Choose(pool, judging=True).of_task(task), now, came, task.exchange)
+    assert np.array_equal(now.mask, masks[2]) and not now.memory
+    assert np.array_equal(now.theta.floats, task.theta_0.masked(masks[2]).floats)
 
 
 def test_fedtiny_means_the_statistics_of_norms(tmp_path: Path) -> None:
@@ -198,12 +203,12 @@ def test_fedtiny_means_the_statistics_of_norms(tmp_path: Path) -> None:
     folder.create(resolve(made)[0].study)
     tiny.opened(folder).run(stop_after=1)
     rows = [r for r in tiny.rows(folder.root, "ledger") if r["kind"] == "statistics"]
-    assert {r["value_bytes"] for r in rows} == {4 * 3 * (1 + 6)}, "of three candidates, a loss and 2 x 3 statistics"
+    assert {r["value_bytes"] for r in rows} == {4 * 3 * 6}, "of three candidates 2 x 3 statistics"
     task, chosen = tiny.task_of(folder.root), tiny.opened(folder).state
     assert chosen.mask is not None
     wanted, examples = np.zeros(task.layout.num_floats), 0
     for client in sorted(set(range(4)) - set(task.splits.unseen)):
-        local = LocalClient(task, client, 1, "select")
+        local = LocalClient(task, client, 1, "measure")
         own = local.normalised(task.theta_0.masked(chosen.mask), chosen.mask)
         wanted += own.floats * np.float64(local.num_train)
         examples += local.num_train
