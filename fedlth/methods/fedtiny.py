@@ -8,7 +8,8 @@ exactly `density`; tensors keep equal shares in the first, shares times a log-no
 the first phase all clients send, of each candidate, the statistics that its norms have on their own data; the server
 means them by examples. In the second, a round a candidate, the server sends the candidate with its mean statistics, and
 clients send its loss on their validation part (their training part where they have none); the least mean loss by
-examples is chosen. A round in which nobody answers is another candidate's, so that the last ones are then not tried.
+examples is chosen. After a round in which nobody answers the same candidate is sent again; the last ones are then not
+tried, and the one that would be next is taken.
 
 Progressive pruning: every `every` rounds before round `end`, clients send the largest gradients of dead weights in one
 block of tensors, as many as are to be adjusted; the server grows the largest of their mean and drops as many of the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from fedlth.experiment.resolve import read, resolve
 from fedlth.federation import session
 from fedlth.federation.downloads import mask_name
 from fedlth.federation.forecast_bytes import forecast_bytes
+from fedlth.federation.jobs import Failure, Job, Message, Reply
 from fedlth.methods.aggregate import Contribution, join
 from fedlth.methods.client_update import THETA_G, sends_in
 from fedlth.methods.feddst import feddst
 from fedlth.methods.fedtiny import GRADIENTS, Blocks, Choose, GrowAndPrune, Pool, fedtiny
 from fedlth.methods.flash import DrawMask, ShareOf, flash
 from fedlth.methods.global_mask import ErkMask, HeldMean, Readjust, TopMask, cosine, numbers, readjusted, scores
-from fedlth.methods.method import Sampled
+from fedlth.methods.lotteryfl import lotteryfl
+from fedlth.methods.method import FederatedMethod, Sampled
 from fedlth.methods.prunefl import GAIN, Adjust, RoundTime, adjusted, prunefl
 from fedlth.methods.salient import Saliency, salientgrads, ssfl
 from fedlth.models.layout import Entry, Layout, Params
@@ -435,6 +438,44 @@ def test_prunefl_s_squared_gradients_are_dense_and_in_the_ledger(tmp_path: Path)
 def test_both_ends_know_in_which_rounds_a_message_is_skipped() -> None:
     update = prunefl(every=3).phases[1].update
     assert [len(sends_in(update, round)) for round in (1, 2, 3, 6)] == [1, 1, 2, 2]
+
+
+class Talkative(tiny.Lists):
+    """A client that sends its squared gradients in a round that skips them, and one that leaves them out."""
+
+    def __init__(self, client: int) -> None:
+        self.client = client
+        self.kept: tuple[Message, ...] = ()
+
+    def run(self, jobs: list[Job]) -> list[Reply | Failure]:
+        answers = super().run(jobs)
+        for i, answer in enumerate(answers):
+            if not isinstance(answer, Reply) or answer.client != self.client or jobs[i].phase != "federate":
+                continue
+            gains = tuple(m for m in answer.outbox if m.name == GAIN)
+            if answer.round == 2:
+                self.kept = gains
+                answers[i] = replace(answer, outbox=tuple(m for m in answer.outbox if m.name != GAIN))
+            if answer.round == 3:
+                answers[i] = replace(answer, outbox=(*answer.outbox, *self.kept))
+        return answers
+
+
+def test_the_door_refuses_what_a_round_does_not_ask_for_or_misses(tmp_path: Path) -> None:
+    made = tiny.of_method("prunefl", federate={"rounds": 3, "clients_per_round": 3})
+    run = tiny.run(made, tmp_path / "r", engine=Talkative(1))
+    failed = {r["round"]: r["failed"] for r in tiny.rows(run.root, "rounds") if r["phase"] == "federate"}
+    assert [len(found) for found in failed.values()] == [0, 1, 1]
+    assert "no scores came" in failed[2][0]["reason"] and "was not asked for" in failed[3][0]["reason"]
+
+
+def halved() -> FederatedMethod:
+    return replace(lotteryfl(), name="halved", start_mask=ErkMask(0.5))
+
+
+def test_a_mask_of_the_start_is_refused_where_slices_go_down() -> None:
+    with pytest.raises(StudyError, match="its start_mask must be Dense where a phase sends slices"):
+        read(tiny.study(method="tests.methods.test_global_mask:halved"))
 
 
 @pytest.mark.parametrize("name", NAMES)
