@@ -14,9 +14,12 @@ def _tables() -> dict[str, Mapping[str, Callable[..., Any]]]:
     from fedlth.data.sources import SOURCES
     from fedlth.lab.controls import MASKS
     from fedlth.lab.probes import PROBES
+    from fedlth.methods.attack import ATTACKS
+    from fedlth.methods.robust import JOINS
     from fedlth.methods.table import METHODS
     from fedlth.models.registry import MODELS
     from fedlth.personalization.arms import ARMS
+    from fedlth.personalization.newcomer import NEWCOMERS
     from fedlth.storage.trackers import TRACKERS
     from fedlth.tickets.dead import DEADS
     from fedlth.tickets.gate import GATES, STOPS
@@ -48,6 +51,9 @@ def _tables() -> dict[str, Mapping[str, Callable[..., Any]]]:
         "losses": PARTS["loss"],
         "pulls": PARTS["pull"],
         "augments": PARTS["augment"],
+        "joins": JOINS,
+        "attacks": ATTACKS,
+        "newcomers": NEWCOMERS,
         "trackers": TRACKERS,
     }
 
@@ -133,6 +139,7 @@ def _phases(name: str, file: str) -> list[str]:
         up = ", ".join(f"{kind} ({message})" for message, kind in phase.update.sends) or "metrics alone"
         space = f"all {experiment.method.space}"
         down = {"nothing": "nothing", "slice": "what each client shares"}.get(phase.down, space)
+        down = ", ".join((down, *(f"values ({name})" for name in phase.also)))
         count = len(experiment.clients(phase, 1))
         lines.append(f"  phase {phase.name}: {phase.rounds} x {count} clients; down {down}; up {up}")
     text = str(forecast_bytes(experiment, 1.0)).splitlines()

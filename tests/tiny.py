@@ -49,7 +49,20 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedtiny": {"density": 0.3, "pool": 3, "every": 1, "end": 4, "rate": 0.3, "blocks": 2},
     "feddst": {"density": 0.3, "rate": 0.4, "every": 2, "end": 8},
     "flash": {"density": 0.3, "share": 0.5, "stage1": 2, "rate": 0.4, "every": 2, "end": 8},
+    "fedavgm": {},
+    "fedadam": {},
+    "fedyogi": {},
+    "scaffold": {},
+    "fedprox": {"mu": 0.5},
+    "ditto": {"strength": 0.5},
+    "pfedme": {"strength": 2.0, "inner_steps": 2, "outer_lr": 0.1},
+    "apfl": {"adaptive": True},
+    "fedper": {},
+    "fedrep": {"head_epochs": 2},
+    "fedbn": {},
 }
+# What else a method's study needs.
+SECTIONS: dict[str, dict[str, Any]] = {"fedbn": {"model": {"name": "tests.tiny:Small", "options": {}}}}
 # One of each kind: what holds for all methods is tried on each in tests/methods, what depends on the kind on these.
 KINDS = ("fedavg", "fedavg_ft", "local", "standalone", "two_step", "lotteryfl", "sub_fedavg", "fedselect", "fedpm")
 
@@ -113,7 +126,7 @@ def study(**sections: Any) -> schema.Study:
 
 
 def of_method(name: str, **sections: Any) -> schema.Study:
-    return study(method={"name": name, **METHODS[name]}, **sections)
+    return study(method={"name": name, **METHODS[name]}, **{**SECTIONS.get(name, {}), **sections})
 
 
 def recipe(

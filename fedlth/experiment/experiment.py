@@ -15,17 +15,20 @@ import torch
 from fedlth import rng
 from fedlth.data.split import num_sampled, num_unseen
 from fedlth.errors import StudyError
+from fedlth.experiment.population import Population
 from fedlth.methods.aggregate import Aggregate, CountMean
-from fedlth.methods.client_update import ClientUpdate, MaskedUpdate
+from fedlth.methods.client_update import THETA_G, ClientUpdate, MaskedUpdate
 from fedlth.methods.fedpm import first_scores
 from fedlth.methods.method import Dense, Down, Everyone, FederatedMethod, Phase, Sampled, Waves, check_frozen
+from fedlth.methods.robust import with_rule
 from fedlth.methods.table import METHODS
-from fedlth.models.layout import Layout, Params
+from fedlth.models.layout import Entry, Layout, Params
 from fedlth.personalization.evaluate import Evaluate
 from fedlth.personalization.kept import At, Keep, keep_of
+from fedlth.personalization.newcomer import NEWCOMERS, phases_of
 from fedlth.personalization.personalise import NEED_NO_GLOBAL, TICKET, Personalise, Refined
 from fedlth.storage.client_state import ClientState
-from fedlth.storage.records import EVALUATE, MetricRow
+from fedlth.storage.records import EVALUATE, HANDED, INTRODUCE, MetricRow
 from fedlth.storage.server_state import ServerState
 from fedlth.study import schema, sections
 from fedlth.study.parts import make
@@ -99,32 +102,44 @@ class Experiment:
         """
         study, slices = self.study, self.method.slices
         found = [self._filled(phase) for phase in self.method.phases]
+        found = with_rule(found, study.federate.join, self.method.name)
         personalise = Personalise(
             own=self.method.own, finder=self.finder, arms=self.arms, targets=study.finder.densities,
             main=self.keep, kept=self.kept_arm, learns_scores=self.method.space == "scores",
-            sends=((TICKET, "mask"),) if study.refine.rounds else (),
+            sends=((TICKET, "mask"),) if study.refine.rounds or getattr(self.newcomer, "others", False) else (),
         )  # fmt: skip
         down: Down = "slice" if slices else "broadcast" if found else "nothing"
         evaluated = sum(map(self._evaluated, range(1, sum(phase.rounds for phase in found) + 1)))
         update = Evaluate(step2=personalise, arms=self.curve_arms)
         found.append(
-            Phase(name=EVALUATE, update=update, who=Everyone(), rounds=evaluated, down=down, evaluates=True)
+            Phase(name=EVALUATE, update=update, who=Everyone(), rounds=evaluated, down=down, evaluates=True,
+                  changes_state=False)
         )  # fmt: skip
         found.append(self._wave("personalise", personalise, down))
+        if self.newcomer is not None:
+            density = self.keep.density if isinstance(self.keep, At) else study.finder.densities[-1]
+            found += phases_of(self.newcomer, personalise, density)
         if study.refine.rounds:
-            found.append(
-                Phase(
-                    name="refine",
-                    update=MaskedUpdate(),
-                    join=CountMean(),
-                    down="slice",
-                    own_mask=True,
-                    who=Sampled(self.per_round(study.refine)),
-                    rounds=study.refine.rounds,
-                )  # fmt: skip
-            )
+            refine = Phase(
+                name="refine", update=MaskedUpdate(), join=CountMean(), down="slice", own_mask=True,
+                who=Sampled(self.per_round(study.refine)), rounds=study.refine.rounds,
+            )  # fmt: skip
+            found += with_rule((refine,), study.federate.join, self.method.name)
             found.append(self._wave("refined", Refined(main=self.keep), "slice"))
         return tuple(phase for phase in found if phase.rounds)
+
+    @cached_property
+    def newcomer(self) -> Any:
+        """How clients that no round has seen get a first ticket (clients.newcomer); None where they get none."""
+        spec = self.study.clients.newcomer
+        return None if spec is None else make(NEWCOMERS, spec, "clients.newcomer", has="others")
+
+    @cached_property
+    def population(self) -> Population:
+        """Who may be sampled from which round on, and who of them is hostile."""
+        unseen = self.task.splits.unseen
+        seen = tuple(c for c in range(self.study.clients.count) if c not in unseen)
+        return Population(self.study, seen, self.federated)
 
     @property
     def curve_arms(self) -> tuple[str, ...]:
@@ -146,7 +161,10 @@ class Experiment:
         federate, who = self.study.federate, phase.who
         if isinstance(who, Sampled) and not who.count:
             who = Sampled(self.per_round(federate))
-        return replace(phase, who=who, rounds=phase.rounds or federate.rounds)
+        join = phase.join
+        if getattr(join, "num_clients", None) == 0:
+            join = replace(join, num_clients=self.taking_part)  # type: ignore[type-var]
+        return replace(phase, who=who, join=join, rounds=phase.rounds or federate.rounds)
 
     def per_round(self, section: sections.Federate | sections.Refine) -> int:
         """Return how many clients take part in a round of step 1, or in one inside the tickets."""
@@ -187,9 +205,16 @@ class Experiment:
     def clients(self, phase: Phase, round: int) -> list[int]:
         """Return who takes part in a round, sorted."""
         everyone = range(self.study.clients.count)
-        seen = [c for c in everyone if c not in self.task.splits.unseen]
+        seen = self.population.there(self._of_step_1(phase, round))
         draw = rng.stream(self.study.seed, f"sample {phase.name}", round)
         return phase.who(round, seen=seen, everyone=everyone, rng=draw)
+
+    def _of_step_1(self, phase: Phase, round: int) -> float:
+        """Return which round of step 1, all its phases together, a phase's round is; none of step 2 is before any."""
+        names = [one.name for one in self.federated_phases]
+        if phase.name not in names:
+            return math.inf
+        return sum(one.rounds for one in self.federated_phases[: names.index(phase.name)]) + round
 
     @property
     def federated(self) -> bool:
@@ -216,16 +241,18 @@ class Experiment:
 
     def layout_of(self, kind: str) -> Layout:
         """Return the layout of a message's kind."""
+        if kind == "statistics":  # shares of the classes
+            return Layout((Entry("classes", (self.task.dataset.num_classes,), "buffer", 0),))
         if self.method.space == "scores" or kind == "scores":
             return self._scores
         return self.task.exchange
 
     def message_layout(self, phase: Phase, name: str, kind: str) -> Layout:
         """Return the layout of a message that a phase's update sends up."""
-        if kind != "statistics":
+        own = getattr(phase.update, "layout", None)
+        if kind != "statistics" or own is None:
             return self.layout_of(kind)
-        update: Any = phase.update
-        found: Layout = update.layout(name, self.task)
+        found: Layout = own(name, self.task)
         return found
 
     def rule(self, phase: Phase) -> Aggregate | None:
@@ -348,12 +375,16 @@ def method_of(study: Study) -> FederatedMethod:
             (f"{place}.join", phase.join, rule, "a rule with init, add and result"),
             (f"{place}.update", update, bool(getattr(update, "sends", None)), "one that sends something to join"),
             (f"{place}.who", phase.who, callable(phase.who) and not phase.in_waves, "clients, not Waves, step 2's"),
+            (f"{place}.also", phase.also, not phase.also or phase.down == "broadcast", "empty where slices go down"),
+            (f"{place}.also", phase.also, not any(n.startswith(THETA_G) for n in phase.also), f"no {THETA_G}"),
         ]
     for place, value, fits, wanted in checks:
         if not fits:
             raise StudyError(f"method: {name}: its {place} must be {wanted}, got {value!r}")
     names = [phase.name for phase in method.phases]
-    taken = {n for n in names if names.count(n) > 1 or n in (EVALUATE, "personalise", "refine", "refined")}
+    taken = {
+        n for n in names if names.count(n) > 1 or n in (EVALUATE, "personalise", INTRODUCE, HANDED, "refine", "refined")
+    }
     if taken:
         raise StudyError(f"method: {name}: phase names must be unique and none that every run has, got {min(taken)}")
     return method

@@ -71,15 +71,22 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
     update: dict[str, Any] = {}
     if method.rewind and "rewind" not in study.finder.model_fields_set:
         update["finder"] = study.finder.model_copy(update={"rewind": {"name": method.rewind}})
-    if method.personal and "personal" not in study.model.model_fields_set:
-        update["model"] = study.model.model_copy(update={"personal": method.personal})
+    defaults = {"personal": method.personal or None, "buffers": method.buffers}
+    missing = {key: value for key, value in defaults.items() if value and key not in study.model.model_fields_set}
+    if missing:
+        update["model"] = study.model.model_copy(update=missing)
     if study.partition["name"] == "file" and isinstance(study.partition.get("path"), str):
         sha256 = study.partition.get("sha256") or sha256_of(study.partition["path"])
         update["partition"] = {**study.partition, "sha256": sha256}
     if not method.phases:
         update["federate"] = study.federate.model_copy(update={"rounds": 0})
     experiment = Experiment.of(study.model_copy(update=update))
-    recipes(study)  # says what is wrong with a part of the training
+    first, _ = recipes(study)  # says what is wrong with a part of the training
+    for phase in method.phases:
+        if study.train.pull is not None and getattr(phase.update, "own_pull", False):
+            raise StudyError(f"train.pull: must be left out, method {method.name} has its own, got {study.train.pull}")
+        if hasattr(phase.update, "obstacle") and (why := phase.update.obstacle(first)):
+            raise StudyError(f"method: {method.name} {why}")
     arms, finder = experiment.arms, experiment.finder
     for arm in arms:
         arm_of(arm)
@@ -109,6 +116,7 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
         replace(finder, rewind=ToInit())  # says so where the finder's other parts forbid it
     kept.check(experiment.keep, study.finder, named(study.clients.capacity))
     _check_counts(experiment)
+    _check_newcomers(experiment)
     _check_validation(experiment)
     _check_anchor(experiment)
     p = study.personalise
@@ -151,6 +159,7 @@ def _checked(experiment: Experiment) -> list[str]:
     Another initialisation of a model that brings its weights would be those weights again: a rewind to it is
     refused, and the arm `random` does without.
     """
+    _check_population(experiment)
     arms = set(experiment.arms)
     experiment.task.capacity(0)  # says what is wrong with clients.capacity
     notes: list[str] = []
@@ -163,6 +172,24 @@ def _checked(experiment: Experiment) -> list[str]:
             raise StudyError(f"tasks.{task.name}: {error}") from error
         notes += [f"tasks.{task.name}: {note}" if task.name else note for note in found]
     return notes
+
+
+def _check_population(experiment: Experiment) -> None:
+    """Refuse hostile clients and late joiners that the data or the rounds do not allow."""
+    study, people = experiment.study, experiment.population
+    attack, _ = people.attack
+    if hasattr(attack, "poison") and any(task.dataset.targets != "classes" for task in experiment.task.each):
+        raise StudyError(f"attack: {study.attack and study.attack['name']} needs targets that are classes")
+    total = sum(phase.rounds for phase in experiment.federated_phases)
+    late = max(people.arrivals.values(), default=0)
+    if late > total and total:
+        raise StudyError(f"clients.joiners: round must be at most the {total} rounds of step 1, got {late}")
+    first, wanted = len(people.there(1)), study.federate.clients_per_round
+    if isinstance(wanted, int) and total and wanted > first:
+        raise StudyError(
+            f"federate.clients_per_round: must be at most the {first} clients that are there from the first round on "
+            f"(clients.joiners), got {wanted}"
+        )
 
 
 def _checked_task(experiment: Experiment, task: Task, arms: set[str]) -> list[str]:
@@ -179,6 +206,8 @@ def _checked_task(experiment: Experiment, task: Task, arms: set[str]) -> list[st
             "are of later rounds than the best one, got best"
         )
     _check_gates(experiment, task)
+    if method.buffers and not any(e.norm for e in task.layout.entries):
+        raise StudyError(f"method: {method.name} needs a model with norms, {task.study.model.name} has none")
     if method.space == "scores" and task.exchange.num_prunable != task.layout.num_prunable:
         raise StudyError(
             f"model.personal: must leave all that is prunable shared, method {method.name} learns one mask of it, got "
@@ -254,6 +283,7 @@ def _check_rules(experiment: Experiment) -> None:
     for phase in experiment.phases:
         rule = experiment.rule(phase)
         if rule is not None:
+            rule.init(experiment.start(), experiment.layout)  # a rule may refuse a layout
             place = f"method: {experiment.method.name}'s aggregation rule {type(phase.join).__name__}"
             count = len(experiment.clients(phase, 1))
             for sends in sorted({sends_in(phase.update, round) for round in range(1, phase.rounds + 1)}):
@@ -305,6 +335,20 @@ def _check_validation(experiment: Experiment) -> None:
     for place, decides in deciding.items():
         if decides:
             raise StudyError(f"clients.validation: must be above 0, {place} decides on validation data, got 0")
+
+
+def _check_newcomers(experiment: Experiment) -> None:
+    """Refuse a first ticket for newcomers where clients have none at one density, of weights that all share."""
+    study, method = experiment.study, experiment.method
+    if experiment.newcomer is None:
+        return
+    place = f"clients.newcomer: must be left out for method {method.name}"
+    if not experiment.trains_weights:
+        raise StudyError(f"{place}, which shares no weights")
+    if "ticket" not in experiment.arms:
+        raise StudyError("clients.newcomer: needs the arm ticket (personalise.arms), whose masks are handed over")
+    if experiment.keep.chooses:
+        raise StudyError(f"clients.newcomer: needs tickets of one density, got finder.main: {study.finder.main}")
 
 
 def _check_counts(experiment: Experiment) -> None:

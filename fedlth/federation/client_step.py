@@ -10,7 +10,8 @@ import numpy as np
 
 from fedlth.experiment.experiment import Experiment, open_experiment
 from fedlth.federation.jobs import RESYNC, Job, Message, Reply
-from fedlth.federation.uplink import REFERRING, Uplink
+from fedlth.federation.uplink import Uplink
+from fedlth.methods.attack import Aim, attacked
 from fedlth.methods.client_update import THETA_G, UPDATE, Update, sends_in
 from fedlth.methods.method import Phase
 from fedlth.personalization.personalise import EVALUATION
@@ -19,7 +20,7 @@ from fedlth.training.local_client import Cost, LocalClient
 from fedlth.wire import mask as bitmap
 from fedlth.wire import metrics, payload
 from fedlth.wire.errors import ReferenceLost
-from fedlth.wire.payload import Content
+from fedlth.wire.payload import OF_ITSELF, Content
 
 EVERYONES = "everyones"  # the mask that all share, among the masks of a client's state
 
@@ -40,8 +41,18 @@ def client_step(job: Job) -> Reply:
         known = everyones if job.inbox[0].broadcast else known
         return _resync(job, began, bytes.fromhex(bitmap.digest(known)) if known is not None else b"\1" * 8)
     # Streams of step 2 are the client's alone: which wave it is in must not matter.
-    local = LocalClient(experiment.task_of(job.client), job.client, 0 if phase.in_waves else job.round, job.phase)
+    attack = experiment.population.attack_in(phase, job.client)
+    local = LocalClient(
+        experiment.task_of(job.client), job.client, 0 if phase.in_waves else job.round, job.phase,
+        poison=getattr(attack, "poison", None),
+    )  # fmt: skip
     update = phase.update(local, inbox, state)
+    if attack is not None:
+        sends = sends_in(phase.update, job.round)
+        update = attacked(
+            attack, local, update, sends,
+            lambda kind: Aim(kind, experiment.message_layout(phase, sends[0][0], kind), inbox[THETA_G], phase.own_mask),
+        )  # fmt: skip
     state, outbox = _encoded(job, experiment, phase, local, inbox[THETA_G], update)
     cost = Cost()
     if experiment.study.fleet is not None:  # else nobody asks, and it would cost bytes of the transport
@@ -50,7 +61,7 @@ def client_step(job: Job) -> Reply:
         round=job.round,
         client=job.client,
         outbox=outbox,
-        state=None if phase.evaluates else state.to_bytes(),
+        state=state.to_bytes() if phase.changes_state else None,
         seconds=time.perf_counter() - began,
         device=experiment.task.device,
         work=tuple(local.work),
@@ -122,7 +133,7 @@ def _encoded(
         raise ValueError(f"{job.phase}: must send {[name for name, _ in sends]}, got {list(update.contents)}")
     for i, (name, kind) in enumerate(sends):  # in this order at both ends: only the first refers to anything
         content, layout = update.contents[name], experiment.message_layout(phase, name, kind)
-        refers = i == 0 and kind in REFERRING
+        refers = i == 0 and kind not in OF_ITSELF
         if refers and name == UPDATE:
             data, state = up.update(kind, layout, content, state)
         else:

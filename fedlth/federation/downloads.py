@@ -74,8 +74,9 @@ class Downloads:
         mask = self.masks.get(client)
         if mask is None:
             known = not alone and self._knows(client)
-            return (self._short if known else self._first, *self._targets)
+            return (self._short if known else self._first, *self._also, *self._targets)
         theta, layout, codec = self.state.theta, self.experiment.layout, self.experiment.codec
+        alone = alone or self.phase.hand is not None  # the mask is another's
         own = slice_for(THETA_G, theta, layout, mask, codec, alone=alone)
         whole = (replace(self._first, kind="evaluation"),) if self.experiment.needs_whole(self.phase) else ()
         return (own, *whole, *self._targets)
@@ -119,6 +120,20 @@ class Downloads:
         experiment, state = self.experiment, self.state
         kind = "values" if experiment.method.space == "weights" else "scores"
         return broadcast(kind, THETA_G, state.theta, experiment.layout, experiment.codec, state.mask, known=known)
+
+    @cached_property
+    def _also(self) -> tuple[Message, ...]:
+        """What the server's rule remembers and clients need, of what everyone keeps; nothing before it is there."""
+        layout, codec, mask, memory = self.experiment.layout, self.experiment.codec, self.state.mask, self.state.memory
+        found = []
+        for name in self.phase.also:
+            if name in memory:
+                if memory[name].shape != (layout.num_floats,):
+                    raise ValueError(f"memory {name} must be ({layout.num_floats},), got {memory[name].shape}")
+                vector = Params(memory[name], np.zeros(layout.num_ints, np.int64))
+                # Everyone's mask comes before it in the same inbox.
+                found.append(broadcast("values", name, vector, layout, codec, mask, known=True))
+        return tuple(found)
 
     @cached_property
     def _targets(self) -> tuple[Message, ...]:

@@ -13,6 +13,7 @@ from fedlth.methods.method import Dense
 from fedlth.personalization.evaluate import curve_row
 from fedlth.personalization.personalise import NEED_NO_GLOBAL, row_of
 from fedlth.personalization.step2 import Result
+from fedlth.storage.records import HANDED, INTRODUCE
 from fedlth.storage.typed_record import as_record
 from fedlth.study.schema import Study
 from fedlth.training.local_client import LocalClient
@@ -106,7 +107,9 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
     scores = ["scores as undecided as after the first round"] if method.space == "scores" and codec.refers else []
     ups = (*both, *_why_less_goes_up(wire, shrinking))
     ends = (down, up) if shrinking is not None and not sure else (None, None)  # of what accuracy may decide
-    visit = wire.model, wire.update(1.0) + _visit_bytes(task)
+    last = method.phases[-1]
+    more = sum(wire.beside(last, name, kind) for name, kind in sends_in(last.update, 1)[1:])
+    visit = wire.model * (1 + len(last.also)), wire.update(1.0) + more + _visit_bytes(task)
     both_ways = Bytes(most[0], (*both, *scores), ends[0]), Bytes(most[1], ups, ends[1])
     return Forecast(*both_ways, len(found), visit, _evaluation(wire, shrinking, scores))
 
@@ -177,8 +180,8 @@ def _sums(wire: Lengths, shrinking: Shrinking, *, pruned: bool) -> tuple[float, 
     steps, behind = _prunes(experiment, shrinking)
     down = float(first * (wire.broadcast(experiment.initial()) - wire.model))
     up = float(sum(steps.values()) * _visit_bytes(task) + _arms_bytes(experiment))
-    earlier = _earlier(wire)
-    down, up = down + earlier[0], up + earlier[1]
+    for beside in (_earlier(wire), _beside(wire)):
+        down, up = down + beside[0], up + beside[1]
     for (before, after), number in steps.items():
         left, stays = (densities[before], densities[after]) if pruned else (1.0, 1.0)
         down += number * (wire.kept(left) if left < 1 else wire.model)
@@ -196,11 +199,34 @@ def _sums(wire: Lengths, shrinking: Shrinking, *, pruned: bool) -> tuple[float, 
             # Where no prune is sure, the worst is one: a slice, and for the controls the whole model beside it.
             left = densities[prunes if pruned else 1]
             down += number * (wire.kept(left) + whole * wire.model if pruned or whole else wire.model)
+    more = _newcomers(wire)
+    down, up = down + more[0], up + more[1]
     if study.refine.rounds:
         for density, (clients, visits) in _tickets(experiment).items():
             down += (visits + clients) * wire.kept(density)
             up += clients * wire.bare_mask(min(density, 0.5))
             up += visits * (wire.update(density) + _visit_bytes(task))
+    return down, up
+
+
+def _newcomers(wire: Lengths) -> tuple[float, float]:
+    """Return the bytes of what newcomers are handed and say, and of the masks that others have for them."""
+    experiment, down, up = wire.experiment, 0.0, 0.0
+    newcomer, study, density = experiment.newcomer, experiment.study, experiment.study.finder.densities[-1]
+    for phase in experiment.phases:
+        count = len(experiment.clients(phase, 1))
+        if phase.name == HANDED:
+            handed = wire.kept(density) + wire.bare_mask(density) if phase.hand is not None else wire.model
+            down += count * handed
+            local = LocalClient(experiment.task, experiment.task.clients[-1], 0, "forecast")
+            row = as_record(row_of(local, Result(arm=HANDED, params=local.task.theta_0, mask=local.full)))
+            up += count * len(metrics.encode({"rows": [{**row, "ticket": "0" * 16}]}))
+        if phase.name == INTRODUCE:
+            down += count * wire.model if phase.down != "nothing" else 0.0
+            told = sum(wire.message(phase, name, kind) for name, kind in phase.update.sends)
+            up += count * (_visit_bytes(experiment.task) + told)
+    if newcomer is not None and newcomer.others and not study.refine.rounds:
+        up += study.clients.count * wire.bare_mask(min(density, 0.5))
     return down, up
 
 
@@ -231,21 +257,28 @@ def _prunes(experiment: Experiment, shrinking: Shrinking) -> tuple[Mapping[tuple
 
 
 def _earlier(wire: Lengths) -> tuple[float, float]:
-    """Return the bytes down and up of a method's phases before its last: whole models down, what they name up.
+    """Return the bytes down and up of a method's phases before its last: whole models down, what they name up."""
+    experiment, down, up = wire.experiment, 0.0, 0.0
+    for phase, number in experiment.steps:
+        if phase in experiment.federated_phases[:-1]:
+            count = len(experiment.clients(phase, number))
+            told = sum(wire.message(phase, name, kind) for name, kind in sends_in(phase.update, number))
+            down += count * wire.model
+            up += count * (_visit_bytes(experiment.task) + told)
+    return down, up
 
-    And what goes up beside the update in the rounds of the last one.
+
+def _beside(wire: Lengths) -> tuple[float, float]:
+    """Return the bytes of what goes down beside the model (`Phase.also`), and up beside the last phase's update.
+
+    A rule remembers something from the first round that joined anything on: its vectors go down from the second.
     """
     experiment, down, up = wire.experiment, 0.0, 0.0
     for phase, number in experiment.steps:
-        if phase not in experiment.federated_phases:
-            continue
-        count, sends = len(experiment.clients(phase, number)), sends_in(phase.update, number)
-        if phase == experiment.federated_phases[-1]:
-            sends = sends[1:]
-        else:
-            down += count * wire.model
-            up += count * _visit_bytes(experiment.task)
-        up += count * sum(wire.message(phase, name, kind) for name, kind in sends)
+        count = len(experiment.clients(phase, number)) if phase in experiment.federated_phases else 0
+        down += count * wire.model * len(phase.also) * (number > 1)
+        if phase in experiment.federated_phases[-1:]:
+            up += count * sum(wire.beside(phase, name, kind) for name, kind in sends_in(phase.update, number)[1:])
     return down, up
 
 

@@ -63,6 +63,10 @@ class Lengths:
             return self.bare_mask(0.5)
         return 4.0 * self.experiment.message_layout(phase, name, kind).num_floats + 64
 
+    def beside(self, phase: Phase, name: str, kind: str) -> float:
+        """Return the most that a message takes which refers to nothing, beside an update."""
+        return self.model if kind == "values" else self.message(phase, name, kind)
+
     def kept(self, density: float) -> float:
         """Return the bytes of a slice."""
         return self._line(self._slice, density)

@@ -22,7 +22,7 @@ from fedlth.methods.client_update import VALUES, sends_in
 from fedlth.methods.method import Phase
 from fedlth.personalization.arms import row_name
 from fedlth.personalization.personalise import EVALUATION
-from fedlth.storage.records import DROPPED, LATE, CurveRow, Failed, LedgerRow, TimeRow, Work
+from fedlth.storage.records import DROPPED, HANDED, LATE, CurveRow, Failed, LedgerRow, TimeRow, Work
 from fedlth.storage.run_folder import Progress, RunFolder
 from fedlth.storage.state_archive import Writer
 from fedlth.wire.errors import PayloadError
@@ -71,6 +71,7 @@ class Replies:
     versions: dict[str, str] = field(default_factory=dict)
     mirrors: dict[str, str | None] = field(default_factory=dict)
     holds: dict[str, str] = field(default_factory=dict)
+    shared: dict[int, np.ndarray] = field(default_factory=dict)
     resyncs: int = 0
     came_s: list[float] = field(default_factory=list)
     gone_s: list[float] = field(default_factory=list)
@@ -167,6 +168,8 @@ class Replies:
                 continue
             self.rows += self._rows_up(answer, got.masks, "ok")
             self._keep(answer, got, states, masks)
+            if self.experiment.population.looks_for_outliers(self.phase) and got.mask is not None:
+                self.shared[job.client] = got.mask
             if one.distances is not None:
                 self.norms.accept(one.distances)
                 updates.remove(one.distances)
@@ -211,21 +214,23 @@ class Replies:
         sends = sends_in(phase.update, self.round)
         arms: tuple[str, ...] = ()
         if phase.in_waves:
-            arms = ("refined",) if phase.name == "refined" else tuple(map(row_name, experiment.arms))
+            alone = {"refined": ("refined",), HANDED: (HANDED,)}  # phases of one arm
+            arms = alone.get(phase.name) or tuple(map(row_name, experiment.arms))
         if phase.evaluates:
             arms = experiment.curve_arms
         return Asked(
             split=experiment.task.splits.clients[0], unseen=False, own_mask=phase.own_mask,
             sends={name: (kind, experiment.message_layout(phase, name, kind)) for name, kind in sends},
             arms=frozenset(arms),
-            targets=frozenset((1.0, *experiment.study.finder.densities)), keep=experiment.keep,
-            curve=phase.evaluates,
+            targets=frozenset((1.0, *experiment.study.finder.densities)),
+            keep=None if phase.name == HANDED else experiment.keep, curve=phase.evaluates,
         )  # fmt: skip
 
     def _keep(self, answer: Reply, got: Accepted, states: Writer, masks: Writer) -> None:
         client = str(answer.client)
-        if self.phase.evaluates:
+        if not self.phase.changes_state:
             self.curve += got.curve
+            self.metrics += got.rows
             for row in got.curve:
                 if row.arm == "global" and not row.unseen:
                     self._see(row.val_accuracy, row.value("val", self.experiment.task_of(row.client).judged.main.name))

@@ -75,7 +75,10 @@ class Federation:
         ledger.
         """
         lost, size = missing(self.folder), self.experiment.study.personalise.clients_per_wave
-        phase, done = self.experiment.phases[-1], max((row.round for row in _last_waves(self.folder)), default=0)
+        phase, done = (
+            self.experiment.phase(_last(self.folder)),
+            max((row.round for row in _last_waves(self.folder)), default=0),
+        )
         waves = [lost[i : i + size] for i in range(0, len(lost), size)]
         first = self.progress.step
         for i, wave in enumerate(waves):
@@ -118,7 +121,7 @@ class Federation:
             progress, summary = self._judged(step, progress, replies, summary)
         elif replies.versions:
             progress = replace(progress, good=self.progress.theta)
-        elif self._broken(replies):
+        elif phase.changes_state and self._broken(replies):
             summary = replace(summary, rolled_back_to=self._roll_back())
             progress = replace(progress, good=f"theta-{step.place}")
         self._commit(step, progress, sent, replies, summary, began)
@@ -172,9 +175,13 @@ class Federation:
 
     def _downloads(self, step: Step) -> Downloads:
         masks: dict[int, np.ndarray] = {}
-        for client in step.clients if step.phase.down == "slice" else ():
-            version = self.progress.mirrors.get(str(client), "")
-            mask = self.folder.mirror(client, version, self.experiment.layout.num_prunable)
+        hand = step.phase.hand
+        if hand is not None:
+            others = (c for c in range(self.experiment.study.clients.count) if c not in step.clients)
+            known = {c: mask for c in others if (mask := self._mirror(c)) is not None}
+            masks = hand(step.clients, known, self.state.memory)
+        for client in step.clients if step.phase.down == "slice" and hand is None else ():
+            mask = self._mirror(client)
             mask = self.experiment.first_mask(client) if mask is None else mask
             if mask is not None:
                 masks[client] = mask
@@ -182,6 +189,11 @@ class Federation:
         targets = {name: self.folder.load_params(name) for name in names}
         holds = {int(client): name for client, name in self.progress.holds.items()}
         return Downloads(self.experiment, step.phase, self.state, masks, targets, holds)
+
+    def _mirror(self, client: int) -> np.ndarray | None:
+        """Return the mask of what a client shares, as it last said; None where it has not, or shares all."""
+        version = self.progress.mirrors.get(str(client), "")
+        return self.folder.mirror(client, version, self.experiment.layout.num_prunable)
 
     def _broken(self, replies: Replies) -> bool:
         """Say whether the global model is why nobody's work can be used, and there is one that somebody could use.
@@ -304,5 +316,9 @@ def missing(folder: RunFolder) -> list[int]:
 
 def _last_waves(folder: RunFolder) -> list[RoundRow]:
     """Return the committed waves of the run's last phase."""
-    phase = "refined" if folder.study().refine.rounds else "personalise"
-    return [row for row in folder.rows(RoundRow) if row.phase == phase]
+    return [row for row in folder.rows(RoundRow) if row.phase == _last(folder)]
+
+
+def _last(folder: RunFolder) -> str:
+    """Name the last phase that gives clients another state; newcomers may be handed a ticket after it."""
+    return "refined" if folder.study().refine.rounds else "personalise"

@@ -13,8 +13,6 @@ from fedlth.wire.codec import Codec
 from fedlth.wire.payload import Content
 from fedlth.wire.reference import Reference
 
-REFERRING = ("values", "mask")  # kinds of a first message that may refer to what was sent down
-
 
 @dataclass(frozen=True)
 class Uplink:

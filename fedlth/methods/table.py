@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from fedlth.methods.apfl import apfl
 from fedlth.methods.baselines import fedavg, fedavg_ft, local, standalone, two_step
 from fedlth.methods.feddst import feddst
 from fedlth.methods.fedpm import fedpm
@@ -12,8 +13,12 @@ from fedlth.methods.fedtiny import fedtiny
 from fedlth.methods.flash import flash
 from fedlth.methods.lotteryfl import lotteryfl
 from fedlth.methods.method import FederatedMethod
+from fedlth.methods.private_layers import fedbn, fedper, fedrep
+from fedlth.methods.proximal import ditto, fedprox, pfedme
 from fedlth.methods.prunefl import prunefl
 from fedlth.methods.salient import salientgrads, ssfl
+from fedlth.methods.scaffold import scaffold
+from fedlth.methods.server_optimizer import fedadam, fedavgm, fedyogi
 from fedlth.methods.sub_fedavg import sub_fedavg
 
 METHODS: Mapping[str, Callable[..., FederatedMethod]] = {
@@ -34,5 +39,16 @@ METHODS: Mapping[str, Callable[..., FederatedMethod]] = {
         fedtiny,
         feddst,
         flash,
+        fedavgm,
+        fedadam,
+        fedyogi,
+        scaffold,
+        fedprox,
+        ditto,
+        pfedme,
+        apfl,
+        fedper,
+        fedrep,
+        fedbn,
     )
 }
