@@ -42,6 +42,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "sub_fedavg": {"rate": 0.2, "density": 0.3, "val_accuracy": -1.0, "distance": -1.0},
     "fedselect": {"rate": 0.25, "limit": 0.5},
     "fedpm": {"score_lr": 5.0},
+    "salientgrads": {"density": 0.3},
+    "ssfl": {"density": 0.3},
+    # A round costs what weights cost, so that an adjustment drops some; each happens within three rounds.
+    "prunefl": {"every": 2, "initial": 2, "max_dec": 0.4, "constant_s": 1e-4},
+    "fedtiny": {"density": 0.3, "pool": 3, "every": 1, "end": 4, "rate": 0.3, "blocks": 2},
+    "feddst": {"density": 0.3, "rate": 0.4, "every": 2, "end": 8},
+    "flash": {"density": 0.3, "share": 0.5, "stage1": 2, "rate": 0.4, "every": 2, "end": 8},
     "fedavgm": {},
     "fedadam": {},
     "fedyogi": {},

@@ -58,6 +58,8 @@ def check_arms(study: Study, method: FederatedMethod, arms: Sequence[str]) -> No
 def _own_mask(method: FederatedMethod) -> bool:
     """Say whether clients have masks of their own in the rounds; an update of the user's may make some."""
     own = method.own
+    if method.masks_all:
+        return True
     if isinstance(own, MaskedUpdate):
         return own.before != Keep() or own.after != Keep() or method.slices
     if isinstance(own, GossipUpdate):

@@ -16,7 +16,7 @@ from fedlth import rng
 from fedlth.data.split import num_sampled, num_unseen
 from fedlth.errors import StudyError
 from fedlth.experiment.population import Population
-from fedlth.methods.aggregate import CountMean
+from fedlth.methods.aggregate import Aggregate, CountMean
 from fedlth.methods.client_update import THETA_G, ClientUpdate, MaskedUpdate
 from fedlth.methods.fedpm import first_scores
 from fedlth.methods.method import (
@@ -39,6 +39,7 @@ from fedlth.personalization.newcomer import NEWCOMERS, phases_of
 from fedlth.personalization.personalise import NEED_NO_GLOBAL, TICKET, Personalise, Refined
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.records import EVALUATE, HANDED, INTRODUCE, MetricRow
+from fedlth.storage.server_state import ServerState
 from fedlth.study import schema, sections
 from fedlth.study.parts import make
 from fedlth.study.schema import Study
@@ -282,6 +283,19 @@ class Experiment:
             return self._scores
         return self.task.exchange
 
+    def message_layout(self, phase: Phase, name: str, kind: str) -> Layout:
+        """Return the layout of a message that a phase's update sends up."""
+        own = getattr(phase.update, "layout", None)
+        if kind != "statistics" or own is None:
+            return self.layout_of(kind)
+        found: Layout = own(name, self.task)
+        return found
+
+    def rule(self, phase: Phase) -> Aggregate | None:
+        """Return what joins a phase's contributions, given the task where it asks for it."""
+        asks = getattr(phase.join, "of_task", None)
+        return phase.join if asks is None else asks(self.task)
+
     @cached_property
     def _scores(self) -> Layout:
         return self.task.exchange.select(lambda e: e.prunable)
@@ -290,6 +304,19 @@ class Experiment:
         """Return round 0's global state, which both ends draw from the study's seed."""
         task = self.task
         return task.shared_part(task.theta_0) if self.method.space == "weights" else first_scores(task)
+
+    @cached_property
+    def start_mask(self) -> np.ndarray | None:
+        """Everyone's mask before the first round, (exchange.num_prunable,) bool; None for everything."""
+        if self.method.start_mask == Dense():
+            return None
+        mask = self.task.shared_mask(self.method.start_mask(self.task, 0))
+        return None if mask.all() else mask
+
+    def start(self) -> ServerState:
+        """Return the server's state before the first round."""
+        theta, mask = self.initial(), self.start_mask
+        return ServerState(theta if mask is None else theta.masked(mask), mask=mask)
 
     def first_mask(self, client: int) -> np.ndarray | None:
         """Return what a client shares before it has chosen, (exchange.num_prunable,) bool; None for everything."""
@@ -369,13 +396,14 @@ def method_of(study: Study) -> FederatedMethod:
     if not isinstance(method.phases, tuple) or not all(isinstance(phase, Phase) for phase in method.phases):
         raise StudyError(f"method: {name}: its phases must be a tuple of Phase, got {method.phases!r}")
     check_frozen(method)
-    dense = method.first_mask == Dense()
+    dense, shared = method.first_mask == Dense(), method.start_mask == Dense()
     checks: list[tuple[str, Any, bool, str]] = [
         ("space", method.space, method.space in ("weights", "scores"), "weights or scores"),
         (
             "first_mask", method.first_mask, dense or method.slices or method.topology is not None,
             "Dense where no phase sends slices and clients do not send to one another",
         ),
+        ("start_mask", method.start_mask, shared or not method.slices, "Dense where a phase sends slices"),
     ]  # fmt: skip
     between = False
     for phase in method.phases:

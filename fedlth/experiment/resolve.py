@@ -17,13 +17,13 @@ from fedlth.errors import StudyError
 from fedlth.experiment import client_memory, effects, feasible
 from fedlth.experiment.experiment import KEPT_FIRST, Experiment, method_of, open_experiment
 from fedlth.kernel import kernel
+from fedlth.methods.client_update import sends_in
 from fedlth.methods.rules import check_rule
 from fedlth.models.call import call
 from fedlth.models.initial import refuse, torch_stream
 from fedlth.personalization import kept
 from fedlth.personalization.arms import arm_of
 from fedlth.rng import stream
-from fedlth.storage.server_state import ServerState
 from fedlth.storage.trackers import trackers_of
 from fedlth.study.schema import Study
 from fedlth.study.sections import Personalise, Train
@@ -286,12 +286,14 @@ def _check_gates(experiment: Experiment, task: Task) -> None:
 def _check_rules(experiment: Experiment) -> None:
     """Raise StudyError where a rule of the method cannot be believed."""
     for phase in experiment.phases:
-        if phase.join is not None:
-            phase.join.init(ServerState(experiment.initial()), experiment.layout)  # a rule may refuse a layout
+        rule = experiment.rule(phase)
+        if rule is not None:
+            rule.init(experiment.start(), experiment.layout)  # a rule may refuse a layout
             place = f"method: {experiment.method.name}'s aggregation rule {type(phase.join).__name__}"
             count = len(experiment.clients(phase, 1))
-            layouts = {name: (kind, experiment.layout_of(kind)) for name, kind in phase.update.sends}
-            check_rule(phase.join, ServerState(experiment.initial()), experiment.layout, layouts, count, place)
+            for sends in sorted({sends_in(phase.update, round) for round in range(1, phase.rounds + 1)}):
+                layouts = {name: (kind, experiment.message_layout(phase, name, kind)) for name, kind in sends}
+                check_rule(rule, experiment.start(), experiment.layout, layouts, count, place)
 
 
 def _check_no_server(experiment: Experiment) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fedlth.experiment.experiment import Experiment
 from fedlth.federation.forecast_between import between, bounds, published_bytes
 from fedlth.federation.message_lengths import Lengths, later, noise, tried
-from fedlth.methods.client_update import Shrinking
+from fedlth.methods.client_update import Shrinking, sends_in
 from fedlth.methods.method import Dense
 from fedlth.personalization.evaluate import curve_row
 from fedlth.personalization.personalise import NEED_NO_GLOBAL, row_of
@@ -105,13 +105,13 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
         both.append("tickets at the largest density that each client may choose")
     if method.first_mask != Dense():
         both.append("clients that begin with the whole model")
-    if len(method.phases) > 1:
+    if len(method.phases) > 1 or method.masks_all:
         both.append("no mask that all clients share")
     scores = ["scores as undecided as after the first round"] if method.space == "scores" and codec.refers else []
     ups = (*both, *_why_less_goes_up(wire, shrinking))
     ends = (down, up) if shrinking is not None and not sure else (None, None)  # of what accuracy may decide
     last = method.phases[-1]
-    more = sum(wire.beside(kind) for _, kind in last.update.sends[1:])
+    more = sum(wire.beside(last, name, kind) for name, kind in sends_in(last.update, 1)[1:])
     visit = wire.model * (1 + len(last.also)), wire.update(1.0) + more + _visit_bytes(task)
     both_ways = Bytes(most[0], (*both, *scores), ends[0]), Bytes(most[1], ups, ends[1])
     return Forecast(*both_ways, len(found), visit, _evaluation(wire, shrinking, scores))
@@ -244,7 +244,8 @@ def _newcomers(wire: Lengths) -> tuple[float, float]:
             up += count * len(metrics.encode({"rows": [{**row, "ticket": "0" * 16}]}))
         if phase.name == INTRODUCE:
             down += count * wire.model if phase.down != "nothing" else 0.0
-            up += count * (_visit_bytes(experiment.task) + sum(wire.message(kind) for _, kind in phase.update.sends))
+            told = sum(wire.message(phase, name, kind) for name, kind in phase.update.sends)
+            up += count * (_visit_bytes(experiment.task) + told)
     if newcomer is not None and newcomer.others and not study.refine.rounds:
         up += study.clients.count * wire.bare_mask(min(density, 0.5))
     return down, up
@@ -282,8 +283,9 @@ def _earlier(wire: Lengths) -> tuple[float, float]:
     for phase, number in experiment.steps:
         if phase in experiment.federated_phases[:-1]:
             count = len(experiment.clients(phase, number))
+            told = sum(wire.message(phase, name, kind) for name, kind in sends_in(phase.update, number))
             down += count * wire.model
-            up += count * (_visit_bytes(experiment.task) + sum(wire.message(kind) for _, kind in phase.update.sends))
+            up += count * (_visit_bytes(experiment.task) + told)
     return down, up
 
 
@@ -297,7 +299,7 @@ def _beside(wire: Lengths) -> tuple[float, float]:
         count = len(experiment.clients(phase, number)) if phase in experiment.federated_phases else 0
         down += count * wire.model * len(phase.also) * (number > 1)
         if phase in experiment.federated_phases[-1:]:
-            up += count * sum(wire.beside(kind) for _, kind in phase.update.sends[1:])
+            up += count * sum(wire.beside(phase, name, kind) for name, kind in sends_in(phase.update, number)[1:])
     return down, up
 
 

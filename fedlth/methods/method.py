@@ -159,8 +159,9 @@ class FederatedMethod:
     own `package.module:arm`. `space` says what the global state is: "weights", or "scores" of frozen weights.
     `personal` are glob patterns of tensors that stay with the client ("@head": the last layer, FedPer's), `buffers` the
     model's policy for norms (FedBN's keeps them with the client), for a model that has some; a study may name others.
-    `first_mask` is what a client keeps of the model before it has chosen for itself, `reads_capacity` whether any part
-    asks for clients.capacity. `rewind` names the finder's rewind where the study names none.
+    `first_mask` is what a client keeps of the model before it has chosen for itself, `start_mask` everyone's mask
+    before the first round, the same for any client (both ends know it, too), `reads_capacity` whether any part asks for
+    clients.capacity. `rewind` names the finder's rewind where the study names none.
     """
 
     name: str
@@ -172,6 +173,7 @@ class FederatedMethod:
     personal: tuple[str, ...] = ()
     buffers: Literal["aggregate", "local_statistics", "local_all"] | None = None
     first_mask: FirstMask = field(default_factory=Dense)
+    start_mask: FirstMask = field(default_factory=Dense)
     reads_capacity: bool = False
     rewind: str | None = None
 
@@ -179,6 +181,11 @@ class FederatedMethod:
     def own(self) -> ClientUpdate:
         """The update that has the method's personal model."""
         return self.phases[-1].update if self.phases else MaskedUpdate()
+
+    @property
+    def masks_all(self) -> bool:
+        """Say whether everyone may come to share one mask."""
+        return self.start_mask != Dense() or any(getattr(phase.join, "masks", False) for phase in self.phases)
 
     @property
     def slices(self) -> bool:
@@ -208,7 +215,7 @@ def sending_checks(phase: Phase, space: str, between: bool) -> list[tuple[str, A
 
 def check_frozen(method: FederatedMethod) -> None:
     """Raise StudyError where a part of a method is no frozen value: what it kept in itself would be lost on resume."""
-    parts = [("first_mask", method.first_mask)]
+    parts = [("first_mask", method.first_mask), ("start_mask", method.start_mask)]
     parts += [
         (f"{p.name}.{part}", getattr(p, part)) for p in method.phases for part in ("update", "join", "who", "topology")
     ]
