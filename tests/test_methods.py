@@ -66,6 +66,7 @@ def test_fedavg_is_fedavg(tmp_path: Path) -> None:
     [
         {"name": "lotteryfl", "density": 1.0, "val_accuracy": -1.0},
         {"name": "lotteryfl", "val_accuracy": 1.0},
+        {"name": "lotteryfl", "rate": 1e-9, "val_accuracy": -1.0},
         {"name": "sub_fedavg", "density": 1.0},
         {"name": "fedselect", "limit": 1e-9},
     ],

@@ -62,6 +62,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedbn": {},
     "dfedavg": {"topology": "ring"},
     "dispfl": {"density": 0.4, "topology": {"name": "random", "count": 1}},
+    "cell": {"rate": 0.3, "density": 0.5, "val_accuracy": -1.0},
+    "sub_fedavg_hybrid": {"rate": 0.2, "density": 0.3, "val_accuracy": -1.0, "distance": -1.0, "channel_distance": -1},
+    "hermes": {"rate": 0.3, "density": 0.3, "val_accuracy": -1.0},
+    "fedltn": {"rate": 0.2, "density": 0.3, "val_accuracy": -1.0, "jump_start": 1},
+    "fedspa": {"density": 0.4},
 }
 # What else a method's study needs.
 SECTIONS: dict[str, dict[str, Any]] = {"fedbn": {"model": {"name": "tests.tiny:Small", "options": {}}}}

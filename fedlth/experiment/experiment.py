@@ -17,7 +17,7 @@ from fedlth.data.split import num_sampled, num_unseen
 from fedlth.errors import StudyError
 from fedlth.experiment.population import Population
 from fedlth.methods.aggregate import Aggregate, CountMean
-from fedlth.methods.client_update import THETA_G, ClientUpdate, MaskedUpdate
+from fedlth.methods.client_update import NEXT_MASK, THETA_G, UPDATE, ClientUpdate, MaskedUpdate
 from fedlth.methods.fedpm import first_scores
 from fedlth.methods.method import (
     Dense,
@@ -56,6 +56,7 @@ from fedlth.training.task import Task, open_task
 from fedlth.wire.codec import CODECS, Codec
 from fedlth.wire.payload import Content
 
+NEXT_MASK_WANTED = f"one that sends {NEXT_MASK} after its first message, the update of a slice under own_mask"
 KEPT_FIRST = ("ticket", "own_tuned", "own", "dense", "local")  # tuned before untuned, personal before dense
 
 
@@ -415,6 +416,7 @@ def method_of(study: Study) -> FederatedMethod:
             (f"{place}.update", update, callable(update) and hasattr(update, "sends"), "a ClientUpdate"),
             (f"{place}.join", phase.join, rule, "a rule with init, add and result"),
             (f"{place}.update", update, bool(getattr(update, "sends", None)), "one that sends something to join"),
+            (f"{place}.update", update, _names_mask_after_update(phase), NEXT_MASK_WANTED),
             (f"{place}.who", phase.who, callable(phase.who) and not phase.in_waves, "clients, not Waves, step 2's"),
             (f"{place}.also", phase.also, not phase.also or phase.down == "broadcast", "empty where slices go down"),
             (f"{place}.also", phase.also, not any(n.startswith(THETA_G) for n in phase.also), f"no {THETA_G}"),
@@ -430,6 +432,12 @@ def method_of(study: Study) -> FederatedMethod:
     if taken:
         raise StudyError(f"method: {name}: phase names must be unique and none that every run has, got {min(taken)}")
     return method
+
+
+def _names_mask_after_update(phase: Phase) -> bool:
+    """Say whether a mask of the next download, where any is sent, has an update that it can refer to."""
+    names = [name for name, _ in getattr(phase.update, "sends", ())]
+    return NEXT_MASK not in names or (names[0] == UPDATE and phase.down == "slice" and phase.own_mask)
 
 
 def finder_of(study: Study) -> Finder:

@@ -107,10 +107,10 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
         )
     if method.topology is not None:
         _check_no_server(experiment)
-    if study.evaluate.keep == "best" and study.evaluate.every and method.slices:
+    if study.evaluate.keep == "best" and study.evaluate.every and method.own_masks:
         raise StudyError(
-            f"evaluate.keep: must be last for a method that sends slices, as {method.name}: its clients hold masks of "
-            "later rounds than the best one, got best"
+            f"evaluate.keep: must be last for a method whose clients have masks, as {method.name}: theirs are of later "
+            "rounds than the best one, got best"
         )
     if study.tickets == "compact" and finder.dead.holds:
         raise StudyError(f"tickets: must be dense where dead weights are not zero, as with {finder.dead}")
@@ -126,8 +126,8 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
         notes.append(
             f"personalise.lr and .schedule: have no effect on own_tuned, whose scores have {method.name}'s own rate"
         )
-    if method.name == "sub_fedavg" and study.train.epochs == 1:
-        notes.append("train.epochs: with 1, sub_fedavg's two masks are the same epoch's, and nothing is pruned")
+    if study.train.epochs == 1 and 1 in getattr(getattr(method.own, "after", None), "snapshots", ()):
+        notes.append(f"train.epochs: with 1, {method.name}'s two masks are the same epoch's, and nothing is pruned")
     return experiment, notes
 
 
@@ -211,7 +211,7 @@ def _checked_task(experiment: Experiment, task: Task, arms: set[str]) -> list[st
             "are of later rounds than the best one, got best"
         )
     _check_gates(experiment, task)
-    if method.buffers and not any(e.norm for e in task.layout.entries):
+    if method.needs_norms and not any(e.norm for e in task.layout.entries):
         raise StudyError(f"method: {method.name} needs a model with norms, {task.study.model.name} has none")
     if method.space == "scores" and task.exchange.num_prunable != task.layout.num_prunable:
         raise StudyError(
@@ -270,11 +270,12 @@ def _check_gates(experiment: Experiment, task: Task) -> None:
     metric, finder, own = task.judged.main, experiment.finder, experiment.method.own
     if metric.higher_is_better:
         return
-    for event in (getattr(own, "before", None), getattr(own, "after", None)):
-        if event is not None and getattr(event, "val_accuracy", -1) >= 0:
+    for event in (own, getattr(own, "before", None), getattr(own, "after", None)):
+        gate = getattr(event, "val_accuracy", -1)
+        if gate >= 0:
             raise StudyError(
                 f"method.val_accuracy: must be below 0 (always open) where less of the metric is better, as of "
-                f"{metric.name}, got {event.val_accuracy}"
+                f"{metric.name}, got {gate}"
             )
     if set(experiment.arms) & effects.SEARCH and hasattr(finder.gate, "at_least"):
         raise StudyError(
@@ -339,7 +340,7 @@ def _check_validation(experiment: Experiment) -> None:
         return
     searches, finder = bool(arms & effects.SEARCH), experiment.finder
     own = method.own
-    events = [getattr(own, event, None) for event in ("before", "after")]
+    events = [own, *(getattr(own, event, None) for event in ("before", "after"))]
     deciding = {
         "tune.lr": bool(study.tune.lr),
         "the arm random": "random" in arms,

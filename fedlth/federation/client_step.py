@@ -12,7 +12,7 @@ from fedlth.experiment.experiment import Experiment, open_experiment
 from fedlth.federation.jobs import RESYNC, Job, Message, Reply
 from fedlth.federation.uplink import Uplink
 from fedlth.methods.attack import Aim, attacked
-from fedlth.methods.client_update import THETA_G, UPDATE, Update, sends_in
+from fedlth.methods.client_update import NEXT_MASK, THETA_G, UPDATE, Update, sends_in
 from fedlth.methods.method import Phase
 from fedlth.personalization.personalise import EVALUATION
 from fedlth.storage.client_state import ClientState
@@ -120,8 +120,8 @@ def _encoded(
 ) -> tuple[ClientState, tuple[Message, ...]]:
     """Return what goes up as messages, and the state after it: with what the client now shares, and what it owes.
 
-    An update refers to the download that the server knows it has sent; a ticket's mask comes on its own, and so does
-    what other clients will read.
+    An update refers to the download that the server knows it has sent, the mask after it to the update's; a ticket's
+    mask comes on its own, and so does what other clients will read.
     """
     codec, state, sent = experiment.codec, update.state, []
     known = None if phase.in_waves else received.mask
@@ -143,10 +143,12 @@ def _encoded(
         refers = i == 0 and kind not in OF_ITSELF
         if refers and name == UPDATE:
             data, state = up.update(kind, layout, content, state)
+        elif name == NEXT_MASK:
+            data = Uplink(codec, update.contents[UPDATE].mask).encode(kind, layout, content)
         else:
             data = (up if refers else plain).encode(kind, layout, content)
         sent.append(Message(kind, name, data))
-        if i == 0 and experiment.chooses(phase):
+        if (i == 0 or name == NEXT_MASK) and experiment.chooses(phase):
             dense = content.mask.all() and experiment.first_mask(job.client) is None
             state = state.without("shared") if dense else state.with_(masks={"shared": content.mask})
     if phase.in_waves:

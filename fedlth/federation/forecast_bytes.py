@@ -91,7 +91,7 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
     if method.topology is not None:
         return _between(experiment)
     dense = not method.slices
-    shrinking: Shrinking | None = Shrinking() if dense else getattr(method.own, "shrinking", None)
+    shrinking: Shrinking | None = getattr(method.own, "shrinking", None) if method.own_masks else Shrinking()
     found = tried(experiment, visit_s) if dense and method.space == "weights" and DELTA in codec.values else ()
     wire = Lengths(experiment, found or noise(task, codec), later(experiment, found))
     down, up = _sums(wire, shrinking or Shrinking(), pruned=True)

@@ -16,6 +16,7 @@ from fedlth.training.request import TrainingResult
 from fedlth.wire.payload import Content
 
 THETA_G, UPDATE = "theta_g", "update"  # the names of the global state on its way down, and of what comes up for it
+NEXT_MASK = "next_mask"  # a bare mask, sent after an update: what the client shares from then on, where not the same
 VALUES = ((UPDATE, "values"),)
 
 # What came down, by name: the global state under THETA_G, in the exchange layout (or as scores). Its mask says what of

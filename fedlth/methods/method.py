@@ -158,10 +158,10 @@ class FederatedMethod:
     model (arms `own`, `own_tuned`). `arms` are the models that step 2 evaluates: names of `fedlth list arms`, or your
     own `package.module:arm`. `space` says what the global state is: "weights", or "scores" of frozen weights.
     `personal` are glob patterns of tensors that stay with the client ("@head": the last layer, FedPer's), `buffers` the
-    model's policy for norms (FedBN's keeps them with the client), for a model that has some; a study may name others.
-    `first_mask` is what a client keeps of the model before it has chosen for itself, `start_mask` everyone's mask
-    before the first round, the same for any client (both ends know it, too), `reads_capacity` whether any part asks for
-    clients.capacity. `rewind` names the finder's rewind where the study names none.
+    model's policy for norms (FedBN's keeps them with the client), where the study names none; `needs_norms` refuses a
+    model without any. `first_mask` is what a client keeps of the model before it has chosen for itself, `start_mask`
+    everyone's mask before the first round, the same for any client (both ends know it, too), `reads_capacity` whether
+    any part asks for clients.capacity. `rewind` names the finder's rewind where the study names none.
     """
 
     name: str
@@ -172,6 +172,7 @@ class FederatedMethod:
     space: Literal["weights", "scores"] = "weights"
     personal: tuple[str, ...] = ()
     buffers: Literal["aggregate", "local_statistics", "local_all"] | None = None
+    needs_norms: bool = False
     first_mask: FirstMask = field(default_factory=Dense)
     start_mask: FirstMask = field(default_factory=Dense)
     reads_capacity: bool = False
@@ -191,6 +192,11 @@ class FederatedMethod:
     def slices(self) -> bool:
         """Say whether clients are sent their own part of the model: both ends then keep what a client shares."""
         return any(phase.down == "slice" for phase in self.phases)
+
+    @property
+    def own_masks(self) -> bool:
+        """Say whether a client has a mask of its own among weights, whatever is sent down."""
+        return self.slices or (self.space == "weights" and any(phase.own_mask for phase in self.phases))
 
     @property
     def topology(self) -> Topology | None:

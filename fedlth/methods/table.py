@@ -6,13 +6,17 @@ from collections.abc import Callable, Mapping
 
 from fedlth.methods.apfl import apfl
 from fedlth.methods.baselines import fedavg, fedavg_ft, local, standalone, two_step
+from fedlth.methods.cell import cell
 from fedlth.methods.dispfl import dispfl
 from fedlth.methods.feddst import feddst
+from fedlth.methods.fedltn import fedltn
 from fedlth.methods.fedpm import fedpm
 from fedlth.methods.fedselect import fedselect
+from fedlth.methods.fedspa import fedspa
 from fedlth.methods.fedtiny import fedtiny
 from fedlth.methods.flash import flash
 from fedlth.methods.gossip import dfedavg
+from fedlth.methods.hermes import hermes
 from fedlth.methods.lotteryfl import lotteryfl
 from fedlth.methods.method import FederatedMethod
 from fedlth.methods.private_layers import fedbn, fedper, fedrep
@@ -22,6 +26,7 @@ from fedlth.methods.salient import salientgrads, ssfl
 from fedlth.methods.scaffold import scaffold
 from fedlth.methods.server_optimizer import fedadam, fedavgm, fedyogi
 from fedlth.methods.sub_fedavg import sub_fedavg
+from fedlth.methods.sub_fedavg_hybrid import sub_fedavg_hybrid
 
 METHODS: Mapping[str, Callable[..., FederatedMethod]] = {
     f.__name__: f
@@ -54,5 +59,10 @@ METHODS: Mapping[str, Callable[..., FederatedMethod]] = {
         fedbn,
         dfedavg,
         dispfl,
+        cell,
+        sub_fedavg_hybrid,
+        hermes,
+        fedltn,
+        fedspa,
     )
 }
