@@ -14,6 +14,7 @@ from fedlth import rng
 from fedlth.experiment.experiment import Experiment
 from fedlth.federation import downloads
 from fedlth.methods.aggregate import Contribution, join
+from fedlth.methods.method import Phase
 from fedlth.models.layout import Layout, Params
 from fedlth.storage.server_state import ServerState
 from fedlth.tickets.scope import Layerwise
@@ -54,15 +55,17 @@ class Lengths:
         kind = "values" if self.experiment.method.space == "weights" else "scores"
         return len(downloads.broadcast(kind, "", theta, self.layout, self.codec).payload)
 
-    def message(self, kind: str) -> float:
-        """Return the most that a message of this kind takes which holds everything."""
+    def message(self, phase: Phase, name: str, kind: str) -> float:
+        """Return the most that a message of a phase's update takes which holds everything."""
         if kind == "values":
             return self.update(1.0)
-        return self.bare_mask(0.5) if kind == "mask" else 4.0 * self.experiment.layout_of(kind).num_floats + 64
+        if kind == "mask":
+            return self.bare_mask(0.5)
+        return 4.0 * self.experiment.message_layout(phase, name, kind).num_floats + 64
 
-    def beside(self, kind: str) -> float:
+    def beside(self, phase: Phase, name: str, kind: str) -> float:
         """Return the most that a message takes which refers to nothing, beside an update."""
-        return self.model if kind == "values" else self.message(kind)
+        return self.model if kind == "values" else self.message(phase, name, kind)
 
     def kept(self, density: float) -> float:
         """Return the bytes of a slice."""

@@ -32,6 +32,9 @@ class Aggregate(Protocol):
     A rule is a frozen value: equal calls give equal results. What it must remember from round to round lies in the
     state's memory, which is checkpointed and comes back on resume. State and contents lie in `layout`; sums are
     float64, cast once. In a round without any contribution only `init` is called.
+
+    An attribute `masks` that is True says that it may give everyone a mask; a method `of_task(task)` returns the rule
+    that joins in its place, for one that asks the task (what a weight costs, the seed of the study).
     """
 
     def init(self, state: ServerState, layout: Layout, /) -> Any:

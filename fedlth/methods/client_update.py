@@ -39,12 +39,25 @@ class Update:
 
 
 class ClientUpdate(Protocol):
-    """A phase's client side; a frozen value. `sends` are (name, kind) of what it sends up."""
+    """A phase's client side; a frozen value. `sends` are (name, kind) of what it sends up.
+
+    Two more methods may say more: `skips(round)` names what of it is not sent in a round, never all of it;
+    `layout(name, task)` is the layout of a message of kind statistics, which no kind decides.
+    """
 
     @property
     def sends(self) -> tuple[tuple[str, str], ...]: ...
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update: ...
+
+
+def sends_in(update: ClientUpdate, round: int) -> tuple[tuple[str, str], ...]:
+    """Return (name, kind) of what an update sends up in a round, as both ends know it."""
+    skips = getattr(update, "skips", None)
+    if skips is None:
+        return update.sends
+    skipped = skips(round)
+    return tuple((name, kind) for name, kind in update.sends if name not in skipped)
 
 
 @dataclass(frozen=True)
@@ -179,7 +192,12 @@ class MaskedUpdate:
         if shared is not mask and not mask.all():
             new = new.with_(masks={"active": mask})  # of personal tensors only the client knows what is alive
         content = Content(shared, sent.floats, sent.ints)
-        return Update(kept_private(local, new, params), {UPDATE: content}, metrics)
+        contents = {UPDATE: content, **self.also(local, params, mask)}
+        return Update(kept_private(local, new, params), contents, metrics)
+
+    def also(self, local: LocalClient, params: Params, mask: np.ndarray, /) -> Mapping[str, Content]:
+        """Return what goes up beside the trained weights, which are whole `params` under `mask`."""
+        return {}
 
     def own(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Own:
         mask = local.task.whole_mask(inbox[THETA_G].mask, state.masks.get("active", local.full))

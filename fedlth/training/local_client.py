@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 
 from fedlth import rng
 from fedlth.data.examples import Examples
@@ -17,9 +18,9 @@ from fedlth.errors import StudyError
 from fedlth.models.layout import Params
 from fedlth.study.sections import Tier
 from fedlth.tickets.evidence import Evidence, Lesson
-from fedlth.training import evaluation, mixture, supermask, train
+from fedlth.training import evaluation, mixture, statistics, supermask, train
 from fedlth.training.batch_requests import cpu_seconds
-from fedlth.training.batches import steps_an_epoch
+from fedlth.training.batches import batches, steps_an_epoch
 from fedlth.training.loss import owned
 from fedlth.training.loss_probe import LossProbe
 from fedlth.training.metrics import Metric, Scores, guessed
@@ -54,6 +55,7 @@ class LocalClient:
     """A client in one round. `stage` names its random streams: equal stages draw equal batches: twins share order.
 
     `log` holds the cost of every training done here, one that diverged included; `work` is told to times.jsonl.
+    `poison` is what a hostile client makes of its training examples, of so many classes.
     """
 
     task: Task
@@ -62,10 +64,12 @@ class LocalClient:
     stage: str
     work: list[dict[str, Any]] = field(default_factory=list, compare=False)
     log: list[Cost] = field(default_factory=list, compare=False)
+    poison: Callable[[Examples, int], Examples] | None = None
 
     @cached_property
     def train_part(self) -> Examples:
-        return self.task.part(self.client, "train")
+        own = self.task.part(self.client, "train")
+        return own if self.poison is None else self.poison(own, self.task.dataset.num_classes)
 
     @cached_property
     def val_part(self) -> Examples:
@@ -175,8 +179,15 @@ class LocalClient:
         steps = lesson.epochs * spe + lesson.steps
         return self._counting(lesson.alive, steps, batch_size, round(self.num_train * steps / spe))
 
+    def _counting(
+        self, alive: np.ndarray, steps: int, batch_size: int, examples: int
+    ) -> AbstractContextManager[None]:  # fmt: skip
+        return self._counted(alive, steps, batch_size, self.flops(alive, examples))
+
     @contextmanager
-    def _counting(self, alive: np.ndarray, steps: int, batch_size: int, examples: int) -> Iterator[None]:
+    def _counted(
+        self, alive: np.ndarray, steps: int, batch_size: int, flops: tuple[float, float]
+    ) -> Iterator[None]:  # fmt: skip
         """Note what the training inside costs; the one place where trainings are counted."""
         began = cpu_seconds()
         try:
@@ -184,7 +195,34 @@ class LocalClient:
         finally:
             cpu_s, epochs = cpu_seconds() - began, Fraction(steps, steps_an_epoch(self.num_train, batch_size))
             self.work.append({"density": _share(alive), "epochs": plain_number(epochs), "cpu_s": cpu_s})
-            self.log.append(Cost(*self.flops(alive, examples), steps, epochs, cpu_s))
+            self.log.append(Cost(*flops, steps, epochs, cpu_s))
+
+    def gradients(self, at: Params, *, count: int = 0) -> Iterator[np.ndarray]:
+        """Yield the gradient of the mean loss on each of `count` minibatches, (num_prunable,) float32; 0: of one pass.
+
+        Of every weight, the pruned too, in evaluation mode and of the plain loss. A device does this work for its
+        method, so that it is counted as a training is: 3 forwards an example. Of a model with zeros the gradient of
+        the weights, a third of it, is dense all the same.
+        """
+        drawn = batches(self.num_train, self.recipe.batch_size, self.rng("gradients"))[: count or None]
+        alive = at.floats[: self.full.size] != 0
+        dense, sparse = self.flops(alive, sum(map(len, drawn)))
+        with self._counted(alive, len(drawn), self.recipe.batch_size, (dense, (2 * sparse + dense) / 3)):
+            for part in drawn:
+                yield evaluation.gradient(self.task.flat_model, at, self.train_part.batch(torch.from_numpy(part)))
+
+    def normalised(self, params: Params, mask: np.ndarray) -> Params:
+        """Return params with the running statistics of norms as one pass over the client's data has them.
+
+        Counted as what it is, one forward an example; nothing is done where no norm has such statistics.
+        """
+        model = self.task.flat_model
+        if not statistics.has_any(model):
+            return params
+        drawn = batches(self.num_train, self.recipe.batch_size, self.rng("statistics"))
+        dense, sparse = self.flops(mask, self.num_train)
+        with self._counted(mask, len(drawn), self.recipe.batch_size, (dense / 3, sparse / 3)):
+            return statistics.normalised(model, params, self.train_part, drawn)
 
     def flops(self, alive: np.ndarray, examples: int) -> tuple[float, float]:
         """Return training FLOPs (dense, by what is alive): 3 forwards for each time an example is seen, as is usual."""
