@@ -17,8 +17,8 @@ from fedlth.data.split import num_sampled, num_unseen
 from fedlth.errors import StudyError
 from fedlth.methods.aggregate import CountMean
 from fedlth.methods.client_update import ClientUpdate, MaskedUpdate
-from fedlth.methods.fedpm import first_scores
 from fedlth.methods.method import Dense, Down, Everyone, FederatedMethod, Phase, Sampled, Waves, check_frozen
+from fedlth.methods.space import SPACES
 from fedlth.methods.table import METHODS
 from fedlth.models.layout import Layout, Params
 from fedlth.personalization.evaluate import Evaluate
@@ -41,6 +41,7 @@ from fedlth.training.metrics import Judged
 from fedlth.training.task import Task, open_task
 from fedlth.wire.codec import CODECS, Codec
 
+SPACE = ("name", "kind", "trains_weights", "bounds", "layout", "initial", "model", "reply")  # what one must have
 KEPT_FIRST = ("ticket", "own_tuned", "own", "dense", "local")  # tuned before untuned, personal before dense
 
 
@@ -100,7 +101,7 @@ class Experiment:
         found = [self._filled(phase) for phase in self.method.phases]
         personalise = Personalise(
             own=self.method.own, finder=self.finder, arms=self.arms, targets=study.finder.densities,
-            main=self.keep, kept=self.kept_arm, learns_scores=self.method.space == "scores",
+            main=self.keep, kept=self.kept_arm, space=self.method.space,
             sends=((TICKET, "mask"),) if study.refine.rounds else (),
         )  # fmt: skip
         down: Down = "slice" if slices else "broadcast" if found else "nothing"
@@ -196,8 +197,9 @@ class Experiment:
         return bool(self.method.phases)
 
     @property
-    def trains_weights(self) -> bool:
-        return self.federated and self.method.space == "weights"
+    def shares_weights(self) -> bool:
+        """Say whether the global state is a model that rounds have trained."""
+        return self.federated and self.method.space.kind == "values"
 
     @cached_property
     def slices(self) -> bool:
@@ -210,23 +212,19 @@ class Experiment:
 
     @cached_property
     def layout(self) -> Layout:
-        """The layout of the global state: the exchanged model, or its prunable tensors as scores."""
-        return self.layout_of("values")
+        """The layout of the global state."""
+        return self.method.space.layout(self.task.exchange)
 
     def layout_of(self, kind: str) -> Layout:
-        """Return the layout of a message's kind."""
-        if self.method.space == "scores" or kind == "scores":
-            return self._scores
-        return self.task.exchange
-
-    @cached_property
-    def _scores(self) -> Layout:
-        return self.task.exchange.select(lambda e: e.prunable)
+        """Return the layout of a message's kind; a mask is over the state, or the model where that has no weights."""
+        if kind == self.method.space.kind or (kind == "mask" and self.layout.num_prunable):
+            return self.layout
+        space = next((space for space in SPACES if space.kind == kind), SPACES[0])
+        return space.layout(self.task.exchange)
 
     def initial(self) -> Params:
         """Return round 0's global state, which both ends draw from the study's seed."""
-        task = self.task
-        return task.shared_part(task.theta_0) if self.method.space == "weights" else first_scores(task)
+        return self.method.space.initial(self.task)
 
     def first_mask(self, client: int) -> np.ndarray | None:
         """Return what a client shares before it has chosen, (exchange.num_prunable,) bool; None for everything."""
@@ -254,7 +252,7 @@ class Experiment:
     def needs_whole(self, phase: Phase) -> bool:
         """Say whether controls need the whole global model beside a client's slice; it is counted as evaluation."""
         if phase.evaluates:
-            return self.method.space == "weights"
+            return self.method.space.kind == "values"
         return phase.name == "personalise" and not set(self.arms) <= NEED_NO_GLOBAL
 
     @cached_property
@@ -307,7 +305,7 @@ def method_of(study: Study) -> FederatedMethod:
     check_frozen(method)
     dense = method.first_mask == Dense()
     checks: list[tuple[str, Any, bool, str]] = [
-        ("space", method.space, method.space in ("weights", "scores"), "weights or scores"),
+        ("space", method.space, all(hasattr(method.space, part) for part in SPACE), "Weights, Scores or Thresholds"),
         ("first_mask", method.first_mask, dense or method.slices, "Dense where no phase sends slices"),
     ]
     for phase in method.phases:

@@ -83,7 +83,7 @@ class Downloads:
     @cached_property
     def _first(self) -> Message:
         experiment = self.experiment
-        kind = "values" if experiment.method.space == "weights" else "scores"
+        kind = experiment.method.space.kind
         return broadcast(kind, THETA_G, self.state.theta, experiment.layout, experiment.codec, self.state.mask)
 
     @cached_property

@@ -14,6 +14,7 @@ import numpy as np
 from fedlth.errors import StudyError
 from fedlth.methods.aggregate import Aggregate
 from fedlth.methods.client_update import ClientUpdate, MaskedUpdate
+from fedlth.methods.space import Space, Weights
 from fedlth.training.task import Task
 
 Down = Literal["broadcast", "slice", "nothing"]
@@ -120,7 +121,7 @@ class FederatedMethod:
 
     `phases` come before step 2; without any, every client stands alone. The last of them has the method's own personal
     model (arms `own`, `own_tuned`). `arms` are the models that step 2 evaluates: names of `fedlth list arms`, or your
-    own `package.module:arm`. `space` says what the global state is: "weights", or "scores" of frozen weights.
+    own `package.module:arm`. `space` is what the global state is: Weights, Scores, Thresholds.
     `personal` are glob patterns of tensors that stay with the client (FedPer's head), `first_mask` what a client keeps
     of the model before it has chosen for itself, `reads_capacity` whether any part asks for clients.capacity. `rewind`
     names the finder's rewind where the study names none.
@@ -131,7 +132,7 @@ class FederatedMethod:
     summary: str
     phases: tuple[Phase, ...]
     arms: tuple[str, ...]
-    space: Literal["weights", "scores"] = "weights"
+    space: Space = field(default_factory=Weights)
     personal: tuple[str, ...] = ()
     first_mask: FirstMask = field(default_factory=Dense)
     reads_capacity: bool = False
@@ -150,7 +151,7 @@ class FederatedMethod:
 
 def check_frozen(method: FederatedMethod) -> None:
     """Raise StudyError where a part of a method is no frozen value: what it kept in itself would be lost on resume."""
-    parts = [("first_mask", method.first_mask)]
+    parts: list[tuple[str, Any]] = [("first_mask", method.first_mask), ("space", method.space)]
     parts += [(f"{p.name}.{part}", getattr(p, part)) for p in method.phases for part in ("update", "join", "who")]
     for name, value in parts:
         loose = _loose(value, name)

@@ -12,7 +12,6 @@ import numpy as np
 
 from fedlth.errors import StudyError, wrong
 from fedlth.methods.client_update import ClientUpdate, Inbox
-from fedlth.methods.fedpm import frozen_weights
 from fedlth.models.layout import Params
 from fedlth.personalization.step2 import Result, Step2
 from fedlth.storage.client_state import ClientState
@@ -128,7 +127,7 @@ def frozen_random(step: Step2) -> Iterator[Result]:
     """The control of learnt masks: a random mask of the same layer counts on the same frozen weights."""
     held = step.method.own(step.local, step.inbox, step.state)
     mask = _shuffled(step, held.mask, "frozen_random", granularity_of(step.method))
-    params = frozen_weights(step.local.task).masked(mask)
+    params = step.method.frozen(step.local.task).masked(mask)
     yield Result(arm="frozen_random", params=params, mask=mask, start="frozen")
 
 
