@@ -42,6 +42,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "sub_fedavg": {"rate": 0.2, "density": 0.3, "val_accuracy": -1.0, "distance": -1.0},
     "fedselect": {"rate": 0.25, "limit": 0.5},
     "fedpm": {"score_lr": 5.0},
+    "fedmask": {"score_lr": 5.0, "density": 0.5},
+    "deltamask": {"score_lr": 5.0},
+    "spafl": {"coefficient": 0.1},
+    "pfedgate": {"density": 0.4},
 }
 # One of each kind: what holds for all methods is tried on each in tests/methods, what depends on the kind on these.
 KINDS = ("fedavg", "fedavg_ft", "local", "standalone", "two_step", "lotteryfl", "sub_fedavg", "fedselect", "fedpm")

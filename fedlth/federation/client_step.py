@@ -12,7 +12,7 @@ from fedlth.experiment.experiment import Experiment, open_experiment
 from fedlth.federation.jobs import RESYNC, Job, Message, Reply
 from fedlth.federation.uplink import Uplink
 from fedlth.methods.client_update import THETA_G, UPDATE, Update
-from fedlth.methods.method import Phase
+from fedlth.methods.method import KNOWN, Phase
 from fedlth.personalization.personalise import EVALUATION
 from fedlth.storage.client_state import ClientState
 from fedlth.training.local_client import Cost, LocalClient
@@ -93,7 +93,7 @@ def _encoded(
     An update refers to the download that the server knows it has sent; a ticket's mask comes on its own.
     """
     codec, state, sent = experiment.codec, update.state, []
-    known = None if phase.in_waves else received.mask
+    known = None if phase.in_waves else phase.known(local.rng(KNOWN), received.mask, received.floats)
     up = Uplink(codec, known, received.reference if job.inbox and codec.refers else None)
     plain = Uplink(codec)
     if job.inbox and not job.inbox[0].broadcast and not received.mask.all():

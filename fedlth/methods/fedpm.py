@@ -36,9 +36,13 @@ class ScoreUpdate:
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         seen = local.visit_scores(self.own(local, inbox, state).params)
         scores, loss = self._train(local, received(inbox[THETA_G]), local.recipe)
-        mask = local.rng("upload mask").random(scores.size) < chances(scores)
+        mask = self.drawn(local, inbox, scores)
         metrics = {"loss": loss, **seen, "density": float(mask.mean())}
         return Update(replace(state, visits=state.visits + 1), {UPDATE: Content(mask, None, None)}, metrics)
+
+    def drawn(self, local: LocalClient, inbox: Inbox, scores: np.ndarray) -> np.ndarray:
+        """Return the mask that goes up for scores after training."""
+        return local.rng("upload mask").random(scores.size) < chances(scores)
 
     def own(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Own:
         return self._likely(local, received(inbox[THETA_G]))

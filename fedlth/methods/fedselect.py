@@ -7,7 +7,7 @@ Parameters for Fine-Tuning. CVPR 2024, arXiv 2404.02478.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -51,6 +51,7 @@ class SelectUpdate:
     every: int
     score: Score = field(default_factory=Movement)
     sends: tuple[tuple[str, str], ...] = VALUES
+    keeps_weights: ClassVar[bool] = True
 
     @property
     def shrinking(self) -> Shrinking:

@@ -17,7 +17,32 @@ from fedlth.methods.client_update import ClientUpdate, MaskedUpdate
 from fedlth.methods.space import Space, Weights
 from fedlth.training.task import Task
 
+
+class Known(Protocol):
+    """The mask that a round's upload is coded against, known to both ends: a pure function of what both have."""
+
+    def __call__(
+        self, rng: np.random.Generator, mask: np.ndarray | None, floats: np.ndarray | None, /
+    ) -> np.ndarray | None:
+        """Return (num_prunable,) bool, None for none; `mask` (None: all) and `floats` are the decoded download's.
+
+        rng: the client's own stream of this round, equal at both ends.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Received:
+    """The mask of the download."""
+
+    def __call__(
+        self, rng: np.random.Generator, mask: np.ndarray | None, floats: np.ndarray | None, /
+    ) -> np.ndarray | None:
+        return mask
+
+
 Down = Literal["broadcast", "slice", "nothing"]
+KNOWN = "known mask"  # the stream that a phase's Known is given
 
 
 class Who(Protocol):
@@ -92,6 +117,7 @@ class Phase:
     down: Down = "broadcast"
     own_mask: bool = False
     evaluates: bool = False
+    known: Known = field(default_factory=Received)
 
     @property
     def in_waves(self) -> bool:
@@ -152,7 +178,9 @@ class FederatedMethod:
 def check_frozen(method: FederatedMethod) -> None:
     """Raise StudyError where a part of a method is no frozen value: what it kept in itself would be lost on resume."""
     parts: list[tuple[str, Any]] = [("first_mask", method.first_mask), ("space", method.space)]
-    parts += [(f"{p.name}.{part}", getattr(p, part)) for p in method.phases for part in ("update", "join", "who")]
+    parts += [
+        (f"{p.name}.{part}", getattr(p, part)) for p in method.phases for part in ("update", "join", "who", "known")
+    ]
     for name, value in parts:
         loose = _loose(value, name)
         if loose:

@@ -75,6 +75,9 @@ class Weights:
         return None
 
 
+FROZEN = ("auto", "signed", "theta_0")
+
+
 @dataclass(frozen=True)
 class Frozen:
     """The net that masks are learnt over, the same at both ends without a byte.
@@ -156,8 +159,10 @@ class Thresholds:
         return Params(np.zeros(task.exchange.rows.num_floats, np.float32), np.zeros(0, np.int64))
 
     def model(self, task: Task, content: Content, private: Params, /) -> Own:
-        mask = above(task.layout, private.floats, received(content))
-        return Own(private.masked(mask), mask)
+        """Return what a client begins with that has not taken part yet."""
+        found = follow(task.layout, task.theta_0, received(content))
+        mask = above(task.layout, found.floats, received(content))
+        return Own(found.masked(mask), mask)
 
     def reply(self, state: Params, layout: Layout, kind: str, draw: np.random.Generator, /) -> Content | None:
         if kind != self.kind:
@@ -170,6 +175,21 @@ def above(layout: Layout, weights: np.ndarray, thresholds: np.ndarray) -> np.nda
     """Return (num_prunable,) bool: the weights of rows whose mean size exceeds their threshold (num_rows,)."""
     rows = Row().groups(layout)
     return rows.spread(rows.reduced(np.abs(weights[: layout.num_prunable])) > thresholds)
+
+
+def follow(layout: Layout, params: Params, change: np.ndarray) -> Params:
+    """Return params whose rows have moved against a change (num_rows,) of their thresholds.
+
+    Each weight of a row goes down by change / fan-in, with the sign of the row's sum: the row's mean size falls by
+    about that where its threshold rose.
+    """
+    rows, size = Row().groups(layout), layout.num_prunable
+    assert rows.of is not None
+    count = np.bincount(rows.of)
+    sign = np.sign(np.bincount(rows.of, weights=params.floats[:size].astype(np.float64)))
+    floats = params.floats.copy()
+    floats[:size] -= (change * sign / count)[rows.of].astype(np.float32)
+    return replace(params, floats=floats)
 
 
 def received(content: Content) -> np.ndarray:

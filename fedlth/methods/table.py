@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from fedlth.methods.baselines import fedavg, fedavg_ft, local, standalone, two_step
+from fedlth.methods.deltamask import deltamask
+from fedlth.methods.fedmask import fedmask
 from fedlth.methods.fedpm import fedpm
 from fedlth.methods.fedselect import fedselect
 from fedlth.methods.lotteryfl import lotteryfl
 from fedlth.methods.method import FederatedMethod
+from fedlth.methods.pfedgate import pfedgate
+from fedlth.methods.spafl import spafl
 from fedlth.methods.sub_fedavg import sub_fedavg
 
 METHODS: Mapping[str, Callable[..., FederatedMethod]] = {
@@ -23,5 +27,9 @@ METHODS: Mapping[str, Callable[..., FederatedMethod]] = {
         sub_fedavg,
         fedselect,
         fedpm,
+        fedmask,
+        deltamask,
+        spafl,
+        pfedgate,
     )
 }

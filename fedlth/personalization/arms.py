@@ -120,7 +120,13 @@ def own_tuned(step: Step2) -> Iterator[Result]:
 def own_random(step: Step2) -> Iterator[Result]:
     """The control of `own_tuned`: a random mask of the same layer counts on the same start weights, trained by SGD."""
     held = step.method.own(step.local, step.inbox, step.state)
-    yield trained(step, "own_random", "theta_g", _shuffled(step, held.mask, "own_random", granularity_of(step.method)))
+    mask = _shuffled(step, held.mask, "own_random", granularity_of(step.method))
+    whole = getattr(step.method, "weights", None)  # of a method whose weights never leave the client
+    if whole is None:
+        yield trained(step, "own_random", "theta_g", mask)
+    else:
+        begin = whole(step.local, step.inbox, step.state).masked(mask)
+        yield trained(step, "own_random", "own", mask, begin=begin)
 
 
 def frozen_random(step: Step2) -> Iterator[Result]:

@@ -17,11 +17,12 @@ from fedlth.errors import StudyError
 from fedlth.models.layout import Params
 from fedlth.study.sections import Tier
 from fedlth.tickets.evidence import Evidence, Lesson
-from fedlth.training import evaluation, supermask, train
+from fedlth.training import evaluation, masked_training, supermask, train
 from fedlth.training.batch_requests import cpu_seconds
 from fedlth.training.batches import steps_an_epoch
 from fedlth.training.loss import owned
 from fedlth.training.loss_probe import LossProbe
+from fedlth.training.masked_training import Masked, Masking
 from fedlth.training.metrics import Metric, Scores, guessed
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingResult, drawn_request
@@ -154,18 +155,35 @@ class LocalClient:
                 order=self.rng("order"), torch_seed=self.torch_seed("masks"),
             )  # fmt: skip
 
-    def _learning(self, lesson: Lesson, batch_size: int) -> AbstractContextManager[None]:
+    def _learning(self, lesson: Lesson, batch_size: int) -> AbstractContextManager[object]:
         spe = steps_an_epoch(self.num_train, batch_size)
         steps = lesson.epochs * spe + lesson.steps
         return self._counting(lesson.alive, steps, batch_size, round(self.num_train * steps / spe))
 
+    def train_masking(
+        self, start: Params, masking: Masking, extra: np.ndarray, *, recipe: TrainingRecipe, pace: float = 1.0
+    ) -> Masked:
+        """Train weights and what makes their mask together, and note what it cost; see `masked_training.train`."""
+        request = drawn_request(
+            start, self.train_part, recipe, order=self.rng("order"), torch_seed=self.torch_seed("dropout"),
+            examples_seed=self.torch_seed("examples"),
+        )  # fmt: skip
+        with self._counting(self.full, len(request.rates), recipe.batch_size, request.num_examples) as alive:
+            done = masked_training.train(self.task.flat_model, request, masking, extra, pace=pace)
+            alive.append(done.often)
+        return done
+
     @contextmanager
-    def _counting(self, alive: np.ndarray, steps: int, batch_size: int, examples: int) -> Iterator[None]:
-        """Note what the training inside costs; the one place where trainings are counted."""
-        began = cpu_seconds()
+    def _counting(self, alive: np.ndarray, steps: int, batch_size: int, examples: int) -> Iterator[list[np.ndarray]]:
+        """Note what the training inside costs; the one place where trainings are counted.
+
+        A training that finds out itself how often each weight is alive appends that share to what is yielded.
+        """
+        began, found = cpu_seconds(), [alive]
         try:
-            yield
+            yield found
         finally:
+            alive = found[-1]
             cpu_s, epochs = cpu_seconds() - began, Fraction(steps, steps_an_epoch(self.num_train, batch_size))
             self.work.append({"density": _share(alive), "epochs": plain_number(epochs), "cpu_s": cpu_s})
             self.log.append(Cost(*self.flops(alive, examples), steps, epochs, cpu_s))
@@ -255,4 +273,5 @@ def plain_number(value: Fraction) -> float:
 
 
 def _share(mask: np.ndarray) -> float:
-    return int(np.count_nonzero(mask)) / mask.size
+    """Return the share of ones, or the mean of shares."""
+    return int(np.count_nonzero(mask)) / mask.size if mask.dtype == bool else float(mask.mean(dtype=np.float64))
