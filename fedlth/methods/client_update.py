@@ -60,7 +60,8 @@ class PersonalUpdate(ClientUpdate, Protocol):
     Some attributes may say more: `granularity`, of what the method's masks are made where that is not single weights;
     `passes(task, visits)`, how many trainings an epoch is to a client after so many own visits, where it is not one;
     `frozen(task)`, the net under learnt masks; `keeps_weights`, whether a client keeps a whole model between visits,
-    and `weights(local, inbox, state)`, that model without its mask where the global state is none.
+    and `weights(local, inbox, state)`, that model without its mask where the global state is none; `tunes_mask`,
+    whether `tune` changes how much is kept.
     """
 
     def own(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Own:

@@ -4,11 +4,12 @@ Li, Sun, Zeng, Zhang, Li, Chen. FedMask: Joint Computation and Communication-Eff
 via Heterogeneous Masking. SenSys 2021, doi 10.1145/3485730.3485929.
 
 Read in its abstract and in others' descriptions only, so what follows is ours. The initial stage is a client's first
-visit: it learns scores over the whole net, then drops for good the rows whose scores are lowest (structured, one shot);
-the output layer keeps its rows. From then on it learns inside these rows, and its bits are the weights that are more
-likely there than not: no dice, straight-through. The server takes the mean over the clients that hold a row; it goes
-down as scores, since a mean of bits is no bit (few distinct numbers: a lossless wire packs them). No message names the
-rows: a row whose bits are all zero counts as not held.
+visit: it learns scores over the whole net, then drops for good the rows whose scores it raised least (structured, one
+shot; the random start is everyone's and says nothing of a client); the output layer keeps its rows. From then on it
+learns inside these rows, and its bits are the weights that are more likely there than not: no dice, straight-through.
+The server takes the mean over the clients that hold a row; it goes down as scores, since a mean of bits is no bit (few
+distinct numbers: a lossless wire packs them). No message names the rows: a row whose bits are all zero counts as not
+held.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class PersonalMask:
         start = received(inbox[THETA_G])
         scores, loss = local.learn(self.frozen(local.task), start, lesson, batch_size=recipe.batch_size)
         if HELD not in state.masks:
-            held = strongest(scores, local.task.layout, self.groups, self.density)
+            held = strongest(scores - start, local.task.layout, self.groups, self.density)
         return scores, held, loss
 
 

@@ -67,6 +67,7 @@ class ThresholdUpdate:
     sends: tuple[tuple[str, str], ...] = ((UPDATE, "thresholds"),)
     granularity: ClassVar[Row] = Row()
     keeps_weights: ClassVar[bool] = True
+    tunes_mask: ClassVar[bool] = True
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         begin = self.own(local, inbox, state)

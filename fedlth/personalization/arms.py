@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -119,14 +120,19 @@ def own_tuned(step: Step2) -> Iterator[Result]:
 
 def own_random(step: Step2) -> Iterator[Result]:
     """The control of `own_tuned`: a random mask of the same layer counts on the same start weights, trained by SGD."""
-    held = step.method.own(step.local, step.inbox, step.state)
+    held, at = step.method.own(step.local, step.inbox, step.state), len(step.log)
+    if getattr(step.method, "tunes_mask", False):  # equal density is that of what `own_tuned` ends with
+        with suppress(FloatingPointError):
+            held = step.method.tune(step.local, step.inbox, step.state, step.recipe)
+    searched = step.spent(at)
     mask = _shuffled(step, held.mask, "own_random", granularity_of(step.method))
-    whole = getattr(step.method, "weights", None)  # of a method whose weights never leave the client
-    if whole is None:
-        yield trained(step, "own_random", "theta_g", mask)
-    else:
-        begin = whole(step.local, step.inbox, step.state).masked(mask)
-        yield trained(step, "own_random", "own", mask, begin=begin)
+    whole, begin, start = getattr(step.method, "weights", None), None, "theta_g"
+    if whole is not None:  # weights that never leave the client
+        begin, start = whole(step.local, step.inbox, step.state).masked(mask), "own"
+    found = trained(step, "own_random", start, mask, begin=begin)
+    flops = found.flops[0] + searched.flops, found.flops[1] + searched.alive_flops
+    cpu_s = found.cpu_s[0] + searched.cpu_s, found.cpu_s[1]
+    yield replace(found, search_epochs=plain_number(searched.epochs), flops=flops, cpu_s=cpu_s)
 
 
 def frozen_random(step: Step2) -> Iterator[Result]:

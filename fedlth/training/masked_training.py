@@ -41,7 +41,7 @@ class Masking(Protocol):
 class Masked:
     """Where a training ended; the last epoch's mean loss; the share of steps in which each weight was alive.
 
-    `params` are whole, what no mask keeps included; `extra` as the last step left it; `often` (num_prunable,) float32.
+    `params` are whole, what no mask keeps included; `extra` as the last step left it; `often` (num_prunable,) float64.
     """
 
     params: Params
@@ -106,4 +106,4 @@ def _train(model: FlatModel, request: TrainingRequest, masking: Masking, extra: 
     saved = model.save()  # buffers that the forward passes moved
     floats = np.concatenate((weights.detach().cpu().numpy(), saved.floats[count:]))
     mean = loss_sum / sum(map(len, request.batches[-1]))
-    return Masked(Params(floats, saved.ints), held.detach().cpu().numpy(), (often / step).cpu().numpy(), mean)
+    return Masked(Params(floats, saved.ints), held.detach().cpu().numpy(), (often.double() / step).cpu().numpy(), mean)
