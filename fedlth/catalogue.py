@@ -133,6 +133,7 @@ def _phases(name: str, file: str) -> list[str]:
         up = ", ".join(f"{kind} ({message})" for message, kind in phase.update.sends) or "metrics alone"
         space = f"all {experiment.method.space.name}"
         down = {"nothing": "nothing", "slice": "what each client shares"}.get(phase.down, space)
+        down = ", ".join((down, *(f"values ({name})" for name in phase.also)))
         count = len(experiment.clients(phase, 1))
         lines.append(f"  phase {phase.name}: {phase.rounds} x {count} clients; down {down}; up {up}")
     text = str(forecast_bytes(experiment, 1.0)).splitlines()

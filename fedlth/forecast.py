@@ -72,7 +72,7 @@ def own_epochs(experiment: Experiment) -> tuple[float, float]:
 
     A client's visits are those that the server will sample: a method may train more than once an epoch after some.
     """
-    study, task, trained = experiment.study, experiment.task, 0
+    study, task, trained = experiment.study, experiment.task, 0.0
     visits = dict.fromkeys(range(study.clients.count), 0)
     refined = study.refine.rounds * experiment.per_round(study.refine)
     for phase, round in experiment.steps:
@@ -81,7 +81,8 @@ def own_epochs(experiment: Experiment) -> tuple[float, float]:
             for client in experiment.clients(phase, round):
                 trained += passes(task.of(client), visits[client])
                 visits[client] += 1
-    passes = getattr(experiment.method.own, "passes", _once)
+    own = experiment.method.own
+    passes = getattr(own, "tune_passes", getattr(own, "passes", _once))
     tuned = (
         sum(passes(task.of(client), count) for client, count in visits.items()) if "own_tuned" in experiment.arms else 0
     )
@@ -109,7 +110,7 @@ def _kept_epochs(experiment: Experiment) -> float:
     return many * budget_of(train).in_epochs(_mean_steps(experiment.task, train.batch_size)) + learned
 
 
-def _once(task: Task, visits: int) -> int:
+def _once(task: Task, visits: int) -> float:
     return 1
 
 
@@ -199,8 +200,12 @@ def _tried(local: LocalClient, recipe: TrainingRecipe) -> TrainingRequest:
 
 def _recipe_lines(experiment: Experiment, local: LocalClient) -> list[str]:
     """Say which backend trains by the recipe of each step, and why no faster one; what decides is what trains."""
-    study, lines = experiment.study, []
-    for name, recipe in (("step 1", local.recipe), ("step 2", local.personal_recipe)):
+    study, lines, own = experiment.study, list[str](), experiment.method.own
+    tried = {"step 1": local.recipe, "step 2": local.personal_recipe}
+    objective = own.recipe(local, local.recipe) if hasattr(own, "recipe") else local.recipe
+    if objective != local.recipe:
+        tried[f"{experiment.method.name}'s own"] = objective
+    for name, recipe in tried.items():
         request, why = _tried(local, recipe), list[str]()
         if study.compute == "sparse":
             why.append(kernel_backend.obstacle(local.task.flat_model, request))
@@ -245,8 +250,14 @@ def _disk_mb(experiment: Experiment) -> float:
     task, count = experiment.task, experiment.study.clients.count
     whole = 4 * task.layout.num_floats
     tickets = count * (whole + task.layout.num_prunable / 8) if experiment.arms != ("global",) else 0
+<<<<<<< HEAD
     private = getattr(experiment.method.own, "keeps_weights", False) or task.exchange is not task.layout.moving
     return float(2 * tickets + 3 * whole + (count * whole if private else 0)) / 1e6
+=======
+    own = experiment.method.own
+    private = isinstance(own, SelectUpdate) or task.exchange is not task.layout.moving
+    return float(2 * tickets + 3 * whole + count * whole * (private + getattr(own, "keeps", 0))) / 1e6
+>>>>>>> methods13
 
 
 def _compute_lines(task: Task) -> list[str]:

@@ -166,6 +166,8 @@ def _idle(study: Study, method: FederatedMethod, arms: set[str], product: str | 
         yield from ((f"personalise.{key}", f"no arm of {said} trains") for key in (length, "batch_size"))
     if not trained and not refined:
         yield from ((f"personalise.{key}", untrained) for key in ("lr", "loss", *STEP_KEYS))
+    if getattr(method.own, "own_pull", False) and arms <= UNTRAINED | {"own_tuned"} and not refined:
+        yield "personalise.pull", f"{said} has its own"
     if not refined:
         yield "refine.clients_per_round", "refine.rounds is 0"
     if not study.tune.lr:

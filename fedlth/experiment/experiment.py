@@ -16,7 +16,12 @@ from fedlth import rng
 from fedlth.data.split import num_sampled, num_unseen
 from fedlth.errors import StudyError
 from fedlth.methods.aggregate import CountMean
+<<<<<<< HEAD
 from fedlth.methods.client_update import ClientUpdate, MaskedUpdate
+=======
+from fedlth.methods.client_update import THETA_G, ClientUpdate, MaskedUpdate
+from fedlth.methods.fedpm import first_scores
+>>>>>>> methods13
 from fedlth.methods.method import Dense, Down, Everyone, FederatedMethod, Phase, Sampled, Waves, check_frozen
 from fedlth.methods.space import SPACES
 from fedlth.methods.table import METHODS
@@ -146,7 +151,10 @@ class Experiment:
         federate, who = self.study.federate, phase.who
         if isinstance(who, Sampled) and not who.count:
             who = Sampled(self.per_round(federate))
-        return replace(phase, who=who, rounds=phase.rounds or federate.rounds)
+        join = phase.join
+        if getattr(join, "num_clients", None) == 0:
+            join = replace(join, num_clients=self.taking_part)  # type: ignore[type-var]
+        return replace(phase, who=who, join=join, rounds=phase.rounds or federate.rounds)
 
     def per_round(self, section: sections.Federate | sections.Refine) -> int:
         """Return how many clients take part in a round of step 1, or in one inside the tickets."""
@@ -318,6 +326,8 @@ def method_of(study: Study) -> FederatedMethod:
             (f"{place}.join", phase.join, rule, "a rule with init, add and result"),
             (f"{place}.update", update, bool(getattr(update, "sends", None)), "one that sends something to join"),
             (f"{place}.who", phase.who, callable(phase.who) and not phase.in_waves, "clients, not Waves, step 2's"),
+            (f"{place}.also", phase.also, not phase.also or phase.down == "broadcast", "empty where slices go down"),
+            (f"{place}.also", phase.also, not any(n.startswith(THETA_G) for n in phase.also), f"no {THETA_G}"),
         ]
     for place, value, fits, wanted in checks:
         if not fits:

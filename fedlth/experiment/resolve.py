@@ -71,15 +71,22 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
     update: dict[str, Any] = {}
     if method.rewind and "rewind" not in study.finder.model_fields_set:
         update["finder"] = study.finder.model_copy(update={"rewind": {"name": method.rewind}})
-    if method.personal and "personal" not in study.model.model_fields_set:
-        update["model"] = study.model.model_copy(update={"personal": method.personal})
+    defaults = {"personal": method.personal or None, "buffers": method.buffers}
+    missing = {key: value for key, value in defaults.items() if value and key not in study.model.model_fields_set}
+    if missing:
+        update["model"] = study.model.model_copy(update=missing)
     if study.partition["name"] == "file" and isinstance(study.partition.get("path"), str):
         sha256 = study.partition.get("sha256") or sha256_of(study.partition["path"])
         update["partition"] = {**study.partition, "sha256": sha256}
     if not method.phases:
         update["federate"] = study.federate.model_copy(update={"rounds": 0})
     experiment = Experiment.of(study.model_copy(update=update))
-    recipes(study)  # says what is wrong with a part of the training
+    first, _ = recipes(study)  # says what is wrong with a part of the training
+    for phase in method.phases:
+        if study.train.pull is not None and getattr(phase.update, "own_pull", False):
+            raise StudyError(f"train.pull: must be left out, method {method.name} has its own, got {study.train.pull}")
+        if hasattr(phase.update, "obstacle") and (why := phase.update.obstacle(first)):
+            raise StudyError(f"method: {method.name} {why}")
     arms, finder = experiment.arms, experiment.finder
     for arm in arms:
         arm_of(arm)
@@ -180,7 +187,13 @@ def _checked_task(experiment: Experiment, task: Task, arms: set[str]) -> list[st
             "are of later rounds than the best one, got best"
         )
     _check_gates(experiment, task)
+<<<<<<< HEAD
     if method.space.kind != "values" and task.exchange.num_prunable != task.layout.num_prunable:
+=======
+    if method.buffers and not any(e.norm for e in task.layout.entries):
+        raise StudyError(f"method: {method.name} needs a model with norms, {task.study.model.name} has none")
+    if method.space == "scores" and task.exchange.num_prunable != task.layout.num_prunable:
+>>>>>>> methods13
         raise StudyError(
             f"model.personal: must leave all that is prunable shared, method {method.name} learns one mask of it, got "
             f"{list(task.study.model.personal or ())} and buffers {task.study.model.buffers}"

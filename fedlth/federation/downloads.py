@@ -60,7 +60,7 @@ class Downloads:
             return ()
         mask = self.masks.get(client)
         if mask is None:
-            return (self._first, *self._targets)
+            return (self._first, *self._also, *self._targets)
         theta, layout, codec = self.state.theta, self.experiment.layout, self.experiment.codec
         own = slice_for(THETA_G, theta, layout, mask, codec, alone=alone)
         whole = (replace(self._first, kind="evaluation"),) if self.experiment.needs_whole(self.phase) else ()
@@ -90,6 +90,19 @@ class Downloads:
         experiment = self.experiment
         kind = experiment.method.space.kind
         return broadcast(kind, THETA_G, self.state.theta, experiment.layout, experiment.codec, self.state.mask)
+
+    @cached_property
+    def _also(self) -> tuple[Message, ...]:
+        """What the server's rule remembers and clients need, of what everyone keeps; nothing before it is there."""
+        layout, codec, mask, memory = self.experiment.layout, self.experiment.codec, self.state.mask, self.state.memory
+        found = []
+        for name in self.phase.also:
+            if name in memory:
+                if memory[name].shape != (layout.num_floats,):
+                    raise ValueError(f"memory {name} must be ({layout.num_floats},), got {memory[name].shape}")
+                vector = Params(memory[name], np.zeros(layout.num_ints, np.int64))
+                found.append(broadcast("values", name, vector, layout, codec, mask))
+        return tuple(found)
 
     @cached_property
     def _targets(self) -> tuple[Message, ...]:

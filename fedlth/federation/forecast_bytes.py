@@ -106,7 +106,9 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
     scores = [method.space.bounds[0]] if method.space.bounds[0] and codec.refers else []
     ups = (*both, *_why_less_goes_up(wire, shrinking))
     ends = (down, up) if shrinking is not None and not sure else (None, None)  # of what accuracy may decide
-    visit = wire.model, wire.update(1.0) + _visit_bytes(task)
+    last = method.phases[-1]
+    more = sum(wire.beside(kind) for _, kind in last.update.sends[1:])
+    visit = wire.model * (1 + len(last.also)), wire.update(1.0) + more + _visit_bytes(task)
     both_ways = Bytes(most[0], (*both, *scores), ends[0]), Bytes(most[1], ups, ends[1])
     return Forecast(*both_ways, len(found), visit, _evaluation(wire, shrinking, scores))
 
@@ -177,8 +179,8 @@ def _sums(wire: Lengths, shrinking: Shrinking, *, pruned: bool) -> tuple[float, 
     steps, behind = _prunes(experiment, shrinking)
     down = float(first * (wire.broadcast(experiment.initial()) - wire.model))
     up = float(sum(steps.values()) * _visit_bytes(task) + _arms_bytes(experiment))
-    earlier = _earlier(wire)
-    down, up = down + earlier[0], up + earlier[1]
+    for beside in (_earlier(wire), _beside(wire)):
+        down, up = down + beside[0], up + beside[1]
     for (before, after), number in steps.items():
         left, stays = (densities[before], densities[after]) if pruned else (1.0, 1.0)
         down += number * (wire.kept(left) if left < 1 else wire.model)
@@ -238,6 +240,20 @@ def _earlier(wire: Lengths) -> tuple[float, float]:
             count = len(experiment.clients(phase, number))
             down += count * wire.model
             up += count * (_visit_bytes(experiment.task) + sum(wire.message(kind) for _, kind in phase.update.sends))
+    return down, up
+
+
+def _beside(wire: Lengths) -> tuple[float, float]:
+    """Return the bytes of what goes down beside the model (`Phase.also`), and up beside the last phase's update.
+
+    A rule remembers something from the first round that joined anything on: its vectors go down from the second.
+    """
+    experiment, down, up = wire.experiment, 0.0, 0.0
+    for phase, number in experiment.steps:
+        count = len(experiment.clients(phase, number)) if phase in experiment.federated_phases else 0
+        down += count * wire.model * len(phase.also) * (number > 1)
+        if phase in experiment.federated_phases[-1:]:
+            up += count * sum(wire.beside(kind) for _, kind in phase.update.sends[1:])
     return down, up
 
 

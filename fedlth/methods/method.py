@@ -106,7 +106,9 @@ class Phase:
     client does with it. `own_mask` says that an update may hold other weights than were sent down (a client that
     prunes, or selects); one that does is otherwise refused. `join` makes the next server state of what came up; None:
     nothing is joined. `rounds` 0 stands for the study's federate.rounds. `evaluates`: clients only look at what came;
-    none has another state afterwards, and what crosses counts as evaluation.
+    none has another state afterwards, and what crosses counts as evaluation. `also` names vectors of the server's
+    memory, (num_floats,) float32 of what is exchanged, that go down beside a broadcast state, each as a payload of its
+    own: of all that everyone keeps. One that the memory does not have yet is not sent.
     """
 
     name: str
@@ -117,7 +119,11 @@ class Phase:
     down: Down = "broadcast"
     own_mask: bool = False
     evaluates: bool = False
+<<<<<<< HEAD
     known: Known = field(default_factory=Received)
+=======
+    also: tuple[str, ...] = ()
+>>>>>>> methods13
 
     @property
     def in_waves(self) -> bool:
@@ -147,10 +153,18 @@ class FederatedMethod:
 
     `phases` come before step 2; without any, every client stands alone. The last of them has the method's own personal
     model (arms `own`, `own_tuned`). `arms` are the models that step 2 evaluates: names of `fedlth list arms`, or your
+<<<<<<< HEAD
     own `package.module:arm`. `space` is what the global state is: Weights, Scores, Thresholds.
     `personal` are glob patterns of tensors that stay with the client (FedPer's head), `first_mask` what a client keeps
     of the model before it has chosen for itself, `reads_capacity` whether any part asks for clients.capacity. `rewind`
     names the finder's rewind where the study names none.
+=======
+    own `package.module:arm`. `space` says what the global state is: "weights", or "scores" of frozen weights.
+    `personal` are glob patterns of tensors that stay with the client ("@head": the last layer, FedPer's), `buffers` the
+    model's policy for norms (FedBN's keeps them with the client), for a model that has some; a study may name others.
+    `first_mask` is what a client keeps of the model before it has chosen for itself, `reads_capacity` whether any part
+    asks for clients.capacity. `rewind` names the finder's rewind where the study names none.
+>>>>>>> methods13
     """
 
     name: str
@@ -160,6 +174,7 @@ class FederatedMethod:
     arms: tuple[str, ...]
     space: Space = field(default_factory=Weights)
     personal: tuple[str, ...] = ()
+    buffers: Literal["aggregate", "local_statistics", "local_all"] | None = None
     first_mask: FirstMask = field(default_factory=Dense)
     reads_capacity: bool = False
     rewind: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from fedlth.methods.apfl import apfl
 from fedlth.methods.baselines import fedavg, fedavg_ft, local, standalone, two_step
 from fedlth.methods.deltamask import deltamask
 from fedlth.methods.fedmask import fedmask
@@ -11,8 +12,15 @@ from fedlth.methods.fedpm import fedpm
 from fedlth.methods.fedselect import fedselect
 from fedlth.methods.lotteryfl import lotteryfl
 from fedlth.methods.method import FederatedMethod
+<<<<<<< HEAD
 from fedlth.methods.pfedgate import pfedgate
 from fedlth.methods.spafl import spafl
+=======
+from fedlth.methods.private_layers import fedbn, fedper, fedrep
+from fedlth.methods.proximal import ditto, fedprox, pfedme
+from fedlth.methods.scaffold import scaffold
+from fedlth.methods.server_optimizer import fedadam, fedavgm, fedyogi
+>>>>>>> methods13
 from fedlth.methods.sub_fedavg import sub_fedavg
 
 METHODS: Mapping[str, Callable[..., FederatedMethod]] = {
@@ -27,9 +35,23 @@ METHODS: Mapping[str, Callable[..., FederatedMethod]] = {
         sub_fedavg,
         fedselect,
         fedpm,
+<<<<<<< HEAD
         fedmask,
         deltamask,
         spafl,
         pfedgate,
+=======
+        fedavgm,
+        fedadam,
+        fedyogi,
+        scaffold,
+        fedprox,
+        ditto,
+        pfedme,
+        apfl,
+        fedper,
+        fedrep,
+        fedbn,
+>>>>>>> methods13
     )
 }

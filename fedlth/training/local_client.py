@@ -17,7 +17,11 @@ from fedlth.errors import StudyError
 from fedlth.models.layout import Params
 from fedlth.study.sections import Tier
 from fedlth.tickets.evidence import Evidence, Lesson
+<<<<<<< HEAD
 from fedlth.training import evaluation, masked_training, supermask, train
+=======
+from fedlth.training import evaluation, mixture, supermask, train
+>>>>>>> methods13
 from fedlth.training.batch_requests import cpu_seconds
 from fedlth.training.batches import steps_an_epoch
 from fedlth.training.loss import owned
@@ -133,8 +137,10 @@ class LocalClient:
         anchor: Params | None = None,
     ) -> TrainingResult:
         """Train on this client's data, and note what it cost; masks and anchor as in `TrainingRequest`."""
+        # Of a piece of a run its own: else each piece would drop the same units.
+        dropped = f"dropout from {recipe.first_step}" if recipe.first_step else "dropout"
         request = drawn_request(
-            start, self.train_part, recipe, order=self.rng("order"), torch_seed=self.torch_seed("dropout"),
+            start, self.train_part, recipe, order=self.rng("order"), torch_seed=self.torch_seed(dropped),
             active=active, trainable=trainable, snapshots=snapshots, anchor=anchor,
             examples_seed=self.torch_seed("examples"),
         )  # fmt: skip
@@ -143,6 +149,20 @@ class LocalClient:
             alive = trainable[: alive.size] | (start.floats[: alive.size] != 0)
         with self._counting(alive, len(request.rates), recipe.batch_size, request.num_examples):
             return train.train(self.task.flat_model, request)
+
+    def train_mixed(
+        self, start: Params, personal: Params, share: float, *, recipe: TrainingRecipe, active: np.ndarray, adapts: bool
+    ) -> tuple[TrainingResult, Params, float]:
+        """Train a shared model and, mixed with it, a personal one, in plain torch; see `mixture.train_mixed`."""
+        request = drawn_request(
+            start, self.train_part, recipe, order=self.rng("order"), torch_seed=self.torch_seed("dropout"),
+            active=active, examples_seed=self.torch_seed("examples"),
+        )  # fmt: skip
+        with self._counting(active, 2 * len(request.rates), recipe.batch_size, 2 * request.num_examples):
+            found = mixture.train_mixed(self.task.flat_model, request, personal, share, adapts=adapts)
+        if not all(np.isfinite(params.floats).all() for params in (found[0].params, found[1])):
+            raise FloatingPointError(f"training diverged: loss {found[0].loss} at learning rate {recipe.lr}")
+        return found
 
     def learn(
         self, frozen: Params, scores: np.ndarray, lesson: Lesson, *, batch_size: int | None = None
