@@ -14,6 +14,7 @@ from fedlth.experiment.experiment import Experiment
 from fedlth.experiment.resolve import resolve
 from fedlth.federation.forecast_bytes import forecast_bytes
 from fedlth.federation.forecast_time import Visit, forecast_time
+from fedlth.methods.fedselect import SelectUpdate
 from fedlth.study.schema import Study
 from fedlth.tickets.finder import Finder
 from fedlth.tickets.rewind import ToInit
@@ -250,14 +251,9 @@ def _disk_mb(experiment: Experiment) -> float:
     task, count = experiment.task, experiment.study.clients.count
     whole = 4 * task.layout.num_floats
     tickets = count * (whole + task.layout.num_prunable / 8) if experiment.arms != ("global",) else 0
-<<<<<<< HEAD
-    private = getattr(experiment.method.own, "keeps_weights", False) or task.exchange is not task.layout.moving
-    return float(2 * tickets + 3 * whole + (count * whole if private else 0)) / 1e6
-=======
     own = experiment.method.own
     private = isinstance(own, SelectUpdate) or task.exchange is not task.layout.moving
     return float(2 * tickets + 3 * whole + count * whole * (private + getattr(own, "keeps", 0))) / 1e6
->>>>>>> methods13
 
 
 def _compute_lines(task: Task) -> list[str]:

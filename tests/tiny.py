@@ -42,12 +42,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "sub_fedavg": {"rate": 0.2, "density": 0.3, "val_accuracy": -1.0, "distance": -1.0},
     "fedselect": {"rate": 0.25, "limit": 0.5},
     "fedpm": {"score_lr": 5.0},
-<<<<<<< HEAD
     "fedmask": {"score_lr": 5.0, "density": 0.5},
     "deltamask": {"score_lr": 5.0},
     "spafl": {"coefficient": 0.1},
     "pfedgate": {"density": 0.4},
-=======
     "fedavgm": {},
     "fedadam": {},
     "fedyogi": {},
@@ -59,7 +57,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedper": {},
     "fedrep": {"head_epochs": 2},
     "fedbn": {},
->>>>>>> methods13
 }
 # What else a method's study needs.
 SECTIONS: dict[str, dict[str, Any]] = {"fedbn": {"model": {"name": "tests.tiny:Small", "options": {}}}}

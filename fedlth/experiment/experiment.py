@@ -16,12 +16,7 @@ from fedlth import rng
 from fedlth.data.split import num_sampled, num_unseen
 from fedlth.errors import StudyError
 from fedlth.methods.aggregate import CountMean
-<<<<<<< HEAD
-from fedlth.methods.client_update import ClientUpdate, MaskedUpdate
-=======
 from fedlth.methods.client_update import THETA_G, ClientUpdate, MaskedUpdate
-from fedlth.methods.fedpm import first_scores
->>>>>>> methods13
 from fedlth.methods.method import Dense, Down, Everyone, FederatedMethod, Phase, Sampled, Waves, check_frozen
 from fedlth.methods.space import SPACES
 from fedlth.methods.table import METHODS

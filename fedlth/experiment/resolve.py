@@ -187,13 +187,9 @@ def _checked_task(experiment: Experiment, task: Task, arms: set[str]) -> list[st
             "are of later rounds than the best one, got best"
         )
     _check_gates(experiment, task)
-<<<<<<< HEAD
-    if method.space.kind != "values" and task.exchange.num_prunable != task.layout.num_prunable:
-=======
     if method.buffers and not any(e.norm for e in task.layout.entries):
         raise StudyError(f"method: {method.name} needs a model with norms, {task.study.model.name} has none")
-    if method.space == "scores" and task.exchange.num_prunable != task.layout.num_prunable:
->>>>>>> methods13
+    if method.space.kind != "values" and task.exchange.num_prunable != task.layout.num_prunable:
         raise StudyError(
             f"model.personal: must leave all that is prunable shared, method {method.name} learns one mask of it, got "
             f"{list(task.study.model.personal or ())} and buffers {task.study.model.buffers}"

@@ -57,19 +57,13 @@ class Own:
 class PersonalUpdate(ClientUpdate, Protocol):
     """An update that gives the client a model of its own: what the arms `own` and `own_tuned` evaluate.
 
-<<<<<<< HEAD
-    Some attributes may say more: `granularity`, of what the method's masks are made where that is not single weights;
-    `passes(task, visits)`, how many trainings an epoch is to a client after so many own visits, where it is not one;
-    `frozen(task)`, the net under learnt masks; `keeps_weights`, whether a client keeps a whole model between visits,
-    and `weights(local, inbox, state)`, that model without its mask where the global state is none; `tunes_mask`,
-    whether `tune` changes how much is kept.
-=======
     Attributes may say more: `granularity`, of what the method's masks are made where that is not single weights;
     `passes(task, visits)`, how many trainings an epoch is to a client after so many own visits, where it is not one,
     and `tune_passes` how many it is to `tune`, where that is another number; `own_pull`, that its objective has a pull,
     which takes the place of the study's; `obstacle(recipe)` why it cannot train by a recipe, "" where it can;
-    `keeps`, how many vectors as long as the model it leaves in a client's state, beside what does not cross.
->>>>>>> methods13
+    `keeps`, how many vectors as long as the model it leaves in a client's state, beside what does not cross;
+    `frozen(task)`, the net under learnt masks; `weights(local, inbox, state)`, the client's model without its mask
+    where the global state is none; `tunes_mask`, whether `tune` changes how much is kept.
     """
 
     def own(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Own:

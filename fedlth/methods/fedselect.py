@@ -7,7 +7,7 @@ Parameters for Fine-Tuning. CVPR 2024, arXiv 2404.02478.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +51,6 @@ class SelectUpdate:
     every: int
     score: Score = field(default_factory=Movement)
     sends: tuple[tuple[str, str], ...] = VALUES
-    keeps_weights: ClassVar[bool] = True
 
     @property
     def shrinking(self) -> Shrinking:

@@ -119,11 +119,8 @@ class Phase:
     down: Down = "broadcast"
     own_mask: bool = False
     evaluates: bool = False
-<<<<<<< HEAD
     known: Known = field(default_factory=Received)
-=======
     also: tuple[str, ...] = ()
->>>>>>> methods13
 
     @property
     def in_waves(self) -> bool:
@@ -153,18 +150,11 @@ class FederatedMethod:
 
     `phases` come before step 2; without any, every client stands alone. The last of them has the method's own personal
     model (arms `own`, `own_tuned`). `arms` are the models that step 2 evaluates: names of `fedlth list arms`, or your
-<<<<<<< HEAD
     own `package.module:arm`. `space` is what the global state is: Weights, Scores, Thresholds.
-    `personal` are glob patterns of tensors that stay with the client (FedPer's head), `first_mask` what a client keeps
-    of the model before it has chosen for itself, `reads_capacity` whether any part asks for clients.capacity. `rewind`
-    names the finder's rewind where the study names none.
-=======
-    own `package.module:arm`. `space` says what the global state is: "weights", or "scores" of frozen weights.
     `personal` are glob patterns of tensors that stay with the client ("@head": the last layer, FedPer's), `buffers` the
     model's policy for norms (FedBN's keeps them with the client), for a model that has some; a study may name others.
     `first_mask` is what a client keeps of the model before it has chosen for itself, `reads_capacity` whether any part
     asks for clients.capacity. `rewind` names the finder's rewind where the study names none.
->>>>>>> methods13
     """
 
     name: str

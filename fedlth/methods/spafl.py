@@ -66,7 +66,7 @@ class ThresholdUpdate:
     coefficient: float
     sends: tuple[tuple[str, str], ...] = ((UPDATE, "thresholds"),)
     granularity: ClassVar[Row] = Row()
-    keeps_weights: ClassVar[bool] = True
+    keeps: ClassVar[int] = 1
     tunes_mask: ClassVar[bool] = True
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:

@@ -12,15 +12,12 @@ from fedlth.methods.fedpm import fedpm
 from fedlth.methods.fedselect import fedselect
 from fedlth.methods.lotteryfl import lotteryfl
 from fedlth.methods.method import FederatedMethod
-<<<<<<< HEAD
 from fedlth.methods.pfedgate import pfedgate
-from fedlth.methods.spafl import spafl
-=======
 from fedlth.methods.private_layers import fedbn, fedper, fedrep
 from fedlth.methods.proximal import ditto, fedprox, pfedme
 from fedlth.methods.scaffold import scaffold
 from fedlth.methods.server_optimizer import fedadam, fedavgm, fedyogi
->>>>>>> methods13
+from fedlth.methods.spafl import spafl
 from fedlth.methods.sub_fedavg import sub_fedavg
 
 METHODS: Mapping[str, Callable[..., FederatedMethod]] = {
@@ -35,12 +32,10 @@ METHODS: Mapping[str, Callable[..., FederatedMethod]] = {
         sub_fedavg,
         fedselect,
         fedpm,
-<<<<<<< HEAD
         fedmask,
         deltamask,
         spafl,
         pfedgate,
-=======
         fedavgm,
         fedadam,
         fedyogi,
@@ -52,6 +47,5 @@ METHODS: Mapping[str, Callable[..., FederatedMethod]] = {
         fedper,
         fedrep,
         fedbn,
->>>>>>> methods13
     )
 }

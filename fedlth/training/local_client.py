@@ -17,11 +17,7 @@ from fedlth.errors import StudyError
 from fedlth.models.layout import Params
 from fedlth.study.sections import Tier
 from fedlth.tickets.evidence import Evidence, Lesson
-<<<<<<< HEAD
-from fedlth.training import evaluation, masked_training, supermask, train
-=======
-from fedlth.training import evaluation, mixture, supermask, train
->>>>>>> methods13
+from fedlth.training import evaluation, masked_training, mixture, supermask, train
 from fedlth.training.batch_requests import cpu_seconds
 from fedlth.training.batches import steps_an_epoch
 from fedlth.training.loss import owned

@@ -78,10 +78,7 @@ def _anchor(model: FlatModel, request: TrainingRequest) -> Tensor:
 
 
 def cast(model: FlatModel, precision: str) -> AbstractContextManager[object]:
-<<<<<<< HEAD
     """Return what a forward pass runs in, at this precision."""
-=======
->>>>>>> methods13
     if precision == "float32":
         return nullcontext()
     return torch.autocast(torch.device(model.device).type, dtype=torch.bfloat16)
