@@ -18,7 +18,6 @@ from fedlth.errors import StudyError
 from fedlth.experiment.population import Population
 from fedlth.methods.aggregate import Aggregate, CountMean
 from fedlth.methods.client_update import NEXT_MASK, THETA_G, UPDATE, ClientUpdate, MaskedUpdate
-from fedlth.methods.fedpm import first_scores
 from fedlth.methods.method import (
     Dense,
     Down,
@@ -31,6 +30,7 @@ from fedlth.methods.method import (
     sending_checks,
 )
 from fedlth.methods.robust import with_rule
+from fedlth.methods.space import SPACES
 from fedlth.methods.table import METHODS
 from fedlth.models.layout import Entry, Layout, Params
 from fedlth.personalization.evaluate import Evaluate
@@ -57,6 +57,7 @@ from fedlth.wire.codec import CODECS, Codec
 from fedlth.wire.payload import Content
 
 NEXT_MASK_WANTED = f"one that sends {NEXT_MASK} after its first message, the update of a slice under own_mask"
+SPACE = ("name", "kind", "trains_weights", "bounds", "layout", "initial", "model", "reply")  # what one must have
 KEPT_FIRST = ("ticket", "own_tuned", "own", "dense", "local")  # tuned before untuned, personal before dense
 
 
@@ -117,7 +118,7 @@ class Experiment:
         found = with_rule(found, study.federate.join, self.method.name)
         personalise = Personalise(
             own=self.method.own, finder=self.finder, arms=self.arms, targets=study.finder.densities,
-            main=self.keep, kept=self.kept_arm, learns_scores=self.method.space == "scores",
+            main=self.keep, kept=self.kept_arm, space=self.method.space,
             sends=((TICKET, "mask"),) if study.refine.rounds or getattr(self.newcomer, "others", False) else (),
         )  # fmt: skip
         down: Down = "slice" if slices else "broadcast" if found else "nothing"
@@ -259,8 +260,9 @@ class Experiment:
         return bool(self.method.phases)
 
     @property
-    def trains_weights(self) -> bool:
-        return self.federated and self.method.space == "weights"
+    def shares_weights(self) -> bool:
+        """Say whether the global state is a model that rounds have trained."""
+        return self.federated and self.method.space.kind == "values"
 
     @cached_property
     def slices(self) -> bool:
@@ -273,16 +275,17 @@ class Experiment:
 
     @cached_property
     def layout(self) -> Layout:
-        """The layout of the global state: the exchanged model, or its prunable tensors as scores."""
-        return self.layout_of("values")
+        """The layout of the global state."""
+        return self.method.space.layout(self.task.exchange)
 
     def layout_of(self, kind: str) -> Layout:
-        """Return the layout of a message's kind."""
+        """Return the layout of a message's kind; a mask is over the state, or the model where that has no weights."""
         if kind == "statistics":  # shares of the classes
             return Layout((Entry("classes", (self.task.dataset.num_classes,), "buffer", 0),))
-        if self.method.space == "scores" or kind == "scores":
-            return self._scores
-        return self.task.exchange
+        if kind == self.method.space.kind or (kind == "mask" and self.layout.num_prunable):
+            return self.layout
+        space = next((space for space in SPACES if space.kind == kind), SPACES[0])
+        return space.layout(self.task.exchange)
 
     def message_layout(self, phase: Phase, name: str, kind: str) -> Layout:
         """Return the layout of a message that a phase's update sends up."""
@@ -297,14 +300,9 @@ class Experiment:
         asks = getattr(phase.join, "of_task", None)
         return phase.join if asks is None else asks(self.task)
 
-    @cached_property
-    def _scores(self) -> Layout:
-        return self.task.exchange.select(lambda e: e.prunable)
-
     def initial(self) -> Params:
         """Return round 0's global state, which both ends draw from the study's seed."""
-        task = self.task
-        return task.shared_part(task.theta_0) if self.method.space == "weights" else first_scores(task)
+        return self.method.space.initial(self.task)
 
     @cached_property
     def start_mask(self) -> np.ndarray | None:
@@ -346,7 +344,7 @@ class Experiment:
     def needs_whole(self, phase: Phase) -> bool:
         """Say whether controls need the whole global model beside a client's slice; it is counted as evaluation."""
         if phase.evaluates:
-            return self.method.space == "weights"
+            return self.method.space.kind == "values"
         return phase.name == "personalise" and not set(self.arms) <= NEED_NO_GLOBAL
 
     @cached_property
@@ -399,7 +397,7 @@ def method_of(study: Study) -> FederatedMethod:
     check_frozen(method)
     dense, shared = method.first_mask == Dense(), method.start_mask == Dense()
     checks: list[tuple[str, Any, bool, str]] = [
-        ("space", method.space, method.space in ("weights", "scores"), "weights or scores"),
+        ("space", method.space, all(hasattr(method.space, part) for part in SPACE), "Weights, Scores or Thresholds"),
         (
             "first_mask", method.first_mask, dense or method.slices or method.topology is not None,
             "Dense where no phase sends slices and clients do not send to one another",

@@ -55,7 +55,7 @@ def resolve(study: Study) -> tuple[Experiment, list[str]]:
     if resolved.device == "auto" and resolved.engine == "inprocess":  # elsewhere each worker's machine decides
         resolved = resolved.model_copy(update={"device": experiment.task.device})
     size, why = cohort_size.decided(resolved, open_task(resolved.science()))
-    if size > 1 and experiment.method.space == "scores":
+    if size > 1 and not experiment.method.space.trains_weights:
         name = experiment.method.name
         why.append(f"cohort: method {name} trains scores one client at a time; other trainings go together")
     # Of the whole study: what decides no number (engine, folders, names) is not in the text of a worker's.
@@ -93,7 +93,7 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
     effects.check_arms(study, method, arms)
     notes = effects.notes(study, experiment)
     refines = study.refine.rounds > 0
-    if refines and ("ticket" not in arms or not experiment.trains_weights):
+    if refines and ("ticket" not in arms or not experiment.shares_weights):
         raise StudyError(
             "refine.rounds: must be 0 for a method without the arm `ticket` and federated rounds of weights"
         )
@@ -122,7 +122,8 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
     _check_validation(experiment)
     _check_anchor(experiment)
     p = study.personalise
-    if method.space == "scores" and "own_tuned" in arms and (p.lr is not None or p.schedule != {"name": "constant"}):
+    given = p.lr is not None or p.schedule != {"name": "constant"}
+    if not method.space.trains_weights and "own_tuned" in arms and given:
         notes.append(
             f"personalise.lr and .schedule: have no effect on own_tuned, whose scores have {method.name}'s own rate"
         )
@@ -213,7 +214,7 @@ def _checked_task(experiment: Experiment, task: Task, arms: set[str]) -> list[st
     _check_gates(experiment, task)
     if method.needs_norms and not any(e.norm for e in task.layout.entries):
         raise StudyError(f"method: {method.name} needs a model with norms, {task.study.model.name} has none")
-    if method.space == "scores" and task.exchange.num_prunable != task.layout.num_prunable:
+    if method.space.kind != "values" and task.exchange.num_prunable != task.layout.num_prunable:
         raise StudyError(
             f"model.personal: must leave all that is prunable shared, method {method.name} learns one mask of it, got "
             f"{list(task.study.model.personal or ())} and buffers {task.study.model.buffers}"
@@ -329,7 +330,7 @@ def _check_anchor(experiment: Experiment) -> None:
         rounds, place = study.tune.rounds, "tune.rounds"
     if int(number) > rounds:
         raise StudyError(f"finder.rewind.round: must be at most {place} = {rounds}, got {anchor}")
-    if method.space != "weights":
+    if method.space.kind != "values":
         raise StudyError(f"finder.rewind.round: must be -1, method {method.name} shares no weights, got {anchor}")
 
 
@@ -361,7 +362,7 @@ def _check_newcomers(experiment: Experiment) -> None:
     if experiment.newcomer is None:
         return
     place = f"clients.newcomer: must be left out for method {method.name}"
-    if not experiment.trains_weights:
+    if not experiment.shares_weights:
         raise StudyError(f"{place}, which shares no weights")
     if "ticket" not in experiment.arms:
         raise StudyError("clients.newcomer: needs the arm ticket (personalise.arms), whose masks are handed over")

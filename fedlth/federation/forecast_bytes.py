@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fedlth.experiment.experiment import Experiment
 from fedlth.federation.forecast_between import between, bounds, published_bytes
-from fedlth.federation.message_lengths import Lengths, later, noise, tried
+from fedlth.federation.message_lengths import Lengths, later, noise, tried, up_kind
 from fedlth.methods.client_update import Shrinking, sends_in
 from fedlth.methods.method import Dense
 from fedlth.personalization.evaluate import curve_row
@@ -92,7 +92,8 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
         return _between(experiment)
     dense = not method.slices
     shrinking: Shrinking | None = getattr(method.own, "shrinking", None) if method.own_masks else Shrinking()
-    found = tried(experiment, visit_s) if dense and method.space == "weights" and DELTA in codec.values else ()
+    trial = dense and up_kind(experiment) == "values" and DELTA in codec.values
+    found = tried(experiment, visit_s) if trial else ()
     wire = Lengths(experiment, found or noise(task, codec), later(experiment, found))
     down, up = _sums(wire, shrinking or Shrinking(), pruned=True)
     sure = shrinking is not None and shrinking.sure
@@ -107,7 +108,7 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
         both.append("clients that begin with the whole model")
     if len(method.phases) > 1 or method.masks_all:
         both.append("no mask that all clients share")
-    scores = ["scores as undecided as after the first round"] if method.space == "scores" and codec.refers else []
+    scores = [method.space.bounds[0]] if method.space.bounds[0] and codec.refers else []
     ups = (*both, *_why_less_goes_up(wire, shrinking))
     ends = (down, up) if shrinking is not None and not sure else (None, None)  # of what accuracy may decide
     last = method.phases[-1]
@@ -175,8 +176,8 @@ def _why_less_goes_up(wire: Lengths, shrinking: Shrinking | None) -> list[str]:
     codec, study = wire.codec, wire.experiment.study
     if not codec.refers or not study.federate.rounds + study.refine.rounds:
         return []
-    if wire.experiment.method.space == "scores":
-        return ["a bit for every weight of a mask"]
+    if up_kind(wire.experiment) != "values":
+        return [wire.experiment.method.space.bounds[1]]
     found = []
     if shrinking is None or len(shrinking.densities) > 1:
         found.append("new masks at their entropy")
@@ -325,7 +326,7 @@ def _arms_bytes(experiment: Experiment) -> int:
 
 def _rows_bytes(experiment: Experiment, task: Task) -> int:
     study, local = experiment.study, LocalClient(task, task.clients[-1], 0, "forecast")
-    dense = DENSE if experiment.method.space == "weights" else {"local"}
+    dense = DENSE if experiment.method.space.kind == "values" else {"local"}
     row = as_record(row_of(local, Result(arm="", params=task.theta_0, mask=local.full, start="theta_g")))
     row["num_train"] = max(len(split.train) for split in task.splits.clients)
     sent = [arm for arm in experiment.arms for _ in (study.finder.densities if arm in EACH_TARGET else (1,))]

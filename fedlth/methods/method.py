@@ -14,10 +14,36 @@ import numpy as np
 from fedlth.errors import StudyError
 from fedlth.methods.aggregate import Aggregate
 from fedlth.methods.client_update import VALUES, ClientUpdate, MaskedUpdate
+from fedlth.methods.space import Space, Weights
 from fedlth.methods.topology import Topology
 from fedlth.training.task import Task
 
+
+class Known(Protocol):
+    """The mask that a round's upload is coded against, known to both ends: a pure function of what both have."""
+
+    def __call__(
+        self, rng: np.random.Generator, mask: np.ndarray | None, floats: np.ndarray | None, /
+    ) -> np.ndarray | None:
+        """Return (num_prunable,) bool, None for none; `mask` (None: all) and `floats` are the decoded download's.
+
+        rng: the client's own stream of this round, equal at both ends.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Received:
+    """The mask of the download."""
+
+    def __call__(
+        self, rng: np.random.Generator, mask: np.ndarray | None, floats: np.ndarray | None, /
+    ) -> np.ndarray | None:
+        return mask
+
+
 Down = Literal["broadcast", "slice", "nothing"]
+KNOWN = "known mask"  # the stream that a phase's Known is given
 
 
 class Who(Protocol):
@@ -125,6 +151,7 @@ class Phase:
     evaluates: bool = False
     changes_state: bool = True
     hand: Hand | None = None
+    known: Known = field(default_factory=Received)
     also: tuple[str, ...] = ()
     topology: Topology | None = None
 
@@ -156,7 +183,7 @@ class FederatedMethod:
 
     `phases` come before step 2; without any, every client stands alone. The last of them has the method's own personal
     model (arms `own`, `own_tuned`). `arms` are the models that step 2 evaluates: names of `fedlth list arms`, or your
-    own `package.module:arm`. `space` says what the global state is: "weights", or "scores" of frozen weights.
+    own `package.module:arm`. `space` is what the global state is: Weights, Scores, Thresholds.
     `personal` are glob patterns of tensors that stay with the client ("@head": the last layer, FedPer's), `buffers` the
     model's policy for norms (FedBN's keeps them with the client), where the study names none; `needs_norms` refuses a
     model without any. `first_mask` is what a client keeps of the model before it has chosen for itself, `start_mask`
@@ -169,7 +196,7 @@ class FederatedMethod:
     summary: str
     phases: tuple[Phase, ...]
     arms: tuple[str, ...]
-    space: Literal["weights", "scores"] = "weights"
+    space: Space = field(default_factory=Weights)
     personal: tuple[str, ...] = ()
     buffers: Literal["aggregate", "local_statistics", "local_all"] | None = None
     needs_norms: bool = False
@@ -196,7 +223,7 @@ class FederatedMethod:
     @property
     def own_masks(self) -> bool:
         """Say whether a client has a mask of its own among weights, whatever is sent down."""
-        return self.slices or (self.space == "weights" and any(phase.own_mask for phase in self.phases))
+        return self.slices or (self.space.kind == "values" and any(phase.own_mask for phase in self.phases))
 
     @property
     def topology(self) -> Topology | None:
@@ -204,7 +231,7 @@ class FederatedMethod:
         return self.phases[-1].topology if self.phases else None
 
 
-def sending_checks(phase: Phase, space: str, between: bool) -> list[tuple[str, Any, bool, str]]:
+def sending_checks(phase: Phase, space: Space, between: bool) -> list[tuple[str, Any, bool, str]]:
     """Return what must hold of how a phase sends; `between` says that in the one before clients had no server."""
     place, topology, update = phase.name, phase.topology, phase.update
     if topology is None:
@@ -214,16 +241,18 @@ def sending_checks(phase: Phase, space: str, between: bool) -> list[tuple[str, A
     return [
         (f"{place}.down", phase.down, phase.down == "nothing", "nothing where clients send to one another"),
         (f"{place}.topology", topology, callable(topology), "callable as (client, others, rng)"),
-        (f"{place}.topology", topology, space == "weights", "None where the global state is scores"),
+        (f"{place}.topology", topology, space.kind == "values", "None where the global state is no weights"),
         (f"{place}.update", update, sends == VALUES, f"one that sends {VALUES}: what neighbours are relayed"),
     ]
 
 
 def check_frozen(method: FederatedMethod) -> None:
     """Raise StudyError where a part of a method is no frozen value: what it kept in itself would be lost on resume."""
-    parts = [("first_mask", method.first_mask), ("start_mask", method.start_mask)]
+    parts: list[tuple[str, Any]] = [(name, getattr(method, name)) for name in ("first_mask", "start_mask", "space")]
     parts += [
-        (f"{p.name}.{part}", getattr(p, part)) for p in method.phases for part in ("update", "join", "who", "topology")
+        (f"{p.name}.{part}", getattr(p, part))
+        for p in method.phases
+        for part in ("update", "join", "who", "known", "topology")
     ]
     for name, value in parts:
         loose = loose_part(value, name)

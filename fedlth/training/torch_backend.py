@@ -78,6 +78,7 @@ def _anchor(model: FlatModel, request: TrainingRequest) -> Tensor:
 
 
 def cast(model: FlatModel, precision: str) -> AbstractContextManager[object]:
+    """Return what a forward pass runs in, at this precision."""
     if precision == "float32":
         return nullcontext()
     return torch.autocast(torch.device(model.device).type, dtype=torch.bfloat16)
