@@ -42,9 +42,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "sub_fedavg": {"rate": 0.2, "density": 0.3, "val_accuracy": -1.0, "distance": -1.0},
     "fedselect": {"rate": 0.25, "limit": 0.5},
     "fedpm": {"score_lr": 5.0},
+    "heterofl": {},
+    "fjord": {"widths": [0.5, 1.0], "distil": 0.5},
+    "fiarse": {},
+    "sparsyfed": {"density": 0.3},
 }
 # One of each kind: what holds for all methods is tried on each in tests/methods, what depends on the kind on these.
 KINDS = ("fedavg", "fedavg_ft", "local", "standalone", "two_step", "lotteryfl", "sub_fedavg", "fedselect", "fedpm")
+# What clients carry where a method asks: half of them less than the others.
+CARRY_LESS: dict[str, Any] = {"capacity": [{"clients": [0, 1], "width": 0.5, "density": 0.4}]}
+READ_CAPACITY = ("heterofl", "fjord", "fiarse")
 
 
 # A training recipe in which everything is drawn or depends on the round and the step.
@@ -106,6 +113,8 @@ def study(**sections: Any) -> schema.Study:
 
 
 def of_method(name: str, **sections: Any) -> schema.Study:
+    if name in READ_CAPACITY:
+        sections["clients"] = {**CARRY_LESS, **sections.get("clients", {})}
     return study(method={"name": name, **METHODS[name]}, **sections)
 
 

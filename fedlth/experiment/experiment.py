@@ -104,12 +104,13 @@ class Experiment:
             sends=((TICKET, "mask"),) if study.refine.rounds else (),
         )  # fmt: skip
         down: Down = "slice" if slices else "broadcast" if found else "nothing"
+        cut = self.method.phases[-1].cut if found else None
         evaluated = sum(map(self._evaluated, range(1, sum(phase.rounds for phase in found) + 1)))
         update = Evaluate(step2=personalise, arms=self.curve_arms)
         found.append(
-            Phase(name=EVALUATE, update=update, who=Everyone(), rounds=evaluated, down=down, evaluates=True)
+            Phase(name=EVALUATE, update=update, who=Everyone(), rounds=evaluated, down=down, cut=cut, evaluates=True)
         )  # fmt: skip
-        found.append(self._wave("personalise", personalise, down))
+        found.append(replace(self._wave("personalise", personalise, down), cut=cut))
         if study.refine.rounds:
             found.append(
                 Phase(
@@ -206,7 +207,7 @@ class Experiment:
 
     def chooses(self, phase: Phase) -> bool:
         """Say whether a client's reply decides what it shares from then on: both ends then remember its mask."""
-        return self.slices and phase.own_mask
+        return self.slices and phase.own_mask and phase.remembers
 
     @cached_property
     def layout(self) -> Layout:
@@ -319,6 +320,7 @@ def method_of(study: Study) -> FederatedMethod:
             (f"{place}.update", update, callable(update) and hasattr(update, "sends"), "a ClientUpdate"),
             (f"{place}.join", phase.join, rule, "a rule with init, add and result"),
             (f"{place}.update", update, bool(getattr(update, "sends", None)), "one that sends something to join"),
+            (f"{place}.cut", phase.cut, phase.cut is None or phase.down == "slice", "None where it sends no slices"),
             (f"{place}.who", phase.who, callable(phase.who) and not phase.in_waves, "clients, not Waves, step 2's"),
         ]
     for place, value, fits, wanted in checks:

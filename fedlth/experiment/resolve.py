@@ -13,7 +13,7 @@ from fedlth.data.examples import shapes
 from fedlth.data.factory import told
 from fedlth.data.partition_file import sha256_of
 from fedlth.data.tensors import inputs
-from fedlth.errors import StudyError
+from fedlth.errors import StudyError, wrong
 from fedlth.experiment import client_memory, effects, feasible
 from fedlth.experiment.experiment import KEPT_FIRST, Experiment, method_of, open_experiment
 from fedlth.kernel import kernel
@@ -31,6 +31,7 @@ from fedlth.tickets.gate import Adaptive, ValAccuracy, ValDrop
 from fedlth.tickets.rewind import ToInit
 from fedlth.training import cohort_size, dropout, kernel_backend
 from fedlth.training.budget import Budget
+from fedlth.training.local_client import LocalClient
 from fedlth.training.loss import Loss, examined
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import drawn_request
@@ -71,8 +72,17 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
     update: dict[str, Any] = {}
     if method.rewind and "rewind" not in study.finder.model_fields_set:
         update["finder"] = study.finder.model_copy(update={"rewind": {"name": method.rewind}})
-    if method.personal and "personal" not in study.model.model_fields_set:
-        update["model"] = study.model.model_copy(update={"personal": method.personal})
+    given = study.model.model_fields_set
+    wanted = {"personal": method.personal or None, "prunable": method.prunable, "buffers": method.buffers}
+    asked = {key: value for key, value in wanted.items() if value is not None and key not in given}
+    if asked:
+        update["model"] = study.model.model_copy(update=asked)
+    if method.prunable is not None and "prunable" in given and study.model.prunable != method.prunable:
+        raise wrong(
+            "model.prunable",
+            f"{list(method.prunable)} or left out for method {method.name}, whose masks are over these tensors",
+            study.model.prunable,
+        )
     if study.partition["name"] == "file" and isinstance(study.partition.get("path"), str):
         sha256 = study.partition.get("sha256") or sha256_of(study.partition["path"])
         update["partition"] = {**study.partition, "sha256": sha256}
@@ -153,7 +163,8 @@ def _checked(experiment: Experiment) -> list[str]:
     """
     arms = set(experiment.arms)
     experiment.task.capacity(0)  # says what is wrong with clients.capacity
-    notes: list[str] = []
+    _check_first_masks(experiment)
+    notes = _own_recipes(experiment)
     for task in experiment.task.each:
         try:
             found = _checked_task(experiment, task, arms)
@@ -162,6 +173,37 @@ def _checked(experiment: Experiment) -> list[str]:
                 raise
             raise StudyError(f"tasks.{task.name}: {error}") from error
         notes += [f"tasks.{task.name}: {note}" if task.name else note for note in found]
+    return notes
+
+
+def _check_first_masks(experiment: Experiment) -> None:
+    """Ask for the first mask of a client of each tier: a model or a tier that has none is refused before the run."""
+    met = set()
+    for client in range(experiment.study.clients.count):
+        of = experiment.task_of(client).name, experiment.task.capacity(client)
+        if of not in met:
+            met.add(of)
+            experiment.first_mask(client)
+
+
+def _own_recipes(experiment: Experiment) -> list[str]:
+    """Return a note for each phase whose own recipe goes to torch where the study's would not."""
+    study, notes = experiment.study, []
+    clients = [c for c in range(study.clients.count) if c not in experiment.task.splits.unseen]
+    for phase in experiment.federated_phases if study.compute == "sparse" or study.cohort != 1 else ():
+        if type(phase.update).__module__.startswith("fedlth.") and hasattr(phase.update, "recipe"):
+            # The client that can carry least: a recipe may depend on what a client carries.
+            client = min(
+                clients, key=lambda c: (experiment.task.capacity(c).width, experiment.task.capacity(c).density)
+            )
+            local = LocalClient(experiment.task_of(client), client, 1, "check")
+            recipe = phase.update.recipe(local, local.recipe)
+            if recipe.views:
+                where = "the kernel" if study.compute == "sparse" else "cohorts"
+                notes.append(
+                    f"method {experiment.method.name}: trains in torch, client by client, since {where} "
+                    f"{'has' if study.compute == 'sparse' else 'have'} no view {type(recipe.view).__name__} of weights"
+                )
     return notes
 
 

@@ -61,7 +61,8 @@ class Downloads:
         if mask is None:
             return (self._first, *self._targets)
         theta, layout, codec = self.state.theta, self.experiment.layout, self.experiment.codec
-        own = slice_for(THETA_G, theta, layout, mask, codec, alone=alone)
+        # The client cannot know what the server cuts: the bits go along.
+        own = slice_for(THETA_G, theta, layout, mask, codec, alone=alone or self.phase.cut is not None)
         whole = (replace(self._first, kind="evaluation"),) if self.experiment.needs_whole(self.phase) else ()
         return (own, *whole, *self._targets)
 

@@ -103,6 +103,8 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
         both.append("clients that begin with the whole model")
     if len(method.phases) > 1:
         both.append("no mask that all clients share")
+    if dense and method.space == "weights" and any(phase.own_mask for phase in method.phases):
+        both.append("updates and a global model that hold every weight")
     scores = ["scores as undecided as after the first round"] if method.space == "scores" and codec.refers else []
     ups = (*both, *_why_less_goes_up(wire, shrinking))
     ends = (down, up) if shrinking is not None and not sure else (None, None)  # of what accuracy may decide

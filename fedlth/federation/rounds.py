@@ -171,6 +171,11 @@ class Federation:
     def _downloads(self, step: Step) -> Downloads:
         masks: dict[int, np.ndarray] = {}
         for client in step.clients if step.phase.down == "slice" else ():
+            if step.phase.cut is not None:
+                cut = step.phase.cut(self.experiment.task_of(client), self.state, client)
+                if not cut.all():
+                    masks[client] = cut
+                continue
             version = self.progress.mirrors.get(str(client), "")
             mask = self.folder.mirror(client, version, self.experiment.layout.num_prunable)
             mask = self.experiment.first_mask(client) if mask is None else mask

@@ -14,6 +14,7 @@ import numpy as np
 from fedlth.errors import StudyError
 from fedlth.methods.aggregate import Aggregate
 from fedlth.methods.client_update import ClientUpdate, MaskedUpdate
+from fedlth.storage.server_state import ServerState
 from fedlth.training.task import Task
 
 Down = Literal["broadcast", "slice", "nothing"]
@@ -71,6 +72,14 @@ class Everyone:
         return list(everyone)
 
 
+class Cut(Protocol):
+    """What the server cuts out of the global state for a client, anew in each round."""
+
+    def __call__(self, task: Task, state: ServerState, client: int, /) -> np.ndarray:
+        """Return (exchange.num_prunable,) bool; a pure function of its arguments."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Phase:
     """Rounds that are alike.
@@ -78,8 +87,10 @@ class Phase:
     `name` is in the ledger, and names the random streams. `down` is what a client is sent: the global state as one
     payload for all ("broadcast"), what its own shared mask holds of it ("slice"), or "nothing". `update` is what a
     client does with it. `own_mask` says that an update may hold other weights than were sent down (a client that
-    prunes, or selects); one that does is otherwise refused. `join` makes the next server state of what came up; None:
-    nothing is joined. `rounds` 0 stands for the study's federate.rounds. `evaluates`: clients only look at what came;
+    prunes, or selects); one that does is otherwise refused. `remembers` says that those weights are what the client is
+    sent from then on; without, each round sends it its first mask again. `cut` names the weights of a slice in place of
+    what the client shares: the server chooses them, and sends their bits along. `join` makes the next server state of
+    what came up; None: nothing is joined. `rounds` 0 stands for the study's federate.rounds. `evaluates`: clients only look at what came;
     none has another state afterwards, and what crosses counts as evaluation.
     """
 
@@ -90,6 +101,8 @@ class Phase:
     rounds: int = 0
     down: Down = "broadcast"
     own_mask: bool = False
+    remembers: bool = True
+    cut: Cut | None = None
     evaluates: bool = False
 
     @property
@@ -121,7 +134,9 @@ class FederatedMethod:
     `phases` come before step 2; without any, every client stands alone. The last of them has the method's own personal
     model (arms `own`, `own_tuned`). `arms` are the models that step 2 evaluates: names of `fedlth list arms`, or your
     own `package.module:arm`. `space` says what the global state is: "weights", or "scores" of frozen weights.
-    `personal` are glob patterns of tensors that stay with the client (FedPer's head), `first_mask` what a client keeps
+    `personal` are glob patterns of tensors that stay with the client (FedPer's head), `prunable` those that masks are
+    over, where not only weights are, and `buffers` what becomes of norms' statistics (model.buffers): each is what the
+    study has where it says nothing. `first_mask` what a client keeps
     of the model before it has chosen for itself, `reads_capacity` whether any part asks for clients.capacity. `rewind`
     names the finder's rewind where the study names none.
     """
@@ -133,6 +148,8 @@ class FederatedMethod:
     arms: tuple[str, ...]
     space: Literal["weights", "scores"] = "weights"
     personal: tuple[str, ...] = ()
+    prunable: tuple[str, ...] | None = None
+    buffers: Literal["aggregate", "local_statistics", "local_all"] | None = None
     first_mask: FirstMask = field(default_factory=Dense)
     reads_capacity: bool = False
     rewind: str | None = None
@@ -151,7 +168,9 @@ class FederatedMethod:
 def check_frozen(method: FederatedMethod) -> None:
     """Raise StudyError where a part of a method is no frozen value: what it kept in itself would be lost on resume."""
     parts = [("first_mask", method.first_mask)]
-    parts += [(f"{p.name}.{part}", getattr(p, part)) for p in method.phases for part in ("update", "join", "who")]
+    parts += [
+        (f"{p.name}.{part}", getattr(p, part)) for p in method.phases for part in ("update", "join", "who", "cut")
+    ]
     for name, value in parts:
         loose = _loose(value, name)
         if loose:

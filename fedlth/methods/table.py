@@ -7,8 +7,12 @@ from collections.abc import Callable, Mapping
 from fedlth.methods.baselines import fedavg, fedavg_ft, local, standalone, two_step
 from fedlth.methods.fedpm import fedpm
 from fedlth.methods.fedselect import fedselect
+from fedlth.methods.fiarse import fiarse
+from fedlth.methods.fjord import fjord
+from fedlth.methods.heterofl import heterofl
 from fedlth.methods.lotteryfl import lotteryfl
 from fedlth.methods.method import FederatedMethod
+from fedlth.methods.sparsyfed import sparsyfed
 from fedlth.methods.sub_fedavg import sub_fedavg
 
 METHODS: Mapping[str, Callable[..., FederatedMethod]] = {
@@ -23,5 +27,9 @@ METHODS: Mapping[str, Callable[..., FederatedMethod]] = {
         sub_fedavg,
         fedselect,
         fedpm,
+        heterofl,
+        fjord,
+        fiarse,
+        sparsyfed,
     )
 }

@@ -140,7 +140,8 @@ class LocalClient:
         alive = self.full if active is None else active
         if active is None and trainable is not None:
             alive = trainable[: alive.size] | (start.floats[: alive.size] != 0)
-        with self._counting(alive, len(request.rates), recipe.batch_size, request.num_examples):
+        passes = tuple(recipe.view.used(alive, request))
+        with self._counting(alive, len(request.rates), recipe.batch_size, passes):
             return train.train(self.task.flat_model, request)
 
     def learn(
@@ -157,18 +158,26 @@ class LocalClient:
     def _learning(self, lesson: Lesson, batch_size: int) -> AbstractContextManager[None]:
         spe = steps_an_epoch(self.num_train, batch_size)
         steps = lesson.epochs * spe + lesson.steps
-        return self._counting(lesson.alive, steps, batch_size, round(self.num_train * steps / spe))
+        return self._counting(
+            lesson.alive, steps, batch_size, ((lesson.alive, round(self.num_train * steps / spe)),)
+        )  # fmt: skip
 
     @contextmanager
-    def _counting(self, alive: np.ndarray, steps: int, batch_size: int, examples: int) -> Iterator[None]:
-        """Note what the training inside costs; the one place where trainings are counted."""
+    def _counting(
+        self, alive: np.ndarray, steps: int, batch_size: int, passes: Sequence[tuple[np.ndarray, int]]
+    ) -> Iterator[None]:
+        """Note what the training inside costs; the one place where trainings are counted.
+
+        `passes` are what the network sees of its weights, and for how many examples.
+        """
         began = cpu_seconds()
         try:
             yield
         finally:
             cpu_s, epochs = cpu_seconds() - began, Fraction(steps, steps_an_epoch(self.num_train, batch_size))
             self.work.append({"density": _share(alive), "epochs": plain_number(epochs), "cpu_s": cpu_s})
-            self.log.append(Cost(*self.flops(alive, examples), steps, epochs, cpu_s))
+            dense, by_alive = map(sum, zip(*(self.flops(seen, examples) for seen, examples in passes), strict=True))
+            self.log.append(Cost(dense, by_alive, steps, epochs, cpu_s))
 
     def flops(self, alive: np.ndarray, examples: int) -> tuple[float, float]:
         """Return training FLOPs (dense, by what is alive): 3 forwards for each time an example is seen, as is usual."""
