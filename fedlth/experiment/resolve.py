@@ -187,24 +187,24 @@ def _check_first_masks(experiment: Experiment) -> None:
 
 
 def _own_recipes(experiment: Experiment) -> list[str]:
-    """Return a note for each phase whose own recipe goes to torch where the study's would not."""
-    study, notes = experiment.study, []
-    clients = [c for c in range(study.clients.count) if c not in experiment.task.splits.unseen]
-    for phase in experiment.federated_phases if study.compute == "sparse" or study.cohort != 1 else ():
-        if type(phase.update).__module__.startswith("fedlth.") and hasattr(phase.update, "recipe"):
-            # The client that can carry least: a recipe may depend on what a client carries.
-            client = min(
-                clients, key=lambda c: (experiment.task.capacity(c).width, experiment.task.capacity(c).density)
-            )
+    """Return a note for each view of a method's own recipes, which go to torch where the study's would not.
+
+    A recipe may depend on what a client carries, so one client of each tier is asked.
+    """
+    study, task = experiment.study, experiment.task
+    if study.compute != "sparse" and study.cohort == 1:
+        return []
+    one_of = {task.capacity(client): client for client in task.clients}
+    views: dict[str, None] = {}
+    for update in (phase.update for phase in experiment.federated_phases if hasattr(phase.update, "recipe")):
+        for client in one_of.values():
             local = LocalClient(experiment.task_of(client), client, 1, "check")
-            recipe = phase.update.recipe(local, local.recipe)
+            recipe = update.recipe(local, local.recipe)
             if recipe.views:
-                where = "the kernel" if study.compute == "sparse" else "cohorts"
-                notes.append(
-                    f"method {experiment.method.name}: trains in torch, client by client, since {where} "
-                    f"{'has' if study.compute == 'sparse' else 'have'} no view {type(recipe.view).__name__} of weights"
-                )
-    return notes
+                views[type(recipe.view).__name__] = None
+    who = "the kernel has" if study.compute == "sparse" else "cohorts have"
+    said = f"method {experiment.method.name}: trains in torch, client by client, since {who} no view"
+    return [f"{said} {name} of weights" for name in views]
 
 
 def _checked_task(experiment: Experiment, task: Task, arms: set[str]) -> list[str]:

@@ -90,8 +90,8 @@ class Phase:
     prunes, or selects); one that does is otherwise refused. `remembers` says that those weights are what the client is
     sent from then on; without, each round sends it its first mask again. `cut` names the weights of a slice in place of
     what the client shares: the server chooses them, and sends their bits along. `join` makes the next server state of
-    what came up; None: nothing is joined. `rounds` 0 stands for the study's federate.rounds. `evaluates`: clients only look at what came;
-    none has another state afterwards, and what crosses counts as evaluation.
+    what came up; None: nothing is joined. `rounds` 0 stands for the study's federate.rounds. `evaluates`: clients only
+    look at what came; none has another state afterwards, and what crosses counts as evaluation.
     """
 
     name: str

@@ -31,8 +31,8 @@ ALONE = (
 )  # fmt: skip
 ALONE_FUNCTIONS = {
     F.relu, torch.relu, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.hardswish, F.dropout, F.dropout2d,
-    torch.sigmoid, torch.tanh, F.sigmoid, F.tanh, F.max_pool1d, F.max_pool2d, torch.max_pool2d, F.avg_pool1d, F.avg_pool2d,
-    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool1d, F.adaptive_max_pool2d,
+    torch.sigmoid, torch.tanh, F.sigmoid, F.tanh, F.max_pool1d, F.max_pool2d, torch.max_pool2d, F.avg_pool1d,
+    F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool1d, F.adaptive_max_pool2d,
 }  # fmt: skip
 ALONE_METHODS = {"relu", "relu_", "sigmoid", "tanh", "contiguous", "clone", "float"}
 TOGETHER = {operator.add, operator.iadd, operator.sub, operator.mul, operator.imul, torch.add, torch.sub, torch.mul}
@@ -74,8 +74,9 @@ class Place:
 class Channels:
     """The channels of a model.
 
-    `places` has for each parameter one Place a dimension, None for a dimension without channels. `outputs` is the group of the classes, `sliced` the weights and biases of layers whose outputs are fewer in a
-    narrower sub-model (convolutions and linear layers, no norms).
+    `places` has for each parameter one Place a dimension, None for a dimension without channels. `outputs` is the group
+    of the classes, `sliced` the weights and biases of layers whose outputs are fewer in a narrower sub-model
+    (convolutions and linear layers, no norms).
     """
 
     groups: tuple[Group, ...]
