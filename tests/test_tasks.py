@@ -121,8 +121,6 @@ def test_keys_that_are_numbers_go_by_their_text() -> None:
     assert task.of(2) is task and task.clients == (2, 3)
 
 
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     known: dict[str, Path] = {}

@@ -111,7 +111,8 @@ class Study(Node):
         return section in self.model_fields_set and (not key or (node is not None and key in node.model_fields_set))
 
 
-def _override(tree: dict[str, Any], assignment: str) -> None:
+def override(tree: dict[str, Any], assignment: str) -> None:
+    """Set one key of a plain tree by `key=value`, the key dotted; raise StudyError where there is no such place."""
     key, sep, text = assignment.partition("=")
     if not sep or not key:
         raise StudyError(f"override {assignment!r}: must be key=value, such as train.lr=0.1")
@@ -197,7 +198,7 @@ def read_tree(path: str | Path, overrides: list[str] | None = None) -> dict[str,
     if not isinstance(tree, dict):
         raise StudyError(f"{file}: must be a mapping of sections, got {type(tree).__name__}")
     for assignment in overrides or []:
-        _override(tree, assignment)
+        override(tree, assignment)
     return tree
 
 
