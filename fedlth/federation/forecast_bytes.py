@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fedlth.experiment.experiment import Experiment
 from fedlth.federation.message_lengths import Lengths, later, noise, tried
 from fedlth.methods.client_update import Shrinking
-from fedlth.methods.method import Dense
+from fedlth.methods.method import Dense, Phase
 from fedlth.personalization.evaluate import curve_row
 from fedlth.personalization.personalise import NEED_NO_GLOBAL, row_of
 from fedlth.personalization.step2 import Result
@@ -101,12 +101,15 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
         both.append("tickets at the largest density that each client may choose")
     if method.first_mask != Dense():
         both.append("clients that begin with the whole model")
+    if any(phase.cut for phase in method.phases):
+        both.append("slices that hold the whole model")
     if len(method.phases) > 1:
         both.append("no mask that all clients share")
     if dense and method.space == "weights" and any(phase.own_mask for phase in method.phases):
         both.append("updates and a global model that hold every weight")
     scores = ["scores as undecided as after the first round"] if method.space == "scores" and codec.refers else []
-    ups = (*both, *_why_less_goes_up(wire, shrinking))
+    free = ["masks of half the weights"] if any(map(_sends_other_masks, method.phases)) else []
+    ups = (*both, *free, *_why_less_goes_up(wire, shrinking))
     ends = (down, up) if shrinking is not None and not sure else (None, None)  # of what accuracy may decide
     visit = wire.model, wire.update(1.0) + _visit_bytes(task)
     both_ways = Bytes(most[0], (*both, *scores), ends[0]), Bytes(most[1], ups, ends[1])
@@ -136,6 +139,7 @@ def _evaluation(wire: Lengths, shrinking: Shrinking | None, bounds: Sequence[str
                     known = shrinking is not None and shrinking.sure
                     held = shrinking.densities[prunes if known else 1] if shrinking else 1.0
                     down += wire.kept(held) + (experiment.needs_whole(phase) - 1) * wire.model
+            down += _sliced_first(experiment) * experiment.needs_whole(phase) * wire.model
     if phase.down == "slice" and not (shrinking and shrinking.sure):
         bounds = (*bounds, "a prune at the first visit")
     up = phase.rounds * sum(len(task.clients) * _curve_bytes(experiment, task) for task in experiment.task.each)
@@ -189,8 +193,11 @@ def _sums(wire: Lengths, shrinking: Shrinking, *, pruned: bool) -> tuple[float, 
             up += number * wire.new_mask(densities[before], densities[after])
         elif unknown and not pruned:
             up += number * wire.new_mask(1.0, 0.5)
+    if any(map(_sends_other_masks, own)):
+        up += sum(steps.values()) * wire.new_mask(1.0, 0.5)
     whole = not set(experiment.arms) <= NEED_NO_GLOBAL
-    down += count * wire.model if unknown and whole and not pruned else 0.0  # beside a slice that holds all
+    # Beside a slice that holds all, or is counted as if it did.
+    down += whole * (count if unknown and not pruned else _sliced_first(experiment)) * wire.model
     sliced = sum(number for prunes, number in behind.items() if prunes)
     down += (count - sliced + count * len(experiment.rewind_targets)) * wire.model
     for prunes, number in behind.items():
@@ -204,6 +211,19 @@ def _sums(wire: Lengths, shrinking: Shrinking, *, pruned: bool) -> tuple[float, 
             up += clients * wire.bare_mask(min(density, 0.5))
             up += visits * (wire.update(density) + _visit_bytes(task))
     return down, up
+
+
+def _sends_other_masks(phase: Phase) -> bool:
+    """Say whether every update of a phase comes under a mask of its own, which the next download does not have."""
+    return phase.down == "slice" and phase.own_mask and not phase.remembers
+
+
+def _sliced_first(experiment: Experiment) -> int:
+    """Count the clients that are sent a slice before they have chosen any: by their first mask, or as it is cut."""
+    clients = range(experiment.study.clients.count)
+    if any(phase.cut for phase in experiment.method.phases):
+        return len(clients)
+    return sum(experiment.first_mask(client) is not None for client in clients)
 
 
 def _tickets(experiment: Experiment) -> Mapping[float, tuple[int, int]]:

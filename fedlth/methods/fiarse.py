@@ -30,9 +30,8 @@ from fedlth.tickets.scope import Global, Layerwise, Scope
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.local_client import LocalClient
 from fedlth.training.recipe import TrainingRecipe
-from fedlth.training.request import TrainingRequest
 from fedlth.training.task import Task
-from fedlth.training.view import Gradient, elementwise
+from fedlth.training.view import Given, Gradient, elementwise
 
 SCOPES: Mapping[str, Scope] = {"global": Global(), "layerwise": Layerwise()}
 
@@ -60,7 +59,7 @@ class Important:
     scope: str
 
     @contextmanager
-    def opened(self, model: FlatModel, request: TrainingRequest, /) -> Iterator[Gradient]:
+    def opened(self, model: FlatModel, request: Given, /) -> Iterator[Gradient]:
         least = model.arranged(self.thresholds(model, request))
 
         def seen(weights: Tensor) -> Tensor:
@@ -73,7 +72,7 @@ class Important:
 
         yield elementwise(seen, slope)
 
-    def thresholds(self, model: FlatModel, request: TrainingRequest) -> np.ndarray:
+    def thresholds(self, model: FlatModel, request: Given) -> np.ndarray:
         """Return (num_params,) float32: below which magnitude a weight is not seen."""
         found, layout = np.zeros(model.layout.num_params, np.float32), model.layout
         if request.active is None:
@@ -85,7 +84,7 @@ class Important:
             found[e.slice] = everywhere if self.scope == "global" else kept.min(initial=np.inf)
         return np.where(np.isfinite(found), found, np.float32(0))
 
-    def used(self, alive: np.ndarray, request: TrainingRequest, /) -> Iterable[tuple[np.ndarray, int]]:
+    def used(self, alive: np.ndarray, request: Given, /) -> Iterable[tuple[np.ndarray, int]]:
         yield alive, request.num_examples
 
 

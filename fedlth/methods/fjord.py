@@ -30,9 +30,8 @@ from fedlth.training.flat_model import FlatModel
 from fedlth.training.local_client import LocalClient
 from fedlth.training.loss import Loss
 from fedlth.training.recipe import TrainingRecipe
-from fedlth.training.request import TrainingRequest
 from fedlth.training.task import Task
-from fedlth.training.view import Ask, Gradient
+from fedlth.training.view import Ask, Given, Gradient
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class OrderedDropout:
         return [np.unpackbits(np.frombuffer(bits, np.uint8), count=size).astype(bool) for bits in self.masks]
 
     @contextmanager
-    def opened(self, model: FlatModel, request: TrainingRequest, /) -> Iterator[Gradient]:
+    def opened(self, model: FlatModel, request: Given, /) -> Iterator[Gradient]:
         layout, loss = model.layout, request.recipe.loss
         kept = [
             model.arranged(layout.over_params(mask).astype(np.float32)) for mask in self._kept(layout.num_prunable)
@@ -97,7 +96,7 @@ class OrderedDropout:
 
         yield gradient
 
-    def used(self, alive: np.ndarray, request: TrainingRequest, /) -> Iterable[tuple[np.ndarray, int]]:
+    def used(self, alive: np.ndarray, request: Given, /) -> Iterable[tuple[np.ndarray, int]]:
         kept, seen = self._kept(alive.size), [0] * len(self.masks)
         parts = [part for epoch in request.batches for part in epoch]
         for step, part in enumerate(parts, request.recipe.first_step):

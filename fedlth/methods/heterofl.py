@@ -30,9 +30,8 @@ from fedlth.training.flat_model import FlatModel
 from fedlth.training.local_client import LocalClient
 from fedlth.training.loss import IGNORED, CrossEntropy
 from fedlth.training.recipe import TrainingRecipe
-from fedlth.training.request import TrainingRequest
 from fedlth.training.task import Task
-from fedlth.training.view import Gradient, elementwise
+from fedlth.training.view import Given, Gradient, elementwise
 from fedlth.wire.payload import Content
 
 
@@ -52,7 +51,7 @@ class Scaled:
     factor: float
 
     @contextmanager
-    def opened(self, model: FlatModel, request: TrainingRequest, /) -> Iterator[Gradient]:
+    def opened(self, model: FlatModel, request: Given, /) -> Iterator[Gradient]:
         values = np.ones(model.layout.num_params, np.float32)
         for e in model.layout.floats:
             if e.name in self.names:
@@ -60,7 +59,7 @@ class Scaled:
         scale = model.arranged(values)
         yield elementwise(lambda weights: weights * scale, lambda weights: scale)
 
-    def used(self, alive: np.ndarray, request: TrainingRequest, /) -> Iterable[tuple[np.ndarray, int]]:
+    def used(self, alive: np.ndarray, request: Given, /) -> Iterable[tuple[np.ndarray, int]]:
         yield alive, request.num_examples
 
 

@@ -36,8 +36,7 @@ from fedlth.tickets.scope import Global
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.local_client import LocalClient
 from fedlth.training.recipe import TrainingRecipe
-from fedlth.training.request import TrainingRequest
-from fedlth.training.view import Gradient, elementwise
+from fedlth.training.view import Given, Gradient, elementwise
 from fedlth.wire.payload import Content
 
 
@@ -49,7 +48,7 @@ class Power:
     activations: bool
 
     @contextmanager
-    def opened(self, model: FlatModel, request: TrainingRequest, /) -> Iterator[Gradient]:
+    def opened(self, model: FlatModel, request: Given, /) -> Iterator[Gradient]:
         size = model.layout.num_prunable
 
         def seen(weights: Tensor) -> Tensor:
@@ -65,7 +64,7 @@ class Power:
         with pruned_activations(model.module, model.layout) if self.activations else nullcontext():
             yield elementwise(seen, slope)
 
-    def used(self, alive: np.ndarray, request: TrainingRequest, /) -> Iterable[tuple[np.ndarray, int]]:
+    def used(self, alive: np.ndarray, request: Given, /) -> Iterable[tuple[np.ndarray, int]]:
         yield alive, request.num_examples
 
     def root(self, params: Params, size: int) -> Params:

@@ -5,16 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
+from fedlth.models.layout import Params
+from fedlth.training.flat_model import FlatModel
 from fedlth.training.loss import Loss
 
-if TYPE_CHECKING:
-    from fedlth.training.flat_model import FlatModel
-    from fedlth.training.request import TrainingRequest
+
+class Given(Protocol):
+    """What a view is told of a training: the part of a TrainingRequest that it may look at, its recipe among it."""
+
+    @property
+    def start(self) -> Params: ...
+    @property
+    def recipe(self) -> Any: ...
+    @property
+    def batches(self) -> list[list[np.ndarray]]: ...
+    @property
+    def active(self) -> np.ndarray | None: ...
+    @property
+    def num_examples(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -45,11 +58,11 @@ Gradient = Callable[[Tensor, int, Ask], tuple[Tensor, float]]
 class View(Protocol):
     """A frozen value. Where a recipe has another than `Identity`, a training goes to torch, client by client."""
 
-    def opened(self, model: FlatModel, request: TrainingRequest, /) -> AbstractContextManager[Gradient]:
+    def opened(self, model: FlatModel, request: Given, /) -> AbstractContextManager[Gradient]:
         """Return what gives each step's gradient, for as long as the training runs."""
         ...
 
-    def used(self, alive: np.ndarray, request: TrainingRequest, /) -> Iterable[tuple[np.ndarray, int]]:
+    def used(self, alive: np.ndarray, request: Given, /) -> Iterable[tuple[np.ndarray, int]]:
         """Yield what passes through the network cost: which of `alive` (num_prunable,) bool they see, and examples."""
         ...
 
@@ -58,10 +71,10 @@ class View(Protocol):
 class Identity:
     """The weights themselves, as every backend trains them: nothing is asked of it."""
 
-    def opened(self, model: FlatModel, request: TrainingRequest, /) -> AbstractContextManager[Gradient]:
+    def opened(self, model: FlatModel, request: Given, /) -> AbstractContextManager[Gradient]:
         raise NotImplementedError("a training of the weights themselves has no view to open")
 
-    def used(self, alive: np.ndarray, request: TrainingRequest, /) -> Iterable[tuple[np.ndarray, int]]:
+    def used(self, alive: np.ndarray, request: Given, /) -> Iterable[tuple[np.ndarray, int]]:
         yield alive, request.num_examples
 
 

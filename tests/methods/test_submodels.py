@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fedlth.errors import StudyError
 from fedlth.experiment.resolve import resolve
+from fedlth.federation.forecast_bytes import forecast_bytes
 from fedlth.methods.fiarse import Important, Largest
 from fedlth.methods.fjord import Distilled, OrderedDropout
 from fedlth.methods.heterofl import Scaled, ZeroFilled, own_classes
@@ -198,6 +199,25 @@ def test_what_a_narrow_client_is_sent_and_sends_is_as_long_as_its_network(name: 
         assert all(r["payload_bytes"] - 4 * size < 40 for r in mine if r["kind"] != "metrics")
         assert all(r["payload_bytes"] < 200 for r in mine if r["kind"] == "metrics"), "no model hides in the numbers"
     assert any(f"client:{c}" in r["sender"] for r in rows for c in (0, 1))
+
+
+@pytest.mark.parametrize("name", ["heterofl", "fjord", "fiarse", "sparsyfed"])
+@pytest.mark.parametrize("wire", ["raw", "lossless"])
+def test_what_is_forecast_is_never_less_than_what_crosses(name: str, wire: str, tmp_path: Path) -> None:
+    made = tiny.of_method(
+        name, evaluate={"every": 1}, partition={"name": "dirichlet", "alpha": 0.1},
+        federate={"rounds": 3, "clients_per_round": 2}, wire=wire,
+    )  # fmt: skip
+    tiny.run(made, tmp_path / "r")
+    foreseen, rows = (
+        forecast_bytes(tiny.experiment(RunFolder(tmp_path / "r").study()), 1.0),
+        tiny.rows(tmp_path / "r", "ledger"),
+    )
+    assert foreseen.evaluation is not None
+    for end, way in (("sender", "down"), ("receiver", "up")):
+        for there, one in ((True, foreseen.evaluation), (False, foreseen)):
+            mine = [r["payload_bytes"] for r in rows if r[end] == "server" and (r["phase"] == "evaluate") == there]
+            assert sum(mine) <= getattr(one, way).size * 1.01 and getattr(foreseen, way).bounds
 
 
 def test_absent_rows_stay_down_but_do_not_come_up(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from fedlth.training import batch_requests, kernel_backend
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.local_client import LocalClient
 from fedlth.training.pull import Proximal
-from fedlth.training.request import TrainingRequest, drawn_request
-from fedlth.training.view import IDENTITY, Gradient, elementwise
+from fedlth.training.request import drawn_request
+from fedlth.training.view import IDENTITY, Given, Gradient, elementwise
 from tests import tiny
 
 HALF_STEPS = {"train": {"steps": 6, "momentum": 0.5, "weight_decay": 0.01, "batch_size": 16, "lr": 0.1}}
@@ -29,10 +29,10 @@ class Times:
     factor: float
 
     @contextmanager
-    def opened(self, model: FlatModel, request: TrainingRequest, /) -> Iterator[Gradient]:
+    def opened(self, model: FlatModel, request: Given, /) -> Iterator[Gradient]:
         yield elementwise(lambda w: w * self.factor, lambda w: torch.full_like(w, self.factor))
 
-    def used(self, alive: np.ndarray, request: TrainingRequest, /) -> Iterable[tuple[np.ndarray, int]]:
+    def used(self, alive: np.ndarray, request: Given, /) -> Iterable[tuple[np.ndarray, int]]:
         yield alive, request.num_examples
 
 
@@ -41,7 +41,7 @@ class Steps(Times):
     """Notes which steps of the whole run it was asked for."""
 
     @contextmanager
-    def opened(self, model: FlatModel, request: TrainingRequest, /) -> Iterator[Gradient]:
+    def opened(self, model: FlatModel, request: Given, /) -> Iterator[Gradient]:
         seen: list[int] = []
 
         def gradient(weights: Any, step: int, ask: Any, /) -> tuple[Any, float]:
