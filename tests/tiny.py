@@ -71,11 +71,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "hermes": {"rate": 0.3, "density": 0.3, "val_accuracy": -1.0},
     "fedltn": {"rate": 0.2, "density": 0.3, "val_accuracy": -1.0, "jump_start": 1},
     "fedspa": {"density": 0.4},
+    "heterofl": {},
+    "fjord": {"widths": [0.5, 1.0], "distil": 0.5},
+    "fiarse": {},
+    "sparsyfed": {"density": 0.3},
 }
 # What else a method's study needs.
 SECTIONS: dict[str, dict[str, Any]] = {"fedbn": {"model": {"name": "tests.tiny:Small", "options": {}}}}
 # One of each kind: what holds for all methods is tried on each in tests/methods, what depends on the kind on these.
 KINDS = ("fedavg", "fedavg_ft", "local", "standalone", "two_step", "lotteryfl", "sub_fedavg", "fedselect", "fedpm")
+# What clients carry where a method asks: half of them less than the others.
+CARRY_LESS: dict[str, Any] = {"capacity": [{"clients": [0, 1], "width": 0.5, "density": 0.4}]}
+READ_CAPACITY = ("heterofl", "fjord", "fiarse")
 
 
 # A training recipe in which everything is drawn or depends on the round and the step.
@@ -137,7 +144,10 @@ def study(**sections: Any) -> schema.Study:
 
 
 def of_method(name: str, **sections: Any) -> schema.Study:
-    return study(method={"name": name, **METHODS[name]}, **{**SECTIONS.get(name, {}), **sections})
+    sections = {**SECTIONS.get(name, {}), **sections}
+    if name in READ_CAPACITY:
+        sections["clients"] = {**CARRY_LESS, **sections.get("clients", {})}
+    return study(method={"name": name, **METHODS[name]}, **sections)
 
 
 def recipe(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -16,8 +15,9 @@ from fedlth import rng
 from fedlth.data.split import num_sampled, num_unseen
 from fedlth.errors import StudyError
 from fedlth.experiment.population import Population
+from fedlth.experiment.well_formed import method_of
 from fedlth.methods.aggregate import Aggregate, CountMean
-from fedlth.methods.client_update import NEXT_MASK, THETA_G, UPDATE, ClientUpdate, MaskedUpdate
+from fedlth.methods.client_update import ClientUpdate, MaskedUpdate
 from fedlth.methods.method import (
     Dense,
     Down,
@@ -26,19 +26,16 @@ from fedlth.methods.method import (
     Phase,
     Sampled,
     Waves,
-    check_frozen,
-    sending_checks,
 )
 from fedlth.methods.robust import with_rule
 from fedlth.methods.space import SPACES
-from fedlth.methods.table import METHODS
 from fedlth.models.layout import Entry, Layout, Params
 from fedlth.personalization.evaluate import Evaluate
 from fedlth.personalization.kept import At, Keep, keep_of
 from fedlth.personalization.newcomer import NEWCOMERS, phases_of
 from fedlth.personalization.personalise import NEED_NO_GLOBAL, TICKET, Personalise, Refined
 from fedlth.storage.client_state import ClientState
-from fedlth.storage.records import EVALUATE, HANDED, INTRODUCE, MetricRow
+from fedlth.storage.records import EVALUATE, MetricRow
 from fedlth.storage.server_state import ServerState
 from fedlth.study import schema, sections
 from fedlth.study.parts import make
@@ -56,8 +53,6 @@ from fedlth.training.task import Task, open_task
 from fedlth.wire.codec import CODECS, Codec
 from fedlth.wire.payload import Content
 
-NEXT_MASK_WANTED = f"one that sends {NEXT_MASK} after its first message, the update of a slice under own_mask"
-SPACE = ("name", "kind", "trains_weights", "bounds", "layout", "initial", "model", "reply")  # what one must have
 KEPT_FIRST = ("ticket", "own_tuned", "own", "dense", "local")  # tuned before untuned, personal before dense
 
 
@@ -122,6 +117,7 @@ class Experiment:
             sends=((TICKET, "mask"),) if study.refine.rounds or getattr(self.newcomer, "others", False) else (),
         )  # fmt: skip
         down: Down = "slice" if slices else "broadcast" if found else "nothing"
+        cut = self.method.phases[-1].cut if found else None
         topology = self.method.topology
         if topology is not None:
             down = "nothing"
@@ -129,9 +125,9 @@ class Experiment:
         update = Evaluate(step2=personalise, arms=self.curve_arms)
         found.append(
             Phase(name=EVALUATE, update=update, who=Everyone(), rounds=evaluated, down=down, evaluates=True,
-                  changes_state=False, topology=topology)
+                  changes_state=False, topology=topology, cut=cut)
         )  # fmt: skip
-        found.append(replace(self._wave("personalise", personalise, down), topology=topology))
+        found.append(replace(self._wave("personalise", personalise, down), topology=topology, cut=cut))
         if self.newcomer is not None:
             density = self.keep.density if isinstance(self.keep, At) else study.finder.densities[-1]
             found += phases_of(self.newcomer, personalise, density)
@@ -271,7 +267,7 @@ class Experiment:
 
     def chooses(self, phase: Phase) -> bool:
         """Say whether a client's reply decides what it shares from then on: both ends then remember its mask."""
-        return self.slices and phase.own_mask
+        return self.slices and phase.own_mask and phase.remembers
 
     @cached_property
     def layout(self) -> Layout:
@@ -383,59 +379,6 @@ def open_experiment(text: str) -> Experiment:
 @lru_cache(maxsize=2)
 def _opened(text: str) -> Experiment:
     return Experiment.of(schema.build(json.loads(text)))
-
-
-def method_of(study: Study) -> FederatedMethod:
-    """Return the study's method; raise StudyError naming the place."""
-    method = make(METHODS, study.method, "method")
-    name = study.method["name"]
-    if not isinstance(method, FederatedMethod):
-        wanted = "fedlth.methods.method.FederatedMethod"
-        raise StudyError(f"method: {name} must return a {wanted}, got {type(method).__name__}")
-    if not isinstance(method.phases, tuple) or not all(isinstance(phase, Phase) for phase in method.phases):
-        raise StudyError(f"method: {name}: its phases must be a tuple of Phase, got {method.phases!r}")
-    check_frozen(method)
-    dense, shared = method.first_mask == Dense(), method.start_mask == Dense()
-    checks: list[tuple[str, Any, bool, str]] = [
-        ("space", method.space, all(hasattr(method.space, part) for part in SPACE), "Weights, Scores or Thresholds"),
-        (
-            "first_mask", method.first_mask, dense or method.slices or method.topology is not None,
-            "Dense where no phase sends slices and clients do not send to one another",
-        ),
-        ("start_mask", method.start_mask, shared or not method.slices, "Dense where a phase sends slices"),
-    ]  # fmt: skip
-    between = False
-    for phase in method.phases:
-        rule = all(hasattr(phase.join, part) for part in ("init", "add", "result"))
-        update, place = phase.update, phase.name
-        checks += [
-            ("phase name", place, bool(re.fullmatch("[a-z_]+", place)), "letters a-z and _"),
-            *sending_checks(phase, method.space, between),
-            (f"{place}.update", update, callable(update) and hasattr(update, "sends"), "a ClientUpdate"),
-            (f"{place}.join", phase.join, rule, "a rule with init, add and result"),
-            (f"{place}.update", update, bool(getattr(update, "sends", None)), "one that sends something to join"),
-            (f"{place}.update", update, _names_mask_after_update(phase), NEXT_MASK_WANTED),
-            (f"{place}.who", phase.who, callable(phase.who) and not phase.in_waves, "clients, not Waves, step 2's"),
-            (f"{place}.also", phase.also, not phase.also or phase.down == "broadcast", "empty where slices go down"),
-            (f"{place}.also", phase.also, not any(n.startswith(THETA_G) for n in phase.also), f"no {THETA_G}"),
-        ]
-        between = phase.topology is not None
-    for place, value, fits, wanted in checks:
-        if not fits:
-            raise StudyError(f"method: {name}: its {place} must be {wanted}, got {value!r}")
-    names = [phase.name for phase in method.phases]
-    taken = {
-        n for n in names if names.count(n) > 1 or n in (EVALUATE, "personalise", INTRODUCE, HANDED, "refine", "refined")
-    }
-    if taken:
-        raise StudyError(f"method: {name}: phase names must be unique and none that every run has, got {min(taken)}")
-    return method
-
-
-def _names_mask_after_update(phase: Phase) -> bool:
-    """Say whether a mask of the next download, where any is sent, has an update that it can refer to."""
-    names = [name for name, _ in getattr(phase.update, "sends", ())]
-    return NEXT_MASK not in names or (names[0] == UPDATE and phase.down == "slice" and phase.own_mask)
 
 
 def finder_of(study: Study) -> Finder:

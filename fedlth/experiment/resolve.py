@@ -13,9 +13,10 @@ from fedlth.data.examples import shapes
 from fedlth.data.factory import told
 from fedlth.data.partition_file import sha256_of
 from fedlth.data.tensors import inputs
-from fedlth.errors import StudyError
+from fedlth.errors import StudyError, wrong
 from fedlth.experiment import client_memory, effects, feasible
-from fedlth.experiment.experiment import KEPT_FIRST, Experiment, method_of, open_experiment
+from fedlth.experiment.experiment import KEPT_FIRST, Experiment, open_experiment
+from fedlth.experiment.well_formed import method_of
 from fedlth.kernel import kernel
 from fedlth.methods.client_update import sends_in
 from fedlth.methods.rules import check_rule
@@ -31,6 +32,7 @@ from fedlth.tickets.gate import Adaptive, ValAccuracy, ValDrop
 from fedlth.tickets.rewind import ToInit
 from fedlth.training import cohort_size, dropout, kernel_backend
 from fedlth.training.budget import Budget
+from fedlth.training.local_client import LocalClient
 from fedlth.training.loss import Loss, examined
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import drawn_request
@@ -71,10 +73,17 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
     update: dict[str, Any] = {}
     if method.rewind and "rewind" not in study.finder.model_fields_set:
         update["finder"] = study.finder.model_copy(update={"rewind": {"name": method.rewind}})
-    defaults = {"personal": method.personal or None, "buffers": method.buffers}
-    missing = {key: value for key, value in defaults.items() if value and key not in study.model.model_fields_set}
-    if missing:
-        update["model"] = study.model.model_copy(update=missing)
+    written = study.model.model_fields_set
+    wanted = {"personal": method.personal or None, "prunable": method.prunable, "buffers": method.buffers}
+    asked = {key: value for key, value in wanted.items() if value is not None and key not in written}
+    if asked:
+        update["model"] = study.model.model_copy(update=asked)
+    if method.prunable is not None and "prunable" in written and study.model.prunable != method.prunable:
+        raise wrong(
+            "model.prunable",
+            f"{list(method.prunable)} or left out for method {method.name}, whose masks are over these tensors",
+            study.model.prunable,
+        )
     if study.partition["name"] == "file" and isinstance(study.partition.get("path"), str):
         sha256 = study.partition.get("sha256") or sha256_of(study.partition["path"])
         update["partition"] = {**study.partition, "sha256": sha256}
@@ -168,7 +177,8 @@ def _checked(experiment: Experiment) -> list[str]:
     for phase in (phase for phase in experiment.phases if phase.topology is not None):
         for client in experiment.clients(phase, 1):
             experiment.senders(phase, 1, client)  # says what is wrong with a topology of the user's
-    notes: list[str] = []
+    _check_first_masks(experiment)
+    notes = _own_recipes(experiment)
     for task in experiment.task.each:
         try:
             found = _checked_task(experiment, task, arms)
@@ -196,6 +206,37 @@ def _check_population(experiment: Experiment) -> None:
             f"federate.clients_per_round: must be at most the {first} clients that are there from the first round on "
             f"(clients.joiners), got {wanted}"
         )
+
+
+def _check_first_masks(experiment: Experiment) -> None:
+    """Ask for the first mask of a client of each tier: a model or a tier that has none is refused before the run."""
+    met = set()
+    for client in range(experiment.study.clients.count):
+        of = experiment.task_of(client).name, experiment.task.capacity(client)
+        if of not in met:
+            met.add(of)
+            experiment.first_mask(client)
+
+
+def _own_recipes(experiment: Experiment) -> list[str]:
+    """Return a note for each view of a method's own recipes, which go to torch where the study's would not.
+
+    A recipe may depend on what a client carries, so one client of each tier is asked.
+    """
+    study, task = experiment.study, experiment.task
+    if study.compute != "sparse" and study.cohort == 1:
+        return []
+    one_of = {task.capacity(client): client for client in task.clients}
+    views: dict[str, None] = {}
+    for update in (phase.update for phase in experiment.federated_phases if hasattr(phase.update, "recipe")):
+        for client in one_of.values():
+            local = LocalClient(experiment.task_of(client), client, 1, "check")
+            recipe = update.recipe(local, local.recipe)
+            if recipe.views:
+                views[type(recipe.view).__name__] = None
+    who = "the kernel has" if study.compute == "sparse" else "cohorts have"
+    said = f"method {experiment.method.name}: trains in torch, client by client, since {who} no view"
+    return [f"{said} {name} of weights" for name in views]
 
 
 def _checked_task(experiment: Experiment, task: Task, arms: set[str]) -> list[str]:

@@ -84,7 +84,8 @@ class Downloads:
             known = not alone and self._knows(client)
             return (self._short if known else self._first, *self._also, *self._targets)
         theta, layout, codec = self.state.theta, self.experiment.layout, self.experiment.codec
-        alone = alone or self.phase.hand is not None  # the mask is another's
+        # The client cannot know what the server cuts, or whose mask it is handed: the bits go along.
+        alone = alone or self.phase.cut is not None or self.phase.hand is not None
         own = slice_for(THETA_G, theta, layout, mask, codec, alone=alone)
         whole = (replace(self._first, kind="evaluation"),) if self.experiment.needs_whole(self.phase) else ()
         return (own, *whole, *self._targets)

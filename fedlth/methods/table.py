@@ -16,9 +16,12 @@ from fedlth.methods.fedpm import fedpm
 from fedlth.methods.fedselect import fedselect
 from fedlth.methods.fedspa import fedspa
 from fedlth.methods.fedtiny import fedtiny
+from fedlth.methods.fiarse import fiarse
+from fedlth.methods.fjord import fjord
 from fedlth.methods.flash import flash
 from fedlth.methods.gossip import dfedavg
 from fedlth.methods.hermes import hermes
+from fedlth.methods.heterofl import heterofl
 from fedlth.methods.lotteryfl import lotteryfl
 from fedlth.methods.method import FederatedMethod
 from fedlth.methods.pfedgate import pfedgate
@@ -29,6 +32,7 @@ from fedlth.methods.salient import salientgrads, ssfl
 from fedlth.methods.scaffold import scaffold
 from fedlth.methods.server_optimizer import fedadam, fedavgm, fedyogi
 from fedlth.methods.spafl import spafl
+from fedlth.methods.sparsyfed import sparsyfed
 from fedlth.methods.sub_fedavg import sub_fedavg
 from fedlth.methods.sub_fedavg_hybrid import sub_fedavg_hybrid
 
@@ -72,5 +76,9 @@ METHODS: Mapping[str, Callable[..., FederatedMethod]] = {
         hermes,
         fedltn,
         fedspa,
+        heterofl,
+        fjord,
+        fiarse,
+        sparsyfed,
     )
 }

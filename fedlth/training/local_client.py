@@ -147,7 +147,8 @@ class LocalClient:
         alive = self.full if active is None else active
         if active is None and trainable is not None:
             alive = trainable[: alive.size] | (start.floats[: alive.size] != 0)
-        with self._counting(alive, len(request.rates), recipe.batch_size, request.num_examples):
+        passes = tuple(recipe.view.used(alive, request))
+        with self._counting(alive, len(request.rates), recipe.batch_size, passes):
             return train.train(self.task.flat_model, request)
 
     def train_mixed(
@@ -158,7 +159,7 @@ class LocalClient:
             start, self.train_part, recipe, order=self.rng("order"), torch_seed=self.torch_seed("dropout"),
             active=active, examples_seed=self.torch_seed("examples"),
         )  # fmt: skip
-        with self._counting(active, 2 * len(request.rates), recipe.batch_size, 2 * request.num_examples):
+        with self._counting(active, 2 * len(request.rates), recipe.batch_size, ((active, 2 * request.num_examples),)):
             found = mixture.train_mixed(self.task.flat_model, request, personal, share, adapts=adapts)
         if not all(np.isfinite(params.floats).all() for params in (found[0].params, found[1])):
             raise FloatingPointError(f"training diverged: loss {found[0].loss} at learning rate {recipe.lr}")
@@ -178,7 +179,9 @@ class LocalClient:
     def _learning(self, lesson: Lesson, batch_size: int) -> AbstractContextManager[object]:
         spe = steps_an_epoch(self.num_train, batch_size)
         steps = lesson.epochs * spe + lesson.steps
-        return self._counting(lesson.alive, steps, batch_size, round(self.num_train * steps / spe))
+        return self._counting(
+            lesson.alive, steps, batch_size, ((lesson.alive, round(self.num_train * steps / spe)),)
+        )  # fmt: skip
 
     def train_masking(
         self, start: Params, masking: Masking, extra: np.ndarray, *, recipe: TrainingRecipe, pace: float = 1.0
@@ -188,15 +191,23 @@ class LocalClient:
             start, self.train_part, recipe, order=self.rng("order"), torch_seed=self.torch_seed("dropout"),
             examples_seed=self.torch_seed("examples"),
         )  # fmt: skip
-        with self._counting(self.full, len(request.rates), recipe.batch_size, request.num_examples) as alive:
+        passes = ((self.full, request.num_examples),)
+        with self._counting(self.full, len(request.rates), recipe.batch_size, passes) as alive:
             done = masked_training.train(self.task.flat_model, request, masking, extra, pace=pace)
             alive.append(done.often)
         return done
 
     def _counting(
-        self, alive: np.ndarray, steps: int, batch_size: int, examples: int
-    ) -> AbstractContextManager[list[np.ndarray]]:  # fmt: skip
-        return self._counted(alive, steps, batch_size, lambda found: self.flops(found, examples))
+        self, alive: np.ndarray, steps: int, batch_size: int, passes: Sequence[tuple[np.ndarray, int]]
+    ) -> AbstractContextManager[list[np.ndarray]]:
+        """Count a training; `passes` are what the network sees of its weights, and for how many examples."""
+
+        def flops(found: np.ndarray) -> tuple[float, float]:
+            used = passes if found is alive else [(found, sum(examples for _, examples in passes))]
+            dense, by_alive = map(sum, zip(*(self.flops(seen, examples) for seen, examples in used), strict=True))
+            return dense, by_alive
+
+        return self._counted(alive, steps, batch_size, flops)
 
     @contextmanager
     def _counted(
