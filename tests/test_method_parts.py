@@ -64,7 +64,7 @@ BROKEN: dict[str, tuple[FederatedMethod, str]] = {
         "its federate.update must be one that sends next_mask after its first message",
     ),
     "idle mask": (made_of(FEDERATE, first_mask=FirstOf()), "its first_mask must be Dense where no phase sends slices"),
-    "space": (made_of(FEDERATE, space="masks"), "its space must be weights or scores, got 'masks'"),
+    "space": (made_of(FEDERATE, space="masks"), "its space must be Weights, Scores or Thresholds, got 'masks'"),
 }
 
 

@@ -13,7 +13,7 @@ from fedlth.federation.jobs import RESYNC, Job, Message, Reply
 from fedlth.federation.uplink import Uplink
 from fedlth.methods.attack import Aim, attacked
 from fedlth.methods.client_update import NEXT_MASK, THETA_G, UPDATE, Update, sends_in
-from fedlth.methods.method import Phase
+from fedlth.methods.method import KNOWN, Phase
 from fedlth.personalization.personalise import EVALUATION
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.records import party
@@ -124,7 +124,7 @@ def _encoded(
     mask comes on its own, and so does what other clients will read.
     """
     codec, state, sent = experiment.codec, update.state, []
-    known = None if phase.in_waves else received.mask
+    known = None if phase.in_waves else phase.known(local.rng(KNOWN), received.mask, received.floats)
     plain = Uplink(codec)
     up = Uplink(codec, known, received.reference if job.inbox and codec.refers else None)
     if phase.topology is not None:

@@ -8,12 +8,13 @@ from functools import cached_property
 
 import numpy as np
 
+from fedlth import rng
 from fedlth.experiment.experiment import Experiment
 from fedlth.federation.door import Held
 from fedlth.federation.jobs import Message
 from fedlth.federation.published import Published
 from fedlth.methods.client_update import THETA_G
-from fedlth.methods.method import Phase
+from fedlth.methods.method import KNOWN, Phase
 from fedlth.models.layout import Layout, Params
 from fedlth.storage.records import party
 from fedlth.storage.server_state import ServerState
@@ -83,12 +84,13 @@ class Downloads:
             known = not alone and self._knows(client)
             return (self._short if known else self._first, *self._also, *self._targets)
         theta, layout, codec = self.state.theta, self.experiment.layout, self.experiment.codec
-        alone = alone or self.phase.hand is not None  # the mask is another's
+        # The client cannot know what the server cuts, or whose mask it is handed: the bits go along.
+        alone = alone or self.phase.cut is not None or self.phase.hand is not None
         own = slice_for(THETA_G, theta, layout, mask, codec, alone=alone)
         whole = (replace(self._first, kind="evaluation"),) if self.experiment.needs_whole(self.phase) else ()
         return (own, *whole, *self._targets)
 
-    def held(self, client: int, inbox: Sequence[Message]) -> Held:
+    def held(self, client: int, inbox: Sequence[Message], round: int) -> Held:
         """Return what a client's answer may refer to: its download, decoded as the client decoded it.
 
         In step 2 a mask comes on its own, not as a change of what the client shared before.
@@ -99,7 +101,11 @@ class Downloads:
         floats = None
         if inbox and self.experiment.codec.refers and self.phase.update.sends:
             floats = self._whole if inbox[0].broadcast else self._decoded(inbox[0], known)
-        return Held(None if self.phase.in_waves else known, floats)
+        if self.phase.in_waves:
+            return Held(None, floats)
+        draw = rng.stream(self.experiment.study.seed, f"{self.phase.name}/{KNOWN}", round, client)
+        sent = self.state.theta.floats if floats is None else floats.floats  # without a reference nothing was coded
+        return Held(self.phase.known(draw, known, sent), floats)
 
     def mask(self, client: int) -> np.ndarray | None:
         """Return the mask of what a client is sent, None for all."""
@@ -136,7 +142,7 @@ class Downloads:
 
     def _whole_state(self, *, known: bool) -> Message:
         experiment, state = self.experiment, self.state
-        kind = "values" if experiment.method.space == "weights" else "scores"
+        kind = experiment.method.space.kind
         return broadcast(kind, THETA_G, state.theta, experiment.layout, experiment.codec, state.mask, known=known)
 
     @cached_property

@@ -18,7 +18,7 @@ from fedlth.federation.fleet import Clock
 from fedlth.federation.jobs import RESYNC, Answers, Failure, Job, Message, Reply
 from fedlth.federation.update_norms import Distances, UpdateNorms
 from fedlth.methods.aggregate import Contribution
-from fedlth.methods.client_update import UPDATE, VALUES, sends_in
+from fedlth.methods.client_update import UPDATE, sends_in
 from fedlth.methods.method import Phase
 from fedlth.personalization.arms import row_name
 from fedlth.personalization.personalise import EVALUATION
@@ -191,10 +191,10 @@ class Replies:
         try:
             if (answer.client, answer.round) != (job.client, job.round):
                 raise PayloadError(f"client {answer.client} answered for client {job.client}")
-            held = self.downloads.held(job.client, job.inbox)
+            held = self.downloads.held(job.client, job.inbox, self.round)
             got = accept(answer, codec=self.experiment.codec, held=held, asked=self._asked(job.client))
             late = self.clock.late(seconds)
-            update = got.contribution.content if got.contribution and self._sends_values and not late else None
+            update = got.contribution.content if got.contribution and self._sends_state and not late else None
             distances = self.norms.distances(update) if update else None
             return Arrived(job, answer, kind, got, distances, seconds, late)
         except PayloadError as error:
@@ -210,8 +210,10 @@ class Replies:
         return self.downloads.published.sent_bytes(self.phase, self.round, there)
 
     @property
-    def _sends_values(self) -> bool:
-        return sends_in(self.phase.update, self.round)[:1] == VALUES
+    def _sends_state(self) -> bool:
+        """Say whether an update is of what was sent down, so that its distance from it says something."""
+        kind = self.experiment.method.space.kind if self.phase in self.experiment.federated_phases else "values"
+        return sends_in(self.phase.update, self.round)[:1] == ((UPDATE, kind),) and kind != "scores"
 
     def _asked(self, client: int) -> Asked:
         """Return what the server knows of a client's answer before it comes."""

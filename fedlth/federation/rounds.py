@@ -188,6 +188,11 @@ class Federation:
             known = {c: mask for c in others if (mask := self._mirror(c)) is not None}
             masks = hand(step.clients, known, self.state.memory)
         for client in step.clients if step.phase.down == "slice" and hand is None else ():
+            if step.phase.cut is not None:
+                cut = step.phase.cut(self.experiment.task_of(client), self.state, client)
+                if not cut.all():
+                    masks[client] = cut
+                continue
             mask = self._mirror(client)
             mask = self.experiment.first_mask(client) if mask is None else mask
             if mask is not None:

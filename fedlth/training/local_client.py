@@ -18,11 +18,12 @@ from fedlth.errors import StudyError
 from fedlth.models.layout import Params
 from fedlth.study.sections import Tier
 from fedlth.tickets.evidence import Evidence, Lesson
-from fedlth.training import evaluation, mixture, statistics, supermask, train
+from fedlth.training import evaluation, masked_training, mixture, statistics, supermask, train
 from fedlth.training.batch_requests import cpu_seconds
 from fedlth.training.batches import batches, steps_an_epoch
 from fedlth.training.loss import owned
 from fedlth.training.loss_probe import LossProbe
+from fedlth.training.masked_training import Masked, Masking
 from fedlth.training.metrics import Metric, Scores, guessed
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingResult, drawn_request
@@ -146,7 +147,8 @@ class LocalClient:
         alive = self.full if active is None else active
         if active is None and trainable is not None:
             alive = trainable[: alive.size] | (start.floats[: alive.size] != 0)
-        with self._counting(alive, len(request.rates), recipe.batch_size, request.num_examples):
+        passes = tuple(recipe.view.used(alive, request))
+        with self._counting(alive, len(request.rates), recipe.batch_size, passes):
             return train.train(self.task.flat_model, request)
 
     def train_mixed(
@@ -157,7 +159,7 @@ class LocalClient:
             start, self.train_part, recipe, order=self.rng("order"), torch_seed=self.torch_seed("dropout"),
             active=active, examples_seed=self.torch_seed("examples"),
         )  # fmt: skip
-        with self._counting(active, 2 * len(request.rates), recipe.batch_size, 2 * request.num_examples):
+        with self._counting(active, 2 * len(request.rates), recipe.batch_size, ((active, 2 * request.num_examples),)):
             found = mixture.train_mixed(self.task.flat_model, request, personal, share, adapts=adapts)
         if not all(np.isfinite(params.floats).all() for params in (found[0].params, found[1])):
             raise FloatingPointError(f"training diverged: loss {found[0].loss} at learning rate {recipe.lr}")
@@ -174,28 +176,55 @@ class LocalClient:
                 order=self.rng("order"), torch_seed=self.torch_seed("masks"),
             )  # fmt: skip
 
-    def _learning(self, lesson: Lesson, batch_size: int) -> AbstractContextManager[None]:
+    def _learning(self, lesson: Lesson, batch_size: int) -> AbstractContextManager[object]:
         spe = steps_an_epoch(self.num_train, batch_size)
         steps = lesson.epochs * spe + lesson.steps
-        return self._counting(lesson.alive, steps, batch_size, round(self.num_train * steps / spe))
+        return self._counting(
+            lesson.alive, steps, batch_size, ((lesson.alive, round(self.num_train * steps / spe)),)
+        )  # fmt: skip
+
+    def train_masking(
+        self, start: Params, masking: Masking, extra: np.ndarray, *, recipe: TrainingRecipe, pace: float = 1.0
+    ) -> Masked:
+        """Train weights and what makes their mask together, and note what it cost; see `masked_training.train`."""
+        request = drawn_request(
+            start, self.train_part, recipe, order=self.rng("order"), torch_seed=self.torch_seed("dropout"),
+            examples_seed=self.torch_seed("examples"),
+        )  # fmt: skip
+        passes = ((self.full, request.num_examples),)
+        with self._counting(self.full, len(request.rates), recipe.batch_size, passes) as alive:
+            done = masked_training.train(self.task.flat_model, request, masking, extra, pace=pace)
+            alive.append(done.often)
+        return done
 
     def _counting(
-        self, alive: np.ndarray, steps: int, batch_size: int, examples: int
-    ) -> AbstractContextManager[None]:  # fmt: skip
-        return self._counted(alive, steps, batch_size, self.flops(alive, examples))
+        self, alive: np.ndarray, steps: int, batch_size: int, passes: Sequence[tuple[np.ndarray, int]]
+    ) -> AbstractContextManager[list[np.ndarray]]:
+        """Count a training; `passes` are what the network sees of its weights, and for how many examples."""
+
+        def flops(found: np.ndarray) -> tuple[float, float]:
+            used = passes if found is alive else [(found, sum(examples for _, examples in passes))]
+            dense, by_alive = map(sum, zip(*(self.flops(seen, examples) for seen, examples in used), strict=True))
+            return dense, by_alive
+
+        return self._counted(alive, steps, batch_size, flops)
 
     @contextmanager
     def _counted(
-        self, alive: np.ndarray, steps: int, batch_size: int, flops: tuple[float, float]
-    ) -> Iterator[None]:  # fmt: skip
-        """Note what the training inside costs; the one place where trainings are counted."""
-        began = cpu_seconds()
+        self, alive: np.ndarray, steps: int, batch_size: int, flops: Callable[[np.ndarray], tuple[float, float]]
+    ) -> Iterator[list[np.ndarray]]:  # fmt: skip
+        """Note what the training inside costs; the one place where trainings are counted.
+
+        A training that finds out itself how often each weight is alive appends that share to what is yielded.
+        """
+        began, found = cpu_seconds(), [alive]
         try:
-            yield
+            yield found
         finally:
+            alive = found[-1]
             cpu_s, epochs = cpu_seconds() - began, Fraction(steps, steps_an_epoch(self.num_train, batch_size))
             self.work.append({"density": _share(alive), "epochs": plain_number(epochs), "cpu_s": cpu_s})
-            self.log.append(Cost(*flops, steps, epochs, cpu_s))
+            self.log.append(Cost(*flops(alive), steps, epochs, cpu_s))
 
     def gradients(self, at: Params, *, count: int = 0) -> Iterator[np.ndarray]:
         """Yield the gradient of the mean loss on each of `count` minibatches, (num_prunable,) float32; 0: of one pass.
@@ -207,7 +236,7 @@ class LocalClient:
         drawn = batches(self.num_train, self.recipe.batch_size, self.rng("gradients"))[: count or None]
         alive = at.floats[: self.full.size] != 0
         dense, sparse = self.flops(alive, sum(map(len, drawn)))
-        with self._counted(alive, len(drawn), self.recipe.batch_size, (dense, (2 * sparse + dense) / 3)):
+        with self._counted(alive, len(drawn), self.recipe.batch_size, lambda _: (dense, (2 * sparse + dense) / 3)):
             for part in drawn:
                 yield evaluation.gradient(self.task.flat_model, at, self.train_part.batch(torch.from_numpy(part)))
 
@@ -221,7 +250,7 @@ class LocalClient:
             return params
         drawn = batches(self.num_train, self.recipe.batch_size, self.rng("statistics"))
         dense, sparse = self.flops(mask, self.num_train)
-        with self._counted(mask, len(drawn), self.recipe.batch_size, (dense / 3, sparse / 3)):
+        with self._counted(mask, len(drawn), self.recipe.batch_size, lambda _: (dense / 3, sparse / 3)):
             return statistics.normalised(model, params, self.train_part, drawn)
 
     def flops(self, alive: np.ndarray, examples: int) -> tuple[float, float]:
@@ -309,4 +338,5 @@ def plain_number(value: Fraction) -> float:
 
 
 def _share(mask: np.ndarray) -> float:
-    return int(np.count_nonzero(mask)) / mask.size
+    """Return the share of ones, or the mean of shares."""
+    return int(np.count_nonzero(mask)) / mask.size if mask.dtype == bool else float(mask.mean(dtype=np.float64))
