@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from fedlth.experiment.resolve import resolve
 from fedlth.federation.forecast_bytes import forecast_bytes
 from fedlth.federation.forecast_time import Visit, forecast_time
 from fedlth.methods.fedselect import SelectUpdate
+from fedlth.methods.robust import holds_round
 from fedlth.study.schema import Study
 from fedlth.tickets.finder import Finder
 from fedlth.tickets.rewind import ToInit
@@ -50,6 +51,7 @@ def trainings(arm: str, experiment: Experiment) -> int:
     once, longest = len(targets), finder.trainings(targets)[0] or int(not finder.learned(targets)[0])
     return {
         "local": longest, "dense": 1, "dense_total": longest, "global_mask": once, "random": 3 * once, "own_random": 1,
+        "own_global_mask": 1,
     }.get(arm, 0)  # fmt: skip
 
 
@@ -115,8 +117,26 @@ def _once(task: Task, visits: int) -> float:
     return 1
 
 
+@dataclass(frozen=True)
+class Foreseen:
+    """A forecast as text, and its sums: payload bytes, dense training FLOPs, minutes on one core, megabytes."""
+
+    text: str
+    down_bytes: float
+    up_bytes: float
+    flops: float
+    minutes: float
+    memory_mb: float
+    disk_mb: float
+
+
 def forecast(study: Study) -> str:
-    """Validate a study wholly and return the forecast as text; a few steps and visits are tried, nothing is kept.
+    """Validate a study wholly and return the forecast as text; see `foreseen`."""
+    return foreseen(study).text
+
+
+def foreseen(study: Study) -> Foreseen:
+    """Validate a study wholly and return its forecast; a few steps and visits are tried, nothing is kept.
 
     Bytes are estimates, or upper bounds that say so and why (forecast_bytes).
     """
@@ -151,9 +171,29 @@ def forecast(study: Study) -> str:
         f"training: {sum(steps):,.0f} steps, {flop / 1e12:,.2f} TFLOP (dense), at {1e3 * step_s[0]:.2f} ms a step of "
         f"step 1 and {1e3 * step_s[1]:.2f} of step 2 about {minutes:,.1f} min on one core",
         *_evaluation_lines(experiment),
+        *_server_lines(experiment),
         f"memory: about {_memory_mb(experiment):,.0f} MB a worker; disk about {_disk_mb(experiment):,.0f} MB",
     ]
-    return "\n".join(lines)
+    memory, disk = _memory_mb(experiment), _disk_mb(experiment)
+    return Foreseen("\n".join(lines), moved.down.size, moved.up.size, flop, minutes, memory, disk)
+
+
+def _server_lines(experiment: Experiment) -> list[str]:
+    """Say what the server holds at once where its rule looks at all updates of a round together."""
+    layout, lines = experiment.layout, []
+    holding = [phase for phase in experiment.phases if holds_round(phase.join)]
+    if holding:
+        phase = max(holding, key=lambda one: len(experiment.clients(one, one.rounds)))
+        count = len(experiment.clients(phase, phase.rounds))
+        each = (4 * layout.num_floats + 8 * layout.num_ints + layout.num_prunable) / 1e6
+        rule = type(phase.join).__name__
+        lines.append(f"server: {rule} holds a round's updates at once: {count} x {each:,.2f} = {count * each:,.1f} MB")
+    if experiment.population.hostile:
+        lines.append(f"hostile clients: {', '.join(map(str, sorted(experiment.population.hostile)))}")
+    if experiment.population.arrivals:
+        told = ", ".join(f"{c} from round {r}" for c, r in sorted(experiment.population.arrivals.items()))
+        lines.append(f"late joiners: clients {told}")
+    return lines
 
 
 def _tests(task: Task) -> str:

@@ -398,6 +398,13 @@ def test_own_random_and_frozen_random_keep_the_layer_counts() -> None:
     np.testing.assert_array_equal(own.mask, mask)
     np.testing.assert_array_equal(tuned.mask, mask)
     assert layer_counts(step, control.mask) == layer_counts(step, mask) and (control.mask != mask).any()
+    (control,) = results(step, "own_global_mask")
+    size = step.local.full.size
+    assert layer_counts(step, control.mask) == layer_counts(step, mask)
+    for e in step.local.task.layout.prunable:  # the global model's largest weights, none of them the client's choice
+        here, weights = control.mask[e.slice], np.abs(step.theta_g.floats[:size][e.slice])
+        assert weights[here].min() >= weights[~here].max()
+    assert control.params.digest() == step.train(step.theta_g, control.mask).digest()
     made = tiny.of_method("fedpm")
     task, scores = tiny.experiment(made).task, tiny.experiment(made).initial()
     step = given(step2_of(made), Content(np.ones(scores.floats.size, bool), scores.floats, scores.ints))

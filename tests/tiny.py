@@ -57,6 +57,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedper": {},
     "fedrep": {"head_epochs": 2},
     "fedbn": {},
+    "dfedavg": {"topology": "ring"},
+    "dispfl": {"density": 0.4, "topology": {"name": "random", "count": 1}},
 }
 # What else a method's study needs.
 SECTIONS: dict[str, dict[str, Any]] = {"fedbn": {"model": {"name": "tests.tiny:Small", "options": {}}}}

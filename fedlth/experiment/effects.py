@@ -12,11 +12,13 @@ from fedlth.errors import StudyError
 from fedlth.experiment.experiment import Experiment
 from fedlth.methods.client_update import Keep, MaskedUpdate
 from fedlth.methods.fedselect import SelectUpdate
-from fedlth.methods.method import FederatedMethod
+from fedlth.methods.gossip import GossipUpdate
+from fedlth.methods.method import Dense, FederatedMethod
 from fedlth.study.schema import Study
 
 SEARCH = frozenset({"ticket", "ticket_0", "one_shot", "random"})
 CUT = SEARCH | {"global_mask"}  # arms that hold a mask of the finder's scope
+OWN_MASK = frozenset({"own_random", "own_global_mask"})  # controls of a method's own mask
 LONG = frozenset({"local", "dense_total"})  # arms that train for as long as the search takes
 UNTRAINED = frozenset({"global", "own", "frozen_random"})
 # Of a training recipe, what only a training of weights looks at, beside its rate.
@@ -27,7 +29,7 @@ FINDER: dict[str, frozenset[str]] = {
     "schedule": SEARCH - {"one_shot"} | LONG,
     "scope": CUT,
     "rewind": SEARCH - {"ticket_0"},
-    "granularity": CUT | {"own_random"},
+    "granularity": CUT | OWN_MASK,
     "dead": SEARCH,
     "gate": SEARCH,
     "stop": SEARCH,
@@ -46,9 +48,11 @@ def check_arms(study: Study, method: FederatedMethod, arms: Sequence[str]) -> No
     own, name = method.own, method.name
     if "frozen_random" in arms and not hasattr(own, "frozen"):
         raise StudyError(f"personalise.arms: must not contain frozen_random, method {name} has no frozen weights")
-    if "own_random" in arms and (not method.space.trains_weights or not _own_mask(method)):
-        raise StudyError(f"personalise.arms: must not contain own_random, method {name} has no own mask of weights")
-    for arm in {"own", "own_tuned", "own_random"} & set(arms):
+    if (found := sorted(OWN_MASK & set(arms))) and (not method.space.trains_weights or not _own_mask(method)):
+        raise StudyError(f"personalise.arms: must not contain {found[-1]}, method {name} has no own mask of weights")
+    if "own_global_mask" in arms and method.space.kind != "values":
+        raise StudyError(f"personalise.arms: must not contain own_global_mask, method {name} shares no weights")
+    for arm in {"own", "own_tuned", *OWN_MASK} & set(arms):
         if not (hasattr(own, "own") and hasattr(own, "tune")):
             raise StudyError(f"personalise.arms: must not contain {arm}, {type(own).__name__} has no own and tune")
 
@@ -58,6 +62,8 @@ def _own_mask(method: FederatedMethod) -> bool:
     own = method.own
     if isinstance(own, MaskedUpdate):
         return own.before != Keep() or own.after != Keep() or method.slices
+    if isinstance(own, GossipUpdate):
+        return own.after != Keep() or method.first_mask != Dense()
     return not isinstance(own, SelectUpdate)
 
 
@@ -143,6 +149,15 @@ def _idle(study: Study, method: FederatedMethod, arms: set[str], product: str | 
         yield "federate.clients_per_round", none
     elif all(phase.rounds for phase in method.phases):
         yield from ((place, f"each phase of {said} has its own rounds") for place in ("federate.rounds", "tune.rounds"))
+    if not rounds:
+        yield "attack", none
+        yield "clients.joiners", none
+    elif not federates:
+        yield "clients.joiners", none
+    if not study.clients.unseen:
+        yield "clients.newcomer", "clients.unseen is 0: there is no newcomer"
+    if federates and not any(phase.own_mask for phase in method.phases):
+        yield "federate.mask_outliers", f"clients of {said} have no masks of their own"
     if not rounds:
         yield "train.steps" if study.train.steps else "train.epochs", none
         yield "train.round_decay", none

@@ -12,9 +12,11 @@ from fedlth import rng
 from fedlth.experiment.experiment import Experiment
 from fedlth.federation.door import Held
 from fedlth.federation.jobs import Message
+from fedlth.federation.published import Published
 from fedlth.methods.client_update import THETA_G
 from fedlth.methods.method import KNOWN, Phase
 from fedlth.models.layout import Layout, Params
+from fedlth.storage.records import party
 from fedlth.storage.server_state import ServerState
 from fedlth.wire import payload
 from fedlth.wire.codec import RAW, Codec
@@ -45,45 +47,62 @@ def slice_for(
 class Downloads:
     """One round's downloads. The global state is encoded once for everyone, and decoded here at most once.
 
-    `masks` are what each client shares, where the phase sends slices; `rewind_targets` earlier global models by name.
+    `masks` are what each client shares, where the phase sends slices; `rewind_targets` earlier global models by name;
+    `published` what clients send to one another, where the phase has a topology.
     """
 
     experiment: Experiment
     phase: Phase
+    round: int
     state: ServerState
     masks: Mapping[int, np.ndarray]
     rewind_targets: Mapping[str, Params]
+    published: Published
 
     def inbox(self, client: int, *, alone: bool = False) -> tuple[Message, ...]:
         """Return what a client is sent; `alone` means that nothing in it depends on what the client holds."""
+        if self.phase.topology is not None:
+            return self._relayed(client, alone)
         if self.phase.down == "nothing":
             return ()
         mask = self.masks.get(client)
         if mask is None:
             return (self._first, *self._also, *self._targets)
         theta, layout, codec = self.state.theta, self.experiment.layout, self.experiment.codec
+        alone = alone or self.phase.hand is not None  # the mask is another's
         own = slice_for(THETA_G, theta, layout, mask, codec, alone=alone)
         whole = (replace(self._first, kind="evaluation"),) if self.experiment.needs_whole(self.phase) else ()
         return (own, *whole, *self._targets)
 
-    def held(self, client: int, inbox: Sequence[Message], round: int) -> Held:
+    def held(self, client: int, inbox: Sequence[Message]) -> Held:
         """Return what a client's answer may refer to: its download, decoded as the client decoded it.
 
         In step 2 a mask comes on its own, not as a change of what the client shared before.
         """
+        if self.phase.topology is not None:
+            return Held(None, None)  # it will be read by clients that hold nothing of this one's
         known = self.mask(client)
         floats = None
         if inbox and self.experiment.codec.refers and self.phase.update.sends:
             floats = self._whole if inbox[0].broadcast else self._decoded(inbox[0], known)
         if self.phase.in_waves:
             return Held(None, floats)
-        draw = rng.stream(self.experiment.study.seed, f"{self.phase.name}/{KNOWN}", round, client)
+        draw = rng.stream(self.experiment.study.seed, f"{self.phase.name}/{KNOWN}", self.round, client)
         sent = self.state.theta.floats if floats is None else floats.floats  # without a reference nothing was coded
         return Held(self.phase.known(draw, known, sent), floats)
 
     def mask(self, client: int) -> np.ndarray | None:
         """Return the mask of what a client is sent, None for all."""
         return self.masks.get(client, self.state.mask)
+
+    def _relayed(self, client: int, alone: bool) -> tuple[Message, ...]:
+        """Return what a client's neighbours published, under their names; `alone`: what it published itself, too."""
+        senders = self.published.heard(self.phase, self.round, client)
+        if alone and self.published.has(client):
+            senders = (client, *senders)
+        needs = self.experiment.needs_whole(self.phase)
+        whole = (replace(self._first, kind="evaluation"),) if needs else ()
+        return (*(Message("values", party(s), self.published.payload(s), broadcast=True) for s in senders), *whole)
 
     @cached_property
     def _first(self) -> Message:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 from fedlth.methods.apfl import apfl
 from fedlth.methods.baselines import fedavg, fedavg_ft, local, standalone, two_step
 from fedlth.methods.deltamask import deltamask
+from fedlth.methods.dispfl import dispfl
 from fedlth.methods.fedmask import fedmask
 from fedlth.methods.fedpm import fedpm
 from fedlth.methods.fedselect import fedselect
+from fedlth.methods.gossip import dfedavg
 from fedlth.methods.lotteryfl import lotteryfl
 from fedlth.methods.method import FederatedMethod
 from fedlth.methods.pfedgate import pfedgate
@@ -47,5 +49,7 @@ METHODS: Mapping[str, Callable[..., FederatedMethod]] = {
         fedper,
         fedrep,
         fedbn,
+        dfedavg,
+        dispfl,
     )
 }

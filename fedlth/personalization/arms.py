@@ -17,7 +17,7 @@ from fedlth.models.layout import Params
 from fedlth.personalization.step2 import Result, Step2
 from fedlth.storage.client_state import ClientState
 from fedlth.study.parts import imported
-from fedlth.tickets.controls import shuffled_mask
+from fedlth.tickets.controls import recounted_mask, shuffled_mask
 from fedlth.tickets.finder import Finder
 from fedlth.tickets.granularity import Element, Granularity
 from fedlth.tickets.rewind import ToInit
@@ -135,6 +135,14 @@ def own_random(step: Step2) -> Iterator[Result]:
     yield replace(found, search_epochs=plain_number(searched.epochs), flops=flops, cpu_s=cpu_s)
 
 
+def own_global_mask(step: Step2) -> Iterator[Result]:
+    """The hard control of `own_tuned`: theta_g's own largest weights, as many in each layer, trained by SGD."""
+    held, size = step.method.own(step.local, step.inbox, step.state), step.local.full.size
+    score = np.abs(step.theta_g.floats[:size])
+    mask = recounted_mask(held.mask, score, step.local.task.layout, granularity_of(step.method))
+    yield trained(step, "own_global_mask", "theta_g", mask)
+
+
 def frozen_random(step: Step2) -> Iterator[Result]:
     """The control of learnt masks: a random mask of the same layer counts on the same frozen weights."""
     held = step.method.own(step.local, step.inbox, step.state)
@@ -156,6 +164,7 @@ ARMS: Mapping[str, Arm] = {
     "own": own,
     "own_tuned": own_tuned,
     "own_random": own_random,
+    "own_global_mask": own_global_mask,
     "frozen_random": frozen_random,
 }
 

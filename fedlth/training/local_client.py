@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -55,6 +55,7 @@ class LocalClient:
     """A client in one round. `stage` names its random streams: equal stages draw equal batches: twins share order.
 
     `log` holds the cost of every training done here, one that diverged included; `work` is told to times.jsonl.
+    `poison` is what a hostile client makes of its training examples, of so many classes.
     """
 
     task: Task
@@ -63,10 +64,12 @@ class LocalClient:
     stage: str
     work: list[dict[str, Any]] = field(default_factory=list, compare=False)
     log: list[Cost] = field(default_factory=list, compare=False)
+    poison: Callable[[Examples, int], Examples] | None = None
 
     @cached_property
     def train_part(self) -> Examples:
-        return self.task.part(self.client, "train")
+        own = self.task.part(self.client, "train")
+        return own if self.poison is None else self.poison(own, self.task.dataset.num_classes)
 
     @cached_property
     def val_part(self) -> Examples:
