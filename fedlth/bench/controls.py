@@ -30,7 +30,7 @@ def with_controls(study: Study) -> Study:
     if set(arms) & set(TICKETS):
         wanted = OF_TICKETS
     elif "own_random" in method.arms:
-        wanted = OF_OWN_MASKS
+        wanted = OF_OWN_MASKS if method.space.kind == "values" else ("own_random",)  # else no global weights to mask
     if not method.phases:
         wanted = tuple(arm for arm in wanted if KINDS[arm] != GLOBAL)
     added = [arm for arm in wanted if arm not in arms]
