@@ -167,6 +167,14 @@ def lottery(args: argparse.Namespace) -> int:
     return 0
 
 
+def bench(args: argparse.Namespace) -> int:
+    with importing():
+        from fedlth.bench import command
+
+    command.bench(args.bench, args)
+    return 0
+
+
 def _show_run(run_folder: Path) -> None:
     """Show a run that has ended; packages that only the report needs cost the report, not the run."""
     try:
@@ -297,6 +305,18 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("study", type=Path, metavar="STUDY.yaml")
     sub.add_argument("override", nargs="*", metavar="key=value")
     sub.add_argument("--dry-count", action="store_true", help="print the survivors of every round; train nothing")
+
+    text = (
+        "FILE.yaml names a base study, methods with options, partitions and seeds (docs/bench.md); key=value changes\n"
+        "a key of the base study. Every cell is a run of its own in OUT/BENCH/PARTITION/METHOD/SEED: the same command\n"
+        "continues after a stop. Then leaderboard.html, .md, .tex and .csv are written into OUT/BENCH.\n"
+    )
+    sub = command("bench", bench, "run methods x partitions x seeds and rank them", text)
+    sub.add_argument("bench", type=Path, nargs="+", metavar="FILE.yaml")
+    sub.add_argument("--out", type=Path, default=Path("runs/bench"), help="parent of the benches' folders")
+    sub.add_argument("--only", default="", metavar="KIND=NAME,...", help="method=, partition=, seed=: only these cells")
+    sub.add_argument("--dry-run", action="store_true", help="print the forecast; run nothing")
+    sub.add_argument("--report-only", action="store_true", help="write the leaderboard of what has ended; run nothing")
     return top
 
 

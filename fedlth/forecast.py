@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from fedlth.experiment.resolve import resolve
 from fedlth.federation.forecast_bytes import forecast_bytes
 from fedlth.federation.forecast_time import Visit, forecast_time
 from fedlth.methods.fedselect import SelectUpdate
+from fedlth.methods.robust import holds_round
 from fedlth.study.schema import Study
 from fedlth.tickets.finder import Finder
 from fedlth.tickets.rewind import ToInit
@@ -50,6 +51,7 @@ def trainings(arm: str, experiment: Experiment) -> int:
     once, longest = len(targets), finder.trainings(targets)[0] or int(not finder.learned(targets)[0])
     return {
         "local": longest, "dense": 1, "dense_total": longest, "global_mask": once, "random": 3 * once, "own_random": 1,
+        "own_global_mask": 1,
     }.get(arm, 0)  # fmt: skip
 
 
@@ -73,7 +75,7 @@ def own_epochs(experiment: Experiment) -> tuple[float, float]:
 
     A client's visits are those that the server will sample: a method may train more than once an epoch after some.
     """
-    study, task, trained = experiment.study, experiment.task, 0
+    study, task, trained = experiment.study, experiment.task, 0.0
     visits = dict.fromkeys(range(study.clients.count), 0)
     refined = study.refine.rounds * experiment.per_round(study.refine)
     for phase, round in experiment.steps:
@@ -82,7 +84,8 @@ def own_epochs(experiment: Experiment) -> tuple[float, float]:
             for client in experiment.clients(phase, round):
                 trained += passes(task.of(client), visits[client])
                 visits[client] += 1
-    passes = getattr(experiment.method.own, "passes", _once)
+    own = experiment.method.own
+    passes = getattr(own, "tune_passes", getattr(own, "passes", _once))
     tuned = (
         sum(passes(task.of(client), count) for client, count in visits.items()) if "own_tuned" in experiment.arms else 0
     )
@@ -110,12 +113,30 @@ def _kept_epochs(experiment: Experiment) -> float:
     return many * budget_of(train).in_epochs(_mean_steps(experiment.task, train.batch_size)) + learned
 
 
-def _once(task: Task, visits: int) -> int:
+def _once(task: Task, visits: int) -> float:
     return 1
 
 
+@dataclass(frozen=True)
+class Foreseen:
+    """A forecast as text, and its sums: payload bytes, dense training FLOPs, minutes on one core, megabytes."""
+
+    text: str
+    down_bytes: float
+    up_bytes: float
+    flops: float
+    minutes: float
+    memory_mb: float
+    disk_mb: float
+
+
 def forecast(study: Study) -> str:
-    """Validate a study wholly and return the forecast as text; a few steps and visits are tried, nothing is kept.
+    """Validate a study wholly and return the forecast as text; see `foreseen`."""
+    return foreseen(study).text
+
+
+def foreseen(study: Study) -> Foreseen:
+    """Validate a study wholly and return its forecast; a few steps and visits are tried, nothing is kept.
 
     Bytes are estimates, or upper bounds that say so and why (forecast_bytes).
     """
@@ -150,9 +171,29 @@ def forecast(study: Study) -> str:
         f"training: {sum(steps):,.0f} steps, {flop / 1e12:,.2f} TFLOP (dense), at {1e3 * step_s[0]:.2f} ms a step of "
         f"step 1 and {1e3 * step_s[1]:.2f} of step 2 about {minutes:,.1f} min on one core",
         *_evaluation_lines(experiment),
+        *_server_lines(experiment),
         f"memory: about {_memory_mb(experiment):,.0f} MB a worker; disk about {_disk_mb(experiment):,.0f} MB",
     ]
-    return "\n".join(lines)
+    memory, disk = _memory_mb(experiment), _disk_mb(experiment)
+    return Foreseen("\n".join(lines), moved.down.size, moved.up.size, flop, minutes, memory, disk)
+
+
+def _server_lines(experiment: Experiment) -> list[str]:
+    """Say what the server holds at once where its rule looks at all updates of a round together."""
+    layout, lines = experiment.layout, []
+    holding = [phase for phase in experiment.phases if holds_round(phase.join)]
+    if holding:
+        phase = max(holding, key=lambda one: len(experiment.clients(one, one.rounds)))
+        count = len(experiment.clients(phase, phase.rounds))
+        each = (4 * layout.num_floats + 8 * layout.num_ints + layout.num_prunable) / 1e6
+        rule = type(phase.join).__name__
+        lines.append(f"server: {rule} holds a round's updates at once: {count} x {each:,.2f} = {count * each:,.1f} MB")
+    if experiment.population.hostile:
+        lines.append(f"hostile clients: {', '.join(map(str, sorted(experiment.population.hostile)))}")
+    if experiment.population.arrivals:
+        told = ", ".join(f"{c} from round {r}" for c, r in sorted(experiment.population.arrivals.items()))
+        lines.append(f"late joiners: clients {told}")
+    return lines
 
 
 def _tests(task: Task) -> str:
@@ -200,8 +241,12 @@ def _tried(local: LocalClient, recipe: TrainingRecipe) -> TrainingRequest:
 
 def _recipe_lines(experiment: Experiment, local: LocalClient) -> list[str]:
     """Say which backend trains by the recipe of each step, and why no faster one; what decides is what trains."""
-    study, lines = experiment.study, []
-    for name, recipe in (("step 1", local.recipe), ("step 2", local.personal_recipe)):
+    study, lines, own = experiment.study, list[str](), experiment.method.own
+    tried = {"step 1": local.recipe, "step 2": local.personal_recipe}
+    objective = own.recipe(local, local.recipe) if hasattr(own, "recipe") else local.recipe
+    if objective != local.recipe:
+        tried[f"{experiment.method.name}'s own"] = objective
+    for name, recipe in tried.items():
         request, why = _tried(local, recipe), list[str]()
         if study.compute == "sparse":
             why.append(kernel_backend.obstacle(local.task.flat_model, request))
@@ -246,8 +291,9 @@ def _disk_mb(experiment: Experiment) -> float:
     task, count = experiment.task, experiment.study.clients.count
     whole = 4 * task.layout.num_floats
     tickets = count * (whole + task.layout.num_prunable / 8) if experiment.arms != ("global",) else 0
-    private = isinstance(experiment.method.own, SelectUpdate) or task.exchange is not task.layout.moving
-    return float(2 * tickets + 3 * whole + (count * whole if private else 0)) / 1e6
+    own = experiment.method.own
+    private = isinstance(own, SelectUpdate) or task.exchange is not task.layout.moving
+    return float(2 * tickets + 3 * whole + count * whole * (private + getattr(own, "keeps", 0))) / 1e6
 
 
 def _compute_lines(task: Task) -> list[str]:

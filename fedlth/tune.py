@@ -41,7 +41,7 @@ def tuned(study: Study, out: Path) -> Study:
         scores = next(found for key, found in json.loads(file.read_bytes()).items() if key.startswith("val_"))
     for lr in study.tune.lr:
         if str(lr) not in scores:
-            scores[str(lr)] = _score(_trial(study, lr), out / "tune" / f"lr-{lr}")
+            scores[str(lr)] = _score(trial_of(study, lr), out / "tune" / f"lr-{lr}")
             write_atomic(file, json.dumps({"lr": None, f"val_{metric.name}": scores}).encode())
         score = scores[str(lr)]
         told = score if isinstance(score, str) else _shown(score, metric)
@@ -60,7 +60,7 @@ def _shown(score: float, metric: Metric) -> str:
     return f"validation {metric.name.rpartition(':')[2].replace('_', ' ')} {value}"
 
 
-def _trial(study: Study, lr: float) -> Study:
+def trial_of(study: Study, lr: float) -> Study:
     """Return the study at one rate and `tune.rounds` rounds."""
     rounds = min(study.tune.rounds, study.federate.rounds)
     return study.model_copy(

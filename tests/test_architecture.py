@@ -15,7 +15,7 @@ FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted(
 ORDER = (
     "errors", "output", "rng", "study", "data", "models", "kernel", "wire", "storage", "tickets", "training", "methods",
     "personalization", "experiment", "federation", "lab", "engines", "report", "forecast", "tune", "catalogue", "api",
-    "__init__", "cli", "__main__",
+    "bench", "__init__", "cli", "__main__",
 )  # fmt: skip
 MOST_LINES = 400
 
@@ -146,6 +146,7 @@ def test_help_is_light_and_quick() -> None:
         "tickets",
         "partition",
         "lottery",
+        "bench",
     ):
         assert f"    {command}" in done.stdout
 

@@ -14,7 +14,7 @@ from fedlth.federation.downloads import broadcast, slice_for
 from fedlth.federation.jobs import Failure, Job, Reply
 from fedlth.methods.aggregate import Contribution, CountMean, join
 from fedlth.methods.client_update import THETA_G
-from fedlth.methods.fedpm import frozen_weights
+from fedlth.methods.space import frozen_weights
 from fedlth.models.layout import Params
 from fedlth.personalization.arms import ARMS
 from fedlth.personalization.step2 import Result, Step2
@@ -66,6 +66,7 @@ def test_fedavg_is_fedavg(tmp_path: Path) -> None:
     [
         {"name": "lotteryfl", "density": 1.0, "val_accuracy": -1.0},
         {"name": "lotteryfl", "val_accuracy": 1.0},
+        {"name": "lotteryfl", "rate": 1e-9, "val_accuracy": -1.0},
         {"name": "sub_fedavg", "density": 1.0},
         {"name": "fedselect", "limit": 1e-9},
     ],
@@ -99,7 +100,7 @@ def visits(made: Any, count: int, client: int = 0, *, theta: Params | None = Non
     theta, state, out = theta or experiment.initial(), None, []
     for r in range(1, count + 1):
         known = ClientState.from_bytes(state).masks.get("shared")
-        kind = "scores" if experiment.method.space == "scores" else "values"
+        kind = experiment.method.space.kind
         sent = broadcast(kind, THETA_G, theta, layout)
         if phase.down == "slice" and known is not None:
             sent = slice_for(THETA_G, theta, layout, known)
@@ -398,6 +399,13 @@ def test_own_random_and_frozen_random_keep_the_layer_counts() -> None:
     np.testing.assert_array_equal(own.mask, mask)
     np.testing.assert_array_equal(tuned.mask, mask)
     assert layer_counts(step, control.mask) == layer_counts(step, mask) and (control.mask != mask).any()
+    (control,) = results(step, "own_global_mask")
+    size = step.local.full.size
+    assert layer_counts(step, control.mask) == layer_counts(step, mask)
+    for e in step.local.task.layout.prunable:  # the global model's largest weights, none of them the client's choice
+        here, weights = control.mask[e.slice], np.abs(step.theta_g.floats[:size][e.slice])
+        assert weights[here].min() >= weights[~here].max()
+    assert control.params.digest() == step.train(step.theta_g, control.mask).digest()
     made = tiny.of_method("fedpm")
     task, scores = tiny.experiment(made).task, tiny.experiment(made).initial()
     step = given(step2_of(made), Content(np.ones(scores.floats.size, bool), scores.floats, scores.ints))

@@ -23,7 +23,7 @@ from fedlth.output import lines_to
 from fedlth.storage import trackers
 from fedlth.storage.run_folder import RunFolder
 from fedlth.study import schema
-from fedlth.tune import _trial
+from fedlth.tune import trial_of
 from tests import tiny
 from tests.faults.test_resume import Crash, crashing
 
@@ -206,7 +206,7 @@ def test_one_that_is_not_installed_is_said_before_anything_is_written(monkeypatc
 def test_trackers_decide_no_number_and_trials_have_none() -> None:
     made = tiny.study(trackers=["wandb"], tune={"lr": [0.1, 0.2]})
     assert made.science() == tiny.study().science()
-    assert _trial(made, 0.1).trackers == ()
+    assert trial_of(made, 0.1).trackers == ()
 
 
 # The tools themselves, where they are installed

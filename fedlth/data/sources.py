@@ -15,6 +15,7 @@ from fedlth.data.factory import accepted, is_factory, user_dataset
 from fedlth.data.huggingface import huggingface
 from fedlth.data.idx import fashion_mnist, mnist
 from fedlth.data.leaf_json import leaf
+from fedlth.data.speeches import shakespeare
 from fedlth.errors import StudyError
 
 SOURCES: dict[str, Callable[..., Dataset]] = {
@@ -25,6 +26,7 @@ SOURCES: dict[str, Callable[..., Dataset]] = {
     "cifar100": cifar100,
     "characters": characters,
     "leaf": leaf,
+    "shakespeare": shakespeare,
 }
 
 

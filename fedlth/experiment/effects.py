@@ -12,11 +12,13 @@ from fedlth.errors import StudyError
 from fedlth.experiment.experiment import Experiment
 from fedlth.methods.client_update import Keep, MaskedUpdate
 from fedlth.methods.fedselect import SelectUpdate
-from fedlth.methods.method import FederatedMethod
+from fedlth.methods.gossip import GossipUpdate
+from fedlth.methods.method import Dense, FederatedMethod
 from fedlth.study.schema import Study
 
 SEARCH = frozenset({"ticket", "ticket_0", "one_shot", "random"})
 CUT = SEARCH | {"global_mask"}  # arms that hold a mask of the finder's scope
+OWN_MASK = frozenset({"own_random", "own_global_mask"})  # controls of a method's own mask
 LONG = frozenset({"local", "dense_total"})  # arms that train for as long as the search takes
 UNTRAINED = frozenset({"global", "own", "frozen_random"})
 # Of a training recipe, what only a training of weights looks at, beside its rate.
@@ -27,7 +29,7 @@ FINDER: dict[str, frozenset[str]] = {
     "schedule": SEARCH - {"one_shot"} | LONG,
     "scope": CUT,
     "rewind": SEARCH - {"ticket_0"},
-    "granularity": CUT | {"own_random"},
+    "granularity": CUT | OWN_MASK,
     "dead": SEARCH,
     "gate": SEARCH,
     "stop": SEARCH,
@@ -44,11 +46,11 @@ def check_arms(study: Study, method: FederatedMethod, arms: Sequence[str]) -> No
     if twice:
         raise StudyError(f"personalise.arms: each must be given once, got {twice} {arms.count(twice)} times")
     own, name = method.own, method.name
-    if "frozen_random" in arms and method.space != "scores":
+    if "frozen_random" in arms and not hasattr(own, "frozen"):
         raise StudyError(f"personalise.arms: must not contain frozen_random, method {name} has no frozen weights")
-    if "own_random" in arms and (method.space == "scores" or not _own_mask(method)):
-        raise StudyError(f"personalise.arms: must not contain own_random, method {name} has no own mask of weights")
-    for arm in {"own", "own_tuned", "own_random"} & set(arms):
+    if (found := sorted(OWN_MASK & set(arms))) and (not method.space.trains_weights or not _own_mask(method)):
+        raise StudyError(f"personalise.arms: must not contain {found[-1]}, method {name} has no own mask of weights")
+    for arm in {"own", "own_tuned", *OWN_MASK} & set(arms):
         if not (hasattr(own, "own") and hasattr(own, "tune")):
             raise StudyError(f"personalise.arms: must not contain {arm}, {type(own).__name__} has no own and tune")
 
@@ -56,8 +58,12 @@ def check_arms(study: Study, method: FederatedMethod, arms: Sequence[str]) -> No
 def _own_mask(method: FederatedMethod) -> bool:
     """Say whether clients have masks of their own in the rounds; an update of the user's may make some."""
     own = method.own
+    if method.masks_all:
+        return True
     if isinstance(own, MaskedUpdate):
         return own.before != Keep() or own.after != Keep() or method.slices
+    if isinstance(own, GossipUpdate):
+        return own.after != Keep() or method.first_mask != Dense()
     return not isinstance(own, SelectUpdate)
 
 
@@ -74,7 +80,7 @@ def notes(study: Study, experiment: Experiment) -> list[str]:
     made += _idle_columns(study, method)
     only = ", ".join(a for a in arms if a not in UNTRAINED | {"own_tuned"})
     rates = [p for p in ("train.lr", *(f"train.{key}" for key in STEP_KEYS)) if study.given(p)]
-    if method.space == "scores" and not study.refine.rounds and only and rates:
+    if not method.space.trains_weights and not study.refine.rounds and only and rates:
         made.append(f"{', '.join(rates)}: only for the arms {only}, method {method.name} learns scores at its own rate")
     if method.phases and not _federates(study, method):
         made.append("federate.rounds: is 0, so the global model is theta_0, which no round has trained")
@@ -126,8 +132,8 @@ def _idle(study: Study, method: FederatedMethod, arms: set[str], product: str | 
     said, refined = f"method {method.name}", study.refine.rounds > 0
     federates = _federates(study, method)
     rounds = federates or refined
-    trained = arms - UNTRAINED - ({"own_tuned"} if method.space == "scores" else set())  # arms that train weights
-    weights = rounds and (method.space == "weights" or refined)
+    trained = arms - UNTRAINED - (set() if method.space.trains_weights else {"own_tuned"})  # arms that train weights
+    weights = rounds and (method.space.trains_weights or refined)
     none = "federate.rounds is 0" if method.phases else f"{said} has no rounds"
     untrained = f"no arm of {said} trains" if not arms - UNTRAINED else f"no arm of {said} trains weights"
     if not federates:
@@ -143,6 +149,15 @@ def _idle(study: Study, method: FederatedMethod, arms: set[str], product: str | 
         yield "federate.clients_per_round", none
     elif all(phase.rounds for phase in method.phases):
         yield from ((place, f"each phase of {said} has its own rounds") for place in ("federate.rounds", "tune.rounds"))
+    if not rounds:
+        yield "attack", none
+        yield "clients.joiners", none
+    elif not federates:
+        yield "clients.joiners", none
+    if not study.clients.unseen:
+        yield "clients.newcomer", "clients.unseen is 0: there is no newcomer"
+    if federates and not any(phase.own_mask for phase in method.phases):
+        yield "federate.mask_outliers", f"clients of {said} have no masks of their own"
     if not rounds:
         yield "train.steps" if study.train.steps else "train.epochs", none
         yield "train.round_decay", none
@@ -166,6 +181,8 @@ def _idle(study: Study, method: FederatedMethod, arms: set[str], product: str | 
         yield from ((f"personalise.{key}", f"no arm of {said} trains") for key in (length, "batch_size"))
     if not trained and not refined:
         yield from ((f"personalise.{key}", untrained) for key in ("lr", "loss", *STEP_KEYS))
+    if getattr(method.own, "own_pull", False) and arms <= UNTRAINED | {"own_tuned"} and not refined:
+        yield "personalise.pull", f"{said} has its own"
     if not refined:
         yield "refine.clients_per_round", "refine.rounds is 0"
     if not study.tune.lr:

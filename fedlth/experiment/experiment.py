@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -15,17 +14,29 @@ import torch
 from fedlth import rng
 from fedlth.data.split import num_sampled, num_unseen
 from fedlth.errors import StudyError
-from fedlth.methods.aggregate import CountMean
+from fedlth.experiment.population import Population
+from fedlth.experiment.well_formed import method_of
+from fedlth.methods.aggregate import Aggregate, CountMean
 from fedlth.methods.client_update import ClientUpdate, MaskedUpdate
-from fedlth.methods.fedpm import first_scores
-from fedlth.methods.method import Dense, Down, Everyone, FederatedMethod, Phase, Sampled, Waves, check_frozen
-from fedlth.methods.table import METHODS
-from fedlth.models.layout import Layout, Params
+from fedlth.methods.method import (
+    Dense,
+    Down,
+    Everyone,
+    FederatedMethod,
+    Phase,
+    Sampled,
+    Waves,
+)
+from fedlth.methods.robust import with_rule
+from fedlth.methods.space import SPACES
+from fedlth.models.layout import Entry, Layout, Params
 from fedlth.personalization.evaluate import Evaluate
 from fedlth.personalization.kept import At, Keep, keep_of
+from fedlth.personalization.newcomer import NEWCOMERS, phases_of
 from fedlth.personalization.personalise import NEED_NO_GLOBAL, TICKET, Personalise, Refined
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.records import EVALUATE, MetricRow
+from fedlth.storage.server_state import ServerState
 from fedlth.study import schema, sections
 from fedlth.study.parts import make
 from fedlth.study.schema import Study
@@ -40,6 +51,7 @@ from fedlth.tickets.score import SCORES
 from fedlth.training.metrics import Judged
 from fedlth.training.task import Task, open_task
 from fedlth.wire.codec import CODECS, Codec
+from fedlth.wire.payload import Content
 
 KEPT_FIRST = ("ticket", "own_tuned", "own", "dense", "local")  # tuned before untuned, personal before dense
 
@@ -98,33 +110,48 @@ class Experiment:
         """
         study, slices = self.study, self.method.slices
         found = [self._filled(phase) for phase in self.method.phases]
+        found = with_rule(found, study.federate.join, self.method.name)
         personalise = Personalise(
             own=self.method.own, finder=self.finder, arms=self.arms, targets=study.finder.densities,
-            main=self.keep, kept=self.kept_arm, learns_scores=self.method.space == "scores",
-            sends=((TICKET, "mask"),) if study.refine.rounds else (),
+            main=self.keep, kept=self.kept_arm, space=self.method.space,
+            sends=((TICKET, "mask"),) if study.refine.rounds or getattr(self.newcomer, "others", False) else (),
         )  # fmt: skip
         down: Down = "slice" if slices else "broadcast" if found else "nothing"
         cut = self.method.phases[-1].cut if found else None
+        topology = self.method.topology
+        if topology is not None:
+            down = "nothing"
         evaluated = sum(map(self._evaluated, range(1, sum(phase.rounds for phase in found) + 1)))
         update = Evaluate(step2=personalise, arms=self.curve_arms)
         found.append(
-            Phase(name=EVALUATE, update=update, who=Everyone(), rounds=evaluated, down=down, cut=cut, evaluates=True)
+            Phase(name=EVALUATE, update=update, who=Everyone(), rounds=evaluated, down=down, evaluates=True,
+                  changes_state=False, topology=topology, cut=cut)
         )  # fmt: skip
-        found.append(replace(self._wave("personalise", personalise, down), cut=cut))
+        found.append(replace(self._wave("personalise", personalise, down), topology=topology, cut=cut))
+        if self.newcomer is not None:
+            density = self.keep.density if isinstance(self.keep, At) else study.finder.densities[-1]
+            found += phases_of(self.newcomer, personalise, density)
         if study.refine.rounds:
-            found.append(
-                Phase(
-                    name="refine",
-                    update=MaskedUpdate(),
-                    join=CountMean(),
-                    down="slice",
-                    own_mask=True,
-                    who=Sampled(self.per_round(study.refine)),
-                    rounds=study.refine.rounds,
-                )  # fmt: skip
-            )
+            refine = Phase(
+                name="refine", update=MaskedUpdate(), join=CountMean(), down="slice", own_mask=True,
+                who=Sampled(self.per_round(study.refine)), rounds=study.refine.rounds,
+            )  # fmt: skip
+            found += with_rule((refine,), study.federate.join, self.method.name)
             found.append(self._wave("refined", Refined(main=self.keep), "slice"))
         return tuple(phase for phase in found if phase.rounds)
+
+    @cached_property
+    def newcomer(self) -> Any:
+        """How clients that no round has seen get a first ticket (clients.newcomer); None where they get none."""
+        spec = self.study.clients.newcomer
+        return None if spec is None else make(NEWCOMERS, spec, "clients.newcomer", has="others")
+
+    @cached_property
+    def population(self) -> Population:
+        """Who may be sampled from which round on, and who of them is hostile."""
+        unseen = self.task.splits.unseen
+        seen = tuple(c for c in range(self.study.clients.count) if c not in unseen)
+        return Population(self.study, seen, self.federated)
 
     @property
     def curve_arms(self) -> tuple[str, ...]:
@@ -146,7 +173,10 @@ class Experiment:
         federate, who = self.study.federate, phase.who
         if isinstance(who, Sampled) and not who.count:
             who = Sampled(self.per_round(federate))
-        return replace(phase, who=who, rounds=phase.rounds or federate.rounds)
+        join = phase.join
+        if getattr(join, "num_clients", None) == 0:
+            join = replace(join, num_clients=self.taking_part)  # type: ignore[type-var]
+        return replace(phase, who=who, join=join, rounds=phase.rounds or federate.rounds)
 
     def per_round(self, section: sections.Federate | sections.Refine) -> int:
         """Return how many clients take part in a round of step 1, or in one inside the tickets."""
@@ -187,9 +217,38 @@ class Experiment:
     def clients(self, phase: Phase, round: int) -> list[int]:
         """Return who takes part in a round, sorted."""
         everyone = range(self.study.clients.count)
-        seen = [c for c in everyone if c not in self.task.splits.unseen]
+        seen = self.population.there(self._of_step_1(phase, round))
         draw = rng.stream(self.study.seed, f"sample {phase.name}", round)
         return phase.who(round, seen=seen, everyone=everyone, rng=draw)
+
+    def _of_step_1(self, phase: Phase, round: int) -> float:
+        """Return which round of step 1, all its phases together, a phase's round is; none of step 2 is before any."""
+        names = [one.name for one in self.federated_phases]
+        if phase.name not in names:
+            return math.inf
+        return sum(one.rounds for one in self.federated_phases[: names.index(phase.name)]) + round
+
+    def senders(self, phase: Phase, round: int, client: int) -> tuple[int, ...]:
+        """Return who sends to a client in a round of a phase with a topology, sorted; both ends draw the same.
+
+        An evaluation hears whom step 2 would hear, whatever the round: which wave a client is in must not matter.
+        """
+        assert phase.topology is not None
+        unseen = self.task.splits.unseen
+        others = [c for c in range(self.study.clients.count) if c != client and c not in unseen]
+        what, number = ("topology", 0) if phase.in_waves else (f"topology {phase.name}", round)
+        found = [int(c) for c in phase.topology(client, others, rng.stream(self.study.seed, what, number, client))]
+        if len(set(found)) < len(found) or not set(found) <= set(others):
+            name = type(phase.topology).__name__
+            raise StudyError(f"method.topology: {name} must return each sender once, among the others, got {found}")
+        return tuple(sorted(found))
+
+    def unpublished(self, client: int) -> Content:
+        """Return what stands for a client that has not published: theta_0 under its first mask, as both ends know."""
+        first, start = self.first_mask(client), self.initial()
+        if first is None:
+            return Content(np.ones(self.layout.num_prunable, bool), start.floats, start.ints)
+        return Content(first, start.masked(first).floats, start.ints)
 
     @property
     def federated(self) -> bool:
@@ -197,8 +256,9 @@ class Experiment:
         return bool(self.method.phases)
 
     @property
-    def trains_weights(self) -> bool:
-        return self.federated and self.method.space == "weights"
+    def shares_weights(self) -> bool:
+        """Say whether the global state is a model that rounds have trained."""
+        return self.federated and self.method.space.kind == "values"
 
     @cached_property
     def slices(self) -> bool:
@@ -211,23 +271,47 @@ class Experiment:
 
     @cached_property
     def layout(self) -> Layout:
-        """The layout of the global state: the exchanged model, or its prunable tensors as scores."""
-        return self.layout_of("values")
+        """The layout of the global state."""
+        return self.method.space.layout(self.task.exchange)
 
     def layout_of(self, kind: str) -> Layout:
-        """Return the layout of a message's kind."""
-        if self.method.space == "scores" or kind == "scores":
-            return self._scores
-        return self.task.exchange
+        """Return the layout of a message's kind; a mask is over the state, or the model where that has no weights."""
+        if kind == "statistics":  # shares of the classes
+            return Layout((Entry("classes", (self.task.dataset.num_classes,), "buffer", 0),))
+        if kind == self.method.space.kind or (kind == "mask" and self.layout.num_prunable):
+            return self.layout
+        space = next((space for space in SPACES if space.kind == kind), SPACES[0])
+        return space.layout(self.task.exchange)
 
-    @cached_property
-    def _scores(self) -> Layout:
-        return self.task.exchange.select(lambda e: e.prunable)
+    def message_layout(self, phase: Phase, name: str, kind: str) -> Layout:
+        """Return the layout of a message that a phase's update sends up."""
+        own = getattr(phase.update, "layout", None)
+        if kind != "statistics" or own is None:
+            return self.layout_of(kind)
+        found: Layout = own(name, self.task)
+        return found
+
+    def rule(self, phase: Phase) -> Aggregate | None:
+        """Return what joins a phase's contributions, given the task where it asks for it."""
+        asks = getattr(phase.join, "of_task", None)
+        return phase.join if asks is None else asks(self.task)
 
     def initial(self) -> Params:
         """Return round 0's global state, which both ends draw from the study's seed."""
-        task = self.task
-        return task.shared_part(task.theta_0) if self.method.space == "weights" else first_scores(task)
+        return self.method.space.initial(self.task)
+
+    @cached_property
+    def start_mask(self) -> np.ndarray | None:
+        """Everyone's mask before the first round, (exchange.num_prunable,) bool; None for everything."""
+        if self.method.start_mask == Dense():
+            return None
+        mask = self.task.shared_mask(self.method.start_mask(self.task, 0))
+        return None if mask.all() else mask
+
+    def start(self) -> ServerState:
+        """Return the server's state before the first round."""
+        theta, mask = self.initial(), self.start_mask
+        return ServerState(theta if mask is None else theta.masked(mask), mask=mask)
 
     def first_mask(self, client: int) -> np.ndarray | None:
         """Return what a client shares before it has chosen, (exchange.num_prunable,) bool; None for everything."""
@@ -238,9 +322,10 @@ class Experiment:
         return None if mask.all() else mask
 
     def first_state(self, client: int) -> ClientState:
-        """Return what a client holds before its first visit: of personal tensors, only it keeps the first mask."""
+        """Return what a client holds before its first visit: its first mask, where nobody else keeps all of it."""
         task = self.task_of(client)
-        if self.method.first_mask == Dense() or task.exchange.num_prunable == task.layout.num_prunable:
+        mirrored = task.exchange.num_prunable == task.layout.num_prunable and self.method.topology is None
+        if self.method.first_mask == Dense() or mirrored:
             return ClientState()
         return ClientState(masks={"active": self.method.first_mask(task, client)})
 
@@ -255,7 +340,7 @@ class Experiment:
     def needs_whole(self, phase: Phase) -> bool:
         """Say whether controls need the whole global model beside a client's slice; it is counted as evaluation."""
         if phase.evaluates:
-            return self.method.space == "weights"
+            return self.method.space.kind == "values"
         return phase.name == "personalise" and not set(self.arms) <= NEED_NO_GLOBAL
 
     @cached_property
@@ -294,43 +379,6 @@ def open_experiment(text: str) -> Experiment:
 @lru_cache(maxsize=2)
 def _opened(text: str) -> Experiment:
     return Experiment.of(schema.build(json.loads(text)))
-
-
-def method_of(study: Study) -> FederatedMethod:
-    """Return the study's method; raise StudyError naming the place."""
-    method = make(METHODS, study.method, "method")
-    name = study.method["name"]
-    if not isinstance(method, FederatedMethod):
-        wanted = "fedlth.methods.method.FederatedMethod"
-        raise StudyError(f"method: {name} must return a {wanted}, got {type(method).__name__}")
-    if not isinstance(method.phases, tuple) or not all(isinstance(phase, Phase) for phase in method.phases):
-        raise StudyError(f"method: {name}: its phases must be a tuple of Phase, got {method.phases!r}")
-    check_frozen(method)
-    dense = method.first_mask == Dense()
-    checks: list[tuple[str, Any, bool, str]] = [
-        ("space", method.space, method.space in ("weights", "scores"), "weights or scores"),
-        ("first_mask", method.first_mask, dense or method.slices, "Dense where no phase sends slices"),
-    ]
-    for phase in method.phases:
-        rule = all(hasattr(phase.join, part) for part in ("init", "add", "result"))
-        update, place = phase.update, phase.name
-        checks += [
-            ("phase name", place, bool(re.fullmatch("[a-z_]+", place)), "letters a-z and _"),
-            (f"{place}.down", phase.down, phase.down in ("broadcast", "slice"), "broadcast or slice"),
-            (f"{place}.update", update, callable(update) and hasattr(update, "sends"), "a ClientUpdate"),
-            (f"{place}.join", phase.join, rule, "a rule with init, add and result"),
-            (f"{place}.update", update, bool(getattr(update, "sends", None)), "one that sends something to join"),
-            (f"{place}.cut", phase.cut, phase.cut is None or phase.down == "slice", "None where it sends no slices"),
-            (f"{place}.who", phase.who, callable(phase.who) and not phase.in_waves, "clients, not Waves, step 2's"),
-        ]
-    for place, value, fits, wanted in checks:
-        if not fits:
-            raise StudyError(f"method: {name}: its {place} must be {wanted}, got {value!r}")
-    names = [phase.name for phase in method.phases]
-    taken = {n for n in names if names.count(n) > 1 or n in (EVALUATE, "personalise", "refine", "refined")}
-    if taken:
-        raise StudyError(f"method: {name}: phase names must be unique and none that every run has, got {min(taken)}")
-    return method
 
 
 def finder_of(study: Study) -> Finder:

@@ -15,15 +15,17 @@ from fedlth.data.partition_file import sha256_of
 from fedlth.data.tensors import inputs
 from fedlth.errors import StudyError, wrong
 from fedlth.experiment import client_memory, effects, feasible
-from fedlth.experiment.experiment import KEPT_FIRST, Experiment, method_of, open_experiment
+from fedlth.experiment.experiment import KEPT_FIRST, Experiment, open_experiment
+from fedlth.experiment.well_formed import method_of
+from fedlth.experiment.who_takes_part import check_newcomers, check_no_server, check_population
 from fedlth.kernel import kernel
+from fedlth.methods.client_update import sends_in
 from fedlth.methods.rules import check_rule
 from fedlth.models.call import call
 from fedlth.models.initial import refuse, torch_stream
 from fedlth.personalization import kept
 from fedlth.personalization.arms import arm_of
 from fedlth.rng import stream
-from fedlth.storage.server_state import ServerState
 from fedlth.storage.trackers import trackers_of
 from fedlth.study.schema import Study
 from fedlth.study.sections import Personalise, Train
@@ -56,7 +58,7 @@ def resolve(study: Study) -> tuple[Experiment, list[str]]:
     if resolved.device == "auto" and resolved.engine == "inprocess":  # elsewhere each worker's machine decides
         resolved = resolved.model_copy(update={"device": experiment.task.device})
     size, why = cohort_size.decided(resolved, open_task(resolved.science()))
-    if size > 1 and experiment.method.space == "scores":
+    if size > 1 and not experiment.method.space.trains_weights:
         name = experiment.method.name
         why.append(f"cohort: method {name} trains scores one client at a time; other trainings go together")
     # Of the whole study: what decides no number (engine, folders, names) is not in the text of a worker's.
@@ -72,12 +74,12 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
     update: dict[str, Any] = {}
     if method.rewind and "rewind" not in study.finder.model_fields_set:
         update["finder"] = study.finder.model_copy(update={"rewind": {"name": method.rewind}})
-    given = study.model.model_fields_set
+    written = study.model.model_fields_set
     wanted = {"personal": method.personal or None, "prunable": method.prunable, "buffers": method.buffers}
-    asked = {key: value for key, value in wanted.items() if value is not None and key not in given}
+    asked = {key: value for key, value in wanted.items() if value is not None and key not in written}
     if asked:
         update["model"] = study.model.model_copy(update=asked)
-    if method.prunable is not None and "prunable" in given and study.model.prunable != method.prunable:
+    if method.prunable is not None and "prunable" in written and study.model.prunable != method.prunable:
         raise wrong(
             "model.prunable",
             f"{list(method.prunable)} or left out for method {method.name}, whose masks are over these tensors",
@@ -89,14 +91,19 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
     if not method.phases:
         update["federate"] = study.federate.model_copy(update={"rounds": 0})
     experiment = Experiment.of(study.model_copy(update=update))
-    recipes(study)  # says what is wrong with a part of the training
+    first, _ = recipes(study)  # says what is wrong with a part of the training
+    for phase in method.phases:
+        if study.train.pull is not None and getattr(phase.update, "own_pull", False):
+            raise StudyError(f"train.pull: must be left out, method {method.name} has its own, got {study.train.pull}")
+        if hasattr(phase.update, "obstacle") and (why := phase.update.obstacle(first)):
+            raise StudyError(f"method: {method.name} {why}")
     arms, finder = experiment.arms, experiment.finder
     for arm in arms:
         arm_of(arm)
     effects.check_arms(study, method, arms)
     notes = effects.notes(study, experiment)
     refines = study.refine.rounds > 0
-    if refines and ("ticket" not in arms or not experiment.trains_weights):
+    if refines and ("ticket" not in arms or not experiment.shares_weights):
         raise StudyError(
             "refine.rounds: must be 0 for a method without the arm `ticket` and federated rounds of weights"
         )
@@ -108,10 +115,12 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
             "refine.rounds: must be 0 where dead weights are not zero or tickets are frozen: refinement trains "
             f"survivors among zeros, got {finder.dead} and {finder.rewind}"
         )
-    if study.evaluate.keep == "best" and study.evaluate.every and method.slices:
+    if method.topology is not None:
+        check_no_server(experiment)
+    if study.evaluate.keep == "best" and study.evaluate.every and method.own_masks:
         raise StudyError(
-            f"evaluate.keep: must be last for a method that sends slices, as {method.name}: its clients hold masks of "
-            "later rounds than the best one, got best"
+            f"evaluate.keep: must be last for a method whose clients have masks, as {method.name}: theirs are of later "
+            "rounds than the best one, got best"
         )
     if study.tickets == "compact" and finder.dead.holds:
         raise StudyError(f"tickets: must be dense where dead weights are not zero, as with {finder.dead}")
@@ -119,15 +128,17 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
         replace(finder, rewind=ToInit())  # says so where the finder's other parts forbid it
     kept.check(experiment.keep, study.finder, named(study.clients.capacity))
     _check_counts(experiment)
+    check_newcomers(experiment)
     _check_validation(experiment)
     _check_anchor(experiment)
     p = study.personalise
-    if method.space == "scores" and "own_tuned" in arms and (p.lr is not None or p.schedule != {"name": "constant"}):
+    given = p.lr is not None or p.schedule != {"name": "constant"}
+    if not method.space.trains_weights and "own_tuned" in arms and given:
         notes.append(
             f"personalise.lr and .schedule: have no effect on own_tuned, whose scores have {method.name}'s own rate"
         )
-    if method.name == "sub_fedavg" and study.train.epochs == 1:
-        notes.append("train.epochs: with 1, sub_fedavg's two masks are the same epoch's, and nothing is pruned")
+    if study.train.epochs == 1 and 1 in getattr(getattr(method.own, "after", None), "snapshots", ()):
+        notes.append(f"train.epochs: with 1, {method.name}'s two masks are the same epoch's, and nothing is pruned")
     return experiment, notes
 
 
@@ -161,8 +172,12 @@ def _checked(experiment: Experiment) -> list[str]:
     Another initialisation of a model that brings its weights would be those weights again: a rewind to it is
     refused, and the arm `random` does without.
     """
+    check_population(experiment)
     arms = set(experiment.arms)
     experiment.task.capacity(0)  # says what is wrong with clients.capacity
+    for phase in (phase for phase in experiment.phases if phase.topology is not None):
+        for client in experiment.clients(phase, 1):
+            experiment.senders(phase, 1, client)  # says what is wrong with a topology of the user's
     _check_first_masks(experiment)
     notes = _own_recipes(experiment)
     for task in experiment.task.each:
@@ -221,7 +236,9 @@ def _checked_task(experiment: Experiment, task: Task, arms: set[str]) -> list[st
             "are of later rounds than the best one, got best"
         )
     _check_gates(experiment, task)
-    if method.space == "scores" and task.exchange.num_prunable != task.layout.num_prunable:
+    if method.needs_norms and not any(e.norm for e in task.layout.entries):
+        raise StudyError(f"method: {method.name} needs a model with norms, {task.study.model.name} has none")
+    if method.space.kind != "values" and task.exchange.num_prunable != task.layout.num_prunable:
         raise StudyError(
             f"model.personal: must leave all that is prunable shared, method {method.name} learns one mask of it, got "
             f"{list(task.study.model.personal or ())} and buffers {task.study.model.buffers}"
@@ -278,11 +295,12 @@ def _check_gates(experiment: Experiment, task: Task) -> None:
     metric, finder, own = task.judged.main, experiment.finder, experiment.method.own
     if metric.higher_is_better:
         return
-    for event in (getattr(own, "before", None), getattr(own, "after", None)):
-        if event is not None and getattr(event, "val_accuracy", -1) >= 0:
+    for event in (own, getattr(own, "before", None), getattr(own, "after", None)):
+        gate = getattr(event, "val_accuracy", -1)
+        if gate >= 0:
             raise StudyError(
                 f"method.val_accuracy: must be below 0 (always open) where less of the metric is better, as of "
-                f"{metric.name}, got {event.val_accuracy}"
+                f"{metric.name}, got {gate}"
             )
     if set(experiment.arms) & effects.SEARCH and hasattr(finder.gate, "at_least"):
         raise StudyError(
@@ -294,11 +312,14 @@ def _check_gates(experiment: Experiment, task: Task) -> None:
 def _check_rules(experiment: Experiment) -> None:
     """Raise StudyError where a rule of the method cannot be believed."""
     for phase in experiment.phases:
-        if phase.join is not None:
+        rule = experiment.rule(phase)
+        if rule is not None:
+            rule.init(experiment.start(), experiment.layout)  # a rule may refuse a layout
             place = f"method: {experiment.method.name}'s aggregation rule {type(phase.join).__name__}"
             count = len(experiment.clients(phase, 1))
-            layouts = {name: (kind, experiment.layout_of(kind)) for name, kind in phase.update.sends}
-            check_rule(phase.join, ServerState(experiment.initial()), experiment.layout, layouts, count, place)
+            for sends in sorted({sends_in(phase.update, round) for round in range(1, phase.rounds + 1)}):
+                layouts = {name: (kind, experiment.message_layout(phase, name, kind)) for name, kind in sends}
+                check_rule(rule, experiment.start(), experiment.layout, layouts, count, place)
 
 
 def _check_anchor(experiment: Experiment) -> None:
@@ -321,7 +342,7 @@ def _check_anchor(experiment: Experiment) -> None:
         rounds, place = study.tune.rounds, "tune.rounds"
     if int(number) > rounds:
         raise StudyError(f"finder.rewind.round: must be at most {place} = {rounds}, got {anchor}")
-    if method.space != "weights":
+    if method.space.kind != "values":
         raise StudyError(f"finder.rewind.round: must be -1, method {method.name} shares no weights, got {anchor}")
 
 
@@ -332,7 +353,7 @@ def _check_validation(experiment: Experiment) -> None:
         return
     searches, finder = bool(arms & effects.SEARCH), experiment.finder
     own = method.own
-    events = [getattr(own, event, None) for event in ("before", "after")]
+    events = [own, *(getattr(own, event, None) for event in ("before", "after"))]
     deciding = {
         "tune.lr": bool(study.tune.lr),
         "the arm random": "random" in arms,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +16,10 @@ from fedlth.experiment.experiment import Experiment
 from fedlth.federation.downloads import Downloads
 from fedlth.federation.jobs import MACHINES, Engine
 from fedlth.federation.progress import line, summary_of
+from fedlth.federation.published import Published
 from fedlth.federation.replies import Replies
 from fedlth.federation.update_norms import UpdateNorms
+from fedlth.methods.aggregate import Aggregate
 from fedlth.methods.method import Phase
 from fedlth.models.layout import Params
 from fedlth.storage.records import DROPPED, LATE, CurveRow, Failed, RoundRow, TimeRow
@@ -56,7 +58,7 @@ class Federation:
         return self.state.theta
 
     def _loaded(self, name: str) -> ServerState:
-        return self.folder.load_state(name) if name else ServerState(self.experiment.initial())
+        return self.folder.load_state(name) if name else self.experiment.start()
 
     def run(self, stop_after: int | None = None) -> None:
         """Run what is left of the study, committing after every round."""
@@ -74,7 +76,10 @@ class Federation:
         ledger.
         """
         lost, size = missing(self.folder), self.experiment.study.personalise.clients_per_wave
-        phase, done = self.experiment.phases[-1], max((row.round for row in _last_waves(self.folder)), default=0)
+        phase, done = (
+            self.experiment.phase(_last(self.folder)),
+            max((row.round for row in _last_waves(self.folder)), default=0),
+        )
         waves = [lost[i : i + size] for i in range(0, len(lost), size)]
         first = self.progress.step
         for i, wave in enumerate(waves):
@@ -89,21 +94,28 @@ class Federation:
             self.engine.holds_state,
         )  # fmt: skip
         sent, joined = self.state, 0
-        accumulator = phase.join.init(sent, layout) if phase.join else None
+        rule = self.experiment.rule(phase)
+        accumulator = rule.init(sent, layout) if rule else None
+        publishes = phase.topology is not None and rule is not None
         with (
             self.folder.clients.writing(replies.version) as states,
             self.folder.mirrors.writing(replies.version) as masks,
+            self.folder.published.writing(replies.version) if publishes else nullcontext() as publishing,
             closing(self.engine.map(replies.jobs(), again=replies.again)) as answers,
         ):
+            replies.publishing = publishing
             for job, answer in replies.all_of(answers):
                 for contribution in replies.judged(job, answer, states, masks):
-                    joined += _add(phase, accumulator, contribution)
+                    joined += _add(rule, accumulator, contribution)
             for contribution in replies.rest(states, masks):
-                joined += _add(phase, accumulator, contribution)
+                joined += _add(rule, accumulator, contribution)
+        published = {**self.progress.published, **replies.published}
         progress = self.progress
-        if phase.join:
+        if rule:
             if joined:  # without a reply the old state stays
-                new = phase.join.result(accumulator)
+                new = rule.result(accumulator)
+                if publishes:  # of all that is published, by whoever was not here too
+                    new = Published(self.experiment, self.folder, published).consensus(phase, sent)
                 self.state = new if new.mask is not None else replace(new, mask=sent.mask)
             progress = replace(progress, empty_rounds=0 if joined else progress.empty_rounds + self._at_fault(replies))
             if norms.accepted:
@@ -116,7 +128,7 @@ class Federation:
             progress, summary = self._judged(step, progress, replies, summary)
         elif replies.versions:
             progress = replace(progress, good=self.progress.theta)
-        elif self._broken(replies):
+        elif phase.changes_state and not publishes and self._broken(replies):
             summary = replace(summary, rolled_back_to=self._roll_back())
             progress = replace(progress, good=f"theta-{step.place}")
         self._commit(step, progress, sent, replies, summary, began)
@@ -170,20 +182,31 @@ class Federation:
 
     def _downloads(self, step: Step) -> Downloads:
         masks: dict[int, np.ndarray] = {}
-        for client in step.clients if step.phase.down == "slice" else ():
+        hand = step.phase.hand
+        if hand is not None:
+            others = (c for c in range(self.experiment.study.clients.count) if c not in step.clients)
+            known = {c: mask for c in others if (mask := self._mirror(c)) is not None}
+            masks = hand(step.clients, known, self.state.memory)
+        for client in step.clients if step.phase.down == "slice" and hand is None else ():
             if step.phase.cut is not None:
                 cut = step.phase.cut(self.experiment.task_of(client), self.state, client)
                 if not cut.all():
                     masks[client] = cut
                 continue
-            version = self.progress.mirrors.get(str(client), "")
-            mask = self.folder.mirror(client, version, self.experiment.layout.num_prunable)
+            mask = self._mirror(client)
             mask = self.experiment.first_mask(client) if mask is None else mask
             if mask is not None:
                 masks[client] = mask
         names = self.experiment.rewind_targets if step.phase.name == "personalise" else ()
         targets = {name: self.folder.load_params(name) for name in names}
-        return Downloads(self.experiment, step.phase, self.state, masks, targets)
+        holds = {int(client): name for client, name in self.progress.holds.items()}
+        published = Published(self.experiment, self.folder, self.progress.published)
+        return Downloads(self.experiment, step.phase, step.round, self.state, masks, targets, published, holds)
+
+    def _mirror(self, client: int) -> np.ndarray | None:
+        """Return the mask of what a client shares, as it last said; None where it has not, or shares all."""
+        version = self.progress.mirrors.get(str(client), "")
+        return self.folder.mirror(client, version, self.experiment.layout.num_prunable)
 
     def _broken(self, replies: Replies) -> bool:
         """Say whether the global model is why nobody's work can be used, and there is one that somebody could use.
@@ -231,6 +254,9 @@ class Federation:
             mirrors.pop(client, None)
             if version is not None:
                 mirrors[client] = version
+        held = {**self.progress.holds, **replies.holds}
+        # Before there is a mask nobody holds one: where there never is, nothing is written.
+        holds = held if any(held.values()) or self.experiment.start_mask is not None else {}
         whole = TimeRow(round=step.round, phase=step.phase.name, seconds=time.perf_counter() - began)
         targets, target = self.experiment.rewind_targets, f"theta_g@{step.round}"
         if self.state is not sent and not step.phase.evaluates:  # what an evaluation chose has its file
@@ -247,21 +273,31 @@ class Federation:
         curve = self._curve(step, replies)
         if any(phase.evaluates for phase in self.experiment.phases):
             lengths["curve"] = self.folder.append("curve", curve)
-        self.progress = replace(progress, step=step.place + 1, lengths=lengths, versions=versions, mirrors=mirrors)
+        published = {**progress.published, **replies.published}
+        self.progress = replace(
+            progress,
+            step=step.place + 1,
+            lengths=lengths,
+            versions=versions,
+            mirrors=mirrors,
+            holds=holds,
+            published=published,
+        )
         self.folder.commit(self.progress)
         best = self.progress.best.theta if self.progress.best else ""
         self.folder.drop_params([self.progress.theta, self.progress.good or "", best, *targets])
         self.folder.clients.tidy(_owners(versions))
         self.folder.mirrors.tidy(_owners(mirrors))
+        self.folder.published.tidy(_owners(published))
         if self.committed:
             self.committed(self.progress.step, summary, curve)
 
 
-def _add(phase: Phase, accumulator: Any, contribution: Any) -> int:
+def _add(rule: Aggregate | None, accumulator: Any, contribution: Any) -> int:
     """Join one contribution; a ticket's mask is mirrored, not joined."""
-    if phase.join is None:
+    if rule is None:
         return 0
-    phase.join.add(accumulator, contribution)
+    rule.add(accumulator, contribution)
     return 1
 
 
@@ -301,5 +337,9 @@ def missing(folder: RunFolder) -> list[int]:
 
 def _last_waves(folder: RunFolder) -> list[RoundRow]:
     """Return the committed waves of the run's last phase."""
-    phase = "refined" if folder.study().refine.rounds else "personalise"
-    return [row for row in folder.rows(RoundRow) if row.phase == phase]
+    return [row for row in folder.rows(RoundRow) if row.phase == _last(folder)]
+
+
+def _last(folder: RunFolder) -> str:
+    """Name the last phase that gives clients another state; newcomers may be handed a ticket after it."""
+    return "refined" if folder.study().refine.rounds else "personalise"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import cached_property
@@ -13,11 +13,38 @@ import numpy as np
 
 from fedlth.errors import StudyError
 from fedlth.methods.aggregate import Aggregate
-from fedlth.methods.client_update import ClientUpdate, MaskedUpdate
+from fedlth.methods.client_update import VALUES, ClientUpdate, MaskedUpdate
+from fedlth.methods.space import Space, Weights
+from fedlth.methods.topology import Topology
 from fedlth.storage.server_state import ServerState
 from fedlth.training.task import Task
 
+
+class Known(Protocol):
+    """The mask that a round's upload is coded against, known to both ends: a pure function of what both have."""
+
+    def __call__(
+        self, rng: np.random.Generator, mask: np.ndarray | None, floats: np.ndarray | None, /
+    ) -> np.ndarray | None:
+        """Return (num_prunable,) bool, None for none; `mask` (None: all) and `floats` are the decoded download's.
+
+        rng: the client's own stream of this round, equal at both ends.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Received:
+    """The mask of the download."""
+
+    def __call__(
+        self, rng: np.random.Generator, mask: np.ndarray | None, floats: np.ndarray | None, /
+    ) -> np.ndarray | None:
+        return mask
+
+
 Down = Literal["broadcast", "slice", "nothing"]
+KNOWN = "known mask"  # the stream that a phase's Known is given
 
 
 class Who(Protocol):
@@ -37,7 +64,8 @@ class Sampled:
     def __call__(
         self, round: int, /, *, seen: Sequence[int], everyone: Sequence[int], rng: np.random.Generator
     ) -> list[int]:
-        return sorted(seen[int(i)] for i in rng.choice(len(seen), size=self.count, replace=False))
+        count = min(self.count, len(seen))  # of late joiners some are not there yet
+        return sorted(seen[int(i)] for i in rng.choice(len(seen), size=count, replace=False))
 
 
 @dataclass(frozen=True)
@@ -72,6 +100,29 @@ class Everyone:
         return list(everyone)
 
 
+@dataclass(frozen=True)
+class Newcomers:
+    """Those that no round has seen."""
+
+    def __call__(
+        self, round: int, /, *, seen: Sequence[int], everyone: Sequence[int], rng: np.random.Generator
+    ) -> list[int]:
+        return sorted(set(everyone) - set(seen))
+
+
+class Hand(Protocol):
+    """Which mask each newcomer is handed, of those that the server knows of other clients. A frozen value."""
+
+    def __call__(
+        self, newcomers: Sequence[int], known: Mapping[int, np.ndarray], memory: Mapping[str, np.ndarray], /
+    ) -> dict[int, np.ndarray]:
+        """Return masks (num_prunable,) bool by newcomer; one that is left out gets the whole model.
+
+        `memory` is the server's: what clients have said of themselves.
+        """
+        ...
+
+
 class Cut(Protocol):
     """What the server cuts out of the global state for a client, anew in each round."""
 
@@ -91,7 +142,14 @@ class Phase:
     sent from then on; without, each round sends it its first mask again. `cut` names the weights of a slice in place of
     what the client shares: the server chooses them, and sends their bits along. `join` makes the next server state of
     what came up; None: nothing is joined. `rounds` 0 stands for the study's federate.rounds. `evaluates`: clients only
-    look at what came; none has another state afterwards, and what crosses counts as evaluation.
+    look at what came, and what crosses counts as evaluation. `changes_state` False: no client has another state
+    afterwards. `hand` picks the masks of those that have none of their own. `also` names vectors of the server's
+    memory, (num_floats,) float32 of what is exchanged, that go down beside a broadcast state, each as a payload of its
+    own: of all that everyone keeps. One that the memory does not have yet is not sent.
+
+    With a `topology` clients send to one another, and `down` is "nothing": an inbox holds, under each sender's name,
+    what it last published, or what both ends know of one that has not yet (theta_0 under its first mask, no bytes).
+    `join` then makes of all that was published the model that reports call global; nobody is sent it to go on from.
     """
 
     name: str
@@ -104,11 +162,16 @@ class Phase:
     remembers: bool = True
     cut: Cut | None = None
     evaluates: bool = False
+    changes_state: bool = True
+    hand: Hand | None = None
+    known: Known = field(default_factory=Received)
+    also: tuple[str, ...] = ()
+    topology: Topology | None = None
 
     @property
     def in_waves(self) -> bool:
-        """Say whether every client reports rows, the unseen too; their random streams then carry no round."""
-        return isinstance(self.who, (Waves, Everyone))
+        """Say whether clients report rows, the unseen too; their random streams then carry no round."""
+        return isinstance(self.who, (Waves, Everyone, Newcomers)) and self.join is None
 
 
 class FirstMask(Protocol):
@@ -133,12 +196,13 @@ class FederatedMethod:
 
     `phases` come before step 2; without any, every client stands alone. The last of them has the method's own personal
     model (arms `own`, `own_tuned`). `arms` are the models that step 2 evaluates: names of `fedlth list arms`, or your
-    own `package.module:arm`. `space` says what the global state is: "weights", or "scores" of frozen weights.
-    `personal` are glob patterns of tensors that stay with the client (FedPer's head), `prunable` those that masks are
-    over, where not only weights are, and `buffers` what becomes of norms' statistics (model.buffers): each is what the
-    study has where it says nothing. `first_mask` what a client keeps
-    of the model before it has chosen for itself, `reads_capacity` whether any part asks for clients.capacity. `rewind`
-    names the finder's rewind where the study names none.
+    own `package.module:arm`. `space` is what the global state is: Weights, Scores, Thresholds.
+    `personal` are glob patterns of tensors that stay with the client ("@head": the last layer, FedPer's), `prunable`
+    those that masks are over, where not only weights are, `buffers` the model's policy for norms (FedBN's keeps them
+    with the client): each is what the study has where it says nothing; `needs_norms` refuses a model without any.
+    `first_mask` is what a client keeps of the model before it has chosen for itself, `start_mask` everyone's mask
+    before the first round, the same for any client (both ends know it, too), `reads_capacity` whether any part asks for
+    clients.capacity. `rewind` names the finder's rewind where the study names none.
     """
 
     name: str
@@ -146,11 +210,13 @@ class FederatedMethod:
     summary: str
     phases: tuple[Phase, ...]
     arms: tuple[str, ...]
-    space: Literal["weights", "scores"] = "weights"
+    space: Space = field(default_factory=Weights)
     personal: tuple[str, ...] = ()
     prunable: tuple[str, ...] | None = None
     buffers: Literal["aggregate", "local_statistics", "local_all"] | None = None
+    needs_norms: bool = False
     first_mask: FirstMask = field(default_factory=Dense)
+    start_mask: FirstMask = field(default_factory=Dense)
     reads_capacity: bool = False
     rewind: str | None = None
 
@@ -160,19 +226,51 @@ class FederatedMethod:
         return self.phases[-1].update if self.phases else MaskedUpdate()
 
     @property
+    def masks_all(self) -> bool:
+        """Say whether everyone may come to share one mask."""
+        return self.start_mask != Dense() or any(getattr(phase.join, "masks", False) for phase in self.phases)
+
+    @property
     def slices(self) -> bool:
         """Say whether clients are sent their own part of the model: both ends then keep what a client shares."""
         return any(phase.down == "slice" for phase in self.phases)
 
+    @property
+    def own_masks(self) -> bool:
+        """Say whether a client has a mask of its own among weights, whatever is sent down."""
+        return self.slices or (self.space.kind == "values" and any(phase.own_mask for phase in self.phases))
+
+    @property
+    def topology(self) -> Topology | None:
+        """Who sends to whom in the end; None where a server averages."""
+        return self.phases[-1].topology if self.phases else None
+
+
+def sending_checks(phase: Phase, space: Space, between: bool) -> list[tuple[str, Any, bool, str]]:
+    """Return what must hold of how a phase sends; `between` says that in the one before clients had no server."""
+    place, topology, update = phase.name, phase.topology, phase.update
+    if topology is None:
+        down = (f"{place}.down", phase.down, phase.down in ("broadcast", "slice"), "broadcast or slice")
+        return [down, (f"{place}.topology", None, not between, "there: after such a phase no server has a model")]
+    sends = getattr(update, "sends", None)
+    return [
+        (f"{place}.down", phase.down, phase.down == "nothing", "nothing where clients send to one another"),
+        (f"{place}.topology", topology, callable(topology), "callable as (client, others, rng)"),
+        (f"{place}.topology", topology, space.kind == "values", "None where the global state is no weights"),
+        (f"{place}.update", update, sends == VALUES, f"one that sends {VALUES}: what neighbours are relayed"),
+    ]
+
 
 def check_frozen(method: FederatedMethod) -> None:
     """Raise StudyError where a part of a method is no frozen value: what it kept in itself would be lost on resume."""
-    parts = [("first_mask", method.first_mask)]
+    parts: list[tuple[str, Any]] = [(name, getattr(method, name)) for name in ("first_mask", "start_mask", "space")]
     parts += [
-        (f"{p.name}.{part}", getattr(p, part)) for p in method.phases for part in ("update", "join", "who", "cut")
+        (f"{p.name}.{part}", getattr(p, part))
+        for p in method.phases
+        for part in ("update", "join", "who", "known", "topology", "cut")
     ]
     for name, value in parts:
-        loose = _loose(value, name)
+        loose = loose_part(value, name)
         if loose:
             raise StudyError(
                 f"method: {method.name} must be made of frozen dataclasses whose fields are immutable, got {loose}; "
@@ -180,12 +278,12 @@ def check_frozen(method: FederatedMethod) -> None:
             )
 
 
-def _loose(value: Any, place: str) -> str:
+def loose_part(value: Any, place: str) -> str:
     """Name the first part of a value that can change, "" where there is none."""
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes, Enum, type, types.FunctionType)):
         return ""
     if isinstance(value, (tuple, frozenset)):
-        return next((found for i, v in enumerate(value) if (found := _loose(v, f"{place}[{i}]"))), "")
+        return next((found for i, v in enumerate(value) if (found := loose_part(v, f"{place}[{i}]"))), "")
     kind: Any = type(value)
     if not is_dataclass(value) or not kind.__dataclass_params__.frozen:
         return f"{place}: {kind.__name__}"
@@ -194,4 +292,4 @@ def _loose(value: Any, place: str) -> str:
     extra = next((n for n in kept if n not in names), None)
     if extra is not None:
         return f"{place}.{extra}, which is no field"
-    return next((found for n in names if (found := _loose(getattr(value, n), f"{place}.{n}"))), "")
+    return next((found for n in names if (found := loose_part(getattr(value, n), f"{place}.{n}"))), "")

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fedlth.report.figures import pictures
 from fedlth.report.fleet import fleet_text, tiers_table
 from fedlth.report.headline import against, done, honest_notes, numbers, overlapping, reached
 from fedlth.report.known_arms import arm_of
+from fedlth.report.newcomers import newcomers_table
 from fedlth.report.results import Results, results_of
 from fedlth.report.tables import (
     COST,
@@ -58,7 +60,7 @@ def write_report(run: Path) -> Path:
     tables = {"summary": summary_table(results), "clients": clients_table(results), "bytes": bytes_table(results)}
     more = {
         "chosen": chosen_table(results), "fleet": tiers_table(results), "curve": curve_table(results),
-        "tasks": tasks_table(results),
+        "tasks": tasks_table(results), "newcomers": newcomers_table(results),
     }  # fmt: skip
     tables |= {name: table for name, table in more.items() if table.rows}
     try:
@@ -142,6 +144,10 @@ def _provenance(facts: Facts) -> dict[str, Any]:
     if header.label_noise:
         clients = ", ".join(map(str, header.noisy))
         told.append(("wrong labels", f"{header.label_noise}; clients {clients}"))
+    if header.hostile:
+        told.append(("attack", f"{header.attack}; clients {', '.join(map(str, header.hostile))}"))
+    if header.joiners:
+        told.append(("late joiners", ", ".join(f"client {c} from round {r}" for c, r in header.joiners.items())))
     spent = _seconds(facts)
     if spent:
         shown = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in spent.items())
@@ -201,16 +207,20 @@ def page(results: Results, *, tables: Mapping[str, Table], figures: Sequence[Dra
         arms=arms,
         runs=[_provenance(facts) for facts in group],
         fleet_text=fleet_text(results),
-        **{name: tables.get(name) for name in ("clients", "bytes", "chosen", "fleet", "curve", "tasks")},
+        **{name: tables.get(name) for name in ("clients", "bytes", "chosen", "fleet", "curve", "tasks", "newcomers")},
     )
 
 
 def filled(template: str, **values: Any) -> str:
     """Return a page of this room with its values; every text among them is escaped."""
+    return filled_page(files("fedlth.report").joinpath(template), **values)
+
+
+def filled_page(page: Traversable, /, **values: Any) -> str:
+    """Return a template, of whatever room, with its values in the style of reports; every text is escaped."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    folder = files("fedlth.report")
-    source, css = (folder.joinpath(name).read_text(encoding="utf-8") for name in (template, "page.css"))
+    source, css = (one.read_text(encoding="utf-8") for one in (page, files("fedlth.report").joinpath("page.css")))
     made = Environment(autoescape=True, undefined=StrictUndefined).from_string(source)
     return made.render(css=Markup(css), **values)  # the style is ours, never the user's

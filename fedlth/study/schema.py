@@ -57,6 +57,7 @@ class Study(Node):
     finder: Finder = Finder()
     personalise: Personalise = Personalise()
     refine: Refine = Refine()
+    attack: Spec | None = None
     fleet: Fleet | None = None
     tune: Tune = Tune()
     wire: Literal["raw", "lossless", "bf16", "f16", "step", "sign"] = "lossless"

@@ -34,3 +34,13 @@ def shuffled_mask(
         here = alive[e.slice] > 0
         out[e.slice] = keep_top(rng.random(e.size), np.ones(e.size, bool), int(here.sum()))
     return groups.spread(out)
+
+
+def recounted_mask(mask: np.ndarray, score: np.ndarray, layout: Layout, granularity: Granularity) -> np.ndarray:
+    """Return the mask of the highest scores, with the same count in every layer (of whole groups) as `mask` has."""
+    groups = granularity.groups(layout)
+    alive, scores = groups.reduced(mask), groups.reduced(score)
+    out = np.zeros(alive.size, bool)
+    for e in groups.layout.prunable:
+        out[e.slice] = keep_top(scores[e.slice], np.ones(e.size, bool), int((alive[e.slice] > 0).sum()))
+    return groups.spread(out)

@@ -10,7 +10,7 @@ from fedlth.training.augment import Augment, Crop, Flip
 from fedlth.training.budget import Budget
 from fedlth.training.loss import CrossEntropy, Loss, MaskedLm, MeanSquaredError
 from fedlth.training.optimizer import Adam, AdamW, Optimizer, Sgd
-from fedlth.training.pull import NO_PULL, Proximal, Pull
+from fedlth.training.pull import L1, NO_PULL, Proximal, Pull
 from fedlth.training.rate_schedule import Constant, Cosine, Exponential, Linear, RateSchedule, Step
 from fedlth.training.view import IDENTITY, View
 
@@ -18,7 +18,7 @@ PARTS: Mapping[str, Mapping[str, Any]] = {
     "optimizer": {"sgd": Sgd, "adam": Adam, "adamw": AdamW},
     "schedule": {"constant": Constant, "cosine": Cosine, "linear": Linear, "step": Step, "exponential": Exponential},
     "loss": {"cross_entropy": CrossEntropy, "mse": MeanSquaredError, "masked_lm": MaskedLm},
-    "pull": {"proximal": Proximal},
+    "pull": {"proximal": Proximal, "l1": L1},
     "augment": {"crop": Crop, "flip": Flip},
 }
 

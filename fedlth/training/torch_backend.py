@@ -79,7 +79,7 @@ def _train(model: FlatModel, request: TrainingRequest, gradient: Gradient | None
 def _pass(model: FlatModel, recipe: TrainingRecipe, loss: Loss, batch: Examples) -> tuple[Tensor, Tensor]:
     """Leave the gradient of a batch's loss in the model; return its outputs and its loss."""
     model.grad.zero_()
-    with _cast(model, recipe.precision):
+    with cast(model, recipe.precision):
         outputs = model.forward.train(model.forward.images(batch).x)
     outputs = outputs if recipe.precision == "float32" else outputs.float()
     found = loss(outputs, batch.y)
@@ -119,7 +119,8 @@ def _anchor(model: FlatModel, request: TrainingRequest) -> Tensor:
     return model.arranged(request.anchor.floats[:size])
 
 
-def _cast(model: FlatModel, precision: str) -> AbstractContextManager[object]:
+def cast(model: FlatModel, precision: str) -> AbstractContextManager[object]:
+    """Return what a forward pass runs in, at this precision."""
     if precision == "float32":
         return nullcontext()
     return torch.autocast(torch.device(model.device).type, dtype=torch.bfloat16)

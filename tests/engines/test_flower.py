@@ -113,6 +113,16 @@ def run_under_flower(study: schema.Study, out: Path, tell: Callable[[str], None]
         flower.run_under_flower(resolve(study)[0], out, **given)
 
 
+def relay(meter: Any, ledger: list[dict[str, Any]]) -> None:
+    """Take off the meter what clients publish on its way to the relay: the ledger has it where it is received."""
+    visits = [r for r in ledger if r["phase"] == "federate" and r["kind"] == "metrics" and r["status"] == "ok"]
+    for row in visits:
+        place = ("up", "federate", row["round"], int(row["sender"].partition(":")[2]))
+        assert meter.payload[place] > row["payload_bytes"]
+        meter.payload[place] = row["payload_bytes"]
+    meter.messages["up"] -= len(visits)
+
+
 @pytest.mark.usefixtures("one_simulation")
 class TestInOneSimulation:
     @pytest.mark.parametrize(
@@ -148,7 +158,10 @@ class TestInOneSimulation:
         study, out = tiny.of_method(method, **sections), tmp_path / "flower"
         run_under_flower(study, out, step=step)
         (meter,) = meters
-        lines, equal = meter.compare(tiny.rows(out, "ledger"))
+        ledger = tiny.rows(out, "ledger")
+        if tiny.experiment(study).method.topology is not None:
+            relay(meter, ledger)
+        lines, equal = meter.compare(ledger)
         assert equal, "\n".join(lines)
         assert meter.messages["up"] and bool(meter.messages["down"]) == bool(resolve(study)[0].method.phases)
         down = [r for r in tiny.rows(out, "ledger") if r["name"] == "theta_g" and r["framed_bytes"]]

@@ -46,6 +46,11 @@ def _note(seen: dict[int, list[Sent]], client: int, box: Sequence[Message]) -> N
     seen.setdefault(client, []).extend((m.kind, m.name, m.payload) for m in box)
 
 
+def sends_between(out: Path) -> bool:
+    """Say whether the clients of a run send to one another."""
+    return tiny.experiment(RunFolder(out).study()).method.topology is not None
+
+
 def study_of(name: str, **more: Any) -> Any:
     """Return the method's tiny study: raw payloads, whose lengths hang on no float's last bit."""
     return tiny.of_method(name, wire="raw", **more)
@@ -68,14 +73,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize("name", tiny.METHODS)
 def test_the_ledger_is_what_crossed(name: str, whole: Any) -> None:
+    """What clients publish to one another has a row where another client receives it, none on its way to the relay."""
     out, meter = whole(name)
-    rows = tiny.rows(out, "ledger")
+    rows, between = tiny.rows(out, "ledger"), sends_between(out)
     for client in meter.down:
         party = f"client:{client}"
         received = [r for r in rows if r["receiver"] == party]
-        sent = [r for r in rows if r["sender"] == party]
+        sent = [r for r in rows if r["sender"] == party and r["receiver"] == "server"]
         assert [r["payload_bytes"] for r in received] == [len(data) for _, _, data in meter.down[client]]
-        assert [r["payload_bytes"] for r in sent] == [len(data) for _, _, data in meter.up[client]]
+        up = [data for kind, _, data in meter.up[client] if not (between and kind == "values")]
+        assert [r["payload_bytes"] for r in sent] == list(map(len, up))
 
 
 @pytest.mark.parametrize("name", tiny.METHODS)
@@ -83,11 +90,12 @@ def test_every_mask_has_as_many_bits_as_the_ledger_says(name: str, whole: Any) -
     """Counted in the bytes themselves: in the bits of a mask that is sent, in the number of values under it."""
     out, meter = whole(name)
     experiment = tiny.experiment(RunFolder(out).study())
-    ups = [sent for client in sorted(meter.up) for sent in meter.up[client]]
-    rows = [r for client in sorted(meter.up) for r in tiny.rows(out, "ledger") if r["sender"] == f"client:{client}"]
+    boxes, end = (meter.down, "receiver") if sends_between(out) else (meter.up, "sender")
+    sent = [one for client in sorted(boxes) for one in boxes[client]]
+    rows = [r for client in sorted(boxes) for r in tiny.rows(out, "ledger") if r[end] == f"client:{client}"]
     checked = 0
-    for (kind, _, data), row in zip(ups, rows, strict=True):
-        if kind == "metrics":
+    for (kind, _, data), row in zip(sent, rows, strict=True):
+        if kind in ("metrics", "evaluation", "statistics"):
             continue
         layout = experiment.layout_of(kind)
         bits = round(row["density"] * layout.num_prunable)

@@ -1,0 +1,236 @@
+"""A bench's results, worked out once from its run folders; tables, pictures and the page only lay them out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from fedlth.bench.contrasts import Contrast, contrast, corrected, gains
+from fedlth.bench.controls import DENSE, KINDS
+from fedlth.bench.matrix import Matrix
+from fedlth.bench.outcome import DONE, UNFINISHED, Outcome, finished, read_outcome
+from fedlth.bench.ranks import Ranking, ranking
+from fedlth.bench.spending import Spending, mean_spending, spending
+from fedlth.errors import StudyError
+from fedlth.report.choice import Choice, rows_of
+from fedlth.report.facts import Facts, one_cell, read_run
+from fedlth.report.measure import Shown, shown_of
+from fedlth.report.results import Results, results_of
+from fedlth.report.statistics import ArmSummary
+
+SEARCHED = ("ticket", "refined", "ticket_0", "one_shot")
+OWN = ("own_tuned", "own")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of a table: a method's own result, or one of its controls (`control` says which; "" for the method).
+
+    against: contrasts with the methods that all are held against; beaten: the method's own row less this control.
+    """
+
+    method: str
+    control: str
+    summary: ArmSummary
+    against: Mapping[str, Contrast]
+    beaten: Contrast | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method on a partition: the runs of its finished seeds, what speaks for it, and what it took."""
+
+    label: str
+    results: Results
+    choice: Choice
+    cost: Spending
+
+    @property
+    def group(self) -> tuple[Facts, ...]:
+        return self.results.group
+
+    @cached_property
+    def controls(self) -> dict[str, Choice]:
+        """The arms that the method's own row is held against within its runs, at its own density: arm -> choice."""
+        found: dict[str, Choice] = {}
+        for summary in self.results.summaries:
+            one = summary.choice
+            wanted = one.chosen == self.choice.chosen and one.target_density == self.choice.target_density
+            dense = KINDS.get(one.arm, "").startswith(DENSE) and one.target_density == 1 and not one.chosen
+            own = one.arm in ("own_random", "own_global_mask", "frozen_random")
+            if one.arm in KINDS and one != self.choice and (dense or own or wanted) and self.sparse:
+                found.setdefault(one.arm, one)
+        return found
+
+    @property
+    def sparse(self) -> bool:
+        """Say whether the method's own row is of masks: it has fewer weights, or controls of them."""
+        arms = {summary.choice.arm for summary in self.results.summaries}
+        summary = self.results.summary(self.choice)
+        return bool(arms & {"own_random", "frozen_random"}) or (summary is not None and summary.density < 1 - 1e-9)
+
+    def of_kind(self, kind: str) -> Choice | None:
+        """Return the control of a kind: the random mask, the global model's mask, or the dense twin."""
+        return next((choice for arm, choice in self.controls.items() if KINDS[arm] == kind), None)
+
+    def blocks(self) -> dict[int, float]:
+        """Return the metric's mean over clients, by seed."""
+        shown = shown_of(self.group)
+        return {
+            facts.header.seed: float(np.mean([shown.of(row) for row in rows_of(facts, self.choice).values()]))
+            for facts in self.group
+            if rows_of(facts, self.choice)
+        }
+
+
+@dataclass(frozen=True)
+class Board:
+    """Everything a leaderboard shows. `entries` by partition and method; `outcomes` of every cell, by its name."""
+
+    matrix: Matrix
+    root: Path
+    entries: Mapping[str, Mapping[str, Entry]]
+    outcomes: Mapping[str, Outcome]
+    problems: tuple[str, ...]
+
+    @cached_property
+    def shown(self) -> Shown | None:
+        """The metric; None where nothing has ended."""
+        groups = [entry.group for held in self.entries.values() for entry in held.values()]
+        return shown_of(groups[0]) if groups else None
+
+    @cached_property
+    def references(self) -> dict[str, str]:
+        """What all methods are held against: the name of the method -> its label in this bench."""
+        found = {}
+        for wanted in self.matrix.against:
+            label = next(
+                (name for name, options in self.matrix.methods.items() if wanted in (name, options.get("name"))), None
+            )
+            if label is not None:
+                found[wanted] = label
+        return found
+
+    @cached_property
+    def lines(self) -> dict[str, tuple[Line, ...]]:
+        """The table of each partition: methods from best to worst, under each its controls."""
+        return {partition: self._lines(held) for partition, held in self.entries.items()}
+
+    @cached_property
+    def ranking(self) -> Ranking | None:
+        """Average ranks over (partition, seed), of the methods that have every block that any has."""
+        if self.shown is None:
+            return None
+        scores: dict[str, dict[str, float]] = {}
+        for partition, held in self.entries.items():
+            for label, entry in held.items():
+                values = {f"{partition}, seed {seed}": value for seed, value in entry.blocks().items()}
+                scores.setdefault(label, {}).update(values)
+        most = max((len(values) for values in scores.values()), default=0)
+        whole = {label: values for label, values in scores.items() if len(values) == most}
+        return ranking(whole, higher_is_better=self.shown.measure.higher_is_better)
+
+    def contrasts(self, partition: str, reference: str) -> dict[str, Contrast]:
+        """Return every method less a reference on a partition, Holm-corrected over the methods."""
+        held, label = self.entries[partition], self.references[reference]
+        if label not in held:
+            return {}
+        base = held[label]
+        return corrected({
+            name: contrast(gains(e.group, e.choice, base.group, base.choice), better=self._better)
+            for name, e in held.items() if name != label
+        })  # fmt: skip
+
+    def beaten(self, partition: str, kind: str) -> dict[str, Contrast]:
+        """Return every method less its control of a kind, Holm-corrected over the methods that have one."""
+        found: dict[str, Contrast | None] = {}
+        for name, entry in self.entries[partition].items():
+            if (control := entry.of_kind(kind)) is not None:
+                found[name] = contrast(gains(entry.group, entry.choice, entry.group, control), better=self._better)
+        return corrected(found)
+
+    @property
+    def _better(self) -> bool:
+        return self.shown is None or self.shown.measure.higher_is_better
+
+    def _lines(self, held: Mapping[str, Entry]) -> tuple[Line, ...]:
+        partition = next(name for name, one in self.entries.items() if one is held)
+        against = {name: self.contrasts(partition, name) for name in self.references}
+        kinds = {kind: self.beaten(partition, kind) for kind in dict.fromkeys(KINDS.values())}
+        found: list[Line] = []
+        for label, entry in sorted(held.items(), key=lambda pair: self._rank(pair[1])):
+            main = entry.results.summary(entry.choice)
+            assert main is not None
+            found.append(Line(label, "", main, {name: one[label] for name, one in against.items() if label in one}))
+            for arm, choice in entry.controls.items():
+                summary = entry.results.summary(choice)
+                if summary is not None:
+                    found.append(Line(label, KINDS[arm], summary, {}, kinds[KINDS[arm]].get(label)))
+        return tuple(found)
+
+    def _rank(self, entry: Entry) -> float:
+        main = entry.results.summary(entry.choice)
+        assert main is not None
+        return -main.mean if self._better else main.mean
+
+
+def read_board(matrix: Matrix, root: Path) -> Board:
+    """Return the results of the cells that have ended, from their run folders alone."""
+    entries: dict[str, dict[str, Entry]] = {}
+    problems: list[str] = []
+    outcomes = {cell.name: _outcome(cell.folder(root)) for cell in matrix.cells}
+    for partition in matrix.partitions:
+        for label in matrix.methods:
+            ours = [c for c in matrix.cells if (c.partition, c.method) == (partition, label)]
+            ended = [cell.folder(root) for cell in ours if finished(cell.folder(root))]
+            if not ended:
+                continue
+            try:
+                entries.setdefault(partition, {})[label] = _entry(label, ended)
+            except StudyError as error:
+                problems.append(f"{partition}/{label} is left out: {error}")
+    known = {cell.folder(root) for cell in matrix.cells}
+    others = sorted(str(file.parent.relative_to(root)) for file in root.glob("*/*/*/header.json")
+                    if file.parent not in known)  # fmt: skip
+    if others:
+        problems.append(f"runs that the bench no longer names are left out: {', '.join(others[:5])}")
+    problems += _unlike(entries)
+    return Board(matrix, root, entries, outcomes, tuple(problems))
+
+
+def _outcome(folder: Path) -> Outcome:
+    """Return how a cell stands; what its run says of itself counts more than what was noted beside it."""
+    found = read_outcome(folder)
+    if finished(folder):
+        return Outcome(DONE, "", found.seconds, found.peak_memory_mb)
+    return Outcome(UNFINISHED, "", found.seconds, found.peak_memory_mb) if found.status == DONE else found
+
+
+def _entry(label: str, folders: Sequence[Path]) -> Entry:
+    group = one_cell([read_run(folder) for folder in folders])
+    if len(group[0].header.judged) > 1:
+        raise StudyError("its clients are judged by several metrics, which have no common mean")
+    results = results_of(group)
+    if results.main is None:
+        raise StudyError("no client was evaluated")
+    choice = results.main
+    return Entry(label, results, choice, mean_spending([spending(facts, choice) for facts in group]))
+
+
+def _unlike(entries: Mapping[str, Mapping[str, Entry]]) -> list[str]:
+    """Say where methods of one partition and seed do not hold the same data, so that no pairing would be fair."""
+    found = []
+    for partition, held in entries.items():
+        seen: dict[int, tuple[str, str]] = {}
+        for label, entry in held.items():
+            for facts in entry.group:
+                digests = (facts.header.data_digest, facts.header.partition_digest)
+                if seen.setdefault(facts.header.seed, digests) != digests:
+                    found.append(
+                        f"{partition}/{label}, seed {facts.header.seed}: other data than the methods before it"
+                    )
+    return found

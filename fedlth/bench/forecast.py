@@ -1,0 +1,99 @@
+"""What a bench will cost, before it starts: bytes, FLOPs and hours on this machine, method by method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe
+
+from fedlth.bench.matrix import Cell, Matrix
+from fedlth.bench.process import spawn
+from fedlth.bench.tuning import trial
+from fedlth.engines.forked import usable_cpus
+from fedlth.errors import StudyError
+from fedlth.forecast import Foreseen, foreseen
+from fedlth.report.tables import Table, aligned
+from fedlth.report.units import NOTHING, scaled
+
+Key = tuple[str, str]  # partition, method
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What one run of a method on a partition is expected to take, and one tuning trial; or why it cannot run."""
+
+    run: Foreseen | None
+    trial: Foreseen | None = None
+    reason: str = ""
+
+
+def expect(cells: Sequence[Cell]) -> dict[Key, Expected]:
+    """Return the forecast of each cell's method and partition; a few steps of each are tried, in another process."""
+    found: dict[Key, Expected] = {}
+    for partition in dict.fromkeys(cell.partition for cell in cells):
+        firsts = {cell.method: cell for cell in reversed(cells) if cell.partition == partition}
+        ours, theirs = Pipe(duplex=False)
+        process = spawn(_foresee, [*firsts.values()][::-1], theirs)
+        theirs.close()
+        try:
+            for method in [*firsts][::-1]:
+                found[partition, method] = ours.recv()
+        except EOFError:
+            raise StudyError(f"the forecast of partition {partition} ended without an answer") from None
+        finally:
+            process.join()
+    return found
+
+
+def _foresee(cells: Sequence[Cell], pipe: Connection) -> None:
+    for cell in cells:
+        rates = cell.study.tune.lr
+        try:
+            one = foreseen(trial(cell.study, rates[0])) if rates else None
+            told = Expected(foreseen(cell.study), one)
+        except StudyError as error:
+            told = Expected(None, reason=str(error))
+        pipe.send(told)
+
+
+def expected_minutes(matrix: Matrix, cell: Cell, expected: Mapping[Key, Expected]) -> float:
+    """Return the minutes on one core that a cell is expected to take, its tuning included."""
+    one = expected.get((cell.partition, cell.method), Expected(None))
+    if one.run is None:
+        return 0.0
+    tunes = one.trial and (matrix.tune.seeds == "all" or cell.seed == matrix.seeds[0])
+    return one.run.minutes + (one.trial.minutes * len(cell.study.tune.lr) if tunes and one.trial else 0.0)
+
+
+def told(matrix: Matrix, cells: Sequence[Cell], expected: Mapping[Key, Expected], *, done: int) -> str:
+    """Return the forecast as text: one line a method and partition, and sums over the cells that are to run."""
+    rows: list[tuple[str, ...]] = []
+    lines = []
+    sums = [0.0, 0.0, 0.0, 0.0]
+    for (partition, method), one in expected.items():
+        ours = [cell for cell in cells if (cell.partition, cell.method) == (partition, method)]
+        if one.run is None:
+            lines.append(f"{partition}/{method} cannot run: {one.reason}")
+            continue
+        minutes = sum(expected_minutes(matrix, cell, expected) for cell in ours)
+        tuned = (minutes - len(ours) * one.run.minutes) / one.trial.minutes if one.trial and one.trial.minutes else 0
+        amounts = [
+            len(ours) * getattr(one.run, key) + (tuned * getattr(one.trial, key) if one.trial else 0.0)
+            for key in ("down_bytes", "up_bytes", "flops")
+        ]
+        sums = [a + b for a, b in zip(sums, [*amounts, minutes], strict=True)]
+        cells_text = f"{len(ours)}{f' + {tuned:.0f} trials' if tuned else ''}"
+        sizes = (scaled(amounts[0], "B"), scaled(amounts[1], "B"), scaled(amounts[2], "FLOP"))
+        memory = scaled(1e6 * one.run.memory_mb, "B")
+        rows.append((partition, method, cells_text, *sizes, f"{minutes:.1f} min", memory))
+    cores = usable_cpus()
+    total = ("all", "", str(len(cells)), *(scaled(x, u) for x, u in zip(sums, ("B", "B", "FLOP"), strict=False)))
+    rows.append((*total, f"{sums[3]:.1f} min", NOTHING))
+    header = ("partition", "method", "runs", "down", "up", "training", "on one core", "memory a worker")
+    head = f"bench {matrix.name}: {len(cells)} cells to run, {done} done already, {matrix.parallel} side by side"
+    hours = sums[3] / 60
+    last = (
+        f"about {hours:.2f} hours of one core; if training fills all {cores} of this machine, {hours / cores:.2f} hours"
+    )
+    table = aligned(Table("", header, tuple(rows), left=2))
+    return "\n".join([head, "", table, "", *(f"note: {line}" for line in lines), last])

@@ -1,0 +1,129 @@
+"""What a bench says in plain English: did federation help, does a ticket beat its controls, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedlth.bench.board import Board
+from fedlth.bench.contrasts import FEWEST, Contrast
+from fedlth.bench.controls import GLOBAL, RANDOM
+from fedlth.bench.outcome import DONE, FAILED
+from fedlth.report.measure import Shown
+
+
+def headline(board: Board) -> dict[str, str]:
+    """Return what each partition's runs say, in sentences, the least flattering reading where there are two."""
+    found = {}
+    for partition in board.entries:
+        sentences = [_best(board, partition), _federation(board, partition), *_masks(board, partition)]
+        found[partition] = " ".join(one for one in sentences if one)
+    return found or {board.matrix.name: "No cell has ended, so there is nothing to say."}
+
+
+def _best(board: Board, partition: str) -> str:
+    shown, first = board.shown, board.lines[partition][0]
+    assert shown is not None
+    entry = board.entries[partition][first.method]
+    clients = first.summary.num_clients // max(1, first.summary.num_seeds)
+    reached = f"{shown.text(first.summary.mean)}{shown.unit} {shown.bounds(first.summary.interval)}"
+    over = f"{clients} clients and {_seeds(len(entry.group))}"
+    return f"{first.method} has the best mean test {shown.label}, {reached} over {over}."
+
+
+def _federation(board: Board, partition: str) -> str:
+    """Say whether any federated method is better than every client alone."""
+    if "local" not in board.references:
+        return ""
+    shown, found = board.shown, board.contrasts(partition, "local")
+    assert shown is not None
+    federated = {name: one for name, one in found.items() if board.entries[partition][name].group[0].header.joining(1)}
+    if not federated:
+        return ""
+    ahead = {name: one for name, one in federated.items() if one.ahead}
+    behind = [name for name, one in federated.items() if one.verdict.strip("()") == "behind"]
+    sure = _sure(list(federated.values()))
+    worse = f" {_list(behind)} {'is' if len(behind) == 1 else 'are'} worse than local." if behind else ""
+    if not ahead:
+        return (
+            f"Federation did not help here: none of {len(federated)} federated methods is better than training alone "
+            f"(local){sure}.{worse}"
+        )
+    told = [f"{name} by {shown.difference(one.mean)}" for name, one in _ranked(ahead)]
+    many = f"{len(ahead)} of {len(federated)} federated methods"
+    return f"Better than training alone (local): {many}{sure}, {_list(told)}{_points(shown)}.{worse}"
+
+
+def _masks(board: Board, partition: str) -> list[str]:
+    """Say for whose masks a random one, or the global model's own, is as good."""
+    sentences = []
+    for kind, phrase in ((RANDOM, "a random mask of the same density"), (GLOBAL, "the global model's own mask")):
+        found = board.beaten(partition, kind)
+        idle = [name for name, one in found.items() if not one.ahead]
+        good = [name for name, one in found.items() if one.ahead]
+        sure = _sure(list(found.values()))
+        if idle:
+            verb = "does not beat" if len(idle) == 1 else "do not beat"
+            whose = "mask" if len(idle) == 1 else "masks"
+            so = "as far as these runs can tell, it does not matter there which weights stay"
+            sentences.append(f"The {whose} of {_list(idle)} {verb} {phrase}{sure}: {so}.")
+        if good:
+            sentences.append(f"Better than {phrase}{sure}: {_list(good)}.")
+    return sentences
+
+
+def _sure(found: Sequence[Contrast]) -> str:
+    """Say what stands behind a set of verdicts: a test over seeds, or no test."""
+    if not found:
+        return ""
+    seeds = min(one.num_seeds for one in found)
+    return f" (untested, {_seeds(seeds)})" if seeds < FEWEST else f" (paired t over {_seeds(seeds)}, Holm, 5 %)"
+
+
+def warnings(board: Board) -> tuple[str, ...]:
+    """Return what a reader must know before believing: few seeds, failed cells, masks without a control."""
+    found = list(board.problems)
+    seeds = [len(entry.group) for held in board.entries.values() for entry in held.values()]
+    if seeds and min(seeds) < FEWEST:
+        found.append(
+            f"Some methods have {_seeds(min(seeds))}. Below {FEWEST} seeds nothing is tested: intervals are over "
+            "clients, who share one federation, so another seed may rank the methods otherwise."
+        )
+    elif seeds and min(seeds) < 5:
+        found.append(
+            f"With {_seeds(min(seeds))} a test over seeds sees large differences only: no clear difference does not "
+            "mean that there is none."
+        )
+    failed = {name: one.reason for name, one in board.outcomes.items() if one.status == FAILED}
+    found += [f"{name} failed: {reason}" for name, reason in failed.items()]
+    rest = sum(one.status not in (DONE, FAILED) for one in board.outcomes.values())
+    if rest:
+        found.append(f"{rest} of {len(board.outcomes)} cells have not ended; the tables are of the others.")
+    if board.ranking is not None:
+        left = {name for held in board.entries.values() for name in held} - set(board.ranking.names)
+        if left:
+            found.append(f"Not ranked, since they lack a block that others have: {_list(sorted(left))}.")
+    for partition, held in board.entries.items():
+        for name, entry in held.items():
+            if entry.sparse and entry.of_kind(RANDOM) is None:
+                found.append(f"{partition}/{name} makes masks, but no random mask stands beside it.")
+            main = entry.results.summary(entry.choice)
+            if main is not None and main.diverged:
+                found.append(f"{partition}/{name}: the training of {main.diverged} clients diverged; each is a guess.")
+    return tuple(found)
+
+
+def _seeds(number: int) -> str:
+    return f"{number} seed{'' if number == 1 else 's'}"
+
+
+def _points(shown: Shown) -> str:
+    return " points" if shown.measure.percent else ""
+
+
+def _ranked(found: dict[str, Contrast]) -> list[tuple[str, Contrast]]:
+    return sorted(found.items(), key=lambda pair: -abs(pair[1].mean))
+
+
+def _list(names: Sequence[str]) -> str:
+    shown = list(names[:6]) + ([f"{len(names) - 6} more"] if len(names) > 6 else [])
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"

@@ -1,0 +1,99 @@
+"""What a method's run cost: bytes both ways, bits a parameter, training FLOPs, epochs, simulated time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from fedlth.report.choice import Choice, rows_of
+from fedlth.report.facts import Facts
+from fedlth.report.fleet import simulated_s
+from fedlth.report.traffic import clients_of, flow, once
+from fedlth.storage.records import LedgerRow
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What one run took, or the mean over several.
+
+    down_bytes, up_bytes: payloads, every receiver counted; once_*: a broadcast counted once a round. Both without
+    `beside_bytes`: what only serves to judge a run (the whole model for controls beside a slice, the metrics of
+    step 2, evaluation between rounds). *_bits: bits of payload for each exchanged number of the model and visit in a
+    federated round. flops: of all clients' training, dense, 3 forwards an example; epochs: of a client. Step 2 counts
+    with the arm that speaks for the method, not with its controls. None: nothing was federated, or there is no fleet.
+    """
+
+    down_bytes: float
+    up_bytes: float
+    once_down_bytes: float
+    once_up_bytes: float
+    beside_bytes: float
+    down_bits: float | None
+    up_bits: float | None
+    flops: float
+    round_epochs: float
+    own_epochs: float
+    simulated_s: float | None
+
+    @property
+    def total_bytes(self) -> float:
+        return self.down_bytes + self.up_bytes
+
+
+def spending(facts: Facts, choice: Choice) -> Spending:
+    """Return what one run took with `choice` as its result."""
+    joining = facts.header.joining()
+    counted = [row for row in facts.ledger if _of_method(row, joining)]
+    moved, all_moved = flow(counted), flow((*facts.ledger, *facts.evaluation))
+    single = flow(once(counted))
+    rounds = flow(row for row in counted if row.phase in joining)
+    visits = {(row.round, row.phase, client) for row in counted if row.phase in joining for client in clients_of(row)}
+    numbers = len(visits) * facts.header.num_exchanged
+    simulated = [simulated_s(facts, step=step) for step in (1, 2)]
+    flops, epochs = _rounds(facts, joining)
+    rows = rows_of(facts, choice).values()
+    return Spending(
+        down_bytes=moved.down_bytes,
+        up_bytes=moved.up_bytes,
+        once_down_bytes=single.down_bytes,
+        once_up_bytes=single.up_bytes,
+        beside_bytes=all_moved.total_bytes - moved.total_bytes,
+        down_bits=8 * rounds.down_bytes / numbers if numbers else None,
+        up_bits=8 * rounds.up_bytes / numbers if numbers else None,
+        flops=flops + math.fsum(row.train_flops for row in rows),
+        round_epochs=epochs / max(1, facts.header.num_clients),
+        own_epochs=float(np.mean([row.epochs + row.search_epochs for row in rows])) if rows else 0.0,
+        simulated_s=None if simulated == [None, None] else math.fsum(found or 0.0 for found in simulated),
+    )
+
+
+def mean_spending(runs: Sequence[Spending]) -> Spending:
+    """Return the mean over runs; a field that any of them lacks is lacking."""
+    found = {field.name: [getattr(run, field.name) for run in runs] for field in fields(Spending)}
+    means = {name: None if None in values else float(np.mean(values)) for name, values in found.items()}
+    return Spending(**means)  # type: ignore[arg-type]
+
+
+def moved_bytes(facts: Facts) -> int:
+    """Return every payload byte of a run, whatever it served."""
+    return flow((*facts.ledger, *facts.evaluation)).total_bytes
+
+
+def _of_method(row: LedgerRow, joining: frozenset[str]) -> bool:
+    return row.kind != "evaluation" and (row.kind != "metrics" or row.phase in joining)
+
+
+def _rounds(facts: Facts, joining: frozenset[str]) -> tuple[float, float]:
+    """Return FLOPs and epochs of all trainings in federated rounds, of all clients together."""
+    sizes = {row.client: row.num_train for row in facts.metrics}
+    usual = float(np.median(list(sizes.values()))) if sizes else 0.0
+    flops = epochs = 0.0
+    for row in facts.times:
+        if row.phase in joining and row.client is not None:
+            trained = math.fsum(one.epochs for one in row.work if one.epochs and one.density is not None)
+            epochs += trained
+            flops += 3 * trained * sizes.get(row.client, usual) * facts.header.network(row.client)[1]
+    return flops, epochs

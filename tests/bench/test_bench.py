@@ -1,0 +1,191 @@
+"""The matrix as one whole: stops, failures, changes, controls, the tuning budget."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_bench
+
+from fedlth.bench.matrix import load, merged
+from fedlth.bench.outcome import read_outcome
+from fedlth.errors import StudyError
+from fedlth.experiment.resolve import read
+from fedlth.output import lines_to
+from fedlth.storage.header import read_header
+from fedlth.storage.run_folder import RunFolder
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the tiny bench, run without a stop."""
+    folder = tmp_path_factory.mktemp("whole")
+    return tiny_bench.run(tiny_bench.write(folder), folder / "out")
+
+
+def rows(root: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((root / "leaderboard.csv").read_text().splitlines()))
+
+
+def test_every_cell_is_an_ordinary_run_and_local_is_added(whole: Path) -> None:
+    cells = {str(file.parent.relative_to(whole)) for file in whole.glob("*/*/*/header.json")}
+    methods, partitions = ("fedavg", "lotteryfl", "local"), ("iid", "skewed")
+    assert cells == {f"{p}/{m}/{seed}" for p in partitions for m in methods for seed in (0, 1)}
+    assert all(read_header(whole / cell).finished for cell in cells)
+    assert {(row["partition"], row["method"]) for row in rows(whole)} == {(p, m) for p in partitions for m in methods}
+
+
+def test_a_mask_stands_beside_its_controls(whole: Path) -> None:
+    own = {row["row"]: row for row in rows(whole) if (row["partition"], row["method"]) == ("iid", "lotteryfl")}
+    assert set(own) == {"own result", "random mask", "global model's mask", "dense twin"}
+    density = own["own result"]["density_share"]
+    assert own["random mask"]["density_share"] == own["global model's mask"]["density_share"] == density
+    assert float(density) < 1 and own["dense twin"]["density_share"] == "1"
+    assert own["own result"]["down_bytes"] and not own["random mask"]["down_bytes"]
+
+
+def test_csv_columns_carry_units_and_name_no_clock(whole: Path) -> None:
+    units = ("percent", "points", "bytes", "share", "flops", "epochs", "seconds", "_p", "_p_holm", "_and_round")
+    for name in rows(whole)[0]:
+        words = ("partition", "method", "row", "arm", "metric", "seeds", "clients", "diverged_clients")
+        assert name in words or name.endswith(units), name
+    assert "wall_seconds,peak_memory_MB" in (whole / "cells.csv").read_text()
+    assert float(rows(whole)[0]["mean_percent"]) > 1
+
+
+def test_the_cost_of_a_method_is_without_what_judges_it(whole: Path) -> None:
+    found = {row["method"]: row for row in rows(whole) if row["partition"] == "iid" and row["row"] == "own result"}
+    moved = 0
+    for seed in (0, 1):
+        folder = RunFolder(whole / "iid" / "lotteryfl" / str(seed))
+        ledger = [json.loads(line) for line in folder.log("ledger").read_text().splitlines()]
+        moved += sum(
+            row["payload_bytes"] for row in ledger if row["receiver"] != "server" and row["kind"] != "evaluation"
+        )
+        assert any(row["kind"] == "evaluation" for row in ledger)
+    assert float(found["lotteryfl"]["down_bytes"]) == moved / 2
+    assert float(found["local"]["down_bytes"]) == float(found["local"]["up_bytes"]) == 0
+    assert 25 < float(found["fedavg"]["down_bits_per_parameter_and_round"]) < 33
+    assert float(found["fedavg"]["training_flops"]) > 0 and found["fedavg"]["round_epochs"] == "1"
+
+
+def test_a_stop_in_the_middle_changes_no_byte(whole: Path, tmp_path: Path) -> None:
+    file, stopped = tiny_bench.write(tmp_path), False
+
+    def stop(line: str) -> None:
+        nonlocal stopped
+        if line.startswith("cell 4 of") and not stopped:
+            stopped = True
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), lines_to(stop):
+        tiny_bench.run(file, tmp_path / "out")
+    ended = [h for h in (tmp_path / "out" / "tiny").glob("*/*/*/header.json") if read_header(h.parent).finished]
+    assert 3 <= len(ended) < 12
+    partial = tiny_bench.run(file, tmp_path / "out", report_only=True)
+    assert "cells have not ended" in (partial / "leaderboard.html").read_text()
+    root = tiny_bench.run(file, tmp_path / "out")
+    assert (root / "leaderboard.csv").read_bytes() == (whole / "leaderboard.csv").read_bytes()
+    before = {one: one.stat().st_mtime_ns for one in root.glob("*/*/*/ledger.jsonl")}
+    lines: list[str] = []
+    with lines_to(lines.append):
+        tiny_bench.run(file, tmp_path / "out")
+    assert before == {one: one.stat().st_mtime_ns for one in root.glob("*/*/*/ledger.jsonl")} and not lines
+
+
+def test_a_failed_cell_costs_itself_and_is_shown(tmp_path: Path) -> None:
+    broken = {"name": "fedavg", "sections": {"partition": "natural"}}
+    file = tiny_bench.write(
+        tmp_path, methods={"fedavg": {}, "broken": broken}, partitions={"iid": {}}, seeds=[0], parallel=1
+    )
+    root = tiny_bench.run(file, tmp_path / "out")
+    failed = read_outcome(root / "iid" / "broken" / "0")
+    assert failed.status == "failed" and "natural keys" in failed.reason
+    assert {row["method"] for row in rows(root)} == {"fedavg", "local"}
+    assert "iid/broken/0 failed: partition: natural must have" in (root / "leaderboard.html").read_text()
+
+
+def test_a_text_of_a_run_is_escaped(whole: Path) -> None:
+    file = whole / "iid" / "fedavg" / "7" / "outcome.json"
+    assert not file.exists()
+    matrix = load(tiny_bench.write(whole.parent / "more", seeds=[0, 1, 7]))
+    file.parent.mkdir()
+    file.write_text(json.dumps({"status": "failed", "reason": "<script>alert(1)</script>"}))
+    from fedlth.bench.leaderboard import write_leaderboard
+
+    kept = (whole / "leaderboard.csv").read_bytes()
+    page, _ = write_leaderboard(matrix, whole)
+    text = page.read_text()
+    file.unlink()
+    assert "<script" not in text and "&lt;script&gt;alert(1)" in text
+    assert (whole / "leaderboard.csv").read_bytes() == kept
+
+
+def test_what_exists_is_not_mixed_with_another_study(whole: Path, tmp_path: Path) -> None:
+    changed = {**tiny_bench.STUDY, "train": {**tiny_bench.STUDY["train"], "lr": 0.2}}
+    with pytest.raises(StudyError, match=r"begun with another study: train.lr: 0.1 -> 0.2"):
+        tiny_bench.run(tiny_bench.write(tmp_path, study=changed), whole.parent)
+    # More methods, partitions and seeds, or another engine's settings, touch no cell that exists.
+    more = tiny_bench.write(tmp_path, study={**tiny_bench.STUDY, "workers": 2}, seeds=[0, 1, 2])
+    tiny_bench.run(more, whole.parent, dry_run=True, only="seed=2,method=local")
+
+
+@pytest.mark.parametrize("seeds", ["first", "all"])
+def test_the_tuning_budget_is_equal_and_published(tmp_path: Path, seeds: str) -> None:
+    file = tiny_bench.write(
+        tmp_path, methods={"lotteryfl": tiny_bench.tree()["methods"]["lotteryfl"]}, partitions={"iid": {}},
+        tune={"lr": [0.001, 0.1], "rounds": 1, "seeds": seeds}, parallel=1,
+    )  # fmt: skip
+    root = tiny_bench.run(file, tmp_path / "out", only="method=lotteryfl")
+    folder = root / "iid" / "lotteryfl"
+    places = [folder] if seeds == "first" else [folder / "0", folder / "1"]
+    assert sorted(p.parent.parent for p in folder.rglob("chosen.json")) == places
+    rates = {RunFolder(folder / seed).study().train.lr for seed in ("0", "1")}
+    assert rates <= {0.001, 0.1} and (seeds == "all" or len(rates) == 1)
+    table = list(csv.DictReader((root / "tuning.csv").read_text().splitlines()))
+    assert [row["seed"] for row in table] == (["first"] if seeds == "first" else ["0", "1"])
+    assert all("0.001: " in row["rate: score on validation data"] for row in table)
+    trials = [RunFolder(file.parent).study() for file in folder.rglob("tune/*/config.yaml")]
+    assert trials and {one.personalise.arms for one in trials} == {("own_tuned",)}
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"methods": {"fedavgg": {}}}, "fedavgg"),
+        ({"seeds": []}, "seeds must be at least one"),
+        ({"partitions": {"a/b": {}}}, "a name must be letters"),
+        ({"partitions": {"iid": {"seed": 3}}}, "partitions.iid.seed: is decided by the bench"),
+        ({"methods": {"fedavg": {"sections": {"tune": {"lr": [0.1]}}}}}, "must try as many rates"),
+        ({"matrix": 1}, "matrix: unknown key"),
+        ({"study": {**tiny_bench.STUDY, "trian": {}}}, "trian: unknown key"),
+    ],
+)
+def test_a_bench_that_cannot_be_is_refused(tmp_path: Path, sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(StudyError, match=message):
+        load(tiny_bench.write(tmp_path, **sections))
+
+
+def test_only_names_what_is_there(tmp_path: Path) -> None:
+    file = tiny_bench.write(tmp_path)
+    with pytest.raises(StudyError, match=r"--only method must be one of fedavg, lotteryfl, local, got 'ditto'"):
+        tiny_bench.run(file, tmp_path / "out", only="method=ditto", dry_run=True)
+
+
+def test_a_section_is_merged_and_a_named_part_replaced() -> None:
+    base = {"train": {"lr": 0.1, "epochs": 2}, "partition": {"name": "dirichlet", "alpha": 0.3}}
+    found = merged(base, {"train": {"lr": 0.2}, "partition": {"name": "iid"}})
+    assert found == {"train": {"lr": 0.2, "epochs": 2}, "partition": {"name": "iid"}}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "bench").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_bench_is_one(file: Path) -> None:
+    matrix = load(file)
+    assert matrix.name == file.stem and "local" in matrix.methods
+    for cell in matrix.firsts:
+        read(cell.study)

@@ -1,0 +1,142 @@
+"""Tests, ranks and words of a leaderboard, against numbers worked out by hand or printed in the paper."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_bench
+
+from fedlth.bench.board import read_board
+from fedlth.bench.contrasts import contrast, corrected, paired_t
+from fedlth.bench.headline import headline, warnings
+from fedlth.bench.leaderboard import write_leaderboard
+from fedlth.bench.matrix import load
+from fedlth.bench.pictures import mask_lines, pareto
+from fedlth.bench.ranks import critical_difference, friedman, ranking
+from tests.report.fake_run import write_run
+
+# Table 6 of Demsar, JMLR 2006: AUC of four variants of C4.5 on 14 data sets.
+DEMSAR = {
+    "C4.5": [.763, .599, .954, .628, .882, .936, .661, .583, .775, 1.0, .940, .619, .972, .957],
+    "C4.5+m": [.768, .591, .971, .661, .888, .931, .668, .583, .838, 1.0, .962, .666, .981, .978],
+    "C4.5+cf": [.771, .590, .968, .654, .886, .916, .609, .563, .866, 1.0, .965, .614, .9751, .946],
+    "C4.5+m+cf": [.798, .569, .967, .657, .898, .931, .685, .625, .875, 1.0, .962, .669, .975, .970],
+}  # fmt: skip
+
+
+def test_ranks_and_critical_difference_are_demsars() -> None:
+    scores = {name: {str(i): value for i, value in enumerate(values)} for name, values in DEMSAR.items()}
+    found = ranking(scores, higher_is_better=True)
+    assert found is not None and found.names == ("C4.5+m+cf", "C4.5+m", "C4.5+cf", "C4.5")
+    np.testing.assert_allclose(found.ranks, (1.964, 2.000, 2.893, 3.143), atol=5e-4)
+    assert found.critical == pytest.approx(1.25, abs=0.005)  # printed there
+    assert found.groups == ((0, 3),)  # 3.143 - 1.964 < 1.25: Nemenyi tells none apart
+    assert friedman((3.143, 2.000, 2.893, 1.964), 14) == pytest.approx(0.0197, abs=5e-4)  # F(3, 39) = 3.69
+
+
+def test_the_critical_difference_by_hand() -> None:
+    assert critical_difference(3, 4) == pytest.approx(2.343 * (12 / 24) ** 0.5, abs=1e-3)  # q of Demsar's table 5
+    assert critical_difference(2, 10) == pytest.approx(1.960 * (6 / 60) ** 0.5, abs=1e-3)
+    assert friedman((1.0, 2.0), 5) == 0.0  # every block agrees
+
+
+def test_ties_share_ranks_and_lower_can_be_better() -> None:
+    scores = {"a": {"1": 0.5, "2": 0.1}, "b": {"1": 0.5, "2": 0.2}, "c": {"1": 0.9, "2": 0.3, "3": 1.0}}
+    found = ranking(scores, higher_is_better=False)
+    assert found is not None and (found.names, found.ranks) == (("a", "b", "c"), (1.25, 1.75, 3.0))
+    assert found.blocks == ("1", "2")
+    assert ranking({"a": {"1": 0.5}, "b": {"1": 0.2}}, higher_is_better=True) is None
+
+
+def test_a_paired_t_over_seeds_by_hand() -> None:
+    found, p = paired_t(np.array([1.0, 2.0, 3.0]))  # mean 2, sd 1, t = 2 sqrt 3 with 2 degrees of freedom
+    assert p == pytest.approx(0.0742, abs=1e-4)
+    assert (found.low, found.high) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-3)
+    assert paired_t(np.zeros(3))[1] == 1 and paired_t(np.ones(3))[1] == 0
+
+
+def test_clients_are_never_the_unit_of_a_test() -> None:
+    """A thousand clients that all gain in one seed and all lose in the next say nothing for certain."""
+    samples = [np.full(1000, 0.10), np.full(1000, -0.05), np.full(1000, 0.02)]
+    found = corrected({"a": contrast(samples, better=True)})["a"]
+    assert found.p_holm is not None and found.p_holm > 0.5 and found.verdict == "no clear difference"
+    assert found.hurt == pytest.approx(1 / 3) and found.num_pairs == 3000
+    few = corrected({"a": contrast(samples[:1] * 2, better=True)})["a"]
+    assert few.p_value is None and few.verdict == "(ahead)"  # said in brackets: no test stands behind it
+
+
+def test_holm_over_methods_by_hand() -> None:
+    means = {"a": (0.9, 1.0, 1.1), "b": (0.5, 1.0, 1.5), "c": (0.1, 1.0, 1.9)}
+    family = {name: contrast([np.full(2, value) for value in values], better=True) for name, values in means.items()}
+    found = corrected({**family, "none": None})
+    p = {name: one.p_value or 0.0 for name, one in found.items()}
+    assert p["a"] < p["b"] < p["c"] and "none" not in found
+    assert found["a"].p_holm == pytest.approx(3 * p["a"])
+    assert found["b"].p_holm == pytest.approx(max(3 * p["a"], 2 * p["b"]))
+    assert found["c"].p_holm == pytest.approx(max(3 * p["a"], 2 * p["b"], p["c"]))
+
+
+def test_the_pareto_front() -> None:
+    cost = {"local": 0.0, "small": 1.0, "bad": 2.0, "best": 3.0, "same": 3.0}
+    value = {"local": 0.5, "small": 0.7, "bad": 0.6, "best": 0.9, "same": 0.8}
+    assert pareto(cost, value, higher_is_better=True) == ["local", "small", "best"]
+    assert pareto(cost, value, higher_is_better=False) == ["local"]
+
+
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A bench of made-up runs, every arm in each, in which all methods have equal results: its file and its folder."""
+    folder = tmp_path_factory.mktemp("made_up")
+    methods = {"fedavg": {}, "two_step": {}, "local": {}}
+    file = tiny_bench.write(folder, methods=methods, partitions={"iid": {}}, seeds=[0, 1, 2])
+    for method in methods:
+        for seed in range(3):
+            write_run(folder / "tiny" / "iid" / method / str(seed), seed=seed, num_clients=10, rounds=4, method=method)
+    return file, folder / "tiny"
+
+
+def test_the_words_say_when_federation_did_not_help(made_up: tuple[Path, Path]) -> None:
+    board = read_board(load(made_up[0]), made_up[1])
+    said = headline(board)["iid"]
+    assert "Federation did not help here: none of 3" not in said  # local itself is none of them
+    assert "Federation did not help here: none of 2 federated methods is better than training alone" in said
+    assert "Better than a random mask of the same density (paired t over 3 seeds, Holm, 5 %)" in said
+    contrasts = board.contrasts("iid", "local")
+    assert {one.verdict for one in contrasts.values()} == {"no clear difference"}
+    assert all(one.p_holm == 1 for one in contrasts.values())
+    assert any("sees large differences only" in line for line in warnings(board))
+
+
+def test_the_picture_of_masks_has_every_density(made_up: tuple[Path, Path]) -> None:
+    board = read_board(load(made_up[0]), made_up[1])
+    line = next(line for line in mask_lines(board) if line.method == "two_step")
+    assert [density for density, _, _ in line.points] == pytest.approx([0.5, 0.2, 0.1, 0.05])
+    entry = board.entries["iid"]["two_step"]
+    kept = {s.choice.target_density: s.mean for s in entry.results.summaries if s.choice.arm == "ticket"}
+    plain = {s.choice.target_density: s.mean for s in entry.results.summaries if s.choice.arm == "global_mask"}
+    assert line.points[-1][1] == pytest.approx(100 * (kept[0.05] - plain[0.05]))
+    assert line.points[-1][2].low > 0 > line.points[0][2].low  # the made-up personal mask wins where it is sparse
+
+
+def test_equal_runs_give_an_equal_leaderboard(made_up: tuple[Path, Path]) -> None:
+    names = ("leaderboard.csv", "leaderboard.html", "leaderboard.md", "leaderboard.tex")
+    write_leaderboard(load(made_up[0]), made_up[1])
+    first = {name: (made_up[1] / name).read_bytes() for name in names}
+    write_leaderboard(load(made_up[0]), made_up[1])
+    assert first == {name: (made_up[1] / name).read_bytes() for name in names}
+    assert "http" not in first["leaderboard.html"].decode().replace("http://www.w3.org", "")
+    assert "prefers-color-scheme: dark" in first["leaderboard.html"].decode()
+
+
+def test_other_data_are_told(made_up: tuple[Path, Path], tmp_path: Path) -> None:
+    header = made_up[1] / "iid" / "fedavg" / "0" / "header.json"
+    kept = header.read_text()
+    try:
+        header.write_text(json.dumps({**json.loads(kept), "partition_digest": "00" * 32}))
+        board = read_board(load(made_up[0]), made_up[1])
+        assert any("other data" in line for line in warnings(board))
+    finally:
+        header.write_text(kept)
