@@ -12,7 +12,7 @@ statistics, and an unseen one with none. That only owners of a label upload its 
 
 The Scaler is meant for networks with a norm behind each layer, which undoes it. Without norms (LeNet-5) the activations
 of a narrow client grow by 1 / width a layer while it trains, and not when it is evaluated: trainings diverge at rates
-that FedAvg bears, and narrow sub-models are judged at another scale than they learnt at; `scaler: false` is better then.
+that FedAvg bears, and narrow sub-models are judged at another scale than they learnt at; `scaler: false` is better.
 """
 
 from __future__ import annotations
