@@ -15,6 +15,7 @@ import torch
 from fedlth import rng
 from fedlth.data.split import num_sampled, num_unseen
 from fedlth.errors import StudyError
+from fedlth.experiment.finder_parts import finder_of
 from fedlth.experiment.population import Population
 from fedlth.methods.aggregate import CountMean
 from fedlth.methods.client_update import THETA_G, ClientUpdate, MaskedUpdate
@@ -42,14 +43,7 @@ from fedlth.storage.records import EVALUATE, HANDED, INTRODUCE, MetricRow
 from fedlth.study import schema, sections
 from fedlth.study.parts import make
 from fedlth.study.schema import Study
-from fedlth.tickets.dead import DEADS
 from fedlth.tickets.finder import Finder
-from fedlth.tickets.gate import GATES, STOPS
-from fedlth.tickets.granularity import GRANULARITIES
-from fedlth.tickets.rewind import REWINDS
-from fedlth.tickets.schedule import SCHEDULES
-from fedlth.tickets.scope import SCOPES
-from fedlth.tickets.score import SCORES
 from fedlth.training.metrics import Judged
 from fedlth.training.task import Task, open_task
 from fedlth.wire.codec import CODECS, Codec
@@ -402,18 +396,3 @@ def method_of(study: Study) -> FederatedMethod:
     if taken:
         raise StudyError(f"method: {name}: phase names must be unique and none that every run has, got {min(taken)}")
     return method
-
-
-def finder_of(study: Study) -> Finder:
-    """Return the study's ticket finder; raise StudyError naming the place."""
-    f = study.finder
-    return Finder(
-        score=make(SCORES, f.score, "finder.score"),
-        schedule=make(SCHEDULES, f.schedule, "finder.schedule"),
-        scope=make(SCOPES, f.scope, "finder.scope"),
-        rewind=make(REWINDS, f.rewind, "finder.rewind"),
-        granularity=make(GRANULARITIES, f.granularity, "finder.granularity"),
-        dead=make(DEADS, f.dead, "finder.dead"),
-        gate=make(GATES, f.gate, "finder.gate"),
-        stop=make(STOPS, f.stop, "finder.stop"),
-    )
