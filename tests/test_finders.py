@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from fedlth import catalogue
 from fedlth.errors import StudyError
-from fedlth.experiment.finder_parts import finder_of
+from fedlth.experiment.experiment import finder_of
 from fedlth.experiment.resolve import read
 from fedlth.forecast import trainings
 from fedlth.personalization.arms import ARMS
