@@ -9,6 +9,12 @@ from fedlth.experiment.experiment import Experiment
 def check_population(experiment: Experiment) -> None:
     """Refuse hostile clients and late joiners that the data or the rounds do not allow."""
     study, people = experiment.study, experiment.population
+    if experiment.method.topology is not None:
+        for place, given in (("attack", study.attack), ("clients.newcomer", study.clients.newcomer)):
+            if given is not None:
+                raise StudyError(
+                    f"{place}: must be left out for method {experiment.method.name}, whose clients send to one another"
+                )
     attack, _ = people.attack
     if hasattr(attack, "poison") and any(task.dataset.targets != "classes" for task in experiment.task.each):
         raise StudyError(f"attack: {study.attack and study.attack['name']} needs targets that are classes")
