@@ -14,9 +14,13 @@ def _tables() -> dict[str, Mapping[str, Callable[..., Any]]]:
     from fedlth.data.sources import SOURCES
     from fedlth.lab.controls import MASKS
     from fedlth.lab.probes import PROBES
+    from fedlth.methods.attack import ATTACKS
+    from fedlth.methods.robust import JOINS
     from fedlth.methods.table import METHODS
+    from fedlth.methods.topology import TOPOLOGIES
     from fedlth.models.registry import MODELS
     from fedlth.personalization.arms import ARMS
+    from fedlth.personalization.newcomer import NEWCOMERS
     from fedlth.storage.trackers import TRACKERS
     from fedlth.tickets.dead import DEADS
     from fedlth.tickets.gate import GATES, STOPS
@@ -29,6 +33,7 @@ def _tables() -> dict[str, Mapping[str, Callable[..., Any]]]:
 
     return {
         "methods": METHODS,
+        "topologies": TOPOLOGIES,
         "models": MODELS,
         "datasets": SOURCES,
         "partitions": PARTITIONS,
@@ -48,6 +53,9 @@ def _tables() -> dict[str, Mapping[str, Callable[..., Any]]]:
         "losses": PARTS["loss"],
         "pulls": PARTS["pull"],
         "augments": PARTS["augment"],
+        "joins": JOINS,
+        "attacks": ATTACKS,
+        "newcomers": NEWCOMERS,
         "trackers": TRACKERS,
     }
 
@@ -133,6 +141,10 @@ def _phases(name: str, file: str) -> list[str]:
         up = ", ".join(f"{kind} ({message})" for message, kind in phase.update.sends) or "metrics alone"
         space = f"all {experiment.method.space}"
         down = {"nothing": "nothing", "slice": "what each client shares"}.get(phase.down, space)
+        down = ", ".join((down, *(f"values ({name})" for name in phase.also)))
+        if phase.topology is not None:
+            senders = {len(experiment.senders(phase, 1, client)) for client in experiment.clients(phase, 1)}
+            down = f"what {' to '.join(map(str, sorted({min(senders), max(senders)})))} neighbours published"
         count = len(experiment.clients(phase, 1))
         lines.append(f"  phase {phase.name}: {phase.rounds} x {count} clients; down {down}; up {up}")
     text = str(forecast_bytes(experiment, 1.0)).splitlines()
@@ -168,8 +180,8 @@ def methods_markdown() -> str:
         down, up = "nothing", "nothing"
         if r.phases:
             kinds = [kind for _, kind in r.phases[-1].update.sends]
-            down = "own slice" if r.slices else f"all {r.space}"
-            masked = "kept or shared values, mask" if r.slices else "values"
+            down = "neighbours' models" if r.topology else "own slice" if r.slices else f"all {r.space}"
+            masked = "kept or shared values, mask" if r.slices or r.phases[-1].own_mask else "values"
             up = "mask bits" if "mask" in kinds else masked
         lines.append(f"| `{name}` | {r.summary} | {down} | {up} | {', '.join(r.arms)} | {r.paper} |")
     return "\n".join(lines)

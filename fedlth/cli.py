@@ -129,6 +129,17 @@ def partition(args: argparse.Namespace) -> int:
     return 0
 
 
+def reproduce(args: argparse.Namespace) -> int:
+    from fedlth.bench import reproduce as published
+
+    if not args.row:
+        say(published.listing())
+        return 0
+    row = published.row_of(args.row)
+    say(published.text(row, published.run(row, args.seeds, args.out, args.override), args.override))
+    return 0
+
+
 def lottery(args: argparse.Namespace) -> int:
     require("fedlth lottery", "matplotlib", "jinja2", "scipy", extra="sim")
     from fedlth.api import free_folder
@@ -274,6 +285,17 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("study", type=Path, metavar="STUDY.yaml")
     sub.add_argument("file", type=Path, metavar="FILE")
     sub.add_argument("override", nargs="*", metavar="key=value")
+
+    text = (
+        "Runs the study of a published row under its own protocol; prints the paper's figure, ours, the difference,\n"
+        "the honest figure beside one that is selected by test data, and what is not matched. Without ROW: all rows.\n"
+        "Seeds are kept in DIR: the same command continues after a stop. key=value changes the study, and is said."
+    )
+    sub = command("reproduce", reproduce, "run a published row and hold ours beside it", text)
+    sub.add_argument("row", nargs="?", default="", metavar="ROW")
+    sub.add_argument("override", nargs="*", metavar="key=value")
+    sub.add_argument("--seeds", type=int, default=1, metavar="N", help="how many seeds, from 0 (default 1)")
+    sub.add_argument("--out", type=Path, default=Path("runs/reproduce"), metavar="DIR")
 
     text = (
         "STUDY.yaml names searches for tickets, control arms and probes (docs/lottery.md). Every training is kept in\n"

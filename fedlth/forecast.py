@@ -15,6 +15,7 @@ from fedlth.experiment.resolve import resolve
 from fedlth.federation.forecast_bytes import forecast_bytes
 from fedlth.federation.forecast_time import Visit, forecast_time
 from fedlth.methods.fedselect import SelectUpdate
+from fedlth.methods.robust import holds_round
 from fedlth.study.schema import Study
 from fedlth.tickets.finder import Finder
 from fedlth.tickets.rewind import ToInit
@@ -74,7 +75,7 @@ def own_epochs(experiment: Experiment) -> tuple[float, float]:
 
     A client's visits are those that the server will sample: a method may train more than once an epoch after some.
     """
-    study, task, trained = experiment.study, experiment.task, 0
+    study, task, trained = experiment.study, experiment.task, 0.0
     visits = dict.fromkeys(range(study.clients.count), 0)
     refined = study.refine.rounds * experiment.per_round(study.refine)
     for phase, round in experiment.steps:
@@ -83,7 +84,8 @@ def own_epochs(experiment: Experiment) -> tuple[float, float]:
             for client in experiment.clients(phase, round):
                 trained += passes(task.of(client), visits[client])
                 visits[client] += 1
-    passes = getattr(experiment.method.own, "passes", _once)
+    own = experiment.method.own
+    passes = getattr(own, "tune_passes", getattr(own, "passes", _once))
     tuned = (
         sum(passes(task.of(client), count) for client, count in visits.items()) if "own_tuned" in experiment.arms else 0
     )
@@ -111,7 +113,7 @@ def _kept_epochs(experiment: Experiment) -> float:
     return many * budget_of(train).in_epochs(_mean_steps(experiment.task, train.batch_size)) + learned
 
 
-def _once(task: Task, visits: int) -> int:
+def _once(task: Task, visits: int) -> float:
     return 1
 
 
@@ -169,10 +171,29 @@ def foreseen(study: Study) -> Foreseen:
         f"training: {sum(steps):,.0f} steps, {flop / 1e12:,.2f} TFLOP (dense), at {1e3 * step_s[0]:.2f} ms a step of "
         f"step 1 and {1e3 * step_s[1]:.2f} of step 2 about {minutes:,.1f} min on one core",
         *_evaluation_lines(experiment),
+        *_server_lines(experiment),
         f"memory: about {_memory_mb(experiment):,.0f} MB a worker; disk about {_disk_mb(experiment):,.0f} MB",
     ]
     memory, disk = _memory_mb(experiment), _disk_mb(experiment)
     return Foreseen("\n".join(lines), moved.down.size, moved.up.size, flop, minutes, memory, disk)
+
+
+def _server_lines(experiment: Experiment) -> list[str]:
+    """Say what the server holds at once where its rule looks at all updates of a round together."""
+    layout, lines = experiment.layout, []
+    holding = [phase for phase in experiment.phases if holds_round(phase.join)]
+    if holding:
+        phase = max(holding, key=lambda one: len(experiment.clients(one, one.rounds)))
+        count = len(experiment.clients(phase, phase.rounds))
+        each = (4 * layout.num_floats + 8 * layout.num_ints + layout.num_prunable) / 1e6
+        rule = type(phase.join).__name__
+        lines.append(f"server: {rule} holds a round's updates at once: {count} x {each:,.2f} = {count * each:,.1f} MB")
+    if experiment.population.hostile:
+        lines.append(f"hostile clients: {', '.join(map(str, sorted(experiment.population.hostile)))}")
+    if experiment.population.arrivals:
+        told = ", ".join(f"{c} from round {r}" for c, r in sorted(experiment.population.arrivals.items()))
+        lines.append(f"late joiners: clients {told}")
+    return lines
 
 
 def _tests(task: Task) -> str:
@@ -220,8 +241,12 @@ def _tried(local: LocalClient, recipe: TrainingRecipe) -> TrainingRequest:
 
 def _recipe_lines(experiment: Experiment, local: LocalClient) -> list[str]:
     """Say which backend trains by the recipe of each step, and why no faster one; what decides is what trains."""
-    study, lines = experiment.study, []
-    for name, recipe in (("step 1", local.recipe), ("step 2", local.personal_recipe)):
+    study, lines, own = experiment.study, list[str](), experiment.method.own
+    tried = {"step 1": local.recipe, "step 2": local.personal_recipe}
+    objective = own.recipe(local, local.recipe) if hasattr(own, "recipe") else local.recipe
+    if objective != local.recipe:
+        tried[f"{experiment.method.name}'s own"] = objective
+    for name, recipe in tried.items():
         request, why = _tried(local, recipe), list[str]()
         if study.compute == "sparse":
             why.append(kernel_backend.obstacle(local.task.flat_model, request))
@@ -266,8 +291,9 @@ def _disk_mb(experiment: Experiment) -> float:
     task, count = experiment.task, experiment.study.clients.count
     whole = 4 * task.layout.num_floats
     tickets = count * (whole + task.layout.num_prunable / 8) if experiment.arms != ("global",) else 0
-    private = isinstance(experiment.method.own, SelectUpdate) or task.exchange is not task.layout.moving
-    return float(2 * tickets + 3 * whole + (count * whole if private else 0)) / 1e6
+    own = experiment.method.own
+    private = isinstance(own, SelectUpdate) or task.exchange is not task.layout.moving
+    return float(2 * tickets + 3 * whole + count * whole * (private + getattr(own, "keeps", 0))) / 1e6
 
 
 def _compute_lines(task: Task) -> list[str]:

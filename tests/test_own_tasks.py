@@ -75,6 +75,7 @@ def test_a_study_of_each_kind(task: str, method: str, tmp_path: Path) -> None:
     assert text.count("\n") > 5
     if method == "two_step":
         assert load_ticket(folder.root, 0) is not None
+    if method == "two_step" and task in ("mapping as one", "several numbers", "a user's metric"):  # pictures take long
         write_report(folder.root)
         page = (folder.root / "report.html").read_text()
         assert judged.main.name.rpartition(":")[2].replace("_", " ") in page

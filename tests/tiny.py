@@ -42,7 +42,22 @@ METHODS: dict[str, dict[str, Any]] = {
     "sub_fedavg": {"rate": 0.2, "density": 0.3, "val_accuracy": -1.0, "distance": -1.0},
     "fedselect": {"rate": 0.25, "limit": 0.5},
     "fedpm": {"score_lr": 5.0},
+    "fedavgm": {},
+    "fedadam": {},
+    "fedyogi": {},
+    "scaffold": {},
+    "fedprox": {"mu": 0.5},
+    "ditto": {"strength": 0.5},
+    "pfedme": {"strength": 2.0, "inner_steps": 2, "outer_lr": 0.1},
+    "apfl": {"adaptive": True},
+    "fedper": {},
+    "fedrep": {"head_epochs": 2},
+    "fedbn": {},
+    "dfedavg": {"topology": "ring"},
+    "dispfl": {"density": 0.4, "topology": {"name": "random", "count": 1}},
 }
+# What else a method's study needs.
+SECTIONS: dict[str, dict[str, Any]] = {"fedbn": {"model": {"name": "tests.tiny:Small", "options": {}}}}
 # One of each kind: what holds for all methods is tried on each in tests/methods, what depends on the kind on these.
 KINDS = ("fedavg", "fedavg_ft", "local", "standalone", "two_step", "lotteryfl", "sub_fedavg", "fedselect", "fedpm")
 
@@ -106,7 +121,7 @@ def study(**sections: Any) -> schema.Study:
 
 
 def of_method(name: str, **sections: Any) -> schema.Study:
-    return study(method={"name": name, **METHODS[name]}, **sections)
+    return study(method={"name": name, **METHODS[name]}, **{**SECTIONS.get(name, {}), **sections})
 
 
 def recipe(

@@ -15,8 +15,9 @@ from typing import Protocol
 
 from fedlth.engines.cohort import answered
 from fedlth.engines.flower_nodes import Roll
-from fedlth.engines.flower_record import BODY, HEAD, Order, Records, View, of_order, to_answer
+from fedlth.engines.flower_record import BODY, HEAD, MOST_MESSAGES, Order, Records, View, of_order, to_answer
 from fedlth.engines.inprocess import one_line
+from fedlth.errors import StudyError
 from fedlth.federation.jobs import Again, Answers, Failure, Job, Reply, never
 from fedlth.storage import store
 from fedlth.study.schema import Study
@@ -103,6 +104,11 @@ class FlowerEngine:
     def _send(self, job: Job, node: int | None, run: str) -> Sent | None:
         if node is None:
             return None
+        if len(job.inbox) > MOST_MESSAGES:
+            raise StudyError(
+                f"method.topology: engine flower carries at most {MOST_MESSAGES} messages to a client, client "
+                f"{job.client} would get {len(job.inbox)}"
+            )
         return self._transport.send(of_order(Order(job, run, self._timeout_s)), node=node, kind="train")
 
     def _answer(self, job: Job, sent: Sent | None, back: Back | None) -> Reply | Failure:

@@ -20,7 +20,7 @@ Records = dict[str, dict[str, str | bytes]]
 View = Mapping[str, Mapping[str, Any]]
 HEAD, BODY, OWN, CHUNKED = "head", "b", "p", "a"
 CHUNKED_ABOVE = 1_000_000
-LONGEST_HEAD, MOST_MESSAGES, LONGEST_NAME = 1 << 19, 16, 100
+LONGEST_HEAD, MOST_MESSAGES, LONGEST_NAME = 1 << 19, 1000, 100  # a client has at most so many neighbours
 KINDS = ("raised", "died", "hung", "memory", "lost")
 
 

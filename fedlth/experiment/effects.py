@@ -12,7 +12,8 @@ from fedlth.errors import StudyError
 from fedlth.experiment.experiment import Experiment
 from fedlth.methods.client_update import Keep, MaskedUpdate
 from fedlth.methods.fedselect import SelectUpdate
-from fedlth.methods.method import FederatedMethod
+from fedlth.methods.gossip import GossipUpdate
+from fedlth.methods.method import Dense, FederatedMethod
 from fedlth.study.schema import Study
 
 SEARCH = frozenset({"ticket", "ticket_0", "one_shot", "random"})
@@ -59,6 +60,8 @@ def _own_mask(method: FederatedMethod) -> bool:
     own = method.own
     if isinstance(own, MaskedUpdate):
         return own.before != Keep() or own.after != Keep() or method.slices
+    if isinstance(own, GossipUpdate):
+        return own.after != Keep() or method.first_mask != Dense()
     return not isinstance(own, SelectUpdate)
 
 
@@ -145,6 +148,15 @@ def _idle(study: Study, method: FederatedMethod, arms: set[str], product: str | 
     elif all(phase.rounds for phase in method.phases):
         yield from ((place, f"each phase of {said} has its own rounds") for place in ("federate.rounds", "tune.rounds"))
     if not rounds:
+        yield "attack", none
+        yield "clients.joiners", none
+    elif not federates:
+        yield "clients.joiners", none
+    if not study.clients.unseen:
+        yield "clients.newcomer", "clients.unseen is 0: there is no newcomer"
+    if federates and not any(phase.own_mask for phase in method.phases):
+        yield "federate.mask_outliers", f"clients of {said} have no masks of their own"
+    if not rounds:
         yield "train.steps" if study.train.steps else "train.epochs", none
         yield "train.round_decay", none
         yield "clients.unseen", f"{none}: no client is left out"
@@ -167,6 +179,8 @@ def _idle(study: Study, method: FederatedMethod, arms: set[str], product: str | 
         yield from ((f"personalise.{key}", f"no arm of {said} trains") for key in (length, "batch_size"))
     if not trained and not refined:
         yield from ((f"personalise.{key}", untrained) for key in ("lr", "loss", *STEP_KEYS))
+    if getattr(method.own, "own_pull", False) and arms <= UNTRAINED | {"own_tuned"} and not refined:
+        yield "personalise.pull", f"{said} has its own"
     if not refined:
         yield "refine.clients_per_round", "refine.rounds is 0"
     if not study.tune.lr:

@@ -15,17 +15,30 @@ import torch
 from fedlth import rng
 from fedlth.data.split import num_sampled, num_unseen
 from fedlth.errors import StudyError
+from fedlth.experiment.population import Population
 from fedlth.methods.aggregate import CountMean
-from fedlth.methods.client_update import ClientUpdate, MaskedUpdate
+from fedlth.methods.client_update import THETA_G, ClientUpdate, MaskedUpdate
 from fedlth.methods.fedpm import first_scores
-from fedlth.methods.method import Dense, Down, Everyone, FederatedMethod, Phase, Sampled, Waves, check_frozen
+from fedlth.methods.method import (
+    Dense,
+    Down,
+    Everyone,
+    FederatedMethod,
+    Phase,
+    Sampled,
+    Waves,
+    check_frozen,
+    sending_checks,
+)
+from fedlth.methods.robust import with_rule
 from fedlth.methods.table import METHODS
-from fedlth.models.layout import Layout, Params
+from fedlth.models.layout import Entry, Layout, Params
 from fedlth.personalization.evaluate import Evaluate
 from fedlth.personalization.kept import At, Keep, keep_of
+from fedlth.personalization.newcomer import NEWCOMERS, phases_of
 from fedlth.personalization.personalise import NEED_NO_GLOBAL, TICKET, Personalise, Refined
 from fedlth.storage.client_state import ClientState
-from fedlth.storage.records import EVALUATE, MetricRow
+from fedlth.storage.records import EVALUATE, HANDED, INTRODUCE, MetricRow
 from fedlth.study import schema, sections
 from fedlth.study.parts import make
 from fedlth.study.schema import Study
@@ -40,6 +53,7 @@ from fedlth.tickets.score import SCORES
 from fedlth.training.metrics import Judged
 from fedlth.training.task import Task, open_task
 from fedlth.wire.codec import CODECS, Codec
+from fedlth.wire.payload import Content
 
 KEPT_FIRST = ("ticket", "own_tuned", "own", "dense", "local")  # tuned before untuned, personal before dense
 
@@ -98,32 +112,47 @@ class Experiment:
         """
         study, slices = self.study, self.method.slices
         found = [self._filled(phase) for phase in self.method.phases]
+        found = with_rule(found, study.federate.join, self.method.name)
         personalise = Personalise(
             own=self.method.own, finder=self.finder, arms=self.arms, targets=study.finder.densities,
             main=self.keep, kept=self.kept_arm, learns_scores=self.method.space == "scores",
-            sends=((TICKET, "mask"),) if study.refine.rounds else (),
+            sends=((TICKET, "mask"),) if study.refine.rounds or getattr(self.newcomer, "others", False) else (),
         )  # fmt: skip
         down: Down = "slice" if slices else "broadcast" if found else "nothing"
+        topology = self.method.topology
+        if topology is not None:
+            down = "nothing"
         evaluated = sum(map(self._evaluated, range(1, sum(phase.rounds for phase in found) + 1)))
         update = Evaluate(step2=personalise, arms=self.curve_arms)
         found.append(
-            Phase(name=EVALUATE, update=update, who=Everyone(), rounds=evaluated, down=down, evaluates=True)
+            Phase(name=EVALUATE, update=update, who=Everyone(), rounds=evaluated, down=down, evaluates=True,
+                  changes_state=False, topology=topology)
         )  # fmt: skip
-        found.append(self._wave("personalise", personalise, down))
+        found.append(replace(self._wave("personalise", personalise, down), topology=topology))
+        if self.newcomer is not None:
+            density = self.keep.density if isinstance(self.keep, At) else study.finder.densities[-1]
+            found += phases_of(self.newcomer, personalise, density)
         if study.refine.rounds:
-            found.append(
-                Phase(
-                    name="refine",
-                    update=MaskedUpdate(),
-                    join=CountMean(),
-                    down="slice",
-                    own_mask=True,
-                    who=Sampled(self.per_round(study.refine)),
-                    rounds=study.refine.rounds,
-                )  # fmt: skip
-            )
+            refine = Phase(
+                name="refine", update=MaskedUpdate(), join=CountMean(), down="slice", own_mask=True,
+                who=Sampled(self.per_round(study.refine)), rounds=study.refine.rounds,
+            )  # fmt: skip
+            found += with_rule((refine,), study.federate.join, self.method.name)
             found.append(self._wave("refined", Refined(main=self.keep), "slice"))
         return tuple(phase for phase in found if phase.rounds)
+
+    @cached_property
+    def newcomer(self) -> Any:
+        """How clients that no round has seen get a first ticket (clients.newcomer); None where they get none."""
+        spec = self.study.clients.newcomer
+        return None if spec is None else make(NEWCOMERS, spec, "clients.newcomer", has="others")
+
+    @cached_property
+    def population(self) -> Population:
+        """Who may be sampled from which round on, and who of them is hostile."""
+        unseen = self.task.splits.unseen
+        seen = tuple(c for c in range(self.study.clients.count) if c not in unseen)
+        return Population(self.study, seen, self.federated)
 
     @property
     def curve_arms(self) -> tuple[str, ...]:
@@ -145,7 +174,10 @@ class Experiment:
         federate, who = self.study.federate, phase.who
         if isinstance(who, Sampled) and not who.count:
             who = Sampled(self.per_round(federate))
-        return replace(phase, who=who, rounds=phase.rounds or federate.rounds)
+        join = phase.join
+        if getattr(join, "num_clients", None) == 0:
+            join = replace(join, num_clients=self.taking_part)  # type: ignore[type-var]
+        return replace(phase, who=who, join=join, rounds=phase.rounds or federate.rounds)
 
     def per_round(self, section: sections.Federate | sections.Refine) -> int:
         """Return how many clients take part in a round of step 1, or in one inside the tickets."""
@@ -186,9 +218,38 @@ class Experiment:
     def clients(self, phase: Phase, round: int) -> list[int]:
         """Return who takes part in a round, sorted."""
         everyone = range(self.study.clients.count)
-        seen = [c for c in everyone if c not in self.task.splits.unseen]
+        seen = self.population.there(self._of_step_1(phase, round))
         draw = rng.stream(self.study.seed, f"sample {phase.name}", round)
         return phase.who(round, seen=seen, everyone=everyone, rng=draw)
+
+    def _of_step_1(self, phase: Phase, round: int) -> float:
+        """Return which round of step 1, all its phases together, a phase's round is; none of step 2 is before any."""
+        names = [one.name for one in self.federated_phases]
+        if phase.name not in names:
+            return math.inf
+        return sum(one.rounds for one in self.federated_phases[: names.index(phase.name)]) + round
+
+    def senders(self, phase: Phase, round: int, client: int) -> tuple[int, ...]:
+        """Return who sends to a client in a round of a phase with a topology, sorted; both ends draw the same.
+
+        An evaluation hears whom step 2 would hear, whatever the round: which wave a client is in must not matter.
+        """
+        assert phase.topology is not None
+        unseen = self.task.splits.unseen
+        others = [c for c in range(self.study.clients.count) if c != client and c not in unseen]
+        what, number = ("topology", 0) if phase.in_waves else (f"topology {phase.name}", round)
+        found = [int(c) for c in phase.topology(client, others, rng.stream(self.study.seed, what, number, client))]
+        if len(set(found)) < len(found) or not set(found) <= set(others):
+            name = type(phase.topology).__name__
+            raise StudyError(f"method.topology: {name} must return each sender once, among the others, got {found}")
+        return tuple(sorted(found))
+
+    def unpublished(self, client: int) -> Content:
+        """Return what stands for a client that has not published: theta_0 under its first mask, as both ends know."""
+        first, start = self.first_mask(client), self.initial()
+        if first is None:
+            return Content(np.ones(self.layout.num_prunable, bool), start.floats, start.ints)
+        return Content(first, start.masked(first).floats, start.ints)
 
     @property
     def federated(self) -> bool:
@@ -215,6 +276,8 @@ class Experiment:
 
     def layout_of(self, kind: str) -> Layout:
         """Return the layout of a message's kind."""
+        if kind == "statistics":  # shares of the classes
+            return Layout((Entry("classes", (self.task.dataset.num_classes,), "buffer", 0),))
         if self.method.space == "scores" or kind == "scores":
             return self._scores
         return self.task.exchange
@@ -237,9 +300,10 @@ class Experiment:
         return None if mask.all() else mask
 
     def first_state(self, client: int) -> ClientState:
-        """Return what a client holds before its first visit: of personal tensors, only it keeps the first mask."""
+        """Return what a client holds before its first visit: its first mask, where nobody else keeps all of it."""
         task = self.task_of(client)
-        if self.method.first_mask == Dense() or task.exchange.num_prunable == task.layout.num_prunable:
+        mirrored = task.exchange.num_prunable == task.layout.num_prunable and self.method.topology is None
+        if self.method.first_mask == Dense() or mirrored:
             return ClientState()
         return ClientState(masks={"active": self.method.first_mask(task, client)})
 
@@ -308,24 +372,33 @@ def method_of(study: Study) -> FederatedMethod:
     dense = method.first_mask == Dense()
     checks: list[tuple[str, Any, bool, str]] = [
         ("space", method.space, method.space in ("weights", "scores"), "weights or scores"),
-        ("first_mask", method.first_mask, dense or method.slices, "Dense where no phase sends slices"),
-    ]
+        (
+            "first_mask", method.first_mask, dense or method.slices or method.topology is not None,
+            "Dense where no phase sends slices and clients do not send to one another",
+        ),
+    ]  # fmt: skip
+    between = False
     for phase in method.phases:
         rule = all(hasattr(phase.join, part) for part in ("init", "add", "result"))
         update, place = phase.update, phase.name
         checks += [
             ("phase name", place, bool(re.fullmatch("[a-z_]+", place)), "letters a-z and _"),
-            (f"{place}.down", phase.down, phase.down in ("broadcast", "slice"), "broadcast or slice"),
+            *sending_checks(phase, method.space, between),
             (f"{place}.update", update, callable(update) and hasattr(update, "sends"), "a ClientUpdate"),
             (f"{place}.join", phase.join, rule, "a rule with init, add and result"),
             (f"{place}.update", update, bool(getattr(update, "sends", None)), "one that sends something to join"),
             (f"{place}.who", phase.who, callable(phase.who) and not phase.in_waves, "clients, not Waves, step 2's"),
+            (f"{place}.also", phase.also, not phase.also or phase.down == "broadcast", "empty where slices go down"),
+            (f"{place}.also", phase.also, not any(n.startswith(THETA_G) for n in phase.also), f"no {THETA_G}"),
         ]
+        between = phase.topology is not None
     for place, value, fits, wanted in checks:
         if not fits:
             raise StudyError(f"method: {name}: its {place} must be {wanted}, got {value!r}")
     names = [phase.name for phase in method.phases]
-    taken = {n for n in names if names.count(n) > 1 or n in (EVALUATE, "personalise", "refine", "refined")}
+    taken = {
+        n for n in names if names.count(n) > 1 or n in (EVALUATE, "personalise", INTRODUCE, HANDED, "refine", "refined")
+    }
     if taken:
         raise StudyError(f"method: {name}: phase names must be unique and none that every run has, got {min(taken)}")
     return method

@@ -71,15 +71,22 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
     update: dict[str, Any] = {}
     if method.rewind and "rewind" not in study.finder.model_fields_set:
         update["finder"] = study.finder.model_copy(update={"rewind": {"name": method.rewind}})
-    if method.personal and "personal" not in study.model.model_fields_set:
-        update["model"] = study.model.model_copy(update={"personal": method.personal})
+    defaults = {"personal": method.personal or None, "buffers": method.buffers}
+    missing = {key: value for key, value in defaults.items() if value and key not in study.model.model_fields_set}
+    if missing:
+        update["model"] = study.model.model_copy(update=missing)
     if study.partition["name"] == "file" and isinstance(study.partition.get("path"), str):
         sha256 = study.partition.get("sha256") or sha256_of(study.partition["path"])
         update["partition"] = {**study.partition, "sha256": sha256}
     if not method.phases:
         update["federate"] = study.federate.model_copy(update={"rounds": 0})
     experiment = Experiment.of(study.model_copy(update=update))
-    recipes(study)  # says what is wrong with a part of the training
+    first, _ = recipes(study)  # says what is wrong with a part of the training
+    for phase in method.phases:
+        if study.train.pull is not None and getattr(phase.update, "own_pull", False):
+            raise StudyError(f"train.pull: must be left out, method {method.name} has its own, got {study.train.pull}")
+        if hasattr(phase.update, "obstacle") and (why := phase.update.obstacle(first)):
+            raise StudyError(f"method: {method.name} {why}")
     arms, finder = experiment.arms, experiment.finder
     for arm in arms:
         arm_of(arm)
@@ -98,6 +105,8 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
             "refine.rounds: must be 0 where dead weights are not zero or tickets are frozen: refinement trains "
             f"survivors among zeros, got {finder.dead} and {finder.rewind}"
         )
+    if method.topology is not None:
+        _check_no_server(experiment)
     if study.evaluate.keep == "best" and study.evaluate.every and method.slices:
         raise StudyError(
             f"evaluate.keep: must be last for a method that sends slices, as {method.name}: its clients hold masks of "
@@ -109,6 +118,7 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
         replace(finder, rewind=ToInit())  # says so where the finder's other parts forbid it
     kept.check(experiment.keep, study.finder, named(study.clients.capacity))
     _check_counts(experiment)
+    _check_newcomers(experiment)
     _check_validation(experiment)
     _check_anchor(experiment)
     p = study.personalise
@@ -151,8 +161,12 @@ def _checked(experiment: Experiment) -> list[str]:
     Another initialisation of a model that brings its weights would be those weights again: a rewind to it is
     refused, and the arm `random` does without.
     """
+    _check_population(experiment)
     arms = set(experiment.arms)
     experiment.task.capacity(0)  # says what is wrong with clients.capacity
+    for phase in (phase for phase in experiment.phases if phase.topology is not None):
+        for client in experiment.clients(phase, 1):
+            experiment.senders(phase, 1, client)  # says what is wrong with a topology of the user's
     notes: list[str] = []
     for task in experiment.task.each:
         try:
@@ -163,6 +177,24 @@ def _checked(experiment: Experiment) -> list[str]:
             raise StudyError(f"tasks.{task.name}: {error}") from error
         notes += [f"tasks.{task.name}: {note}" if task.name else note for note in found]
     return notes
+
+
+def _check_population(experiment: Experiment) -> None:
+    """Refuse hostile clients and late joiners that the data or the rounds do not allow."""
+    study, people = experiment.study, experiment.population
+    attack, _ = people.attack
+    if hasattr(attack, "poison") and any(task.dataset.targets != "classes" for task in experiment.task.each):
+        raise StudyError(f"attack: {study.attack and study.attack['name']} needs targets that are classes")
+    total = sum(phase.rounds for phase in experiment.federated_phases)
+    late = max(people.arrivals.values(), default=0)
+    if late > total and total:
+        raise StudyError(f"clients.joiners: round must be at most the {total} rounds of step 1, got {late}")
+    first, wanted = len(people.there(1)), study.federate.clients_per_round
+    if isinstance(wanted, int) and total and wanted > first:
+        raise StudyError(
+            f"federate.clients_per_round: must be at most the {first} clients that are there from the first round on "
+            f"(clients.joiners), got {wanted}"
+        )
 
 
 def _checked_task(experiment: Experiment, task: Task, arms: set[str]) -> list[str]:
@@ -179,6 +211,8 @@ def _checked_task(experiment: Experiment, task: Task, arms: set[str]) -> list[st
             "are of later rounds than the best one, got best"
         )
     _check_gates(experiment, task)
+    if method.buffers and not any(e.norm for e in task.layout.entries):
+        raise StudyError(f"method: {method.name} needs a model with norms, {task.study.model.name} has none")
     if method.space == "scores" and task.exchange.num_prunable != task.layout.num_prunable:
         raise StudyError(
             f"model.personal: must leave all that is prunable shared, method {method.name} learns one mask of it, got "
@@ -253,10 +287,23 @@ def _check_rules(experiment: Experiment) -> None:
     """Raise StudyError where a rule of the method cannot be believed."""
     for phase in experiment.phases:
         if phase.join is not None:
+            phase.join.init(ServerState(experiment.initial()), experiment.layout)  # a rule may refuse a layout
             place = f"method: {experiment.method.name}'s aggregation rule {type(phase.join).__name__}"
             count = len(experiment.clients(phase, 1))
             layouts = {name: (kind, experiment.layout_of(kind)) for name, kind in phase.update.sends}
             check_rule(phase.join, ServerState(experiment.initial()), experiment.layout, layouts, count, place)
+
+
+def _check_no_server(experiment: Experiment) -> None:
+    """Refuse what needs a global model that clients go on from: where they send to one another, there is none."""
+    study, anchor, name = experiment.study, experiment.finder.rewind.anchor, experiment.method.name
+    why = f"for method {name}, whose clients send to one another and hold no global model"
+    if study.refine.rounds:
+        raise StudyError(f"refine.rounds: must be 0 {why}, got {study.refine.rounds}")
+    if study.evaluate.keep == "best" and study.evaluate.every:
+        raise StudyError(f"evaluate.keep: must be last {why}, got best")
+    if experiment.rewind_targets:
+        raise StudyError(f"finder.rewind.round: must be -1 {why}, got {anchor}")
 
 
 def _check_anchor(experiment: Experiment) -> None:
@@ -303,6 +350,20 @@ def _check_validation(experiment: Experiment) -> None:
     for place, decides in deciding.items():
         if decides:
             raise StudyError(f"clients.validation: must be above 0, {place} decides on validation data, got 0")
+
+
+def _check_newcomers(experiment: Experiment) -> None:
+    """Refuse a first ticket for newcomers where clients have none at one density, of weights that all share."""
+    study, method = experiment.study, experiment.method
+    if experiment.newcomer is None:
+        return
+    place = f"clients.newcomer: must be left out for method {method.name}"
+    if not experiment.trains_weights:
+        raise StudyError(f"{place}, which shares no weights")
+    if "ticket" not in experiment.arms:
+        raise StudyError("clients.newcomer: needs the arm ticket (personalise.arms), whose masks are handed over")
+    if experiment.keep.chooses:
+        raise StudyError(f"clients.newcomer: needs tickets of one density, got finder.main: {study.finder.main}")
 
 
 def _check_counts(experiment: Experiment) -> None:

@@ -11,15 +11,17 @@ import numpy as np
 from fedlth.experiment.experiment import Experiment, open_experiment
 from fedlth.federation.jobs import RESYNC, Job, Message, Reply
 from fedlth.federation.uplink import Uplink
+from fedlth.methods.attack import Aim, attacked
 from fedlth.methods.client_update import THETA_G, UPDATE, Update
 from fedlth.methods.method import Phase
 from fedlth.personalization.personalise import EVALUATION
 from fedlth.storage.client_state import ClientState
+from fedlth.storage.records import party
 from fedlth.training.local_client import Cost, LocalClient
 from fedlth.wire import mask as bitmap
 from fedlth.wire import metrics, payload
 from fedlth.wire.errors import ReferenceLost
-from fedlth.wire.payload import Content
+from fedlth.wire.payload import OF_ITSELF, Content
 
 
 def client_step(job: Job) -> Reply:
@@ -32,12 +34,21 @@ def client_step(job: Job) -> Reply:
     state = experiment.first_state(job.client) if job.state is None else ClientState.from_bytes(job.state)
     known = state.masks.get("shared", experiment.first_mask(job.client))  # until it has chosen, what it began with
     try:
-        inbox = _received(job, experiment, known)
+        inbox = _received(job, experiment, phase, known)
     except ReferenceLost:
         return _resync(job, began, bytes.fromhex(bitmap.digest(known)) if known is not None else b"\1" * 8)
     # Streams of step 2 are the client's alone: which wave it is in must not matter.
-    local = LocalClient(experiment.task_of(job.client), job.client, 0 if phase.in_waves else job.round, job.phase)
+    attack = experiment.population.attack_in(phase, job.client)
+    local = LocalClient(
+        experiment.task_of(job.client), job.client, 0 if phase.in_waves else job.round, job.phase,
+        poison=getattr(attack, "poison", None),
+    )  # fmt: skip
     update = phase.update(local, inbox, state)
+    if attack is not None:
+        update = attacked(
+            attack, local, update, phase.update.sends,
+            lambda kind: Aim(kind, experiment.layout_of(kind), inbox[THETA_G], phase.own_mask),
+        )  # fmt: skip
     state, outbox = _encoded(job, experiment, phase, local, inbox[THETA_G], update)
     cost = Cost()
     if experiment.study.fleet is not None:  # else nobody asks, and it would cost bytes of the transport
@@ -46,7 +57,7 @@ def client_step(job: Job) -> Reply:
         round=job.round,
         client=job.client,
         outbox=outbox,
-        state=None if phase.evaluates else state.to_bytes(),
+        state=state.to_bytes() if phase.changes_state else None,
         seconds=time.perf_counter() - began,
         device=experiment.task.device,
         work=tuple(local.work),
@@ -68,7 +79,7 @@ def _decoded(data: bytes, kind: str, text: str) -> Content:
     return payload.decode(data, kind, experiment.layout, codec=experiment.codec)
 
 
-def _received(job: Job, experiment: Experiment, known: np.ndarray | None) -> dict[str, Content]:
+def _received(job: Job, experiment: Experiment, phase: Phase, known: np.ndarray | None) -> dict[str, Content]:
     """Return what came, by name; training uses these decoded objects, never the sender's."""
     layout = experiment.layout
     got: dict[str, Content] = {}
@@ -79,6 +90,9 @@ def _received(job: Job, experiment: Experiment, known: np.ndarray | None) -> dic
         else:
             content = payload.decode(message.payload, kind, layout, codec=experiment.codec, known_mask=known)
         got[EVALUATION if message.kind == EVALUATION else message.name] = content
+    for sender in experiment.senders(phase, job.round, job.client) if phase.topology is not None else ():
+        if party(sender) not in got:
+            got[party(sender)] = experiment.unpublished(sender)
     if THETA_G not in got:
         start = experiment.initial()
         got[THETA_G] = Content(np.ones(layout.num_prunable, bool), start.floats, start.ints)
@@ -90,12 +104,15 @@ def _encoded(
 ) -> tuple[ClientState, tuple[Message, ...]]:
     """Return what goes up as messages, and the state after it: with what the client now shares, and what it owes.
 
-    An update refers to the download that the server knows it has sent; a ticket's mask comes on its own.
+    An update refers to the download that the server knows it has sent; a ticket's mask comes on its own, and so does
+    what other clients will read.
     """
     codec, state, sent = experiment.codec, update.state, []
     known = None if phase.in_waves else received.mask
-    up = Uplink(codec, known, received.reference if job.inbox and codec.refers else None)
     plain = Uplink(codec)
+    up = Uplink(codec, known, received.reference if job.inbox and codec.refers else None)
+    if phase.topology is not None:
+        up = plain
     if job.inbox and not job.inbox[0].broadcast and not received.mask.all():
         # A slice is of the client's own mask; one that was sent again brings it back to a client that has lost it.
         state = state.with_(masks={"shared": received.mask})
@@ -103,7 +120,7 @@ def _encoded(
     if update.contents.keys() != dict(sends).keys():
         raise ValueError(f"{job.phase}: must send {[name for name, _ in sends]}, got {list(update.contents)}")
     for i, (name, kind) in enumerate(sends):  # in this order at both ends: only the first refers to anything
-        content, layout, refers = update.contents[name], experiment.layout_of(kind), i == 0 and kind != "scores"
+        content, layout, refers = update.contents[name], experiment.layout_of(kind), i == 0 and kind not in OF_ITSELF
         if refers and name == UPDATE:
             data, state = up.update(kind, layout, content, state)
         else:

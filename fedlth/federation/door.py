@@ -22,7 +22,7 @@ from fedlth.wire import mask as bitmap
 from fedlth.wire import metrics, payload
 from fedlth.wire.codec import Codec
 from fedlth.wire.errors import PayloadError
-from fedlth.wire.payload import Content
+from fedlth.wire.payload import OF_ITSELF, Content
 from fedlth.wire.reference import Reference
 
 
@@ -88,7 +88,7 @@ def accept(reply: Reply, *, codec: Codec, held: Held, asked: Asked) -> Accepted:
         if (kind, name) == ("metrics", record_name) and record is None:
             record = metrics.decode(message.payload)
         elif name in asked.sends and asked.sends[name][0] == kind and name not in contents:
-            refers = kind != "scores" and name == next(iter(asked.sends))  # as the client encodes it
+            refers = kind not in OF_ITSELF and name == next(iter(asked.sends))  # as the client encodes it
             contents[name] = payload.decode(
                 message.payload, kind, asked.sends[name][1], codec=codec, known_mask=held.mask if refers else None,
                 reference=held.sent if refers else None,

@@ -11,9 +11,11 @@ import numpy as np
 from fedlth.experiment.experiment import Experiment
 from fedlth.federation.door import Held
 from fedlth.federation.jobs import Message
+from fedlth.federation.published import Published
 from fedlth.methods.client_update import THETA_G
 from fedlth.methods.method import Phase
 from fedlth.models.layout import Layout, Params
+from fedlth.storage.records import party
 from fedlth.storage.server_state import ServerState
 from fedlth.wire import payload
 from fedlth.wire.codec import RAW, Codec
@@ -44,23 +46,29 @@ def slice_for(
 class Downloads:
     """One round's downloads. The global state is encoded once for everyone, and decoded here at most once.
 
-    `masks` are what each client shares, where the phase sends slices; `rewind_targets` earlier global models by name.
+    `masks` are what each client shares, where the phase sends slices; `rewind_targets` earlier global models by name;
+    `published` what clients send to one another, where the phase has a topology.
     """
 
     experiment: Experiment
     phase: Phase
+    round: int
     state: ServerState
     masks: Mapping[int, np.ndarray]
     rewind_targets: Mapping[str, Params]
+    published: Published
 
     def inbox(self, client: int, *, alone: bool = False) -> tuple[Message, ...]:
         """Return what a client is sent; `alone` means that nothing in it depends on what the client holds."""
+        if self.phase.topology is not None:
+            return self._relayed(client, alone)
         if self.phase.down == "nothing":
             return ()
         mask = self.masks.get(client)
         if mask is None:
-            return (self._first, *self._targets)
+            return (self._first, *self._also, *self._targets)
         theta, layout, codec = self.state.theta, self.experiment.layout, self.experiment.codec
+        alone = alone or self.phase.hand is not None  # the mask is another's
         own = slice_for(THETA_G, theta, layout, mask, codec, alone=alone)
         whole = (replace(self._first, kind="evaluation"),) if self.experiment.needs_whole(self.phase) else ()
         return (own, *whole, *self._targets)
@@ -70,6 +78,8 @@ class Downloads:
 
         In step 2 a mask comes on its own, not as a change of what the client shared before.
         """
+        if self.phase.topology is not None:
+            return Held(None, None)  # it will be read by clients that hold nothing of this one's
         known = self.mask(client)
         floats = None
         if inbox and self.experiment.codec.refers and self.phase.update.sends:
@@ -80,11 +90,33 @@ class Downloads:
         """Return the mask of what a client is sent, None for all."""
         return self.masks.get(client, self.state.mask)
 
+    def _relayed(self, client: int, alone: bool) -> tuple[Message, ...]:
+        """Return what a client's neighbours published, under their names; `alone`: what it published itself, too."""
+        senders = self.published.heard(self.phase, self.round, client)
+        if alone and self.published.has(client):
+            senders = (client, *senders)
+        needs = self.experiment.needs_whole(self.phase)
+        whole = (replace(self._first, kind="evaluation"),) if needs else ()
+        return (*(Message("values", party(s), self.published.payload(s), broadcast=True) for s in senders), *whole)
+
     @cached_property
     def _first(self) -> Message:
         experiment = self.experiment
         kind = "values" if experiment.method.space == "weights" else "scores"
         return broadcast(kind, THETA_G, self.state.theta, experiment.layout, experiment.codec, self.state.mask)
+
+    @cached_property
+    def _also(self) -> tuple[Message, ...]:
+        """What the server's rule remembers and clients need, of what everyone keeps; nothing before it is there."""
+        layout, codec, mask, memory = self.experiment.layout, self.experiment.codec, self.state.mask, self.state.memory
+        found = []
+        for name in self.phase.also:
+            if name in memory:
+                if memory[name].shape != (layout.num_floats,):
+                    raise ValueError(f"memory {name} must be ({layout.num_floats},), got {memory[name].shape}")
+                vector = Params(memory[name], np.zeros(layout.num_ints, np.int64))
+                found.append(broadcast("values", name, vector, layout, codec, mask))
+        return tuple(found)
 
     @cached_property
     def _targets(self) -> tuple[Message, ...]:

@@ -72,14 +72,21 @@ class Clock:
             return whole
         return whole * math.exp(fleet.straggle * float(self._draw("straggle", client).standard_normal()))
 
-    def of_reply(self, job: Job, reply: Reply, tried: Sequence[LedgerRow] = ()) -> float | None:
-        """Return what a visit took by its reply; `tried` are the rows of a try before it."""
+    def of_reply(
+        self, job: Job, reply: Reply, tried: Sequence[LedgerRow] = (), *, sent_bytes: int | None = None
+    ) -> float | None:  # fmt: skip
+        """Return what a visit took by its reply; `tried` are the rows of a try before it.
+
+        `sent_bytes`: what it sends to other clients in this round, in place of its reply, where there is no server.
+        """
         if self.fleet is None:
             return None
         flops = reply.flops if self.fleet.flops == "dense" else reply.alive_flops
         server = party(None)
         more = [sum(row.payload_bytes for row in tried if (row.receiver == server) is up) for up in (False, True)]
         down, up = self.moved(job.inbox) + more[0], self.moved(reply.outbox) + more[1]
+        if sent_bytes is not None:
+            up = sent_bytes + more[1]
         return self.seconds(job.client, down_bytes=down, up_bytes=up, flops=flops)
 
     def of_dropped(self, job: Job, mask: np.ndarray | None) -> float | None:

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedlth.experiment.experiment import Experiment
+from fedlth.federation.forecast_between import between, bounds, published_bytes
 from fedlth.federation.message_lengths import Lengths, later, noise, tried
 from fedlth.methods.client_update import Shrinking
 from fedlth.methods.method import Dense
 from fedlth.personalization.evaluate import curve_row
 from fedlth.personalization.personalise import NEED_NO_GLOBAL, row_of
 from fedlth.personalization.step2 import Result
+from fedlth.storage.records import HANDED, INTRODUCE
 from fedlth.storage.typed_record import as_record
 from fedlth.study.schema import Study
 from fedlth.training.local_client import LocalClient
@@ -86,6 +88,8 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
     task, study, codec, method = experiment.task, experiment.study, experiment.codec, experiment.method
     if not experiment.federated:
         return Forecast(Bytes(0), Bytes(_arms_bytes(experiment)))
+    if method.topology is not None:
+        return _between(experiment)
     dense = not method.slices
     shrinking: Shrinking | None = Shrinking() if dense else getattr(method.own, "shrinking", None)
     found = tried(experiment, visit_s) if dense and method.space == "weights" and DELTA in codec.values else ()
@@ -106,9 +110,29 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
     scores = ["scores as undecided as after the first round"] if method.space == "scores" and codec.refers else []
     ups = (*both, *_why_less_goes_up(wire, shrinking))
     ends = (down, up) if shrinking is not None and not sure else (None, None)  # of what accuracy may decide
-    visit = wire.model, wire.update(1.0) + _visit_bytes(task)
+    last = method.phases[-1]
+    more = sum(wire.beside(kind) for _, kind in last.update.sends[1:])
+    visit = wire.model * (1 + len(last.also)), wire.update(1.0) + more + _visit_bytes(task)
     both_ways = Bytes(most[0], (*both, *scores), ends[0]), Bytes(most[1], ups, ends[1])
     return Forecast(*both_ways, len(found), visit, _evaluation(wire, shrinking, scores))
+
+
+def _between(experiment: Experiment) -> Forecast:
+    """Return the bytes where clients send to one another: what one sends, another receives."""
+    wire, most = Lengths(experiment, (), later(experiment, ())), bounds(experiment)
+    count, edges = experiment.study.clients.count, between(wire)
+    whole = sum(experiment.needs_whole(p) for p in experiment.phases if p.in_waves and not p.evaluates)
+    told = sum(len(experiment.clients(*step)) for step in experiment.steps if step[0] in experiment.federated_phases)
+    up = edges + told * _visit_bytes(experiment.task) + _arms_bytes(experiment)
+    down, visit = edges + whole * count * wire.model, published_bytes(wire)
+    evaluated, phase = None, next((p for p in experiment.phases if p.evaluates), None)
+    if phase is not None:
+        heard, task = between(wire, evaluations=True), experiment.task
+        rows = phase.rounds * sum(len(one.clients) * _curve_bytes(experiment, one) for one in task.each)
+        evaluated = Evaluation(
+            phase.rounds, count, Bytes(heard + phase.rounds * count * wire.model, most), Bytes(heard + rows, most)
+        )
+    return Forecast(Bytes(down, most), Bytes(up, most), 0, (visit, visit), evaluated)
 
 
 def _evaluation(wire: Lengths, shrinking: Shrinking | None, bounds: Sequence[str]) -> Evaluation | None:
@@ -177,8 +201,8 @@ def _sums(wire: Lengths, shrinking: Shrinking, *, pruned: bool) -> tuple[float, 
     steps, behind = _prunes(experiment, shrinking)
     down = float(first * (wire.broadcast(experiment.initial()) - wire.model))
     up = float(sum(steps.values()) * _visit_bytes(task) + _arms_bytes(experiment))
-    earlier = _earlier(wire)
-    down, up = down + earlier[0], up + earlier[1]
+    for beside in (_earlier(wire), _beside(wire)):
+        down, up = down + beside[0], up + beside[1]
     for (before, after), number in steps.items():
         left, stays = (densities[before], densities[after]) if pruned else (1.0, 1.0)
         down += number * (wire.kept(left) if left < 1 else wire.model)
@@ -196,11 +220,33 @@ def _sums(wire: Lengths, shrinking: Shrinking, *, pruned: bool) -> tuple[float, 
             # Where no prune is sure, the worst is one: a slice, and for the controls the whole model beside it.
             left = densities[prunes if pruned else 1]
             down += number * (wire.kept(left) + whole * wire.model if pruned or whole else wire.model)
+    more = _newcomers(wire)
+    down, up = down + more[0], up + more[1]
     if study.refine.rounds:
         for density, (clients, visits) in _tickets(experiment).items():
             down += (visits + clients) * wire.kept(density)
             up += clients * wire.bare_mask(min(density, 0.5))
             up += visits * (wire.update(density) + _visit_bytes(task))
+    return down, up
+
+
+def _newcomers(wire: Lengths) -> tuple[float, float]:
+    """Return the bytes of what newcomers are handed and say, and of the masks that others have for them."""
+    experiment, down, up = wire.experiment, 0.0, 0.0
+    newcomer, study, density = experiment.newcomer, experiment.study, experiment.study.finder.densities[-1]
+    for phase in experiment.phases:
+        count = len(experiment.clients(phase, 1))
+        if phase.name == HANDED:
+            handed = wire.kept(density) + wire.bare_mask(density) if phase.hand is not None else wire.model
+            down += count * handed
+            local = LocalClient(experiment.task, experiment.task.clients[-1], 0, "forecast")
+            row = as_record(row_of(local, Result(arm=HANDED, params=local.task.theta_0, mask=local.full)))
+            up += count * len(metrics.encode({"rows": [{**row, "ticket": "0" * 16}]}))
+        if phase.name == INTRODUCE:
+            down += count * wire.model if phase.down != "nothing" else 0.0
+            up += count * (_visit_bytes(experiment.task) + sum(wire.message(kind) for _, kind in phase.update.sends))
+    if newcomer is not None and newcomer.others and not study.refine.rounds:
+        up += study.clients.count * wire.bare_mask(min(density, 0.5))
     return down, up
 
 
@@ -238,6 +284,20 @@ def _earlier(wire: Lengths) -> tuple[float, float]:
             count = len(experiment.clients(phase, number))
             down += count * wire.model
             up += count * (_visit_bytes(experiment.task) + sum(wire.message(kind) for _, kind in phase.update.sends))
+    return down, up
+
+
+def _beside(wire: Lengths) -> tuple[float, float]:
+    """Return the bytes of what goes down beside the model (`Phase.also`), and up beside the last phase's update.
+
+    A rule remembers something from the first round that joined anything on: its vectors go down from the second.
+    """
+    experiment, down, up = wire.experiment, 0.0, 0.0
+    for phase, number in experiment.steps:
+        count = len(experiment.clients(phase, number)) if phase in experiment.federated_phases else 0
+        down += count * wire.model * len(phase.also) * (number > 1)
+        if phase in experiment.federated_phases[-1:]:
+            up += count * sum(wire.beside(kind) for _, kind in phase.update.sends[1:])
     return down, up
 
 

@@ -8,10 +8,12 @@ from dataclasses import replace
 import numpy as np
 
 from fedlth.federation.jobs import Failure, Message, Reply
+from fedlth.methods.client_update import UPDATE
 from fedlth.models.layout import Layout
-from fedlth.storage.records import LedgerRow, party
+from fedlth.storage.records import LedgerRow, client_of, party
 from fedlth.wire import mask as bitmap
 from fedlth.wire.describe import iid_bytes, sections
+from fedlth.wire.payload import Content
 
 
 def down(
@@ -34,6 +36,31 @@ def down(
                 framed_bytes=framed if i == 0 else None, broadcast=m.broadcast, density=_density(held),
                 ticket=_ticket(held), coding=parts.coding, mask_bytes=parts.mask_bytes, value_bytes=parts.value_bytes,
                 iid_bytes=_iid(held, layout),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def between(
+    round: int, phase: str, client: int, inbox: Sequence[Message], contents: Callable[[int], Content],
+    framed: int | None, *, layout: Layout, kind: str = "",
+) -> list[LedgerRow]:  # fmt: skip
+    """Return the rows of what clients sent to a client, one an edge: its own sender's bytes and mask.
+
+    `contents` decodes what a client published; `kind` replaces each message's own. What the client itself once
+    published comes back from who relays it.
+    """
+    rows = []
+    for i, m in enumerate(inbox):
+        sender = client_of(m.name)
+        assert sender is not None
+        parts, held = sections(m.payload), contents(sender).mask
+        rows.append(
+            LedgerRow(
+                round=round, phase=phase, sender=party(None if sender == client else sender), receiver=party(client),
+                kind=kind or m.kind, name=UPDATE, payload_bytes=len(m.payload), framed_bytes=framed if i == 0 else None,
+                density=_density(held), ticket=_ticket(held), coding=parts.coding, mask_bytes=parts.mask_bytes,
+                value_bytes=parts.value_bytes, iid_bytes=_iid(held, layout),
             )
         )  # fmt: skip
     return rows

@@ -60,6 +60,10 @@ class Lengths:
             return self.update(1.0)
         return self.bare_mask(0.5) if kind == "mask" else 4.0 * self.experiment.layout_of(kind).num_floats + 64
 
+    def beside(self, kind: str) -> float:
+        """Return the most that a message takes which refers to nothing, beside an update."""
+        return self.model if kind == "values" else self.message(kind)
+
     def kept(self, density: float) -> float:
         """Return the bytes of a slice."""
         return self._line(self._slice, density)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedlth.federation.replies import Replies
-from fedlth.storage.records import Diverged, Failed, RoundRow
+from fedlth.methods.mask_outliers import outliers
+from fedlth.storage.records import Diverged, Failed, FarMask, RoundRow
 from fedlth.training.metrics import Metric
 
 CLIENTS_SHOWN, REASON_SHOWN = 5, 100  # of failures on a line
@@ -21,11 +22,12 @@ def summary_of(replies: Replies) -> RoundRow:
         clients=list(replies.clients),
         val_accuracy=_mean(replies.seen, replies),
         val_metric=_mean(replies.seen_metric, replies),
-        up_bytes=sum(r.payload_bytes for r in replies.rows if r.receiver == "server"),
-        down_bytes=sum(r.payload_bytes for r in replies.rows if r.sender == "server"),
+        up_bytes=sum(r.payload_bytes for r in replies.rows if r.sender != "server"),
+        down_bytes=sum(r.payload_bytes for r in replies.rows if r.receiver != "server"),
         failed=replies.failed,
         diverged=[Diverged(r["client"], r["arm"], r["target_density"]) for r in replies.metrics if r.get("diverged")],
         simulated_s=replies.clock.whole(replies.came_s, replies.gone_s),
+        mask_outliers=[FarMask(client, distance) for client, distance in outliers(replies.shared).items()],
     )
 
 
@@ -43,6 +45,8 @@ def line(summary: RoundRow, done: int, total: int, seconds: float, metric: Metri
     failed = f"  {len(summary.failed)} failed: {_failures(summary.failed)}" if summary.failed else ""
     for arm in dict.fromkeys(one.arm for one in summary.diverged):
         failed += f"  {arm} diverged for {len({d.client for d in summary.diverged if d.arm == arm})}"
+    if summary.mask_outliers:
+        failed += f"  masks far from others: clients {_names([one.client for one in summary.mask_outliers])}"
     mb = 1e-6
     took = "" if summary.simulated_s is None else f"  simulated {summary.simulated_s:.4g} s"
     return (

@@ -18,11 +18,11 @@ from fedlth.federation.fleet import Clock
 from fedlth.federation.jobs import RESYNC, Answers, Failure, Job, Message, Reply
 from fedlth.federation.update_norms import Distances, UpdateNorms
 from fedlth.methods.aggregate import Contribution
-from fedlth.methods.client_update import VALUES
+from fedlth.methods.client_update import UPDATE, VALUES
 from fedlth.methods.method import Phase
 from fedlth.personalization.arms import row_name
 from fedlth.personalization.personalise import EVALUATION
-from fedlth.storage.records import DROPPED, LATE, CurveRow, Failed, LedgerRow, TimeRow, Work
+from fedlth.storage.records import DROPPED, HANDED, LATE, CurveRow, Failed, LedgerRow, TimeRow, Work, client_of
 from fedlth.storage.run_folder import Progress, RunFolder
 from fedlth.storage.state_archive import Writer
 from fedlth.wire.errors import PayloadError
@@ -70,6 +70,9 @@ class Replies:
     seen_metric: list[float] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     mirrors: dict[str, str | None] = field(default_factory=dict)
+    shared: dict[int, np.ndarray] = field(default_factory=dict)
+    published: dict[str, str] = field(default_factory=dict)
+    publishing: Writer | None = None
     resyncs: int = 0
     came_s: list[float] = field(default_factory=list)
     gone_s: list[float] = field(default_factory=list)
@@ -100,9 +103,10 @@ class Replies:
             if client not in self.dropped:
                 yield next(answers)
                 continue
-            why = "after its download (fleet.drop)"
+            alone = self.phase.topology is not None  # without a server nobody sends to who is not there
+            why = "before anything was sent (fleet.drop)" if alone else "after its download (fleet.drop)"
             yield (
-                self._job(client, self.downloads.inbox(client)),
+                self._job(client, () if alone else self.downloads.inbox(client)),
                 Failure(round=self.round, client=client, kind=DROPPED, reason=why),
             )
         yield from answers  # to its end: an engine may have something to put away
@@ -166,6 +170,8 @@ class Replies:
                 continue
             self.rows += self._rows_up(answer, got.masks, "ok")
             self._keep(answer, got, states, masks)
+            if self.experiment.population.looks_for_outliers(self.phase) and got.mask is not None:
+                self.shared[job.client] = got.mask
             if one.distances is not None:
                 self.norms.accept(one.distances)
                 updates.remove(one.distances)
@@ -176,9 +182,11 @@ class Replies:
         """Decode and check an answer; each is judged alone."""
         kind = "resync" if job.client in self._tries else ""
         if isinstance(answer, Failure):
-            gone = self.clock.of_dropped(job, self.downloads.mask(job.client)) if answer.kind == DROPPED else None
+            took = answer.kind == DROPPED and self.phase.topology is None
+            gone = self.clock.of_dropped(job, self.downloads.mask(job.client)) if took else None
             return Arrived(job, answer, kind, None, seconds=gone)
-        seconds = self.clock.of_reply(job, answer, self._tries.get(job.client, ()))
+        sent = self._sent.get(job.client, 0) if self.phase.topology is not None else None
+        seconds = self.clock.of_reply(job, answer, self._tries.get(job.client, ()), sent_bytes=sent)
         try:
             if (answer.client, answer.round) != (job.client, job.round):
                 raise PayloadError(f"client {answer.client} answered for client {job.client}")
@@ -190,6 +198,15 @@ class Replies:
             return Arrived(job, answer, kind, got, distances, seconds, late)
         except PayloadError as error:
             return Arrived(job, replace(answer, client=job.client), kind, error, seconds=seconds)
+
+    @cached_property
+    def _sent(self) -> Mapping[int, int]:
+        """The bytes that each client sends to others in this round, where that takes time."""
+        if self.clock.fleet is None:
+            return {}
+        everyone = range(self.experiment.study.clients.count)  # of step 2: which wave a client is in must not matter
+        there = everyone if self.phase.in_waves else (c for c in self.clients if c not in self.dropped)
+        return self.downloads.published.sent_bytes(self.phase, self.round, there)
 
     @property
     def _sends_values(self) -> bool:
@@ -210,20 +227,22 @@ class Replies:
         sends = phase.update.sends
         arms: tuple[str, ...] = ()
         if phase.in_waves:
-            arms = ("refined",) if phase.name == "refined" else tuple(map(row_name, experiment.arms))
+            alone = {"refined": ("refined",), HANDED: (HANDED,)}  # phases of one arm
+            arms = alone.get(phase.name) or tuple(map(row_name, experiment.arms))
         if phase.evaluates:
             arms = experiment.curve_arms
         return Asked(
             split=experiment.task.splits.clients[0], unseen=False, own_mask=phase.own_mask,
             sends={name: (kind, experiment.layout_of(kind)) for name, kind in sends}, arms=frozenset(arms),
-            targets=frozenset((1.0, *experiment.study.finder.densities)), keep=experiment.keep,
-            curve=phase.evaluates,
+            targets=frozenset((1.0, *experiment.study.finder.densities)),
+            keep=None if phase.name == HANDED else experiment.keep, curve=phase.evaluates,
         )  # fmt: skip
 
     def _keep(self, answer: Reply, got: Accepted, states: Writer, masks: Writer) -> None:
         client = str(answer.client)
-        if self.phase.evaluates:
+        if not self.phase.changes_state:
             self.curve += got.curve
+            self.metrics += got.rows
             for row in got.curve:
                 if row.arm == "global" and not row.unseen:
                     self._see(row.val_accuracy, row.value("val", self.experiment.task_of(row.client).judged.main.name))
@@ -236,6 +255,9 @@ class Replies:
             if not got.mask.all() or self.experiment.first_mask(answer.client) is not None:
                 masks.add(answer.client, self.folder.packed_mask(got.mask))
                 self.mirrors[client] = self.version
+        if self.publishing is not None:
+            self.publishing.add(answer.client, next(m.payload for m in answer.outbox if m.name == UPDATE))
+            self.published[client] = self.version
         self.metrics += got.rows
         if got.visit is not None:
             self._see(got.visit.val_accuracy, got.visit.val_metric)
@@ -251,13 +273,31 @@ class Replies:
         first = "install" if str(job.client) not in self.progress.versions else ""
         if self.phase.evaluates:
             kind = EVALUATION
+        if self.phase.topology is not None:
+            return self._rows_between(job, answer.framed_down_bytes, kind)
         return ledger_rows.down(
             self.round, self.phase.name, job.client, job.inbox, self.downloads.masks.get(job.client),
             answer.framed_down_bytes, layout=self.experiment.layout, everyones=self.downloads.state.mask,
             kind=kind or first,
         )  # fmt: skip
 
+    def _rows_between(self, job: Job, framed: int | None, kind: str) -> list[LedgerRow]:
+        """Return the rows of what others sent to a client, and of what only controls need beside it."""
+        came = [m for m in job.inbox if client_of(m.name) is not None]
+        layout, published = self.experiment.layout, self.downloads.published
+        rows = ledger_rows.between(
+            self.round, self.phase.name, job.client, came, published.content, framed, layout=layout, kind=kind
+        )
+        return rows + ledger_rows.down(
+            self.round, self.phase.name, job.client, job.inbox[len(came) :], None, None if came else framed,
+            layout=layout, everyones=self.downloads.state.mask,
+        )  # fmt: skip
+
     def _rows_up(self, answer: Reply, masks: Mapping[str, np.ndarray], status: str) -> list[LedgerRow]:
+        if self.phase.topology is not None and status == "ok":
+            # What is published has a row for each client that receives it, once it does.
+            told = tuple(m for m in answer.outbox if m.name not in dict(self.phase.update.sends))
+            answer = replace(answer, outbox=told)
         return ledger_rows.up(self.round, self.phase.name, answer, masks, status, layout_of=self.experiment.layout_of)
 
     def _time_row(self, answer: Reply | Failure) -> TimeRow:

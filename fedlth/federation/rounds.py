@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from fedlth.experiment.experiment import Experiment
 from fedlth.federation.downloads import Downloads
 from fedlth.federation.jobs import MACHINES, Engine
 from fedlth.federation.progress import line, summary_of
+from fedlth.federation.published import Published
 from fedlth.federation.replies import Replies
 from fedlth.federation.update_norms import UpdateNorms
 from fedlth.methods.method import Phase
@@ -74,7 +75,10 @@ class Federation:
         ledger.
         """
         lost, size = missing(self.folder), self.experiment.study.personalise.clients_per_wave
-        phase, done = self.experiment.phases[-1], max((row.round for row in _last_waves(self.folder)), default=0)
+        phase, done = (
+            self.experiment.phase(_last(self.folder)),
+            max((row.round for row in _last_waves(self.folder)), default=0),
+        )
         waves = [lost[i : i + size] for i in range(0, len(lost), size)]
         first = self.progress.step
         for i, wave in enumerate(waves):
@@ -90,20 +94,26 @@ class Federation:
         )  # fmt: skip
         sent, joined = self.state, 0
         accumulator = phase.join.init(sent, layout) if phase.join else None
+        publishes = phase.topology is not None and phase.join is not None
         with (
             self.folder.clients.writing(replies.version) as states,
             self.folder.mirrors.writing(replies.version) as masks,
+            self.folder.published.writing(replies.version) if publishes else nullcontext() as publishing,
             closing(self.engine.map(replies.jobs(), again=replies.again)) as answers,
         ):
+            replies.publishing = publishing
             for job, answer in replies.all_of(answers):
                 for contribution in replies.judged(job, answer, states, masks):
                     joined += _add(phase, accumulator, contribution)
             for contribution in replies.rest(states, masks):
                 joined += _add(phase, accumulator, contribution)
+        published = {**self.progress.published, **replies.published}
         progress = self.progress
         if phase.join:
             if joined:  # without a reply the old state stays
                 new = phase.join.result(accumulator)
+                if publishes:  # of all that is published, by whoever was not here too
+                    new = Published(self.experiment, self.folder, published).consensus(phase, sent)
                 self.state = new if new.mask is not None else replace(new, mask=sent.mask)
             progress = replace(progress, empty_rounds=0 if joined else progress.empty_rounds + self._at_fault(replies))
             if norms.accepted:
@@ -116,7 +126,7 @@ class Federation:
             progress, summary = self._judged(step, progress, replies, summary)
         elif replies.versions:
             progress = replace(progress, good=self.progress.theta)
-        elif self._broken(replies):
+        elif phase.changes_state and not publishes and self._broken(replies):
             summary = replace(summary, rolled_back_to=self._roll_back())
             progress = replace(progress, good=f"theta-{step.place}")
         self._commit(step, progress, sent, replies, summary, began)
@@ -170,15 +180,25 @@ class Federation:
 
     def _downloads(self, step: Step) -> Downloads:
         masks: dict[int, np.ndarray] = {}
-        for client in step.clients if step.phase.down == "slice" else ():
-            version = self.progress.mirrors.get(str(client), "")
-            mask = self.folder.mirror(client, version, self.experiment.layout.num_prunable)
+        hand = step.phase.hand
+        if hand is not None:
+            others = (c for c in range(self.experiment.study.clients.count) if c not in step.clients)
+            known = {c: mask for c in others if (mask := self._mirror(c)) is not None}
+            masks = hand(step.clients, known, self.state.memory)
+        for client in step.clients if step.phase.down == "slice" and hand is None else ():
+            mask = self._mirror(client)
             mask = self.experiment.first_mask(client) if mask is None else mask
             if mask is not None:
                 masks[client] = mask
         names = self.experiment.rewind_targets if step.phase.name == "personalise" else ()
         targets = {name: self.folder.load_params(name) for name in names}
-        return Downloads(self.experiment, step.phase, self.state, masks, targets)
+        published = Published(self.experiment, self.folder, self.progress.published)
+        return Downloads(self.experiment, step.phase, step.round, self.state, masks, targets, published)
+
+    def _mirror(self, client: int) -> np.ndarray | None:
+        """Return the mask of what a client shares, as it last said; None where it has not, or shares all."""
+        version = self.progress.mirrors.get(str(client), "")
+        return self.folder.mirror(client, version, self.experiment.layout.num_prunable)
 
     def _broken(self, replies: Replies) -> bool:
         """Say whether the global model is why nobody's work can be used, and there is one that somebody could use.
@@ -242,12 +262,16 @@ class Federation:
         curve = self._curve(step, replies)
         if any(phase.evaluates for phase in self.experiment.phases):
             lengths["curve"] = self.folder.append("curve", curve)
-        self.progress = replace(progress, step=step.place + 1, lengths=lengths, versions=versions, mirrors=mirrors)
+        published = {**progress.published, **replies.published}
+        self.progress = replace(
+            progress, step=step.place + 1, lengths=lengths, versions=versions, mirrors=mirrors, published=published
+        )
         self.folder.commit(self.progress)
         best = self.progress.best.theta if self.progress.best else ""
         self.folder.drop_params([self.progress.theta, self.progress.good or "", best, *targets])
         self.folder.clients.tidy(_owners(versions))
         self.folder.mirrors.tidy(_owners(mirrors))
+        self.folder.published.tidy(_owners(published))
         if self.committed:
             self.committed(self.progress.step, summary, curve)
 
@@ -296,5 +320,9 @@ def missing(folder: RunFolder) -> list[int]:
 
 def _last_waves(folder: RunFolder) -> list[RoundRow]:
     """Return the committed waves of the run's last phase."""
-    phase = "refined" if folder.study().refine.rounds else "personalise"
-    return [row for row in folder.rows(RoundRow) if row.phase == phase]
+    return [row for row in folder.rows(RoundRow) if row.phase == _last(folder)]
+
+
+def _last(folder: RunFolder) -> str:
+    """Name the last phase that gives clients another state; newcomers may be handed a ticket after it."""
+    return "refined" if folder.study().refine.rounds else "personalise"

@@ -6,9 +6,10 @@ import importlib.metadata
 import logging
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -188,10 +189,13 @@ def _write_header(folder: RunFolder, experiment: Experiment, engine: Engine, end
                 name=p.name,
                 rounds=p.rounds,
                 step=1 if p.evaluates or p in experiment.federated_phases else 2,
-                joins=bool(p.join),
+                joins=p.join is not None and p.changes_state,
             )  # fmt: skip
             for p in experiment.phases
         ],
+        attack="" if study.attack is None else _told(study.attack),
+        hostile=sorted(experiment.population.hostile),
+        joiners={str(client): round for client, round in sorted(experiment.population.arrivals.items())},
         tasks=_tasks(task),
         metrics=_measures(task.each[0]),
         finished=ended is not None,
@@ -230,6 +234,12 @@ def _tasks(common: Task) -> list[TaskFacts]:
             )  # fmt: skip
         )
     return found
+
+
+def _told(spec: Mapping[str, Any]) -> str:
+    """Return a part as people write it."""
+    options = ", ".join(f"{key} {value}" for key, value in spec.items() if key != "name")
+    return f"{spec['name']} ({options})" if options else str(spec["name"])
 
 
 def _noise(study: Study) -> str:

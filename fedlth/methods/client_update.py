@@ -57,8 +57,11 @@ class Own:
 class PersonalUpdate(ClientUpdate, Protocol):
     """An update that gives the client a model of its own: what the arms `own` and `own_tuned` evaluate.
 
-    Two attributes may say more: `granularity`, of what the method's masks are made where that is not single weights;
-    `passes(task, visits)`, how many trainings an epoch is to a client after so many own visits, where it is not one.
+    Attributes may say more: `granularity`, of what the method's masks are made where that is not single weights;
+    `passes(task, visits)`, how many trainings an epoch is to a client after so many own visits, where it is not one,
+    and `tune_passes` how many it is to `tune`, where that is another number; `own_pull`, that its objective has a pull,
+    which takes the place of the study's; `obstacle(recipe)` why it cannot train by a recipe, "" where it can;
+    `keeps`, how many vectors as long as the model it leaves in a client's state, beside what does not cross.
     """
 
     def own(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Own:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import cached_property
@@ -13,7 +13,8 @@ import numpy as np
 
 from fedlth.errors import StudyError
 from fedlth.methods.aggregate import Aggregate
-from fedlth.methods.client_update import ClientUpdate, MaskedUpdate
+from fedlth.methods.client_update import VALUES, ClientUpdate, MaskedUpdate
+from fedlth.methods.topology import Topology
 from fedlth.training.task import Task
 
 Down = Literal["broadcast", "slice", "nothing"]
@@ -36,7 +37,8 @@ class Sampled:
     def __call__(
         self, round: int, /, *, seen: Sequence[int], everyone: Sequence[int], rng: np.random.Generator
     ) -> list[int]:
-        return sorted(seen[int(i)] for i in rng.choice(len(seen), size=self.count, replace=False))
+        count = min(self.count, len(seen))  # of late joiners some are not there yet
+        return sorted(seen[int(i)] for i in rng.choice(len(seen), size=count, replace=False))
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,29 @@ class Everyone:
         return list(everyone)
 
 
+@dataclass(frozen=True)
+class Newcomers:
+    """Those that no round has seen."""
+
+    def __call__(
+        self, round: int, /, *, seen: Sequence[int], everyone: Sequence[int], rng: np.random.Generator
+    ) -> list[int]:
+        return sorted(set(everyone) - set(seen))
+
+
+class Hand(Protocol):
+    """Which mask each newcomer is handed, of those that the server knows of other clients. A frozen value."""
+
+    def __call__(
+        self, newcomers: Sequence[int], known: Mapping[int, np.ndarray], memory: Mapping[str, np.ndarray], /
+    ) -> dict[int, np.ndarray]:
+        """Return masks (num_prunable,) bool by newcomer; one that is left out gets the whole model.
+
+        `memory` is the server's: what clients have said of themselves.
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Phase:
     """Rounds that are alike.
@@ -79,8 +104,15 @@ class Phase:
     payload for all ("broadcast"), what its own shared mask holds of it ("slice"), or "nothing". `update` is what a
     client does with it. `own_mask` says that an update may hold other weights than were sent down (a client that
     prunes, or selects); one that does is otherwise refused. `join` makes the next server state of what came up; None:
-    nothing is joined. `rounds` 0 stands for the study's federate.rounds. `evaluates`: clients only look at what came;
-    none has another state afterwards, and what crosses counts as evaluation.
+    nothing is joined. `rounds` 0 stands for the study's federate.rounds. `evaluates`: clients only look at what came,
+    and what crosses counts as evaluation. `changes_state` False: no client has another state afterwards. `hand` picks
+    the masks of those that have none of their own. `also` names vectors of the server's memory, (num_floats,) float32
+    of what is exchanged, that go down beside a broadcast state, each as a payload of its own: of all that everyone
+    keeps. One that the memory does not have yet is not sent.
+
+    With a `topology` clients send to one another, and `down` is "nothing": an inbox holds, under each sender's name,
+    what it last published, or what both ends know of one that has not yet (theta_0 under its first mask, no bytes).
+    `join` then makes of all that was published the model that reports call global; nobody is sent it to go on from.
     """
 
     name: str
@@ -91,11 +123,15 @@ class Phase:
     down: Down = "broadcast"
     own_mask: bool = False
     evaluates: bool = False
+    changes_state: bool = True
+    hand: Hand | None = None
+    also: tuple[str, ...] = ()
+    topology: Topology | None = None
 
     @property
     def in_waves(self) -> bool:
-        """Say whether every client reports rows, the unseen too; their random streams then carry no round."""
-        return isinstance(self.who, (Waves, Everyone))
+        """Say whether clients report rows, the unseen too; their random streams then carry no round."""
+        return isinstance(self.who, (Waves, Everyone, Newcomers)) and self.join is None
 
 
 class FirstMask(Protocol):
@@ -121,9 +157,10 @@ class FederatedMethod:
     `phases` come before step 2; without any, every client stands alone. The last of them has the method's own personal
     model (arms `own`, `own_tuned`). `arms` are the models that step 2 evaluates: names of `fedlth list arms`, or your
     own `package.module:arm`. `space` says what the global state is: "weights", or "scores" of frozen weights.
-    `personal` are glob patterns of tensors that stay with the client (FedPer's head), `first_mask` what a client keeps
-    of the model before it has chosen for itself, `reads_capacity` whether any part asks for clients.capacity. `rewind`
-    names the finder's rewind where the study names none.
+    `personal` are glob patterns of tensors that stay with the client ("@head": the last layer, FedPer's), `buffers` the
+    model's policy for norms (FedBN's keeps them with the client), for a model that has some; a study may name others.
+    `first_mask` is what a client keeps of the model before it has chosen for itself, `reads_capacity` whether any part
+    asks for clients.capacity. `rewind` names the finder's rewind where the study names none.
     """
 
     name: str
@@ -133,6 +170,7 @@ class FederatedMethod:
     arms: tuple[str, ...]
     space: Literal["weights", "scores"] = "weights"
     personal: tuple[str, ...] = ()
+    buffers: Literal["aggregate", "local_statistics", "local_all"] | None = None
     first_mask: FirstMask = field(default_factory=Dense)
     reads_capacity: bool = False
     rewind: str | None = None
@@ -147,13 +185,35 @@ class FederatedMethod:
         """Say whether clients are sent their own part of the model: both ends then keep what a client shares."""
         return any(phase.down == "slice" for phase in self.phases)
 
+    @property
+    def topology(self) -> Topology | None:
+        """Who sends to whom in the end; None where a server averages."""
+        return self.phases[-1].topology if self.phases else None
+
+
+def sending_checks(phase: Phase, space: str, between: bool) -> list[tuple[str, Any, bool, str]]:
+    """Return what must hold of how a phase sends; `between` says that in the one before clients had no server."""
+    place, topology, update = phase.name, phase.topology, phase.update
+    if topology is None:
+        down = (f"{place}.down", phase.down, phase.down in ("broadcast", "slice"), "broadcast or slice")
+        return [down, (f"{place}.topology", None, not between, "there: after such a phase no server has a model")]
+    sends = getattr(update, "sends", None)
+    return [
+        (f"{place}.down", phase.down, phase.down == "nothing", "nothing where clients send to one another"),
+        (f"{place}.topology", topology, callable(topology), "callable as (client, others, rng)"),
+        (f"{place}.topology", topology, space == "weights", "None where the global state is scores"),
+        (f"{place}.update", update, sends == VALUES, f"one that sends {VALUES}: what neighbours are relayed"),
+    ]
+
 
 def check_frozen(method: FederatedMethod) -> None:
     """Raise StudyError where a part of a method is no frozen value: what it kept in itself would be lost on resume."""
     parts = [("first_mask", method.first_mask)]
-    parts += [(f"{p.name}.{part}", getattr(p, part)) for p in method.phases for part in ("update", "join", "who")]
+    parts += [
+        (f"{p.name}.{part}", getattr(p, part)) for p in method.phases for part in ("update", "join", "who", "topology")
+    ]
     for name, value in parts:
-        loose = _loose(value, name)
+        loose = loose_part(value, name)
         if loose:
             raise StudyError(
                 f"method: {method.name} must be made of frozen dataclasses whose fields are immutable, got {loose}; "
@@ -161,12 +221,12 @@ def check_frozen(method: FederatedMethod) -> None:
             )
 
 
-def _loose(value: Any, place: str) -> str:
+def loose_part(value: Any, place: str) -> str:
     """Name the first part of a value that can change, "" where there is none."""
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes, Enum, type, types.FunctionType)):
         return ""
     if isinstance(value, (tuple, frozenset)):
-        return next((found for i, v in enumerate(value) if (found := _loose(v, f"{place}[{i}]"))), "")
+        return next((found for i, v in enumerate(value) if (found := loose_part(v, f"{place}[{i}]"))), "")
     kind: Any = type(value)
     if not is_dataclass(value) or not kind.__dataclass_params__.frozen:
         return f"{place}: {kind.__name__}"
@@ -175,4 +235,4 @@ def _loose(value: Any, place: str) -> str:
     extra = next((n for n in kept if n not in names), None)
     if extra is not None:
         return f"{place}.{extra}, which is no field"
-    return next((found for n in names if (found := _loose(getattr(value, n), f"{place}.{n}"))), "")
+    return next((found for n in names if (found := loose_part(getattr(value, n), f"{place}.{n}"))), "")

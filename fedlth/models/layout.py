@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 from fedlth.errors import StudyError
+
+HEAD = "@head"  # among glob patterns of tensors: those of the network's last layer, whatever their names
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,27 @@ class Layout:
             if e.role == "param":
                 found[e.slice] = e.trainable
         return found
+
+    @property
+    def head(self) -> tuple[Entry, ...]:
+        """The head: all tensors of the module that has the last trained matrix, in the module's own order.
+
+        None where a model trains no tensor of two dimensions or more. Not by what is prunable, which a study may
+        change without changing where the network ends.
+        """
+        matrices = [e for e in self.floats if e.trainable and not e.norm and len(e.shape) > 1]
+        if not matrices:
+            return ()
+        last = max(matrices, key=lambda e: e.place)
+        inside = last.name.rpartition(".")[0] + "."
+        return tuple(e for e in self.entries if e is last or (inside != "." and e.name.startswith(inside)))
+
+    def matching(self, globs: Iterable[str]) -> tuple[Entry, ...]:
+        """Return the entries that any of the glob patterns names, `HEAD` among them, in the layout's order."""
+        patterns = tuple(globs)
+        head = {e.name for e in self.head} if HEAD in patterns else set()
+        names = [(e, (e.name, *e.aliases)) for e in self.entries]
+        return tuple(e for e, of in names if e.name in head or any(fnmatchcase(n, g) for n in of for g in patterns))
 
     def over_params(self, mask: np.ndarray) -> np.ndarray:
         """Return (num_params,) bool: `mask` (num_prunable,) over the prunable parameters, True for all others."""

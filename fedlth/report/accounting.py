@@ -71,7 +71,7 @@ def account(facts: Facts) -> Account:
         if row.sender == SERVER and row.kind in ("install", "values", "scores"):
             first.setdefault(row.receiver, row)
     size = sizes_of(facts).prunable
-    masked = [row for row in facts.ledger if row.receiver == SERVER and row.ticket]
+    masked = [row for row in facts.ledger if row.sender != SERVER and row.ticket]
     codings = grouped((row.coding, row) for row in facts.ledger if row.coding)
     return Account(
         facts=facts,
@@ -133,6 +133,7 @@ def account_json(found: Account) -> dict[str, Any]:
         "by_coding": {key: asdict(one) for key, one in found.codings.items()},
         "dense_same_codec": told(_dense(wire, wire.dense_up_payload_bytes, wire.dense_payload_bytes)),
         "dense_raw": told(found.dense_raw),
+        "busiest": {"node": wire.busiest[0]} | told(wire.busiest[1]),
         "evaluation": told(wire.evaluation),
         "presets": [claimed(preset, claim) for preset, claim in found.claims],
     }  # fmt: skip
@@ -153,6 +154,7 @@ def truth_table(found: Account) -> Table:
     rows += [row(f"kind: {kind}", one) for kind, one in wire.by_kind.items()]
     rows.append(row("of all: each client's first model", found.installs))
     rows.append(row("of all: refused or failed", wire.refused))
+    rows.append(row(f"the busiest node, {wire.busiest[0]}", wire.busiest[1]))
     dense = _dense(wire, wire.dense_up_payload_bytes, wire.dense_payload_bytes)
     rows.append(row("dense, same visits, same codec", dense, messages=False))
     rows.append(row("dense, same visits, raw float32", found.dense_raw, messages=False))

@@ -25,6 +25,7 @@ from fedlth.report.figures import pictures
 from fedlth.report.fleet import fleet_text, tiers_table
 from fedlth.report.headline import against, done, honest_notes, numbers, overlapping, reached
 from fedlth.report.known_arms import arm_of
+from fedlth.report.newcomers import newcomers_table
 from fedlth.report.results import Results, results_of
 from fedlth.report.tables import (
     COST,
@@ -59,7 +60,7 @@ def write_report(run: Path) -> Path:
     tables = {"summary": summary_table(results), "clients": clients_table(results), "bytes": bytes_table(results)}
     more = {
         "chosen": chosen_table(results), "fleet": tiers_table(results), "curve": curve_table(results),
-        "tasks": tasks_table(results),
+        "tasks": tasks_table(results), "newcomers": newcomers_table(results),
     }  # fmt: skip
     tables |= {name: table for name, table in more.items() if table.rows}
     try:
@@ -143,6 +144,10 @@ def _provenance(facts: Facts) -> dict[str, Any]:
     if header.label_noise:
         clients = ", ".join(map(str, header.noisy))
         told.append(("wrong labels", f"{header.label_noise}; clients {clients}"))
+    if header.hostile:
+        told.append(("attack", f"{header.attack}; clients {', '.join(map(str, header.hostile))}"))
+    if header.joiners:
+        told.append(("late joiners", ", ".join(f"client {c} from round {r}" for c, r in header.joiners.items())))
     spent = _seconds(facts)
     if spent:
         shown = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in spent.items())
@@ -202,7 +207,7 @@ def page(results: Results, *, tables: Mapping[str, Table], figures: Sequence[Dra
         arms=arms,
         runs=[_provenance(facts) for facts in group],
         fleet_text=fleet_text(results),
-        **{name: tables.get(name) for name in ("clients", "bytes", "chosen", "fleet", "curve", "tasks")},
+        **{name: tables.get(name) for name in ("clients", "bytes", "chosen", "fleet", "curve", "tasks", "newcomers")},
     )
 
 

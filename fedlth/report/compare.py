@@ -156,8 +156,23 @@ def _check(first: Contestant, other: Contestant) -> None:
             raise StudyError(f"{place}: expected the clients of {ours.path}, got a difference in {odd[:10]}")
 
 
-def _contestant(path: Path, *, name: str, arm: str | None, density: float | None) -> Contestant:
-    group = read_group(path)
+def _honest(groups: Sequence[tuple[Facts, ...]]) -> list[tuple[Facts, ...]]:
+    """Return the groups without the clients that are hostile in any run of the same seed."""
+    hostile: dict[int, set[int]] = {}
+    for facts in (facts for group in groups for facts in group):
+        hostile.setdefault(facts.header.seed, set()).update(facts.header.hostile)
+    return [
+        tuple(
+            replace(facts, metrics=tuple(row for row in facts.metrics if row.client not in hostile[facts.header.seed]))
+            for facts in group
+        )
+        for group in groups
+    ]
+
+
+def _contestant(
+    path: Path, group: tuple[Facts, ...], *, name: str, arm: str | None, density: float | None
+) -> Contestant:
     if len(group[0].header.judged) > 1:
         told = ", ".join(measure.name for measure in group[0].header.judged)
         raise StudyError(f"compare: {path}: clients must be judged by one metric, got {told}, by task")
@@ -206,7 +221,11 @@ def compare(runs: Sequence[Path], *, arm: str | None = None, density: float | No
     if len(runs) < 2:
         raise StudyError(f"compare: expected two runs or more, got {len(runs)}")
     names = _names(runs)
-    found = [_contestant(run, name=name, arm=arm, density=density) for run, name in zip(runs, names, strict=True)]
+    groups = _honest([read_group(run) for run in runs])
+    found = [
+        _contestant(run, group, name=name, arm=arm, density=density)
+        for run, group, name in zip(runs, groups, names, strict=True)
+    ]
     for other in found[1:]:
         _check(found[0], other)
     contrasts = [_contrast(found[0], other) for other in found[1:]]

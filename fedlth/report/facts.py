@@ -29,7 +29,9 @@ class SavedTicket:
 
 @dataclass(frozen=True)
 class Facts:
-    """One run, as its folder tells it. `notes` holds what a reader must know: unfinished, parts missing.
+    """One run, as its folder tells it. `notes` holds what a reader must know: unfinished, parts missing, hostile.
+
+    Of hostile clients there are neither metrics nor tickets nor a curve, but their messages.
 
     `evaluation` are the ledger's rows of the evaluations between rounds, which `ledger` is without: they serve the
     curve alone, and no total holds them. `chosen` is the target density of each client's kept ticket, where every
@@ -83,9 +85,16 @@ def read_run(path: Path) -> Facts:
             notes.append(note)
         return found
 
+    hostile = frozenset(header.hostile)
+    if hostile:
+        notes.append(
+            f"attack {header.attack}: clients {', '.join(map(str, header.hostile))} were hostile; all results are "
+            "of the others, bytes of all"
+        )
+
     config = path / "config.yaml"
     ledger = rows(LedgerRow, needed=True)
-    metrics = rows(MetricRow, needed=True)
+    metrics = tuple(row for row in rows(MetricRow, needed=True) if row.client not in hostile)
     return Facts(
         path=path,
         header=header,
@@ -95,10 +104,15 @@ def read_run(path: Path) -> Facts:
         rounds=rows(RoundRow, needed=False),
         metrics=metrics,
         times=rows(TimeRow, needed=False),
-        tickets=tuple(sorted(map(_saved, (path / "tickets").glob("*.safetensors")), key=lambda saved: saved.client)),
+        tickets=tuple(
+            sorted(
+                (one for one in map(_saved, (path / "tickets").glob("*.safetensors")) if one.client not in hostile),
+                key=lambda saved: saved.client,
+            )
+        ),
         notes=tuple(notes),
         evaluation=tuple(row for row in ledger if row.phase == EVALUATE),
-        curve=rows(CurveRow, needed=False),
+        curve=tuple(row for row in rows(CurveRow, needed=False) if row.client not in hostile),
         chosen={row.client: row.target_density for row in metrics if row.chosen},
     )
 

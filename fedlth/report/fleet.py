@@ -117,7 +117,7 @@ def _tier_row(results: Results, group: Sequence[Facts], name: str) -> tuple[str,
         tiers = facts.header.client_tiers
         held = {c for c in range(facts.header.num_clients) if name == ALL or tiers[c] == name}
         joining = facts.header.joining()
-        moved = flow(row for row in facts.ledger if held.intersection(clients_of(row)))
+        moved = flow((row for row in facts.ledger if held.intersection(clients_of(row))), held)
         sampled = [row for row in facts.rounds if row.phase in joining]
         kinds = [failed.kind for row in sampled for failed in row.failed if failed.client in held]
         clients, up, down = clients + len(held), up + moved.up_bytes, down + moved.down_bytes

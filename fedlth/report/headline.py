@@ -18,6 +18,7 @@ from fedlth.report.statistics import ArmSummary, Difference, difference
 from fedlth.report.tables import COST, WIDTH, Table, aligned, chosen_table, summary_table, tasks_table
 from fedlth.report.traffic import is_refused
 from fedlth.report.units import percent, scaled, signed
+from fedlth.storage.records import RoundRow
 
 PERMUTATION_LEVEL = 0.01
 # What columns of the summary are called in a terminal, and those that do not fit one.
@@ -66,6 +67,13 @@ def done(results: Results) -> str:
     if header.unseen:
         unseen = _plural(len(header.unseen), "client")
         sentences.append(f"{unseen} stayed unseen in the rounds and took part only at the end.")
+    if header.joiners:
+        first = min(header.joiners.values())
+        sentences.append(f"{_plural(len(header.joiners), 'client')} came later, from round {first} on.")
+    if header.hostile:
+        sentences.append(
+            f"{_plural(len(header.hostile), 'client')} attacked ({header.attack}); all results are of the others."
+        )
     if header.test == "own":
         sentences.append("A part of each client's own examples is its test part.")
     if header.label_noise:
@@ -91,7 +99,7 @@ def rivals(results: Results) -> list[ArmSummary]:
     """Return the arms that the main arm is held against: single ones, a user's own, then controls at equal density."""
     if results.main is None:
         return []
-    same = [replace(results.main, arm=arm) for arm in ("global_mask", "one_shot", "random")]
+    same = [replace(results.main, arm=arm) for arm in ("global_mask", "one_shot", "random", "handed")]
     single = ("global", "local", "dense", "dense_total", "own_random", "own_global_mask", "frozen_random")
     users = dict.fromkeys(one.choice.arm for one in results.summaries if is_users(one.choice.arm))
     found = [results.best_known(arm) for arm in (*single, *users)]
@@ -194,11 +202,14 @@ def numbers(results: Results) -> tuple[Number, ...]:
             label = f"{task.name}: {arm_of(its.choice.arm).label}"
             value = f"{task.shown.text(its.mean)}{task.shown.unit}"
             found.append(Number(value, label, f"{task.shown.label}, {task.shown.bounds(its.interval)}"))
-    moved = [(one.unicast.up_bytes, one.unicast.down_bytes, one.dense_bytes) for one in results.traffics]
-    up, down, dense = (float(mean) for mean in np.mean(moved, axis=0))
+    moved = [
+        (one.unicast.up_bytes, one.unicast.down_bytes, one.unicast.total_bytes, one.dense_bytes)
+        for one in results.traffics
+    ]
+    up, down, both, dense = (float(mean) for mean in np.mean(moved, axis=0))
     small = f"dense FedAvg: {scaled(dense, 'B')} both ways" if dense else "no visit in the ledger"
     found.append(Number(scaled(up, "B"), "payload up", small))
-    found.append(Number(scaled(down, "B"), "payload down", _saved(up + down, dense)))
+    found.append(Number(scaled(down, "B"), "payload down", _saved(both, dense)))
     return tuple(found)
 
 
@@ -207,6 +218,10 @@ def _saved(total: float, dense: float) -> str:
         return ""
     share = 1 - total / dense
     return f"both ways {abs(100 * share):.1f} % {'below' if share >= 0 else 'above'} dense"
+
+
+def _clients(row: RoundRow) -> str:
+    return ", ".join(f"client {one.client} ({one.distance:.2f})" for one in row.mask_outliers)
 
 
 def honest_notes(results: Results) -> tuple[str, ...]:
@@ -232,7 +247,13 @@ def honest_notes(results: Results) -> tuple[str, ...]:
                 f"{seed}{_plural(lost, 'evaluation')} between the rounds failed; their points are of the others"
             )
         evaluated = {row.client for row in facts.metrics}
-        missing = sorted(set(range(facts.header.num_clients)) - evaluated)
+        missing = sorted(set(range(facts.header.num_clients)) - evaluated - set(facts.header.hostile))
+        far = [f"{row.phase} {row.round}: {_clients(row)}" for row in facts.rounds if row.mask_outliers]
+        if far:
+            notes.append(
+                f"{seed}masks far from all others of their round (a report, no judgement): {'; '.join(far[:5])}"
+                + ("; ..." if len(far) > 5 else "")
+            )
         if missing:
             shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
             clients = _plural(len(missing), "client")

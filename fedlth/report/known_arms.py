@@ -41,6 +41,8 @@ ARMS = (
         Style("#00815f", "#2fc79b", "^")),
     Arm("global_mask", "global model's own mask", "theta_g pruned by its own magnitudes: not personal, no mask bytes",
         Style("#c4500a", "#ff8f4d", "D")),
+    Arm("handed", "handed ticket", "for a newcomer alone: theta_g under a mask that the server gave it, fine-tuned",
+        Style("#8c6d1f", "#d9bb5f", "d", "--")),
     Arm("random", "random ticket", "a random mask of equal density; its start was chosen on validation data", RANDOM),
     Arm("own_random", "random mask, tuned",
         "the control of the method's own mask: random, with equally many weights in each layer", RANDOM),

@@ -70,9 +70,13 @@ def lotteryfl_bytes(kept_weights: float, *, rounds: int, clients_per_round: int)
 
 
 def values_in_rounds(facts: Facts) -> list[LedgerRow]:
-    """Return the believed messages of weights in federated rounds: all that any of these papers looks at."""
+    """Return the believed messages of weights in federated rounds: all that any of these papers looks at.
+
+    None of them has a rule for what one client sends another.
+    """
     joining = facts.header.joining()
-    return [row for row in facts.ledger if row.phase in joining and row.kind in MODELS and row.status == "ok"]
+    found = (row for row in facts.ledger if row.phase in joining and row.kind in MODELS and row.status == "ok")
+    return [row for row in found if SERVER in (row.sender, row.receiver)]
 
 
 def _up(rows: Sequence[LedgerRow]) -> list[LedgerRow]:
@@ -82,6 +86,8 @@ def _up(rows: Sequence[LedgerRow]) -> list[LedgerRow]:
 def _not_here(facts: Facts) -> Claim:
     joining = facts.header.joining()
     met = any(row.phase in joining for row in facts.ledger)
+    if any(SERVER not in (row.sender, row.receiver) for row in facts.ledger):
+        return Claim(None, None, "clients send to one another")
     return Claim(None, None, "no weights go up in these rounds" if met else "no federated rounds")
 
 

@@ -150,7 +150,8 @@ def bytes_table(results: Results) -> Table:
     def row(name: str, flows: list[Flow]) -> tuple[str, ...]:
         means = [float(np.mean([getattr(flow, key) for flow in flows])) for key in ("up_bytes", "down_bytes")]
         number = float(np.mean([flow.messages for flow in flows]))
-        return (name, count(number), *(scaled(mean, "B") for mean in (*means, sum(means))))
+        both = float(np.mean([flow.total_bytes for flow in flows]))
+        return (name, count(number), *(scaled(mean, "B") for mean in (*means, both)))
 
     all_of = results.traffics
     nothing = Flow(0, 0, 0)
@@ -161,6 +162,8 @@ def bytes_table(results: Results) -> Table:
     for kind in sorted({kind for one in all_of for kind in one.by_kind}):
         rows.append(row(f"kind: {kind}", [one.by_kind.get(kind, nothing) for one in all_of]))
     rows.append(row("of these refused or failed", [one.refused for one in all_of]))
+    nodes = {"a client" if name.startswith("client") else f"the {name}" for name, _ in (one.busiest for one in all_of)}
+    rows.append(row(f"the busiest node, {' or '.join(sorted(nodes))}", [one.busiest[1] for one in all_of]))
     if any(one.late.messages for one in all_of):
         rows.append(row("of these after the deadline", [one.late for one in all_of]))
     dense = [float(np.mean([getattr(one, key) for one in all_of])) for key in ("dense_up_bytes", "dense_down_bytes")]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
 from fedlth.report.facts import Facts, grouped
-from fedlth.storage.records import DROPPED, LATE, LedgerRow, party
+from fedlth.storage.records import DROPPED, LATE, LedgerRow, client_of, party
 
 Key = TypeVar("Key")
 SERVER = party(None)
@@ -15,16 +15,20 @@ SERVER = party(None)
 
 @dataclass(frozen=True)
 class Flow:
-    """Payload bytes and messages of some rows, by direction."""
+    """Payload bytes and messages of some rows, by direction.
+
+    What a client sends another is the one's up and the other's down: `between_bytes` are counted in both.
+    """
 
     messages: int
     up_bytes: int
     down_bytes: int
+    between_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        """Return both directions together."""
-        return self.up_bytes + self.down_bytes
+        """Return both directions together, every message once."""
+        return self.up_bytes + self.down_bytes - self.between_bytes
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ class Traffic:
     down and one dense update up for each visit in rounds that join updates (only the model down where the client
     dropped out), one down for each other visit. A dense update is the mean of those that this run did send (dense_seen
     of them); with none, it counts as much as a dense model down. `evaluation` is what the evaluations between the
-    rounds moved, every receiver counted: no other field holds any of it.
+    rounds moved, every receiver counted: no other field holds any of it. `busiest` is the party that moved most, what
+    only controls and tables need left aside, and its flow: the server, where there is one.
     """
 
     unicast: Flow
@@ -86,6 +91,7 @@ class Traffic:
     dense_up_payload_bytes: int
     dense_seen: int
     evaluation: Flow
+    busiest: tuple[str, Flow]
 
     @property
     def dense_up_bytes(self) -> int:
@@ -103,22 +109,32 @@ class Traffic:
         return self.dense_up_bytes + self.dense_down_bytes
 
 
-def flow(rows: Iterable[LedgerRow]) -> Flow:
-    """Return the sum of payload bytes of `rows`, by direction."""
-    messages = up = down = 0
+def flow(rows: Iterable[LedgerRow], clients: Collection[int] | None = None) -> Flow:
+    """Return the sum of payload bytes of `rows`, by direction; with `clients`, of what these sent and received."""
+    messages = up = down = between = 0
     for row in rows:
         messages += 1
-        if row.receiver == SERVER:
-            up += row.payload_bytes
-        else:
-            down += row.payload_bytes
-    return Flow(messages, up, down)
+        sent, received = (_is_client(name, clients) for name in (row.sender, row.receiver))
+        up += row.payload_bytes if sent else 0
+        down += row.payload_bytes if received else 0
+        between += row.payload_bytes if sent and received else 0
+    return Flow(messages, up, down, between)
+
+
+def _is_client(name: str, among: Collection[int] | None) -> bool:
+    client = client_of(name)
+    return client is not None and (among is None or client in among)
 
 
 def frames(rows: Iterable[LedgerRow]) -> Frames:
-    """Return what the transport told of `rows`; an answer that never came had no frame."""
+    """Return what the transport told of `rows`; an answer that never came had no frame.
+
+    What several clients sent to one is relayed to it in one frame.
+    """
     sent = (row for row in rows if row.payload_bytes or row.framed_bytes is not None)
-    held = grouped(((row.round, row.phase, row.sender, row.receiver), row) for row in sent)
+    held = grouped(
+        ((row.round, row.phase, row.receiver, row.sender if row.receiver == SERVER else ""), row) for row in sent
+    )
     told = [inner for inner in held.values() if any(row.framed_bytes is not None for row in inner)]
     ups = [row for inner in told for row in inner if row.receiver == SERVER]
     downs = [row for inner in told for row in inner if row.receiver != SERVER]
@@ -134,7 +150,13 @@ def frames(rows: Iterable[LedgerRow]) -> Frames:
 
 def clients_of(row: LedgerRow) -> list[int]:
     """Return the client ids at the ends of a message."""
-    return [int(party.split(":", 1)[1]) for party in (row.sender, row.receiver) if party.startswith("client:")]
+    found = (client_of(row.sender), client_of(row.receiver))
+    return [client for client in found if client is not None]
+
+
+def visitors_of(row: LedgerRow) -> list[int]:
+    """Return the clients whose visit a message belongs to: of two clients, who receives it."""
+    return clients_of(row)[-1:]
 
 
 def is_refused(row: LedgerRow) -> bool:
@@ -156,7 +178,7 @@ def once(rows: Iterable[LedgerRow]) -> list[LedgerRow]:
 def traffic(facts: Facts) -> Traffic:
     """Return what crossed the wire in one run."""
     rows = facts.ledger
-    visits = {(row.round, row.phase, client) for row in rows for client in clients_of(row)}
+    visits = {(row.round, row.phase, client) for row in rows for client in visitors_of(row)}
     # who dropped out of a round would not have sent a dense update either
     gone = {(row.round, row.phase, c) for row in rows if row.status == f"failed: {DROPPED}" for c in clients_of(row)}
     by_round, cumulative = [], 0
@@ -166,9 +188,9 @@ def traffic(facts: Facts) -> Traffic:
         cumulative += summed.total_bytes
         by_round.append(RoundFlow(inner[0].round, inner[0].phase, summed, cumulative))
     told, joining = frames(rows), facts.header.joining()
-    seen = [
-        r.payload_bytes for r in rows if (r.receiver, r.kind) == (SERVER, "values") and r.coding.startswith("full ")
-    ]
+    seen = [r.payload_bytes for r in rows if r.sender != SERVER and r.kind == "values" and r.coding.startswith("full ")]
+    held = grouped((client, row) for row in rows for client in clients_of(row))
+    by_client = {client: flow(inner, {client}) for client, inner in sorted(held.items())}
     return Traffic(
         unicast=flow(rows),
         once=flow(once(rows)),
@@ -177,7 +199,7 @@ def traffic(facts: Facts) -> Traffic:
         late=flow(row for row in rows if row.status == LATE),
         by_kind=dict(sorted(_flows((row.kind, row) for row in rows).items())),
         by_phase=_flows((row.phase, row) for row in rows),
-        by_client=dict(sorted(_flows((client, row) for row in rows for client in clients_of(row)).items())),
+        by_client=by_client,
         by_round=tuple(by_round),
         dense_ups=sum(phase in joining for _, phase, _ in visits - gone),
         dense_downs=len(visits),
@@ -185,7 +207,18 @@ def traffic(facts: Facts) -> Traffic:
         dense_up_payload_bytes=round(sum(seen) / len(seen)) if seen else facts.header.dense_payload_bytes,
         dense_seen=len(seen),
         evaluation=flow(facts.evaluation),
+        busiest=_busiest(row for row in rows if row.kind not in ("evaluation", "metrics")),
     )
+
+
+def _busiest(rows: Iterable[LedgerRow]) -> tuple[str, Flow]:
+    """Return the party at whose ends most bytes lie, and its flow; of equals the first by name."""
+    held = grouped((name, row) for row in rows for name in (row.sender, row.receiver))
+    flows = {}
+    for name, inner in sorted(held.items()):
+        client = client_of(name)
+        flows[name] = flow(inner, None if client is None else {client})
+    return max(flows.items(), key=lambda item: item[1].total_bytes, default=("nobody", Flow(0, 0, 0)))
 
 
 def _flows(pairs: Iterable[tuple[Key, LedgerRow]]) -> dict[Key, Flow]:

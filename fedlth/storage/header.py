@@ -78,11 +78,12 @@ class Header:
     `tasks`: where clients have tasks of their own; `num_classes`, `layers` and their sums are then of the study's own
     network, of which each client has what is shared.
     `test` says whence test parts are: the data set's split, or each client's own examples. `label_noise` says in words
-    what is wrong with the labels of the clients `noisy`; "" for nothing.
+    what is wrong with the labels of the clients `noisy`; "" for nothing. `attack` says in words what the clients
+    `hostile` do, `joiners` from which round of step 1 on a late joiner is there.
     """
 
     OPTIONAL: ClassVar[frozenset[str]] = frozenset(
-        {"phases", "metrics", "tasks", "client_tiers", "test", "label_noise", "noisy"}
+        {"phases", "metrics", "tasks", "client_tiers", "test", "label_noise", "noisy", "attack", "hostile", "joiners"}
     )
 
     format: int = FORMAT
@@ -102,6 +103,9 @@ class Header:
     test: str = "split"
     label_noise: str = ""
     noisy: list[int] = field(default_factory=list)
+    attack: str = ""
+    hostile: list[int] = field(default_factory=list)
+    joiners: dict[str, Any] = field(default_factory=dict)
     num_classes: int
     client_labels: list[list[int]] = field(default_factory=list)
     client_tiers: list[str] = field(default_factory=list)

@@ -31,6 +31,7 @@ from fedlth.study.parts import is_number
 
 T = TypeVar("T")
 
+HANDED, INTRODUCE = "handed", "introduce"  # phases of newcomers; the first is an arm too
 EVALUATE = "evaluate"  # the phase whose messages only serve the curve: no total of the training's traffic holds them
 
 # Kinds of Failed that a fleet has: nobody's fault, and they cost only the client's own round.
@@ -70,6 +71,12 @@ def party(client: int | None) -> str:
     return "server" if client is None else f"client:{client}"
 
 
+def client_of(party: str) -> int | None:
+    """Return the client that a party's name stands for, None for any other name."""
+    kind, _, number = party.partition(":")
+    return int(number) if kind == "client" and number.isdecimal() else None
+
+
 @dataclass(frozen=True)
 class Failed:
     """A client without a usable answer: `kind` is refused, late, dropped, or a failure's; `reason` is one line."""
@@ -88,6 +95,14 @@ class Diverged:
     target_density: float
 
 
+@dataclass(frozen=True)
+class FarMask:
+    """A client whose mask is an outlier of its round: its median Jaccard distance to the others."""
+
+    client: int
+    distance: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class RoundRow:
     """One round as the server saw it; `val_accuracy` is None where no visit reported one.
@@ -95,10 +110,12 @@ class RoundRow:
     `val_metric` is the study's metric where that is not accuracy. `rolled_back_to` says which global model took the
     place of one that no client could use ("" for none), `kept_best` with which one step 2 begins where the evaluations
     chose it (it is on the row of the last evaluation), `simulated_s` what the round takes on the study's fleet (None
-    without one).
+    without one), `mask_outliers` whose masks lay far from all others (where the study asks: federate.mask_outliers).
     """
 
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"rolled_back_to", "kept_best", "simulated_s", "val_metric"})
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset(
+        {"rolled_back_to", "kept_best", "simulated_s", "val_metric", "mask_outliers"}
+    )
 
     round: int
     phase: str
@@ -112,6 +129,7 @@ class RoundRow:
     kept_best: str = ""
     simulated_s: float | None = None
     val_metric: float | None = None
+    mask_outliers: list[FarMask] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,7 @@ class Best:
 class Progress:
     """Where a run stands: the next step, whose state is current, and how long each log is.
 
+    `versions` name each client's state, `mirrors` the server's copy of its mask, `published` what it last sent others.
     `theta` names the checkpoint of the server's state, "" for the initial one. `good` names the last one that a client
     could work with, None while there is none. `norms` are the distances of accepted updates by phase and group. `best`
     is what the evaluations have chosen so far.
@@ -56,6 +57,7 @@ class Progress:
     theta: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     mirrors: dict[str, str] = field(default_factory=dict)
+    published: dict[str, str] = field(default_factory=dict)
     lengths: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LOGS, 0))
     empty_rounds: int = 0
     good: str | None = None
@@ -83,6 +85,11 @@ class RunFolder:
     def mirrors(self) -> Packs:
         """The server's copies of the clients' last committed masks."""
         return Packs(self.root / "server")
+
+    @cached_property
+    def published(self) -> Packs:
+        """What clients last published to one another, as it was sent."""
+        return Packs(self.root / "published")
 
     def log(self, name: str) -> Path:
         return self.root / f"{name}.jsonl"

@@ -57,6 +57,7 @@ class Study(Node):
     finder: Finder = Finder()
     personalise: Personalise = Personalise()
     refine: Refine = Refine()
+    attack: Spec | None = None
     fleet: Fleet | None = None
     tune: Tune = Tune()
     wire: Literal["raw", "lossless", "bf16", "f16", "step", "sign"] = "lossless"
@@ -112,7 +113,7 @@ class Study(Node):
 
 
 def override(tree: dict[str, Any], assignment: str) -> None:
-    """Set `key=value`, with a dotted key, in a plain tree; raise StudyError where that is no assignment."""
+    """Set one key of a plain tree by `key=value`, the key dotted; raise StudyError where there is no such place."""
     key, sep, text = assignment.partition("=")
     if not sep or not key:
         raise StudyError(f"override {assignment!r}: must be key=value, such as train.lr=0.1")

@@ -36,6 +36,11 @@ def _count_or_share(value: Any) -> Any:
     return value
 
 
+def _listed(value: Any) -> Any:
+    """Let one section stand for a list of one."""
+    return as_tuple([value] if isinstance(value, dict) else value)
+
+
 def _specs(value: Any) -> Any:
     """Let one part stand for a list of one, and names for parts."""
     listed = [value] if isinstance(value, (str, dict)) else value
@@ -94,6 +99,13 @@ class LabelNoise(Node):
     kind: Literal["uniform", "pair"] = "uniform"
 
 
+class Joiners(Node):
+    """Late joiners: a share of the clients that rounds may sample, which are there from a round of step 1 on."""
+
+    share: Fraction
+    round: Annotated[int, Field(ge=2)]
+
+
 class Clients(Node):
     """How many clients, how each one's examples are split, and what each can carry.
 
@@ -113,6 +125,8 @@ class Clients(Node):
     test_samples: Count = 100
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     label_noise: LabelNoise | None = None
+    joiners: Annotated[tuple[Joiners, ...], BeforeValidator(_listed)] = ()
+    newcomer: Spec | None = None
 
 
 class Model(Node):
@@ -170,10 +184,12 @@ class Train(Timed):
 
 
 class Federate(Node):
-    """Step 1: rounds over sampled clients."""
+    """Step 1: rounds over sampled clients; `join` takes the place of the method's own mean."""
 
     rounds: Annotated[int, Field(ge=0)] = 10
     clients_per_round: CountOrShare = 5
+    join: Spec | None = None
+    mask_outliers: bool = False
 
 
 class Personalise(Timed):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,35 +11,40 @@ from fedlth.training.batches import batches, steps_an_epoch
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """So many passes over the data and so many steps more, each pass in an order of its own; the last may be cut."""
+    """So many passes over the data and so many steps more, each pass in an order of its own; the last may be cut.
+
+    `repeats`: each batch is taken so many times in a row, which makes a step of it so many.
+    """
 
     epochs: int = 0
     steps: int = 0
+    repeats: int = 1
 
     def __add__(self, other: Budget) -> Budget:
-        return Budget(epochs=self.epochs + other.epochs, steps=self.steps + other.steps)
+        return replace(self, epochs=self.epochs + other.epochs, steps=self.steps + other.steps)
 
     def times(self, count: int) -> Budget:
-        return Budget(epochs=self.epochs * count, steps=self.steps * count)
+        return replace(self, epochs=self.epochs * count, steps=self.steps * count)
 
     def __bool__(self) -> bool:
         return bool(self.epochs or self.steps)
 
     def __call__(self, size: int, batch_size: int, order: np.random.Generator, /) -> list[list[np.ndarray]]:
         """Draw the batches of `size` examples, by epoch."""
-        found, left = [], self.total(size, batch_size)
+        found, left = [], self.total(size, batch_size) // self.repeats
         while left > 0:
-            found.append(batches(size, batch_size, order)[:left])
-            left -= len(found[-1])
+            drawn = batches(size, batch_size, order)[:left]
+            found.append([part for part in drawn for _ in range(self.repeats)])
+            left -= len(drawn)
         return found
 
     def total(self, size: int, batch_size: int) -> int:
         """Return how many steps it is on `size` examples."""
-        return self.epochs * steps_an_epoch(size, batch_size) + self.steps
+        return (self.epochs * steps_an_epoch(size, batch_size) + self.steps) * self.repeats
 
     def passes(self, size: int, batch_size: int) -> int:
         """Return how many passes over `size` examples it begins."""
-        return -(-self.total(size, batch_size) // steps_an_epoch(size, batch_size))
+        return -(-self.total(size, batch_size) // (steps_an_epoch(size, batch_size) * self.repeats))
 
     def examples(self, size: int, batch_size: int) -> int:
         """Return about how many examples it sees of `size`, each as often as it is seen: a pass sees them all."""

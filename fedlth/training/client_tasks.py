@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 import numpy as np
 
@@ -137,8 +136,8 @@ class Shared:
 
     def __call__(self, params: Params, layout: Layout) -> Params:
         """Return a task's own draw, what is shared from the study's; raise StudyError at a tensor that differs."""
-        ours = self.common.layout.select(self._is_shared)
-        known, found = ({e.name: e for e in part.entries} for part in (ours, layout.select(self._is_shared)))
+        ours = self._shared(self.common.layout)
+        known, found = ({e.name: e for e in part.entries} for part in (ours, self._shared(layout)))
         for name in sorted(known.keys() | found.keys()):
             wanted, got = (_told(entries.get(name)) for entries in (known, found))
             if wanted != got:
@@ -148,8 +147,9 @@ class Shared:
                 )
         return ours.put_into(params, layout, ours.part_of(self.common.theta_0, self.common.layout))
 
-    def _is_shared(self, e: Entry) -> bool:
-        return not any(fnmatchcase(name, glob) for name in (e.name, *e.aliases) for glob in self.personal)
+    def _shared(self, layout: Layout) -> Layout:
+        personal = {e.name for e in layout.matching(self.personal)}
+        return layout.select(lambda e: e.name not in personal)
 
 
 def _told(e: Entry | None) -> str:

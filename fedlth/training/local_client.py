@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -17,7 +17,7 @@ from fedlth.errors import StudyError
 from fedlth.models.layout import Params
 from fedlth.study.sections import Tier
 from fedlth.tickets.evidence import Evidence, Lesson
-from fedlth.training import evaluation, supermask, train
+from fedlth.training import evaluation, mixture, supermask, train
 from fedlth.training.batch_requests import cpu_seconds
 from fedlth.training.batches import steps_an_epoch
 from fedlth.training.loss import owned
@@ -54,6 +54,7 @@ class LocalClient:
     """A client in one round. `stage` names its random streams: equal stages draw equal batches: twins share order.
 
     `log` holds the cost of every training done here, one that diverged included; `work` is told to times.jsonl.
+    `poison` is what a hostile client makes of its training examples, of so many classes.
     """
 
     task: Task
@@ -62,10 +63,12 @@ class LocalClient:
     stage: str
     work: list[dict[str, Any]] = field(default_factory=list, compare=False)
     log: list[Cost] = field(default_factory=list, compare=False)
+    poison: Callable[[Examples, int], Examples] | None = None
 
     @cached_property
     def train_part(self) -> Examples:
-        return self.task.part(self.client, "train")
+        own = self.task.part(self.client, "train")
+        return own if self.poison is None else self.poison(own, self.task.dataset.num_classes)
 
     @cached_property
     def val_part(self) -> Examples:
@@ -132,8 +135,10 @@ class LocalClient:
         anchor: Params | None = None,
     ) -> TrainingResult:
         """Train on this client's data, and note what it cost; masks and anchor as in `TrainingRequest`."""
+        # Of a piece of a run its own: else each piece would drop the same units.
+        dropped = f"dropout from {recipe.first_step}" if recipe.first_step else "dropout"
         request = drawn_request(
-            start, self.train_part, recipe, order=self.rng("order"), torch_seed=self.torch_seed("dropout"),
+            start, self.train_part, recipe, order=self.rng("order"), torch_seed=self.torch_seed(dropped),
             active=active, trainable=trainable, snapshots=snapshots, anchor=anchor,
             examples_seed=self.torch_seed("examples"),
         )  # fmt: skip
@@ -142,6 +147,20 @@ class LocalClient:
             alive = trainable[: alive.size] | (start.floats[: alive.size] != 0)
         with self._counting(alive, len(request.rates), recipe.batch_size, request.num_examples):
             return train.train(self.task.flat_model, request)
+
+    def train_mixed(
+        self, start: Params, personal: Params, share: float, *, recipe: TrainingRecipe, active: np.ndarray, adapts: bool
+    ) -> tuple[TrainingResult, Params, float]:
+        """Train a shared model and, mixed with it, a personal one, in plain torch; see `mixture.train_mixed`."""
+        request = drawn_request(
+            start, self.train_part, recipe, order=self.rng("order"), torch_seed=self.torch_seed("dropout"),
+            active=active, examples_seed=self.torch_seed("examples"),
+        )  # fmt: skip
+        with self._counting(active, 2 * len(request.rates), recipe.batch_size, 2 * request.num_examples):
+            found = mixture.train_mixed(self.task.flat_model, request, personal, share, adapts=adapts)
+        if not all(np.isfinite(params.floats).all() for params in (found[0].params, found[1])):
+            raise FloatingPointError(f"training diverged: loss {found[0].loss} at learning rate {recipe.lr}")
+        return found
 
     def learn(
         self, frozen: Params, scores: np.ndarray, lesson: Lesson, *, batch_size: int | None = None

@@ -1,4 +1,4 @@
-"""Pulls: a term of the objective that draws the weights to an anchor, the training's start or what a method gives."""
+"""Pulls: a term of the objective over the weights and a vector, the training's start or what a method gives."""
 
 from __future__ import annotations
 
@@ -27,6 +27,17 @@ class Proximal:
 
     def __call__(self, grad: Tensor, weights: Tensor, anchor: Tensor, /) -> None:
         grad.add_(weights - anchor, alpha=self.mu)
+
+
+@dataclass(frozen=True)
+class Correction:
+    """<anchor, w>: the anchor itself is added to every gradient, as SCAFFOLD's c - c_k (arXiv 1910.06378).
+
+    A method's alone: its anchor is no place but a slope.
+    """
+
+    def __call__(self, grad: Tensor, weights: Tensor, anchor: Tensor, /) -> None:
+        grad.add_(anchor)
 
 
 NO_PULL = Proximal(mu=0.0)

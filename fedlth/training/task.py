@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -279,7 +278,7 @@ def _crosses(study: schema.Study, moving: Layout) -> Layout:
     """
     personal = study.model.personal or ()
     for glob in personal:
-        if not any(fnmatchcase(name, glob) for e in moving.entries for name in (e.name, *e.aliases)):
+        if not moving.matching([glob]):
             raise StudyError(f"model.personal: {glob!r} must match a tensor that is trained, got none")
     found = _exchanged(study, moving)
     if not found.num_floats:
@@ -288,11 +287,11 @@ def _crosses(study: schema.Study, moving: Layout) -> Layout:
 
 
 def _exchanged(study: schema.Study, moving: Layout) -> Layout:
-    policy, personal = study.model.buffers, study.model.personal or ()
+    policy, personal = study.model.buffers, {e.name for e in moving.matching(study.model.personal or ())}
 
     def stays(e: Entry) -> bool:
         local = policy == "local_all" or (policy == "local_statistics" and e.role == "buffer")
-        return (e.norm and local) or any(fnmatchcase(name, glob) for name in (e.name, *e.aliases) for glob in personal)
+        return (e.norm and local) or e.name in personal
 
     found = moving.select(lambda e: not stays(e))
     return moving if len(found.entries) == len(moving.entries) else found

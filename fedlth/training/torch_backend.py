@@ -41,7 +41,7 @@ def _train(model: FlatModel, request: TrainingRequest) -> TrainingResult:
         for part in parts:
             batch = request.shown(step, data.batch(torch.from_numpy(part).to(model.device)))
             grad.zero_()
-            with _cast(model, recipe.precision):
+            with cast(model, recipe.precision):
                 outputs = model.forward.train(model.forward.images(batch).x)
             loss = recipe.loss(outputs if recipe.precision == "float32" else outputs.float(), batch.y)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -77,7 +77,7 @@ def _anchor(model: FlatModel, request: TrainingRequest) -> Tensor:
     return model.arranged(request.anchor.floats[:size])
 
 
-def _cast(model: FlatModel, precision: str) -> AbstractContextManager[object]:
+def cast(model: FlatModel, precision: str) -> AbstractContextManager[object]:
     if precision == "float32":
         return nullcontext()
     return torch.autocast(torch.device(model.device).type, dtype=torch.bfloat16)

@@ -24,6 +24,7 @@ MAGIC = b"FLT1"
 VERSION = 2
 HEADER = struct.Struct("<4sBBBB8s8s")  # magic, version, flags, mask mode, value mode, schema id, reference id
 LARGEST_INT = 2**53
+OF_ITSELF = frozenset({"scores", "statistics"})  # kinds that refer to no download: they are no new state of it
 
 
 @dataclass(frozen=True)

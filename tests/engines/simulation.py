@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
-NODES = 4  # a study may have fewer clients
+NODES = 6  # a study may have fewer clients
 
 
 class Client:

@@ -18,7 +18,7 @@ from fedlth.engines.worker import Worker
 from fedlth.errors import StudyError
 from fedlth.federation import rounds, session
 from fedlth.federation.jobs import Failure, Job, Reply
-from tests import tiny
+from tests import everything, tiny
 
 sys.path.insert(0, str(Path(__file__).parent))
 from ray_study import study_of  # noqa: E402
@@ -26,7 +26,7 @@ from ray_study import study_of  # noqa: E402
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks are for Linux")
 
 
-@pytest.mark.parametrize("name", ["two_step", "lotteryfl", "fedselect", "fedpm"])
+@pytest.mark.parametrize("name", ["two_step", "fedselect"])
 def test_any_number_of_workers_equals_one_process(name: str, tmp_path: Path) -> None:
     made = tiny.of_method(name, federate={"rounds": 3, "clients_per_round": 3})
     tiny.run(made, tmp_path / "one")
@@ -36,6 +36,14 @@ def test_any_number_of_workers_equals_one_process(name: str, tmp_path: Path) -> 
         assert tiny.facts(out) == tiny.facts(tmp_path / "one")
         used = {row["worker"] for row in tiny.rows(out, "times") if row["client"] is not None}
         assert 1 < len(used) <= workers and all(w.startswith("fork:") for w in used)
+
+
+def test_a_study_with_everything_equals_one_process(tmp_path: Path) -> None:
+    tiny.run(everything.study(), tmp_path / "one")
+    tiny.run(everything.study(), tmp_path / "two", engine=Forked(2))
+    assert tiny.facts(tmp_path / "one") == tiny.facts(tmp_path / "two")
+    kinds = {failed["kind"] for row in tiny.rows(tmp_path / "one", "rounds") for failed in row["failed"]}
+    assert {"late", "dropped"} <= kinds, "else its fleet tests nothing"
 
 
 @pytest.mark.parametrize(
@@ -108,7 +116,7 @@ def test_a_start_that_raises_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_children_leave_with_a_parent_that_is_killed_and_hold_no_lock(tmp_path: Path) -> None:
     out = tmp_path / "r"
     code = (
-        "import sys; sys.path.insert(0, '.'); from pathlib import Path; from tests import tiny; "
+        "import sys; sys.path.insert(0, '.'); from pathlib import Path; from tests import everything, tiny; "
         "from fedlth.engines.forked import Forked; "
         f"tiny.run(tiny.study(federate=dict(rounds=500)), Path({str(out)!r}), engine=Forked(2))"
     )

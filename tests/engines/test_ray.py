@@ -21,7 +21,7 @@ from fedlth.engines.ray_placement import Share, count
 from fedlth.errors import StudyError
 from fedlth.federation.jobs import Job, Reply
 from fedlth.output import lines_to
-from tests import tiny
+from tests import everything, tiny
 
 pytestmark = [
     pytest.mark.slow,
@@ -54,6 +54,32 @@ def shared_ray() -> Iterator[None]:
     ray.shutdown()
     gc.collect()
 
+
+class Open:
+    """An engine that a run's end does not close: its workers serve one study after another, as jobs name theirs."""
+
+    name, holds_state = "ray", False
+
+    def __init__(self, engine: RayEngine) -> None:
+        self.map, self.really_close = engine.map, engine.close
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="class")
+def two_workers(shared_ray: None) -> Iterator[Open]:
+    engine = Open(RayEngine(study_of(engine="ray", ray={"workers": 2}).ray))
+    yield engine
+    engine.really_close()
+
+
+STUDIES = {
+    **{name: lambda name=name: tiny.of_method(name) for name in tiny.METHODS},
+    "a recipe of every part": lambda: tiny.study(**tiny.RECIPE),
+    "everything": everything.study,
+    "the best of a curve": lambda: tiny.study(train={"lr": 0.8}, evaluate={"every": 1, "keep": "best"}),
+}
 
 TWO_STEP: dict[str, Any] = {
     "method": "two_step",
@@ -90,10 +116,10 @@ def test_a_ray_started_here_equals_in_process_and_ends_with_the_run(tmp_path: Pa
 
 @pytest.mark.usefixtures("shared_ray")
 class TestOnOneRay:
-    def test_a_training_recipe_equals_in_process(self, tmp_path: Path) -> None:
-        made = tiny.study(**tiny.RECIPE, engine="ray", ray={"workers": 2})
-        run(made, tmp_path / "there")
-        tiny.run(made, tmp_path / "here")
+    @pytest.mark.parametrize("name", STUDIES)
+    def test_every_method_equals_in_process(self, name: str, two_workers: Open, tmp_path: Path) -> None:
+        tiny.run(STUDIES[name](), tmp_path / "there", engine=two_workers)
+        tiny.run(STUDIES[name](), tmp_path / "here")
         assert tiny.facts(tmp_path / "there") == tiny.facts(tmp_path / "here")
 
     def test_workers_equal_in_process_and_the_gpu_of_each_client_is_recorded(self, tmp_path: Path) -> None:
@@ -104,14 +130,6 @@ class TestOnOneRay:
         served = {row["client"]: row["worker"] for row in rows(there, "times") if row["client"] is not None}
         assert sorted(served) == [0, 1, 2, 3]
         assert {worker.split()[0].partition("@")[2] for worker in served.values()} <= {"gpu0", "gpu1"}
-
-    @pytest.mark.parametrize(("name", "keep"), [("two_step", "best"), ("lotteryfl", "last")])
-    def test_evaluation_between_the_rounds_equals_in_process(self, name: str, keep: str, tmp_path: Path) -> None:
-        sections = {"federate": {"rounds": 3}, "train": {"lr": 0.8}, "evaluate": {"every": 1, "keep": keep}}
-        tiny.run(tiny.of_method(name, **sections), tmp_path / "here")
-        run(tiny.of_method(name, **sections, engine="ray", ray={"workers": 2}), tmp_path / "there")
-        assert tiny.facts(tmp_path / "there") == tiny.facts(tmp_path / "here")
-        assert (tmp_path / "there" / "curve.jsonl").read_bytes() == (tmp_path / "here" / "curve.jsonl").read_bytes()
 
     def test_faulty_clients_cost_only_themselves(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A stopped process runs no more and does not answer Ray's own request to end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import weakref
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlth.methods.aggregate import Contribution, CountMean, FedAvg, MaskMean, join
+from fedlth.methods.robust import JOINS, Median, MultiKrum, TrimmedMean, WithoutOutliers, krum
 from fedlth.models.layout import Entry, Layout, Params
 from fedlth.storage.server_state import ServerState
 from fedlth.wire.payload import Content
@@ -21,6 +23,10 @@ from tests.tiny import small_layout
 LAYOUT = small_layout()
 SIZE = LAYOUT.num_prunable
 RULES = [FedAvg(), CountMean(), CountMean("zero"), CountMean("zero", weighted=True)]
+ROBUST = [
+    TrimmedMean(), TrimmedMean(0.4), TrimmedMean(uncovered="zero"), Median(), Median("keep"), krum(), krum(on="dense"),
+    MultiKrum(), MultiKrum(keep=2), WithoutOutliers(),
+]  # fmt: skip
 FOUR = Layout((Entry("w", (4,), "param", 0, prunable=True),))
 
 
@@ -82,7 +88,7 @@ def test_all_ones_masks_make_count_mean_the_plain_mean() -> None:
     )
 
 
-@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("rule", [*RULES, *(r for r in ROBUST if r != Median("keep"))], ids=repr)
 def test_a_single_client_returns_itself_where_it_holds(rule: Any) -> None:
     one = contribution(3, 5)
     new = joined(rule, old(), [one], LAYOUT)
@@ -109,7 +115,7 @@ def test_contributions_are_taken_one_by_one(rule: Any) -> None:
     assert new.digest() == joined(rule, old(), [contribution(c, 2) for c in range(6)]).digest()
 
 
-@pytest.mark.parametrize("rule", [*RULES, MaskMean()], ids=repr)
+@pytest.mark.parametrize("rule", [*RULES, *ROBUST, MaskMean()], ids=repr)
 def test_a_rule_is_a_value_and_touches_nothing(rule: Any) -> None:
     assert pickle.loads(pickle.dumps(rule)) == rule and hash(rule)
     got, before = [contribution(c, 2) for c in range(3)], old()
@@ -119,6 +125,61 @@ def test_a_rule_is_a_value_and_touches_nothing(rule: Any) -> None:
     assert new.floats.dtype == np.float32 and before.digest() == old().digest()
     for c, was in zip(got, copies, strict=True):
         np.testing.assert_array_equal(c.content.floats, was)
+
+
+def test_the_laws_cover_every_rule_of_the_table() -> None:
+    assert {type(build()) for build in JOINS.values()} == {type(rule) for rule in ROBUST}
+
+
+def robust_by_hand(rule: Any, got: list[Contribution], i: int) -> float | None:
+    """Return a coordinate by one sort in Python, None where nobody holds it."""
+    values = sorted(float(c.content.floats[i]) for c in got if i >= SIZE or c.content.mask[i])
+    if not values:
+        return None
+    if isinstance(rule, Median):
+        half = len(values) // 2
+        return values[half] if len(values) % 2 else (values[half - 1] + values[half]) / 2
+    cut = min(math.ceil(rule.share * len(values) - 1e-9), (len(values) - 1) // 2)
+    kept = values[cut : len(values) - cut]
+    return sum(kept) / len(kept)
+
+
+@given(st.integers(0, 1000), st.integers(1, 9), st.sampled_from([TrimmedMean(), TrimmedMean(0.4), Median()]))
+def test_trimmed_mean_and_median_equal_brute_force(seed: int, clients: int, rule: Any) -> None:
+    got = [contribution(c, seed) for c in range(clients)]
+    wanted = [robust_by_hand(rule, got, i) for i in range(LAYOUT.num_floats)]
+    kept = [float(old().floats[i]) if value is None else value for i, value in enumerate(wanted)]
+    np.testing.assert_allclose(joined(rule, old(), got).floats, np.float32(kept), rtol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ROBUST, ids=repr)
+def test_of_equal_updates_a_robust_rule_makes_that_update(rule: Any) -> None:
+    one = contribution(1, 4, mask=np.ones(SIZE, bool))
+    same = [Contribution(c, 10 * c + 1, one.content) for c in range(5)]
+    np.testing.assert_array_equal(joined(rule, old(), same).floats, one.content.floats)
+
+
+@pytest.mark.parametrize("rule", ROBUST, ids=repr)
+def test_no_client_weighs_more_for_its_examples(rule: Any) -> None:
+    got = [contribution(c, 6) for c in range(6)]
+    claimed = [Contribution(c.client, 10**9, c.content) if c.client == 2 else c for c in got]
+    assert joined(rule, old(), got).digest() == joined(rule, old(), claimed).digest()
+
+
+@pytest.mark.parametrize("rule", [TrimmedMean(), Median(), krum(), MultiKrum()], ids=repr)
+def test_a_minority_that_is_far_away_moves_nothing_far(rule: Any) -> None:
+    """Two of nine: what comes out lies between what the honest ones sent."""
+    honest = [contribution(c, 8, mask=np.ones(SIZE, bool)) for c in range(7)]
+    ones, claimed = np.ones(SIZE, bool), np.full(LAYOUT.num_ints, 2**40, np.int64)
+    far = [Content(ones, np.full(LAYOUT.num_floats, value, np.float32), claimed) for value in (1e6, -1e6)]
+    bad = [Contribution(7 + i, 1, content) for i, content in enumerate(far)]
+    if isinstance(rule, TrimmedMean):
+        rule = TrimmedMean(2 / 9)
+    new = joined(rule, old(), [*honest, *bad])
+    floats = np.stack([c.content.floats for c in honest])
+    assert (new.floats >= floats.min(0) - 1e-6).all() and (new.floats <= floats.max(0) + 1e-6).all()
+    if not isinstance(rule, MultiKrum):
+        assert new.ints.max(initial=0) <= 6, "a counter is nobody's claim"
 
 
 def test_averaging_the_overlap_is_four_rules() -> None:

@@ -81,7 +81,7 @@ def test_totals_are_without_the_evaluations(run: Path, tmp_path: Path) -> None:
     plain = write_run(tmp_path / "plain")
     ours, theirs = (account_json(account(read_run(out))) for out in (run, plain))
     assert ours.pop("evaluation") == {
-        "messages": 120, "up_bytes": 0, "down_bytes": 9_600_000, "total_bytes": 9_600_000,
+        "messages": 120, "up_bytes": 0, "down_bytes": 9_600_000, "between_bytes": 0, "total_bytes": 9_600_000,
     }  # fmt: skip
     assert theirs.pop("evaluation")["messages"] == 0
     assert {k: v for k, v in ours.items() if k != "run"} == {k: v for k, v in theirs.items() if k != "run"}

@@ -1,21 +1,15 @@
-"""One study with all that training and tasks may be, on every engine: ragged mappings, tasks, a fleet, a curve."""
+"""One study with all that training and tasks may be: ragged mappings, tasks, a fleet, a curve; for every engine."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
-import yaml
 from torch import nn
 
-from fedlth.report import diff
+from fedlth.study import schema
 
-ROOT = Path(__file__).parents[2]
 WORDS = 40
 
 
@@ -49,8 +43,8 @@ class Reader(nn.Module):
 
 STUDY: dict[str, Any] = {
     "method": "two_step",
-    "data": "tests.engines.test_everything:reviews",
-    "model": {"name": "tests.engines.test_everything:Reader", "personal": ["head.*"]},
+    "data": "tests.everything:reviews",
+    "model": {"name": "tests.everything:Reader", "personal": ["head.*"]},
     "partition": {"name": "natural", "clients_per_key": 3},
     "tasks": {"kinds": {"targets": "classes", "num_classes": 3, "metrics": ["macro_f1"]}, "scores": {"metric": "mae"}},
     "clients": {"count": 6, "test_samples": 20, "capacity": [
@@ -70,15 +64,6 @@ STUDY: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_every_engine_gives_equal_results(tmp_path: Path) -> None:
-    file = tmp_path / "study.yaml"
-    file.write_text(yaml.safe_dump(STUDY))
-    for name, given in {"inprocess": "workers=2", "ray": "engine=ray", "flower": "engine=flower"}.items():
-        line = [sys.executable, "-m", "fedlth", "run", str(file), given, f"out={tmp_path / name}"]
-        done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert diff(tmp_path / "inprocess", tmp_path / name) == []
-    told = (tmp_path / "inprocess" / "rounds.jsonl").read_text()
-    assert '"late"' in told and '"dropped"' in told, "else the fleet tests nothing"
+def study() -> schema.Study:
+    """Return it; some of its clients are late, and some drop out."""
+    return schema.build(STUDY)

@@ -1,4 +1,4 @@
-"""What the two tables need beside the package: their networks, and Fashion-MNIST in their normalisation."""
+"""What published protocols need beside the package: their networks, and Fashion-MNIST in their normalisation."""
 
 from __future__ import annotations
 
