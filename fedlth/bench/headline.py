@@ -9,6 +9,7 @@ from fedlth.bench.board import Board
 from fedlth.bench.contrasts import FEWEST, LEVEL, Contrast
 from fedlth.bench.controls import GLOBAL, RANDOM
 from fedlth.bench.outcome import DONE, FAILED
+from fedlth.bench.spending import federated_phases
 from fedlth.report.measure import Shown
 
 LARGE = 1.5  # standard deviations: a difference that one sees with the naked eye
@@ -39,7 +40,8 @@ def _federation(board: Board, partition: str) -> str:
         return ""
     shown, found = board.shown, board.contrasts(partition, "local")
     assert shown is not None
-    federated = {name: one for name, one in found.items() if board.entries[partition][name].group[0].header.joining(1)}
+    rounds = {name: federated_phases(board.entries[partition][name].group[0].header, 1) for name in found}
+    federated = {name: one for name, one in found.items() if rounds[name]}
     if not federated:
         return ""
     ahead = {name: one for name, one in federated.items() if one.ahead}

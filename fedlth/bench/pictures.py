@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -178,11 +179,10 @@ def _apart(axes: Axes, places: Sequence[tuple[float, float]], first: Sequence[in
     moved = [0.0] * len(points)
     for number in sorted(range(len(points)), key=lambda i: i not in first):
         x, y = points[number]
-        steps = (sign * 32.0 * step for step in range(len(points)) for sign in (1, -1))
-        moved[number] = next(
-            shift for shift in steps
-            if (not shift or x + shift < end - 24) and not any(abs(x + shift - a) < 30 and abs(y - b) < 16 for a, b in taken)
-        )  # fmt: skip
+        beside = [a for a, b in taken if abs(y - b) < 16]
+        steps = (sign * 32.0 * step for step in count() for sign in (1, -1))  # there is always room on the left
+        inside = (shift for shift in steps if not shift or x + shift < end - 24)
+        moved[number] = next(shift for shift in inside if all(abs(x + shift - a) >= 30 for a in beside))
         taken.append((x + moved[number], y))
     return moved
 
