@@ -139,7 +139,7 @@ def _phases(name: str, file: str) -> list[str]:
     lines = []
     for phase in experiment.phases:
         up = ", ".join(f"{kind} ({message})" for message, kind in phase.update.sends) or "metrics alone"
-        space = f"all {experiment.method.space}"
+        space = f"all {experiment.method.space.name}"
         down = {"nothing": "nothing", "slice": "what each client shares"}.get(phase.down, space)
         down = ", ".join((down, *(f"values ({name})" for name in phase.also)))
         if phase.topology is not None:
@@ -180,9 +180,9 @@ def methods_markdown() -> str:
         down, up = "nothing", "nothing"
         if r.phases:
             kinds = [kind for _, kind in r.phases[-1].update.sends]
-            down = "neighbours' models" if r.topology else "own slice" if r.slices else f"all {r.space}"
+            down = "neighbours' models" if r.topology else "own slice" if r.slices else f"all {r.space.name}"
             masked = "kept or shared values, mask" if r.slices or r.phases[-1].own_mask else "values"
-            up = "mask bits" if "mask" in kinds else masked
+            up = "mask bits" if "mask" in kinds else masked if "values" in kinds else ", ".join(kinds)
         lines.append(f"| `{name}` | {r.summary} | {down} | {up} | {', '.join(r.arms)} | {r.paper} |")
     return "\n".join(lines)
 

@@ -317,9 +317,10 @@ def test_a_wrong_section_names_the_place(section: dict[str, Any], wanted: str) -
     assert wanted in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["lotteryfl", "fedselect"])
+@pytest.mark.parametrize("name", ["lotteryfl", "fedselect", "cell", "hermes"])
 def test_the_best_is_refused_where_clients_hold_masks_of_later_rounds(name: str) -> None:
-    with pytest.raises(StudyError, match=f"evaluate.keep: must be last for a method that sends slices, as {name}"):
+    wanted = f"evaluate.keep: must be last for a method whose clients have masks, as {name}"
+    with pytest.raises(StudyError, match=wanted):
         resolve(evaluated(name, evaluate={"every": 1, "keep": "best"}))
     resolve(evaluated(name, evaluate={"keep": "best"}))  # which has no effect, see below
 

@@ -59,8 +59,12 @@ BROKEN: dict[str, tuple[FederatedMethod, str]] = {
     "taken": (made_of(replace(FEDERATE, name="refine")), "must be unique and none that every run has, got refine"),
     "no tuple": (replace(made_of(), phases=FEDERATE), "its phases must be a tuple of Phase, got Phase(name='federate'"),  # type: ignore[arg-type]
     "silent": (made_of(replace(FEDERATE, update=MaskedUpdate(sends=()))), "its federate.update must be one that sends"),
+    "next mask": (
+        made_of(replace(FEDERATE, update=MaskedUpdate(sends=(("update", "values"), ("next_mask", "mask"))))),
+        "its federate.update must be one that sends next_mask after its first message",
+    ),
     "idle mask": (made_of(FEDERATE, first_mask=FirstOf()), "its first_mask must be Dense where no phase sends slices"),
-    "space": (made_of(FEDERATE, space="masks"), "its space must be weights or scores, got 'masks'"),
+    "space": (made_of(FEDERATE, space="masks"), "its space must be Weights, Scores or Thresholds, got 'masks'"),
 }
 
 

@@ -14,7 +14,7 @@ from fedlth.federation.downloads import broadcast, slice_for
 from fedlth.federation.jobs import Failure, Job, Reply
 from fedlth.methods.aggregate import Contribution, CountMean, join
 from fedlth.methods.client_update import THETA_G
-from fedlth.methods.fedpm import frozen_weights
+from fedlth.methods.space import frozen_weights
 from fedlth.models.layout import Params
 from fedlth.personalization.arms import ARMS
 from fedlth.personalization.step2 import Result, Step2
@@ -66,6 +66,7 @@ def test_fedavg_is_fedavg(tmp_path: Path) -> None:
     [
         {"name": "lotteryfl", "density": 1.0, "val_accuracy": -1.0},
         {"name": "lotteryfl", "val_accuracy": 1.0},
+        {"name": "lotteryfl", "rate": 1e-9, "val_accuracy": -1.0},
         {"name": "sub_fedavg", "density": 1.0},
         {"name": "fedselect", "limit": 1e-9},
     ],
@@ -99,7 +100,7 @@ def visits(made: Any, count: int, client: int = 0, *, theta: Params | None = Non
     theta, state, out = theta or experiment.initial(), None, []
     for r in range(1, count + 1):
         known = ClientState.from_bytes(state).masks.get("shared")
-        kind = "scores" if experiment.method.space == "scores" else "values"
+        kind = experiment.method.space.kind
         sent = broadcast(kind, THETA_G, theta, layout)
         if phase.down == "slice" and known is not None:
             sent = slice_for(THETA_G, theta, layout, known)

@@ -39,7 +39,8 @@ class Forgetful(Counting):
         if self.how == "lost":
             return replace(job, state=None)
         state = ClientState.from_bytes(job.state)
-        return replace(job, state=state.with_(masks={"shared": np.roll(state.masks["shared"], 1)}).to_bytes())
+        (name,) = {"shared", "everyones"} & state.masks.keys()
+        return replace(job, state=state.with_(masks={name: np.roll(state.masks[name], 1)}).to_bytes())
 
 
 @pytest.mark.parametrize("wire", ["raw", "lossless", "step"])
@@ -69,6 +70,28 @@ def test_a_client_that_lost_its_mask_gets_it_back(tmp_path: Path) -> None:
     # LotteryFL keeps nothing but its mask: with that back, the run is the one in which nothing was lost.
     assert tiny.digests(tmp_path / "hit") == tiny.digests(tmp_path / "whole")
     assert tiny.rows(tmp_path / "hit", "metrics") == tiny.rows(tmp_path / "whole", "metrics")
+
+
+@pytest.mark.parametrize("name", ["salientgrads", "feddst"])
+@pytest.mark.parametrize("wire", ["raw", "lossless"])
+@pytest.mark.parametrize("how", ["lost", "other"])
+def test_everyone_s_mask_is_sent_again_to_whoever_lost_it(
+    how: str, wire: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = Forgetful(how=how, round=3)
+    made = tiny.of_method(name, wire=wire, **STUDY)
+    made = made.model_copy(update={"method": {**made.method, "every": 9}}) if name == "feddst" else made
+    tiny.run(made, tmp_path / "hit", engine=engine)
+    tiny.run(made, tmp_path / "whole", engine=InProcess())
+    rows = tiny.rows(tmp_path / "hit", "ledger")
+    again = [r for r in rows if r["kind"] == "resync"]
+    asked = [r for r in rows if r["kind"] == "control"]
+    assert len(engine.hit) == 3 and {r["receiver"] for r in again} == {f"client:{c}" for c in engine.hit}
+    assert {r["round"] for r in again} == {3} and {r["payload_bytes"] for r in asked} == {8}
+    assert all(r["mask_bytes"] > 0 and r["broadcast"] for r in again)
+    assert not any(r["failed"] for r in tiny.rows(tmp_path / "hit", "rounds"))
+    assert tiny.digests(tmp_path / "hit") == tiny.digests(tmp_path / "whole")
+    check(engine, tmp_path / "hit", capsys)
 
 
 def test_a_client_that_asks_again_and_again_fails_alone(tmp_path: Path) -> None:

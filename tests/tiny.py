@@ -42,6 +42,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "sub_fedavg": {"rate": 0.2, "density": 0.3, "val_accuracy": -1.0, "distance": -1.0},
     "fedselect": {"rate": 0.25, "limit": 0.5},
     "fedpm": {"score_lr": 5.0},
+    "salientgrads": {"density": 0.3},
+    "ssfl": {"density": 0.3},
+    # A round costs what weights cost, so that an adjustment drops some; each happens within three rounds.
+    "prunefl": {"every": 2, "initial": 2, "max_dec": 0.4, "constant_s": 1e-4},
+    "fedtiny": {"density": 0.3, "pool": 3, "every": 1, "end": 4, "rate": 0.3, "blocks": 2},
+    "feddst": {"density": 0.3, "rate": 0.4, "every": 2, "end": 8},
+    "flash": {"density": 0.3, "share": 0.5, "stage1": 2, "rate": 0.4, "every": 2, "end": 8},
+    "fedmask": {"score_lr": 5.0, "density": 0.5},
+    "deltamask": {"score_lr": 5.0},
+    "spafl": {"coefficient": 0.1},
+    "pfedgate": {"density": 0.4},
     "fedavgm": {},
     "fedadam": {},
     "fedyogi": {},
@@ -55,11 +66,23 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedbn": {},
     "dfedavg": {"topology": "ring"},
     "dispfl": {"density": 0.4, "topology": {"name": "random", "count": 1}},
+    "cell": {"rate": 0.3, "density": 0.5, "val_accuracy": -1.0},
+    "sub_fedavg_hybrid": {"rate": 0.2, "density": 0.3, "val_accuracy": -1.0, "distance": -1.0, "channel_distance": -1},
+    "hermes": {"rate": 0.3, "density": 0.3, "val_accuracy": -1.0},
+    "fedltn": {"rate": 0.2, "density": 0.3, "val_accuracy": -1.0, "jump_start": 1},
+    "fedspa": {"density": 0.4},
+    "heterofl": {},
+    "fjord": {"widths": [0.5, 1.0], "distil": 0.5},
+    "fiarse": {},
+    "sparsyfed": {"density": 0.3},
 }
 # What else a method's study needs.
 SECTIONS: dict[str, dict[str, Any]] = {"fedbn": {"model": {"name": "tests.tiny:Small", "options": {}}}}
 # One of each kind: what holds for all methods is tried on each in tests/methods, what depends on the kind on these.
 KINDS = ("fedavg", "fedavg_ft", "local", "standalone", "two_step", "lotteryfl", "sub_fedavg", "fedselect", "fedpm")
+# What clients carry where a method asks: half of them less than the others.
+CARRY_LESS: dict[str, Any] = {"capacity": [{"clients": [0, 1], "width": 0.5, "density": 0.4}]}
+READ_CAPACITY = ("heterofl", "fjord", "fiarse")
 
 
 # A training recipe in which everything is drawn or depends on the round and the step.
@@ -121,7 +144,10 @@ def study(**sections: Any) -> schema.Study:
 
 
 def of_method(name: str, **sections: Any) -> schema.Study:
-    return study(method={"name": name, **METHODS[name]}, **{**SECTIONS.get(name, {}), **sections})
+    sections = {**SECTIONS.get(name, {}), **sections}
+    if name in READ_CAPACITY:
+        sections["clients"] = {**CARRY_LESS, **sections.get("clients", {})}
+    return study(method={"name": name, **METHODS[name]}, **sections)
 
 
 def recipe(

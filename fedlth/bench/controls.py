@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedlth.experiment.experiment import method_of
+from fedlth.experiment.well_formed import method_of
 from fedlth.study.schema import Study
 
 # Which arms a method has says what it makes; each then has a random mask of equal density, the global model's own

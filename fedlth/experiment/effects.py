@@ -46,9 +46,9 @@ def check_arms(study: Study, method: FederatedMethod, arms: Sequence[str]) -> No
     if twice:
         raise StudyError(f"personalise.arms: each must be given once, got {twice} {arms.count(twice)} times")
     own, name = method.own, method.name
-    if "frozen_random" in arms and method.space != "scores":
+    if "frozen_random" in arms and not hasattr(own, "frozen"):
         raise StudyError(f"personalise.arms: must not contain frozen_random, method {name} has no frozen weights")
-    if (found := sorted(OWN_MASK & set(arms))) and (method.space == "scores" or not _own_mask(method)):
+    if (found := sorted(OWN_MASK & set(arms))) and (not method.space.trains_weights or not _own_mask(method)):
         raise StudyError(f"personalise.arms: must not contain {found[-1]}, method {name} has no own mask of weights")
     for arm in {"own", "own_tuned", *OWN_MASK} & set(arms):
         if not (hasattr(own, "own") and hasattr(own, "tune")):
@@ -58,6 +58,8 @@ def check_arms(study: Study, method: FederatedMethod, arms: Sequence[str]) -> No
 def _own_mask(method: FederatedMethod) -> bool:
     """Say whether clients have masks of their own in the rounds; an update of the user's may make some."""
     own = method.own
+    if method.masks_all:
+        return True
     if isinstance(own, MaskedUpdate):
         return own.before != Keep() or own.after != Keep() or method.slices
     if isinstance(own, GossipUpdate):
@@ -78,7 +80,7 @@ def notes(study: Study, experiment: Experiment) -> list[str]:
     made += _idle_columns(study, method)
     only = ", ".join(a for a in arms if a not in UNTRAINED | {"own_tuned"})
     rates = [p for p in ("train.lr", *(f"train.{key}" for key in STEP_KEYS)) if study.given(p)]
-    if method.space == "scores" and not study.refine.rounds and only and rates:
+    if not method.space.trains_weights and not study.refine.rounds and only and rates:
         made.append(f"{', '.join(rates)}: only for the arms {only}, method {method.name} learns scores at its own rate")
     if method.phases and not _federates(study, method):
         made.append("federate.rounds: is 0, so the global model is theta_0, which no round has trained")
@@ -130,8 +132,8 @@ def _idle(study: Study, method: FederatedMethod, arms: set[str], product: str | 
     said, refined = f"method {method.name}", study.refine.rounds > 0
     federates = _federates(study, method)
     rounds = federates or refined
-    trained = arms - UNTRAINED - ({"own_tuned"} if method.space == "scores" else set())  # arms that train weights
-    weights = rounds and (method.space == "weights" or refined)
+    trained = arms - UNTRAINED - (set() if method.space.trains_weights else {"own_tuned"})  # arms that train weights
+    weights = rounds and (method.space.trains_weights or refined)
     none = "federate.rounds is 0" if method.phases else f"{said} has no rounds"
     untrained = f"no arm of {said} trains" if not arms - UNTRAINED else f"no arm of {said} trains weights"
     if not federates:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -16,9 +15,9 @@ from fedlth import rng
 from fedlth.data.split import num_sampled, num_unseen
 from fedlth.errors import StudyError
 from fedlth.experiment.population import Population
-from fedlth.methods.aggregate import CountMean
-from fedlth.methods.client_update import THETA_G, ClientUpdate, MaskedUpdate
-from fedlth.methods.fedpm import first_scores
+from fedlth.experiment.well_formed import method_of
+from fedlth.methods.aggregate import Aggregate, CountMean
+from fedlth.methods.client_update import ClientUpdate, MaskedUpdate
 from fedlth.methods.method import (
     Dense,
     Down,
@@ -27,18 +26,17 @@ from fedlth.methods.method import (
     Phase,
     Sampled,
     Waves,
-    check_frozen,
-    sending_checks,
 )
 from fedlth.methods.robust import with_rule
-from fedlth.methods.table import METHODS
+from fedlth.methods.space import SPACES
 from fedlth.models.layout import Entry, Layout, Params
 from fedlth.personalization.evaluate import Evaluate
 from fedlth.personalization.kept import At, Keep, keep_of
 from fedlth.personalization.newcomer import NEWCOMERS, phases_of
 from fedlth.personalization.personalise import NEED_NO_GLOBAL, TICKET, Personalise, Refined
 from fedlth.storage.client_state import ClientState
-from fedlth.storage.records import EVALUATE, HANDED, INTRODUCE, MetricRow
+from fedlth.storage.records import EVALUATE, MetricRow
+from fedlth.storage.server_state import ServerState
 from fedlth.study import schema, sections
 from fedlth.study.parts import make
 from fedlth.study.schema import Study
@@ -115,10 +113,11 @@ class Experiment:
         found = with_rule(found, study.federate.join, self.method.name)
         personalise = Personalise(
             own=self.method.own, finder=self.finder, arms=self.arms, targets=study.finder.densities,
-            main=self.keep, kept=self.kept_arm, learns_scores=self.method.space == "scores",
+            main=self.keep, kept=self.kept_arm, space=self.method.space,
             sends=((TICKET, "mask"),) if study.refine.rounds or getattr(self.newcomer, "others", False) else (),
         )  # fmt: skip
         down: Down = "slice" if slices else "broadcast" if found else "nothing"
+        cut = self.method.phases[-1].cut if found else None
         topology = self.method.topology
         if topology is not None:
             down = "nothing"
@@ -126,9 +125,9 @@ class Experiment:
         update = Evaluate(step2=personalise, arms=self.curve_arms)
         found.append(
             Phase(name=EVALUATE, update=update, who=Everyone(), rounds=evaluated, down=down, evaluates=True,
-                  changes_state=False, topology=topology)
+                  changes_state=False, topology=topology, cut=cut)
         )  # fmt: skip
-        found.append(replace(self._wave("personalise", personalise, down), topology=topology))
+        found.append(replace(self._wave("personalise", personalise, down), topology=topology, cut=cut))
         if self.newcomer is not None:
             density = self.keep.density if isinstance(self.keep, At) else study.finder.densities[-1]
             found += phases_of(self.newcomer, personalise, density)
@@ -257,8 +256,9 @@ class Experiment:
         return bool(self.method.phases)
 
     @property
-    def trains_weights(self) -> bool:
-        return self.federated and self.method.space == "weights"
+    def shares_weights(self) -> bool:
+        """Say whether the global state is a model that rounds have trained."""
+        return self.federated and self.method.space.kind == "values"
 
     @cached_property
     def slices(self) -> bool:
@@ -267,29 +267,51 @@ class Experiment:
 
     def chooses(self, phase: Phase) -> bool:
         """Say whether a client's reply decides what it shares from then on: both ends then remember its mask."""
-        return self.slices and phase.own_mask
+        return self.slices and phase.own_mask and phase.remembers
 
     @cached_property
     def layout(self) -> Layout:
-        """The layout of the global state: the exchanged model, or its prunable tensors as scores."""
-        return self.layout_of("values")
+        """The layout of the global state."""
+        return self.method.space.layout(self.task.exchange)
 
     def layout_of(self, kind: str) -> Layout:
-        """Return the layout of a message's kind."""
+        """Return the layout of a message's kind; a mask is over the state, or the model where that has no weights."""
         if kind == "statistics":  # shares of the classes
             return Layout((Entry("classes", (self.task.dataset.num_classes,), "buffer", 0),))
-        if self.method.space == "scores" or kind == "scores":
-            return self._scores
-        return self.task.exchange
+        if kind == self.method.space.kind or (kind == "mask" and self.layout.num_prunable):
+            return self.layout
+        space = next((space for space in SPACES if space.kind == kind), SPACES[0])
+        return space.layout(self.task.exchange)
 
-    @cached_property
-    def _scores(self) -> Layout:
-        return self.task.exchange.select(lambda e: e.prunable)
+    def message_layout(self, phase: Phase, name: str, kind: str) -> Layout:
+        """Return the layout of a message that a phase's update sends up."""
+        own = getattr(phase.update, "layout", None)
+        if kind != "statistics" or own is None:
+            return self.layout_of(kind)
+        found: Layout = own(name, self.task)
+        return found
+
+    def rule(self, phase: Phase) -> Aggregate | None:
+        """Return what joins a phase's contributions, given the task where it asks for it."""
+        asks = getattr(phase.join, "of_task", None)
+        return phase.join if asks is None else asks(self.task)
 
     def initial(self) -> Params:
         """Return round 0's global state, which both ends draw from the study's seed."""
-        task = self.task
-        return task.shared_part(task.theta_0) if self.method.space == "weights" else first_scores(task)
+        return self.method.space.initial(self.task)
+
+    @cached_property
+    def start_mask(self) -> np.ndarray | None:
+        """Everyone's mask before the first round, (exchange.num_prunable,) bool; None for everything."""
+        if self.method.start_mask == Dense():
+            return None
+        mask = self.task.shared_mask(self.method.start_mask(self.task, 0))
+        return None if mask.all() else mask
+
+    def start(self) -> ServerState:
+        """Return the server's state before the first round."""
+        theta, mask = self.initial(), self.start_mask
+        return ServerState(theta if mask is None else theta.masked(mask), mask=mask)
 
     def first_mask(self, client: int) -> np.ndarray | None:
         """Return what a client shares before it has chosen, (exchange.num_prunable,) bool; None for everything."""
@@ -318,7 +340,7 @@ class Experiment:
     def needs_whole(self, phase: Phase) -> bool:
         """Say whether controls need the whole global model beside a client's slice; it is counted as evaluation."""
         if phase.evaluates:
-            return self.method.space == "weights"
+            return self.method.space.kind == "values"
         return phase.name == "personalise" and not set(self.arms) <= NEED_NO_GLOBAL
 
     @cached_property
@@ -357,51 +379,6 @@ def open_experiment(text: str) -> Experiment:
 @lru_cache(maxsize=2)
 def _opened(text: str) -> Experiment:
     return Experiment.of(schema.build(json.loads(text)))
-
-
-def method_of(study: Study) -> FederatedMethod:
-    """Return the study's method; raise StudyError naming the place."""
-    method = make(METHODS, study.method, "method")
-    name = study.method["name"]
-    if not isinstance(method, FederatedMethod):
-        wanted = "fedlth.methods.method.FederatedMethod"
-        raise StudyError(f"method: {name} must return a {wanted}, got {type(method).__name__}")
-    if not isinstance(method.phases, tuple) or not all(isinstance(phase, Phase) for phase in method.phases):
-        raise StudyError(f"method: {name}: its phases must be a tuple of Phase, got {method.phases!r}")
-    check_frozen(method)
-    dense = method.first_mask == Dense()
-    checks: list[tuple[str, Any, bool, str]] = [
-        ("space", method.space, method.space in ("weights", "scores"), "weights or scores"),
-        (
-            "first_mask", method.first_mask, dense or method.slices or method.topology is not None,
-            "Dense where no phase sends slices and clients do not send to one another",
-        ),
-    ]  # fmt: skip
-    between = False
-    for phase in method.phases:
-        rule = all(hasattr(phase.join, part) for part in ("init", "add", "result"))
-        update, place = phase.update, phase.name
-        checks += [
-            ("phase name", place, bool(re.fullmatch("[a-z_]+", place)), "letters a-z and _"),
-            *sending_checks(phase, method.space, between),
-            (f"{place}.update", update, callable(update) and hasattr(update, "sends"), "a ClientUpdate"),
-            (f"{place}.join", phase.join, rule, "a rule with init, add and result"),
-            (f"{place}.update", update, bool(getattr(update, "sends", None)), "one that sends something to join"),
-            (f"{place}.who", phase.who, callable(phase.who) and not phase.in_waves, "clients, not Waves, step 2's"),
-            (f"{place}.also", phase.also, not phase.also or phase.down == "broadcast", "empty where slices go down"),
-            (f"{place}.also", phase.also, not any(n.startswith(THETA_G) for n in phase.also), f"no {THETA_G}"),
-        ]
-        between = phase.topology is not None
-    for place, value, fits, wanted in checks:
-        if not fits:
-            raise StudyError(f"method: {name}: its {place} must be {wanted}, got {value!r}")
-    names = [phase.name for phase in method.phases]
-    taken = {
-        n for n in names if names.count(n) > 1 or n in (EVALUATE, "personalise", INTRODUCE, HANDED, "refine", "refined")
-    }
-    if taken:
-        raise StudyError(f"method: {name}: phase names must be unique and none that every run has, got {min(taken)}")
-    return method
 
 
 def finder_of(study: Study) -> Finder:

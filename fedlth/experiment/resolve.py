@@ -13,17 +13,18 @@ from fedlth.data.examples import shapes
 from fedlth.data.factory import told
 from fedlth.data.partition_file import sha256_of
 from fedlth.data.tensors import inputs
-from fedlth.errors import StudyError
+from fedlth.errors import StudyError, wrong
 from fedlth.experiment import client_memory, effects, feasible
-from fedlth.experiment.experiment import KEPT_FIRST, Experiment, method_of, open_experiment
+from fedlth.experiment.experiment import KEPT_FIRST, Experiment, open_experiment
+from fedlth.experiment.well_formed import method_of
 from fedlth.kernel import kernel
+from fedlth.methods.client_update import sends_in
 from fedlth.methods.rules import check_rule
 from fedlth.models.call import call
 from fedlth.models.initial import refuse, torch_stream
 from fedlth.personalization import kept
 from fedlth.personalization.arms import arm_of
 from fedlth.rng import stream
-from fedlth.storage.server_state import ServerState
 from fedlth.storage.trackers import trackers_of
 from fedlth.study.schema import Study
 from fedlth.study.sections import Personalise, Train
@@ -31,6 +32,7 @@ from fedlth.tickets.gate import Adaptive, ValAccuracy, ValDrop
 from fedlth.tickets.rewind import ToInit
 from fedlth.training import cohort_size, dropout, kernel_backend
 from fedlth.training.budget import Budget
+from fedlth.training.local_client import LocalClient
 from fedlth.training.loss import Loss, examined
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import drawn_request
@@ -55,7 +57,7 @@ def resolve(study: Study) -> tuple[Experiment, list[str]]:
     if resolved.device == "auto" and resolved.engine == "inprocess":  # elsewhere each worker's machine decides
         resolved = resolved.model_copy(update={"device": experiment.task.device})
     size, why = cohort_size.decided(resolved, open_task(resolved.science()))
-    if size > 1 and experiment.method.space == "scores":
+    if size > 1 and not experiment.method.space.trains_weights:
         name = experiment.method.name
         why.append(f"cohort: method {name} trains scores one client at a time; other trainings go together")
     # Of the whole study: what decides no number (engine, folders, names) is not in the text of a worker's.
@@ -71,10 +73,17 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
     update: dict[str, Any] = {}
     if method.rewind and "rewind" not in study.finder.model_fields_set:
         update["finder"] = study.finder.model_copy(update={"rewind": {"name": method.rewind}})
-    defaults = {"personal": method.personal or None, "buffers": method.buffers}
-    missing = {key: value for key, value in defaults.items() if value and key not in study.model.model_fields_set}
-    if missing:
-        update["model"] = study.model.model_copy(update=missing)
+    written = study.model.model_fields_set
+    wanted = {"personal": method.personal or None, "prunable": method.prunable, "buffers": method.buffers}
+    asked = {key: value for key, value in wanted.items() if value is not None and key not in written}
+    if asked:
+        update["model"] = study.model.model_copy(update=asked)
+    if method.prunable is not None and "prunable" in written and study.model.prunable != method.prunable:
+        raise wrong(
+            "model.prunable",
+            f"{list(method.prunable)} or left out for method {method.name}, whose masks are over these tensors",
+            study.model.prunable,
+        )
     if study.partition["name"] == "file" and isinstance(study.partition.get("path"), str):
         sha256 = study.partition.get("sha256") or sha256_of(study.partition["path"])
         update["partition"] = {**study.partition, "sha256": sha256}
@@ -93,7 +102,7 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
     effects.check_arms(study, method, arms)
     notes = effects.notes(study, experiment)
     refines = study.refine.rounds > 0
-    if refines and ("ticket" not in arms or not experiment.trains_weights):
+    if refines and ("ticket" not in arms or not experiment.shares_weights):
         raise StudyError(
             "refine.rounds: must be 0 for a method without the arm `ticket` and federated rounds of weights"
         )
@@ -107,10 +116,10 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
         )
     if method.topology is not None:
         _check_no_server(experiment)
-    if study.evaluate.keep == "best" and study.evaluate.every and method.slices:
+    if study.evaluate.keep == "best" and study.evaluate.every and method.own_masks:
         raise StudyError(
-            f"evaluate.keep: must be last for a method that sends slices, as {method.name}: its clients hold masks of "
-            "later rounds than the best one, got best"
+            f"evaluate.keep: must be last for a method whose clients have masks, as {method.name}: theirs are of later "
+            "rounds than the best one, got best"
         )
     if study.tickets == "compact" and finder.dead.holds:
         raise StudyError(f"tickets: must be dense where dead weights are not zero, as with {finder.dead}")
@@ -122,12 +131,13 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
     _check_validation(experiment)
     _check_anchor(experiment)
     p = study.personalise
-    if method.space == "scores" and "own_tuned" in arms and (p.lr is not None or p.schedule != {"name": "constant"}):
+    given = p.lr is not None or p.schedule != {"name": "constant"}
+    if not method.space.trains_weights and "own_tuned" in arms and given:
         notes.append(
             f"personalise.lr and .schedule: have no effect on own_tuned, whose scores have {method.name}'s own rate"
         )
-    if method.name == "sub_fedavg" and study.train.epochs == 1:
-        notes.append("train.epochs: with 1, sub_fedavg's two masks are the same epoch's, and nothing is pruned")
+    if study.train.epochs == 1 and 1 in getattr(getattr(method.own, "after", None), "snapshots", ()):
+        notes.append(f"train.epochs: with 1, {method.name}'s two masks are the same epoch's, and nothing is pruned")
     return experiment, notes
 
 
@@ -167,7 +177,8 @@ def _checked(experiment: Experiment) -> list[str]:
     for phase in (phase for phase in experiment.phases if phase.topology is not None):
         for client in experiment.clients(phase, 1):
             experiment.senders(phase, 1, client)  # says what is wrong with a topology of the user's
-    notes: list[str] = []
+    _check_first_masks(experiment)
+    notes = _own_recipes(experiment)
     for task in experiment.task.each:
         try:
             found = _checked_task(experiment, task, arms)
@@ -197,6 +208,37 @@ def _check_population(experiment: Experiment) -> None:
         )
 
 
+def _check_first_masks(experiment: Experiment) -> None:
+    """Ask for the first mask of a client of each tier: a model or a tier that has none is refused before the run."""
+    met = set()
+    for client in range(experiment.study.clients.count):
+        of = experiment.task_of(client).name, experiment.task.capacity(client)
+        if of not in met:
+            met.add(of)
+            experiment.first_mask(client)
+
+
+def _own_recipes(experiment: Experiment) -> list[str]:
+    """Return a note for each view of a method's own recipes, which go to torch where the study's would not.
+
+    A recipe may depend on what a client carries, so one client of each tier is asked.
+    """
+    study, task = experiment.study, experiment.task
+    if study.compute != "sparse" and study.cohort == 1:
+        return []
+    one_of = {task.capacity(client): client for client in task.clients}
+    views: dict[str, None] = {}
+    for update in (phase.update for phase in experiment.federated_phases if hasattr(phase.update, "recipe")):
+        for client in one_of.values():
+            local = LocalClient(experiment.task_of(client), client, 1, "check")
+            recipe = update.recipe(local, local.recipe)
+            if recipe.views:
+                views[type(recipe.view).__name__] = None
+    who = "the kernel has" if study.compute == "sparse" else "cohorts have"
+    said = f"method {experiment.method.name}: trains in torch, client by client, since {who} no view"
+    return [f"{said} {name} of weights" for name in views]
+
+
 def _checked_task(experiment: Experiment, task: Task, arms: set[str]) -> list[str]:
     _check_recipes(task)
     method, notes = experiment.method, task.probe()
@@ -211,9 +253,9 @@ def _checked_task(experiment: Experiment, task: Task, arms: set[str]) -> list[st
             "are of later rounds than the best one, got best"
         )
     _check_gates(experiment, task)
-    if method.buffers and not any(e.norm for e in task.layout.entries):
+    if method.needs_norms and not any(e.norm for e in task.layout.entries):
         raise StudyError(f"method: {method.name} needs a model with norms, {task.study.model.name} has none")
-    if method.space == "scores" and task.exchange.num_prunable != task.layout.num_prunable:
+    if method.space.kind != "values" and task.exchange.num_prunable != task.layout.num_prunable:
         raise StudyError(
             f"model.personal: must leave all that is prunable shared, method {method.name} learns one mask of it, got "
             f"{list(task.study.model.personal or ())} and buffers {task.study.model.buffers}"
@@ -270,11 +312,12 @@ def _check_gates(experiment: Experiment, task: Task) -> None:
     metric, finder, own = task.judged.main, experiment.finder, experiment.method.own
     if metric.higher_is_better:
         return
-    for event in (getattr(own, "before", None), getattr(own, "after", None)):
-        if event is not None and getattr(event, "val_accuracy", -1) >= 0:
+    for event in (own, getattr(own, "before", None), getattr(own, "after", None)):
+        gate = getattr(event, "val_accuracy", -1)
+        if gate >= 0:
             raise StudyError(
                 f"method.val_accuracy: must be below 0 (always open) where less of the metric is better, as of "
-                f"{metric.name}, got {event.val_accuracy}"
+                f"{metric.name}, got {gate}"
             )
     if set(experiment.arms) & effects.SEARCH and hasattr(finder.gate, "at_least"):
         raise StudyError(
@@ -286,12 +329,14 @@ def _check_gates(experiment: Experiment, task: Task) -> None:
 def _check_rules(experiment: Experiment) -> None:
     """Raise StudyError where a rule of the method cannot be believed."""
     for phase in experiment.phases:
-        if phase.join is not None:
-            phase.join.init(ServerState(experiment.initial()), experiment.layout)  # a rule may refuse a layout
+        rule = experiment.rule(phase)
+        if rule is not None:
+            rule.init(experiment.start(), experiment.layout)  # a rule may refuse a layout
             place = f"method: {experiment.method.name}'s aggregation rule {type(phase.join).__name__}"
             count = len(experiment.clients(phase, 1))
-            layouts = {name: (kind, experiment.layout_of(kind)) for name, kind in phase.update.sends}
-            check_rule(phase.join, ServerState(experiment.initial()), experiment.layout, layouts, count, place)
+            for sends in sorted({sends_in(phase.update, round) for round in range(1, phase.rounds + 1)}):
+                layouts = {name: (kind, experiment.message_layout(phase, name, kind)) for name, kind in sends}
+                check_rule(rule, experiment.start(), experiment.layout, layouts, count, place)
 
 
 def _check_no_server(experiment: Experiment) -> None:
@@ -326,7 +371,7 @@ def _check_anchor(experiment: Experiment) -> None:
         rounds, place = study.tune.rounds, "tune.rounds"
     if int(number) > rounds:
         raise StudyError(f"finder.rewind.round: must be at most {place} = {rounds}, got {anchor}")
-    if method.space != "weights":
+    if method.space.kind != "values":
         raise StudyError(f"finder.rewind.round: must be -1, method {method.name} shares no weights, got {anchor}")
 
 
@@ -337,7 +382,7 @@ def _check_validation(experiment: Experiment) -> None:
         return
     searches, finder = bool(arms & effects.SEARCH), experiment.finder
     own = method.own
-    events = [getattr(own, event, None) for event in ("before", "after")]
+    events = [own, *(getattr(own, event, None) for event in ("before", "after"))]
     deciding = {
         "tune.lr": bool(study.tune.lr),
         "the arm random": "random" in arms,
@@ -358,7 +403,7 @@ def _check_newcomers(experiment: Experiment) -> None:
     if experiment.newcomer is None:
         return
     place = f"clients.newcomer: must be left out for method {method.name}"
-    if not experiment.trains_weights:
+    if not experiment.shares_weights:
         raise StudyError(f"{place}, which shares no weights")
     if "ticket" not in experiment.arms:
         raise StudyError("clients.newcomer: needs the arm ticket (personalise.arms), whose masks are handed over")

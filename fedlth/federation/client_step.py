@@ -12,8 +12,8 @@ from fedlth.experiment.experiment import Experiment, open_experiment
 from fedlth.federation.jobs import RESYNC, Job, Message, Reply
 from fedlth.federation.uplink import Uplink
 from fedlth.methods.attack import Aim, attacked
-from fedlth.methods.client_update import THETA_G, UPDATE, Update
-from fedlth.methods.method import Phase
+from fedlth.methods.client_update import NEXT_MASK, THETA_G, UPDATE, Update, sends_in
+from fedlth.methods.method import KNOWN, Phase
 from fedlth.personalization.personalise import EVALUATION
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.records import party
@@ -22,6 +22,8 @@ from fedlth.wire import mask as bitmap
 from fedlth.wire import metrics, payload
 from fedlth.wire.errors import ReferenceLost
 from fedlth.wire.payload import OF_ITSELF, Content
+
+EVERYONES = "everyones"  # the mask that all share, among the masks of a client's state
 
 
 def client_step(job: Job) -> Reply:
@@ -33,9 +35,11 @@ def client_step(job: Job) -> Reply:
         return _resync(job, began, bytes(8))
     state = experiment.first_state(job.client) if job.state is None else ClientState.from_bytes(job.state)
     known = state.masks.get("shared", experiment.first_mask(job.client))  # until it has chosen, what it began with
+    everyones = state.masks.get(EVERYONES, experiment.start_mask)
     try:
-        inbox = _received(job, experiment, phase, known)
+        inbox = _received(job, experiment, phase, known, everyones)
     except ReferenceLost:
+        known = everyones if job.inbox[0].broadcast else known
         return _resync(job, began, bytes.fromhex(bitmap.digest(known)) if known is not None else b"\1" * 8)
     # Streams of step 2 are the client's alone: which wave it is in must not matter.
     attack = experiment.population.attack_in(phase, job.client)
@@ -45,9 +49,10 @@ def client_step(job: Job) -> Reply:
     )  # fmt: skip
     update = phase.update(local, inbox, state)
     if attack is not None:
+        sends = sends_in(phase.update, job.round)
         update = attacked(
-            attack, local, update, phase.update.sends,
-            lambda kind: Aim(kind, experiment.layout_of(kind), inbox[THETA_G], phase.own_mask),
+            attack, local, update, sends,
+            lambda kind: Aim(kind, experiment.message_layout(phase, sends[0][0], kind), inbox[THETA_G], phase.own_mask),
         )  # fmt: skip
     state, outbox = _encoded(job, experiment, phase, local, inbox[THETA_G], update)
     cost = Cost()
@@ -73,20 +78,31 @@ def _resync(job: Job, began: float, held: bytes) -> Reply:
 
 
 @lru_cache(maxsize=4)
-def _decoded(data: bytes, kind: str, text: str) -> Content:
-    """Decode a broadcast once a worker. Callers treat the content as immutable."""
+def _decoded(data: bytes, kind: str, text: str, held: bytes | None) -> Content:
+    """Decode a broadcast once a worker; `held` are the bits of the mask that it may leave out.
+
+    Callers treat the content as immutable.
+    """
     experiment = open_experiment(text)
-    return payload.decode(data, kind, experiment.layout, codec=experiment.codec)
+    known = None if held is None else bitmap.unpack(held, experiment.layout.num_prunable)
+    return payload.decode(data, kind, experiment.layout, codec=experiment.codec, known_mask=known)
 
 
-def _received(job: Job, experiment: Experiment, phase: Phase, known: np.ndarray | None) -> dict[str, Content]:
-    """Return what came, by name; training uses these decoded objects, never the sender's."""
+def _received(
+    job: Job, experiment: Experiment, phase: Phase, known: np.ndarray | None, everyones: np.ndarray | None
+) -> dict[str, Content]:
+    """Return what came, by name; training uses these decoded objects, never the sender's.
+
+    `known` is what the client shares, `everyones` the mask that all share, as the client holds them.
+    """
     layout = experiment.layout
     got: dict[str, Content] = {}
+    held = None if everyones is None else bitmap.pack(everyones)
     for message in job.inbox:
         kind = "values" if message.kind == EVALUATION else message.kind
         if message.broadcast:
-            content = _decoded(message.payload, kind, job.study)
+            content = _decoded(message.payload, kind, job.study, held)
+            held = None if content.mask.all() else bitmap.pack(content.mask)  # what comes after it may refer to it
         else:
             content = payload.decode(message.payload, kind, layout, codec=experiment.codec, known_mask=known)
         got[EVALUATION if message.kind == EVALUATION else message.name] = content
@@ -104,11 +120,11 @@ def _encoded(
 ) -> tuple[ClientState, tuple[Message, ...]]:
     """Return what goes up as messages, and the state after it: with what the client now shares, and what it owes.
 
-    An update refers to the download that the server knows it has sent; a ticket's mask comes on its own, and so does
-    what other clients will read.
+    An update refers to the download that the server knows it has sent, the mask after it to the update's; a ticket's
+    mask comes on its own, and so does what other clients will read.
     """
     codec, state, sent = experiment.codec, update.state, []
-    known = None if phase.in_waves else received.mask
+    known = None if phase.in_waves else phase.known(local.rng(KNOWN), received.mask, received.floats)
     plain = Uplink(codec)
     up = Uplink(codec, known, received.reference if job.inbox and codec.refers else None)
     if phase.topology is not None:
@@ -116,17 +132,23 @@ def _encoded(
     if job.inbox and not job.inbox[0].broadcast and not received.mask.all():
         # A slice is of the client's own mask; one that was sent again brings it back to a client that has lost it.
         state = state.with_(masks={"shared": received.mask})
-    sends = phase.update.sends
+    if job.inbox and job.inbox[0].broadcast:
+        full = received.mask.all()
+        state = state.without(EVERYONES) if full else state.with_(masks={EVERYONES: received.mask})
+    sends = sends_in(phase.update, job.round)
     if update.contents.keys() != dict(sends).keys():
         raise ValueError(f"{job.phase}: must send {[name for name, _ in sends]}, got {list(update.contents)}")
     for i, (name, kind) in enumerate(sends):  # in this order at both ends: only the first refers to anything
-        content, layout, refers = update.contents[name], experiment.layout_of(kind), i == 0 and kind not in OF_ITSELF
+        content, layout = update.contents[name], experiment.message_layout(phase, name, kind)
+        refers = i == 0 and kind not in OF_ITSELF
         if refers and name == UPDATE:
             data, state = up.update(kind, layout, content, state)
+        elif name == NEXT_MASK:
+            data = Uplink(codec, update.contents[UPDATE].mask).encode(kind, layout, content)
         else:
             data = (up if refers else plain).encode(kind, layout, content)
         sent.append(Message(kind, name, data))
-        if i == 0 and experiment.chooses(phase):
+        if (i == 0 or name == NEXT_MASK) and experiment.chooses(phase):
             dense = content.mask.all() and experiment.first_mask(job.client) is None
             state = state.without("shared") if dense else state.with_(masks={"shared": content.mask})
     if phase.in_waves:

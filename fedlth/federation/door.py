@@ -12,6 +12,7 @@ import numpy as np
 from fedlth.data.split import ClientSplit
 from fedlth.federation.jobs import Reply
 from fedlth.methods.aggregate import Contribution
+from fedlth.methods.client_update import NEXT_MASK, UPDATE
 from fedlth.models.layout import Layout
 from fedlth.personalization.kept import Keep
 from fedlth.storage.records import CurveRow, MetricRow, VisitRecord, visit_record
@@ -41,8 +42,8 @@ class Accepted:
 
     @property
     def mask(self) -> np.ndarray | None:
-        """The mask of the first message, None where none came."""
-        return next(iter(self.masks.values()), None)
+        """What the client shares from now on: the mask that it names apart, or the first message's; None: none came."""
+        return self.masks.get(NEXT_MASK, next(iter(self.masks.values()), None))
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,11 @@ def accept(reply: Reply, *, codec: Codec, held: Held, asked: Asked) -> Accepted:
             record = metrics.decode(message.payload)
         elif name in asked.sends and asked.sends[name][0] == kind and name not in contents:
             refers = kind not in OF_ITSELF and name == next(iter(asked.sends))  # as the client encodes it
+            known = held.mask if refers else None
+            if name == NEXT_MASK and UPDATE in contents:
+                known = contents[UPDATE].mask
             contents[name] = payload.decode(
-                message.payload, kind, asked.sends[name][1], codec=codec, known_mask=held.mask if refers else None,
+                message.payload, kind, asked.sends[name][1], codec=codec, known_mask=known,
                 reference=held.sent if refers else None,
             )  # fmt: skip
         else:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
+from fedlth import rng
 from fedlth.experiment.experiment import Experiment
 from fedlth.federation.door import Held
 from fedlth.federation.jobs import Message
 from fedlth.federation.published import Published
 from fedlth.methods.client_update import THETA_G
-from fedlth.methods.method import Phase
+from fedlth.methods.method import KNOWN, Phase
 from fedlth.models.layout import Layout, Params
 from fedlth.storage.records import party
 from fedlth.storage.server_state import ServerState
+from fedlth.wire import mask as bitmap
 from fedlth.wire import payload
 from fedlth.wire.codec import RAW, Codec
 from fedlth.wire.payload import Content
@@ -24,11 +26,16 @@ from fedlth.wire.reference import Reference
 
 
 def broadcast(
-    kind: str, name: str, theta: Params, layout: Layout, codec: Codec = RAW, mask: np.ndarray | None = None
-) -> Message:
-    """Encode the global state once, for everyone; of a model with a mask, what it keeps."""
+    kind: str, name: str, theta: Params, layout: Layout, codec: Codec = RAW, mask: np.ndarray | None = None, *,
+    known: bool = False,
+) -> Message:  # fmt: skip
+    """Encode the global state once, for everyone; of a model with a mask, what it keeps.
+
+    `known` leaves the mask's bits out: for those who hold this mask.
+    """
     content = Content(np.ones(layout.num_prunable, bool) if mask is None else mask, theta.floats, theta.ints)
-    return Message(kind, name, payload.encode(kind, layout, content, codec=codec), broadcast=True)
+    data = payload.encode(kind, layout, content, codec=codec, known_mask=mask if known else None)
+    return Message(kind, name, data, broadcast=True)
 
 
 def slice_for(
@@ -42,12 +49,19 @@ def slice_for(
     return Message("values", name, payload.encode("values", layout, content, codec=codec, known_mask=known))
 
 
+def mask_name(mask: np.ndarray | None) -> str:
+    """Return the name of a mask, "" for one that holds everything."""
+    return "" if mask is None or mask.all() else bitmap.digest(mask)
+
+
 @dataclass(frozen=True)
 class Downloads:
     """One round's downloads. The global state is encoded once for everyone, and decoded here at most once.
 
-    `masks` are what each client shares, where the phase sends slices; `rewind_targets` earlier global models by name;
-    `published` what clients send to one another, where the phase has a topology.
+    A global state with a mask is encoded twice: with the mask's bits, and for those who hold it without. `masks` are
+    what each client shares, where the phase sends slices; `rewind_targets` earlier global models by name; `holds` the
+    name of everyone's mask that a client was last sent; `published` what clients send to one another, where the phase
+    has a topology.
     """
 
     experiment: Experiment
@@ -57,6 +71,7 @@ class Downloads:
     masks: Mapping[int, np.ndarray]
     rewind_targets: Mapping[str, Params]
     published: Published
+    holds: Mapping[int, str] = field(default_factory=dict)
 
     def inbox(self, client: int, *, alone: bool = False) -> tuple[Message, ...]:
         """Return what a client is sent; `alone` means that nothing in it depends on what the client holds."""
@@ -66,14 +81,16 @@ class Downloads:
             return ()
         mask = self.masks.get(client)
         if mask is None:
-            return (self._first, *self._also, *self._targets)
+            known = not alone and self._knows(client)
+            return (self._short if known else self._first, *self._also, *self._targets)
         theta, layout, codec = self.state.theta, self.experiment.layout, self.experiment.codec
-        alone = alone or self.phase.hand is not None  # the mask is another's
+        # The client cannot know what the server cuts, or whose mask it is handed: the bits go along.
+        alone = alone or self.phase.cut is not None or self.phase.hand is not None
         own = slice_for(THETA_G, theta, layout, mask, codec, alone=alone)
         whole = (replace(self._first, kind="evaluation"),) if self.experiment.needs_whole(self.phase) else ()
         return (own, *whole, *self._targets)
 
-    def held(self, client: int, inbox: Sequence[Message]) -> Held:
+    def held(self, client: int, inbox: Sequence[Message], round: int) -> Held:
         """Return what a client's answer may refer to: its download, decoded as the client decoded it.
 
         In step 2 a mask comes on its own, not as a change of what the client shared before.
@@ -84,7 +101,11 @@ class Downloads:
         floats = None
         if inbox and self.experiment.codec.refers and self.phase.update.sends:
             floats = self._whole if inbox[0].broadcast else self._decoded(inbox[0], known)
-        return Held(None if self.phase.in_waves else known, floats)
+        if self.phase.in_waves:
+            return Held(None, floats)
+        draw = rng.stream(self.experiment.study.seed, f"{self.phase.name}/{KNOWN}", round, client)
+        sent = self.state.theta.floats if floats is None else floats.floats  # without a reference nothing was coded
+        return Held(self.phase.known(draw, known, sent), floats)
 
     def mask(self, client: int) -> np.ndarray | None:
         """Return the mask of what a client is sent, None for all."""
@@ -100,10 +121,29 @@ class Downloads:
         return (*(Message("values", party(s), self.published.payload(s), broadcast=True) for s in senders), *whole)
 
     @cached_property
+    def name(self) -> str:
+        """The name of everyone's mask, "" where everyone keeps everything."""
+        return mask_name(self.state.mask)
+
+    def _knows(self, client: int) -> bool:
+        """Say whether a client holds everyone's mask, so that no bit of it must be sent."""
+        if not self.name or self.phase.down != "broadcast":
+            return False
+        held = self.holds.get(client)
+        return self.name == (mask_name(self.experiment.start_mask) if held is None else held)
+
+    @cached_property
     def _first(self) -> Message:
-        experiment = self.experiment
-        kind = "values" if experiment.method.space == "weights" else "scores"
-        return broadcast(kind, THETA_G, self.state.theta, experiment.layout, experiment.codec, self.state.mask)
+        return self._whole_state(known=False)
+
+    @cached_property
+    def _short(self) -> Message:
+        return self._whole_state(known=True)
+
+    def _whole_state(self, *, known: bool) -> Message:
+        experiment, state = self.experiment, self.state
+        kind = experiment.method.space.kind
+        return broadcast(kind, THETA_G, state.theta, experiment.layout, experiment.codec, state.mask, known=known)
 
     @cached_property
     def _also(self) -> tuple[Message, ...]:
@@ -115,13 +155,18 @@ class Downloads:
                 if memory[name].shape != (layout.num_floats,):
                     raise ValueError(f"memory {name} must be ({layout.num_floats},), got {memory[name].shape}")
                 vector = Params(memory[name], np.zeros(layout.num_ints, np.int64))
-                found.append(broadcast("values", name, vector, layout, codec, mask))
+                # Everyone's mask comes before it in the same inbox.
+                found.append(broadcast("values", name, vector, layout, codec, mask, known=True))
         return tuple(found)
 
     @cached_property
     def _targets(self) -> tuple[Message, ...]:
+        """Earlier global models, as far as everyone keeps them now: that mask comes before them in the same inbox."""
         layout, codec, mask = self.experiment.layout, self.experiment.codec, self.state.mask
-        return tuple(broadcast("values", n, p, layout, codec, mask) for n, p in self.rewind_targets.items())
+        known = self.phase.down == "broadcast"
+        return tuple(
+            broadcast("values", n, p, layout, codec, mask, known=known) for n, p in self.rewind_targets.items()
+        )
 
     @cached_property
     def _whole(self) -> Reference | None:

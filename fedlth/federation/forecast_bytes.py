@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from fedlth.experiment.experiment import Experiment
 from fedlth.federation.forecast_between import between, bounds, published_bytes
-from fedlth.federation.message_lengths import Lengths, later, noise, tried
-from fedlth.methods.client_update import Shrinking
-from fedlth.methods.method import Dense
+from fedlth.federation.message_lengths import Lengths, later, noise, tried, up_kind
+from fedlth.methods.client_update import Shrinking, sends_in
+from fedlth.methods.method import Dense, Phase
 from fedlth.personalization.evaluate import curve_row
 from fedlth.personalization.personalise import NEED_NO_GLOBAL, row_of
 from fedlth.personalization.step2 import Result
@@ -91,8 +91,9 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
     if method.topology is not None:
         return _between(experiment)
     dense = not method.slices
-    shrinking: Shrinking | None = Shrinking() if dense else getattr(method.own, "shrinking", None)
-    found = tried(experiment, visit_s) if dense and method.space == "weights" and DELTA in codec.values else ()
+    shrinking: Shrinking | None = getattr(method.own, "shrinking", None) if method.own_masks else Shrinking()
+    trial = dense and up_kind(experiment) == "values" and DELTA in codec.values
+    found = tried(experiment, visit_s) if trial else ()
     wire = Lengths(experiment, found or noise(task, codec), later(experiment, found))
     down, up = _sums(wire, shrinking or Shrinking(), pruned=True)
     sure = shrinking is not None and shrinking.sure
@@ -105,13 +106,18 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
         both.append("tickets at the largest density that each client may choose")
     if method.first_mask != Dense():
         both.append("clients that begin with the whole model")
-    if len(method.phases) > 1:
+    if any(phase.cut for phase in method.phases):
+        both.append("slices that hold the whole model")
+    if len(method.phases) > 1 or method.masks_all:
         both.append("no mask that all clients share")
-    scores = ["scores as undecided as after the first round"] if method.space == "scores" and codec.refers else []
-    ups = (*both, *_why_less_goes_up(wire, shrinking))
+    if dense and method.space.kind == "values" and any(phase.own_mask for phase in method.phases):
+        both.append("updates and a global model that hold every weight")
+    scores = [method.space.bounds[0]] if method.space.bounds[0] and codec.refers else []
+    free = ["masks of half the weights"] if any(map(_sends_other_masks, method.phases)) else []
+    ups = (*both, *free, *_why_less_goes_up(wire, shrinking))
     ends = (down, up) if shrinking is not None and not sure else (None, None)  # of what accuracy may decide
     last = method.phases[-1]
-    more = sum(wire.beside(kind) for _, kind in last.update.sends[1:])
+    more = sum(wire.beside(last, name, kind) for name, kind in sends_in(last.update, 1)[1:])
     visit = wire.model * (1 + len(last.also)), wire.update(1.0) + more + _visit_bytes(task)
     both_ways = Bytes(most[0], (*both, *scores), ends[0]), Bytes(most[1], ups, ends[1])
     return Forecast(*both_ways, len(found), visit, _evaluation(wire, shrinking, scores))
@@ -158,6 +164,7 @@ def _evaluation(wire: Lengths, shrinking: Shrinking | None, bounds: Sequence[str
                     known = shrinking is not None and shrinking.sure
                     held = shrinking.densities[prunes if known else 1] if shrinking else 1.0
                     down += wire.kept(held) + (experiment.needs_whole(phase) - 1) * wire.model
+            down += _sliced_first(experiment) * experiment.needs_whole(phase) * wire.model
     if phase.down == "slice" and not (shrinking and shrinking.sure):
         bounds = (*bounds, "a prune at the first visit")
     up = phase.rounds * sum(len(task.clients) * _curve_bytes(experiment, task) for task in experiment.task.each)
@@ -175,8 +182,8 @@ def _why_less_goes_up(wire: Lengths, shrinking: Shrinking | None) -> list[str]:
     codec, study = wire.codec, wire.experiment.study
     if not codec.refers or not study.federate.rounds + study.refine.rounds:
         return []
-    if wire.experiment.method.space == "scores":
-        return ["a bit for every weight of a mask"]
+    if up_kind(wire.experiment) != "values":
+        return [wire.experiment.method.space.bounds[1]]
     found = []
     if shrinking is None or len(shrinking.densities) > 1:
         found.append("new masks at their entropy")
@@ -211,8 +218,11 @@ def _sums(wire: Lengths, shrinking: Shrinking, *, pruned: bool) -> tuple[float, 
             up += number * wire.new_mask(densities[before], densities[after])
         elif unknown and not pruned:
             up += number * wire.new_mask(1.0, 0.5)
+    if any(map(_sends_other_masks, own)):
+        up += sum(steps.values()) * wire.new_mask(1.0, 0.5)
     whole = not set(experiment.arms) <= NEED_NO_GLOBAL
-    down += count * wire.model if unknown and whole and not pruned else 0.0  # beside a slice that holds all
+    # Beside a slice that holds all, or is counted as if it did.
+    down += whole * (count if unknown and not pruned else _sliced_first(experiment)) * wire.model
     sliced = sum(number for prunes, number in behind.items() if prunes)
     down += (count - sliced + count * len(experiment.rewind_targets)) * wire.model
     for prunes, number in behind.items():
@@ -244,10 +254,24 @@ def _newcomers(wire: Lengths) -> tuple[float, float]:
             up += count * len(metrics.encode({"rows": [{**row, "ticket": "0" * 16}]}))
         if phase.name == INTRODUCE:
             down += count * wire.model if phase.down != "nothing" else 0.0
-            up += count * (_visit_bytes(experiment.task) + sum(wire.message(kind) for _, kind in phase.update.sends))
+            told = sum(wire.message(phase, name, kind) for name, kind in phase.update.sends)
+            up += count * (_visit_bytes(experiment.task) + told)
     if newcomer is not None and newcomer.others and not study.refine.rounds:
         up += study.clients.count * wire.bare_mask(min(density, 0.5))
     return down, up
+
+
+def _sends_other_masks(phase: Phase) -> bool:
+    """Say whether every update of a phase comes under a mask of its own, which the next download does not have."""
+    return phase.down == "slice" and phase.own_mask and not phase.remembers
+
+
+def _sliced_first(experiment: Experiment) -> int:
+    """Count the clients that are sent a slice before they have chosen any: by their first mask, or as it is cut."""
+    clients = range(experiment.study.clients.count)
+    if any(phase.cut for phase in experiment.method.phases):
+        return len(clients)
+    return sum(experiment.first_mask(client) is not None for client in clients)
 
 
 def _tickets(experiment: Experiment) -> Mapping[float, tuple[int, int]]:
@@ -282,8 +306,9 @@ def _earlier(wire: Lengths) -> tuple[float, float]:
     for phase, number in experiment.steps:
         if phase in experiment.federated_phases[:-1]:
             count = len(experiment.clients(phase, number))
+            told = sum(wire.message(phase, name, kind) for name, kind in sends_in(phase.update, number))
             down += count * wire.model
-            up += count * (_visit_bytes(experiment.task) + sum(wire.message(kind) for _, kind in phase.update.sends))
+            up += count * (_visit_bytes(experiment.task) + told)
     return down, up
 
 
@@ -297,7 +322,7 @@ def _beside(wire: Lengths) -> tuple[float, float]:
         count = len(experiment.clients(phase, number)) if phase in experiment.federated_phases else 0
         down += count * wire.model * len(phase.also) * (number > 1)
         if phase in experiment.federated_phases[-1:]:
-            up += count * sum(wire.beside(kind) for _, kind in phase.update.sends[1:])
+            up += count * sum(wire.beside(phase, name, kind) for name, kind in sends_in(phase.update, number)[1:])
     return down, up
 
 
@@ -323,7 +348,7 @@ def _arms_bytes(experiment: Experiment) -> int:
 
 def _rows_bytes(experiment: Experiment, task: Task) -> int:
     study, local = experiment.study, LocalClient(task, task.clients[-1], 0, "forecast")
-    dense = DENSE if experiment.method.space == "weights" else {"local"}
+    dense = DENSE if experiment.method.space.kind == "values" else {"local"}
     row = as_record(row_of(local, Result(arm="", params=task.theta_0, mask=local.full, start="theta_g")))
     row["num_train"] = max(len(split.train) for split in task.splits.clients)
     sent = [arm for arm in experiment.arms for _ in (study.finder.densities if arm in EACH_TARGET else (1,))]

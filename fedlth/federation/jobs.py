@@ -12,7 +12,7 @@ MACHINES = frozenset({"died", "lost"})  # kinds of failure that are a machine's;
 
 @dataclass(frozen=True)
 class Message:
-    """One payload. `kind` is values, mask, scores, metrics or evaluation; `name` says which, e.g. "theta_g@3".
+    """One payload. `kind` is values, mask, scores, statistics, metrics or evaluation; `name` says which: "theta_g@3".
 
     A message of kind control and name RESYNC, alone in an outbox, asks for the download again without references. Its
     payload is the 8 bytes that name the client's mask, all zero where the client's state is lost.

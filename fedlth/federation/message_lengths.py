@@ -14,6 +14,7 @@ from fedlth import rng
 from fedlth.experiment.experiment import Experiment
 from fedlth.federation import downloads
 from fedlth.methods.aggregate import Contribution, join
+from fedlth.methods.method import Phase
 from fedlth.models.layout import Layout, Params
 from fedlth.storage.server_state import ServerState
 from fedlth.tickets.scope import Layerwise
@@ -51,18 +52,19 @@ class Lengths:
         return self.broadcast(self.theta)
 
     def broadcast(self, theta: Params) -> int:
-        kind = "values" if self.experiment.method.space == "weights" else "scores"
-        return len(downloads.broadcast(kind, "", theta, self.layout, self.codec).payload)
+        return len(downloads.broadcast(self.experiment.method.space.kind, "", theta, self.layout, self.codec).payload)
 
-    def message(self, kind: str) -> float:
-        """Return the most that a message of this kind takes which holds everything."""
+    def message(self, phase: Phase, name: str, kind: str) -> float:
+        """Return the most that a message of a phase's update takes which holds everything."""
         if kind == "values":
             return self.update(1.0)
-        return self.bare_mask(0.5) if kind == "mask" else 4.0 * self.experiment.layout_of(kind).num_floats + 64
+        if kind == "mask":
+            return self.bare_mask(0.5)
+        return 4.0 * self.experiment.message_layout(phase, name, kind).num_floats + 64
 
-    def beside(self, kind: str) -> float:
+    def beside(self, phase: Phase, name: str, kind: str) -> float:
         """Return the most that a message takes which refers to nothing, beside an update."""
-        return self.model if kind == "values" else self.message(kind)
+        return self.model if kind == "values" else self.message(phase, name, kind)
 
     def kept(self, density: float) -> float:
         """Return the bytes of a slice."""
@@ -106,8 +108,9 @@ class Lengths:
         return len(downloads.slice_for("", self.theta, self.layout, mask, self.codec).payload)
 
     def _update(self, density: float) -> float:
-        if self.experiment.method.space == "scores":
-            return self.bare_mask(0.5)
+        if (kind := up_kind(self.experiment)) != "values":
+            last = self.experiment.method.phases[-1]
+            return self.message(last, last.update.sends[0][0], kind)
         # Of a method with masks of its own this is a bound: weights that are alike in size take fewer bytes than any.
         mask, sizes = self._mask(density, by_size=not self.experiment.method.slices), []
         for old, new in self.moved or ((None, self.theta),):
@@ -151,14 +154,19 @@ def noise(task: Task, codec: Codec) -> Moved:
     return ((theta, Params((theta.floats + noise).astype(np.float32), theta.ints)),)
 
 
+def up_kind(experiment: Experiment) -> str:
+    """Return the kind of what a visit of the method's last phase sends up first."""
+    return experiment.method.phases[-1].update.sends[0][1]
+
+
 def later(experiment: Experiment, tried: Moved) -> Params:
     """Return a global state as it goes down after the first round."""
     first, study = experiment.initial(), experiment.study
     rule = experiment.method.phases[-1].join
-    if experiment.method.space == "scores" and study.federate.rounds and rule is not None:
-        draw, layout = rng.stream(0, "forecast"), experiment.layout
-        chance = 1 / (1 + np.exp(-first.floats[: layout.num_prunable].astype(np.float64)))
-        masks = (draw.random(chance.size) < chance for _ in range(experiment.per_round(study.federate)))
-        came = (Contribution(0, 1, Content(m, None, None)) for m in masks)
-        return join(rule, ServerState(first), came, layout).theta
+    if study.federate.rounds and rule is not None:
+        draw, layout, space = rng.stream(0, "forecast"), experiment.layout, experiment.method.space
+        count, kind = experiment.per_round(study.federate), up_kind(experiment)
+        made = [one for _ in range(count) if (one := space.reply(first, layout, kind, draw)) is not None]
+        if made:
+            return join(rule, ServerState(first), (Contribution(0, 1, one) for one in made), layout).theta
     return tried[-1][0] if tried else first

@@ -18,7 +18,7 @@ from fedlth.federation.fleet import Clock
 from fedlth.federation.jobs import RESYNC, Answers, Failure, Job, Message, Reply
 from fedlth.federation.update_norms import Distances, UpdateNorms
 from fedlth.methods.aggregate import Contribution
-from fedlth.methods.client_update import UPDATE, VALUES
+from fedlth.methods.client_update import UPDATE, sends_in
 from fedlth.methods.method import Phase
 from fedlth.personalization.arms import row_name
 from fedlth.personalization.personalise import EVALUATION
@@ -70,6 +70,7 @@ class Replies:
     seen_metric: list[float] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     mirrors: dict[str, str | None] = field(default_factory=dict)
+    holds: dict[str, str] = field(default_factory=dict)
     shared: dict[int, np.ndarray] = field(default_factory=dict)
     published: dict[str, str] = field(default_factory=dict)
     publishing: Writer | None = None
@@ -190,10 +191,10 @@ class Replies:
         try:
             if (answer.client, answer.round) != (job.client, job.round):
                 raise PayloadError(f"client {answer.client} answered for client {job.client}")
-            held = self.downloads.held(job.client, job.inbox)
+            held = self.downloads.held(job.client, job.inbox, self.round)
             got = accept(answer, codec=self.experiment.codec, held=held, asked=self._asked(job.client))
             late = self.clock.late(seconds)
-            update = got.contribution.content if got.contribution and self._sends_values and not late else None
+            update = got.contribution.content if got.contribution and self._sends_state and not late else None
             distances = self.norms.distances(update) if update else None
             return Arrived(job, answer, kind, got, distances, seconds, late)
         except PayloadError as error:
@@ -209,8 +210,10 @@ class Replies:
         return self.downloads.published.sent_bytes(self.phase, self.round, there)
 
     @property
-    def _sends_values(self) -> bool:
-        return self.phase.update.sends[:1] == VALUES
+    def _sends_state(self) -> bool:
+        """Say whether an update is of what was sent down, so that its distance from it says something."""
+        kind = self.experiment.method.space.kind if self.phase in self.experiment.federated_phases else "values"
+        return sends_in(self.phase.update, self.round)[:1] == ((UPDATE, kind),) and kind != "scores"
 
     def _asked(self, client: int) -> Asked:
         """Return what the server knows of a client's answer before it comes."""
@@ -224,7 +227,7 @@ class Replies:
     @cached_property
     def _asked_of_all(self) -> Asked:
         experiment, phase = self.experiment, self.phase
-        sends = phase.update.sends
+        sends = sends_in(phase.update, self.round)
         arms: tuple[str, ...] = ()
         if phase.in_waves:
             alone = {"refined": ("refined",), HANDED: (HANDED,)}  # phases of one arm
@@ -233,7 +236,8 @@ class Replies:
             arms = experiment.curve_arms
         return Asked(
             split=experiment.task.splits.clients[0], unseen=False, own_mask=phase.own_mask,
-            sends={name: (kind, experiment.layout_of(kind)) for name, kind in sends}, arms=frozenset(arms),
+            sends={name: (kind, experiment.message_layout(phase, name, kind)) for name, kind in sends},
+            arms=frozenset(arms),
             targets=frozenset((1.0, *experiment.study.finder.densities)),
             keep=None if phase.name == HANDED else experiment.keep, curve=phase.evaluates,
         )  # fmt: skip
@@ -248,6 +252,8 @@ class Replies:
                     self._see(row.val_accuracy, row.value("val", self.experiment.task_of(row.client).judged.main.name))
             return
         self.versions[client] = self.version
+        if self.phase.down == "broadcast":
+            self.holds[client] = self.downloads.name
         if not self.holds_state and answer.state is not None:
             states.add(answer.client, answer.state)
         if got.mask is not None and self.experiment.chooses(self.phase):

@@ -19,6 +19,7 @@ from fedlth.federation.progress import line, summary_of
 from fedlth.federation.published import Published
 from fedlth.federation.replies import Replies
 from fedlth.federation.update_norms import UpdateNorms
+from fedlth.methods.aggregate import Aggregate
 from fedlth.methods.method import Phase
 from fedlth.models.layout import Params
 from fedlth.storage.records import DROPPED, LATE, CurveRow, Failed, RoundRow, TimeRow
@@ -57,7 +58,7 @@ class Federation:
         return self.state.theta
 
     def _loaded(self, name: str) -> ServerState:
-        return self.folder.load_state(name) if name else ServerState(self.experiment.initial())
+        return self.folder.load_state(name) if name else self.experiment.start()
 
     def run(self, stop_after: int | None = None) -> None:
         """Run what is left of the study, committing after every round."""
@@ -93,8 +94,9 @@ class Federation:
             self.engine.holds_state,
         )  # fmt: skip
         sent, joined = self.state, 0
-        accumulator = phase.join.init(sent, layout) if phase.join else None
-        publishes = phase.topology is not None and phase.join is not None
+        rule = self.experiment.rule(phase)
+        accumulator = rule.init(sent, layout) if rule else None
+        publishes = phase.topology is not None and rule is not None
         with (
             self.folder.clients.writing(replies.version) as states,
             self.folder.mirrors.writing(replies.version) as masks,
@@ -104,14 +106,14 @@ class Federation:
             replies.publishing = publishing
             for job, answer in replies.all_of(answers):
                 for contribution in replies.judged(job, answer, states, masks):
-                    joined += _add(phase, accumulator, contribution)
+                    joined += _add(rule, accumulator, contribution)
             for contribution in replies.rest(states, masks):
-                joined += _add(phase, accumulator, contribution)
+                joined += _add(rule, accumulator, contribution)
         published = {**self.progress.published, **replies.published}
         progress = self.progress
-        if phase.join:
+        if rule:
             if joined:  # without a reply the old state stays
-                new = phase.join.result(accumulator)
+                new = rule.result(accumulator)
                 if publishes:  # of all that is published, by whoever was not here too
                     new = Published(self.experiment, self.folder, published).consensus(phase, sent)
                 self.state = new if new.mask is not None else replace(new, mask=sent.mask)
@@ -186,14 +188,20 @@ class Federation:
             known = {c: mask for c in others if (mask := self._mirror(c)) is not None}
             masks = hand(step.clients, known, self.state.memory)
         for client in step.clients if step.phase.down == "slice" and hand is None else ():
+            if step.phase.cut is not None:
+                cut = step.phase.cut(self.experiment.task_of(client), self.state, client)
+                if not cut.all():
+                    masks[client] = cut
+                continue
             mask = self._mirror(client)
             mask = self.experiment.first_mask(client) if mask is None else mask
             if mask is not None:
                 masks[client] = mask
         names = self.experiment.rewind_targets if step.phase.name == "personalise" else ()
         targets = {name: self.folder.load_params(name) for name in names}
+        holds = {int(client): name for client, name in self.progress.holds.items()}
         published = Published(self.experiment, self.folder, self.progress.published)
-        return Downloads(self.experiment, step.phase, step.round, self.state, masks, targets, published)
+        return Downloads(self.experiment, step.phase, step.round, self.state, masks, targets, published, holds)
 
     def _mirror(self, client: int) -> np.ndarray | None:
         """Return the mask of what a client shares, as it last said; None where it has not, or shares all."""
@@ -246,6 +254,9 @@ class Federation:
             mirrors.pop(client, None)
             if version is not None:
                 mirrors[client] = version
+        held = {**self.progress.holds, **replies.holds}
+        # Before there is a mask nobody holds one: where there never is, nothing is written.
+        holds = held if any(held.values()) or self.experiment.start_mask is not None else {}
         whole = TimeRow(round=step.round, phase=step.phase.name, seconds=time.perf_counter() - began)
         targets, target = self.experiment.rewind_targets, f"theta_g@{step.round}"
         if self.state is not sent and not step.phase.evaluates:  # what an evaluation chose has its file
@@ -264,7 +275,13 @@ class Federation:
             lengths["curve"] = self.folder.append("curve", curve)
         published = {**progress.published, **replies.published}
         self.progress = replace(
-            progress, step=step.place + 1, lengths=lengths, versions=versions, mirrors=mirrors, published=published
+            progress,
+            step=step.place + 1,
+            lengths=lengths,
+            versions=versions,
+            mirrors=mirrors,
+            holds=holds,
+            published=published,
         )
         self.folder.commit(self.progress)
         best = self.progress.best.theta if self.progress.best else ""
@@ -276,11 +293,11 @@ class Federation:
             self.committed(self.progress.step, summary, curve)
 
 
-def _add(phase: Phase, accumulator: Any, contribution: Any) -> int:
+def _add(rule: Aggregate | None, accumulator: Any, contribution: Any) -> int:
     """Join one contribution; a ticket's mask is mirrored, not joined."""
-    if phase.join is None:
+    if rule is None:
         return 0
-    phase.join.add(accumulator, contribution)
+    rule.add(accumulator, contribution)
     return 1
 
 

@@ -154,7 +154,7 @@ def _finish(federation: Federation) -> Digests:
 def _write_header(folder: RunFolder, experiment: Experiment, engine: Engine, ended: Federation | None = None) -> None:
     """Write what is true of the whole run; once it has `ended`, a dense download is that of its last global model."""
     study, task, method = experiment.study, experiment.task, experiment.method
-    theta = ended.theta if ended and experiment.trains_weights else task.shared_part(task.theta_0)
+    theta = ended.theta if ended and experiment.shares_weights else task.shared_part(task.theta_0)
     dense = broadcast("values", "", theta, task.exchange, experiment.codec)
     header = Header(
         study=study.study,

@@ -32,6 +32,9 @@ class Aggregate(Protocol):
     A rule is a frozen value: equal calls give equal results. What it must remember from round to round lies in the
     state's memory, which is checkpointed and comes back on resume. State and contents lie in `layout`; sums are
     float64, cast once. In a round without any contribution only `init` is called.
+
+    An attribute `masks` that is True says that it may give everyone a mask; a method `of_task(task)` returns the rule
+    that joins in its place, for one that asks the task (what a weight costs, the seed of the study).
     """
 
     def init(self, state: ServerState, layout: Layout, /) -> Any:
@@ -55,7 +58,8 @@ def join(rule: Aggregate, state: ServerState, contributions: Iterable[Contributi
     return rule.result(accumulator)
 
 
-def _floats(content: Content) -> np.ndarray:
+def values_of(content: Content) -> np.ndarray:
+    """Return what was sent as values; raise ValueError at a bare mask."""
     if content.floats is None:
         raise ValueError("a bare mask cannot be averaged as values")
     return content.floats
@@ -88,7 +92,7 @@ class FedAvg:
         return _Sum(state.theta, np.zeros(layout.num_floats), 0, state.theta.ints, np.empty(layout.num_floats))
 
     def add(self, so_far: _Sum, c: Contribution, /) -> None:
-        so_far.total += np.multiply(_floats(c.content), c.num_examples, out=so_far.scratch, dtype=np.float64)
+        so_far.total += np.multiply(values_of(c.content), c.num_examples, out=so_far.scratch, dtype=np.float64)
         so_far.weight += c.num_examples
         so_far.ints = _largest(so_far.ints, c.content)
 
@@ -112,7 +116,7 @@ class CountMean:
         return _Sum(state.theta, np.zeros(layout.num_floats), weight, state.theta.ints, np.empty(0))
 
     def add(self, so_far: _Sum, c: Contribution, /) -> None:
-        mask, floats = c.content.mask, _floats(c.content)  # floats are zero where the mask is False
+        mask, floats = c.content.mask, values_of(c.content)  # floats are zero where the mask is False
         share = c.num_examples if self.weighted else 1
         so_far.total += floats if share == 1 else floats.astype(np.float64) * share
         so_far.weight[: mask.size] += mask if share == 1 else mask * share

@@ -16,6 +16,7 @@ from fedlth.training.request import TrainingResult
 from fedlth.wire.payload import Content
 
 THETA_G, UPDATE = "theta_g", "update"  # the names of the global state on its way down, and of what comes up for it
+NEXT_MASK = "next_mask"  # a bare mask, sent after an update: what the client shares from then on, where not the same
 VALUES = ((UPDATE, "values"),)
 
 # What came down, by name: the global state under THETA_G, in the exchange layout (or as scores). Its mask says what of
@@ -38,12 +39,25 @@ class Update:
 
 
 class ClientUpdate(Protocol):
-    """A phase's client side; a frozen value. `sends` are (name, kind) of what it sends up."""
+    """A phase's client side; a frozen value. `sends` are (name, kind) of what it sends up.
+
+    Two more methods may say more: `skips(round)` names what of it is not sent in a round, never all of it;
+    `layout(name, task)` is the layout of a message of kind statistics, which no kind decides.
+    """
 
     @property
     def sends(self) -> tuple[tuple[str, str], ...]: ...
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update: ...
+
+
+def sends_in(update: ClientUpdate, round: int) -> tuple[tuple[str, str], ...]:
+    """Return (name, kind) of what an update sends up in a round, as both ends know it."""
+    skips = getattr(update, "skips", None)
+    if skips is None:
+        return update.sends
+    skipped = skips(round)
+    return tuple((name, kind) for name, kind in update.sends if name not in skipped)
 
 
 @dataclass(frozen=True)
@@ -61,7 +75,9 @@ class PersonalUpdate(ClientUpdate, Protocol):
     `passes(task, visits)`, how many trainings an epoch is to a client after so many own visits, where it is not one,
     and `tune_passes` how many it is to `tune`, where that is another number; `own_pull`, that its objective has a pull,
     which takes the place of the study's; `obstacle(recipe)` why it cannot train by a recipe, "" where it can;
-    `keeps`, how many vectors as long as the model it leaves in a client's state, beside what does not cross.
+    `keeps`, how many vectors as long as the model it leaves in a client's state, beside what does not cross;
+    `frozen(task)`, the net under learnt masks; `weights(local, inbox, state)`, the client's model without its mask
+    where the global state is none; `tunes_mask`, whether `tune` changes how much is kept.
     """
 
     def own(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Own:
@@ -178,7 +194,12 @@ class MaskedUpdate:
         if shared is not mask and not mask.all():
             new = new.with_(masks={"active": mask})  # of personal tensors only the client knows what is alive
         content = Content(shared, sent.floats, sent.ints)
-        return Update(kept_private(local, new, params), {UPDATE: content}, metrics)
+        contents = {UPDATE: content, **self.also(local, params, mask)}
+        return Update(kept_private(local, new, params), contents, metrics)
+
+    def also(self, local: LocalClient, params: Params, mask: np.ndarray, /) -> Mapping[str, Content]:
+        """Return what goes up beside the trained weights, which are whole `params` under `mask`."""
+        return {}
 
     def own(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Own:
         mask = local.task.whole_mask(inbox[THETA_G].mask, state.masks.get("active", local.full))

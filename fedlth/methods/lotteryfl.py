@@ -14,13 +14,12 @@ import numpy as np
 from fedlth.methods.client_update import MaskedUpdate, Shrinking, geometric
 from fedlth.methods.method import FederatedMethod
 from fedlth.methods.options import OWN, check, density_of, score_of, share_of, sliced
-from fedlth.methods.prune import passes, shrink
+from fedlth.methods.prune import passes, rewound, shrink
 from fedlth.models.layout import Params
 from fedlth.tickets.scope import Layerwise, Scope
 from fedlth.tickets.score import Magnitude, Score
 from fedlth.training.local_client import LocalClient
 from fedlth.training.request import TrainingResult
-from fedlth.training.task import Task
 
 
 @dataclass(frozen=True)
@@ -50,14 +49,7 @@ class PruneAndRewind:
         if round(target * mask.size) >= int(mask.sum()) or not passes(local, params, self.val_accuracy):
             return params, mask
         cut = shrink(self.score, self.scope, local, start=params, now=params, mask=mask, density=target)
-        return _rewound(params, local.task, cut), cut
-
-
-def _rewound(params: Params, task: Task, mask: np.ndarray) -> Params:
-    """Return theta_0's parameters under `mask`; buffers are statistics of data, not weights, and stay."""
-    floats, weights = params.floats.copy(), task.layout.num_params
-    floats[:weights] = task.theta_0.floats[:weights]
-    return Params(floats, params.ints).masked(mask)
+        return rewound(params, local.task, cut), cut
 
 
 def lotteryfl(

@@ -14,10 +14,37 @@ import numpy as np
 from fedlth.errors import StudyError
 from fedlth.methods.aggregate import Aggregate
 from fedlth.methods.client_update import VALUES, ClientUpdate, MaskedUpdate
+from fedlth.methods.space import Space, Weights
 from fedlth.methods.topology import Topology
+from fedlth.storage.server_state import ServerState
 from fedlth.training.task import Task
 
+
+class Known(Protocol):
+    """The mask that a round's upload is coded against, known to both ends: a pure function of what both have."""
+
+    def __call__(
+        self, rng: np.random.Generator, mask: np.ndarray | None, floats: np.ndarray | None, /
+    ) -> np.ndarray | None:
+        """Return (num_prunable,) bool, None for none; `mask` (None: all) and `floats` are the decoded download's.
+
+        rng: the client's own stream of this round, equal at both ends.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Received:
+    """The mask of the download."""
+
+    def __call__(
+        self, rng: np.random.Generator, mask: np.ndarray | None, floats: np.ndarray | None, /
+    ) -> np.ndarray | None:
+        return mask
+
+
 Down = Literal["broadcast", "slice", "nothing"]
+KNOWN = "known mask"  # the stream that a phase's Known is given
 
 
 class Who(Protocol):
@@ -96,6 +123,14 @@ class Hand(Protocol):
         ...
 
 
+class Cut(Protocol):
+    """What the server cuts out of the global state for a client, anew in each round."""
+
+    def __call__(self, task: Task, state: ServerState, client: int, /) -> np.ndarray:
+        """Return (exchange.num_prunable,) bool; a pure function of its arguments."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Phase:
     """Rounds that are alike.
@@ -103,12 +138,14 @@ class Phase:
     `name` is in the ledger, and names the random streams. `down` is what a client is sent: the global state as one
     payload for all ("broadcast"), what its own shared mask holds of it ("slice"), or "nothing". `update` is what a
     client does with it. `own_mask` says that an update may hold other weights than were sent down (a client that
-    prunes, or selects); one that does is otherwise refused. `join` makes the next server state of what came up; None:
-    nothing is joined. `rounds` 0 stands for the study's federate.rounds. `evaluates`: clients only look at what came,
-    and what crosses counts as evaluation. `changes_state` False: no client has another state afterwards. `hand` picks
-    the masks of those that have none of their own. `also` names vectors of the server's memory, (num_floats,) float32
-    of what is exchanged, that go down beside a broadcast state, each as a payload of its own: of all that everyone
-    keeps. One that the memory does not have yet is not sent.
+    prunes, or selects); one that does is otherwise refused. `remembers` says that those weights are what the client is
+    sent from then on; without, each round sends it its first mask again. `cut` names the weights of a slice in place of
+    what the client shares: the server chooses them, and sends their bits along. `join` makes the next server state of
+    what came up; None: nothing is joined. `rounds` 0 stands for the study's federate.rounds. `evaluates`: clients only
+    look at what came, and what crosses counts as evaluation. `changes_state` False: no client has another state
+    afterwards. `hand` picks the masks of those that have none of their own. `also` names vectors of the server's
+    memory, (num_floats,) float32 of what is exchanged, that go down beside a broadcast state, each as a payload of its
+    own: of all that everyone keeps. One that the memory does not have yet is not sent.
 
     With a `topology` clients send to one another, and `down` is "nothing": an inbox holds, under each sender's name,
     what it last published, or what both ends know of one that has not yet (theta_0 under its first mask, no bytes).
@@ -122,9 +159,12 @@ class Phase:
     rounds: int = 0
     down: Down = "broadcast"
     own_mask: bool = False
+    remembers: bool = True
+    cut: Cut | None = None
     evaluates: bool = False
     changes_state: bool = True
     hand: Hand | None = None
+    known: Known = field(default_factory=Received)
     also: tuple[str, ...] = ()
     topology: Topology | None = None
 
@@ -156,11 +196,13 @@ class FederatedMethod:
 
     `phases` come before step 2; without any, every client stands alone. The last of them has the method's own personal
     model (arms `own`, `own_tuned`). `arms` are the models that step 2 evaluates: names of `fedlth list arms`, or your
-    own `package.module:arm`. `space` says what the global state is: "weights", or "scores" of frozen weights.
-    `personal` are glob patterns of tensors that stay with the client ("@head": the last layer, FedPer's), `buffers` the
-    model's policy for norms (FedBN's keeps them with the client), for a model that has some; a study may name others.
-    `first_mask` is what a client keeps of the model before it has chosen for itself, `reads_capacity` whether any part
-    asks for clients.capacity. `rewind` names the finder's rewind where the study names none.
+    own `package.module:arm`. `space` is what the global state is: Weights, Scores, Thresholds.
+    `personal` are glob patterns of tensors that stay with the client ("@head": the last layer, FedPer's), `prunable`
+    those that masks are over, where not only weights are, `buffers` the model's policy for norms (FedBN's keeps them
+    with the client): each is what the study has where it says nothing; `needs_norms` refuses a model without any.
+    `first_mask` is what a client keeps of the model before it has chosen for itself, `start_mask` everyone's mask
+    before the first round, the same for any client (both ends know it, too), `reads_capacity` whether any part asks for
+    clients.capacity. `rewind` names the finder's rewind where the study names none.
     """
 
     name: str
@@ -168,10 +210,13 @@ class FederatedMethod:
     summary: str
     phases: tuple[Phase, ...]
     arms: tuple[str, ...]
-    space: Literal["weights", "scores"] = "weights"
+    space: Space = field(default_factory=Weights)
     personal: tuple[str, ...] = ()
+    prunable: tuple[str, ...] | None = None
     buffers: Literal["aggregate", "local_statistics", "local_all"] | None = None
+    needs_norms: bool = False
     first_mask: FirstMask = field(default_factory=Dense)
+    start_mask: FirstMask = field(default_factory=Dense)
     reads_capacity: bool = False
     rewind: str | None = None
 
@@ -181,9 +226,19 @@ class FederatedMethod:
         return self.phases[-1].update if self.phases else MaskedUpdate()
 
     @property
+    def masks_all(self) -> bool:
+        """Say whether everyone may come to share one mask."""
+        return self.start_mask != Dense() or any(getattr(phase.join, "masks", False) for phase in self.phases)
+
+    @property
     def slices(self) -> bool:
         """Say whether clients are sent their own part of the model: both ends then keep what a client shares."""
         return any(phase.down == "slice" for phase in self.phases)
+
+    @property
+    def own_masks(self) -> bool:
+        """Say whether a client has a mask of its own among weights, whatever is sent down."""
+        return self.slices or (self.space.kind == "values" and any(phase.own_mask for phase in self.phases))
 
     @property
     def topology(self) -> Topology | None:
@@ -191,7 +246,7 @@ class FederatedMethod:
         return self.phases[-1].topology if self.phases else None
 
 
-def sending_checks(phase: Phase, space: str, between: bool) -> list[tuple[str, Any, bool, str]]:
+def sending_checks(phase: Phase, space: Space, between: bool) -> list[tuple[str, Any, bool, str]]:
     """Return what must hold of how a phase sends; `between` says that in the one before clients had no server."""
     place, topology, update = phase.name, phase.topology, phase.update
     if topology is None:
@@ -201,16 +256,18 @@ def sending_checks(phase: Phase, space: str, between: bool) -> list[tuple[str, A
     return [
         (f"{place}.down", phase.down, phase.down == "nothing", "nothing where clients send to one another"),
         (f"{place}.topology", topology, callable(topology), "callable as (client, others, rng)"),
-        (f"{place}.topology", topology, space == "weights", "None where the global state is scores"),
+        (f"{place}.topology", topology, space.kind == "values", "None where the global state is no weights"),
         (f"{place}.update", update, sends == VALUES, f"one that sends {VALUES}: what neighbours are relayed"),
     ]
 
 
 def check_frozen(method: FederatedMethod) -> None:
     """Raise StudyError where a part of a method is no frozen value: what it kept in itself would be lost on resume."""
-    parts = [("first_mask", method.first_mask)]
+    parts: list[tuple[str, Any]] = [(name, getattr(method, name)) for name in ("first_mask", "start_mask", "space")]
     parts += [
-        (f"{p.name}.{part}", getattr(p, part)) for p in method.phases for part in ("update", "join", "who", "topology")
+        (f"{p.name}.{part}", getattr(p, part))
+        for p in method.phases
+        for part in ("update", "join", "who", "known", "topology", "cut")
     ]
     for name, value in parts:
         loose = loose_part(value, name)

@@ -37,7 +37,7 @@ def score_of(spec: str | dict[str, Any]) -> Any:
     return score
 
 
-def check(**options: tuple[float, bool, str]) -> None:
+def check(**options: tuple[object, bool, str]) -> None:
     """Raise StudyError at the first option that does not fit: name = (value, whether it fits, what is wanted)."""
     for name, (value, fits, wanted) in options.items():
         if not fits:

@@ -99,5 +99,5 @@ def fedbn() -> FederatedMethod:
     return FederatedMethod(
         name="fedbn", paper="Li et al., ICLR 2021, arXiv 2102.07623",
         summary="FedAvg of all but the norms, which stay with the client",
-        phases=(averaged(),), arms=OWN, buffers="local_all",
+        phases=(averaged(),), arms=OWN, buffers="local_all", needs_norms=True,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What prunes of a federation share: the next mask among the survivors, and the gate on validation data."""
+"""What prunes of a federation share: the next mask among the survivors, the rewind, the gate on validation data."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from fedlth.models.layout import Params
 from fedlth.tickets.scope import Scope
 from fedlth.tickets.score import Score
 from fedlth.training.local_client import LocalClient
+from fedlth.training.task import Task
 
 
 def shrink(
@@ -21,3 +22,10 @@ def shrink(
 def passes(local: LocalClient, params: Params, gate: float) -> bool:
     """Say whether the study's metric on validation data exceeds a gate; one below zero is open."""
     return gate < 0 or local.val_score(params) > gate
+
+
+def rewound(params: Params, task: Task, mask: np.ndarray) -> Params:
+    """Return theta_0's parameters under `mask`; buffers are statistics of data, not weights, and stay."""
+    floats, weights = params.floats.copy(), task.layout.num_params
+    floats[:weights] = task.theta_0.floats[:weights]
+    return Params(floats, params.ints).masked(mask)

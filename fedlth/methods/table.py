@@ -6,17 +6,35 @@ from collections.abc import Callable, Mapping
 
 from fedlth.methods.apfl import apfl
 from fedlth.methods.baselines import fedavg, fedavg_ft, local, standalone, two_step
+from fedlth.methods.cell import cell
+from fedlth.methods.deltamask import deltamask
 from fedlth.methods.dispfl import dispfl
+from fedlth.methods.feddst import feddst
+from fedlth.methods.fedltn import fedltn
+from fedlth.methods.fedmask import fedmask
 from fedlth.methods.fedpm import fedpm
 from fedlth.methods.fedselect import fedselect
+from fedlth.methods.fedspa import fedspa
+from fedlth.methods.fedtiny import fedtiny
+from fedlth.methods.fiarse import fiarse
+from fedlth.methods.fjord import fjord
+from fedlth.methods.flash import flash
 from fedlth.methods.gossip import dfedavg
+from fedlth.methods.hermes import hermes
+from fedlth.methods.heterofl import heterofl
 from fedlth.methods.lotteryfl import lotteryfl
 from fedlth.methods.method import FederatedMethod
+from fedlth.methods.pfedgate import pfedgate
 from fedlth.methods.private_layers import fedbn, fedper, fedrep
 from fedlth.methods.proximal import ditto, fedprox, pfedme
+from fedlth.methods.prunefl import prunefl
+from fedlth.methods.salient import salientgrads, ssfl
 from fedlth.methods.scaffold import scaffold
 from fedlth.methods.server_optimizer import fedadam, fedavgm, fedyogi
+from fedlth.methods.spafl import spafl
+from fedlth.methods.sparsyfed import sparsyfed
 from fedlth.methods.sub_fedavg import sub_fedavg
+from fedlth.methods.sub_fedavg_hybrid import sub_fedavg_hybrid
 
 METHODS: Mapping[str, Callable[..., FederatedMethod]] = {
     f.__name__: f
@@ -30,6 +48,16 @@ METHODS: Mapping[str, Callable[..., FederatedMethod]] = {
         sub_fedavg,
         fedselect,
         fedpm,
+        salientgrads,
+        ssfl,
+        prunefl,
+        fedtiny,
+        feddst,
+        flash,
+        fedmask,
+        deltamask,
+        spafl,
+        pfedgate,
         fedavgm,
         fedadam,
         fedyogi,
@@ -43,5 +71,14 @@ METHODS: Mapping[str, Callable[..., FederatedMethod]] = {
         fedbn,
         dfedavg,
         dispfl,
+        cell,
+        sub_fedavg_hybrid,
+        hermes,
+        fedltn,
+        fedspa,
+        heterofl,
+        fjord,
+        fiarse,
+        sparsyfed,
     )
 }

@@ -91,6 +91,11 @@ class Layout:
         return self if whole else self.select(lambda e: e.trainable or e.role == "buffer")
 
     @cached_property
+    def rows(self) -> Layout:
+        """One number for each row (output unit or filter) of every prunable tensor, in order; none is prunable."""
+        return Layout(_number([replace(e, shape=e.shape[:1], prunable=False, aliases=()) for e in self.prunable]))
+
+    @cached_property
     def trainable(self) -> np.ndarray:
         """Which parameters training can change at all, (num_params,) bool."""
         found = np.ones(self.num_params, bool)

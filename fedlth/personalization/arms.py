@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,6 @@ import numpy as np
 
 from fedlth.errors import StudyError, wrong
 from fedlth.methods.client_update import ClientUpdate, Inbox
-from fedlth.methods.fedpm import frozen_weights
 from fedlth.models.layout import Params
 from fedlth.personalization.step2 import Result, Step2
 from fedlth.storage.client_state import ClientState
@@ -120,8 +120,19 @@ def own_tuned(step: Step2) -> Iterator[Result]:
 
 def own_random(step: Step2) -> Iterator[Result]:
     """The control of `own_tuned`: a random mask of the same layer counts on the same start weights, trained by SGD."""
-    held = step.method.own(step.local, step.inbox, step.state)
-    yield trained(step, "own_random", "theta_g", _shuffled(step, held.mask, "own_random", granularity_of(step.method)))
+    held, at = step.method.own(step.local, step.inbox, step.state), len(step.log)
+    if getattr(step.method, "tunes_mask", False):  # equal density is that of what `own_tuned` ends with
+        with suppress(FloatingPointError):
+            held = step.method.tune(step.local, step.inbox, step.state, step.recipe)
+    searched = step.spent(at)
+    mask = _shuffled(step, held.mask, "own_random", granularity_of(step.method))
+    whole, begin, start = getattr(step.method, "weights", None), None, "theta_g"
+    if whole is not None:  # weights that never leave the client
+        begin, start = whole(step.local, step.inbox, step.state).masked(mask), "own"
+    found = trained(step, "own_random", start, mask, begin=begin)
+    flops = found.flops[0] + searched.flops, found.flops[1] + searched.alive_flops
+    cpu_s = found.cpu_s[0] + searched.cpu_s, found.cpu_s[1]
+    yield replace(found, search_epochs=plain_number(searched.epochs), flops=flops, cpu_s=cpu_s)
 
 
 def own_global_mask(step: Step2) -> Iterator[Result]:
@@ -136,7 +147,7 @@ def frozen_random(step: Step2) -> Iterator[Result]:
     """The control of learnt masks: a random mask of the same layer counts on the same frozen weights."""
     held = step.method.own(step.local, step.inbox, step.state)
     mask = _shuffled(step, held.mask, "frozen_random", granularity_of(step.method))
-    params = frozen_weights(step.local.task).masked(mask)
+    params = step.method.frozen(step.local.task).masked(mask)
     yield Result(arm="frozen_random", params=params, mask=mask, start="frozen")
 
 

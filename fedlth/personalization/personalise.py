@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from fedlth.methods.client_update import (
     private,
     received_params,
 )
+from fedlth.methods.space import Space, Weights
 from fedlth.personalization.arms import arm_of, tuned
 from fedlth.personalization.kept import Keep, remembered, target_of
 from fedlth.personalization.step2 import Result, Step2
@@ -38,7 +38,7 @@ NEED_NO_GLOBAL = frozenset({"own", "own_tuned", "local", "frozen_random"})
 class Personalise:
     """Search, train and evaluate the `arms`; keep the model of the arm `kept` that the rule `main` picks.
 
-    `own` has the method's own model. `learns_scores`: the global state are scores. `sends` the ticket's mask where
+    `own` has the method's own model. `space` is what the global state is. `sends` the ticket's mask where
     federated rounds inside the tickets follow.
     """
 
@@ -48,7 +48,7 @@ class Personalise:
     targets: tuple[float, ...]
     main: Keep
     kept: str | None
-    learns_scores: bool = False
+    space: Space = field(default_factory=Weights)
     sends: tuple[tuple[str, str], ...] = ()
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
@@ -63,18 +63,12 @@ class Personalise:
     def step2(self, local: LocalClient, inbox: Inbox, state: ClientState) -> Step2:
         """Return what the arms work with."""
         task, own = local.task, private(local, state)
-        if self.learns_scores:
-            update: Any = self.own
-            held = update.own(local, inbox, state)
-            theta_g, alive = held.params, held.mask
-        else:
-            whole = inbox.get(EVALUATION, inbox[THETA_G])
-            theta_g, alive = task.merge(received_params(whole), own), task.whole_mask(whole.mask, local.full)
-        anchors = {"theta_0": task.theta_0, "theta_g@0": task.theta_0, "theta_g": theta_g}
+        held = self.space.model(task, inbox.get(EVALUATION, inbox[THETA_G]), own)
+        anchors = {"theta_0": task.theta_0, "theta_g@0": task.theta_0, "theta_g": held.params}
         for name, content in inbox.items():
             if name.startswith("theta_g@"):
                 anchors[name] = task.merge(received_params(content), own)
-        return Step2(local, self.own, inbox, state, theta_g, alive, anchors, self.finder, self.targets)
+        return Step2(local, self.own, inbox, state, held.params, held.mask, anchors, self.finder, self.targets)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,7 +68,7 @@ def account(facts: Facts) -> Account:
     found = traffic(facts)
     first: dict[str, LedgerRow] = {}
     for row in facts.ledger:
-        if row.sender == SERVER and row.kind in ("install", "values", "scores"):
+        if row.sender == SERVER and row.kind in ("install", "values", "scores", "thresholds"):
             first.setdefault(row.receiver, row)
     size = sizes_of(facts).prunable
     masked = [row for row in facts.ledger if row.sender != SERVER and row.ticket]

@@ -165,13 +165,15 @@ def is_refused(row: LedgerRow) -> bool:
 
 
 def once(rows: Iterable[LedgerRow]) -> list[LedgerRow]:
-    """Return the rows with each broadcast counted once: one row a round, phase, sender and name of what was broadcast.
+    """Return the rows with each broadcast counted once: one row a round, phase, sender, name and coding of it.
 
-    A row's kind says what a payload was to its receiver (install, values, evaluation, resync), not which it was.
+    A row's kind says what a payload was to its receiver (install, values, evaluation, resync), not which it was. A
+    model with a mask is broadcast in two forms, with the mask's bits and without: two payloads, each counted once.
     """
     kept: dict[tuple[object, ...], LedgerRow] = {}
     for place, row in enumerate(rows):
-        kept.setdefault((row.round, row.phase, row.sender, row.name) if row.broadcast else (place,), row)
+        which = (row.round, row.phase, row.sender, row.name, row.coding)
+        kept.setdefault(which if row.broadcast else (place,), row)
     return list(kept.values())
 
 

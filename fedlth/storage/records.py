@@ -42,10 +42,10 @@ LATE, DROPPED = "late", "dropped"
 class LedgerRow:
     """One message. `payload_bytes` is len() of what was serialised; `framed_bytes` is what the transport tells.
 
-    `kind` is values, mask, scores, metrics or evaluation, as the message says; "install" is a client's first model,
-    "control" a client's request, "resync" what was sent again because of it. `coding` names the mask mode and the
-    value mode; `mask_bytes` and `value_bytes` are those sections (the rest is header and checksum); `iid_bytes` is
-    the sum of n H(k / n) over the mask's layers: a reference beside `mask_bytes`, no minimum.
+    `kind` is values, mask, scores, statistics, metrics or evaluation, as the message says; "install" is a client's
+    first model, "control" a client's request, "resync" what was sent again because of it. `coding` names the mask mode
+    and the value mode; `mask_bytes` and `value_bytes` are those sections (the rest is header and checksum); `iid_bytes`
+    is the sum of n H(k / n) over the mask's layers: a reference beside `mask_bytes`, no minimum.
     """
 
     round: int

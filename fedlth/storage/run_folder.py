@@ -49,7 +49,8 @@ class Progress:
 
     `versions` name each client's state, `mirrors` the server's copy of its mask, `published` what it last sent others.
     `theta` names the checkpoint of the server's state, "" for the initial one. `good` names the last one that a client
-    could work with, None while there is none. `norms` are the distances of accepted updates by phase and group. `best`
+    could work with, None while there is none. `holds` names everyone's mask as each client was last sent it ("" for
+    everything). `norms` are the distances of accepted updates by phase and group. `best`
     is what the evaluations have chosen so far.
     """
 
@@ -58,6 +59,7 @@ class Progress:
     versions: dict[str, str] = field(default_factory=dict)
     mirrors: dict[str, str] = field(default_factory=dict)
     published: dict[str, str] = field(default_factory=dict)
+    holds: dict[str, str] = field(default_factory=dict)
     lengths: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LOGS, 0))
     empty_rounds: int = 0
     good: str | None = None

@@ -53,7 +53,8 @@ class Lesson:
     """A training of masks over weights that never change. `alive` and `density` say what a mask may hold.
     It lasts `epochs`, and `steps` more.
 
-    `rule` is how scores become a mask in the forward pass: "edge_popup", "biprop" or "bernoulli".
+    `rule` is how scores become a mask in the forward pass: "edge_popup", "biprop", "bernoulli" or
+    "threshold".
     """
 
     rule: str

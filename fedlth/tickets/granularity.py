@@ -54,7 +54,7 @@ class Row:
     rows: ClassVar[tuple[int, ...]] = (18,)
 
     def groups(self, layout: Layout, /) -> Groups:
-        return _groups(layout, lambda shape: np.indices(shape)[0])
+        return numbered(layout, lambda shape: np.indices(shape)[0])
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Channel:
     rows: ClassVar[tuple[int, ...]] = (18,)
 
     def groups(self, layout: Layout, /) -> Groups:
-        return _groups(layout, lambda shape: np.indices(shape)[min(1, len(shape) - 1)])
+        return numbered(layout, lambda shape: np.indices(shape)[min(1, len(shape) - 1)])
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,10 @@ class Block:
             i, j = np.indices((outputs, inputs))
             return np.asarray(i // self.height * -(-inputs // self.width) + j // self.width)
 
-        return _groups(layout, tile)
+        return numbered(layout, tile)
 
 
-def _groups(layout: Layout, number: Numbering) -> Groups:
+def numbered(layout: Layout, number: Numbering) -> Groups:
     """Number the groups of every prunable tensor after those of the one before."""
     entries: list[Entry] = []
     of = np.zeros(layout.num_prunable, np.int64)

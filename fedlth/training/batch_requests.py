@@ -14,7 +14,7 @@ from fedlth.training.lockstep import ASK
 from fedlth.training.loss import CrossEntropy, MaskedLm, MeanSquaredError, restricts
 from fedlth.training.metrics import Metric, Scores
 from fedlth.training.optimizer import Adam, AdamW, Sgd
-from fedlth.training.pull import Correction, Proximal
+from fedlth.training.pull import L1, Correction, Proximal
 from fedlth.training.request import TrainingRequest, TrainingResult
 
 # A batch is as long as its own longest example, and what a network makes of padding is its own affair.
@@ -83,9 +83,12 @@ def lacks(request: TrainingRequest) -> str:
     recipe = request.recipe
     if restricts(recipe.loss):
         return "a cohort has no classes: own"
-    for part, known in ((recipe.optimizer, OPTIMIZERS), (recipe.loss, LOSSES), (recipe.pull, (Proximal, Correction))):
+    pulls = (Proximal, Correction, L1)
+    for part, known in ((recipe.optimizer, OPTIMIZERS), (recipe.loss, LOSSES), (recipe.pull, pulls)):
         if type(part) not in known:
             return f"a cohort has no {type(part).__name__}"
+    if recipe.views:
+        return f"a cohort has no view {type(recipe.view).__name__}"
     if request.data.lengths:
         return RAGGED
     if recipe.dropout is not None:

@@ -39,7 +39,8 @@ def lacks(recipe: TrainingRecipe) -> str:
     if recipe.loss.label_smoothing:
         return "label smoothing"
     checks = (
-        ("clip_norm", recipe.clip_norm is not None), ("pull", recipe.pulls), ("dropout", recipe.dropout is not None),
+        ("clip_norm", recipe.clip_norm is not None), ("pull", recipe.pulls),
+        (f"view {type(recipe.view).__name__}", recipe.views), ("dropout", recipe.dropout is not None),
         (recipe.precision, recipe.precision != "float32"),
     )  # fmt: skip
     return next((name for name, given in checks if given), "")

@@ -42,7 +42,7 @@ class LossProbe:
     order: Callable[[], np.random.Generator]
     torch_seed: int
     batch_size: int
-    learning: Callable[[Lesson], AbstractContextManager[None]] = lambda lesson: nullcontext()
+    learning: Callable[[Lesson], AbstractContextManager[object]] = lambda lesson: nullcontext()
 
     @property
     def layout(self) -> Layout:

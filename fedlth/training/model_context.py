@@ -13,9 +13,11 @@ from torch import nn
 from fedlth.data.dataset import Dataset
 from fedlth.data.ragged import Shape
 from fedlth.data.tensors import inputs
+from fedlth.errors import StudyError
 from fedlth.kernel import kernel
 from fedlth.kernel.graph import compile_layers
 from fedlth.kernel.table import LayerTable
+from fedlth.models.channels import Channels, channels_of
 from fedlth.models.flops import layer_flops
 from fedlth.models.initial import brought, drawn, redrawn, refuse, torch_stream
 from fedlth.models.layout import Layout, Params, layout_of, read
@@ -122,6 +124,15 @@ class ModelContext:
         if self.dataset.targets == "numbers":
             return "the targets are real numbers"
         return kernel.available() or compile_layers(self.module(), self.layout, shape)
+
+    @cached_property
+    def channels(self) -> Channels:
+        """The network's channels, of which narrower sub-models are made; raise StudyError naming what has none."""
+        x = inputs(self.dataset, np.arange(min(2, len(self.dataset.y_train))), train=True).batch(slice(None)).x
+        if isinstance(x, dict):
+            raise StudyError(f"model: {self.spec.name} cannot be sliced by width: its inputs are several tensors")
+        with torch_stream(0):
+            return channels_of(self.spec.name, self.module(), self.layout, x)
 
     @cached_property
     def flops(self) -> dict[str, int]:

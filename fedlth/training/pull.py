@@ -1,4 +1,4 @@
-"""Pulls: a term of the objective over the weights and a vector, the training's start or what a method gives."""
+"""Pulls: a term of the objective over the weights and a vector, often the training's start or a method's own."""
 
 from __future__ import annotations
 
@@ -38,6 +38,26 @@ class Correction:
 
     def __call__(self, grad: Tensor, weights: Tensor, anchor: Tensor, /) -> None:
         grad.add_(anchor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class L1:
+    """strength |w|_1: draws weights to zero, whatever their size. Tibshirani, Lasso, 1996.
+
+    `spans` are (first, end) positions in the flat vector, where a method draws some tensors alone: network slimming
+    (Liu et al., ICCV 2017, arXiv 1708.06519) the scales of norms. None: all parameters.
+    """
+
+    strength: float
+    spans: tuple[tuple[int, int], ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength < math.inf:
+            raise ValueError(f"strength must be at least 0, got {self.strength}")
+
+    def __call__(self, grad: Tensor, weights: Tensor, anchor: Tensor, /) -> None:
+        for first, end in ((0, weights.shape[-1]),) if self.spans is None else self.spans:
+            grad[..., first:end].add_(weights[..., first:end].sign(), alpha=self.strength)
 
 
 NO_PULL = Proximal(mu=0.0)

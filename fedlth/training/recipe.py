@@ -1,4 +1,4 @@
-"""How a training goes, as parts: optimizer, rate schedule, budget, loss, pull, augmentation, each a frozen value."""
+"""How a training goes, as parts: optimizer, schedule, budget, loss, pull, view, augmentation, each a frozen value."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from fedlth.training.augment import Augment, Crop, Flip
 from fedlth.training.budget import Budget
 from fedlth.training.loss import CrossEntropy, Loss, MaskedLm, MeanSquaredError
 from fedlth.training.optimizer import Adam, AdamW, Optimizer, Sgd
-from fedlth.training.pull import NO_PULL, Proximal, Pull
+from fedlth.training.pull import L1, NO_PULL, Proximal, Pull
 from fedlth.training.rate_schedule import Constant, Cosine, Exponential, Linear, RateSchedule, Step
+from fedlth.training.view import IDENTITY, View
 
 PARTS: Mapping[str, Mapping[str, Any]] = {
     "optimizer": {"sgd": Sgd, "adam": Adam, "adamw": AdamW},
     "schedule": {"constant": Constant, "cosine": Cosine, "linear": Linear, "step": Step, "exponential": Exponential},
     "loss": {"cross_entropy": CrossEntropy, "mse": MeanSquaredError, "masked_lm": MaskedLm},
-    "pull": {"proximal": Proximal},
+    "pull": {"proximal": Proximal, "l1": L1},
     "augment": {"crop": Crop, "flip": Flip},
 }
 
@@ -29,7 +30,8 @@ class TrainingRecipe:
     With `replay_lr` False the rate stays at the schedule's last value, which is what fine-tuning means.
     `first_step` and `last_step` cut the run: the steps between them, with the batches and rates that they have in it.
     `clip_norm` bounds the norm of the gradient (of loss and pull, over what may move). `dropout` is the rate of every
-    dropout module, None for the model's own. `precision` "bf16": the forward pass in torch's autocast.
+    dropout module, None for the model's own. `precision` "bf16": the forward pass in torch's autocast. `view` says what
+    the network sees of the weights that are trained; it is a method's, no study names it.
     """
 
     budget: Budget
@@ -40,6 +42,7 @@ class TrainingRecipe:
     loss: Loss = CrossEntropy()
     clip_norm: float | None = None
     pull: Pull = NO_PULL
+    view: View = IDENTITY
     augment: tuple[Augment, ...] = ()
     dropout: float | None = None
     precision: str = "float32"
@@ -64,3 +67,8 @@ class TrainingRecipe:
     @property
     def pulls(self) -> bool:
         return self.pull != NO_PULL
+
+    @property
+    def views(self) -> bool:
+        """Say whether the network sees anything else than the weights that are trained."""
+        return self.view != IDENTITY

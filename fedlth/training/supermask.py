@@ -1,4 +1,4 @@
-"""Masks as what is learned, over weights that never change: sampled, top-k, and of 1-bit weights."""
+"""Masks as what is learned, over weights that never change: sampled, cut at zero, top-k, and of 1-bit weights."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ def learn(
     """Train scores (num_prunable,) by the loss of the masked frozen net; return (scores, mean loss of the last epoch).
 
     The forward pass sees a mask, the backward pass the scores behind it (straight-through), the unselected too.
-    "bernoulli" samples the mask from sigmoid(scores); "edge_popup" keeps each layer's `density` of highest |score|;
-    "biprop" does, over sign(w) times the mean |w| of what is kept. The scores returned say "higher is kept": |score|
-    for the last two. The loss is the model's, as evaluations ask it; one that is not finite raises FloatingPointError.
+    "bernoulli" samples the mask from sigmoid(scores), "threshold" keeps scores above zero; "edge_popup" keeps each
+    layer's `density` of highest |score|; "biprop" does, over sign(w) times the mean |w| of what is kept. The scores
+    returned say "higher is kept": |score| for those two. The loss is the model's, as evaluations ask it; one that is
+    not finite raises FloatingPointError.
     """
     data = examined(model.loss, data)
-    layout, sampled = model.layout, lesson.rule == "bernoulli"
+    layout, chances = model.layout, lesson.rule in ("bernoulli", "threshold")
     model.load(frozen)
     model.module.train()
     weights = _by_name(torch.from_numpy(frozen.floats).to(model.device), layout)
@@ -50,7 +51,7 @@ def learn(
         loss_sum = 0.0
         for part in parts:
             batch = data.batch(torch.from_numpy(part).to(model.device))
-            bits = _sampled(learned) if sampled else _top(learned, layout, lesson)
+            bits = _present(learned, dice=lesson.rule == "bernoulli") if chances else _top(learned, layout, lesson)
             if alive is not None:
                 bits = bits * alive
             masks = _by_name(bits, layout, prunable=True)
@@ -62,12 +63,12 @@ def learn(
                     slope = slope + lesson.weight_decay * learned
                 if lesson.momentum:
                     slope = momentum.mul_(lesson.momentum).add_(slope)
-                learned -= (lesson.lr if sampled else _cosine(lesson.lr, step, steps)) * slope
+                learned -= (lesson.lr if chances else _cosine(lesson.lr, step, steps)) * slope
             loss_sum += float(loss.detach()) * len(part)
             if not math.isfinite(loss_sum):
                 raise FloatingPointError(f"training diverged: loss {loss_sum} at score learning rate {lesson.lr}")
             step += 1
-    done = learned.detach() if sampled else learned.detach().abs()
+    done = learned.detach() if chances else learned.detach().abs()
     return done.cpu().numpy(), loss_sum / sum(map(len, epochs[-1]))
 
 
@@ -75,9 +76,11 @@ def _cosine(lr: float, step: int, steps: int) -> float:
     return lr * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def _sampled(scores: Tensor) -> Tensor:
+def _present(scores: Tensor, *, dice: bool) -> Tensor:
+    """Return which weights are there, with the gradient of sigmoid(scores): sampled, or those more likely than not."""
     theta = torch.sigmoid(scores)
-    return torch.bernoulli(theta.detach()) + theta - theta.detach()
+    hard = torch.bernoulli(theta.detach()) if dice else (scores.detach() > 0).float()
+    return hard + theta - theta.detach()
 
 
 def _top(scores: Tensor, layout: Layout, lesson: Lesson) -> Tensor:

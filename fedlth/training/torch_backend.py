@@ -8,10 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedlth.data.examples import Examples
 from fedlth.training.dropout import at_rate
 from fedlth.training.flat_model import FlatModel
+from fedlth.training.loss import Loss
 from fedlth.training.optimizer import Adam, AdamW, Sgd
+from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingRequest, TrainingResult
+from fedlth.training.view import Ask, Gradient, Pass
 
 EXACT = (Sgd, Adam, AdamW)  # optimizers that are known to leave alone what must not move
 
@@ -20,10 +24,14 @@ def train(model: FlatModel, request: TrainingRequest) -> TrainingResult:
     """Do what a request asks; seeds torch's generator and uses the module, so that others must wait for both."""
     with model.lock, at_rate(model.module, request.recipe.dropout):
         torch.manual_seed(request.torch_seed)
-        return _train(model, request)
+        if not request.recipe.views:
+            return _train(model, request, None)
+        with request.recipe.view.opened(model, request) as gradient:
+            return _train(model, request, gradient)
 
 
-def _train(model: FlatModel, request: TrainingRequest) -> TrainingResult:
+def _train(model: FlatModel, request: TrainingRequest, gradient: Gradient | None) -> TrainingResult:
+    """Train; `gradient` is that of the recipe's view, None where the network sees the weights themselves."""
     recipe, layout, snapshots = request.recipe, model.layout, dict[int, np.ndarray]()
     data = model.forward.images(request.data)
     weights, grad = model.flat[: layout.num_params], model.grad
@@ -33,6 +41,8 @@ def _train(model: FlatModel, request: TrainingRequest) -> TrainingResult:
     if request.active is not None and not request.active.all():
         weights[: layout.num_prunable].mul_(model.arranged(request.active.astype(np.float32)))
     anchor = _anchor(model, request) if recipe.pulls else None
+    if gradient is not None:  # the module's memory is then what the network sees, and these what is trained
+        weights = weights.clone()
     foreign = keep is not None and not isinstance(recipe.optimizer, EXACT)
     memory, step, loss_sum = recipe.optimizer.memory(grad), 0, 0.0
     model.module.train()
@@ -40,12 +50,13 @@ def _train(model: FlatModel, request: TrainingRequest) -> TrainingResult:
         loss_sum = 0.0
         for part in parts:
             batch = request.shown(step, data.batch(torch.from_numpy(part).to(model.device)))
-            grad.zero_()
-            with cast(model, recipe.precision):
-                outputs = model.forward.train(model.forward.images(batch).x)
-            loss = recipe.loss(outputs if recipe.precision == "float32" else outputs.float(), batch.y)
-            loss.backward()  # type: ignore[no-untyped-call]
-            loss_sum += float(loss.detach()) * len(part)
+            if gradient is None:
+                loss = _pass(model, recipe, recipe.loss, batch)[1]
+                loss_sum += float(loss) * len(part)
+            else:
+                found, value = gradient(weights, recipe.first_step + step, _asking(model, recipe, batch))
+                grad.copy_(found)
+                loss_sum += value * len(part)
             with torch.no_grad():
                 if anchor is not None:
                     recipe.pull(grad, weights, anchor)
@@ -59,8 +70,39 @@ def _train(model: FlatModel, request: TrainingRequest) -> TrainingResult:
                 weights.add_(direction, alpha=-request.rates[step])
             step += 1
         if epoch in request.snapshots:
+            _put(model, weights)
             snapshots[epoch] = model.in_order(model.flat)
+    _put(model, weights)
     return TrainingResult(model.save(), loss_sum / sum(map(len, request.batches[-1])), snapshots)
+
+
+def _pass(model: FlatModel, recipe: TrainingRecipe, loss: Loss, batch: Examples) -> tuple[Tensor, Tensor]:
+    """Leave the gradient of a batch's loss in the model; return its outputs and its loss."""
+    model.grad.zero_()
+    with cast(model, recipe.precision):
+        outputs = model.forward.train(model.forward.images(batch).x)
+    outputs = outputs if recipe.precision == "float32" else outputs.float()
+    found = loss(outputs, batch.y)
+    found.backward()  # type: ignore[no-untyped-call]
+    return outputs.detach(), found.detach()
+
+
+def _asking(model: FlatModel, recipe: TrainingRecipe, batch: Examples) -> Ask:
+    """Return what a view runs the step's batch through the network with."""
+
+    def ask(seen: Tensor, loss: Loss | None = None, /) -> Pass:
+        _put(model, seen)
+        outputs, found = _pass(model, recipe, loss or recipe.loss, batch)
+        return Pass(model.grad.clone(), outputs, float(found))
+
+    return ask
+
+
+def _put(model: FlatModel, weights: Tensor) -> None:
+    """Put weights (P,) into the module's memory; nothing to do where they are it."""
+    there = model.flat[: len(weights)]
+    if weights.data_ptr() != there.data_ptr():
+        there.copy_(weights)
 
 
 def clip(grad: Tensor, most: float) -> None:
@@ -78,6 +120,7 @@ def _anchor(model: FlatModel, request: TrainingRequest) -> Tensor:
 
 
 def cast(model: FlatModel, precision: str) -> AbstractContextManager[object]:
+    """Return what a forward pass runs in, at this precision."""
     if precision == "float32":
         return nullcontext()
     return torch.autocast(torch.device(model.device).type, dtype=torch.bfloat16)

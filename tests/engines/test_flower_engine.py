@@ -87,7 +87,7 @@ def folder(tmp_path: Path) -> Path:
 NODES = {77: 2, 5: 0, 900: 3, 13: 1}
 
 
-@pytest.mark.parametrize("method", ["two_step", "lotteryfl"])
+@pytest.mark.parametrize("method", ["two_step", "lotteryfl", "feddst", "prunefl"])
 def test_a_run_equals_the_in_process_run(tmp_path: Path, method: str) -> None:
     one, other = tmp_path / "inprocess", tmp_path / "flower"
     study = tiny.of_method(method)

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlth.methods.aggregate import Contribution, CountMean, FedAvg, MaskMean, join
+from fedlth.methods.hermes import OverlapMean
 from fedlth.methods.robust import JOINS, Median, MultiKrum, TrimmedMean, WithoutOutliers, krum
 from fedlth.models.layout import Entry, Layout, Params
 from fedlth.storage.server_state import ServerState
@@ -22,7 +23,7 @@ from tests.tiny import small_layout
 
 LAYOUT = small_layout()
 SIZE = LAYOUT.num_prunable
-RULES = [FedAvg(), CountMean(), CountMean("zero"), CountMean("zero", weighted=True)]
+RULES = [FedAvg(), CountMean(), CountMean("zero"), CountMean("zero", weighted=True), OverlapMean()]
 ROBUST = [
     TrimmedMean(), TrimmedMean(0.4), TrimmedMean(uncovered="zero"), Median(), Median("keep"), krum(), krum(on="dense"),
     MultiKrum(), MultiKrum(keep=2), WithoutOutliers(),
@@ -182,7 +183,7 @@ def test_a_minority_that_is_far_away_moves_nothing_far(rule: Any) -> None:
         assert new.ints.max(initial=0) <= 6, "a counter is nobody's claim"
 
 
-def test_averaging_the_overlap_is_four_rules() -> None:
+def test_averaging_the_overlap_is_five_rules() -> None:
     """Both hold the first, one the second and third, nobody the fourth."""
     a = Contribution(0, 1, Content(np.array([1, 1, 0, 0], bool), np.float32([2, 4, 0, 0]), np.zeros(0, np.int64)))
     b = Contribution(1, 3, Content(np.array([1, 0, 1, 0], bool), np.float32([6, 0, 8, 0]), np.zeros(0, np.int64)))
@@ -193,6 +194,7 @@ def test_averaging_the_overlap_is_four_rules() -> None:
         repr(CountMean("zero")): [4, 4, 8, 0],
         repr(CountMean("zero", weighted=True)): [5, 4, 8, 0],  # FedDST
         repr(FedAvg()): [5, 1, 6, 0],  # zeros count
+        repr(OverlapMean()): [4, 9, 9, 9],  # Hermes: what all hold, the rest keeps
     }
 
 

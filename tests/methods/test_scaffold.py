@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from fedlth.errors import StudyError
-from fedlth.experiment.experiment import method_of
 from fedlth.experiment.resolve import resolve
+from fedlth.experiment.well_formed import method_of
 from fedlth.federation.downloads import Downloads
 from fedlth.federation.forecast_bytes import forecast_bytes
 from fedlth.methods import table

@@ -24,7 +24,7 @@ from fedlth.training.flat_model import FlatModel
 from fedlth.training.local_client import LocalClient
 from fedlth.training.loss import IGNORED, CrossEntropy, MaskedLm, MeanSquaredError, OfBatch, Restricted, examined
 from fedlth.training.optimizer import Adam, AdamW, Memory, Sgd
-from fedlth.training.pull import Proximal
+from fedlth.training.pull import L1, NO_PULL, Proximal
 from fedlth.training.rate_schedule import Cosine, Linear
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingRequest, drawn_request
@@ -208,6 +208,26 @@ def test_a_pull_is_to_the_anchor_that_is_given() -> None:
         return float(np.abs(floats[:size] - far.floats[:size]).mean())
 
     assert off(far) < 0.5 < 2.5 < off(None)
+
+
+def test_an_l1_pull_is_the_gradient_of_its_term_and_leaves_other_spans_alone() -> None:
+    weights = torch.tensor([-2.0, 0.5, 0.0, 3.0], requires_grad=True)
+    (0.1 * weights.abs().sum()).backward()
+    found = torch.ones(4)
+    L1(strength=0.1)(found, weights.detach(), weights.detach())
+    torch.testing.assert_close(found, 1 + weights.grad)
+    found = torch.zeros(2, 4)
+    L1(strength=0.1, spans=((0, 1), (3, 4)))(found, weights.detach().expand(2, 4), weights.detach())
+    torch.testing.assert_close(found, torch.tensor([-0.1, 0, 0, 0.1]).expand(2, 4))
+    model, start = made(*NETS["conv"][::2])
+    pulled, plain = (
+        train(model, asked(replace(BASE, pull=pull), start, images(30))).params.floats
+        for pull in (L1(strength=0.1), NO_PULL)
+    )
+    size = model.layout.num_params
+    assert np.abs(pulled[:size]).sum() < np.abs(plain[:size]).sum()
+    with pytest.raises(ValueError, match="strength must be at least 0"):
+        L1(strength=-1.0)
 
 
 def test_own_classes_train_as_if_the_others_were_minus_infinity() -> None:

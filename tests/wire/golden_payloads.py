@@ -75,6 +75,19 @@ def cases() -> dict[str, tuple[str, Content, dict[str, Any]]]:
     }
 
 
+def thresholds() -> tuple[Layout, Content, Reference]:
+    """Return a layout of rows, a number for each, and what the receiver holds."""
+    rows = LAYOUT.rows
+    held = pseudo(10, rows.num_floats)
+    moved = held + np.float32(0.01) * pseudo(11, held.size)
+    return rows, Content(np.ones(0, bool), moved.astype(np.float32), np.zeros(0, np.int64)), Reference(held)
+
+
+def encoded_thresholds() -> bytes:
+    rows, content, held = thresholds()
+    return payload.encode("thresholds", rows, content, codec=CODECS["lossless"], reference=held)
+
+
 def encoded(name: str) -> bytes:
     codec, content, holds = cases()[name]
     return payload.encode("values", LAYOUT, content, codec=CODECS[codec], **holds)
@@ -84,3 +97,4 @@ if __name__ == "__main__":
     HERE.mkdir(exist_ok=True)
     for one in cases():
         (HERE / f"{one}.bin").write_bytes(encoded(one))
+    (HERE / "thresholds.bin").write_bytes(encoded_thresholds())

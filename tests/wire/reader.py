@@ -180,6 +180,9 @@ def decode(
     need(mode in (0, 1, 2, 4, 5, 6, 7) and value_mode < 8, "wrong mode")
     schema = json.dumps([kind, *([*x] for x in tensors)])
     need(data[8:16] == digest(schema.encode()), "another schema")
+    if kind == "thresholds":
+        need(all(len(x[1]) == 1 and not x[2] and not x[3] for x in tensors), "thresholds are numbers of rows")
+        need(mode == 2 and value_mode != 6, "thresholds have no mask and are no bare mask")
     floats, integers = (sum(math.prod(x[1]) for x in tensors if x[2] is is_int) for is_int in (False, True))
     parameters = [x for x in tensors if not x[2] and x[0] not in buffers]
     shapes = [(math.prod(x[1]), x[1][0] if x[1] else 1, math.prod(x[1][1:])) for x in parameters]

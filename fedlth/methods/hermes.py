@@ -1,0 +1,172 @@
+"""Hermes: clients prune whole rows; only what is in every client's mask is averaged, the rest stays private.
+
+Li, Sun, Li, Pu, Li, Chen. Hermes: An Efficient Federated Learning Framework for Heterogeneous Mobile Clients. MobiCom
+2021.
+
+The paper's server keeps a model for each client; here the client keeps what is its own, and the download names what is
+everyone's, with the same models. What a client has not told yet, it holds whole. Left open: holders average unweighted;
+rows compete within their layer, and those of the output layer, which are classes, are never pruned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from fedlth.methods.aggregate import Contribution, values_of
+from fedlth.methods.client_update import (
+    THETA_G,
+    UPDATE,
+    VALUES,
+    Event,
+    Inbox,
+    Keep,
+    Own,
+    Update,
+    merged,
+    private,
+)
+from fedlth.methods.method import FederatedMethod, Phase
+from fedlth.methods.options import check, density_of, score_of, share_of
+from fedlth.methods.prune import passes
+from fedlth.models.layout import Layout, Params
+from fedlth.storage.client_state import ClientState
+from fedlth.storage.server_state import ServerState
+from fedlth.tickets.granularity import Granularity, Row
+from fedlth.tickets.score import Magnitude, Score
+from fedlth.tickets.select import keep_top
+from fedlth.training.local_client import LocalClient
+from fedlth.training.recipe import TrainingRecipe
+from fedlth.training.request import TrainingResult
+from fedlth.wire.payload import Content
+
+
+@dataclass(frozen=True)
+class PruneRows:
+    """Cut `rate` of each layer's rows while the metric on validation data exceeds the gate, down to `density` of them.
+
+    The lowest mean scores leave (of magnitude: L1 norms). At least one row stays. No rewind.
+    """
+
+    rate: float
+    density: float
+    val_accuracy: float
+    score: Score = field(default_factory=Magnitude)
+    snapshots: tuple[int, ...] = ()
+
+    def __call__(
+        self, local: LocalClient, params: Params, mask: np.ndarray, trained: TrainingResult | None, /
+    ) -> tuple[Params, np.ndarray]:
+        layout = local.task.layout
+        groups = Row().groups(layout)
+        alive = groups.reduced(mask) > 0
+        kept = self._counts(groups.layout, alive)
+        if kept == [int(alive[e.slice].sum()) for e in groups.layout.prunable]:
+            return params, mask
+        if not passes(local, params, self.val_accuracy):
+            return params, mask
+        evidence = local.evidence(start=params, now=params, mask=mask, density=self.density)
+        score = groups.reduced(self.score(evidence))
+        for e, count in zip(groups.layout.prunable, kept, strict=True):
+            alive[e.slice] = keep_top(score[e.slice], alive[e.slice], count)
+        cut: np.ndarray = groups.spread(alive)
+        return params.masked(cut), cut
+
+    def _counts(self, rows: Layout, alive: np.ndarray) -> list[int]:
+        """Return how many rows each layer keeps after a cut."""
+        output, found = max(rows.prunable, key=lambda e: e.place), []
+        for e in rows.prunable:
+            now, least = int(alive[e.slice].sum()), max(1, round(self.density * e.size))
+            found.append(now if e is output else min(now, max(least, round(now * (1 - self.rate)))))
+        return found
+
+
+@dataclass(frozen=True)
+class OverlapUpdate:
+    """Take what is everyone's as it came and the rest as it was left, maybe prune, train, send what may be everyone's.
+
+    What it sends is what came, as far as the client still holds it: of the rest, nothing is averaged.
+    """
+
+    before: Event = field(default_factory=Keep)
+    sends: tuple[tuple[str, str], ...] = VALUES
+
+    @property
+    def granularity(self) -> Granularity:
+        """Of what its masks are made."""
+        return Row()
+
+    def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
+        held, task = self.own(local, inbox, state), local.task
+        seen = local.visit_scores(held.params)
+        params, mask = self.before(local, held.params, held.mask, None)
+        trained = local.train(params, recipe=local.recipe, active=mask)
+        own = task.moving_part(trained.params)
+        new = replace(state, visits=state.visits + 1).with_(
+            masks={"active": mask}, vectors={"private": own.floats, "private_ints": own.ints}
+        )
+        shared = mask & _came(local, inbox)
+        sent = task.shared_part(trained.params.masked(shared))
+        metrics = {"loss": trained.loss, **seen, "density": int(np.count_nonzero(mask)) / mask.size}
+        return Update(new, {UPDATE: Content(task.shared_mask(shared), sent.floats, sent.ints)}, metrics)
+
+    def own(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Own:
+        came, mine = _came(local, inbox), private(local, state)
+        whole, mask = merged(local, inbox, state), state.masks.get("active", local.full)
+        floats = whole.floats.copy()
+        floats[: came.size][~came] = mine.floats[: came.size][~came]
+        return Own(replace(whole, floats=floats).masked(mask), mask)
+
+    def tune(self, local: LocalClient, inbox: Inbox, state: ClientState, recipe: TrainingRecipe, /) -> Own:
+        held = self.own(local, inbox, state)
+        return Own(local.train(held.params, recipe=recipe, active=held.mask).params, held.mask)
+
+
+def _came(local: LocalClient, inbox: Inbox) -> np.ndarray:
+    """Return (num_prunable,) bool over the whole model: the weights that the server sent, which are everyone's."""
+    return local.task.whole_mask(inbox[THETA_G].mask, np.zeros(local.full.size, bool))
+
+
+@dataclass
+class _Overlap:
+    old: ServerState
+    mask: np.ndarray
+    total: np.ndarray
+    ints: np.ndarray
+    count: int = 0
+
+
+@dataclass(frozen=True)
+class OverlapMean:
+    """The mean of what all clients hold that were ever heard; that mask is the state's. All else keeps its value."""
+
+    def init(self, state: ServerState, layout: Layout, /) -> _Overlap:
+        mask = np.ones(layout.num_prunable, bool) if state.mask is None else state.mask.copy()
+        return _Overlap(state, mask, np.zeros(layout.num_floats), state.theta.ints)
+
+    def add(self, so_far: _Overlap, c: Contribution, /) -> None:
+        so_far.mask &= c.content.mask
+        so_far.total += values_of(c.content)
+        so_far.count += 1
+        so_far.ints = so_far.ints if c.content.ints is None else np.maximum(so_far.ints, c.content.ints)
+
+    def result(self, so_far: _Overlap, /) -> ServerState:
+        old, mask = so_far.old.theta.floats, so_far.mask
+        everyones = np.concatenate((mask, np.ones(old.size - mask.size, bool)))
+        mean = (so_far.total / so_far.count).astype(np.float32)
+        return ServerState(Params(np.where(everyones, mean, old), so_far.ints), mask=mask)
+
+
+def hermes(
+    rate: float = 0.2, density: float = 0.3, val_accuracy: float = 0.5, score: str | dict[str, Any] = "magnitude"
+) -> FederatedMethod:
+    check(rate=share_of(rate), density=density_of(density))
+    update = OverlapUpdate(PruneRows(rate, density, val_accuracy, score_of(score)))
+    return FederatedMethod(
+        name="hermes", paper="Li et al., MobiCom 2021",
+        summary="clients prune rows; what all hold is averaged, the rest stays private (control: score: random)",
+        phases=(Phase(name="federate", update=update, join=OverlapMean(), own_mask=True),),
+        arms=("global", "local", "own", "own_tuned"),
+    )  # fmt: skip
