@@ -108,11 +108,9 @@ class Board:
         """What all methods are held against: the name of the method -> its label in this bench."""
         found = {}
         for wanted in self.matrix.against:
-            label = next(
-                (name for name, options in self.matrix.methods.items() if wanted in (name, options.get("name"))), None
-            )
-            if label is not None:
-                found[wanted] = label
+            of_method = [name for name, options in self.matrix.methods.items() if options.get("name", name) == wanted]
+            if wanted in self.matrix.methods or of_method:
+                found[wanted] = wanted if wanted in self.matrix.methods else of_method[0]
         return found
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
@@ -40,12 +41,16 @@ def expect(cells: Sequence[Cell]) -> dict[Key, Expected]:
                 found[partition, method] = ours.recv()
         except EOFError:
             raise StudyError(f"the forecast of partition {partition} ended without an answer") from None
+        except KeyboardInterrupt:
+            process.kill()
+            raise
         finally:
             process.join()
     return found
 
 
 def _foresee(cells: Sequence[Cell], pipe: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the bench's own
     for cell in cells:
         rates = cell.study.tune.lr
         try:

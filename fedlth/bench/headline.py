@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from fedlth.bench.board import Board
-from fedlth.bench.contrasts import FEWEST, Contrast
+from fedlth.bench.contrasts import FEWEST, LEVEL, Contrast
 from fedlth.bench.controls import GLOBAL, RANDOM
 from fedlth.bench.outcome import DONE, FAILED
+from fedlth.bench.spending import federated_phases
 from fedlth.report.measure import Shown
+
+LARGE = 1.5  # standard deviations: a difference that one sees with the naked eye
 
 
 def headline(board: Board) -> dict[str, str]:
@@ -36,7 +40,8 @@ def _federation(board: Board, partition: str) -> str:
         return ""
     shown, found = board.shown, board.contrasts(partition, "local")
     assert shown is not None
-    federated = {name: one for name, one in found.items() if board.entries[partition][name].group[0].header.joining(1)}
+    rounds = {name: federated_phases(board.entries[partition][name].group[0].header, 1) for name in found}
+    federated = {name: one for name, one in found.items() if rounds[name]}
     if not federated:
         return ""
     ahead = {name: one for name, one in federated.items() if one.ahead}
@@ -44,10 +49,13 @@ def _federation(board: Board, partition: str) -> str:
     sure = _sure(list(federated.values()))
     worse = f" {_list(behind)} {'is' if len(behind) == 1 else 'are'} worse than local." if behind else ""
     if not ahead:
-        return (
-            f"Federation did not help here: none of {len(federated)} federated methods is better than training alone "
-            f"(local){sure}.{worse}"
-        )
+        name, best = max(federated.items(), key=lambda pair: float(shown.gain(pair[1].mean)))
+        if shown.gain(best.mean) <= 0:
+            none = f"none of {len(federated)} federated methods has a better mean than training alone (local)"
+            return f"Federation did not help here: {none}.{worse}"
+        gap = f"{shown.difference(best.mean)}{_points(shown)} {shown.bounds(best.interval, signed=True)}"
+        none = f"none of {len(federated)} federated methods is clearly better than training alone (local){sure}"
+        return f"Federation is not shown to help here: {none}; the largest difference is {name}'s, {gap}.{worse}"
     told = [f"{name} by {shown.difference(one.mean)}" for name, one in _ranked(ahead)]
     many = f"{len(ahead)} of {len(federated)} federated methods"
     return f"Better than training alone (local): {many}{sure}, {_list(told)}{_points(shown)}.{worse}"
@@ -62,7 +70,7 @@ def _masks(board: Board, partition: str) -> list[str]:
         good = [name for name, one in found.items() if one.ahead]
         sure = _sure(list(found.values()))
         if idle:
-            verb = "does not beat" if len(idle) == 1 else "do not beat"
+            verb = "is not shown to beat" if len(idle) == 1 else "are not shown to beat"
             whose = "mask" if len(idle) == 1 else "masks"
             so = "as far as these runs can tell, it does not matter there which weights stay"
             sentences.append(f"The {whose} of {_list(idle)} {verb} {phrase}{sure}: {so}.")
@@ -88,10 +96,11 @@ def warnings(board: Board) -> tuple[str, ...]:
             f"Some methods have {_seeds(min(seeds))}. Below {FEWEST} seeds nothing is tested: intervals are over "
             "clients, who share one federation, so another seed may rank the methods otherwise."
         )
-    elif seeds and min(seeds) < 5:
+    elif seeds and (spread := needed(min(seeds), len(board.matrix.methods) - 1)) > LARGE:
         found.append(
-            f"With {_seeds(min(seeds))} a test over seeds sees large differences only: no clear difference does not "
-            "mean that there is none."
+            f"With {_seeds(min(seeds))} and {len(board.matrix.methods)} methods a test sees large differences only: "
+            f"the first that Holm lets pass is {spread:.1f} times its standard deviation over seeds. No clear "
+            "difference does not mean that there is none."
         )
     failed = {name: one.reason for name, one in board.outcomes.items() if one.status == FAILED}
     found += [f"{name} failed: {reason}" for name, reason in failed.items()]
@@ -110,6 +119,13 @@ def warnings(board: Board) -> tuple[str, ...]:
             if main is not None and main.diverged:
                 found.append(f"{partition}/{name}: the training of {main.diverged} clients diverged; each is a guess.")
     return tuple(found)
+
+
+def needed(seeds: int, methods: int) -> float:
+    """Return how many standard deviations over seeds the largest of so many differences must be to be clear."""
+    from scipy.stats import t
+
+    return float(t.ppf(1 - LEVEL / max(1, methods) / 2, seeds - 1)) / math.sqrt(seeds)
 
 
 def _seeds(number: int) -> str:

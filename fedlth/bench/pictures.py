@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,10 +35,11 @@ def pictures(board: Board) -> tuple[Picture, ...]:
     word = "highest" if board.shown.measure.higher_is_better else "lowest"
     guide = (
         f"One numbered disc a method: the mean test {board.shown.label} over clients (the {word} is best) against all "
-        "payload bytes that its run moved, both ways and for every receiver; discs that would cover each other are "
-        "moved to the right. The line is the Pareto front: a method on it (filled) has no better one for as few bytes. "
-        "Small marks, right of a disc and with its number, are its controls at the same bytes: a random mask of equal "
-        "density, the global model's own mask, the dense twin. A ticket buys something where its disc is clear of them."
+        "payload bytes that its run moved, both ways and for every receiver; a disc that would cover another is moved "
+        "aside, on a thread from its true place. The line is the Pareto front: a method on it (filled) has no better "
+        "one for as few bytes. Small marks, right of a disc and with its number, are its controls at the same bytes: a "
+        "random mask of equal density, the global model's own mask, the dense twin. A ticket buys something where its "
+        "disc is clear of them."
     )
     for partition in board.entries:
         picture = Picture(
@@ -52,7 +54,7 @@ def pictures(board: Board) -> tuple[Picture, ...]:
             "The personal mask less the global model's own mask of the same density, on the same clients. Above the "
             "zero line a personal mask is better; sparser is to the right. Bars are 95 % intervals, filled where they "
             f"exclude zero (not corrected for their number). {_crossing(lines)}",
-            8.6, 4.4, MaskGain(board.shown, tuple(lines)),
+            8.6, 4.2 * -(-len(board.entries) // 3), MaskGain(board.shown, tuple(lines)),
         ))  # fmt: skip
     if board.ranking is not None:
         found.append(Picture(
@@ -87,12 +89,18 @@ class Pareto:
             [x[line.method] for line in self._all], [shown.factor * line.summary.mean for line in self._all], alpha=0
         )  # the limits must be known before discs are moved apart
         axes.margins(x=0.08, y=0.1)
-        moved = _apart(axes, [(x[line.method], y[line.method]) for line in lines])
+        on_front = [number for number, line in enumerate(lines) if line.method in front]
+        moved = _apart(axes, [(x[line.method], y[line.method]) for line in lines], on_front)
         shifts = dict(zip((line.method for line in lines), moved, strict=True))
         used: list[str] = []
         for number, line in enumerate(lines, start=1):
             place, on, shift = (x[line.method], y[line.method]), line.method in front, shifts[line.method]
             _mark(axes, place, shift, "o", size=14, zorder=4, edge=theme.gain, colour=theme.gain if on else theme.page)
+            if shift:  # a disc that was moved aside hangs on a thread from its true place
+                axes.annotate("", place, (shift, 0), textcoords="offset points", zorder=2,
+                              arrowprops={"arrowstyle": "-", "color": theme.ink, "lw": 0.7, "alpha": 0.6,
+                                          "shrinkA": 0, "shrinkB": 0})  # fmt: skip
+                axes.plot(*place, "o", color=theme.ink, markersize=3, zorder=2)
             axes.annotate(str(number), place, (shift, 0), ha="center", va="center", fontsize=8, zorder=5,
                           textcoords="offset points", color=theme.page if on else theme.ink)  # fmt: skip
             used += self._controls(axes, theme, number, line.method, x[line.method], shift + 13)
@@ -160,19 +168,22 @@ def _mark(
               markeredgecolor=edge or colour, markeredgewidth=1.4 if edge else 0)  # fmt: skip
 
 
-def _apart(axes: Axes, places: Sequence[tuple[float, float]]) -> list[float]:
-    """Return how many points each disc moves to the right, so that none covers one before it or its controls."""
+def _apart(axes: Axes, places: Sequence[tuple[float, float]], first: Sequence[int]) -> list[float]:
+    """Return how many points each disc moves aside so that none covers another; those in `first` stay if they can."""
     figure = axes.get_figure(root=True)
     assert figure is not None
+    axes.get_xlim(), axes.get_ylim()  # these settle the limits
     points = 72 / figure.dpi * axes.transData.transform(np.array(places))
+    end = 72 / figure.dpi * axes.bbox.x1
     taken: list[tuple[float, float]] = []
-    moved = []
-    for x, y in points:
-        shift = 0.0
-        while any(abs(x + shift - a) < 26 and abs(y - b) < 15 for a, b in taken):
-            shift += 26
-        taken.append((x + shift, y))
-        moved.append(shift)
+    moved = [0.0] * len(points)
+    for number in sorted(range(len(points)), key=lambda i: i not in first):
+        x, y = points[number]
+        beside = [a for a, b in taken if abs(y - b) < 16]
+        steps = (sign * 32.0 * step for step in count() for sign in (1, -1))  # there is always room on the left
+        inside = (shift for shift in steps if not shift or x + shift < end - 24)
+        moved[number] = next(shift for shift in inside if all(abs(x + shift - a) >= 30 for a in beside))
+        taken.append((x + moved[number], y))
     return moved
 
 
@@ -234,8 +245,8 @@ def _crossing(lines: Sequence[MaskLine]) -> str:
     for line in lines:
         wins = [f"{density:.2g}" for density, _, interval in line.points if interval.low > 0]
         told.append(f"{line.method} on {line.partition} {'at ' + ', '.join(wins) if wins else 'nowhere'}")
-    more = f"; and {len(told) - 8} more" if len(told) > 8 else ""
-    return f"Above zero with its whole interval: {'; '.join(told[:8])}{more}."
+    more = f"; and {len(told) - 6} more" if len(told) > 6 else ""
+    return f"Above zero with its whole interval: {'; '.join(told[:6])}{more}."
 
 
 @dataclass(frozen=True)
@@ -246,38 +257,44 @@ class MaskGain:
     lines: tuple[MaskLine, ...]
 
     def __call__(self, figure: Figure, theme: Theme) -> None:
-        """Draw on an empty figure."""
-        axes = figure.add_subplot()
+        """Draw on an empty figure: one panel a partition."""
         partitions = list(dict.fromkeys(line.partition for line in self.lines))
-        markers, dashes = "osD^vPX<>h", ("-", "--", ":", "-.")
+        columns = min(3, len(partitions))
+        panels = figure.subplots(-(-len(partitions) // columns), columns, sharex=True, sharey=True, squeeze=False)
+        for axes in panels.flat[len(partitions) :]:
+            axes.set_visible(False)
+        for axes, partition in zip(panels.flat, partitions, strict=False):
+            self._panel(axes, theme, partition)
+        unit = "points" if self.shown.measure.percent else self.shown.label
+        figure.supylabel(f"personal less global mask ({unit})", fontsize=10)
+        figure.supxlabel("density (share of prunable weights kept; sparser to the right)", fontsize=10)
+        handles = {text: handle for axes in panels.flat for handle, text in zip(*axes.get_legend_handles_labels(),
+                                                                                strict=True)}  # fmt: skip
+        figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8.5)
+
+    def _panel(self, axes: Axes, theme: Theme, partition: str) -> None:
         methods = list(dict.fromkeys(line.method for line in self.lines))
-        colours = _colours(theme)
+        colours, markers, dashes = _colours(theme), "osD^vPX<>h", ("-", "--", ":")
+        axes.set_title(partition)
         axes.axhline(0, color=theme.ink, linewidth=1)
-        densities = sorted({density for line in self.lines for density, _, _ in line.points}, reverse=True)
-        for number, line in enumerate(self.lines):
-            colour = colours[methods.index(line.method) % len(colours)]
-            marker = markers[methods.index(line.method) % len(markers)]
-            shift = (number - (len(self.lines) - 1) / 2) * 0.03
+        for line in (line for line in self.lines if line.partition == partition):
+            number = methods.index(line.method)
+            colour, marker = colours[number % len(colours)], markers[number % len(markers)]
+            shift = (number - (len(methods) - 1) / 2) * min(0.06, 0.5 / len(methods))
             x = [-np.log2(density) + shift for density, _, _ in line.points]
-            axes.plot(x, [gain for _, gain, _ in line.points], color=colour, linewidth=1.2,
-                      linestyle=dashes[partitions.index(line.partition) % len(dashes)])  # fmt: skip
+            axes.plot(x, [gain for _, gain, _ in line.points], color=colour, linewidth=1.1, marker=marker, markersize=5,
+                      linestyle=dashes[number // len(colours) % len(dashes)], label=line.method)  # fmt: skip
             for at, (_, gain, ends) in zip(x, line.points, strict=True):
                 axes.plot([at, at], [ends.low, ends.high], color=colour, linewidth=1.1, alpha=0.6)
-                axes.plot(at, gain, marker, color=colour if ends.excludes(0) else theme.page, markeredgecolor=colour,
-                          markersize=7)  # fmt: skip
-            axes.plot([], [], color=colour, marker=marker, label=f"{line.method}, {line.partition}",
-                      linestyle=dashes[partitions.index(line.partition) % len(dashes)])  # fmt: skip
+                if not ends.excludes(0):
+                    axes.plot(at, gain, marker, color=theme.page, markeredgecolor=colour, markersize=5, zorder=4)
         ticks: dict[str, float] = {}
-        for density in densities:  # those that would be written over each other share a tick
+        for density in sorted({d for line in self.lines for d, _, _ in line.points}, reverse=True):
             place = float(-np.log2(density))
-            if all(abs(place - other) > 0.25 for other in ticks.values()):
+            if all(abs(place - other) > 0.4 for other in ticks.values()):  # else one would be written over another
                 ticks[f"{density:.2g}"] = place
         axes.set_xticks(list(ticks.values()), list(ticks))
-        axes.set_xlabel("density (share of prunable weights kept; sparser to the right)")
-        unit = "points" if self.shown.measure.percent else self.shown.label
-        axes.set_ylabel(f"personal less global mask ({unit})")
-        axes.margins(x=0.1, y=0.15)
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8.5, handlelength=3.4)
+        axes.margins(x=0.1, y=0.1)
 
 
 def _colours(theme: Theme) -> list[str]:

@@ -11,23 +11,26 @@ import numpy as np
 from fedlth.report.choice import Choice, rows_of
 from fedlth.report.facts import Facts
 from fedlth.report.fleet import simulated_s
-from fedlth.report.traffic import clients_of, flow, once
-from fedlth.storage.records import LedgerRow
+from fedlth.report.traffic import flow, once, visitors_of
+from fedlth.storage.header import Header
+from fedlth.storage.records import EVALUATE, LedgerRow
 
 
 @dataclass(frozen=True)
 class Spending:
     """What one run took, or the mean over several.
 
-    down_bytes, up_bytes: payloads, every receiver counted; once_*: a broadcast counted once a round. Both without
-    `beside_bytes`: what only serves to judge a run (the whole model for controls beside a slice, the metrics of
-    step 2, evaluation between rounds). *_bits: bits of payload for each exchanged number of the model and visit in a
-    federated round. flops: of all clients' training, dense, 3 forwards an example; epochs: of a client. Step 2 counts
-    with the arm that speaks for the method, not with its controls. None: nothing was federated, or there is no fleet.
+    down_bytes, up_bytes: payloads, every receiver counted; total_bytes counts what one client sends another once;
+    once_*: a broadcast counted once a round. All are without `beside_bytes`: what only serves to judge a run (the
+    whole model for controls beside a slice, the metrics of step 2, evaluation between rounds). *_bits: bits of payload
+    for each exchanged number of the model and visit in a federated round. flops: of all clients' training, dense, 3
+    forwards an example; epochs: of a client. Step 2 counts with the arm that speaks for the method, not with its
+    controls. None: nothing was federated, or there is no fleet.
     """
 
     down_bytes: float
     up_bytes: float
+    total_bytes: float
     once_down_bytes: float
     once_up_bytes: float
     beside_bytes: float
@@ -38,19 +41,15 @@ class Spending:
     own_epochs: float
     simulated_s: float | None
 
-    @property
-    def total_bytes(self) -> float:
-        return self.down_bytes + self.up_bytes
-
 
 def spending(facts: Facts, choice: Choice) -> Spending:
     """Return what one run took with `choice` as its result."""
-    joining = facts.header.joining()
+    joining = federated_phases(facts.header)
     counted = [row for row in facts.ledger if _of_method(row, joining)]
     moved, all_moved = flow(counted), flow((*facts.ledger, *facts.evaluation))
     single = flow(once(counted))
     rounds = flow(row for row in counted if row.phase in joining)
-    visits = {(row.round, row.phase, client) for row in counted if row.phase in joining for client in clients_of(row)}
+    visits = {(row.round, row.phase, client) for row in counted if row.phase in joining for client in visitors_of(row)}
     numbers = len(visits) * facts.header.num_exchanged
     simulated = [simulated_s(facts, step=step) for step in (1, 2)]
     flops, epochs = _rounds(facts, joining)
@@ -58,6 +57,7 @@ def spending(facts: Facts, choice: Choice) -> Spending:
     return Spending(
         down_bytes=moved.down_bytes,
         up_bytes=moved.up_bytes,
+        total_bytes=moved.total_bytes,
         once_down_bytes=single.down_bytes,
         once_up_bytes=single.up_bytes,
         beside_bytes=all_moved.total_bytes - moved.total_bytes,
@@ -67,6 +67,13 @@ def spending(facts: Facts, choice: Choice) -> Spending:
         round_epochs=epochs / max(1, facts.header.num_clients),
         own_epochs=float(np.mean([row.epochs + row.search_epochs for row in rows])) if rows else 0.0,
         simulated_s=None if simulated == [None, None] else math.fsum(found or 0.0 for found in simulated),
+    )
+
+
+def federated_phases(header: Header, step: int | None = None) -> frozenset[str]:
+    """Return the names of the phases (of one step) in which clients train together, with a server or without one."""
+    return frozenset(
+        p.name for p in header.phases if (p.step == 1 or p.joins) and p.name != EVALUATE and step in (None, p.step)
     )
 
 

@@ -238,6 +238,7 @@ def _cost(entry: Entry, line: Line) -> dict[str, object]:
     return {
         "down_bytes": cost.down_bytes,
         "up_bytes": cost.up_bytes,
+        "total_bytes": cost.total_bytes,
         "down_once_bytes": cost.once_down_bytes,
         "up_once_bytes": cost.once_up_bytes,
         "beside_bytes": cost.beside_bytes,
