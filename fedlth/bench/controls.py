@@ -22,7 +22,7 @@ KINDS = {
 def with_controls(study: Study) -> Study:
     """Return the study with the controls of the masks that its method makes; a method that makes none as it is.
 
-    A method without federated rounds has no global model, so no mask of it either.
+    Without federated rounds, or where weights never leave the clients, there is no global model to take a mask of.
     """
     method = method_of(study)
     arms = study.personalise.arms or method.arms
@@ -31,7 +31,7 @@ def with_controls(study: Study) -> Study:
         wanted = OF_TICKETS
     elif "own_random" in method.arms:
         wanted = OF_OWN_MASKS
-    if not method.phases:
+    if not method.phases or hasattr(method.own, "weights"):
         wanted = tuple(arm for arm in wanted if KINDS[arm] != GLOBAL)
     added = [arm for arm in wanted if arm not in arms]
     if not added:
