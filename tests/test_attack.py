@@ -257,6 +257,11 @@ def test_an_attack_that_is_none_is_refused(attack: Any, says: str) -> None:
     assert says in str(caught.value)
 
 
+def test_clients_that_send_to_one_another_are_not_attacked() -> None:
+    with pytest.raises(StudyError, match="attack: must be left out for method dfedavg, whose clients send to one"):
+        resolve(study(FLIP, method="dfedavg"))
+
+
 def test_the_table_is_open_and_idle_ones_are_noted() -> None:
     experiment = tiny.experiment(study("tests.test_attack:Loud"))
     assert len(experiment.population.hostile) == 2 and set(ATTACKS) >= {"sign_flip", "label_flip"}

@@ -22,7 +22,7 @@ KINDS = {
 def with_controls(study: Study) -> Study:
     """Return the study with the controls of the masks that its method makes; a method that makes none as it is.
 
-    Without federated rounds, or where weights never leave the clients, there is no global model to take a mask of.
+    A method without federated rounds has no global model, so no mask of it either.
     """
     method = method_of(study)
     arms = study.personalise.arms or method.arms
@@ -30,8 +30,8 @@ def with_controls(study: Study) -> Study:
     if set(arms) & set(TICKETS):
         wanted = OF_TICKETS
     elif "own_random" in method.arms:
-        wanted = OF_OWN_MASKS
-    if not method.phases or hasattr(method.own, "weights"):
+        wanted = OF_OWN_MASKS if method.space.kind == "values" else ("own_random",)  # else no global weights to mask
+    if not method.phases:
         wanted = tuple(arm for arm in wanted if KINDS[arm] != GLOBAL)
     added = [arm for arm in wanted if arm not in arms]
     if not added:

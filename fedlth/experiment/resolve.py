@@ -17,6 +17,7 @@ from fedlth.errors import StudyError, wrong
 from fedlth.experiment import client_memory, effects, feasible
 from fedlth.experiment.experiment import KEPT_FIRST, Experiment, open_experiment
 from fedlth.experiment.well_formed import method_of
+from fedlth.experiment.who_takes_part import check_newcomers, check_no_server, check_population
 from fedlth.kernel import kernel
 from fedlth.methods.client_update import sends_in
 from fedlth.methods.rules import check_rule
@@ -115,7 +116,7 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
             f"survivors among zeros, got {finder.dead} and {finder.rewind}"
         )
     if method.topology is not None:
-        _check_no_server(experiment)
+        check_no_server(experiment)
     if study.evaluate.keep == "best" and study.evaluate.every and method.own_masks:
         raise StudyError(
             f"evaluate.keep: must be last for a method whose clients have masks, as {method.name}: theirs are of later "
@@ -127,7 +128,7 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
         replace(finder, rewind=ToInit())  # says so where the finder's other parts forbid it
     kept.check(experiment.keep, study.finder, named(study.clients.capacity))
     _check_counts(experiment)
-    _check_newcomers(experiment)
+    check_newcomers(experiment)
     _check_validation(experiment)
     _check_anchor(experiment)
     p = study.personalise
@@ -171,7 +172,7 @@ def _checked(experiment: Experiment) -> list[str]:
     Another initialisation of a model that brings its weights would be those weights again: a rewind to it is
     refused, and the arm `random` does without.
     """
-    _check_population(experiment)
+    check_population(experiment)
     arms = set(experiment.arms)
     experiment.task.capacity(0)  # says what is wrong with clients.capacity
     for phase in (phase for phase in experiment.phases if phase.topology is not None):
@@ -188,24 +189,6 @@ def _checked(experiment: Experiment) -> list[str]:
             raise StudyError(f"tasks.{task.name}: {error}") from error
         notes += [f"tasks.{task.name}: {note}" if task.name else note for note in found]
     return notes
-
-
-def _check_population(experiment: Experiment) -> None:
-    """Refuse hostile clients and late joiners that the data or the rounds do not allow."""
-    study, people = experiment.study, experiment.population
-    attack, _ = people.attack
-    if hasattr(attack, "poison") and any(task.dataset.targets != "classes" for task in experiment.task.each):
-        raise StudyError(f"attack: {study.attack and study.attack['name']} needs targets that are classes")
-    total = sum(phase.rounds for phase in experiment.federated_phases)
-    late = max(people.arrivals.values(), default=0)
-    if late > total and total:
-        raise StudyError(f"clients.joiners: round must be at most the {total} rounds of step 1, got {late}")
-    first, wanted = len(people.there(1)), study.federate.clients_per_round
-    if isinstance(wanted, int) and total and wanted > first:
-        raise StudyError(
-            f"federate.clients_per_round: must be at most the {first} clients that are there from the first round on "
-            f"(clients.joiners), got {wanted}"
-        )
 
 
 def _check_first_masks(experiment: Experiment) -> None:
@@ -339,18 +322,6 @@ def _check_rules(experiment: Experiment) -> None:
                 check_rule(rule, experiment.start(), experiment.layout, layouts, count, place)
 
 
-def _check_no_server(experiment: Experiment) -> None:
-    """Refuse what needs a global model that clients go on from: where they send to one another, there is none."""
-    study, anchor, name = experiment.study, experiment.finder.rewind.anchor, experiment.method.name
-    why = f"for method {name}, whose clients send to one another and hold no global model"
-    if study.refine.rounds:
-        raise StudyError(f"refine.rounds: must be 0 {why}, got {study.refine.rounds}")
-    if study.evaluate.keep == "best" and study.evaluate.every:
-        raise StudyError(f"evaluate.keep: must be last {why}, got best")
-    if experiment.rewind_targets:
-        raise StudyError(f"finder.rewind.round: must be -1 {why}, got {anchor}")
-
-
 def _check_anchor(experiment: Experiment) -> None:
     """Refuse weights to go back to that no client could have."""
     study, finder, method = experiment.study, experiment.finder, experiment.method
@@ -395,20 +366,6 @@ def _check_validation(experiment: Experiment) -> None:
     for place, decides in deciding.items():
         if decides:
             raise StudyError(f"clients.validation: must be above 0, {place} decides on validation data, got 0")
-
-
-def _check_newcomers(experiment: Experiment) -> None:
-    """Refuse a first ticket for newcomers where clients have none at one density, of weights that all share."""
-    study, method = experiment.study, experiment.method
-    if experiment.newcomer is None:
-        return
-    place = f"clients.newcomer: must be left out for method {method.name}"
-    if not experiment.shares_weights:
-        raise StudyError(f"{place}, which shares no weights")
-    if "ticket" not in experiment.arms:
-        raise StudyError("clients.newcomer: needs the arm ticket (personalise.arms), whose masks are handed over")
-    if experiment.keep.chooses:
-        raise StudyError(f"clients.newcomer: needs tickets of one density, got finder.main: {study.finder.main}")
 
 
 def _check_counts(experiment: Experiment) -> None:

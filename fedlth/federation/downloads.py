@@ -90,7 +90,7 @@ class Downloads:
         whole = (replace(self._first, kind="evaluation"),) if self.experiment.needs_whole(self.phase) else ()
         return (own, *whole, *self._targets)
 
-    def held(self, client: int, inbox: Sequence[Message], round: int) -> Held:
+    def held(self, client: int, inbox: Sequence[Message]) -> Held:
         """Return what a client's answer may refer to: its download, decoded as the client decoded it.
 
         In step 2 a mask comes on its own, not as a change of what the client shared before.
@@ -103,7 +103,7 @@ class Downloads:
             floats = self._whole if inbox[0].broadcast else self._decoded(inbox[0], known)
         if self.phase.in_waves:
             return Held(None, floats)
-        draw = rng.stream(self.experiment.study.seed, f"{self.phase.name}/{KNOWN}", round, client)
+        draw = rng.stream(self.experiment.study.seed, f"{self.phase.name}/{KNOWN}", self.round, client)
         sent = self.state.theta.floats if floats is None else floats.floats  # without a reference nothing was coded
         return Held(self.phase.known(draw, known, sent), floats)
 

@@ -191,7 +191,7 @@ class Replies:
         try:
             if (answer.client, answer.round) != (job.client, job.round):
                 raise PayloadError(f"client {answer.client} answered for client {job.client}")
-            held = self.downloads.held(job.client, job.inbox, self.round)
+            held = self.downloads.held(job.client, job.inbox)
             got = accept(answer, codec=self.experiment.codec, held=held, asked=self._asked(job.client))
             late = self.clock.late(seconds)
             update = got.contribution.content if got.contribution and self._sends_state and not late else None

@@ -6,17 +6,15 @@ federation: Huang et al., FedSpa, 2022, arXiv 2201.11380, and Dai et al., DisPFL
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from fedlth import rng
 from fedlth.errors import wrong
 from fedlth.models.layout import Params
 from fedlth.tickets.regrow import Regrow
 from fedlth.tickets.scope import Erk
-from fedlth.training.batches import batches
 from fedlth.training.local_client import LocalClient
 from fedlth.training.task import Task
 
@@ -62,14 +60,10 @@ class Evolve:
             return mask
         rounds = local.task.study.federate.rounds
         moving = Regrow(rounds=rounds, drop=self.drop, by=self.by, first="random")
-        growth = self._gradient(local, params) if self.by == "gradient" else local.rng("regrow").random(mask.size)
+        if self.by == "gradient":
+            (slope,) = local.gradients(params, count=1)
+            growth = np.abs(slope)
+        else:
+            growth = local.rng("regrow").random(mask.size)
         size = np.abs(params.floats[: mask.size])
         return moving(size, growth, mask, local.task.layout, min(max(local.round, 1), rounds) - 1)[0]
-
-    def _gradient(self, local: LocalClient, params: Params) -> np.ndarray:
-        """Return the size of every weight's gradient, the pruned ones' too, on one batch drawn for it."""
-        where = batches(local.num_train, local.recipe.batch_size, local.rng("regrow"))[0]
-        network = local.network(params)
-        one = replace(network, data=network.data.batch(torch.from_numpy(where)))
-        slope: np.ndarray = np.abs(one.gradient(params.floats[: local.full.size]))
-        return slope

@@ -11,7 +11,7 @@ rows compete within their layer, and those of the output layer, which are classe
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -141,6 +141,8 @@ class _Overlap:
 @dataclass(frozen=True)
 class OverlapMean:
     """The mean of what all clients hold that were ever heard; that mask is the state's. All else keeps its value."""
+
+    masks: ClassVar[bool] = True
 
     def init(self, state: ServerState, layout: Layout, /) -> _Overlap:
         mask = np.ones(layout.num_prunable, bool) if state.mask is None else state.mask.copy()

@@ -9,6 +9,10 @@ memory and time of a simulation are the wide one's. Channels that a group norm t
 that a width is rounded up to whole groups. "Static" BatchNorm: running statistics are never averaged (model.buffers:
 local_statistics); the paper's last query for global ones is left out, so that every client is evaluated with its own
 statistics, and an unseen one with none. That only owners of a label upload its row tells the server their labels.
+
+The Scaler is meant for networks with a norm behind each layer, which undoes it. Without norms (LeNet-5) the activations
+of a narrow client grow by 1 / width a layer while it trains, and not when it is evaluated: trainings diverge at rates
+that FedAvg bears, and narrow sub-models are judged at another scale than they learnt at; `scaler: false` is better.
 """
 
 from __future__ import annotations

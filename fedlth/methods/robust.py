@@ -274,6 +274,8 @@ def with_rule(phases: Sequence[Phase], spec: Mapping[str, Any] | None, name: str
     loose = loose_part(rule, "federate.join")
     if loose:
         raise wrong("federate.join", "a frozen dataclass whose fields are immutable", loose)
+    if any(phase.topology is not None for phase in phases):
+        raise StudyError(f"federate.join: must be left out for method {name}, where no server joins what clients send")
     weights = [bool(phase.update.sends) and phase.update.sends[0][1] == "values" for phase in phases]
     if phases and not any(weights):
         raise StudyError(f"federate.join: must be left out for method {name}, whose clients send no weights to join")

@@ -39,29 +39,13 @@ from fedlth.methods.sub_fedavg_hybrid import sub_fedavg_hybrid
 METHODS: Mapping[str, Callable[..., FederatedMethod]] = {
     f.__name__: f
     for f in (
+        # What every other is held against
         fedavg,
         fedavg_ft,
         local,
         standalone,
         two_step,
-        lotteryfl,
-        sub_fedavg,
-        fedselect,
-        fedpm,
-        salientgrads,
-        ssfl,
-        prunefl,
-        fedtiny,
-        feddst,
-        flash,
-        fedmask,
-        deltamask,
-        spafl,
-        pfedgate,
-        fedavgm,
-        fedadam,
-        fedyogi,
-        scaffold,
+        # Another objective, or private layers
         fedprox,
         ditto,
         pfedme,
@@ -69,16 +53,40 @@ METHODS: Mapping[str, Callable[..., FederatedMethod]] = {
         fedper,
         fedrep,
         fedbn,
-        dfedavg,
-        dispfl,
+        # Another server
+        fedavgm,
+        fedadam,
+        fedyogi,
+        scaffold,
+        # A personal mask for every client
+        lotteryfl,
         cell,
+        sub_fedavg,
         sub_fedavg_hybrid,
         hermes,
         fedltn,
         fedspa,
+        fedselect,
+        pfedgate,
+        # One mask for all
+        salientgrads,
+        ssfl,
+        prunefl,
+        fedtiny,
+        feddst,
+        flash,
+        sparsyfed,
+        # Masks or thresholds in place of weights
+        fedpm,
+        fedmask,
+        deltamask,
+        spafl,
+        # Sub-models by what a client can carry
         heterofl,
         fjord,
         fiarse,
-        sparsyfed,
-    )
+        # No server
+        dfedavg,
+        dispfl,
+    )  # fmt: skip
 }

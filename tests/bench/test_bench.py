@@ -185,7 +185,7 @@ def test_whoever_makes_masks_has_controls_that_it_can_have(name: str) -> None:
     if "ticket" in masks:
         assert arms >= {"random", "dense", "dense_total"} and ("global_mask" in arms) == bool(method.phases)
     if "own_random" in masks:
-        assert "dense" in arms and ("own_global_mask" in arms) == (not hasattr(method.own, "weights"))
+        assert ("own_global_mask" in arms) == (method.space.kind == "values")
 
 
 def test_only_names_what_is_there(tmp_path: Path) -> None:

@@ -55,8 +55,9 @@ def test_what_comes_back_by_gradient_has_the_largest_on_one_batch() -> None:
     mask, local = RandomErk(0.3)(task, 0), LocalClient(task, 0, 1, "federate")
     params = task.theta_0.masked(mask)
     evolve = Evolve(0.5, "gradient")
-    slope, new = evolve._gradient(local, params), evolve(local, params, mask)
+    (slope,), new = map(np.abs, local.gradients(params, count=1)), evolve(local, params, mask)
     assert not np.array_equal(slope, np.abs(local.network(params).gradient(params.floats[: mask.size]))), "one batch"
+    assert [cost.steps for cost in local.log] == [1, 1], "counted as a step of training"
     for e in task.layout.prunable:
         came, out = (new & ~mask)[e.slice], ~(new | mask)[e.slice]
         if came.any() and out.any():

@@ -14,9 +14,10 @@ from torch.nn import functional
 from fedlth import rng
 from fedlth.experiment.resolve import read
 from fedlth.federation.client_step import client_step
-from fedlth.federation.door import Held, accept
+from fedlth.federation.door import Held
 from fedlth.federation.downloads import Downloads, broadcast
 from fedlth.federation.jobs import Job
+from fedlth.federation.published import Published
 from fedlth.methods.aggregate import Contribution, MaskMean, join
 from fedlth.methods.client_update import THETA_G
 from fedlth.methods.deltamask import Drawn, divergence
@@ -178,23 +179,26 @@ def test_divergence_on_four_chances() -> None:
     assert 20 < got[3] < np.inf
 
 
-def test_an_upload_against_another_rounds_dice_is_refused_by_name() -> None:
+def test_an_upload_against_another_rounds_dice_is_refused_by_name(tmp_path: Path) -> None:
     experiment, reply, known, down = replied("deltamask")
     (phase,) = experiment.federated_phases
     state = ServerState(Params(down.floats, NONE))
-    downloads = Downloads(experiment, phase, state, {}, {})
-    held = downloads.held(1, downloads.inbox(1), 1)
+
+    def held_in(round: int, client: int) -> Held:
+        downloads = Downloads(experiment, phase, round, state, {}, {}, Published(experiment, RunFolder(tmp_path), {}))
+        return downloads.held(client, downloads.inbox(client))
+
+    held = held_in(1, 1)
     assert held.mask is not None
     np.testing.assert_array_equal(held.mask, known)
     for round, client in ((2, 1), (1, 2)):
-        wrong = downloads.held(client, downloads.inbox(client), round).mask
+        wrong = held_in(round, client).mask
         assert wrong is not None and (wrong != known).any()
         with pytest.raises(PayloadError, match="does not hold"):
             payload.decode(
                 reply.outbox[0].payload, "mask", experiment.layout, codec=experiment.codec, known_mask=wrong,
                 reference=down.reference,
             )  # fmt: skip
-    assert isinstance(held, Held) and callable(accept)
 
 
 @pytest.mark.parametrize("wire", ["raw", "bf16"])

@@ -174,6 +174,7 @@ def test_a_server_optimizer_goes_on_from_a_robust_mean_and_keeps_its_memory(tmp_
             {"join": "median"},
             "federate.join: must be left out for method fedpm, whose clients send no weights",
         ),
+        ("dfedavg", {"join": "median"}, "federate.join: must be left out for method dfedavg, where no server joins"),
         ("scaffold", {"join": "median"}, "federate.join: must be left out for method scaffold: its rule"),
         ("tests.methods.test_robust:odd", {"join": "median"}, "its rule Odd is no mean, and has no field `mean`"),
         ("fedavg", {"join": "mode"}, "federate.join.name: must be one of trimmed_mean, median, krum"),

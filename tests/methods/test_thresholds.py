@@ -95,6 +95,8 @@ def test_what_needs_shared_weights_is_refused() -> None:
         read(tiny.of_method("spafl", refine={"rounds": 1, "clients_per_round": 2}, personalise={"arms": ["ticket"]}))
     with pytest.raises(Exception, match="frozen_random"):
         read(tiny.of_method("spafl", personalise={"arms": ["frozen_random"]}))
+    with pytest.raises(Exception, match="own_global_mask"):
+        read(tiny.of_method("spafl", personalise={"arms": ["own_global_mask"]}))
 
 
 # A run
