@@ -120,27 +120,20 @@ def own_tuned(step: Step2) -> Iterator[Result]:
 
 def own_random(step: Step2) -> Iterator[Result]:
     """The control of `own_tuned`: a random mask of the same layer counts on the same start weights, trained by SGD."""
-    held, at = step.method.own(step.local, step.inbox, step.state), len(step.log)
-    if getattr(step.method, "tunes_mask", False):  # equal density is that of what `own_tuned` ends with
-        with suppress(FloatingPointError):
-            held = step.method.tune(step.local, step.inbox, step.state, step.recipe)
-    searched = step.spent(at)
-    mask = _shuffled(step, held.mask, "own_random", granularity_of(step.method))
+    own_mask, searched = _tuned_mask(step)
+    mask = _shuffled(step, own_mask, "own_random", granularity_of(step.method))
     whole, begin, start = getattr(step.method, "weights", None), None, "theta_g"
     if whole is not None:  # weights that never leave the client
         begin, start = whole(step.local, step.inbox, step.state).masked(mask), "own"
-    found = trained(step, "own_random", start, mask, begin=begin)
-    flops = found.flops[0] + searched.flops, found.flops[1] + searched.alive_flops
-    cpu_s = found.cpu_s[0] + searched.cpu_s, found.cpu_s[1]
-    yield replace(found, search_epochs=plain_number(searched.epochs), flops=flops, cpu_s=cpu_s)
+    yield _searched(trained(step, "own_random", start, mask, begin=begin), searched)
 
 
 def own_global_mask(step: Step2) -> Iterator[Result]:
     """The hard control of `own_tuned`: theta_g's own largest weights, as many in each layer, trained by SGD."""
-    held, size = step.method.own(step.local, step.inbox, step.state), step.local.full.size
-    score = np.abs(step.theta_g.floats[:size])
-    mask = recounted_mask(held.mask, score, step.local.task.layout, granularity_of(step.method))
-    yield trained(step, "own_global_mask", "theta_g", mask)
+    own_mask, searched = _tuned_mask(step)
+    score = np.abs(step.theta_g.floats[: own_mask.size])
+    mask = recounted_mask(own_mask, score, step.local.task.layout, granularity_of(step.method))
+    yield _searched(trained(step, "own_global_mask", "theta_g", mask), searched)
 
 
 def frozen_random(step: Step2) -> Iterator[Result]:
@@ -261,6 +254,22 @@ def _whole_budget(step: Step2) -> Budget:
     """Return the budget of the longest search plus its last training."""
     once, learned = step.recipe.budget, Budget(epochs=step.finder.learned(step.targets)[0])
     return once.times(step.finder.trainings(step.targets)[0]) + learned or once
+
+
+def _tuned_mask(step: Step2) -> tuple[np.ndarray, Cost]:
+    """Return the mask that `own_tuned` ends with, and what it cost to find where tuning moves it."""
+    held, at = step.method.own(step.local, step.inbox, step.state), len(step.log)
+    if getattr(step.method, "tunes_mask", False):
+        with suppress(FloatingPointError):
+            held = step.method.tune(step.local, step.inbox, step.state, step.recipe)
+    return held.mask, step.spent(at)
+
+
+def _searched(found: Result, searched: Cost) -> Result:
+    """Return a result with the cost of what its mask's counts were taken from."""
+    flops = found.flops[0] + searched.flops, found.flops[1] + searched.alive_flops
+    cpu_s = found.cpu_s[0] + searched.cpu_s, found.cpu_s[1]
+    return replace(found, search_epochs=plain_number(searched.epochs), flops=flops, cpu_s=cpu_s)
 
 
 def _shuffled(step: Step2, mask: np.ndarray, what: str, granularity: Granularity) -> np.ndarray:

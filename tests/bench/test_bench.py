@@ -10,13 +10,17 @@ from typing import Any
 import pytest
 import tiny_bench
 
+from fedlth.bench.controls import with_controls
 from fedlth.bench.matrix import load, merged
 from fedlth.bench.outcome import read_outcome
 from fedlth.errors import StudyError
+from fedlth.experiment.effects import check_arms
+from fedlth.experiment.experiment import method_of
 from fedlth.experiment.resolve import read
 from fedlth.output import lines_to
 from fedlth.storage.header import read_header
 from fedlth.storage.run_folder import RunFolder
+from tests import tiny
 
 ROOT = Path(__file__).parents[2]
 
@@ -169,6 +173,19 @@ def test_the_tuning_budget_is_equal_and_published(tmp_path: Path, seeds: str) ->
 def test_a_bench_that_cannot_be_is_refused(tmp_path: Path, sections: dict[str, Any], message: str) -> None:
     with pytest.raises(StudyError, match=message):
         load(tiny_bench.write(tmp_path, **sections))
+
+
+@pytest.mark.parametrize("name", sorted(tiny.METHODS))
+def test_whoever_makes_masks_has_controls_that_it_can_have(name: str) -> None:
+    made = with_controls(tiny.of_method(name))
+    method = method_of(made)
+    check_arms(made, method, read(made)[0].arms)
+    arms, masks = set(read(made)[0].arms), {"ticket", "own_random", "frozen_random"} & set(method.arms)
+    assert arms >= set(method.arms) and (arms == set(method.arms) or masks)
+    if "ticket" in masks:
+        assert arms >= {"random", "dense", "dense_total"} and ("global_mask" in arms) == bool(method.phases)
+    if "own_random" in masks:
+        assert ("own_global_mask" in arms) == (method.space.kind == "values")
 
 
 def test_only_names_what_is_there(tmp_path: Path) -> None:
