@@ -134,16 +134,23 @@ def judged(row: Row, folder: Path) -> Ours:
     honest = _mean(row.over, [r for r in run.rows(MetricRow) if r.arm == row.arm])
     if row.selects == "none":
         return Ours(honest, None)
-    curve = [r for r in run.rows(CurveRow) if r.arm == row.arm and r.num_test]
+    return Ours(honest, selected(row, [r for r in run.rows(CurveRow) if r.arm == row.arm]))
+
+
+def selected(row: Row, curve: Sequence[CurveRow]) -> float:
+    """Return the figure of the round, or of each client's round, that test data choose; an earlier one of equals."""
+    tested = [r for r in curve if r.num_test]
     if row.selects == "client_rounds":
         best: dict[int, CurveRow] = {}
-        for r in curve:
+        for r in tested:
             kept = best.get(r.client)
             if kept is None or (r.test_accuracy or 0.0) > (kept.test_accuracy or 0.0):
                 best[r.client] = r
-        return Ours(honest, _mean(row.over, list(best.values())))
-    places = dict.fromkeys((r.phase, r.round) for r in curve)
-    return Ours(honest, max(_mean(row.over, [r for r in curve if (r.phase, r.round) == place]) for place in places))
+        return _mean(row.over, list(best.values()))
+    rounds: dict[tuple[str, int], list[CurveRow]] = {}
+    for r in tested:
+        rounds.setdefault((r.phase, r.round), []).append(r)
+    return max(_mean(row.over, of) for of in rounds.values())
 
 
 def _mean(over: Over, of: Sequence[MetricRow | CurveRow]) -> float:
