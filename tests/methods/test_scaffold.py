@@ -14,6 +14,7 @@ from fedlth.experiment.resolve import resolve
 from fedlth.experiment.well_formed import method_of
 from fedlth.federation.downloads import Downloads
 from fedlth.federation.forecast_bytes import forecast_bytes
+from fedlth.federation.jobs import Message
 from fedlth.methods import table
 from fedlth.methods.aggregate import Contribution, join
 from fedlth.methods.scaffold import DELTA_C, C, ControlledMean, reach
@@ -143,19 +144,24 @@ def test_what_goes_down_is_what_the_states_mask_keeps() -> None:
     mask = np.arange(layout.num_prunable) % 3 == 0
     memory = {C: np.arange(1, layout.num_floats + 1, dtype=np.float32)}
     state = ServerState(experiment.initial().masked(mask), memory, mask)
-    first, second = Downloads(experiment, phase, state, {}, {}).inbox(0)
-    got = payload.decode(second.payload, "values", layout)
-    assert second.name == C and len(second.payload) == len(first.payload) and got.floats is not None
+
+    def inbox(of: ServerState) -> tuple[Message, ...]:
+        return Downloads(experiment, phase, 1, of, {}, {}, published=None).inbox(0)  # type: ignore[arg-type]
+
+    first, second = inbox(state)
+    got = payload.decode(second.payload, "values", layout, known_mask=mask)
+    bits = -(-layout.num_prunable // 8)
+    assert second.name == C and got.floats is not None
+    assert len(second.payload) == len(first.payload) - bits, "the mask's bits came before it"
     np.testing.assert_array_equal(got.floats, Params(memory[C], experiment.initial().ints).masked(mask).floats)
-    bare = Downloads(experiment, phase, replace(state, memory={}), {}, {}).inbox(0)
-    assert [message.name for message in bare] == [first.name]
+    assert [message.name for message in inbox(replace(state, memory={}))] == [first.name]
 
 
 def test_only_a_broadcast_has_something_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     scaffold = table.METHODS["scaffold"]()
     sliced = replace(scaffold, phases=(replace(scaffold.phases[0], down="slice", own_mask=True),))
     known = {**table.METHODS, "scaffold": lambda: sliced}
-    monkeypatch.setattr("fedlth.experiment.experiment.METHODS", known)
+    monkeypatch.setattr("fedlth.experiment.well_formed.METHODS", known)
     with pytest.raises(StudyError, match="its federate.also must be empty where slices go down"):
         method_of(tiny.of_method("scaffold"))
 
