@@ -112,7 +112,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a partition's option": ({"partition": {"name": "iid", "alpha": 1}}, "partition.alpha"),
     "a partition without its option": ({"partition": {"name": "dirichlet"}}, "partition.alpha"),
     "an impossible alpha": ({"partition": {"name": "dirichlet", "alpha": -1.0}}, "partition.alpha"),
-    "an unknown method": ({"method": {"name": "fedprox"}}, "method.name"),
+    "an unknown method": ({"method": {"name": "fedproxy"}}, "method.name"),
     "a method's option": ({"method": {"name": "fedavg", "mu": 0.1}}, "method.mu"),
     "an unknown arm": ({"personalise": {"arms": ["tickets"]}}, "personalise.arms"),
     "an unknown score": ({"finder": {"score": {"name": "magnitudes"}}}, "finder.score.name"),

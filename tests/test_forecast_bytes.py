@@ -136,9 +136,7 @@ def test_check_prints_what_was_forecast() -> None:
     [
         ("quickstart", "lossless", []),
         ("quickstart", "step", ["federate.rounds=5", "refine.rounds=2"]),
-        ("lotteryfl_fashion_slice", "lossless", ["federate.rounds=5"]),
         ("fedselect_fashion_slice", "lossless", ["federate.rounds=4"]),
-        ("fedpm_fashion_slice", "lossless", ["federate.rounds=4"]),
     ],
 )
 def test_the_quickstart_s_bytes_are_as_forecast(tmp_path: Path, name: str, wire: str, less: list[str]) -> None:
