@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fedlth.engines.forked import Forked
 from fedlth.engines.inprocess import InProcess
+from fedlth.experiment.experiment import Experiment
 from fedlth.experiment.resolve import resolve
 from fedlth.federation import session
 from fedlth.federation.jobs import Failure, Job, Message, Reply
@@ -131,3 +133,46 @@ def test_two_workers_give_the_same_bits(name: str, whole: Any, tmp_path: Path) -
     out, _ = whole(name)
     tiny.run(study_of(name), tmp_path / "run", engine=Forked(2))
     assert tiny.facts(tmp_path / "run") == tiny.facts(out)
+
+
+class Counter(tiny.Lists):
+    """The in-process engine; it counts the examples that the network itself sees in each federated job."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment, self.seen = experiment, {"with gradient": 0, "without": 0}
+        self.told: list[tuple[float, float]] = []
+
+    def run(self, jobs: list[Job]) -> list[Reply | Failure]:
+        answers: list[Reply | Failure] = []
+        for job in jobs:
+            task = self.experiment.task_of(job.client)
+            self.seen = dict.fromkeys(self.seen, 0)
+            hook = task.flat_model.module.register_forward_pre_hook(self._count)
+            try:
+                (answer,) = super().run([job])
+            finally:
+                hook.remove()
+            assert isinstance(answer, Reply), answer
+            if job.phase in {phase.name for phase in self.experiment.federated_phases}:
+                forwards = 3 * self.seen["with gradient"] + self.seen["without"]
+                self.told.append((answer.flops, forwards * float(task.model.flops[""])))
+            answers.append(answer)
+        return answers
+
+    def _count(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if torch.is_grad_enabled():
+            self.seen["with gradient"] += len(args[0])
+        elif module.training:  # in evaluation mode it only looks
+            self.seen["without"] += len(args[0])
+
+
+@pytest.mark.parametrize("name", [name for name in tiny.METHODS if name not in ("local", "standalone")])
+def test_its_flops_are_those_of_what_the_network_saw(name: str, tmp_path: Path) -> None:
+    """Forward and backward are three forwards; every pass that a round makes is told, and nothing else."""
+    fleet = {"flops_s": 1e12, "down_bytes_s": 1e12, "up_bytes_s": 1e12}
+    made = resolve(study_of(name, fleet=fleet))[0]
+    engine = Counter(made)
+    tiny.run(study_of(name, fleet=fleet), tmp_path / "run", engine=engine)
+    assert engine.told
+    for told, counted in engine.told:
+        assert told == pytest.approx(counted, rel=1e-9)
