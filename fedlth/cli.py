@@ -135,6 +135,8 @@ def reproduce(args: argparse.Namespace) -> int:
     if not args.row:
         say(published.listing())
         return 0
+    if args.seeds < 1:
+        raise StudyError(f"reproduce: --seeds must be at least 1, got {args.seeds}")
     row = published.row_of(args.row)
     say(published.text(row, published.run(row, args.seeds, args.out, args.override), args.override))
     return 0
@@ -294,7 +296,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command("reproduce", reproduce, "run a published row and hold ours beside it", text)
     sub.add_argument("row", nargs="?", default="", metavar="ROW")
     sub.add_argument("override", nargs="*", metavar="key=value")
-    sub.add_argument("--seeds", type=int, default=1, metavar="N", help="how many seeds, from 0 (default 1)")
+    sub.add_argument("--seeds", type=int, default=1, metavar="N", help="how many seeds: 0, 1, ... (default 1)")
     sub.add_argument("--out", type=Path, default=Path("runs/reproduce"), metavar="DIR")
 
     text = (
@@ -332,8 +334,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None) -> int:
     grammar = parser()
     args, more = grammar.parse_known_args(argv)
-    if more and hasattr(args, "override") and all("=" in one and not one.startswith("-") for one in more):
-        args.override += more  # argparse takes no key=value that stands behind an option
+    words = next((name for name in ("override", "bench") if hasattr(args, name)), "")
+    if more and words and all("=" in one and not one.startswith("-") for one in more):
+        getattr(args, words).extend(more)  # argparse takes no key=value that stands behind an option
     elif more:
         grammar.error(f"unrecognized arguments: {' '.join(more)}")
     try:

@@ -188,6 +188,10 @@ def _server_lines(experiment: Experiment) -> list[str]:
         each = (4 * layout.num_floats + 8 * layout.num_ints + layout.num_prunable) / 1e6
         rule = type(phase.join).__name__
         lines.append(f"server: {rule} holds a round's updates at once: {count} x {each:,.2f} = {count * each:,.1f} MB")
+        for one in (phase.join, getattr(phase.join, "mean", None)):
+            doubt = getattr(one, "doubt", None)
+            if doubt is not None and (why := doubt(count)):
+                lines.append(f"federate.join: {why}")
     if experiment.population.hostile:
         lines.append(f"hostile clients: {', '.join(map(str, sorted(experiment.population.hostile)))}")
     if experiment.population.arrivals:

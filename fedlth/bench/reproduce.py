@@ -123,9 +123,7 @@ def _check_same(folder: Path, study: schema.Study) -> None:
     old = RunFolder(folder).study()
     for part in ("method", "data", "partition", "clients", "model", "train", "federate", "evaluate", "seed"):
         if getattr(old, part) != getattr(study, part):
-            raise StudyError(
-                f"{folder}: holds another study: its {part} is {getattr(old, part)}, not the one asked for"
-            )
+            raise StudyError(f"{folder}: its run has another `{part}` than is asked for now; give another --out")
 
 
 def judged(row: Row, folder: Path) -> Ours:
@@ -165,7 +163,7 @@ def _mean(over: Over, of: Sequence[MetricRow | CurveRow]) -> float:
 def text(row: Row, ours: Sequence[Ours], given: Sequence[str] = ()) -> str:
     """Return what is printed of a row: paper, ours, difference, the honest figure too, and what is not matched."""
     lines = [f"{row.name}: {row.source}", ""]
-    header = ("", "paper %", "ours %", "difference, points", "seeds")
+    header = ("figure", "paper %", "ours %", "difference, points", "seeds")
     honest = [one.honest for one in ours]
     selected = [one.selected for one in ours if one.selected is not None]
     told = [("honest: the last round", *_against(row.paper, honest))]
@@ -174,7 +172,7 @@ def text(row: Row, ours: Sequence[Ours], given: Sequence[str] = ()) -> str:
         told.append(
             ("selection on test data adds", "", f"{np.mean(selected) - np.mean(honest):+.2f}", "", len(selected))
         )
-    lines.append(aligned(Table("", header, tuple(tuple(map(str, one)) for one in told), left=1)).strip())
+    lines.append(aligned(Table("", header, tuple(tuple(map(str, one)) for one in told), left=1)).strip("\n"))
     lines += ["", f"theirs: {row.paper_seeds} seed{'s' * (row.paper_seeds > 1)}; not matched:"]
     lines += [f"- {one}" for one in row.not_matched]
     if given:

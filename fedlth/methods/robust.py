@@ -165,13 +165,13 @@ class MultiKrum:
 
     Of n updates, ceil(share x n) = f may be hostile; an update's score is the sum of its distances to the n - f - 2
     others (one at least) that lie nearest. Equal scores: the first client. The distance of two updates is the mean
-    squared difference of the parameters that both hold (`on: shared`), which for dense updates is the paper's up to a
-    factor, or of those that no mask covers (`on: dense`). The paper's guarantee needs n > 2 f + 2.
+    squared difference of the parameters that both hold (`over: shared`), which for dense updates is the paper's up to a
+    factor, or of those that no mask covers (`over: dense`). The paper's guarantee needs n > 2 f + 2.
     """
 
     share: float = 0.2
     keep: int = 0
-    on: str = "shared"
+    over: str = "shared"
     uncovered: str = "keep"
     holds_round: ClassVar[bool] = True
 
@@ -181,12 +181,12 @@ class MultiKrum:
             raise wrong("federate.join.share", "in (0, 0.5)", self.share)
         if self.keep < 0:
             raise wrong("federate.join.keep", "at least 0", self.keep)
-        if self.on not in ("shared", "dense"):
-            raise wrong("federate.join.on", "shared or dense", self.on)
+        if self.over not in ("shared", "dense"):
+            raise wrong("federate.join.over", "shared or dense", self.over)
 
     def init(self, state: ServerState, layout: Layout, /) -> Held:
-        if self.on == "dense" and layout.num_params == layout.num_prunable:
-            raise wrong("federate.join.on", "shared where all parameters are prunable", self.on)
+        if self.over == "dense" and layout.num_params == layout.num_prunable:
+            raise wrong("federate.join.over", "shared where all parameters are prunable", self.over)
         return Held(state, layout)
 
     def add(self, held: Held, c: Contribution, /) -> None:
@@ -202,6 +202,11 @@ class MultiKrum:
             mean.add(so_far, held.came[place])
         return mean.result(so_far)
 
+    def doubt(self, count: int) -> str:
+        """Say why `count` updates a round are too few for the paper's guarantee, "" where they are not."""
+        bad = num_hostile(self.share, count)
+        return "" if count > 2 * bad + 2 else f"{bad} hostile of {count} a round: Krum's guarantee needs n > 2 f + 2"
+
     def _scores(self, held: Held) -> np.ndarray:
         """Return each update's score, (clients,) float64."""
         count = len(held.came)
@@ -215,7 +220,7 @@ class MultiKrum:
     def _distance(self, one: Contribution, other: Contribution, layout: Layout) -> float:
         size = layout.num_prunable
         rest = np.subtract(*(_floats(c)[size : layout.num_params] for c in (one, other)), dtype=np.float64)
-        if self.on == "dense":
+        if self.over == "dense":
             return float(np.mean(rest**2))
         both = one.content.mask & other.content.mask
         held = np.subtract(*(_floats(c)[:size][both] for c in (one, other)), dtype=np.float64)
@@ -223,9 +228,9 @@ class MultiKrum:
         return float(held @ held + rest @ rest) / number if number else math.inf
 
 
-def krum(share: float = 0.2, on: str = "shared", uncovered: str = "keep") -> MultiKrum:
+def krum(share: float = 0.2, over: str = "shared", uncovered: str = "keep") -> MultiKrum:
     """The one update that lies nearest to its nearest others, where it holds a coordinate; else the old value."""
-    return MultiKrum(share, 1, on, uncovered)
+    return MultiKrum(share, 1, over, uncovered)
 
 
 @dataclass(frozen=True)

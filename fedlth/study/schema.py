@@ -136,6 +136,8 @@ def build(tree: Any, where: str = "study") -> Study:
     """Validate a plain tree; raise StudyError with `where: place: what was wanted, got`."""
     if isinstance(tree, dict) and tree.keys() & {"lottery", "searches", "probes"}:
         raise StudyError(f"{where}: is a study of the ticket laboratory; `fedlth lottery` runs and resumes it")
+    if isinstance(tree, dict) and tree.keys() >= {"bench", "methods"}:
+        raise StudyError(f"{where}: is a bench; `fedlth bench` runs and resumes it")
     study = validated(Study, tree, where)
     _cross_check(study, where)
     return study

@@ -56,7 +56,7 @@ def test_finished_seeds_are_kept_and_another_study_is_refused(tmp_path: Path) ->
     first = reproduce.run(TINY, 1, tmp_path)
     both = reproduce.run(TINY, 2, tmp_path)
     assert both[0] == first[0] and len(both) == 2
-    with pytest.raises(StudyError, match="holds another study: its train is"):
+    with pytest.raises(StudyError, match="has another `train` than is asked for"):
         reproduce.run(TINY, 1, tmp_path, ["train.lr=0.5"])
 
 
@@ -71,6 +71,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "pfllib_fedavg" in listed and "85.85" in listed
     assert cli.main(["reproduce", "nothing"]) == 2
     assert "must be one of" in capsys.readouterr().err
+    assert cli.main(["reproduce", "pfllib_fedavg", "--seeds", "0"]) == 2
+    assert "--seeds must be at least 1" in capsys.readouterr().err
 
 
 def test_large_clients_weigh_more(tmp_path: Path) -> None:

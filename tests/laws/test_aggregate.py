@@ -25,8 +25,8 @@ LAYOUT = small_layout()
 SIZE = LAYOUT.num_prunable
 RULES = [FedAvg(), CountMean(), CountMean("zero"), CountMean("zero", weighted=True), OverlapMean()]
 ROBUST = [
-    TrimmedMean(), TrimmedMean(0.4), TrimmedMean(uncovered="zero"), Median(), Median("keep"), krum(), krum(on="dense"),
-    MultiKrum(), MultiKrum(keep=2), WithoutOutliers(),
+    TrimmedMean(), TrimmedMean(0.4), TrimmedMean(uncovered="zero"), Median(), Median("keep"), krum(),
+    krum(over="dense"), MultiKrum(), MultiKrum(keep=2), WithoutOutliers(),
 ]  # fmt: skip
 FOUR = Layout((Entry("w", (4,), "param", 0, prunable=True),))
 

@@ -78,8 +78,8 @@ def test_krum_compares_what_both_hold_or_what_no_mask_covers() -> None:
     before = ServerState(Params(np.zeros(4, np.float32), NONE))
     scores = {on: MultiKrum(0.2, 1, on)._scores(Held(before, BIASED, got)).tolist() for on in ("shared", "dense")}
     assert scores == {"shared": [2, 2, 16], "dense": [0, 0, 16]}  # one nearest other: (2^2 + 0) / 2, or 0
-    with pytest.raises(StudyError, match=r"federate.join.on must be shared where all parameters are prunable"):
-        krum(on="dense").init(before, FOUR)
+    with pytest.raises(StudyError, match=r"federate.join.over must be shared where all parameters are prunable"):
+        krum(over="dense").init(before, FOUR)
     apart = [sent(0, [1, 0, 0, 0], [1, 0, 0, 0]), sent(1, [0, 1, 0, 0], [0, 1, 0, 0])]
     assert joined(krum(), apart) == [1, 9, 9, 9], "nothing in common: the first client"
 
@@ -185,7 +185,7 @@ def test_a_server_optimizer_goes_on_from_a_robust_mean_and_keeps_its_memory(tmp_
         ),
         ("fedavg", {"join": {"name": "median", "few": "drop"}}, "federate.join.few must be mean or keep, got 'drop'"),
         ("fedavg", {"join": {"name": "multi_krum", "keep": -1}}, "federate.join.keep must be at least 0, got -1"),
-        ("fedavg", {"join": {"name": "krum", "on": "all"}}, "federate.join.on must be shared or dense, got 'all'"),
+        ("fedavg", {"join": {"name": "krum", "over": "all"}}, "federate.join.over must be shared or dense, got 'all'"),
     ],
 )
 def test_where_it_makes_no_sense_it_is_refused(method: str, federate: dict[str, Any], says: str) -> None:
@@ -205,3 +205,8 @@ def test_refinement_joins_by_the_same_rule_and_check_says_what_it_holds() -> Non
 def test_where_nothing_is_sent_it_is_noted() -> None:
     notes = resolve(tiny.study(method="local", federate={"join": "median", "rounds": 1}))[1]
     assert any(note.startswith("federate: has no effect") for note in notes)
+
+
+@pytest.mark.parametrize(("count", "said"), [(4, True), (6, True), (7, False), (20, False)])
+def test_too_few_updates_for_krums_guarantee_are_told(count: int, said: bool) -> None:
+    assert bool(MultiKrum(0.3 if count < 7 else 0.2).doubt(count)) == said
