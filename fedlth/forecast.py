@@ -227,9 +227,9 @@ def _evaluation_lines(experiment: Experiment) -> list[str]:
     client = int(np.argmax(parts))
     task = task.of(client)
     data = task.part(client, "train")
-    evaluate(task.flat_model, task.theta_0, data)  # once, so that nothing is compiled while it is timed
+    evaluate(task.flat_model, task.theta_0, data, task.judged.all)  # once: nothing is compiled while it is timed
     began = time.perf_counter()
-    evaluate(task.flat_model, task.theta_0, data)
+    evaluate(task.flat_model, task.theta_0, data, task.judged.all)
     example_s = (time.perf_counter() - began) / len(data)
     examples = phase.rounds * len(experiment.curve_arms) * sum(parts)
     minutes = examples * example_s / 60

@@ -109,6 +109,20 @@ def test_a_study_is_forecast(task: str) -> None:
     assert "bytes" in forecast(study(task))
 
 
+def test_several_numbers_are_evaluated_in_a_forecast() -> None:
+    """Found: it asked for accuracy, of targets (N, 2)."""
+    assert "evaluation between rounds" in forecast(study("several numbers", evaluate={"every": 1}))
+
+
+@pytest.mark.parametrize(
+    ("task", "why"), [("mapping by keyword", "must be no mapping"), ("ragged tokens", "got ragged")]
+)
+def test_a_gate_refuses_inputs_that_it_cannot_take_the_mean_of(task: str, why: str) -> None:
+    with pytest.raises(StudyError, match=f"method: pfedgate gates the mean of .*{why}"):
+        resolve(study(task, method={"name": "pfedgate", "density": 0.5}))
+    resolve(study(task, method={"name": "pfedgate", "density": 1.0}))
+
+
 def test_ragged_data_train_one_client_at_a_time() -> None:
     experiment, notes = resolve(study("ragged tokens", cohort=2))
     assert experiment.study.cohort == 1 and any("its examples are ragged" in note for note in notes)
@@ -277,7 +291,8 @@ def test_other_partitions_take_real_numbers(partition: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
-        ({"method": {"name": "lotteryfl"}}, "method.val_accuracy: must be below 0"),
+        ({"method": {"name": "lotteryfl"}}, "method.val_accuracy: must be below 0 .* left at its default 0.5"),
+        ({"method": {"name": "lotteryfl", "val_accuracy": 0.4}}, "method.val_accuracy: must be below 0 .* got 0.4"),
         ({"finder": {"gate": "val_accuracy"}}, "finder.gate: must not be ValAccuracy"),
         ({"compute": "sparse"}, "the targets are real numbers"),
         ({"model": {"name": "tests.own_tasks:Tagger"}}, "fails on a batch"),

@@ -106,7 +106,8 @@ def test_all_that_is_prunable_may_be_personal(tmp_path: Path) -> None:
     [
         ("fedavg", ["hed.*"], r"model\.personal: 'hed\.\*' must match a tensor that is trained"),
         ("fedavg", ["*"], r"model\.personal: must leave something to share"),
-        ("fedpm", ["head.*"], r"model\.personal: must leave all that is prunable shared, method fedpm learns one mask"),
+        ("fedpm", ["head.*"], r"model\.personal: must leave all that is prunable shared, method fedpm learns scores"),
+        ("spafl", ["head.*"], r"model\.personal: must leave .* shared, method spafl learns thresholds"),
     ],
 )
 def test_what_cannot_be_personal_is_refused(method: str, personal: list[str], says: str) -> None:

@@ -236,12 +236,17 @@ def _checked_task(experiment: Experiment, task: Task, arms: set[str]) -> list[st
             "are of later rounds than the best one, got best"
         )
     _check_gates(experiment, task)
+    for update in (phase.update for phase in method.phases):
+        if hasattr(update, "unfit") and (why := update.unfit(task)):
+            raise StudyError(f"method: {method.name} {why}")
+        if hasattr(update, "remark") and (said := update.remark(task)):
+            notes.append(f"method: {method.name} {said}")
     if method.needs_norms and not any(e.norm for e in task.layout.entries):
         raise StudyError(f"method: {method.name} needs a model with norms, {task.study.model.name} has none")
     if method.space.kind != "values" and task.exchange.num_prunable != task.layout.num_prunable:
         raise StudyError(
-            f"model.personal: must leave all that is prunable shared, method {method.name} learns one mask of it, got "
-            f"{list(task.study.model.personal or ())} and buffers {task.study.model.buffers}"
+            f"model.personal: must leave all that is prunable shared, method {method.name} learns {method.space.name} "
+            f"over all of it, got {list(task.study.model.personal or ())} and buffers {task.study.model.buffers}"
         )
     return notes
 
@@ -298,9 +303,10 @@ def _check_gates(experiment: Experiment, task: Task) -> None:
     for event in (own, getattr(own, "before", None), getattr(own, "after", None)):
         gate = getattr(event, "val_accuracy", -1)
         if gate >= 0:
+            got = f"got {gate}" if "val_accuracy" in experiment.study.method else f"left at its default {gate}"
             raise StudyError(
                 f"method.val_accuracy: must be below 0 (always open) where less of the metric is better, as of "
-                f"{metric.name}, got {gate}"
+                f"{metric.name}, {got}"
             )
     if set(experiment.arms) & effects.SEARCH and hasattr(finder.gate, "at_least"):
         raise StudyError(

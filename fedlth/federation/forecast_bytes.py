@@ -23,6 +23,7 @@ from fedlth.wire import metrics
 from fedlth.wire.codec import DELTA, STEP
 
 EACH_TARGET = {"ticket", "ticket_0", "one_shot", "global_mask", "random"}  # arms with a row for every density
+MARGIN = 0.02  # a model once trained takes more bytes than the one that is encoded here, by so much at most
 DENSE = {"global", "local", "dense", "dense_total"}
 
 
@@ -99,11 +100,6 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
     sure = shrinking is not None and shrinking.sure
     most = (down, up) if sure else _sums(wire, shrinking or Shrinking(), pruned=False)
     both = [] if sure else ["no client prunes"]
-    if study.refine.rounds and _may_stop(study):
-        both.append("tickets that stop before their first prune")
-    choices = [len(experiment.keep.allowed(task.capacity(c))) for c in range(study.clients.count)]
-    if study.refine.rounds and max(choices) > 1:
-        both.append("tickets at the largest density that each client may choose")
     if method.first_mask != Dense():
         both.append("clients that begin with the whole model")
     if any(phase.cut for phase in method.phases):
@@ -113,14 +109,32 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
     if dense and method.space.kind == "values" and any(phase.own_mask for phase in method.phases):
         both.append("updates and a global model that hold every weight")
     scores = [method.space.bounds[0]] if method.space.bounds[0] and codec.refers else []
+    if wire.undecided and codec.refers:
+        scores = ["numbers at 4 bytes each: what nobody holds stays as it was drawn"]
+    evaluation = _evaluation(wire, shrinking, (*both, *scores))
+    if study.refine.rounds and _may_stop(study):
+        both.append("tickets that stop before their first prune")
+    choices = [len(experiment.keep.allowed(task.capacity(c))) for c in range(study.clients.count)]
+    if study.refine.rounds and max(choices) > 1:
+        both.append("tickets at the largest density that each client may choose")
+    beside = ["uncoded numbers beside the model"] if codec.refers else []
+    also = beside if any(phase.also for phase in method.phases) else []
+    more_up = beside if any(kind == "values" for _, kind in method.phases[-1].update.sends[1:]) else []
     free = ["masks of half the weights"] if any(map(_sends_other_masks, method.phases)) else []
-    ups = (*both, *free, *_why_less_goes_up(wire, shrinking))
+    ups = (*both, *free, *more_up, *_why_less_goes_up(wire, shrinking))
     ends = (down, up) if shrinking is not None and not sure else (None, None)  # of what accuracy may decide
     last = method.phases[-1]
     more = sum(wire.beside(last, name, kind) for name, kind in sends_in(last.update, 1)[1:])
-    visit = wire.model * (1 + len(last.also)), wire.update(1.0) + more + _visit_bytes(task)
-    both_ways = Bytes(most[0], (*both, *scores), ends[0]), Bytes(most[1], ups, ends[1])
-    return Forecast(*both_ways, len(found), visit, _evaluation(wire, shrinking, scores))
+    visit = wire.model + wire.longest * len(last.also), wire.update(1.0) + more + _visit_bytes(task)
+    down_bytes = _most(wire, most[0], (*both, *scores, *also), ends[0])
+    return Forecast(down_bytes, _most(wire, most[1], ups, ends[1]), len(found), visit, evaluation)
+
+
+def _most(wire: Lengths, size: float, bounds: Sequence[str], pruned: float | None = None) -> Bytes:
+    """Return an upper bound with its margin, which nothing needs that is sent as it is; no bounds: an estimate."""
+    if not bounds or not wire.codec.refers:
+        return Bytes(size, tuple(bounds), pruned)
+    return Bytes(size * (1 + MARGIN), (*bounds, f"{MARGIN:.0%} more for what training makes harder to code"), pruned)
 
 
 def _between(experiment: Experiment) -> Forecast:
@@ -168,7 +182,7 @@ def _evaluation(wire: Lengths, shrinking: Shrinking | None, bounds: Sequence[str
     if phase.down == "slice" and not (shrinking and shrinking.sure):
         bounds = (*bounds, "a prune at the first visit")
     up = phase.rounds * sum(len(task.clients) * _curve_bytes(experiment, task) for task in experiment.task.each)
-    return Evaluation(phase.rounds, count, Bytes(down, tuple(bounds)), Bytes(up))
+    return Evaluation(phase.rounds, count, _most(wire, down, bounds), Bytes(up))
 
 
 def _curve_bytes(experiment: Experiment, task: Task) -> int:
@@ -320,7 +334,7 @@ def _beside(wire: Lengths) -> tuple[float, float]:
     experiment, down, up = wire.experiment, 0.0, 0.0
     for phase, number in experiment.steps:
         count = len(experiment.clients(phase, number)) if phase in experiment.federated_phases else 0
-        down += count * wire.model * len(phase.also) * (number > 1)
+        down += count * wire.longest * len(phase.also) * (number > 1)
         if phase in experiment.federated_phases[-1:]:
             up += count * sum(wire.beside(phase, name, kind) for name, kind in sends_in(phase.update, number)[1:])
     return down, up

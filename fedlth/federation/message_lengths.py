@@ -14,14 +14,16 @@ from fedlth import rng
 from fedlth.experiment.experiment import Experiment
 from fedlth.federation import downloads
 from fedlth.methods.aggregate import Contribution, join
+from fedlth.methods.client_update import THETA_G, UPDATE, ClientUpdate
 from fedlth.methods.method import Phase
 from fedlth.models.layout import Layout, Params
+from fedlth.storage.client_state import ClientState
 from fedlth.storage.server_state import ServerState
 from fedlth.tickets.scope import Layerwise
 from fedlth.training.local_client import LocalClient
 from fedlth.training.task import Task
 from fedlth.wire import payload
-from fedlth.wire.codec import Codec
+from fedlth.wire.codec import CODECS, Codec
 from fedlth.wire.payload import Content
 
 TRIED, TRIAL_S = 4, 2.0  # how many clients try two visits each, and for how long at most
@@ -49,7 +51,24 @@ class Lengths:
 
     @cached_property
     def model(self) -> int:
-        return self.broadcast(self.theta)
+        return self.longest if self.undecided else self.broadcast(self.theta)
+
+    @cached_property
+    def longest(self) -> int:
+        """The most that a global state takes, whatever its numbers: uncoded."""
+        kind = self.experiment.method.space.kind
+        return len(downloads.broadcast(kind, "", self.theta, self.layout, CODECS["raw"]).payload)
+
+    @cached_property
+    def undecided(self) -> bool:
+        """Whether the rule leaves what nobody holds as it was drawn: full-length numbers, however long it runs."""
+        experiment, state = self.experiment, self.experiment.initial()
+        rule, space = experiment.method.phases[-1].join, experiment.method.space
+        if rule is None or space.kind == "values" or up_kind(experiment) != "mask":
+            return False
+        nothing = Content(np.zeros(self.layout.num_prunable, bool), None, None)
+        made = join(rule, ServerState(state), (Contribution(0, 1, nothing),), self.layout).theta
+        return bool((made.floats == state.floats).all())
 
     def broadcast(self, theta: Params) -> int:
         return len(downloads.broadcast(self.experiment.method.space.kind, "", theta, self.layout, self.codec).payload)
@@ -64,7 +83,7 @@ class Lengths:
 
     def beside(self, phase: Phase, name: str, kind: str) -> float:
         """Return the most that a message takes which refers to nothing, beside an update."""
-        return self.model if kind == "values" else self.message(phase, name, kind)
+        return self.longest if kind == "values" else self.message(phase, name, kind)
 
     def kept(self, density: float) -> float:
         """Return the bytes of a slice."""
@@ -123,26 +142,44 @@ class Lengths:
 
 def tried(experiment: Experiment, visit_s: float) -> Moved:
     """Try the visits of a few clients, small to large, from theta_0 and from the mean of what they made of it."""
-    task = experiment.task
+    task, update = experiment.task, experiment.method.phases[-1].update
     parts, unseen = task.splits.clients, task.splits.unseen
     clients = sorted((len(part.train), c) for c, part in enumerate(parts) if c not in unseen)
-    number = min(TRIED, len(clients), int(TRIAL_S / (2 * visit_s)))
+    passes = getattr(update, "passes", None)
+    slower = max(passes(task, 0), passes(task, 1)) if passes is not None else 1
+    number = min(TRIED, len(clients), int(TRIAL_S / (2 * visit_s * slower)))
     if not number or not task.study.federate.rounds:
         return ()
     chosen = [clients[int((i + 0.5) * len(clients) / number)][1] for i in range(number)]
     found: list[tuple[Params, Params]] = []
     theta = task.shared_part(task.theta_0)
+    states = dict.fromkeys(chosen, ClientState())
     for round in (1, 2):
         ends = []
         for local in (LocalClient(task.of(client), client, round, "forecast") for client in chosen):
             with suppress(Exception):  # who cannot train, or diverges, is not tried: that is for the run to say
-                trained = local.train(local.task.merge(theta, local.task.theta_0), recipe=local.recipe)
-                ends.append(local.task.shared_part(trained.params))
+                end, states[local.client] = _visit(update, local, theta, states[local.client])
+                ends.append(end)
         if not ends:
             break
         found += [(theta, end) for end in ends]
         theta = Params(np.mean([end.floats for end in ends], axis=0).astype(np.float32), ends[0].ints)
     return tuple(found)
+
+
+def _visit(update: ClientUpdate, local: LocalClient, theta: Params, state: ClientState) -> tuple[Params, ClientState]:
+    """Return what a client makes of `theta`, and its state: by the method's update, or by a plain training.
+
+    The latter where an update needs more than a first round has, or sends a part of the weights only.
+    """
+    sent = Content(np.ones(local.task.exchange.num_prunable, bool), theta.floats, theta.ints)
+    with suppress(Exception):  # the user's code may raise anything
+        made = update(local, {THETA_G: sent}, state)
+        content = made.contents[UPDATE]
+        if content.mask.all() and content.floats is not None and content.ints is not None:
+            return Params(content.floats, content.ints), made.state
+    trained = local.train(local.task.merge(theta, local.task.theta_0), recipe=local.recipe)
+    return local.task.shared_part(trained.params), state
 
 
 def noise(task: Task, codec: Codec) -> Moved:

@@ -75,6 +75,8 @@ class PersonalUpdate(ClientUpdate, Protocol):
     `passes(task, visits)`, how many trainings an epoch is to a client after so many own visits, where it is not one,
     and `tune_passes` how many it is to `tune`, where that is another number; `own_pull`, that its objective has a pull,
     which takes the place of the study's; `obstacle(recipe)` why it cannot train by a recipe, "" where it can;
+    `unfit(task)` why it cannot train on a task's data or model, "" where it can, and `remark(task)` what it does
+    otherwise than it is known for there, "" for nothing;
     `keeps`, how many vectors as long as the model it leaves in a client's state, beside what does not cross;
     `frozen(task)`, the net under learnt masks; `weights(local, inbox, state)`, the client's model without its mask
     where the global state is none; `tunes_mask`, whether `tune` changes how much is kept.

@@ -13,6 +13,7 @@ that a client is judged by has one mask: what the gate chooses for the mean of i
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -32,6 +33,7 @@ from fedlth.storage.server_state import ServerState
 from fedlth.tickets.granularity import Groups, Row
 from fedlth.training.local_client import LocalClient
 from fedlth.training.recipe import TrainingRecipe
+from fedlth.training.task import Task
 from fedlth.wire.payload import Content
 
 
@@ -124,6 +126,17 @@ class GatedUpdate:
         metrics = {"loss": loss, **seen, "density": float(touched.mean())}
         content = Content(shared, sent.floats, sent.ints)
         return Update(kept_private(local, new, Params(floats, params.ints)), {UPDATE: content}, metrics)
+
+    def unfit(self, task: Task) -> str:
+        """Say what of a task's inputs a gate of fixed width cannot take the mean of."""
+        if self.gate.density == 1:
+            return ""
+        data = task.dataset
+        if isinstance(data.x_train, Mapping):
+            return f"gates the mean of one array of inputs: data.x must be no mapping, got {', '.join(data.x_train)}"
+        if "x" in data.lengths_train:
+            return "gates the mean of inputs of one shape: data.x must have rows of equal length, got ragged ones"
+        return ""
 
     def own(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Own:
         return self._of(local, merged(local, inbox, state), self._extra(local, state))

@@ -30,6 +30,7 @@ from fedlth.training.loss_probe import norm_behind
 from fedlth.training.pull import L1
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingResult
+from fedlth.training.task import Task
 
 FILTERS, FLOORED = Layerwise(), Global(floor=1)
 
@@ -180,6 +181,13 @@ class SlimmingUpdate(MaskedUpdate):
     @property
     def granularity(self) -> Granularity:
         return Filters()
+
+    def remark(self, task: Task) -> str:
+        """Say that no norm tells which channels matter."""
+        layout = task.layout
+        if any(e.norm for e in layout.entries) or not any(is_convolution(e) for e in layout.prunable):
+            return ""
+        return f"prunes filters by the mean size of their weights, {task.study.model.name} has no norms to scale them"
 
     def recipe(self, local: LocalClient, recipe: TrainingRecipe, /) -> TrainingRecipe:
         scales = {e.offset: e for e in scales_behind(local).values()} if self.strength else {}

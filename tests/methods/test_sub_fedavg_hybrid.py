@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedlth.experiment.resolve import resolve
 from fedlth.methods.sub_fedavg_hybrid import CutChannels, CutWeights, Filters, PruneBoth, scales_behind
 from fedlth.models.layout import Params
 from fedlth.tickets.controls import shuffled_mask
@@ -200,3 +201,23 @@ def test_a_run_ends_at_both_densities_and_its_control_has_whole_filters(tmp_path
     control = shuffled_mask(mask, local.task.layout, np.random.default_rng(0), Filters())
     assert {n: sum(r) for n, r in rows(local, control).items()} == {n: sum(r) for n, r in rows(local, mask).items()}
     assert control.sum() == mask.sum() and (control != mask).any()
+
+
+class Bare(nn.Module):
+    """A convolution and a head, no norm."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 3, 3), nn.Linear(3 * 6 * 6, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(torch.relu(self.conv(x)).flatten(1))
+        return out
+
+
+def test_a_model_without_norms_is_told_of() -> None:
+    """Of filters no scale tells which matter: their size does."""
+    said = "method: sub_fedavg_hybrid prunes filters by the mean size of their weights"
+    for kind, told in ((f"{HERE}:Bare", True), ("tests.tiny:Small", False)):
+        notes = resolve(tiny.of_method("sub_fedavg_hybrid", model={"name": kind, "options": {}}))[1]
+        assert any(note.startswith(said) for note in notes) == told
