@@ -60,8 +60,9 @@ def _federation(board: Board, partition: str) -> str:
         none = f"none of {len(federated)} federated methods is clearly better than training alone (local){sure}"
         return f"Federation is not shown to help here: {none}; the largest difference is {name}'s, {gap}.{worse}"
     told = [f"{name} by {shown.difference(one.mean)}" for name, one in _ranked(ahead)]
+    are, unit = "is" if len(ahead) == 1 else "are", f", in{_points(shown)}" if shown.measure.percent else ""
     many = f"{len(ahead)} of {len(federated)} federated methods"
-    return f"Better than training alone (local): {many}{sure}, {_list(told)}{_points(shown)}.{worse}"
+    return f"Better than training alone (local) {are} {many}{sure}{unit}: {_list(told)}.{worse}"
 
 
 def _masks(board: Board, partition: str) -> list[str]:

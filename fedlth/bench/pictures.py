@@ -37,13 +37,15 @@ def pictures(board: Board) -> tuple[Picture, ...]:
         f"One row a method, best on top, its number the same in every picture. Left, the mean test {board.shown.label} "
         f"over clients (the {word} is best) with its 95 % interval, and the controls of its masks at the same bytes: a "
         "random mask of equal density, the global model's own mask, the dense twin. A mask buys something where its "
-        "disc is clear of them. Right, all payload bytes that its run moved, both ways and for every receiver. Filled: "
-        "on the Pareto front, where no other method is better for as few bytes. An arrow stands for a value beyond the "
+        "disc is clear of the marks just below it (a control with the very same mask is "
+        "left out). Right, all payload bytes that its run moved, both ways and for every receiver. "
+        "Filled: on the Pareto front, where no other method is better for as few bytes. An arrow stands for a value beyond the "
         "axis, which is written beside it."
     )
     front = (
         "The same means against the same bytes, one numbered dot a method. The line is the Pareto front: a method on "
-        "it (filled) has no better one for as few bytes. A number that has no room beside its dot hangs on a thread."
+        "it (filled) has no better one for as few bytes. A number that has no room beside its dot hangs on a thread; "
+        "an arrow with a value stands for a method beyond the axis, which then ends at the outermost of the others."
     )
     for partition in board.entries:
         height = 1.5 + 0.21 * len(board.entries[partition])
@@ -107,7 +109,12 @@ class Rows:
             elif line.control:
                 marker, arm = MARKS[line.control]
                 left.plot(
-                    value, place, marker, color=theme.colour(arm), markersize=8 if marker == "*" else 5.5, zorder=3
+                    value,
+                    place + 0.27,
+                    marker,
+                    color=theme.colour(arm),
+                    markersize=8 if marker == "*" else 5.5,
+                    zorder=3,
                 )
             else:
                 ends = [shown.factor * one for one in (line.summary.interval.low, line.summary.interval.high)]
@@ -166,8 +173,8 @@ class Pareto:
             sign = "↓" if y[name] < low else "↑"
             axes.annotate(f"{number[name]} {sign} {y[name]:.3g}", (x[name], edge), ha="center", va="center", fontsize=8,
                           color=theme.ink)  # fmt: skip
-        names = ", ".join(f"{number[name]} {name}" for name in sorted(x, key=lambda one: number[one]))
-        figure.supxlabel(fill(names, 120), fontsize=7.5, ha="left", x=0.02)
+        names = ", ".join(f"{number[name]}~{name}" for name in sorted(x, key=lambda one: number[one]))
+        figure.supxlabel(fill(names, 130).replace("~", " "), fontsize=7.5, ha="left", x=0.02)
         figure.draw_without_rendering()  # so that places are known before numbers are set beside dots
         for (name, place), (right, up) in zip(inside.items(), beside(axes, list(inside.values())), strict=True):
             far = abs(right) > 14 or abs(up) > 14
@@ -212,8 +219,8 @@ def beside(axes: Axes, places: Sequence[tuple[float, float]]) -> list[tuple[floa
     assert figure is not None
     scale = 72 / figure.dpi
     dots = scale * axes.transData.transform(np.array(places))
-    box = axes.bbox.extents * scale
-    angles = np.deg2rad([0, 180, 90, 270, 30, 150, 210, 330, 60, 120, 240, 300])
+    box = [scale * end for end in axes.bbox.extents]
+    angles = np.deg2rad([135, 90, 45, 315, 0, 180, 225, 270, 20, 160, 200, 340, 70, 110, 250, 290])
     rays = [(r * np.cos(a), r * np.sin(a)) for r in range(10, 260, 5) for a in angles]
     taken: list[tuple[float, float]] = []
     found = []
@@ -330,8 +337,8 @@ def _crossing(lines: Sequence[MaskLine]) -> str:
         return "No uncorrected 95 % interval is above zero as a whole, at any density."
     more = f"; and {len(told) - 6} more" if len(told) > 6 else ""
     return (
-        "By the uncorrected 95 % interval alone, which is no test and may say more than the sentences on top, the whole "
-        f"interval is above zero at these densities: {'; '.join(told[:6])}{more}."
+        "By the uncorrected 95 % interval alone, which is no test (the sentences on top are of one density a method), "
+        f"the whole interval is above zero at these densities: {'; '.join(told[:6])}{more}."
     )
 
 
@@ -401,10 +408,11 @@ class MaskGain:
         for line in (line for line in self.lines if line.partition == partition):
             number = methods.index(line.method)
             colour, marker = colours[number % len(colours)], markers[number % len(markers)]
+            label = f"{self.number[line.method]} {line.method}"
             shift = (number - (len(methods) - 1) / 2) * min(0.06, 0.5 / len(methods))
             x = [-np.log2(density) + shift for density, _, _ in line.points]
             axes.plot(x, [gain for _, gain, _ in line.points], color=colour, linewidth=1.1, marker=marker, markersize=5,
-                      linestyle=dashes[number // len(colours) % len(dashes)], label=f"{self.number[line.method]} {line.method}")  # fmt: skip
+                      linestyle=dashes[number // len(colours) % len(dashes)], label=label)  # fmt: skip
             for at, (_, gain, ends) in zip(x, line.points, strict=True):
                 axes.plot([at, at], [ends.low, ends.high], color=colour, linewidth=1.1, alpha=0.6)
                 if not ends.excludes(0):
@@ -448,7 +456,8 @@ class RankAxis:
             side = 0.9 if place < left else count + 0.1
             axes.plot([rank, rank, side], [0, height, height], color=theme.faint, linewidth=1)
             axes.plot(rank, 0, "o", color=theme.gain, markersize=5, clip_on=False)
-            axes.annotate(f"{number_of[name]} {name} {rank:.2f}", (side, height), (-4 if place < left else 4, 0), va="center", fontsize=9,
+            text = f"{number_of[name]} {name}: {rank:.2f}"
+            axes.annotate(text, (side, height), (-4 if place < left else 4, 0), va="center", fontsize=9,
                           textcoords="offset points", ha="right" if place < left else "left",
                           annotation_clip=False)  # fmt: skip
         for number, (first, last) in enumerate(found.groups):
