@@ -39,8 +39,8 @@ def pictures(board: Board) -> tuple[Picture, ...]:
         "random mask of equal density, the global model's own mask, the dense twin. A mask buys something where its "
         "disc is clear of the marks just below it (a control with the very same mask is "
         "left out). Right, all payload bytes that its run moved, both ways and for every receiver. "
-        "Filled: on the Pareto front, where no other method is better for as few bytes. An arrow stands for a value beyond the "
-        "axis, which is written beside it."
+        "Filled: on the Pareto front, where no other method is better for as few bytes. An arrow stands for a "
+        "value beyond the axis, which is written beside it."
     )
     front = (
         "The same means against the same bytes, one numbered dot a method. The line is the Pareto front: a method on "
