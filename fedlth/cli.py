@@ -316,7 +316,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command("bench", bench, "run methods x partitions x seeds and rank them", text)
     sub.add_argument("bench", type=Path, nargs="+", metavar="FILE.yaml")
     sub.add_argument("--out", type=Path, default=Path("runs/bench"), help="parent of the benches' folders")
-    sub.add_argument("--only", default="", metavar="KIND=NAME,...", help="method=, partition=, seed=: only these cells")
+    sub.add_argument("--only", metavar="KIND=NAME,...", help="method=, partition=, seed=: only these cells")
     sub.add_argument("--dry-run", action="store_true", help="print the forecast; run nothing")
     sub.add_argument("--report-only", action="store_true", help="write the leaderboard of what has ended; run nothing")
     return top

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,17 +11,19 @@ from pathlib import Path
 import numpy as np
 
 from fedlth.bench.contrasts import Contrast, contrast, corrected, gains
-from fedlth.bench.controls import DENSE, KINDS
-from fedlth.bench.matrix import Matrix
+from fedlth.bench.controls import DENSE, GLOBAL, KINDS
+from fedlth.bench.matrix import LOCAL, Cell, Matrix
 from fedlth.bench.outcome import DONE, UNFINISHED, Outcome, finished, read_outcome
 from fedlth.bench.ranks import Ranking, ranking
 from fedlth.bench.spending import Spending, mean_spending, spending
 from fedlth.errors import StudyError
+from fedlth.experiment.well_formed import method_of
 from fedlth.report.choice import Choice, rows_of
 from fedlth.report.facts import Facts, one_cell, read_run
 from fedlth.report.measure import Shown, shown_of
 from fedlth.report.results import Results, results_of
 from fedlth.report.statistics import ArmSummary
+from fedlth.storage.records import MetricRow
 
 SEARCHED = ("ticket", "refined", "ticket_0", "one_shot")
 OWN = ("own_tuned", "own")
@@ -30,7 +33,9 @@ OWN = ("own_tuned", "own")
 class Line:
     """One row of a table: a method's own result, or one of its controls (`control` says which; "" for the method).
 
-    against: contrasts with the methods that all are held against; beaten: the method's own row less this control.
+    against: contrasts with the methods that all are held against; beaten: the method's own row less this control;
+    alone: the contrast with local, whether `against` has it or not; same: this control has the method's own mask;
+    missing: seeds that other methods of the partition have and this one lacks.
     """
 
     method: str
@@ -38,16 +43,23 @@ class Line:
     summary: ArmSummary
     against: Mapping[str, Contrast]
     beaten: Contrast | None = None
+    alone: Contrast | None = None
+    same: bool = False
+    missing: int = 0
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A method on a partition: the runs of its finished seeds, what speaks for it, and what it took."""
+    """A method on a partition: the runs of its finished seeds, what speaks for it, and what it took.
+
+    shared: its rounds may have one mask for all clients.
+    """
 
     label: str
     results: Results
     choice: Choice
     cost: Spending
+    shared: bool = False
 
     @property
     def group(self) -> tuple[Facts, ...]:
@@ -76,6 +88,22 @@ class Entry:
     def of_kind(self, kind: str) -> Choice | None:
         """Return the control of a kind: the random mask, the global model's mask, or the dense twin."""
         return next((choice for arm, choice in self.controls.items() if KINDS[arm] == kind), None)
+
+    @cached_property
+    def one_mask(self) -> bool:
+        """Say whether the control of the global model's mask has the method's own mask: one mask for all.
+
+        It has where the method's rounds share masks and all clients keep equally many weights in every layer (masks
+        of equal weights may still differ in ties), and where no client's numbers differ in any run.
+        """
+        control = self.of_kind(GLOBAL)
+        if control is None:
+            return False
+        own = [list(rows_of(facts, self.choice).values()) for facts in self.group]
+        if self.shared and all(row.layer_density == rows[0].layer_density for rows in own for row in rows):
+            return True
+        others = [list(rows_of(facts, control).values()) for facts in self.group]
+        return [[_numbers(row) for row in rows] for rows in own] == [[_numbers(row) for row in rows] for rows in others]
 
     def blocks(self) -> dict[int, float]:
         """Return the metric's mean over clients, by seed."""
@@ -108,10 +136,16 @@ class Board:
         """What all methods are held against: the name of the method -> its label in this bench."""
         found = {}
         for wanted in self.matrix.against:
-            of_method = [name for name, options in self.matrix.methods.items() if options.get("name", name) == wanted]
-            if wanted in self.matrix.methods or of_method:
-                found[wanted] = wanted if wanted in self.matrix.methods else of_method[0]
+            if (label := self.matrix.label_of(wanted)) is not None:
+                found[wanted] = label
         return found
+
+    def complete(self, partition: str) -> set[str]:
+        """Return the methods that have all seeds of those that have most: only they can be the best."""
+        seeds = {name: frozenset(entry.blocks()) for name, entry in self.entries[partition].items()}
+        counts = Counter(seeds.values())
+        most = max(counts, key=lambda one: (len(one), counts[one]), default=frozenset())
+        return {name for name, ours in seeds.items() if ours >= most}
 
     @cached_property
     def lines(self) -> dict[str, tuple[Line, ...]]:
@@ -134,8 +168,8 @@ class Board:
 
     def contrasts(self, partition: str, reference: str) -> dict[str, Contrast]:
         """Return every method less a reference on a partition, Holm-corrected over the methods."""
-        held, label = self.entries[partition], self.references[reference]
-        if label not in held:
+        held, label = self.entries[partition], self.matrix.label_of(reference)
+        if label is None or label not in held:
             return {}
         base = held[label]
         return corrected({
@@ -144,10 +178,13 @@ class Board:
         })  # fmt: skip
 
     def beaten(self, partition: str, kind: str) -> dict[str, Contrast]:
-        """Return every method less its control of a kind, Holm-corrected over the methods that have one."""
+        """Return every method less its control of a kind, Holm-corrected over the methods that have one.
+
+        A method whose own mask is the global model's is not held against itself.
+        """
         found: dict[str, Contrast | None] = {}
         for name, entry in self.entries[partition].items():
-            if (control := entry.of_kind(kind)) is not None:
+            if (control := entry.of_kind(kind)) is not None and not (kind == GLOBAL and entry.one_mask):
                 found[name] = contrast(gains(entry.group, entry.choice, entry.group, control), better=self._better)
         return corrected(found)
 
@@ -159,15 +196,20 @@ class Board:
         partition = next(name for name, one in self.entries.items() if one is held)
         against = {name: self.contrasts(partition, name) for name in self.references}
         kinds = {kind: self.beaten(partition, kind) for kind in dict.fromkeys(KINDS.values())}
+        alone, whole = self.contrasts(partition, LOCAL), self.complete(partition)
+        most = max((len(entry.blocks()) for entry in held.values()), default=0)
         found: list[Line] = []
-        for label, entry in sorted(held.items(), key=lambda pair: self._rank(pair[1])):
+        for label, entry in sorted(held.items(), key=lambda pair: (pair[0] not in whole, self._rank(pair[1]))):
+            missing = 0 if label in whole else max(1, most - len(entry.blocks()))
             main = entry.results.summary(entry.choice)
             assert main is not None
-            found.append(Line(label, "", main, {name: one[label] for name, one in against.items() if label in one}))
+            ours = {name: one[label] for name, one in against.items() if label in one}
+            found.append(Line(label, "", main, ours, alone=alone.get(label), missing=missing))
             for arm, choice in entry.controls.items():
                 summary = entry.results.summary(choice)
                 if summary is not None:
-                    found.append(Line(label, KINDS[arm], summary, {}, kinds[KINDS[arm]].get(label)))
+                    same, beaten = KINDS[arm] == GLOBAL and entry.one_mask, kinds[KINDS[arm]].get(label)
+                    found.append(Line(label, KINDS[arm], summary, {}, beaten, same=same, missing=missing))
         return tuple(found)
 
     def _rank(self, entry: Entry) -> float:
@@ -188,7 +230,7 @@ def read_board(matrix: Matrix, root: Path) -> Board:
             if not ended:
                 continue
             try:
-                entries.setdefault(partition, {})[label] = _entry(label, ended)
+                entries.setdefault(partition, {})[label] = _entry(ours[0], ended)
             except StudyError as error:
                 problems.append(f"{partition}/{label} is left out: {error}")
     known = {cell.folder(root) for cell in matrix.cells}
@@ -208,7 +250,11 @@ def _outcome(folder: Path) -> Outcome:
     return Outcome(UNFINISHED, "", found.seconds, found.peak_memory_mb) if found.status == DONE else found
 
 
-def _entry(label: str, folders: Sequence[Path]) -> Entry:
+def _numbers(row: MetricRow) -> tuple[object, ...]:
+    return row.client, row.density, row.test_accuracy, row.test_loss, row.val_accuracy
+
+
+def _entry(cell: Cell, folders: Sequence[Path]) -> Entry:
     group = one_cell([read_run(folder) for folder in folders])
     if len(group[0].header.judged) > 1:
         raise StudyError("its clients are judged by several metrics, which have no common mean")
@@ -216,7 +262,8 @@ def _entry(label: str, folders: Sequence[Path]) -> Entry:
     if results.main is None:
         raise StudyError("no client was evaluated")
     choice = results.main
-    return Entry(label, results, choice, mean_spending([spending(facts, choice) for facts in group]))
+    method, spent = method_of(cell.study), mean_spending([spending(facts, choice) for facts in group])
+    return Entry(cell.method, results, choice, spent, method.masks_all)
 
 
 def _unlike(entries: Mapping[str, Mapping[str, Entry]]) -> list[str]:

@@ -24,7 +24,7 @@ class Wishes(Protocol):
     """What the command line asks for beside the files."""
 
     out: Path
-    only: str
+    only: str | None
     dry_run: bool
     report_only: bool
 
@@ -33,6 +33,8 @@ def bench(words: Sequence[Path], wishes: Wishes) -> None:
     """Run the benches of these files (words with = override keys of their base studies) and write leaderboards."""
     files = [word for word in words if "=" not in str(word)]
     overrides = [str(word) for word in words if "=" in str(word)]
+    if wishes.dry_run and wishes.report_only:
+        raise StudyError("bench: --dry-run and --report-only exclude each other: the one forecasts, the other reports")
     if not files:
         raise StudyError("bench: expected a FILE.yaml, got none")
     if not wishes.dry_run:
@@ -43,16 +45,20 @@ def bench(words: Sequence[Path], wishes: Wishes) -> None:
     asked = [_asked(matrix, wishes.only) for matrix in matrices]
     for matrix in matrices:
         refuse_changed(matrix, wishes.out / matrix.name)
-    for matrix, cells in zip(matrices, asked, strict=True):
-        _one(matrix, cells, wishes)
+    reasons = [_one(matrix, cells, wishes) for matrix, cells in zip(matrices, asked, strict=True)]
+    if wishes.dry_run and all(reasons):
+        raise StudyError(f"bench: nothing could be forecast: {reasons[0]}")
 
 
-def _one(matrix: Matrix, cells: Sequence[Cell], wishes: Wishes) -> None:
+def _one(matrix: Matrix, cells: Sequence[Cell], wishes: Wishes) -> str:
+    """Return why nothing could be forecast, '' where something was, or nothing was to be."""
     root = wishes.out / matrix.name
     left = [cell for cell in cells if not finished(cell.folder(root))]
+    reason = ""
     if left and not wishes.report_only:
         log.info(f"bench {matrix.name}: forecasting {len({(c.partition, c.method) for c in left})} kinds of runs")
         expected = expect(left)
+        reason = next(iter(expected.values())).reason if all(one.run is None for one in expected.values()) else ""
         say(told(matrix, left, expected, done=len(cells) - len(left)))
         if not wishes.dry_run:
             minutes = {cell.name: expected_minutes(matrix, cell, expected) for cell in left}
@@ -64,6 +70,7 @@ def _one(matrix: Matrix, cells: Sequence[Cell], wishes: Wishes) -> None:
             raise StudyError(f"{root}: no bench here")
         path, text = write_leaderboard(matrix, root)
         say(f"\n{text}\n\nleaderboard: {path}")
+    return reason
 
 
 def _run(matrix: Matrix, cells: Sequence[Cell], root: Path, minutes: dict[str, float]) -> None:
@@ -74,10 +81,10 @@ def _run(matrix: Matrix, cells: Sequence[Cell], root: Path, minutes: dict[str, f
         raise
 
 
-def _asked(matrix: Matrix, only: str) -> list[Cell]:
+def _asked(matrix: Matrix, only: str | None) -> list[Cell]:
     """Return the cells that `--only` names, all without it; one kind given twice means either."""
     wanted: dict[str, set[str]] = {}
-    for word in filter(None, only.split(",")):
+    for word in () if only is None else only.split(","):
         kind, equals, name = word.partition("=")
         known = {"method": matrix.methods, "partition": matrix.partitions, "seed": map(str, matrix.seeds)}
         if kind not in KINDS or not equals:

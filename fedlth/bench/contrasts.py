@@ -26,6 +26,7 @@ class Contrast:
 
     interval: 95 %, by a paired t over seeds; below FEWEST seeds a bootstrap over the clients of these seeds, which
     says nothing about another seed. p_value: paired t over seeds, None below FEWEST; p_holm: corrected over a family.
+    level: whether all seeds differ by the same amount, so that there is no spread to test by; p_value is then None.
     hurt: share of clients that are strictly worse. better: whether more of the metric is.
     """
 
@@ -37,6 +38,7 @@ class Contrast:
     better: bool
     p_value: float | None = None
     p_holm: float | None = None
+    level: bool = False
 
     @property
     def verdict(self) -> str:
@@ -51,6 +53,13 @@ class Contrast:
     @property
     def tested(self) -> bool:
         return self.p_holm is not None
+
+    def seen(self, tests: int) -> float:
+        """Return the least difference that would have been clear among so many tests, of this spread over seeds."""
+        from scipy.stats import t
+
+        half, freedom = (self.interval.high - self.interval.low) / 2, self.num_seeds - 1
+        return float(half * t.ppf(1 - LEVEL / max(1, tests) / 2, freedom) / t.ppf(1 - LEVEL / 2, freedom))
 
     @property
     def ahead(self) -> bool:
@@ -88,19 +97,20 @@ def contrast(samples: Sequence[Values], *, better: bool) -> Contrast | None:
         hurt=float(np.mean(worse)),
         better=better,
         p_value=p_value,
+        level=len(samples) >= FEWEST and p_value is None,
     )
 
 
-def paired_t(means: Values) -> tuple[Interval, float]:
+def paired_t(means: Values) -> tuple[Interval, float | None]:
     """Return the 95 % interval and two-sided p of the mean of differences, one a seed, by Student's t.
 
-    Differences that are all equal have no spread to judge by: p is then 1 where they are zero, else 0.
+    Differences that are all equal have no spread to judge by: there is then no p.
     """
     from scipy.stats import t
 
     mean, error = float(means.mean()), float(means.std(ddof=1)) / math.sqrt(len(means))
     if error < 1e-12:
-        return Interval(mean, mean), float(abs(mean) < 1e-12)
+        return Interval(mean, mean), None
     half = float(t.ppf(0.975, len(means) - 1)) * error
     return Interval(mean - half, mean + half), float(2 * t.sf(abs(mean) / error, len(means) - 1))
 

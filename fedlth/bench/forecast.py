@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from fedlth.errors import StudyError
 from fedlth.forecast import Foreseen, foreseen
 from fedlth.report.tables import Table, aligned
 from fedlth.report.units import NOTHING, scaled
+
+log = logging.getLogger(__name__)
 
 Key = tuple[str, str]  # partition, method
 
@@ -31,6 +34,7 @@ class Expected:
 def expect(cells: Sequence[Cell]) -> dict[Key, Expected]:
     """Return the forecast of each cell's method and partition; a few steps of each are tried, in another process."""
     found: dict[Key, Expected] = {}
+    total = len({(cell.partition, cell.method) for cell in cells})
     for partition in dict.fromkeys(cell.partition for cell in cells):
         firsts = {cell.method: cell for cell in reversed(cells) if cell.partition == partition}
         ours, theirs = Pipe(duplex=False)
@@ -39,6 +43,7 @@ def expect(cells: Sequence[Cell]) -> dict[Key, Expected]:
         try:
             for method in [*firsts][::-1]:
                 found[partition, method] = ours.recv()
+                log.info(f"forecast {len(found)} of {total}: {partition}/{method}")
         except EOFError:
             raise StudyError(f"the forecast of partition {partition} ended without an answer") from None
         except KeyboardInterrupt:
@@ -73,12 +78,12 @@ def expected_minutes(matrix: Matrix, cell: Cell, expected: Mapping[Key, Expected
 def told(matrix: Matrix, cells: Sequence[Cell], expected: Mapping[Key, Expected], *, done: int) -> str:
     """Return the forecast as text: one line a method and partition, and sums over the cells that are to run."""
     rows: list[tuple[str, ...]] = []
-    lines = []
+    reasons: dict[str, list[str]] = {}
     sums = [0.0, 0.0, 0.0, 0.0]
     for (partition, method), one in expected.items():
         ours = [cell for cell in cells if (cell.partition, cell.method) == (partition, method)]
         if one.run is None:
-            lines.append(f"{partition}/{method} cannot run: {one.reason}")
+            reasons.setdefault(one.reason, []).append(f"{partition}/{method}")
             continue
         minutes = sum(expected_minutes(matrix, cell, expected) for cell in ours)
         tuned = (minutes - len(ours) * one.run.minutes) / one.trial.minutes if one.trial and one.trial.minutes else 0
@@ -92,13 +97,22 @@ def told(matrix: Matrix, cells: Sequence[Cell], expected: Mapping[Key, Expected]
         memory = scaled(1e6 * one.run.memory_mb, "B")
         rows.append((partition, method, cells_text, *sizes, f"{minutes:.1f} min", memory))
     cores = usable_cpus()
+    lines = [f"note: {_names(names)} cannot run: {reason}" for reason, names in reasons.items()]
+    head = f"bench {matrix.name}: {len(cells)} cells to run, {done} done already, {matrix.parallel} side by side"
+    if not rows:
+        return "\n".join([head, "", *lines, "nothing could be forecast"])
     total = ("all", "", str(len(cells)), *(scaled(x, u) for x, u in zip(sums, ("B", "B", "FLOP"), strict=False)))
     rows.append((*total, f"{sums[3]:.1f} min", NOTHING))
     header = ("partition", "method", "runs", "down", "up", "training", "on one core", "memory a worker")
-    head = f"bench {matrix.name}: {len(cells)} cells to run, {done} done already, {matrix.parallel} side by side"
     hours = sums[3] / 60
     last = (
         f"about {hours:.2f} hours of one core; if training fills all {cores} of this machine, {hours / cores:.2f} hours"
     )
+    if reasons:
+        last += f"; without the {sum(map(len, reasons.values()))} kinds of runs that could not be forecast"
     table = aligned(Table("", header, tuple(rows), left=2))
-    return "\n".join([head, "", table, "", *(f"note: {line}" for line in lines), last])
+    return "\n".join([head, "", table, "", *lines, last])
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fedlth.bench.board import Board
 from fedlth.bench.contrasts import FEWEST, LEVEL, Contrast
 from fedlth.bench.controls import GLOBAL, RANDOM
+from fedlth.bench.matrix import LOCAL
 from fedlth.bench.outcome import DONE, FAILED
 from fedlth.bench.spending import federated_phases
 from fedlth.report.measure import Shown
@@ -31,14 +32,14 @@ def _best(board: Board, partition: str) -> str:
     clients = first.summary.num_clients // max(1, first.summary.num_seeds)
     reached = f"{shown.text(first.summary.mean)}{shown.unit} {shown.bounds(first.summary.interval)}"
     over = f"{clients} clients and {_seeds(len(entry.group))}"
-    return f"{first.method} has the best mean test {shown.label}, {reached} over {over}."
+    whole, held = board.complete(partition), board.entries[partition]
+    among = "" if len(whole) == len(held) else f" of the {len(whole)} methods (of {len(held)}) that have all seeds"
+    return f"{first.method} has the best mean test {shown.label}{among}, {reached} over {over}."
 
 
 def _federation(board: Board, partition: str) -> str:
     """Say whether any federated method is better than every client alone."""
-    if "local" not in board.references:
-        return ""
-    shown, found = board.shown, board.contrasts(partition, "local")
+    shown, found = board.shown, board.contrasts(partition, LOCAL)
     assert shown is not None
     rounds = {name: federated_phases(board.entries[partition][name].group[0].header, 1) for name in found}
     federated = {name: one for name, one in found.items() if rounds[name]}
@@ -46,10 +47,12 @@ def _federation(board: Board, partition: str) -> str:
         return ""
     ahead = {name: one for name, one in federated.items() if one.ahead}
     behind = [name for name, one in federated.items() if one.verdict.strip("()") == "behind"]
-    sure = _sure(list(federated.values()))
+    sure = _sure(federated)
     worse = f" {_list(behind)} {'is' if len(behind) == 1 else 'are'} worse than local." if behind else ""
     if not ahead:
-        name, best = max(federated.items(), key=lambda pair: float(shown.gain(pair[1].mean)))
+        most = max(one.num_seeds for one in federated.values())
+        whole = {name: one for name, one in federated.items() if one.num_seeds == most}
+        name, best = max(whole.items(), key=lambda pair: float(shown.gain(pair[1].mean)))
         if shown.gain(best.mean) <= 0:
             none = f"none of {len(federated)} federated methods has a better mean than training alone (local)"
             return f"Federation did not help here: {none}.{worse}"
@@ -57,8 +60,9 @@ def _federation(board: Board, partition: str) -> str:
         none = f"none of {len(federated)} federated methods is clearly better than training alone (local){sure}"
         return f"Federation is not shown to help here: {none}; the largest difference is {name}'s, {gap}.{worse}"
     told = [f"{name} by {shown.difference(one.mean)}" for name, one in _ranked(ahead)]
+    are, unit = "is" if len(ahead) == 1 else "are", f", in{_points(shown)}" if shown.measure.percent else ""
     many = f"{len(ahead)} of {len(federated)} federated methods"
-    return f"Better than training alone (local): {many}{sure}, {_list(told)}{_points(shown)}.{worse}"
+    return f"Better than training alone (local) {are} {many}{sure}{unit}: {_list(told)}.{worse}"
 
 
 def _masks(board: Board, partition: str) -> list[str]:
@@ -66,25 +70,41 @@ def _masks(board: Board, partition: str) -> list[str]:
     sentences = []
     for kind, phrase in ((RANDOM, "a random mask of the same density"), (GLOBAL, "the global model's own mask")):
         found = board.beaten(partition, kind)
-        idle = [name for name, one in found.items() if not one.ahead]
-        good = [name for name, one in found.items() if one.ahead]
-        sure = _sure(list(found.values()))
+        idle = {name: one for name, one in found.items() if not one.ahead}
+        good = {name: one for name, one in found.items() if one.ahead}
         if idle:
             verb = "is not shown to beat" if len(idle) == 1 else "are not shown to beat"
             whose = "mask" if len(idle) == 1 else "masks"
-            so = "as far as these runs can tell, it does not matter there which weights stay"
-            sentences.append(f"The {whose} of {_list(idle)} {verb} {phrase}{sure}: {so}.")
+            seen = _seen(board.shown, idle, sum(one.tested for one in found.values()))
+            sentences.append(f"The {whose} of {_list(list(idle))} {verb} {phrase}{_sure(idle)}{seen}.")
         if good:
-            sentences.append(f"Better than {phrase}{sure}: {_list(good)}.")
+            sentences.append(f"Better than {phrase}{_sure(good)}: {_list(list(good))}.")
     return sentences
 
 
-def _sure(found: Sequence[Contrast]) -> str:
-    """Say what stands behind a set of verdicts: a test over seeds, or no test."""
-    if not found:
+def _sure(found: Mapping[str, Contrast]) -> str:
+    """Say what stands behind verdicts: a test over seeds, or none; of whom, where that is not the same for all."""
+    grounds: dict[tuple[bool, int, bool], list[str]] = {}
+    for name, one in found.items():
+        grounds.setdefault((not one.tested, -one.num_seeds, one.level), []).append(name)
+    told = []
+    for place, ((untested, seeds, level), names) in enumerate(sorted(grounds.items())):
+        why = f"untested, {_seeds(-seeds)}{' that differ by the same' if level else ''}"
+        ground = why if untested else f"paired t over {_seeds(-seeds)}, Holm, 5 %"
+        told.append(f"{_list(names)}: {ground}" if place or (len(grounds) > 1 and untested) else ground)
+    return f" ({'; '.join(told)})" if told else ""
+
+
+def _seen(shown: Shown | None, idle: Mapping[str, Contrast], tests: int) -> str:
+    """Say how large a difference would have been clear, where a test stands behind the verdicts."""
+    sizes = {name: one.seen(tests) for name, one in idle.items() if one.tested}
+    if shown is None or not sizes:
         return ""
-    seeds = min(one.num_seeds for one in found)
-    return f" (untested, {_seeds(seeds)})" if seeds < FEWEST else f" (paired t over {_seeds(seeds)}, Holm, 5 %)"
+    least, most = (pick(sizes, key=lambda name: sizes[name]) for pick in (min, max))
+    low, high = (shown.difference(sizes[name]).lstrip("+") for name in (least, most))
+    if len(sizes) == 1:
+        return f"; a difference of {low}{_points(shown)} would have been clear"
+    return f"; a difference of {low} ({least}) to {high}{_points(shown)} ({most}) would have been clear"
 
 
 def warnings(board: Board) -> tuple[str, ...]:
@@ -102,6 +122,7 @@ def warnings(board: Board) -> tuple[str, ...]:
             f"the first that Holm lets pass is {spread:.1f} times its standard deviation over seeds. No clear "
             "difference does not mean that there is none."
         )
+    found += _level(board)
     failed = {name: one.reason for name, one in board.outcomes.items() if one.status == FAILED}
     found += [f"{name} failed: {reason}" for name, reason in failed.items()]
     rest = sum(one.status not in (DONE, FAILED) for one in board.outcomes.values())
@@ -119,6 +140,18 @@ def warnings(board: Board) -> tuple[str, ...]:
             if main is not None and main.diverged:
                 found.append(f"{partition}/{name}: the training of {main.diverged} clients diverged; each is a guess.")
     return tuple(found)
+
+
+def _level(board: Board) -> list[str]:
+    """Say which differences have no spread over seeds, so that nothing could be tested."""
+    found = []
+    for partition, lines in board.lines.items():
+        pairs = [(line.method, name, one) for line in lines for name, one in line.against.items()]
+        pairs += [(line.method, f"its {line.control}", line.beaten) for line in lines if line.beaten is not None]
+        flat = [f"{method} less {name}" for method, name, one in pairs if one.level]
+        if flat:
+            found.append(f"{partition}: untested, since all seeds differ by exactly the same: {_list(flat)}.")
+    return found
 
 
 def needed(seeds: int, methods: int) -> float:

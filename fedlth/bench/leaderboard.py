@@ -17,7 +17,10 @@ from fedlth.bench.tables import (
     outcome_table,
     ranks_table,
     tests_table,
+    tried,
+    tuning_csv,
     tuning_table,
+    unequal,
     whole_table,
 )
 from fedlth.errors import require
@@ -32,16 +35,20 @@ def write_leaderboard(matrix: Matrix, root: Path) -> tuple[Path, str]:
     """
     require("the leaderboard", "scipy", "matplotlib", "jinja2", extra="sim")
     board = read_board(matrix, root)
-    whole, machine, tuning = whole_table(board), machine_table(board), tuning_table(board)
+    whole, machine, rates = whole_table(board), machine_table(board), tried(board)
+    tuning = tuning_table(rates, board.shown)
     figures = [drawn(picture) for picture in pictures(board)]
     html = page(board, machine=machine, tuning=tuning, figures=[embedded(one) for one in figures])
     told = text(board)
     head = "\n".join([*(f"{line}\n" for line in _said(board)), *(f"- {line}" for line in warnings(board))])
-    tables = [f"## {t.title}\n\n{markdown(t)}" for t in (*_tables(board), ranks_table(board), tuning) if t.rows]
+    tables = [
+        f"## {t.title}\n\n{markdown(t)}{f'{chr(10)}{note}{chr(10)}' if note else ''}"
+        for t, note in (*_tables(board), (ranks_table(board), ""), (tuning, "")) if t.rows
+    ]  # fmt: skip
     write_file(root / "leaderboard.csv", leaderboard_csv(board).encode())
     write_file(root / "cells.csv", csv_text(_plain_cells(board)).encode())
     if tuning.rows:
-        write_file(root / "tuning.csv", csv_text(tuning).encode())
+        write_file(root / "tuning.csv", csv_text(tuning_csv(rates, board.shown)).encode())
     write_file(root / "leaderboard.md", f"# {matrix.name}\n\n{head}\n\n{chr(10).join(tables)}".encode())
     write_file(root / "leaderboard.tex", latex(whole).encode() if whole.rows else b"")
     for one in figures:
@@ -64,9 +71,13 @@ def _said(board: Board) -> list[str]:
     return [f"{partition}: {sentences}" for partition, sentences in headline(board).items()]
 
 
-def _tables(board: Board) -> list[Table]:
+def _tables(board: Board) -> list[tuple[Table, str]]:
+    """Return the tables of every partition, each with the note below it."""
     makers = (outcome_table, tests_table, cost_table)
-    return [make(board, partition) for partition in board.entries for make in makers]
+    return [
+        (make(board, partition), unequal(board, partition) if make is outcome_table else "")
+        for partition in board.entries for make in makers
+    ]  # fmt: skip
 
 
 def text(board: Board) -> str:
@@ -75,7 +86,7 @@ def text(board: Board) -> str:
     for partition in board.entries:
         table = outcome_table(board, partition)
         short = [name for name in table.header if not name.startswith(("95", "10th", "90th", "less"))]
-        parts.append(f"{table.title}\n\n{aligned(table.columns(short))}")
+        parts += [f"{table.title}\n\n{aligned(table.columns(short))}", fill(unequal(board, partition), WIDTH)]
     parts += ["\n".join(fill(f"note: {line}", WIDTH, subsequent_indent="      ") for line in warnings(board))]
     return "\n\n".join(part for part in parts if part)
 
@@ -91,6 +102,7 @@ def page(board: Board, *, machine: Table, tuning: Table, figures: list[dict[str,
             "outcome": outcome_table(board, partition),
             "tests": tests_table(board, partition),
             "cost": cost_table(board, partition),
+            "unequal": unequal(board, partition),
             "main": [not line.control for line in lines],
         })  # fmt: skip
     groups = [entry.group for held in board.entries.values() for entry in held.values()]

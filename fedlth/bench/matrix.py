@@ -98,6 +98,12 @@ class Matrix:
         """The first seed's cell of every method and partition."""
         return tuple(cell for cell in self.cells if cell.seed == self.seeds[0])
 
+    def label_of(self, name: str) -> str | None:
+        """Return the row of this name, else the first row whose method has it; None where there is neither."""
+        if name in self.methods:
+            return name
+        return next((label for label, options in self.methods.items() if options.get("name") == name), None)
+
     def _study(self, partition: str, method: str, seed: int) -> schema.Study:
         options = dict(self.methods[method])
         sections = options.pop(SECTIONS, {})
@@ -127,7 +133,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Matrix:
     matrix = Matrix(
         name=file.bench,
         base={key: value for key, value in given.items() if key not in DECIDED},
-        methods={**{name: options or {} for name, options in file.methods.items()}, **_local(file)},
+        methods={**{name: options or {} for name, options in file.methods.items()}, **_local(file, where)},
         partitions=file.partitions,
         seeds=file.seeds,
         tune=file.tune,
@@ -135,6 +141,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Matrix:
         against=file.against,
     )
     _check(matrix, where)
+    for name in file.against if "against" in file.model_fields_set else ():
+        if matrix.label_of(name) is None:
+            raise wrong(f"{where}: against", f"names of {', '.join(matrix.methods)}, or of their methods", name)
     return matrix
 
 
@@ -171,8 +180,11 @@ def flat(tree: Mapping[str, Any], place: str = "") -> dict[str, Any]:
     return found
 
 
-def _local(file: File) -> dict[str, dict[str, Any]]:
+def _local(file: File, where: str) -> dict[str, dict[str, Any]]:
     """Return the baseline that no table is without, where the file forgets it."""
+    taken = (file.methods.get(LOCAL) or {}).get("name", LOCAL)
+    if taken != LOCAL:
+        raise wrong(f"{where}: methods.{LOCAL}.name", f"{LOCAL}: that row is every client alone", taken)
     named = {(options or {}).get("name", label) for label, options in file.methods.items()}
     return {} if LOCAL in named else {LOCAL: {}}
 

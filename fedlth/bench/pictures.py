@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedlth.bench.board import Board, Entry, Line
-from fedlth.bench.contrasts import contrast, gains
+from fedlth.bench.board import Board, Entry
+from fedlth.bench.contrasts import Values, contrast, gains
 from fedlth.bench.controls import DENSE, GLOBAL, RANDOM
 from fedlth.report.canvas import Picture, Theme
 from fedlth.report.choice import Choice
@@ -33,28 +33,36 @@ def pictures(board: Board) -> tuple[Picture, ...]:
     if board.shown is None:
         return ()
     word = "highest" if board.shown.measure.higher_is_better else "lowest"
-    guide = (
-        f"One numbered disc a method: the mean test {board.shown.label} over clients (the {word} is best) against all "
-        "payload bytes that its run moved, both ways and for every receiver; a disc that would cover another is moved "
-        "aside, on a thread from its true place. The line is the Pareto front: a method on it (filled) has no better "
-        "one for as few bytes. Small marks, right of a disc and with its number, are its controls at the same bytes: a "
-        "random mask of equal density, the global model's own mask, the dense twin. A ticket buys something where its "
-        "disc is clear of them."
+    rows = (
+        f"One row a method, best on top, its number the same in every picture. Left, the mean test {board.shown.label} "
+        f"over clients (the {word} is best) with its 95 % interval, and the controls of its masks at the same bytes: a "
+        "random mask of equal density, the global model's own mask, the dense twin. A mask buys something where its "
+        "disc is clear of the marks just below it (a control with the very same mask is "
+        "left out). Right, all payload bytes that its run moved, both ways and for every receiver. "
+        "Filled: on the Pareto front, where no other method is better for as few bytes. An arrow stands for a "
+        "value beyond the axis, which is written beside it."
+    )
+    front = (
+        "The same means against the same bytes, one numbered dot a method. The line is the Pareto front: a method on "
+        "it (filled) has no better one for as few bytes. A number that has no room beside its dot hangs on a thread; "
+        "an arrow with a value stands for a method beyond the axis, which then ends at the outermost of the others."
     )
     for partition in board.entries:
-        picture = Picture(
-            f"pareto_{partition}", f"{partition}: what bytes buy", guide, 8.6, 5.4, Pareto(board, partition)
-        )
-        found.append(picture)
-        guide = "As above."
+        height = 1.5 + 0.21 * len(board.entries[partition])
+        found += [
+            Picture(f"rows_{partition}", f"{partition}: methods and their controls", rows, 8.6, height,
+                    Rows(board, partition)),
+            Picture(f"pareto_{partition}", f"{partition}: what bytes buy", front, 8.6, 6.0, Pareto(board, partition)),
+        ]  # fmt: skip
+        rows = front = "As above."
     lines = mask_lines(board)
     if lines:
         found.append(Picture(
             "personal_less_global_mask", "Where a personal mask wins",
             "The personal mask less the global model's own mask of the same density, on the same clients. Above the "
             "zero line a personal mask is better; sparser is to the right. Bars are 95 % intervals, filled where they "
-            f"exclude zero (not corrected for their number). {_crossing(lines)}",
-            8.6, 4.2 * -(-len(board.entries) // 3), MaskGain(board.shown, tuple(lines)),
+            f"exclude zero. {_scale_of(lines)}{_crossing(lines)}",
+            8.6, _height(lines), MaskGain(board.shown, tuple(lines), numbers(board)),
         ))  # fmt: skip
     if board.ranking is not None:
         found.append(Picture(
@@ -66,9 +74,75 @@ def pictures(board: Board) -> tuple[Picture, ...]:
     return tuple(found)
 
 
+def numbers(board: Board) -> dict[str, int]:
+    """Return each method's number, one for all pictures: by its place on the first partition that has it."""
+    ranked = [line.method for lines in board.lines.values() for line in lines if not line.control]
+    return {method: number for number, method in enumerate(dict.fromkeys(ranked), start=1)}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A partition's methods, one a row: the metric with its controls, and beside it the bytes."""
+
+    board: Board
+    partition: str
+
+    def __call__(self, figure: Figure, theme: Theme) -> None:
+        """Draw on an empty figure."""
+        board, shown = self.board, self.board.shown
+        assert shown is not None
+        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2.4, 1))
+        lines = [line for line in board.lines[self.partition] if not line.control]
+        row = {line.method: place for place, line in enumerate(lines)}
+        x, y = costs(board, self.partition), means(board, self.partition)
+        front = pareto(x, y, higher_is_better=shown.measure.higher_is_better)
+        drawn = [line for line in board.lines[self.partition] if not line.control or (line.control in MARKS
+                                                                                     and not line.same)]  # fmt: skip
+        values = [shown.factor * line.summary.mean for line in drawn]
+        low, high = limits(values)
+        used: list[str] = []
+        for line, value in zip(drawn, values, strict=True):
+            place = row[line.method]
+            if not low <= value <= high:
+                colour = theme.colour(MARKS[line.control][1]) if line.control else theme.gain
+                _beyond(left, value, place, low if value < low else high, value < low, colour)
+            elif line.control:
+                marker, arm = MARKS[line.control]
+                left.plot(
+                    value,
+                    place + 0.27,
+                    marker,
+                    color=theme.colour(arm),
+                    markersize=8 if marker == "*" else 5.5,
+                    zorder=3,
+                )
+            else:
+                ends = [shown.factor * one for one in (line.summary.interval.low, line.summary.interval.high)]
+                left.plot(
+                    np.clip(ends, low, high), [place, place], color=theme.gain, linewidth=1.3, alpha=0.6, zorder=2
+                )
+                left.plot(value, place, "o", color=theme.gain if line.method in front else theme.page, markersize=7,
+                          markeredgecolor=theme.gain, markeredgewidth=1.3, zorder=4)  # fmt: skip
+            used += [line.control] if line.control else []
+        for method, place in row.items():
+            right.plot(x[method], place, "o", color=theme.gain if method in front else theme.page, markersize=7,
+                       markeredgecolor=theme.gain, markeredgewidth=1.3, clip_on=False)  # fmt: skip
+        number = numbers(board)
+        left.set_yticks(range(len(lines)), [f"{line.method} {number[line.method]}" for line in lines], fontsize=8.5)
+        left.set_ylim(len(lines) - 0.4, -0.6)
+        pad = 0.05 * (high - low) or 1.0
+        left.set_xlim(low - pad, high + pad)
+        _stretch(right, list(x.values()))
+        for axes in (left, right):
+            axes.grid(True, axis="x")
+        left.set_xlabel(f"mean test {shown.axis}")
+        right.set_xlabel("payload (MB)")
+        _legend(figure, theme, [kind for kind in MARKS if kind in used])
+
+
 @dataclass(frozen=True)
 class Pareto:
-    """A partition's methods by total bytes and metric, with their controls and the Pareto front."""
+    """A partition's methods by total bytes and metric, and the Pareto front."""
 
     board: Board
     partition: str
@@ -77,114 +151,124 @@ class Pareto:
         """Draw on an empty figure."""
         axes, shown = figure.add_subplot(), self.board.shown
         assert shown is not None
-        lines = [line for line in self.board.lines[self.partition] if not line.control]
-        held = self.board.entries[self.partition]
-        x = {line.method: held[line.method].cost.total_bytes / MEGA for line in lines}
-        y = {line.method: shown.factor * line.summary.mean for line in lines}
+        x, y = costs(self.board, self.partition), means(self.board, self.partition)
         front = pareto(x, y, higher_is_better=shown.measure.higher_is_better)
-        self._scale(axes, list(x.values()))
-        axes.plot([x[one] for one in front], [y[one] for one in front], color=theme.gain, linewidth=1.2, zorder=1,
-                  drawstyle="steps-post")  # fmt: skip
-        axes.plot(
-            [x[line.method] for line in self._all], [shown.factor * line.summary.mean for line in self._all], alpha=0
-        )  # the limits must be known before discs are moved apart
-        axes.margins(x=0.08, y=0.1)
-        on_front = [number for number, line in enumerate(lines) if line.method in front]
-        moved = _apart(axes, [(x[line.method], y[line.method]) for line in lines], on_front)
-        shifts = dict(zip((line.method for line in lines), moved, strict=True))
-        used: list[str] = []
-        for number, line in enumerate(lines, start=1):
-            place, on, shift = (x[line.method], y[line.method]), line.method in front, shifts[line.method]
-            _mark(axes, place, shift, "o", size=14, zorder=4, edge=theme.gain, colour=theme.gain if on else theme.page)
-            if shift:  # a disc that was moved aside hangs on a thread from its true place
-                axes.annotate("", place, (shift, 0), textcoords="offset points", zorder=2,
-                              arrowprops={"arrowstyle": "-", "color": theme.ink, "lw": 0.7, "alpha": 0.6,
-                                          "shrinkA": 0, "shrinkB": 0})  # fmt: skip
-                axes.plot(*place, "o", color=theme.ink, markersize=3, zorder=2)
-            axes.annotate(str(number), place, (shift, 0), ha="center", va="center", fontsize=8, zorder=5,
-                          textcoords="offset points", color=theme.page if on else theme.ink)  # fmt: skip
-            used += self._controls(axes, theme, number, line.method, x[line.method], shift + 13)
+        low, high = limits(list(y.values()))
+        number = numbers(self.board)
+        pad = 0.07 * (high - low) or 1.0
+        axes.set_ylim(low - pad, high + pad)
+        _stretch(axes, list(x.values()))
         axes.set_xlabel("payload moved, down and up, every receiver counted (MB)")
         axes.set_ylabel(f"mean test {shown.axis}")
-        self._legend(axes, theme, [line.method for line in lines], [kind for kind in MARKS if kind in used])
-
-    @property
-    def _all(self) -> list[Line]:
-        """Methods and controls that are drawn."""
-        return [line for line in self.board.lines[self.partition] if not line.control or line.control in MARKS]
-
-    def _scale(self, axes: Axes, x: Sequence[float]) -> None:
-        """Stretch few bytes apart; a method that moves nothing has its place at zero."""
-        moved = [value for value in x if value > 0]
-        if moved and max(moved) > 8 * min(moved):
-            axes.set_xscale("symlog", linthresh=min(moved), linscale=0.5)
-            low = -0.25 * min(moved)
-            axes.set_xlim(low if min(x) <= 0 else 0.6 * min(moved), 1.8 * max(moved))
-            from matplotlib.ticker import FuncFormatter
-
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-    def _controls(self, axes: Axes, theme: Theme, number: int, method: str, x: float, shift: float) -> list[str]:
-        """Draw a method's controls right of its disc; return which kinds they are."""
-        shown, used = self.board.shown, []
-        assert shown is not None
-        for line in self._all:
-            if line.method == method and line.control:
-                (marker, arm), place = MARKS[line.control], (x, shown.factor * line.summary.mean)
-                _mark(axes, place, shift, marker, size=9 if marker == "*" else 6, zorder=3, colour=theme.colour(arm))
-                axes.annotate(
-                    str(number), place, (shift + 5, 0), textcoords="offset points", fontsize=6.5, va="center",
-                    color=theme.colour(arm), zorder=3,
-                )  # fmt: skip
-                used.append(line.control)
-        return used
-
-    def _legend(self, axes: Axes, theme: Theme, methods: Sequence[str], used: Sequence[str]) -> None:
-        from matplotlib.lines import Line2D
-
-        marks = [
-            Line2D([], [], marker=MARKS[kind][0], color=theme.colour(MARKS[kind][1]), linestyle="", label=kind)
-            for kind in used
-        ]
-        names = [
-            Line2D([], [], linestyle="", marker=f"${number}$", color=theme.ink, markersize=7, label=name)
-            for number, name in enumerate(methods, start=1)
-        ]
-        axes.legend(handles=[*names, *marks], loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8.5,
-                    handletextpad=0.3, ncols=1 + (len(names) + len(marks)) // 24)  # fmt: skip
+        step = [name for name in front if low <= y[name] <= high]
+        axes.plot([x[one] for one in step], [y[one] for one in step], color=theme.gain, linewidth=1.2, zorder=1,
+                  drawstyle="steps-post")  # fmt: skip
+        inside = {name: (x[name], y[name]) for name in sorted(x, key=lambda one: (one not in front, number[one]))
+                  if low <= y[name] <= high}  # fmt: skip
+        for name, place in inside.items():
+            axes.plot(*place, "o", color=theme.gain if name in front else theme.page, markeredgecolor=theme.gain,
+                      markersize=5, markeredgewidth=1.2, zorder=3, clip_on=False)  # fmt: skip
+        for name in x.keys() - inside.keys():
+            edge = low - 0.5 * pad if y[name] < low else high + 0.5 * pad
+            sign = "↓" if y[name] < low else "↑"
+            axes.annotate(f"{number[name]} {sign} {y[name]:.3g}", (x[name], edge), ha="center", va="center", fontsize=8,
+                          color=theme.ink)  # fmt: skip
+        names = ", ".join(f"{number[name]}~{name}" for name in sorted(x, key=lambda one: number[one]))
+        figure.supxlabel(fill(names, 130).replace("~", " "), fontsize=7.5, ha="left", x=0.02)
+        figure.draw_without_rendering()  # so that places are known before numbers are set beside dots
+        for (name, place), (right, up) in zip(inside.items(), beside(axes, list(inside.values())), strict=True):
+            far = abs(right) > 14 or abs(up) > 14
+            axes.annotate(str(number[name]), place, (right, up), textcoords="offset points", ha="center", va="center",
+                          fontsize=8, fontweight="bold" if name in front else "normal", color=theme.ink, zorder=5,
+                          arrowprops={"arrowstyle": "-", "color": theme.ink, "lw": 0.5, "alpha": 0.5, "shrinkA": 5,
+                                      "shrinkB": 2} if far else None)  # fmt: skip
 
 
-def _mark(
-    axes: Axes, place: tuple[float, float], shift: float, marker: str, *, size: float, zorder: float, colour: str,
-    edge: str | None = None,
-) -> None:  # fmt: skip
-    """Draw a mark `shift` points right of its place."""
-    from matplotlib.transforms import ScaledTranslation
+def costs(board: Board, partition: str) -> dict[str, float]:
+    """Return the bytes of each method's run, in MB."""
+    return {label: entry.cost.total_bytes / MEGA for label, entry in board.entries[partition].items()}
 
+
+def means(board: Board, partition: str) -> dict[str, float]:
+    """Return each method's mean, as it is drawn."""
+    factor = board.shown.factor if board.shown else 1.0
+    return {line.method: factor * line.summary.mean for line in board.lines[partition] if not line.control}
+
+
+def limits(values: Sequence[float]) -> tuple[float, float]:
+    """Return the lowest and the highest value that an axis shows.
+
+    Values more than three interquartile ranges outside the quartiles (Tukey's far out) are left to arrows where they
+    are at most a tenth of all and would take more than half of the axis.
+    """
+    known = [value for value in values if np.isfinite(value)]
+    if not known:
+        return 0.0, 1.0
+    first, third = np.percentile(known, (25, 75))
+    reach = 3 * (third - first)
+    kept = [value for value in known if first - reach <= value <= third + reach]
+    whole, few = max(known) - min(known), len(known) - len(kept) <= max(1, len(known) // 10)
+    if few and len(known) >= 4 and max(kept) - min(kept) < 0.5 * whole:
+        return min(kept), max(kept)
+    return min(known), max(known)
+
+
+def beside(axes: Axes, places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return where each dot's number goes, in points from it: the nearest room that covers no dot and no number."""
     figure = axes.get_figure(root=True)
     assert figure is not None
-    at = axes.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans)
-    axes.plot(*place, marker, transform=at, color=colour, markersize=size, zorder=zorder, clip_on=False,
-              markeredgecolor=edge or colour, markeredgewidth=1.4 if edge else 0)  # fmt: skip
-
-
-def _apart(axes: Axes, places: Sequence[tuple[float, float]], first: Sequence[int]) -> list[float]:
-    """Return how many points each disc moves aside so that none covers another; those in `first` stay if they can."""
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    axes.get_xlim(), axes.get_ylim()  # these settle the limits
-    points = 72 / figure.dpi * axes.transData.transform(np.array(places))
-    end = 72 / figure.dpi * axes.bbox.x1
+    scale = 72 / figure.dpi
+    dots = scale * axes.transData.transform(np.array(places))
+    box = [scale * end for end in axes.bbox.extents]
+    angles = np.deg2rad([135, 90, 45, 315, 0, 180, 225, 270, 20, 160, 200, 340, 70, 110, 250, 290])
+    rays = [(r * np.cos(a), r * np.sin(a)) for r in range(10, 260, 5) for a in angles]
     taken: list[tuple[float, float]] = []
-    moved = [0.0] * len(points)
-    for number in sorted(range(len(points)), key=lambda i: i not in first):
-        x, y = points[number]
-        beside = [a for a, b in taken if abs(y - b) < 16]
-        steps = (sign * 32.0 * step for step in count() for sign in (1, -1))  # there is always room on the left
-        inside = (shift for shift in steps if not shift or x + shift < end - 24)
-        moved[number] = next(shift for shift in inside if all(abs(x + shift - a) >= 30 for a in beside))
-        taken.append((x + moved[number], y))
-    return moved
+    found = []
+    for dot in dots:
+
+        def free(ray: tuple[float, float], dot: Values = dot) -> bool:
+            a, b = dot + ray
+            within = box[0] + 8 < a < box[2] + 12 and box[1] + 6 < b < box[3] + 4
+            clear = all(abs(a - c) > 9 or abs(b - d) > 8 for c, d in dots)
+            return bool(within and clear and all(abs(a - c) > 15 or abs(b - d) > 10 for c, d in taken))
+
+        ray = next((ray for ray in rays if free(ray)), rays[0])
+        taken.append((float(dot[0] + ray[0]), float(dot[1] + ray[1])))
+        found.append((float(ray[0]), float(ray[1])))
+    return found
+
+
+def _beyond(axes: Axes, value: float, row: float, edge: float, below: bool, colour: str) -> None:
+    """Write a value that the axis does not reach at its end, with an arrow."""
+    axes.annotate(f"◂ {value:.3g}" if below else f"{value:.3g} ▸", (edge, row), ha="left" if below else "right",
+                  va="center", fontsize=7.5, color=colour, zorder=5)  # fmt: skip
+
+
+def _stretch(axes: Axes, x: Sequence[float]) -> None:
+    """Stretch few bytes apart; a method that moves nothing has its place at zero."""
+    from matplotlib.ticker import FuncFormatter
+
+    moved = [value for value in x if value > 0]
+    if moved and max(moved) > 8 * min(moved):
+        axes.set_xscale("symlog", linthresh=min(moved), linscale=0.4)
+        powers = [10.0**n for n in range(-6, 9) if 1.5 * min(moved) < 10.0**n <= 2 * max(moved)]
+        axes.set_xticks([0.0, *powers] if min(x) <= 0 else powers)
+        axes.set_xlim(-0.25 * min(moved) if min(x) <= 0 else 0.6 * min(moved), 2.5 * max(moved))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.minorticks_off()
+    else:
+        axes.margins(x=0.1)
+
+
+def _legend(figure: Figure, theme: Theme, used: Sequence[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    own = Line2D([], [], marker="o", color=theme.page, markeredgecolor=theme.gain, linestyle="", label="the method")
+    marks = [
+        Line2D([], [], marker=MARKS[kind][0], color=theme.colour(MARKS[kind][1]), linestyle="", label=kind)
+        for kind in used
+    ]
+    figure.legend(handles=[own, *marks], loc="outside upper center", ncols=4, fontsize=8.5, handletextpad=0.3)
 
 
 def pareto(x: dict[str, float], y: dict[str, float], *, higher_is_better: bool) -> list[str]:
@@ -213,6 +297,8 @@ def mask_lines(board: Board) -> list[MaskLine]:
     found = []
     for partition, held in board.entries.items():
         for label, entry in held.items():
+            if entry.one_mask:
+                continue
             points = [point for pair in PAIRS for point in _points(entry, *pair)]
             if points:
                 found.append(MaskLine(partition, label, tuple(sorted(points, key=lambda point: -point[0]))))
@@ -220,7 +306,8 @@ def mask_lines(board: Board) -> list[MaskLine]:
 
 
 def _points(entry: Entry, personal: str, general: str) -> list[tuple[float, float, Interval]]:
-    points, shown = [], entry.results.shown
+    shown = entry.results.shown
+    points: list[tuple[float, float, Interval]] = []
     choices = {summary.choice: summary for summary in entry.results.summaries}
     for one, summary in choices.items():
         if one.arm != personal or one.chosen or summary.density > 1 - 1e-9:
@@ -244,9 +331,47 @@ def _crossing(lines: Sequence[MaskLine]) -> str:
     told = []
     for line in lines:
         wins = [f"{density:.2g}" for density, _, interval in line.points if interval.low > 0]
-        told.append(f"{line.method} on {line.partition} {'at ' + ', '.join(wins) if wins else 'nowhere'}")
+        if wins:
+            told.append(f"{line.method} on {line.partition} at {', '.join(wins)}")
+    if not told:
+        return "No uncorrected 95 % interval is above zero as a whole, at any density."
     more = f"; and {len(told) - 6} more" if len(told) > 6 else ""
-    return f"Above zero with its whole interval: {'; '.join(told[:6])}{more}."
+    return (
+        "By the uncorrected 95 % interval alone, which is no test (the sentences on top are of one density a method), "
+        f"the whole interval is above zero at these densities: {'; '.join(told[:6])}{more}."
+    )
+
+
+def _height(lines: Sequence[MaskLine]) -> float:
+    """Return the picture's height in inches: of its rows of panels, and of its legend."""
+    panels = len({line.partition for line in lines})
+    return max(4.2 * -(-panels // 3), 0.8 + 0.2 * len({line.method for line in lines}))
+
+
+def _bend(lines: Sequence[MaskLine]) -> float | None:
+    """Return beyond which difference the axis is logarithmic; None where no few points would flatten the others."""
+    sizes = [abs(gain) for line in lines for _, gain, _ in line.points]
+    usual = float(np.percentile(sizes, 75))
+    if not usual or max(sizes) <= 4 * usual:
+        return None
+    power = 10.0 ** np.floor(np.log10(usual))
+    return float(next(step * power for step in (1, 2, 5, 10) if step * power >= usual))
+
+
+def _scale_of(lines: Sequence[MaskLine]) -> str:
+    bend = _bend(lines)
+    return "" if bend is None else f"The axis is linear up to {bend:g} on either side of zero, logarithmic beyond. "
+
+
+def _bent(axes: Axes, bend: float) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    axes.set_yscale("symlog", linthresh=bend, linscale=1.5)
+    low, high = axes.get_ylim()
+    steps = [bend * step for step in (0.5, 1, 2, 5, 10, 20, 50)]
+    axes.set_yticks([step for step in (*(-one for one in steps), 0, *steps) if low <= step <= high])
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.minorticks_off()
 
 
 @dataclass(frozen=True)
@@ -255,6 +380,7 @@ class MaskGain:
 
     shown: Shown
     lines: tuple[MaskLine, ...]
+    number: Mapping[str, int]
 
     def __call__(self, figure: Figure, theme: Theme) -> None:
         """Draw on an empty figure: one panel a partition."""
@@ -265,6 +391,8 @@ class MaskGain:
             axes.set_visible(False)
         for axes, partition in zip(panels.flat, partitions, strict=False):
             self._panel(axes, theme, partition)
+        if (bend := _bend(self.lines)) is not None:
+            _bent(panels.flat[0], bend)
         unit = "points" if self.shown.measure.percent else self.shown.label
         figure.supylabel(f"personal less global mask ({unit})", fontsize=10)
         figure.supxlabel("density (share of prunable weights kept; sparser to the right)", fontsize=10)
@@ -280,10 +408,11 @@ class MaskGain:
         for line in (line for line in self.lines if line.partition == partition):
             number = methods.index(line.method)
             colour, marker = colours[number % len(colours)], markers[number % len(markers)]
+            label = f"{self.number[line.method]} {line.method}"
             shift = (number - (len(methods) - 1) / 2) * min(0.06, 0.5 / len(methods))
             x = [-np.log2(density) + shift for density, _, _ in line.points]
             axes.plot(x, [gain for _, gain, _ in line.points], color=colour, linewidth=1.1, marker=marker, markersize=5,
-                      linestyle=dashes[number // len(colours) % len(dashes)], label=line.method)  # fmt: skip
+                      linestyle=dashes[number // len(colours) % len(dashes)], label=label)  # fmt: skip
             for at, (_, gain, ends) in zip(x, line.points, strict=True):
                 axes.plot([at, at], [ends.low, ends.high], color=colour, linewidth=1.1, alpha=0.6)
                 if not ends.excludes(0):
@@ -312,14 +441,14 @@ class RankAxis:
         """Draw on an empty figure."""
         found = self.board.ranking
         assert found is not None
-        axes, count = figure.add_subplot(), len(found.names)
+        axes, count, number_of = figure.add_subplot(), len(found.names), numbers(self.board)
         axes.set_xlim(0.9, count + 0.1)
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.grid(False)
         axes.set_yticks([])
         axes.xaxis.set_ticks_position("top")
         axes.spines["top"].set_visible(True)
-        axes.set_xticks(range(1, count + 1))
+        axes.set_xticks(range(1, count + 1, 1 if count <= 15 else 3))
         left = (count + 1) // 2
         for place, (name, rank) in enumerate(zip(found.names, found.ranks, strict=True)):
             row = place if place < left else count - 1 - place
@@ -327,7 +456,8 @@ class RankAxis:
             side = 0.9 if place < left else count + 0.1
             axes.plot([rank, rank, side], [0, height, height], color=theme.faint, linewidth=1)
             axes.plot(rank, 0, "o", color=theme.gain, markersize=5, clip_on=False)
-            axes.annotate(f"{name} {rank:.2f}", (side, height), (-4 if place < left else 4, 0), va="center", fontsize=9,
+            text = f"{number_of[name]} {name}: {rank:.2f}"
+            axes.annotate(text, (side, height), (-4 if place < left else 4, 0), va="center", fontsize=9,
                           textcoords="offset points", ha="right" if place < left else "left",
                           annotation_clip=False)  # fmt: skip
         for number, (first, last) in enumerate(found.groups):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from fedlth.report.tables import Table
 from fedlth.report.units import NOTHING, count, percent, scaled
 
 OWN = "own result"
+FAR = 0.25  # of the density that was asked: how far from it a method may end without a note
 
 
 def outcome_table(board: Board, partition: str) -> Table:
@@ -29,20 +32,47 @@ def outcome_table(board: Board, partition: str) -> Table:
     shown, names = board.shown, list(board.references)
     if shown is None:
         return Table("", (), ())
+    unit, points = shown.column, difference_unit(shown)
     header = (
-        "method", "what", "density", f"mean {shown.column}", "95 % interval", shown.tail, "worst decile",
-        "hurt vs local %", f"unseen {shown.column}", *(f"less {name}" for name in names),
+        "method", "what", "density (share)", f"mean {unit}", f"95 % interval {unit}", f"{shown.tail} {unit}",
+        f"worst decile {unit}", "hurt vs local %", f"unseen {unit}", *(f"less {name}, {points}" for name in names),
     )  # fmt: skip
     rows = []
     for line in board.lines[partition]:
-        main, local = line.summary, line.against.get("local")
+        main, local = line.summary, line.alone
         rows.append((
-            line.method if not line.control else "", line.control or arm_of(main.choice.arm).label, main.density_text,
+            line.method if not line.control else "", _what(line), main.density_text,
             shown.text(main.mean), shown.bounds(main.interval), shown.text(main.tail), shown.text(main.worst_decile),
             percent(local.hurt if local else None, digits=0), shown.text(main.unseen),
             *(_less(shown, line.against.get(name)) for name in names),
         ))  # fmt: skip
     return Table(f"{partition}: test {shown.label} over clients", header, tuple(rows), left=2)
+
+
+def difference_unit(shown: Shown) -> str:
+    return "points" if shown.measure.percent else shown.label
+
+
+def _what(line: Line) -> str:
+    """Say what a row is of, and in a few words what sets it apart."""
+    if line.control:
+        return f"{line.control}: the same mask" if line.same else line.control
+    label, seeds = arm_of(line.summary.choice.arm).label, line.summary.num_seeds
+    return f"{label} ({seeds} of {seeds + line.missing} seeds)" if line.missing else label
+
+
+def unequal(board: Board, partition: str) -> str:
+    """Say who ends far from the density that was asked of it, '' where nobody does."""
+    found = []
+    for line in board.lines[partition]:
+        asked = board.matrix.methods[line.method].get("density")
+        reached = line.summary.density
+        if line.control or not isinstance(asked, float | int) or abs(reached - asked) <= FAR * asked:
+            continue
+        found.append(f"{line.method} {line.summary.density_text} (asked {asked:g})")
+    if not found:
+        return ""
+    return f"Compared at unequal densities, since these end far from the density asked of them: {', '.join(found)}."
 
 
 def _less(shown: Shown, found: Contrast | None) -> str:
@@ -57,13 +87,13 @@ def tests_table(board: Board, partition: str) -> Table:
     shown = board.shown
     if shown is None:
         return Table("", (), ())
-    unit = "points" if shown.measure.percent else shown.label
+    unit = difference_unit(shown)
     header = (
         "method",
         "against",
         "its difference",
         f"mean, {unit}",
-        "95 % interval",
+        f"95 % interval, {unit}",
         "seeds",
         "pairs",
         "p",
@@ -90,8 +120,9 @@ def cost_table(board: Board, partition: str) -> Table:
     """Return what every method took on a partition, mean over seeds, in the order of the outcome."""
     timed = any(e.cost.simulated_s is not None for e in board.entries[partition].values())
     header = (
-        "method", "down", "up", "down, broadcast once", "up, once", "beside", "bits down", "bits up", "training FLOPs",
-        "epochs: rounds + own", *(("simulated time",) if timed else ()),
+        "method", "bytes down", "bytes up", "bytes down, broadcast once", "bytes up, once", "bytes beside",
+        "bits down per number and visit", "bits up per number and visit", "training FLOPs",
+        "epochs a client: rounds + own", *(("simulated time",) if timed else ()),
     )  # fmt: skip
     rows = []
     for line in board.lines[partition]:
@@ -109,7 +140,7 @@ def cost_table(board: Board, partition: str) -> Table:
 
 def machine_table(board: Board) -> Table:
     """Return what every cell took on this machine, and how it stands: what no two calls repeat."""
-    header = ("cell", "stands", "why", "seconds", "peak memory of a process")
+    header = ("cell", "stands", "why", "wall seconds", "peak memory of a process, bytes")
     rows = [
         (name, one.status, one.reason or NOTHING, f"{one.seconds:.1f}" if one.seconds else NOTHING,
          scaled(1e6 * one.peak_memory_mb, "B") if one.peak_memory_mb else NOTHING)
@@ -128,30 +159,66 @@ def ranks_table(board: Board) -> Table:
     return Table(f"Average ranks over {len(found.blocks)} blocks (partition, seed); 1 is best", header, rows)
 
 
-def tuning_table(board: Board) -> Table:
-    """Return the grid and the choice of every method: each rate's score on validation data, and what trials moved."""
-    rows = []
+@dataclass(frozen=True)
+class Tried:
+    """One learning rate that was tried. score: on validation data, "diverged" in words; moved: its trial's bytes."""
+
+    partition: str
+    method: str
+    seeds: str
+    lr: str
+    metric: str
+    score: float | str
+    chosen: bool
+    moved: int | None
+
+
+def tried(board: Board) -> tuple[Tried, ...]:
+    """Return every rate of every method, in the matrix's order."""
+    found = []
     for partition in board.matrix.partitions:
         for method in board.matrix.methods:
             shared = board.root / partition / method
             for folder in (shared, *(shared / str(seed) for seed in board.matrix.seeds)):
                 file = folder / TRIALS / "chosen.json"
-                if file.is_file():
-                    told = json.loads(file.read_bytes())
-                    scores = next(found for key, found in told.items() if key.startswith("val_"))
-                    grid = ", ".join(f"{lr}: {s if isinstance(s, str) else f'{s:.4f}'}" for lr, s in scores.items())
-                    seeds = "first" if folder == shared else folder.name
-                    rows.append((partition, method, seeds, grid, str(told["lr"] or NOTHING), _moved(folder / TRIALS)))
-    header = ("partition", "method", "seed", "rate: score on validation data", "chosen", "bytes of the trials")
-    return Table("Tuning: the same number of rates for every method", header, tuple(rows), left=4)
+                if not file.is_file():
+                    continue
+                told = json.loads(file.read_bytes())
+                key = next(key for key in told if key.startswith("val_"))
+                seeds = "first" if folder == shared else folder.name
+                for lr, score in told[key].items():
+                    moved, metric = _moved(folder / TRIALS / f"lr-{lr}"), key.removeprefix("val_")
+                    found.append(Tried(partition, method, seeds, lr, metric, score, lr == str(told["lr"]), moved))
+    return tuple(found)
 
 
-def _moved(folder: Path) -> str:
-    runs = sorted(file.parent for file in folder.glob("*/header.json"))
+def tuning_table(rates: Sequence[Tried], shown: Shown | None) -> Table:
+    """Return each rate's score on validation data, what was chosen, and what its trial moved, for people."""
+    unit, rows = shown.column if shown else "", []
+    for one in rates:
+        score = one.score if isinstance(one.score, str) or shown is None else shown.text(one.score)
+        chosen = "chosen" if one.chosen else ""
+        rows.append((one.partition, one.method, one.seeds, one.lr, str(score), chosen, scaled(one.moved, "B")))
+    header = ("partition", "method", "seed", "learning rate", f"validation {unit}", "chosen", "bytes of the trial")
+    return Table("Tuning: the same number of rates for every method", header, tuple(rows), left=3)
+
+
+def tuning_csv(rates: Sequence[Tried], shown: Shown | None) -> Table:
+    """Return the same for programs: numbers alone, the score in the page's unit."""
+    percent, rows = shown is not None and shown.measure.percent, []
+    for one in rates:
+        score = one.score if isinstance(one.score, str) else _plain(one.score * (100.0 if percent else 1.0))
+        moved = "" if one.moved is None else str(one.moved)
+        rows.append((one.partition, one.method, one.seeds, one.lr, score, str(int(one.chosen)), moved))
+    score = f"validation_{shown.slug if shown else 'metric'}{'_percent' if percent else ''}"
+    return Table("", ("partition", "method", "seed", "lr", score, "chosen", "trial_bytes"), tuple(rows))
+
+
+def _moved(folder: Path) -> int | None:
     try:
-        return scaled(float(sum(moved_bytes(read_run(run)) for run in runs)), "B")
+        return moved_bytes(read_run(folder)) if (folder / "header.json").is_file() else None
     except StudyError:
-        return NOTHING
+        return None
 
 
 def whole_table(board: Board) -> Table:
@@ -193,7 +260,7 @@ def _record(board: Board, partition: str, line: Line) -> dict[str, object]:
     assert shown is not None
     unit = "percent" if shown.measure.percent else shown.slug
     times = shown.factor
-    local = line.against.get("local")
+    local = line.alone
     record: dict[str, object] = {
         "partition": partition,
         "method": line.method,

@@ -152,8 +152,10 @@ def test_the_tuning_budget_is_equal_and_published(tmp_path: Path, seeds: str) ->
     rates = {RunFolder(folder / seed).study().train.lr for seed in ("0", "1")}
     assert rates <= {0.001, 0.1} and (seeds == "all" or len(rates) == 1)
     table = list(csv.DictReader((root / "tuning.csv").read_text().splitlines()))
-    assert [row["seed"] for row in table] == (["first"] if seeds == "first" else ["0", "1"])
-    assert all("0.001: " in row["rate: score on validation data"] for row in table)
+    told = ["first"] if seeds == "first" else ["0", "1"]
+    assert [(row["seed"], row["lr"]) for row in table] == [(seed, lr) for seed in told for lr in ("0.001", "0.1")]
+    assert all(0 <= float(row["validation_accuracy_percent"]) <= 100 for row in table)
+    assert all(int(row["trial_bytes"]) > 0 for row in table) and sum(int(row["chosen"]) for row in table) == len(places)
     trials = [RunFolder(file.parent).study() for file in folder.rglob("tune/*/config.yaml")]
     assert trials and {one.personalise.arms for one in trials} == {("own_tuned",)}
 
@@ -166,7 +168,9 @@ def test_the_tuning_budget_is_equal_and_published(tmp_path: Path, seeds: str) ->
         ({"partitions": {"a/b": {}}}, "a name must be letters"),
         ({"partitions": {"iid": {"seed": 3}}}, "partitions.iid.seed: is decided by the bench"),
         ({"methods": {"fedavg": {"sections": {"tune": {"lr": [0.1]}}}}}, "must try as many rates"),
-        ({"matrix": 1}, "matrix: unknown key"),
+        ({"matrix": 1}, "bench.yaml: matrix: unknown key"),
+        ({"methods": {"local": {"name": "fedavg"}}}, "methods.local.name must be local: .* got 'fedavg'"),
+        ({"against": ["fedavgg"]}, "against must be names of fedavg, lotteryfl, local, .* got 'fedavgg'"),
         ({"study": {**tiny_bench.STUDY, "trian": {}}}, "trian: unknown key"),
     ],
 )
@@ -192,6 +196,36 @@ def test_only_names_what_is_there(tmp_path: Path) -> None:
     file = tiny_bench.write(tmp_path)
     with pytest.raises(StudyError, match=r"--only method must be one of fedavg, lotteryfl, local, got 'ditto'"):
         tiny_bench.run(file, tmp_path / "out", only="method=ditto", dry_run=True)
+
+
+@pytest.mark.parametrize("only", ["", "seed=0,"])
+def test_nothing_is_no_choice(tmp_path: Path, only: str) -> None:
+    with pytest.raises(StudyError, match="--only must be method=NAME"):
+        tiny_bench.run(tiny_bench.write(tmp_path), tmp_path / "out", only=only, dry_run=True)
+
+
+def test_a_forecast_and_a_report_exclude_each_other(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="exclude each other"):
+        tiny_bench.run(tiny_bench.write(tmp_path), tmp_path / "out", dry_run=True, report_only=True)
+
+
+def test_a_forecast_of_nothing_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    natural = {"natural": {"partition": "natural"}}
+    lines: list[str] = []
+    with lines_to(lines.append), pytest.raises(StudyError, match="nothing could be forecast: partition: natural"):
+        tiny_bench.run(tiny_bench.write(tmp_path, partitions=natural), tmp_path / "out", dry_run=True)
+    told = capsys.readouterr().out
+    assert told.count("natural must have") == 1 and "hours" not in told
+    assert [line for line in lines if line.startswith("forecast 3 of 3: natural/")]
+
+
+def test_a_local_row_of_another_name_serves(tmp_path: Path) -> None:
+    methods = {"fedavg": {}, "alone": {"name": "local"}}
+    file = tiny_bench.write(tmp_path, methods=methods, partitions={"iid": {}}, seeds=[0])
+    assert set(load(file).methods) == {"fedavg", "alone"}
+    root = tiny_bench.run(file, tmp_path / "out")
+    found = {row["method"]: row for row in rows(root)}
+    assert found["fedavg"]["hurt_vs_local_percent"] and found["fedavg"]["vs_local_points"]
 
 
 def test_a_section_is_merged_and_a_named_part_replaced() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,13 @@ import tiny_bench
 
 from fedlth.bench.board import read_board
 from fedlth.bench.contrasts import contrast, corrected, paired_t
+from fedlth.bench.controls import GLOBAL
 from fedlth.bench.headline import headline, warnings
 from fedlth.bench.leaderboard import write_leaderboard
 from fedlth.bench.matrix import load
-from fedlth.bench.pictures import mask_lines, pareto
+from fedlth.bench.pictures import limits, mask_lines, numbers, pareto
 from fedlth.bench.ranks import critical_difference, friedman, ranking
+from fedlth.bench.tables import outcome_table
 from tests.report.fake_run import write_run
 
 # Table 6 of Demsar, JMLR 2006: AUC of four variants of C4.5 on 14 data sets.
@@ -55,7 +58,10 @@ def test_a_paired_t_over_seeds_by_hand() -> None:
     found, p = paired_t(np.array([1.0, 2.0, 3.0]))  # mean 2, sd 1, t = 2 sqrt 3 with 2 degrees of freedom
     assert p == pytest.approx(0.0742, abs=1e-4)
     assert (found.low, found.high) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-3)
-    assert paired_t(np.zeros(3))[1] == 1 and paired_t(np.ones(3))[1] == 0
+    # without a spread over seeds there is nothing to test by
+    assert paired_t(np.zeros(3))[1] is None and paired_t(np.ones(3))[1] is None
+    level = corrected({"a": contrast([np.ones(4)] * 3, better=True)})["a"]
+    assert level.level and not level.tested and level.verdict == "(ahead)"
 
 
 def test_clients_are_never_the_unit_of_a_test() -> None:
@@ -105,9 +111,45 @@ def test_the_words_say_when_federation_did_not_help(made_up: tuple[Path, Path]) 
     assert "Federation did not help here: none of 2 federated methods has a better mean than training alone" in said
     assert "Better than a random mask of the same density (paired t over 3 seeds, Holm, 5 %)" in said
     contrasts = board.contrasts("iid", "local")
-    assert {one.verdict for one in contrasts.values()} == {"no clear difference"}
-    assert all(one.p_holm == 1 for one in contrasts.values())
+    assert {one.verdict for one in contrasts.values()} == {"(no clear difference)"}
+    assert any("untested, since all seeds differ by exactly the same: fedavg less" in one for one in warnings(board))
     assert any("sees large differences only" in line for line in warnings(board))
+
+
+def test_only_who_has_all_seeds_is_the_best(made_up: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(made_up[1], tmp_path / "tiny")
+    for seed in (1, 2):
+        shutil.rmtree(tmp_path / "tiny" / "iid" / "two_step" / str(seed))
+    board = read_board(load(made_up[0]), tmp_path / "tiny")
+    said, order = headline(board)["iid"], [line.method for line in board.lines["iid"] if not line.control]
+    assert order[-1] == "two_step" and said.startswith(f"{order[0]} has the best mean test accuracy of the 2 methods")
+    assert any(row[1].endswith("(1 of 3 seeds)") for row in outcome_table(board, "iid").rows)
+    assert "two_step: untested, 1 seed" in said
+    assert "it does not matter" not in said
+    assert list(numbers(board)) == order
+
+
+def test_a_difference_that_would_have_been_seen() -> None:
+    found = corrected({"a": contrast([np.full(2, value) for value in (1.0, 2.0, 3.0)], better=True)})["a"]
+    # t of two degrees of freedom times sd / sqrt 3: 4.3027 at 5 %, 6.2053 at 2.5 %
+    assert found.seen(1) == pytest.approx(4.3027 / 3**0.5, abs=1e-3)
+    assert found.seen(2) == pytest.approx(6.2053 / 3**0.5, abs=1e-3)
+
+
+def test_one_mask_for_all_is_not_held_against_itself(made_up: tuple[Path, Path]) -> None:
+    board = read_board(load(made_up[0]), made_up[1])
+    entry = board.entries["iid"]["two_step"]
+    assert not entry.one_mask and "two_step" in board.beaten("iid", GLOBAL)
+    entry.__dict__["one_mask"] = True
+    assert "two_step" not in board.beaten("iid", GLOBAL) and not any(
+        line.method == "two_step" for line in mask_lines(board)
+    )
+    assert any(row[1] == "global model's mask: the same mask" for row in outcome_table(board, "iid").rows)
+
+
+def test_an_outlier_does_not_stretch_an_axis() -> None:
+    assert limits([80.0, 81, 82, 83, 84, 85, 86, 10]) == (80, 86)
+    assert limits([10.0, 30, 50, 70, 90]) == (10, 90) and limits([]) == (0, 1)
 
 
 def test_the_picture_of_masks_has_every_density(made_up: tuple[Path, Path]) -> None:

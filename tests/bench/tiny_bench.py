@@ -34,7 +34,7 @@ def write(folder: Path, **sections: Any) -> Path:
     return file
 
 
-def run(file: Path, out: Path, *, only: str = "", dry_run: bool = False, report_only: bool = False) -> Path:
+def run(file: Path, out: Path, *, only: str | None = None, dry_run: bool = False, report_only: bool = False) -> Path:
     """Run a bench as the command line does and return its folder."""
     command.bench([file], Namespace(out=out, only=only, dry_run=dry_run, report_only=report_only))
     return out / "tiny"
