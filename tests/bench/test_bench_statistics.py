@@ -15,8 +15,9 @@ from fedlth.bench.contrasts import contrast, corrected, paired_t
 from fedlth.bench.controls import GLOBAL
 from fedlth.bench.headline import headline, warnings
 from fedlth.bench.leaderboard import write_leaderboard
+from fedlth.bench.mask_picture import mask_lines
 from fedlth.bench.matrix import load
-from fedlth.bench.pictures import limits, mask_lines, numbers, pareto
+from fedlth.bench.pictures import limits, numbers, pareto
 from fedlth.bench.ranks import critical_difference, friedman, ranking
 from fedlth.bench.tables import outcome_table
 from tests.report.fake_run import write_run
