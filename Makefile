@@ -13,7 +13,7 @@ run: $(READY)  ## set up, then run the quickstart study
 	$(BIN)/fedlth run configs/quickstart.yaml
 
 test: $(READY)  ## set up, then run every test, a file in one process: three, as tests of engines wait a lot
-	$(BIN)/python -m pytest -q -m "" -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -m "not long" -n 3 --dist loadfile --no-loadscope-reorder
 
 check: $(READY) lint types test  ## what CI runs
 

@@ -54,7 +54,7 @@ def compared(made: Study, out: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wire", [pytest.param(wire, marks=[pytest.mark.slow] if wire in ("bf16", "f16", "sign") else []) for wire in WIRES]
+    "wire", [pytest.param(wire, marks=[pytest.mark.long] if wire in ("bf16", "f16", "sign") else []) for wire in WIRES]
 )
 @pytest.mark.parametrize(("name", "sections"), CASES, ids=lambda part: part if isinstance(part, str) else "")
 def test_bytes_are_as_forecast(tmp_path: Path, name: str, sections: dict[str, Any], wire: str) -> None:
@@ -175,8 +175,8 @@ def test_check_prints_what_was_forecast() -> None:
     ("name", "wire", "less"),
     [
         ("quickstart", "lossless", []),
-        ("quickstart", "step", ["federate.rounds=5", "refine.rounds=2"]),
-        ("fedselect_fashion_slice", "lossless", ["federate.rounds=4"]),
+        pytest.param("quickstart", "step", ["federate.rounds=5", "refine.rounds=2"], marks=pytest.mark.long),
+        pytest.param("fedselect_fashion_slice", "lossless", ["federate.rounds=4"], marks=pytest.mark.long),
     ],
 )
 def test_the_quickstart_s_bytes_are_as_forecast(tmp_path: Path, name: str, wire: str, less: list[str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -80,6 +81,28 @@ METHODS: dict[str, dict[str, Any]] = {
 SECTIONS: dict[str, dict[str, Any]] = {"fedbn": {"model": {"name": "tests.tiny:Small", "options": {}}}}
 # One of each kind: what holds for all methods is tried on each in tests/methods, what depends on the kind on these.
 KINDS = ("fedavg", "fedavg_ft", "local", "standalone", "two_step", "lotteryfl", "sub_fedavg", "fedselect", "fedpm")
+# With these, one of each way in which clients and server exchange anything; engines run the others when asked (long).
+EXCHANGES = (
+    *KINDS,
+    "scaffold",
+    "fedbn",
+    "fedspa",
+    "hermes",
+    "fedtiny",
+    "heterofl",
+    "fiarse",
+    "deltamask",
+    "spafl",
+    "dispfl",
+)
+
+
+def each_method(short: Iterable[str] = EXCHANGES) -> list[Any]:
+    """Return every method's name as a parameter; those that are not in `short` are marked `long`."""
+    kept = set(short)
+    return [name if name in kept else pytest.param(name, marks=pytest.mark.long) for name in METHODS]
+
+
 # What clients carry where a method asks: half of them less than the others.
 CARRY_LESS: dict[str, Any] = {"capacity": [{"clients": [0, 1], "width": 0.5, "density": 0.4}]}
 READ_CAPACITY = ("heterofl", "fjord", "fiarse")

@@ -123,23 +123,27 @@ def relay(meter: Any, ledger: list[dict[str, Any]]) -> None:
     meter.messages["up"] -= len(visits)
 
 
+METHODS = [
+    pytest.param(name, {}, client_step, id=name, marks=() if name in tiny.EXCHANGES else pytest.mark.long)
+    for name in tiny.METHODS
+    if name not in ("two_step", "lotteryfl")
+]
+
+
 @pytest.mark.usefixtures("one_simulation")
 class TestInOneSimulation:
     @pytest.mark.parametrize(
         ("method", "sections", "step"),
         [
-            ("two_step", {"wire": "raw", **PARTS}, client_step),
-            ("lotteryfl", {"wire": "lossless"}, unlucky),
-            *((name, {}, client_step) for name in tiny.METHODS if name not in ("two_step", "lotteryfl")),
-            ("two_step", {"train": {"lr": 0.8}, "evaluate": {"every": 1, "keep": "best"}}, client_step),
+            pytest.param("two_step", {"wire": "raw", **PARTS}, client_step, id="every part"),
+            pytest.param("lotteryfl", {"wire": "lossless"}, unlucky, id="a client that raises"),
+            *METHODS,
+            pytest.param(
+                "two_step", {"train": {"lr": 0.8}, "evaluate": {"every": 1, "keep": "best"}}, client_step,
+                id="the best of a curve",
+            ),
         ],
-        ids=[
-            "every part",
-            "a client that raises",
-            *(name for name in tiny.METHODS if name not in ("two_step", "lotteryfl")),
-            "the best of a curve",
-        ],
-    )
+    )  # fmt: skip
     def test_a_study_equals_the_in_process_run_and_its_ledger_what_crossed_the_grid(
         self, method: str, sections: dict[str, Any], step: Step, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -116,7 +116,7 @@ def test_a_ray_started_here_equals_in_process_and_ends_with_the_run(tmp_path: Pa
 
 @pytest.mark.usefixtures("shared_ray")
 class TestOnOneRay:
-    @pytest.mark.parametrize("name", STUDIES)
+    @pytest.mark.parametrize("name", [*tiny.each_method(), *(name for name in STUDIES if name not in tiny.METHODS)])
     def test_every_method_equals_in_process(self, name: str, two_workers: Open, tmp_path: Path) -> None:
         tiny.run(STUDIES[name](), tmp_path / "there", engine=two_workers)
         tiny.run(STUDIES[name](), tmp_path / "here")

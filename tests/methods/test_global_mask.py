@@ -508,7 +508,7 @@ def test_a_broadcast_in_two_forms_is_counted_once_a_form(tmp_path: Path) -> None
     assert max(Counter((phase, round) for phase, round, _ in downs).values()) == 2
 
 
-@pytest.mark.parametrize("wire", ["raw", "lossless", "step"])
+@pytest.mark.parametrize("wire", ["raw", "lossless", pytest.param("step", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", NAMES)
 def test_bytes_are_at_most_what_was_forecast(name: str, wire: str, tmp_path: Path) -> None:
     made = tiny.of_method(name, wire=wire, federate={"rounds": 4})

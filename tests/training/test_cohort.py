@@ -283,7 +283,9 @@ STUDIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize(
+    "name", ["two_step", "fedselect", *(pytest.param(n, marks=pytest.mark.long) for n in ("fedavg_ft", "lotteryfl"))]
+)
 def test_a_whole_study_equals_one_by_one_and_any_number_of_workers(name: str, tmp_path: Path) -> None:
     shape = {
         "clients": {"count": 5, "unseen": 0.2, "test_samples": 20}, "federate": {"rounds": 2, "clients_per_round": 4},
