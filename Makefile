@@ -12,8 +12,8 @@ export OMP_WAIT_POLICY = PASSIVE
 run: $(READY)  ## set up, then run the quickstart study
 	$(BIN)/fedlth run configs/quickstart.yaml
 
-test: $(READY)  ## set up, then run every test, a file in one process: three, as tests of engines wait a lot
-	$(BIN)/python -m pytest -q -m "not long" -n 3 --dist loadfile --no-loadscope-reorder
+test: $(READY)  ## set up, then run every test, a file in one process: two, since tests of engines have time limits
+	$(BIN)/python -m pytest -q -m "not long" -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(READY) lint types test  ## what CI runs
 

@@ -185,7 +185,7 @@ class TestInOneSimulation:
     def test_a_client_that_raises_dies_or_hangs_costs_only_itself(self, tmp_path: Path) -> None:
         study = tiny.study(
             clients={"unseen": 0.0}, federate={"clients_per_round": 4}, personalise={"clients_per_wave": 4},
-            job_timeout_s=4.0,
+            job_timeout_s=10.0,
         )  # fmt: skip
         run_under_flower(study, tmp_path / "run", step=unruly)
         first, *rest = tiny.rows(tmp_path / "run", "rounds")
