@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import resource
@@ -60,6 +61,7 @@ def _piece(work: Callable[[], None], folder: Path) -> None:
 
         try:
             _silent(file.fileno())
+            logging.getLogger("fedlth").handlers.clear()  # the bench's own: it would print to the log what `line` does
             with lines_to(line):
                 work()
         except KeyboardInterrupt:

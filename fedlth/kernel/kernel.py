@@ -89,6 +89,7 @@ def train_epochs(
     weight_decay: float = 0.0,
     mask: np.ndarray | None = None,
     moves: np.ndarray | None = None,
+    pull: tuple[float, np.ndarray] | None = None,
     snapshots: tuple[int, ...] = (),
     shown: Shown | None = None,
     debug: bool = False,
@@ -97,7 +98,8 @@ def train_epochs(
 
     x (N, ...) float32, y (N,) int64 in [0, num_classes). epochs: batches of positions in x, by epoch, of any size.
     rates: (steps,) learning rate of each step. mask (num_prunable,) bool: weights outside are zero from the first
-    forward on. moves (num_params,) float32: a factor on each parameter's step. shown: gives, for an epoch (from 0), the
+    forward on. moves (num_params,) float32: a factor on each parameter's step. pull (strength, slope (num_params,)
+    float32): strength w + slope is added to every gradient. shown: gives, for an epoch (from 0), the
     images to train on in place of those of x, in the order of its batches. The GIL is released; the result
     depends on neither threads nor repeats. Raises ValueError on arrays that do not fit the table. `debug` looks
     afterwards for values where no layer may write, and raises RuntimeError.
@@ -109,7 +111,8 @@ def train_epochs(
     order = np.concatenate(batches) if batches else np.zeros(0, np.int64)
     starts = np.concatenate([[0], np.cumsum([len(part) for part in batches])]).astype(np.int64)
     rates = np.asarray(rates, np.float32)
-    _check(table, floats, mask, moves)
+    strength, slope = (0.0, None) if pull is None else pull
+    _check(table, floats, mask, moves, slope)
     if y.shape != (len(x),) or (len(y) and not (y.min() >= 0 and y.max() < table.num_classes)):
         raise ValueError(f"kernel: y must be {len(x)} labels in [0, {table.num_classes})")
     if not len(order) or (np.diff(starts) < 1).any() or order.min() < 0 or order.max() >= len(x):
@@ -119,6 +122,7 @@ def train_epochs(
     ready = prepare(table, _lanes(table, int(np.diff(starts).max()), mask), mask)
     w, still = _compact(table, floats, ready.keep, mask)
     factor = _moves(table, moves, ready.keep, still)
+    drawn = np.zeros(0, np.float32) if slope is None else _placed(slope, ready.keep, still)
     grad, losses = np.zeros_like(w), np.zeros(len(batches))
     velocity = np.zeros_like(w) if momentum else np.zeros(0, np.float32)
     kept: dict[int, np.ndarray] = {}
@@ -153,6 +157,8 @@ def train_epochs(
             grad,
             velocity,
             factor,
+            drawn,
+            np.float32(strength),
             x_now,
             y_now,
             order_now,
@@ -177,7 +183,7 @@ def predict(table: LayerTable, floats: np.ndarray, x: np.ndarray) -> np.ndarray:
     from fedlth.kernel import loop
 
     x = _examples(table, x)
-    _check(table, floats, None, None)
+    _check(table, floats)
     kept = floats[: table.num_prunable] != 0
     ready = prepare(table, _lanes(table, len(x), kept), kept)
     w, _ = _compact(table, floats, ready.keep, None)
@@ -232,11 +238,18 @@ def _examples(table: LayerTable, x: np.ndarray) -> np.ndarray:
     return np.require(x.reshape(len(x), shape[0] * shape[1] * shape[2]), requirements=["C", "W"])
 
 
-def _check(table: LayerTable, floats: np.ndarray, mask: np.ndarray | None, moves: np.ndarray | None) -> None:
+def _check(
+    table: LayerTable,
+    floats: np.ndarray,
+    mask: np.ndarray | None = None,
+    moves: np.ndarray | None = None,
+    slope: np.ndarray | None = None,
+) -> None:
     for name, array, size, kind in (
         ("floats", floats, table.num_floats, np.float32),
         ("mask", mask, table.num_prunable, np.bool_),
         ("moves", moves, table.num_params, np.float32),
+        ("slope", slope, table.num_params, np.float32),
     ):
         if array is not None and (array.shape != (size,) or array.dtype != kind):
             raise ValueError(f"kernel: {name} must be ({size},) {np.dtype(kind)}, got {array.shape} {array.dtype}")
@@ -266,6 +279,12 @@ def _moves(table: LayerTable, moves: np.ndarray | None, keep: np.ndarray | None,
     factor = np.ones(table.num_params, np.float32) if moves is None else moves.copy()
     for start, end in table.frozen:
         factor[start:end] = 0.0
-    factor = factor if keep is None else factor.take(keep, mode="clip")
-    factor[still] = 0.0
+    factor = _placed(factor, keep, still)
     return factor[:0] if (factor == 1).all() else factor
+
+
+def _placed(values: np.ndarray, keep: np.ndarray | None, still: np.ndarray) -> np.ndarray:
+    """Return values of all parameters at their places in the compact vector, zero at `still` places; a copy."""
+    found: np.ndarray = values.copy() if keep is None else values.take(keep, mode="clip")
+    found[still] = 0.0
+    return found

@@ -202,6 +202,13 @@ def cross_entropy(row: Any, work: Any, y: Any, order: Any, start: int, count: in
 
 
 @part
+def pull(w: Any, grad: Any, slope: Any, strength: Any) -> None:
+    """Add strength w + slope to the gradient: a proximal term's, a correction's. slope may be empty: nothing to add."""
+    for k in range(len(slope)):
+        grad[k] += strength * w[k] + slope[k]
+
+
+@part
 def step(w: Any, grad: Any, velocity: Any, moves: Any, rate: Any, momentum: Any, decay: Any) -> None:
     """Take one SGD step and clear the gradient. velocity and moves may be empty: no momentum, all weights move."""
     if len(moves) == 0 and len(velocity) == 0:
@@ -243,6 +250,8 @@ def _make_entries(stamp: int) -> tuple[Any, Any, Any]:
         grad: Any,
         velocity: Any,
         moves: Any,
+        slope: Any,
+        strength: Any,
         x: Any,
         y: Any,
         order: Any,
@@ -266,6 +275,7 @@ def _make_entries(stamp: int) -> tuple[Any, Any, Any]:
                 backward(rows, index, lists, scales, work, w, grad, lanes)
             losses[s] = total
             constants.unfold(rows, lists, w, grad)
+            pull(w, grad, slope, strength)
             step(w, grad, velocity, moves, rates[s], momentum, decay)
         return stamp
 

@@ -10,8 +10,11 @@ from fedlth.models.layout import Params
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.loss import CrossEntropy, restricts
 from fedlth.training.optimizer import Sgd
+from fedlth.training.pull import Correction, Proximal
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingRequest, TrainingResult
+
+_PULLS = (Proximal, Correction)  # whose gradient is a factor on the weights and a vector
 
 
 def obstacle(model: FlatModel, request: TrainingRequest) -> str:
@@ -39,7 +42,8 @@ def lacks(recipe: TrainingRecipe) -> str:
     if recipe.loss.label_smoothing:
         return "label smoothing"
     checks = (
-        ("clip_norm", recipe.clip_norm is not None), ("pull", recipe.pulls),
+        ("clip_norm", recipe.clip_norm is not None),
+        (f"pull {type(recipe.pull).__name__}", recipe.pulls and type(recipe.pull) not in _PULLS),
         (f"view {type(recipe.view).__name__}", recipe.views), ("dropout", recipe.dropout is not None),
         (recipe.precision, recipe.precision != "float32"),
     )  # fmt: skip
@@ -54,9 +58,16 @@ def train(model: FlatModel, request: TrainingRequest) -> TrainingResult:
         table, request.start.floats, request.data.tensor.numpy(), request.data.y.numpy(), request.batches,
         rates=np.array(request.rates), momentum=optimizer.momentum, weight_decay=optimizer.weight_decay,
         mask=request.active, moves=None if request.trainable is None else request.trainable.astype(np.float32),
-        snapshots=request.snapshots, shown=_shown(request) if request.draws_examples else None,
+        pull=_pull(table.num_params, request) if request.recipe.pulls else None, snapshots=request.snapshots,
+        shown=_shown(request) if request.draws_examples else None,
     )  # fmt: skip
     return TrainingResult(Params(ended.floats, request.start.ints.copy()), ended.loss, ended.snapshots)
+
+
+def _pull(size: int, request: TrainingRequest) -> tuple[float, np.ndarray]:
+    """Return the strength and the slope (size,) that make a pull's gradient: strength w + slope."""
+    anchor, pull = (request.anchor or request.start).floats[:size], request.recipe.pull
+    return (pull.mu, np.float32(-pull.mu) * anchor) if isinstance(pull, Proximal) else (0.0, anchor)
 
 
 def _shown(request: TrainingRequest) -> kernel.Shown:

@@ -17,7 +17,7 @@ from fedlth.errors import StudyError
 from fedlth.experiment.effects import check_arms
 from fedlth.experiment.experiment import method_of
 from fedlth.experiment.resolve import read
-from fedlth.output import lines_to
+from fedlth.output import lines_to, tell
 from fedlth.storage.header import read_header
 from fedlth.storage.run_folder import RunFolder
 from tests import tiny
@@ -112,6 +112,14 @@ def test_a_failed_cell_costs_itself_and_is_shown(tmp_path: Path) -> None:
     assert failed.status == "failed" and "natural keys" in failed.reason
     assert {row["method"] for row in rows(root)} == {"fedavg", "local"}
     assert "iid/broken/0 failed: partition: natural must have" in (root / "leaderboard.html").read_text()
+
+
+def test_a_cells_log_has_each_line_once(tmp_path: Path) -> None:
+    file = tiny_bench.write(tmp_path, methods={}, partitions={"iid": {}}, seeds=[0])
+    with lines_to(tell):  # as the command line does
+        folder = tiny_bench.run(file, tmp_path / "out")
+    lines = (folder / "iid" / "local" / "0" / "log.txt").read_text().splitlines()
+    assert len(lines) == len(set(lines)) > 1
 
 
 def test_a_text_of_a_run_is_escaped(whole: Path) -> None:

@@ -221,10 +221,17 @@ def test_a_studys_pull_does_not_vanish_behind_the_methods(name: str) -> None:
 
 def test_the_forecast_says_what_trains_the_methods_own_objective() -> None:
     pytest.importorskip("numba")
-    text = forecast.forecast(tiny.of_method("fedprox", compute="sparse"))
-    assert "fedprox's own: dense trainings run in torch, client by client, because the kernel has no pull" in text
-    assert "step 2: dense trainings run in the kernel" in text
+    text = forecast.forecast(tiny.of_method("fedprox", compute="sparse", train={"clip_norm": 1.0}))
+    why = "dense trainings run in torch, client by client, because the kernel has no clip_norm"
+    assert f"fedprox's own: {why}" in text and f"step 1: {why}" in text
+    assert "fedprox's own: dense trainings run in the kernel" in forecast.forecast(
+        tiny.of_method("fedprox", compute="sparse")
+    )
     assert "'s own" not in forecast.forecast(tiny.of_method("fedavg", compute="sparse"))
+    text = forecast.forecast(
+        tiny.of_method("fedavg", compute="sparse", train={"pull": {"name": "l1", "strength": 0.1}})
+    )
+    assert "because the kernel has no pull L1" in text
 
     def rounds(name: str) -> float:
         return forecast.own_epochs(tiny.experiment(tiny.of_method(name)))[0]

@@ -24,7 +24,7 @@ from fedlth.training.flat_model import FlatModel
 from fedlth.training.local_client import LocalClient
 from fedlth.training.loss import IGNORED, CrossEntropy, MaskedLm, MeanSquaredError, OfBatch, Restricted, examined
 from fedlth.training.optimizer import Adam, AdamW, Memory, Sgd
-from fedlth.training.pull import L1, NO_PULL, Proximal
+from fedlth.training.pull import L1, NO_PULL, Correction, Proximal, Pull
 from fedlth.training.rate_schedule import Cosine, Linear
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingRequest, drawn_request
@@ -409,6 +409,31 @@ def test_the_kernel_trains_augmented_images_as_torch_does() -> None:
         assert fast.loss == pytest.approx(slow.loss, rel=1e-4)
 
 
+@pytest.mark.parametrize("density", [None, 0.5, 0.03])
+@pytest.mark.parametrize("pull", [Proximal(mu=2.0), Correction()], ids=["proximal", "correction"])
+def test_the_kernel_pulls_as_torch_does(pull: Pull, density: float | None) -> None:
+    task, rng = tiny.task(compute="sparse"), np.random.default_rng(0)
+    model, layout = task.flat_model, task.layout
+    mask = None if density is None else rng.random(layout.num_prunable) < density
+    drawn = rng.standard_normal(layout.num_floats).astype(np.float32)
+    recipe = replace(BASE, optimizer=Sgd(momentum=0.9, weight_decay=0.01), pull=pull)
+    far = replace(task.theta_0, floats=0.1 * drawn)
+    for anchor in (None, far):
+        for trainable in (None, drawn[: layout.num_params] > 0):
+            request = asked(
+                recipe, task.theta_0, images(30), active=mask, trainable=trainable, anchor=anchor, snapshots=(1,)
+            )
+            assert not kernel_backend.obstacle(model, request)
+            fast, slow = kernel_backend.train(model, request), train(model, request)
+            np.testing.assert_allclose(fast.params.floats, slow.params.floats, rtol=2e-3, atol=2e-5)
+            np.testing.assert_allclose(fast.snapshots[1], slow.snapshots[1], rtol=2e-3, atol=2e-5)
+            assert fast.loss == pytest.approx(slow.loss, rel=1e-4)
+            if mask is not None:
+                assert not fast.params.floats[: mask.size][~mask].any()
+    without = kernel_backend.train(model, replace(request, recipe=replace(recipe, pull=NO_PULL)))
+    assert np.abs(without.params.floats - fast.params.floats).max() > 1e-3
+
+
 def test_what_the_kernel_and_a_cohort_lack_is_said() -> None:
     assert [
         kernel_backend.lacks(recipe)
@@ -421,6 +446,7 @@ def test_what_the_kernel_and_a_cohort_lack_is_said() -> None:
             replace(BASE, loss=Restricted(CrossEntropy(), (0, 1))),
             replace(BASE, clip_norm=1.0),
             replace(BASE, pull=Proximal(mu=1.0)),
+            replace(BASE, pull=L1(strength=1.0)),
             replace(BASE, dropout=0.1),
             replace(BASE, precision="bf16"),
         )
@@ -432,7 +458,8 @@ def test_what_the_kernel_and_a_cohort_lack_is_said() -> None:
         "label smoothing",
         "classes: own",
         "clip_norm",
-        "pull",
+        "",
+        "pull L1",
         "dropout",
         "bf16",
     ]
