@@ -210,10 +210,13 @@ class HeldMean:
 
 
 @dataclass(frozen=True)
-class TakeOver:
-    """The one client's model and its mask become everyone's."""
+class UnionMean:
+    """FedAvg's mean, zeros counted; its mask is the union of what came. Of one client: its model and mask, taken over.
 
-    masks: ClassVar[bool] = True
+    `masks`: whether that mask is everyone's to train under, as in `FederatedMethod.masks_all`.
+    """
+
+    masks: bool = True
 
     def init(self, state: ServerState, layout: Layout, /) -> Any:
         return [FedAvg().init(state, layout), np.zeros(layout.num_prunable, bool)]

@@ -25,7 +25,7 @@ import numpy as np
 
 from fedlth.methods.aggregate import Contribution, FedAvg
 from fedlth.methods.client_update import UPDATE, VALUES, Inbox, MaskedUpdate, Update, kept_private
-from fedlth.methods.global_mask import ARMS, TakeOver, alive_counts, scores, top_of_each
+from fedlth.methods.global_mask import ARMS, UnionMean, alive_counts, scores, top_of_each
 from fedlth.methods.method import FederatedMethod, Phase
 from fedlth.methods.options import at_least, check, density_of, positive
 from fedlth.models.layout import Layout, Params
@@ -201,7 +201,7 @@ def prunefl(
     time = RoundTime(constant_s, flops_s, bytes_s)
     first = Phase(
         name="prune", rounds=1, who=Chosen(chosen), update=PruneFirst(times=initial, max_dec=max_dec, density=density,
-        time=time), join=TakeOver(), own_mask=True,
+        time=time), join=UnionMean(), own_mask=True,
     )  # fmt: skip
     rounds = Phase(name="federate", update=GainUpdate(every=every), join=Adjust(max_dec, half_life, density, time))
     return FederatedMethod(

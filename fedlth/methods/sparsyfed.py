@@ -24,14 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from fedlth.methods.aggregate import Contribution, FedAvg
 from fedlth.methods.client_update import UPDATE, VALUES, Inbox, Own, Update, kept_private
+from fedlth.methods.global_mask import UnionMean
 from fedlth.methods.method import FederatedMethod, Phase
 from fedlth.methods.options import OWN, TRAIN, at_least, check, density_of
 from fedlth.models.layout import Layout, Params
 from fedlth.models.prunable import CONVOLUTIONS
 from fedlth.storage.client_state import ClientState
-from fedlth.storage.server_state import ServerState
 from fedlth.tickets.scope import Global
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.local_client import LocalClient
@@ -172,24 +171,11 @@ class PowerUpdate:
         return Own(params.masked(mask), mask), trained.loss
 
 
-@dataclass(frozen=True)
-class SparseMean:
-    """FedAvg's mean, zeros counted; its mask is the union of what came."""
-
-    def init(self, state: ServerState, layout: Layout, /) -> Any:
-        return [FedAvg().init(state, layout), np.zeros(layout.num_prunable, bool)]
-
-    def add(self, so_far: Any, c: Contribution, /) -> None:
-        FedAvg().add(so_far[0], c)
-        so_far[1] |= c.content.mask
-
-    def result(self, so_far: Any, /) -> ServerState:
-        return replace(FedAvg().result(so_far[0]), mask=so_far[1])
-
-
 def sparsyfed(density: float = 0.05, beta: float = 1.25, activations: bool = True) -> FederatedMethod:
     check(density=density_of(density), beta=at_least(1, beta))
-    phase = Phase(name="federate", update=PowerUpdate(beta, density, activations), join=SparseMean(), own_mask=True)
+    phase = Phase(
+        name="federate", update=PowerUpdate(beta, density, activations), join=UnionMean(masks=False), own_mask=True
+    )
     return FederatedMethod(
         name="sparsyfed", paper="Guastella et al., ICLR 2025, arXiv 2504.05153",
         summary="weights are powers of what is trained; each client sends its largest few, all get their mean",

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from fedlth.errors import StudyError
 from fedlth.experiment.resolve import resolve
 from fedlth.methods.aggregate import Contribution, join
-from fedlth.methods.sparsyfed import Power, SparseMean, pruned_activations
+from fedlth.methods.global_mask import UnionMean
+from fedlth.methods.sparsyfed import Power, pruned_activations
 from fedlth.models.layout import Layout, Params, layout_of
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.server_state import ServerState
@@ -183,7 +184,7 @@ def test_the_mean_counts_zeros_and_its_mask_is_the_union() -> None:
     came = [
         Contribution(k, 1 + 2 * k, Content(masks[k], (4.0 * masks[k]).astype(np.float32), ints)) for k in (0, 1)
     ]  # fmt: skip
-    state = join(SparseMean(), ServerState(Params(np.ones(size, np.float32), ints)), came, layout)
+    state = join(UnionMean(masks=False), ServerState(Params(np.ones(size, np.float32), ints)), came, layout)
     assert state.theta.floats[:4].tolist() == [1.0, 4.0, 3.0, 0.0]
     assert state.mask is not None and state.mask[:4].tolist() == [True, True, True, False]
 
