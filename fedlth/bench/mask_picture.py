@@ -1,4 +1,4 @@
-"""Where a personal mask wins: its difference from the global model's own mask, over density."""
+"""What personal masks buy: accuracy for bytes beside their controls, and their gain over the global model's mask."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedlth.bench.board import Board, Entry
+from fedlth.bench.board import Board, Entry, Line
 from fedlth.bench.contrasts import contrast, gains
+from fedlth.bench.drawing import MARKS, MEGA, control_legend, stretch
 from fedlth.report.canvas import Theme
 from fedlth.report.choice import Choice
 from fedlth.report.intervals import Interval
@@ -65,26 +66,32 @@ def _points(entry: Entry, personal: str, general: str) -> list[tuple[float, floa
     return points
 
 
+def wins_below(line: MaskLine) -> float | None:
+    """Return the largest density from which on, to the sparsest measured, the whole interval is above zero."""
+    found = None
+    for density, _, interval in reversed(line.points):  # from the sparsest on
+        if interval.low <= 0:
+            break
+        found = density
+    return found
+
+
 def crossing(lines: Sequence[MaskLine]) -> str:
-    """Say at which densities a personal mask wins, line by line."""
-    told = []
-    for line in lines:
-        wins = [f"{density:.2g}" for density, _, interval in line.points if interval.low > 0]
-        if wins:
-            told.append(f"{line.method} on {line.partition} at {', '.join(wins)}")
+    """Say from which density on a personal mask wins, line by line."""
+    wins = {line.method: wins_below(line) for line in lines}
+    told = [f"{method} from density {density:.2g} on" for method, density in wins.items() if density is not None]
     if not told:
-        return "No uncorrected 95 % interval is above zero as a whole, at any density."
+        return "No uncorrected 95 % interval is above zero as a whole down to the sparsest density."
     more = f"; and {len(told) - 6} more" if len(told) > 6 else ""
     return (
         "By the uncorrected 95 % interval alone, which is no test (the sentences on top are of one density a method), "
-        f"the whole interval is above zero at these densities: {'; '.join(told[:6])}{more}."
+        f"the personal mask is the better one in {'; '.join(told[:6])}{more}."
     )
 
 
 def height(lines: Sequence[MaskLine]) -> float:
-    """Return the picture's height in inches: of its rows of panels, and of its legend."""
-    panels = len({line.partition for line in lines})
-    return max(4.2 * -(-panels // 3), 0.8 + 0.2 * len({line.method for line in lines}))
+    """Return the picture's height in inches: of its panels, and of its legend."""
+    return max(4.6, 1.4 + 0.2 * len(lines))
 
 
 def _bend(lines: Sequence[MaskLine]) -> float | None:
@@ -114,57 +121,96 @@ def _bent(axes: Axes, bend: float) -> None:
 
 
 @dataclass(frozen=True)
-class MaskGain:
-    """The lines of `mask_lines` over density, sparser to the right."""
+class Tickets:
+    """A partition's personal masks. Left: what they reach for their bytes, with their controls; right: `mask_lines`."""
 
-    shown: Shown
+    board: Board
+    partition: str
     lines: tuple[MaskLine, ...]
     number: Mapping[str, int]
 
     def __call__(self, figure: Figure, theme: Theme) -> None:
-        """Draw on an empty figure: one panel a partition."""
-        partitions = list(dict.fromkeys(line.partition for line in self.lines))
-        columns = min(3, len(partitions))
-        panels = figure.subplots(-(-len(partitions) // columns), columns, sharex=True, sharey=True, squeeze=False)
-        for axes in panels.flat[len(partitions) :]:
-            axes.set_visible(False)
-        for axes, partition in zip(panels.flat, partitions, strict=False):
-            self._panel(axes, theme, partition)
-        if (bend := _bend(self.lines)) is not None:
-            _bent(panels.flat[0], bend)
-        unit = "points" if self.shown.measure.percent else self.shown.label
-        figure.supylabel(f"personal less global mask ({unit})", fontsize=10)
-        figure.supxlabel("density (share of prunable weights kept; sparser to the right)", fontsize=10)
-        handles = {text: handle for axes in panels.flat for handle, text in zip(*axes.get_legend_handles_labels(),
-                                                                                strict=True)}  # fmt: skip
-        figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8.5)
+        """Draw on an empty figure."""
+        shown = self.board.shown
+        assert shown is not None
+        left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
+        self._reached(left, theme, shown)
+        self._gains(right, theme, shown)
+        used = {line.control for line in self._drawn()}
+        control_legend(figure, theme, [kind for kind in MARKS if kind in used])
+        handles, names = right.get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside right center", fontsize=8.5)
 
-    def _panel(self, axes: Axes, theme: Theme, partition: str) -> None:
-        methods = list(dict.fromkeys(line.method for line in self.lines))
-        colours, markers, dashes = _colours(theme), "osD^vPX<>h", ("-", "--", ":")
-        axes.set_title(partition)
+    def _drawn(self) -> list[Line]:
+        """Return the rows of these methods and of their controls; one with the very same mask is no control."""
+        known = {line.method for line in self.lines}
+        rows = [line for line in self.board.lines[self.partition] if line.method in known and not line.same]
+        return [line for line in rows if not line.control or line.control in MARKS]
+
+    def _reached(self, axes: Axes, theme: Theme, shown: Shown) -> None:
+        drawn, held = self._drawn(), self.board.entries[self.partition]
+        x = {line.method: held[line.method].cost.total_bytes / MEGA for line in self.lines}
+        for method, (colour, marker, _) in _styles(theme, self.lines).items():
+            rows = [line for line in drawn if line.method == method]
+            values = [shown.factor * line.summary.mean for line in rows]
+            axes.plot([x[method]] * 2, [min(values), max(values)], color=colour, linewidth=1, alpha=0.6, zorder=1)
+            for line, value in zip(rows, values, strict=True):
+                if line.control:
+                    control, arm = MARKS[line.control]
+                    axes.plot(x[method], value, control, color=theme.colour(arm), alpha=0.8, zorder=2,
+                              markersize=8 if control == "*" else 5)  # fmt: skip
+                else:
+                    axes.plot(x[method], value, marker, color=colour, markersize=7, zorder=4)
+                    axes.annotate(str(self.number[method]), (x[method], value), (6, 5), textcoords="offset points",
+                                  fontsize=8, color=theme.ink, zorder=5)  # fmt: skip
+        stretch(axes, list(x.values()))
+        for line in self.board.lines[self.partition]:
+            if line.method in ("local", "fedavg_ft") and not line.control:
+                value = shown.factor * line.summary.mean
+                axes.axhline(value, color=theme.ink, linewidth=1, linestyle="--", alpha=0.7, zorder=0)
+                axes.annotate(line.method, (0.01, value), (0, 3), xycoords=("axes fraction", "data"), fontsize=8,
+                              textcoords="offset points", color=theme.ink)  # fmt: skip
+        axes.set_xlabel("payload, down and up (MB)")
+        axes.set_ylabel(f"mean test {shown.axis}")
+
+    def _gains(self, axes: Axes, theme: Theme, shown: Shown) -> None:
         axes.axhline(0, color=theme.ink, linewidth=1)
-        for line in (line for line in self.lines if line.partition == partition):
-            number = methods.index(line.method)
-            colour, marker = colours[number % len(colours)], markers[number % len(markers)]
-            label = f"{self.number[line.method]} {line.method}"
-            shift = (number - (len(methods) - 1) / 2) * min(0.06, 0.5 / len(methods))
+        styles = _styles(theme, self.lines)
+        for at, line in enumerate(self.lines):
+            colour, marker, dash = styles[line.method]
+            shift = (at - (len(self.lines) - 1) / 2) * min(0.06, 0.5 / len(self.lines))
             x = [-np.log2(density) + shift for density, _, _ in line.points]
             axes.plot(x, [gain for _, gain, _ in line.points], color=colour, linewidth=1.1, marker=marker, markersize=5,
-                      linestyle=dashes[number // len(colours) % len(dashes)], label=label)  # fmt: skip
-            for at, (_, gain, ends) in zip(x, line.points, strict=True):
-                axes.plot([at, at], [ends.low, ends.high], color=colour, linewidth=1.1, alpha=0.6)
+                      linestyle=dash, label=f"{self.number[line.method]} {line.method}")  # fmt: skip
+            for place, (_, gain, ends) in zip(x, line.points, strict=True):
+                axes.plot([place, place], [ends.low, ends.high], color=colour, linewidth=1.1, alpha=0.6)
                 if not ends.excludes(0):
-                    axes.plot(at, gain, marker, color=theme.page, markeredgecolor=colour, markersize=5, zorder=4)
+                    axes.plot(place, gain, marker, color=theme.page, markeredgecolor=colour, markersize=5, zorder=4)
+            if len(line.points) > 1 and (wins := wins_below(line)) is not None:
+                begins = shift - np.log2(wins)
+                axes.axvline(begins, color=colour, linewidth=1, linestyle=":", zorder=0)
+                axes.annotate(f"{line.method} wins →", (begins, 0.985), (3, 0), va="top", color=theme.ink,
+                              xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=8)  # fmt: skip
         ticks: dict[str, float] = {}
-        for density in sorted({d for line in self.lines for d, _, _ in line.points}, reverse=True):
-            place = float(-np.log2(density))
-            if all(abs(place - other) > 0.4 for other in ticks.values()):  # else one would be written over another
+        places = {float(-np.log2(density)): density for line in self.lines for density, _, _ in line.points}
+        room = 0.13 * (max(places) - min(places))  # else one would be written over another
+        for place, density in sorted(places.items()):
+            if all(abs(place - other) > room for other in ticks.values()):
                 ticks[f"{density:.2g}"] = place
         axes.set_xticks(list(ticks.values()), list(ticks))
-        axes.margins(x=0.1, y=0.1)
+        axes.margins(x=0.1, y=0.15)
+        if (bend := _bend(self.lines)) is not None:
+            _bent(axes, bend)
+        unit = "points" if shown.measure.percent else shown.label
+        axes.set_ylabel(f"personal less global mask ({unit})")
+        axes.set_xlabel("density kept (sparser to the right)")
 
 
-def _colours(theme: Theme) -> list[str]:
-    names = ("ticket", "one_shot", "global", "local", "refined", "global_mask", "own", "ticket_0")
-    return [theme.colour(name) for name in names]
+def _styles(theme: Theme, lines: Sequence[MaskLine]) -> dict[str, tuple[str, str, str]]:
+    """Return each method's colour, mark and dashes, the same in both panels."""
+    names = ("ticket", "one_shot", "global", "local", "refined", "own", "ticket_0")
+    colours, markers, dashes = [theme.colour(name) for name in names], "os^vPX<>hp", ("-", "--", ":")
+    return {
+        line.method: (colours[at % len(colours)], markers[at % len(markers)], dashes[at // len(colours) % len(dashes)])
+        for at, line in enumerate(lines)
+    }

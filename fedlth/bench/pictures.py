@@ -11,17 +11,13 @@ import numpy as np
 
 from fedlth.bench.board import Board
 from fedlth.bench.contrasts import Values
-from fedlth.bench.controls import DENSE, GLOBAL, RANDOM
-from fedlth.bench.mask_picture import MaskGain, crossing, height, mask_lines, scale_of
+from fedlth.bench.drawing import MARKS, MEGA, beyond, control_legend, stretch
+from fedlth.bench.mask_picture import Tickets, crossing, height, mask_lines, scale_of
 from fedlth.report.canvas import Picture, Theme
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-MEGA = 1e6
-# Distinct marks: which kind of model a point is, whatever method it stands beside.
-MARKS = {RANDOM: ("v", "random"), GLOBAL: ("D", "global_mask"), DENSE: ("*", "dense")}
 
 
 def pictures(board: Board) -> tuple[Picture, ...]:
@@ -44,6 +40,13 @@ def pictures(board: Board) -> tuple[Picture, ...]:
         "it (filled) has no better one for as few bytes. A number that has no room beside its dot hangs on a thread; "
         "an arrow with a value stands for a method beyond the axis, which then ends at the outermost of the others."
     )
+    tickets = (
+        "Methods whose clients end with masks of their own. Left, each one's mean for its bytes, joined to its "
+        "controls, which cost as many: a random mask, the global model's own mask of the same density, the dense twin. "
+        "Right, the personal mask less the global model's own, on the same clients, over density: above zero a "
+        "personal mask is better. Bars are 95 % intervals, filled where they exclude zero; a dotted line stands where "
+        "a method with several densities begins to win. "
+    )
     for partition in board.entries:
         tall = 1.5 + 0.21 * len(board.entries[partition])
         found += [
@@ -51,16 +54,15 @@ def pictures(board: Board) -> tuple[Picture, ...]:
                     Rows(board, partition)),
             Picture(f"pareto_{partition}", f"{partition}: what bytes buy", front, 8.6, 6.0, Pareto(board, partition)),
         ]  # fmt: skip
+        lines = [line for line in mask_lines(board) if line.partition == partition]
+        if lines:
+            found.append(Picture(
+                f"tickets_{partition}", f"{partition}: what personal tickets buy, and where",
+                f"{tickets}{scale_of(lines)}{crossing(lines)}", 8.6, height(lines),
+                Tickets(board, partition, tuple(lines), numbers(board)),
+            ))  # fmt: skip
         rows = front = "As above."
-    lines = mask_lines(board)
-    if lines:
-        found.append(Picture(
-            "personal_less_global_mask", "Where a personal mask wins",
-            "The personal mask less the global model's own mask of the same density, on the same clients. Above the "
-            "zero line a personal mask is better; sparser is to the right. Bars are 95 % intervals, filled where they "
-            f"exclude zero. {scale_of(lines)}{crossing(lines)}",
-            8.6, height(lines), MaskGain(board.shown, tuple(lines), numbers(board)),
-        ))  # fmt: skip
+        tickets = "As above. "
     if board.ranking is not None:
         found.append(Picture(
             "critical_difference", "Whose ranks are told apart",
@@ -102,7 +104,7 @@ class Rows:
             place = row[line.method]
             if not low <= value <= high:
                 colour = theme.colour(MARKS[line.control][1]) if line.control else theme.gain
-                _beyond(left, value, place, low if value < low else high, value < low, colour)
+                beyond(left, value, place, low if value < low else high, value < low, colour)
             elif line.control:
                 marker, arm = MARKS[line.control]
                 left.plot(
@@ -129,12 +131,12 @@ class Rows:
         left.set_ylim(len(lines) - 0.4, -0.6)
         pad = 0.05 * (high - low) or 1.0
         left.set_xlim(low - pad, high + pad)
-        _stretch(right, list(x.values()))
+        stretch(right, list(x.values()))
         for axes in (left, right):
             axes.grid(True, axis="x")
         left.set_xlabel(f"mean test {shown.axis}")
         right.set_xlabel("payload (MB)")
-        _legend(figure, theme, [kind for kind in MARKS if kind in used])
+        control_legend(figure, theme, [kind for kind in MARKS if kind in used])
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ class Pareto:
         number = numbers(self.board)
         pad = 0.07 * (high - low) or 1.0
         axes.set_ylim(low - pad, high + pad)
-        _stretch(axes, list(x.values()))
+        stretch(axes, list(x.values()))
         axes.set_xlabel("payload moved, down and up, every receiver counted (MB)")
         axes.set_ylabel(f"mean test {shown.axis}")
         step = [name for name in front if low <= y[name] <= high]
@@ -233,39 +235,6 @@ def beside(axes: Axes, places: Sequence[tuple[float, float]]) -> list[tuple[floa
         taken.append((float(dot[0] + ray[0]), float(dot[1] + ray[1])))
         found.append((float(ray[0]), float(ray[1])))
     return found
-
-
-def _beyond(axes: Axes, value: float, row: float, edge: float, below: bool, colour: str) -> None:
-    """Write a value that the axis does not reach at its end, with an arrow."""
-    axes.annotate(f"◂ {value:.3g}" if below else f"{value:.3g} ▸", (edge, row), ha="left" if below else "right",
-                  va="center", fontsize=7.5, color=colour, zorder=5)  # fmt: skip
-
-
-def _stretch(axes: Axes, x: Sequence[float]) -> None:
-    """Stretch few bytes apart; a method that moves nothing has its place at zero."""
-    from matplotlib.ticker import FuncFormatter
-
-    moved = [value for value in x if value > 0]
-    if moved and max(moved) > 8 * min(moved):
-        axes.set_xscale("symlog", linthresh=min(moved), linscale=0.4)
-        powers = [10.0**n for n in range(-6, 9) if 1.5 * min(moved) < 10.0**n <= 2 * max(moved)]
-        axes.set_xticks([0.0, *powers] if min(x) <= 0 else powers)
-        axes.set_xlim(-0.25 * min(moved) if min(x) <= 0 else 0.6 * min(moved), 2.5 * max(moved))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.minorticks_off()
-    else:
-        axes.margins(x=0.1)
-
-
-def _legend(figure: Figure, theme: Theme, used: Sequence[str]) -> None:
-    from matplotlib.lines import Line2D
-
-    own = Line2D([], [], marker="o", color=theme.page, markeredgecolor=theme.gain, linestyle="", label="the method")
-    marks = [
-        Line2D([], [], marker=MARKS[kind][0], color=theme.colour(MARKS[kind][1]), linestyle="", label=kind)
-        for kind in used
-    ]
-    figure.legend(handles=[own, *marks], loc="outside upper center", ncols=4, fontsize=8.5, handletextpad=0.3)
 
 
 def pareto(x: dict[str, float], y: dict[str, float], *, higher_is_better: bool) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ from fedlth.bench.contrasts import contrast, corrected, paired_t
 from fedlth.bench.controls import GLOBAL
 from fedlth.bench.headline import headline, warnings
 from fedlth.bench.leaderboard import write_leaderboard
-from fedlth.bench.mask_picture import mask_lines
+from fedlth.bench.mask_picture import crossing, mask_lines, wins_below
 from fedlth.bench.matrix import load
-from fedlth.bench.pictures import limits, numbers, pareto
+from fedlth.bench.pictures import limits, numbers, pareto, pictures
 from fedlth.bench.ranks import critical_difference, friedman, ranking
 from fedlth.bench.tables import outcome_table
+from fedlth.report.intervals import Interval
 from tests.report.fake_run import write_run
 
 # Table 6 of Demsar, JMLR 2006: AUC of four variants of C4.5 on 14 data sets.
@@ -162,6 +164,14 @@ def test_the_picture_of_masks_has_every_density(made_up: tuple[Path, Path]) -> N
     plain = {s.choice.target_density: s.mean for s in entry.results.summaries if s.choice.arm == "global_mask"}
     assert line.points[-1][1] == pytest.approx(100 * (kept[0.05] - plain[0.05]))
     assert line.points[-1][2].low > 0 > line.points[0][2].low  # the made-up personal mask wins where it is sparse
+    wins = [interval.low > 0 for _, _, interval in line.points]
+    begins = line.points[wins.index(True)][0]
+    assert wins == sorted(wins) and wins_below(line) == begins
+    assert f"the better one in two_step from density {begins:.2g} on" in crossing([line])
+    lost = replace(line, points=(*line.points, (0.01, -1.0, Interval(-2.0, 0.5))))
+    assert wins_below(lost) is None and "No uncorrected" in crossing([lost])
+    found = {picture.name: picture for picture in pictures(board)}
+    assert {f"{kind}_{one}" for kind in ("rows", "pareto", "tickets") for one in board.entries} <= set(found)
 
 
 def test_equal_runs_give_an_equal_leaderboard(made_up: tuple[Path, Path]) -> None:
