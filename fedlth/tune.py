@@ -51,7 +51,9 @@ def tuned(study: Study, out: Path) -> Study:
         raise StudyError(f"{out / 'tune'}: every rate of tune.lr diverged, got {list(study.tune.lr)}; try lower ones")
     best = max(found, key=lambda lr: judged.score(found[lr]))
     log.info(f"tune: lr {best} chosen")
-    write_atomic(file, json.dumps({"lr": best, f"val_{metric.name}": scores}).encode())
+    text = json.dumps({"lr": best, f"val_{metric.name}": scores}).encode()
+    if file.read_bytes() != text:  # a bench's cells share one choice, and read it side by side
+        write_atomic(file, text)
     return study.model_copy(update={"train": study.train.model_copy(update={"lr": best}), "tune": Tune()})
 
 

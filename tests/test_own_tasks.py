@@ -202,7 +202,10 @@ def test_a_rate_is_chosen_by_the_studys_metric(tmp_path: Path) -> None:
     with tiny.lines_to(lines.append):
         chosen = tuned(made, tmp_path)
     assert chosen.train.lr == 0.05 and any("validation mse" in line for line in lines)
+    written = (tmp_path / "tune" / "chosen.json").stat()
     assert tuned(made, tmp_path).train.lr == 0.05, "read back"
+    again = (tmp_path / "tune" / "chosen.json").stat()
+    assert (again.st_ino, again.st_mtime_ns) == (written.st_ino, written.st_mtime_ns), "two that read it write nothing"
 
 
 def test_the_task_shown_in_the_docs_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
