@@ -6,16 +6,19 @@ export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION = 1
 export OMP_WAIT_POLICY = PASSIVE
+# Empty is unset: what is imported is compiled once, and not again in each of a hundred processes that tests start.
+export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: run test check format lint types clean
+.PHONY: run test check format lint types kernel clean
 
 run: $(READY)  ## set up, then run the quickstart study
 	$(BIN)/fedlth run configs/quickstart.yaml
 
-test: $(READY)  ## set up, then run every test, a file in one process: two, since tests of engines have time limits
+test: $(READY) kernel  ## set up, then run every test, a file in one process: two, since tests of engines have time limits
 	$(BIN)/python -m pytest -q -m "not long" -n 2 --dist loadfile --no-loadscope-reorder
 
-check: $(READY) lint types test  ## what CI runs
+check: $(READY) lint  ## what CI runs; mypy takes one core, and so does compiling the kernel
+	$(MAKE) -j 2 types test
 
 format: $(READY)
 	$(BIN)/ruff format .
@@ -27,12 +30,13 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-# Compiled after the installs, on every core: pip would do it file by file. A few templates are no Python of today.
+kernel: $(READY)  ## compile the kernel where it is not yet; else both processes of the tests would
+	$(BIN)/python -c "from fedlth.kernel import kernel; kernel.warm()"
+
+# Not compiled: pip would do it with every file, and a third of them is ever imported.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check --no-compile -c constraints.txt torch
 	$(BIN)/pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e ".[dev,fast,sim]"
-	-$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null 2>&1
 	touch $(READY)
 
 clean:

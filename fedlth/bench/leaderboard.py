@@ -24,7 +24,8 @@ from fedlth.bench.tables import (
     whole_table,
 )
 from fedlth.errors import require
-from fedlth.report.build import drawn, embedded, filled_page, write_file
+from fedlth.report.build import embedded, filled_page, write_file
+from fedlth.report.canvas import drawn
 from fedlth.report.tables import WIDTH, Table, aligned, csv_text, latex, markdown
 
 

@@ -337,7 +337,8 @@ def missing(folder: RunFolder) -> list[int]:
 
 def _last_waves(folder: RunFolder) -> list[RoundRow]:
     """Return the committed waves of the run's last phase."""
-    return [row for row in folder.rows(RoundRow) if row.phase == _last(folder)]
+    last = _last(folder)
+    return [row for row in folder.rows(RoundRow) if row.phase == last]
 
 
 def _last(folder: RunFolder) -> str:

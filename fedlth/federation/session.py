@@ -8,6 +8,7 @@ import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,7 @@ def _noise(study: Study) -> str:
     return f"{noise.rate:g} of the labels, {'the next class' if noise.kind == 'pair' else 'any other class'}"
 
 
+@cache
 def versions() -> dict[str, str]:
     """Return the versions that can change a bit of the result, and the vector instructions that torch takes."""
     vectors = torch.backends.cpu.get_cpu_capability()
@@ -261,8 +263,9 @@ def versions() -> dict[str, str]:
     return found
 
 
+@cache
 def _commit() -> str | None:
-    """Return the git commit of the code, None outside a checkout."""
+    """Return the git commit of the code, as it was when first asked for; None outside a checkout."""
     try:
         done = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5

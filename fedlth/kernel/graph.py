@@ -14,6 +14,7 @@ from fedlth.kernel.memory_layout import lay_out
 from fedlth.kernel.reader import FUNCTIONS, METHODS, Reader, Unsupported, Value
 from fedlth.kernel.table import LayerTable
 from fedlth.models.layout import Layout
+from fedlth.models.seed import seed_torch
 
 LANES = 32  # examples side by side where a network is large
 
@@ -109,7 +110,7 @@ def _check(
     """Refuse a forward that is not one function of its input: a trace freezes modes, counters, dice and no_grad."""
     if any(parameter._backward_hooks for parameter in module.parameters()):
         raise Unsupported("a parameter has hooks")
-    torch.manual_seed(0)
+    seed_torch(0)
     examples = [torch.randn(2, *shape) for _ in range(2)]
     given, seen = (outcomes(module, forward, forward, examples) for forward in (module, traced))
     if not all(

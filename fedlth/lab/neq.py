@@ -17,6 +17,7 @@ from fedlth.data.examples import Examples
 from fedlth.errors import wrong
 from fedlth.models.call import call
 from fedlth.models.layout import Layout, Params
+from fedlth.models.seed import seed_torch
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.recipe import TrainingRecipe
 
@@ -136,7 +137,7 @@ def train(
     state, frozen = gate(Equilibrium(), unit_outputs(model, start, held_out))
     parts = recipe.budget(len(y), recipe.batch_size, order)
     steps, step, now, epochs = sum(map(len, parts)), 0, start, []
-    torch.manual_seed(torch_seed)
+    seed_torch(torch_seed)
     for epoch in parts:
         moves = moving(layout, frozen)
         alive = model.arranged(moves.astype(np.float32))

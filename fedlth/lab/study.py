@@ -7,13 +7,13 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BeforeValidator, Field
 
 from fedlth.errors import StudyError
 from fedlth.study import schema
 from fedlth.study.sections import Count, Floats, Names, Node, NotNegative, Positive, Spec, Specs, as_tuple
 from fedlth.study.validate import validated
+from fedlth.study.yaml_text import text_of
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Shares = Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], BeforeValidator(as_tuple)]
@@ -173,4 +173,4 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Lottery:
 
 def dump(study: Lottery) -> str:
     """Return the resolved study as YAML; loading it gives an equal study."""
-    return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False)
+    return text_of(study.model_dump(mode="json"))

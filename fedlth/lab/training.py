@@ -21,6 +21,7 @@ from fedlth.lab.attack import attacked, evaluate_attacked
 from fedlth.lab.train_config import TrainConfig, spec_of
 from fedlth.models.call import call
 from fedlth.models.layout import Layout, Params
+from fedlth.models.seed import seed_torch
 from fedlth.rng import stream, torch_seed
 from fedlth.storage import store
 from fedlth.training import kernel_backend
@@ -186,7 +187,7 @@ def _in_torch(bench: Networks, config: TrainConfig, request: TrainingRequest) ->
     weights, memory = model.flat[: layout.num_params], optimizer.memory(model.grad)
     model.load(request.start)
     anchor, recipe = weights.clone(), request.recipe
-    torch.manual_seed(request.torch_seed)
+    seed_torch(request.torch_seed)
     states, step = [], 0
     with _dropout(model.module, t.dropout):
         for chunk in request.batches:

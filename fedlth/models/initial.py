@@ -14,13 +14,14 @@ from fedlth.data.ragged import Shape
 from fedlth.errors import StudyError
 from fedlth.models.layout import Layout, Params, layout_of, read
 from fedlth.models.registry import build
+from fedlth.models.seed import seed_torch
 
 
 @contextmanager
 def torch_stream(seed: int) -> Iterator[None]:
     """Seed torch's process-global generator inside, and put it back after."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        seed_torch(seed)
         yield
 
 

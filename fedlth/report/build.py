@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fedlth.errors import MissingExtra, require
-from fedlth.report.canvas import DARK, LIGHT, Picture, rendered
+from fedlth.report.canvas import Drawn, drawn
 from fedlth.report.cost import cost_text
 from fedlth.report.curve import curve_table, inflation
 from fedlth.report.facts import Facts, read_group
@@ -95,22 +94,6 @@ def write_file(path: Path, content: bytes) -> None:
     part = path.with_name(f".{path.name}.part")
     part.write_bytes(content)
     os.replace(part, path)
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A picture, drawn: SVG for either colour scheme, and the PNG that stands beside the page."""
-
-    picture: Picture
-    light: bytes
-    dark: bytes
-    png: bytes
-
-
-def drawn(picture: Picture) -> Drawn:
-    """Return the picture in every form that a report needs."""
-    light = rendered(picture, theme=LIGHT, kinds=("svg", "png"))
-    return Drawn(picture, light["svg"], rendered(picture, theme=DARK, kinds=("svg",))["svg"], light["png"])
 
 
 def embedded(one: Drawn) -> dict[str, str]:

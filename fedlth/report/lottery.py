@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fedlth.report.build import drawn, embedded, filled, write_files
+from fedlth.report.build import embedded, filled, write_files
+from fedlth.report.canvas import drawn
 from fedlth.report.lottery_facts import LotteryFacts, over_seeds, read_lottery
 from fedlth.report.lottery_figures import at_round, lottery_pictures
 from fedlth.report.tables import Table, aligned

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
 from fedlth.errors import StudyError
@@ -34,7 +33,7 @@ from fedlth.study.sections import (
     as_tuple,
 )
 from fedlth.study.validate import validated
-from fedlth.study.yaml_text import parse
+from fedlth.study.yaml_text import parse, text_of
 
 
 class Study(Node):
@@ -207,4 +206,4 @@ def read_tree(path: str | Path, overrides: list[str] | None = None) -> dict[str,
 
 def dump(study: Study, *, given_only: bool = False) -> str:
     """Return the study as YAML; loading it gives an equal study. `given_only` leaves out what is a default."""
-    return yaml.safe_dump(study.model_dump(mode="json", exclude_unset=given_only), sort_keys=False)
+    return text_of(study.model_dump(mode="json", exclude_unset=given_only))

@@ -16,6 +16,7 @@ from torch import Tensor
 from fedlth.data.examples import Examples
 from fedlth.models.call import call_with
 from fedlth.models.layout import Layout, Params
+from fedlth.models.seed import seed_torch
 from fedlth.training.dropout import at_rate
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.request import TrainingRequest
@@ -58,7 +59,7 @@ def train(
     The loss told is without the penalty. Raises FloatingPointError where it is not finite.
     """
     with model.lock, at_rate(model.module, request.recipe.dropout):
-        torch.manual_seed(request.torch_seed)
+        seed_torch(request.torch_seed)
         return _train(model, request, masking, extra, pace)
 
 

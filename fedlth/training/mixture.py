@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedlth.models.layout import Params
+from fedlth.models.seed import seed_torch
 from fedlth.training.dropout import at_rate
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.optimizer import Memory
@@ -43,7 +44,7 @@ def train_mixed(
     recipe, layout = request.recipe, model.layout
     size, prunable = layout.num_params, layout.num_prunable
     with model.lock, at_rate(model.module, recipe.dropout):
-        torch.manual_seed(request.torch_seed)
+        seed_torch(request.torch_seed)
         model.module.train()
         free = request.free(layout)
         keep = None if free is None else model.arranged(free.astype(np.float32))

@@ -11,6 +11,7 @@ from torch import Tensor
 from fedlth.data.examples import Examples
 from fedlth.models.call import call_with
 from fedlth.models.layout import Layout, Params
+from fedlth.models.seed import seed_torch
 from fedlth.tickets.evidence import Lesson
 from fedlth.training.budget import Budget
 from fedlth.training.flat_model import FlatModel
@@ -42,7 +43,7 @@ def learn(
     model.module.train()
     weights = _by_name(torch.from_numpy(frozen.floats).to(model.device), layout)
     alive = None if lesson.alive.all() else torch.from_numpy(lesson.alive.astype(np.float32)).to(model.device)
-    torch.manual_seed(torch_seed)
+    seed_torch(torch_seed)
     learned = torch.from_numpy(scores.copy()).to(model.device).requires_grad_()
     momentum = torch.zeros_like(learned)
     epochs = Budget(epochs=lesson.epochs, steps=lesson.steps)(len(data), batch_size, order)

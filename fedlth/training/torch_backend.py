@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedlth.data.examples import Examples
+from fedlth.models.seed import seed_torch
 from fedlth.training.dropout import at_rate
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.loss import Loss
@@ -23,7 +24,7 @@ EXACT = (Sgd, Adam, AdamW)  # optimizers that are known to leave alone what must
 def train(model: FlatModel, request: TrainingRequest) -> TrainingResult:
     """Do what a request asks; seeds torch's generator and uses the module, so that others must wait for both."""
     with model.lock, at_rate(model.module, request.recipe.dropout):
-        torch.manual_seed(request.torch_seed)
+        seed_torch(request.torch_seed)
         if not request.recipe.views:
             return _train(model, request, None)
         with request.recipe.view.opened(model, request) as gradient:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from fedlth.data.examples import Examples, Inputs
 from fedlth.kernel.forward_proof import outcomes, restored
 from fedlth.models.call import call
+from fedlth.models.seed import seed_torch
 
 _RELU: tuple[Any, ...] = (F.relu, torch.relu, "relu", "relu_")
 _POOL: tuple[Any, ...] = (F.max_pool2d, torch.max_pool2d)
@@ -153,7 +154,7 @@ def _is_pool(graph: fx.GraphModule, node: fx.Node) -> bool:
 def _results(forward: Tuned, module: nn.Module, example: Tensor) -> tuple[list[Tensor], ...]:
     """Return logits of batches of two sizes in both modes, the gradients in training, and the buffers at the end."""
     with restored(module) as buffers:
-        torch.manual_seed(0)
+        seed_torch(0)
         examples = map(forward._arranged, (example, example[:-1]))
         outputs, gradients = outcomes(module, forward.train, forward.evaluate, examples)
         ends = [[buffer.to(torch.float64, copy=True)] for buffer, _ in buffers]
