@@ -25,8 +25,6 @@ def train(model: FlatModel, request: TrainingRequest) -> TrainingResult:
     """Do what a request asks; seeds torch's generator and uses the module, so that others must wait for both."""
     with model.lock, at_rate(model.module, request.recipe.dropout):
         seed_torch(request.torch_seed)
-        if not request.recipe.views:
-            return _train(model, request, None)
         with request.recipe.view.opened(model, request) as gradient:
             return _train(model, request, gradient)
 

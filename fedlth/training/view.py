@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -58,8 +58,8 @@ Gradient = Callable[[Tensor, int, Ask], tuple[Tensor, float]]
 class View(Protocol):
     """A frozen value. Where a recipe has another than `Identity`, a training goes to torch, client by client."""
 
-    def opened(self, model: FlatModel, request: Given, /) -> AbstractContextManager[Gradient]:
-        """Return what gives each step's gradient, for as long as the training runs."""
+    def opened(self, model: FlatModel, request: Given, /) -> AbstractContextManager[Gradient | None]:
+        """Return what gives each step's gradient, for as long as the training runs; None: the weights' own."""
         ...
 
     def used(self, alive: np.ndarray, request: Given, /) -> Iterable[tuple[np.ndarray, int]]:
@@ -69,10 +69,10 @@ class View(Protocol):
 
 @dataclass(frozen=True)
 class Identity:
-    """The weights themselves, as every backend trains them: nothing is asked of it."""
+    """The weights themselves, as every backend trains them."""
 
-    def opened(self, model: FlatModel, request: Given, /) -> AbstractContextManager[Gradient]:
-        raise NotImplementedError("a training of the weights themselves has no view to open")
+    def opened(self, model: FlatModel, request: Given, /) -> AbstractContextManager[Gradient | None]:
+        return nullcontext()
 
     def used(self, alive: np.ndarray, request: Given, /) -> Iterable[tuple[np.ndarray, int]]:
         yield alive, request.num_examples
