@@ -100,11 +100,14 @@ def _seen(shown: Shown | None, idle: Mapping[str, Contrast], tests: int) -> str:
     sizes = {name: one.seen(tests) for name, one in idle.items() if one.tested}
     if shown is None or not sizes:
         return ""
-    least, most = (pick(sizes, key=lambda name: sizes[name]) for pick in (min, max))
-    low, high = (shown.difference(sizes[name]).lstrip("+") for name in (least, most))
-    if len(sizes) == 1:
-        return f"; a difference of {low}{_points(shown)} would have been clear"
-    return f"; a difference of {low} ({least}) to {high}{_points(shown)} ({most}) would have been clear"
+    possible = {name: size for name, size in sizes.items() if size <= 1 or not shown.measure.percent}
+    if not possible:
+        return "; their seeds differ too much for any difference to have been clear"
+    least, most = (pick(possible, key=lambda name: possible[name]) for pick in (min, max))
+    low, high = (shown.difference(possible[name]).lstrip("+") for name in (least, most))
+    wide = f"{low} ({least}) to {high}{_points(shown)} ({most})" if len(possible) > 1 else f"{low}{_points(shown)}"
+    never = [name for name in sizes if name not in possible]
+    return f"; a difference of {wide} would have been clear{f', for {_list(never)} none' if never else ''}"
 
 
 def warnings(board: Board) -> tuple[str, ...]:
@@ -123,8 +126,11 @@ def warnings(board: Board) -> tuple[str, ...]:
             "difference does not mean that there is none."
         )
     found += _level(board)
-    failed = {name: one.reason for name, one in board.outcomes.items() if one.status == FAILED}
-    found += [f"{name} failed: {reason}" for name, reason in failed.items()]
+    failed: dict[str, list[str]] = {}
+    for name, one in board.outcomes.items():
+        if one.status == FAILED:
+            failed.setdefault(one.reason, []).append(name)
+    found += [f"{_list(names)} failed: {reason}" for reason, names in failed.items()]
     rest = sum(one.status not in (DONE, FAILED) for one in board.outcomes.values())
     if rest:
         found.append(f"{rest} of {len(board.outcomes)} cells have not ended; the tables are of the others.")

@@ -106,13 +106,14 @@ def test_a_stop_in_the_middle_changes_no_byte(whole: Path, tmp_path: Path) -> No
 def test_a_failed_cell_costs_itself_and_is_shown(tmp_path: Path) -> None:
     broken = {"name": "fedavg", "sections": {"partition": "natural"}}
     file = tiny_bench.write(
-        tmp_path, methods={"fedavg": {}, "broken": broken}, partitions={"iid": {}}, seeds=[0], parallel=1
+        tmp_path, methods={"fedavg": {}, "broken": broken}, partitions={"iid": {}}, seeds=[0, 1], parallel=1
     )
     root = tiny_bench.run(file, tmp_path / "out")
     failed = read_outcome(root / "iid" / "broken" / "0")
     assert failed.status == "failed" and "natural keys" in failed.reason
     assert {row["method"] for row in rows(root)} == {"fedavg", "local"}
-    assert "iid/broken/0 failed: partition: natural must have" in (root / "leaderboard.html").read_text()
+    page = (root / "leaderboard.html").read_text()
+    assert "iid/broken/0 and iid/broken/1 failed: partition: natural must have" in page
 
 
 def test_a_cells_log_has_each_line_once(tmp_path: Path) -> None:

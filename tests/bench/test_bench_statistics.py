@@ -14,7 +14,7 @@ import tiny_bench
 from fedlth.bench.board import read_board
 from fedlth.bench.contrasts import contrast, corrected, paired_t
 from fedlth.bench.controls import GLOBAL
-from fedlth.bench.headline import headline, warnings
+from fedlth.bench.headline import _seen, headline, warnings
 from fedlth.bench.leaderboard import write_leaderboard
 from fedlth.bench.mask_picture import crossing, mask_lines, wins_below
 from fedlth.bench.matrix import load
@@ -22,6 +22,8 @@ from fedlth.bench.pictures import limits, numbers, pareto, pictures
 from fedlth.bench.ranks import critical_difference, friedman, ranking
 from fedlth.bench.tables import outcome_table
 from fedlth.report.intervals import Interval
+from fedlth.report.measure import Shown
+from fedlth.storage.header import ACCURACY
 from tests.report.fake_run import write_run
 
 # Table 6 of Demsar, JMLR 2006: AUC of four variants of C4.5 on 14 data sets.
@@ -137,6 +139,17 @@ def test_a_difference_that_would_have_been_seen() -> None:
     # t of two degrees of freedom times sd / sqrt 3: 4.3027 at 5 %, 6.2053 at 2.5 %
     assert found.seen(1) == pytest.approx(4.3027 / 3**0.5, abs=1e-3)
     assert found.seen(2) == pytest.approx(6.2053 / 3**0.5, abs=1e-3)
+
+
+def test_a_difference_that_cannot_be_would_not_have_been_seen() -> None:
+    shown = Shown(ACCURACY)
+    near = contrast([np.full(2, value) for value in (0.01, 0.02, 0.03)], better=True)
+    far = contrast([np.full(2, value) for value in (-0.9, 0.0, 0.9)], better=True)
+    tested = corrected({"a": near, "b": far})
+    near, far = tested["a"], tested["b"]
+    assert _seen(shown, {"a": near}, 1) == "; a difference of 2.5 points would have been clear"
+    assert _seen(shown, {"a": near, "b": far}, 1) == "; a difference of 2.5 points would have been clear, for b none"
+    assert "for any difference" in _seen(shown, {"b": far}, 1)
 
 
 def test_one_mask_for_all_is_not_held_against_itself(made_up: tuple[Path, Path]) -> None:
