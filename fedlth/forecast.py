@@ -17,6 +17,7 @@ from fedlth.federation.forecast_time import Visit, forecast_time
 from fedlth.methods.fedselect import SelectUpdate
 from fedlth.methods.robust import holds_round
 from fedlth.study.schema import Study
+from fedlth.study.sections import Tier
 from fedlth.tickets.finder import Finder
 from fedlth.tickets.rewind import ToInit
 from fedlth.tickets.schedule import OneShot
@@ -292,12 +293,17 @@ def _step2_models(experiment: Experiment) -> int:
 
 
 def _disk_mb(experiment: Experiment) -> float:
-    task, count = experiment.task, experiment.study.clients.count
-    whole = 4 * task.layout.num_floats
-    tickets = count * (whole + task.layout.num_prunable / 8) if experiment.arms != ("global",) else 0
-    own = experiment.method.own
-    private = isinstance(own, SelectUpdate) or task.exchange is not task.layout.moving
-    return float(2 * tickets + 3 * whole + count * whole * (private + getattr(own, "keeps", 0))) / 1e6
+    task, study, own = experiment.task, experiment.study, experiment.method.own
+    whole, bits = 4 * task.layout.moving.num_floats, task.layout.num_prunable / 8
+    kept = experiment.kept_arm is not None and experiment.arms != ("global",)
+    pruned = experiment.kept_arm == "ticket" and study.finder.stop == {"name": "target"}
+    density = experiment.keep.allowed(Tier())[0] if pruned else 1.0
+    # What nothing trains is in no state; of what is pruned there is nothing to keep.
+    ticket = whole - 4 * (1 - density) * task.layout.num_prunable + bits
+    file = {"none": 0.0, "compact": ticket, "dense": 4 * task.layout.num_floats + bits}[study.tickets]
+    home = 4 * (task.layout.moving if isinstance(own, SelectUpdate) else task.home).num_floats
+    each = kept * (ticket + file) + home + whole * getattr(own, "keeps", 0)
+    return float(3 * whole + study.clients.count * each) / 1e6
 
 
 def _compute_lines(task: Task) -> list[str]:

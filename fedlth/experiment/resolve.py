@@ -50,6 +50,7 @@ def resolve(study: Study) -> tuple[Experiment, list[str]]:
     for tracker in trackers_of(study).values():
         tracker.require()
     resolved, why = _backend(experiment)
+    resolved = _named(resolved, experiment.task)
     experiment = open_experiment(resolved.science())
     if study.tune.lr and not experiment.one_metric:
         raise StudyError("tune.lr: must not be given where tasks have different metrics: no mean of them decides")
@@ -140,6 +141,11 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
     if study.train.epochs == 1 and 1 in getattr(getattr(method.own, "after", None), "snapshots", ()):
         notes.append(f"train.epochs: with 1, {method.name}'s two masks are the same epoch's, and nothing is pruned")
     return experiment, notes
+
+
+def _named(study: Study, task: Task) -> Study:
+    """Return the study with the name of what both ends must have before anything crosses, where there is any."""
+    return study.model_copy(update={"model": study.model.model_copy(update={"theta_0": task.model.fixed})})
 
 
 def _backend(experiment: Experiment) -> tuple[Study, list[str]]:
