@@ -38,7 +38,7 @@ from fedlth.training.loss import Loss, examined
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import drawn_request
 from fedlth.training.study_recipe import recipes
-from fedlth.training.task import Task, open_task
+from fedlth.training.task import Task, forget_tasks, open_task
 
 
 def resolve(study: Study) -> tuple[Experiment, list[str]]:
@@ -51,6 +51,8 @@ def resolve(study: Study) -> tuple[Experiment, list[str]]:
         tracker.require()
     resolved, why = _backend(experiment)
     resolved = _named(resolved, experiment.task)
+    if resolved.science() != experiment.text:
+        forget_tasks()  # what has been built is of another text, and three models large
     experiment = open_experiment(resolved.science())
     if study.tune.lr and not experiment.one_metric:
         raise StudyError("tune.lr: must not be given where tasks have different metrics: no mean of them decides")
