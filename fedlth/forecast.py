@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from fedlth.data.ragged import named
 from fedlth.engines.choose import check_engine, without_effect
@@ -28,7 +29,7 @@ from fedlth.training.evaluation import evaluate
 from fedlth.training.local_client import LocalClient
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingRequest, drawn_request
-from fedlth.training.study_recipe import budget_of, personal
+from fedlth.training.study_recipe import budget_of, personal, recipes
 from fedlth.training.task import Task
 from fedlth.training.train import train
 
@@ -275,9 +276,11 @@ def _memory_mb(experiment: Experiment) -> float:
     example = sum(4 * int(np.prod(a.shape[1:])) for a in named(task.dataset.x_train).values())
     models = 12 + _step2_models(experiment)
     masks = len(task.study.finder.densities) if "random" in experiment.arms else 0
-    return (
-        350 + (data + largest * example + models * 4 * task.layout.num_floats + masks * task.layout.num_prunable) / 1e6
-    )
+    # What an optimizer remembers, and as much again while it makes a step; of what is trained alone.
+    optimizers = (recipe.optimizer for recipe in recipes(experiment.study))
+    moments = 2 * max(len(one.memory(torch.zeros(1))) for one in optimizers)
+    numbers = models * task.layout.num_floats + moments * task.layout.num_trained
+    return 350 + (data + largest * example + 4 * numbers + masks * task.layout.num_prunable) / 1e6
 
 
 def _step2_models(experiment: Experiment) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -17,8 +19,11 @@ from fedlth.errors import NothingUsable, StudyError
 from fedlth.experiment.resolve import resolve
 from fedlth.experiment.saved_ticket import load_ticket
 from fedlth.federation import session
+from fedlth.models.layout import read
 from fedlth.storage.client_state import ClientState
 from fedlth.study import schema
+from fedlth.training.local_client import LocalClient
+from fedlth.training.optimizer import AdamW
 from fedlth.training.task import forget_tasks
 from tests import tiny
 
@@ -146,3 +151,32 @@ def test_a_ticket_says_what_its_mask_costs_who_has_the_weights(tmp_path: Path) -
     task = tiny.task_of(tmp_path / "r")
     with safe_open(tmp_path / "r" / "tickets" / "client-0000.safetensors", "numpy") as file:
         assert 26 < int(file.metadata()["mask_bytes"]) < task.layout.num_prunable / 8
+
+
+def test_a_step_leaves_out_what_nothing_trains(tmp_path: Path) -> None:
+    """The same numbers as where all tensors are trained and one may not move."""
+    task = tiny.task(**study(weights(tmp_path / "w")).model_dump(include={"model", "finder"}, mode="json"))
+    layout, model = task.layout, task.flat_model
+    frozen = next(e for e in layout.floats if e.name == "embed.weight")
+    assert frozen.slice.start == layout.num_trained == layout.num_params - frozen.size
+    seen = list[torch.Tensor]()
+
+    class Watched(AdamW):
+        def __call__(self, grad: torch.Tensor, *rest: Any) -> torch.Tensor:
+            seen.append(grad)
+            return super().__call__(grad, *rest)
+
+    local = LocalClient(task, 0, 0, "t")
+    done = [local.train(task.theta_0, recipe=replace(local.recipe, optimizer=one())).params for one in (AdamW, Watched)]
+    assert done[0].digest() == done[1].digest() and {g.numel() for g in seen} == {layout.num_trained}
+    assert np.array_equal(done[0].floats[frozen.slice], task.theta_0.floats[frozen.slice])
+    module = task.model.module()
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=local.recipe.lr)
+    for parts in local.recipe.budget(local.num_train, local.recipe.batch_size, local.rng("order")):
+        for at in parts:
+            optimizer.zero_grad()
+            batch = local.train_part.batch(torch.from_numpy(at))
+            torch.nn.functional.cross_entropy(module(batch.x), batch.y).backward()
+            optimizer.step()
+    np.testing.assert_allclose(done[0].floats, read(module, layout).floats, atol=2e-5)
+    assert model.grad[frozen.slice].abs().sum() == 0
