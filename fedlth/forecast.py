@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from fedlth.data.ragged import named
 from fedlth.engines.choose import check_engine, without_effect
@@ -17,6 +18,7 @@ from fedlth.federation.forecast_time import Visit, forecast_time
 from fedlth.methods.fedselect import SelectUpdate
 from fedlth.methods.robust import holds_round
 from fedlth.study.schema import Study
+from fedlth.study.sections import Tier
 from fedlth.tickets.finder import Finder
 from fedlth.tickets.rewind import ToInit
 from fedlth.tickets.schedule import OneShot
@@ -27,7 +29,7 @@ from fedlth.training.evaluation import evaluate
 from fedlth.training.local_client import LocalClient
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingRequest, drawn_request
-from fedlth.training.study_recipe import budget_of, personal
+from fedlth.training.study_recipe import budget_of, personal, recipes
 from fedlth.training.task import Task
 from fedlth.training.train import train
 
@@ -274,9 +276,11 @@ def _memory_mb(experiment: Experiment) -> float:
     example = sum(4 * int(np.prod(a.shape[1:])) for a in named(task.dataset.x_train).values())
     models = 12 + _step2_models(experiment)
     masks = len(task.study.finder.densities) if "random" in experiment.arms else 0
-    return (
-        350 + (data + largest * example + models * 4 * task.layout.num_floats + masks * task.layout.num_prunable) / 1e6
-    )
+    # What an optimizer remembers, and as much again while it makes a step; of what is trained alone.
+    optimizers = (recipe.optimizer for recipe in recipes(experiment.study))
+    moments = 2 * max(len(one.memory(torch.zeros(1))) for one in optimizers)
+    numbers = models * task.layout.num_floats + moments * task.layout.num_trained
+    return 350 + (data + largest * example + 4 * numbers + masks * task.layout.num_prunable) / 1e6
 
 
 def _step2_models(experiment: Experiment) -> int:
@@ -292,12 +296,17 @@ def _step2_models(experiment: Experiment) -> int:
 
 
 def _disk_mb(experiment: Experiment) -> float:
-    task, count = experiment.task, experiment.study.clients.count
-    whole = 4 * task.layout.num_floats
-    tickets = count * (whole + task.layout.num_prunable / 8) if experiment.arms != ("global",) else 0
-    own = experiment.method.own
-    private = isinstance(own, SelectUpdate) or task.exchange is not task.layout.moving
-    return float(2 * tickets + 3 * whole + count * whole * (private + getattr(own, "keeps", 0))) / 1e6
+    task, study, own = experiment.task, experiment.study, experiment.method.own
+    whole, bits = 4 * task.layout.moving.num_floats, task.layout.num_prunable / 8
+    kept = experiment.kept_arm is not None and experiment.arms != ("global",)
+    pruned = experiment.kept_arm == "ticket" and study.finder.stop == {"name": "target"}
+    density = experiment.keep.allowed(Tier())[0] if pruned else 1.0
+    # What nothing trains is in no state; of what is pruned there is nothing to keep.
+    ticket = whole - 4 * (1 - density) * task.layout.num_prunable + bits
+    file = {"none": 0.0, "compact": ticket, "dense": 4 * task.layout.num_floats + bits}[study.tickets]
+    home = 4 * (task.layout.moving if isinstance(own, SelectUpdate) else task.home).num_floats
+    each = kept * (ticket + file) + home + whole * getattr(own, "keeps", 0)
+    return float(3 * whole + study.clients.count * each) / 1e6
 
 
 def _compute_lines(task: Task) -> list[str]:

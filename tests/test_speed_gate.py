@@ -54,7 +54,7 @@ def of_a_round(out: Path, clients: int) -> Counter[str]:
 
     loop = tiny.opened(folder, tiny.InProcess())
     loop.run(stop_after=2)
-    client_step._decoded.cache_clear()
+    client_step._broadcasts.kept.clear()
     with pytest.MonkeyPatch.context() as patch:
         places = {
             "encode": (payload, "encode"), "decode": (payload, "decode"), "fsync": (os, "fsync"),

@@ -83,18 +83,20 @@ def test_what_stays_local_is_the_clients_own(tmp_path: Path, buffers: str) -> No
     made = own(buffers, federate={"rounds": 3, "clients_per_round": 3}, personalise={"arms": ["global"]})
     folder = tiny.run(made, tmp_path / "r")
     task, versions = tiny.open_task(made.science()), folder.progress().versions
-    local = [e for e in task.layout.moving.floats if e.name not in {x.name for x in task.exchange.entries}]
+    away = {e.name for e in task.layout.moving.entries} - {e.name for e in task.exchange.entries}
+    local = [e for e in task.layout.floats if e.name in away]
     states = {c: ClientState.from_bytes(folder.clients.get(int(c), v)) for c, v in versions.items()}
-    seen = [s.vectors["private"] for s in states.values() if "private" in s.vectors]
+    seen = [tiny.kept_by(task, s).floats for s in states.values() if "home" in s.vectors]
     assert len(seen) == 3
+    sizes = {s.vectors["home"].size for s in states.values() if "home" in s.vectors}
+    assert sizes == {sum(e.size for e in local)}, "and nothing else"
     for entry in local:
         values = [v[entry.slice].tobytes() for v in seen]
         assert len(set(values)) == 3, f"{entry.name} differs between clients"
     (row,) = [r for r in tiny.rows(tmp_path / "r", "metrics") if r["client"] == int(next(iter(states)))]
     client = row["client"]
     theta = folder.load_params(folder.progress().theta)
-    vectors = states[str(client)].vectors
-    mine = task.merge(theta, task.whole(type(theta)(vectors["private"], vectors["private_ints"])))
+    mine = task.merge(theta, tiny.kept_by(task, states[str(client)]))
     accuracy = evaluate(task.flat_model, mine, task.part(client, "test")).accuracy
     assert accuracy == row["test_accuracy"]
 

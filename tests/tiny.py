@@ -22,11 +22,14 @@ from fedlth.experiment.resolve import read, resolve
 from fedlth.federation import session
 from fedlth.federation.jobs import Again, Answers, Engine, Failure, Job, Reply, never
 from fedlth.federation.rounds import Federation
-from fedlth.models.layout import Layout, layout_of
+from fedlth.methods.client_update import private
+from fedlth.models.layout import Layout, Params, layout_of
 from fedlth.output import lines_to
+from fedlth.storage.client_state import ClientState
 from fedlth.storage.run_folder import RunFolder
 from fedlth.study import schema
 from fedlth.training.budget import Budget
+from fedlth.training.local_client import LocalClient
 from fedlth.training.optimizer import Sgd
 from fedlth.training.recipe import PARTS, TrainingRecipe
 from fedlth.training.task import Task, open_task
@@ -215,6 +218,11 @@ def facts(out: Path) -> dict[str, bytes]:
     names = ("ledger.jsonl", "metrics.jsonl", "rounds.jsonl", "digests.json")
     tickets = {p.name: p.read_bytes() for p in sorted((out / "tickets").glob("*"))}
     return {**{n: (out / n).read_bytes() for n in names}, **tickets}
+
+
+def kept_by(task: Task, state: ClientState) -> Params:
+    """Return a client's whole model as its state has it: theta_0 but for what is its own."""
+    return private(LocalClient(task, 0, 0, "federate"), state)
 
 
 def rows(out: Path, name: str) -> list[dict[str, Any]]:

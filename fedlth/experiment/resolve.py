@@ -38,7 +38,7 @@ from fedlth.training.loss import Loss, examined
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import drawn_request
 from fedlth.training.study_recipe import recipes
-from fedlth.training.task import Task, open_task
+from fedlth.training.task import Task, forget_tasks, open_task
 
 
 def resolve(study: Study) -> tuple[Experiment, list[str]]:
@@ -50,6 +50,9 @@ def resolve(study: Study) -> tuple[Experiment, list[str]]:
     for tracker in trackers_of(study).values():
         tracker.require()
     resolved, why = _backend(experiment)
+    resolved = _named(resolved, experiment.task)
+    if resolved.science() != experiment.text:
+        forget_tasks()  # what has been built is of another text, and three models large
     experiment = open_experiment(resolved.science())
     if study.tune.lr and not experiment.one_metric:
         raise StudyError("tune.lr: must not be given where tasks have different metrics: no mean of them decides")
@@ -140,6 +143,11 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
     if study.train.epochs == 1 and 1 in getattr(getattr(method.own, "after", None), "snapshots", ()):
         notes.append(f"train.epochs: with 1, {method.name}'s two masks are the same epoch's, and nothing is pruned")
     return experiment, notes
+
+
+def _named(study: Study, task: Task) -> Study:
+    """Return the study with the name of what both ends must have before anything crosses, where there is any."""
+    return study.model_copy(update={"model": study.model.model_copy(update={"theta_0": task.model.fixed})})
 
 
 def _backend(experiment: Experiment) -> tuple[Study, list[str]]:

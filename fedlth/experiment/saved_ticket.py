@@ -17,13 +17,18 @@ from fedlth.data.ragged import Shape, named
 from fedlth.data.sources import load
 from fedlth.errors import StudyError
 from fedlth.experiment.experiment import Experiment
-from fedlth.models.layout import Params, layout_of
+from fedlth.models.initial import digest_of
+from fedlth.models.layout import Layout, Params, layout_of, read
 from fedlth.storage import ticket_file
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.run_folder import RunFolder
 from fedlth.training.client_tasks import own_study
 from fedlth.training.model_context import initial_module
 from fedlth.training.task import Task
+from fedlth.wire import payload
+from fedlth.wire.codec import CODECS
+from fedlth.wire.payload import Content
+from fedlth.wire.reference import Reference
 
 
 def inputs(task: Task) -> dict[str, Any]:
@@ -47,6 +52,37 @@ def kept_ticket(task: Task, state: ClientState) -> tuple[Params, np.ndarray]:
     if "ticket_dead" in state.vectors:
         floats[: mask.size][~mask] = state.vectors["ticket_dead"]
     return task.whole(Params(floats, state.vectors["ticket_ints"])), mask
+
+
+def frozen(task: Task) -> dict[str, str]:
+    """Name what nothing trains, and its values, where the model's code alone gives them: no file then needs them."""
+    found = [e for e in task.layout.floats if e.role == "param" and not e.trainable]
+    own = digest_of(found, read(task.model.module(), task.layout))
+    if not found or own != digest_of(found, task.theta_0):
+        return {}
+    return {"frozen": json.dumps([e.name for e in found]), "frozen_values": own}
+
+
+def _with_frozen(
+    arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str], layout: Layout, own: Params
+) -> dict[str, np.ndarray]:
+    """Return a ticket's tensors with those that nothing trains as the network has them; none where it lacks one."""
+    left_out = set(json.loads(metadata["frozen"]))
+    theirs = {n: own.floats[e.slice].reshape(e.shape) for e in layout.floats for n in (e.name, *e.aliases)}
+    tied = {n for e in layout.entries if e.name in left_out for n in e.aliases}
+    return {**{n: theirs.get(n, np.zeros(0)) for n in left_out | tied if n not in arrays}, **arrays}
+
+
+def mask_bytes(task: Task, mask: np.ndarray) -> dict[str, int]:
+    """Return what the mask costs a receiver that has theta_0; nothing of a model that has to be sent first."""
+    if task.study.model.theta_0 is None:
+        return {}
+    wire = task.layout.moving
+    sent = payload.encode(
+        "mask", wire, Content(mask, None, None), codec=CODECS["lossless"],
+        reference=Reference(task.moving_part(task.theta_0).floats),
+    )  # fmt: skip
+    return {"mask_bytes": len(sent)}
 
 
 def load_ticket(run: str | Path, client: int) -> nn.Module:
@@ -78,14 +114,17 @@ def _filled(path: Path, run: Path, arrays: Mapping[str, np.ndarray], metadata: M
         study = own_study(study, study.tasks[name])
     shape: Shape
     if "input_shape" in metadata:
-        read = json.loads(metadata["input_shape"])
-        shape = {n: tuple(own) for n, own in read.items()} if isinstance(read, dict) else tuple(read)
+        told = json.loads(metadata["input_shape"])
+        shape = {n: tuple(own) for n, own in told.items()} if isinstance(told, dict) else tuple(told)
         num_classes = int(metadata["num_classes"])
     else:  # files of version 0.1 do not say what goes in: the data set does
         dataset = load(study.data.name, root=study.data.root, options=study.data.options)
         num_classes, shape = dataset.num_classes, dataset.input_shape
     module = initial_module(study.model, num_classes, shape, study.seed)
     layout, place = layout_of(module, ()), f"{path}: {study.model.name}"
+    own = read(module, layout)
+    if "frozen" in metadata:
+        arrays = _with_frozen(arrays, metadata, layout, own)
     entries = {name: e for e in layout.entries for name in (e.name, *e.aliases)}
     for name in sorted(entries.keys() | arrays.keys()):
         if name not in arrays:
@@ -102,6 +141,10 @@ def _filled(path: Path, run: Path, arrays: Mapping[str, np.ndarray], metadata: M
             raise StudyError(
                 f"{place}: {name} is tied to {e.name}, in the ticket it is not: the model's code has changed"
             )
+    if "frozen" in metadata:
+        left_out = [e for e in layout.floats if e.name in json.loads(metadata["frozen"])]
+        if digest_of(left_out, own) != metadata["frozen_values"]:
+            raise StudyError(f"{place}: what nothing trains has other values than in the run: other files, or versions")
     tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     with torch.no_grad():
         for name in entries:

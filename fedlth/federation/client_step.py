@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -77,15 +77,31 @@ def _resync(job: Job, began: float, held: bytes) -> Reply:
     return Reply(round=job.round, client=job.client, outbox=(asked,), seconds=time.perf_counter() - began)
 
 
-@lru_cache(maxsize=4)
-def _decoded(data: bytes, kind: str, text: str, held: bytes | None) -> Content:
-    """Decode a broadcast once a worker; `held` are the bits of the mask that it may leave out.
+@dataclass
+class _Broadcasts:
+    """What the last inbox's broadcasts say: each is decoded once a worker, and let go once none of them comes again.
 
     Callers treat the content as immutable.
     """
-    experiment = open_experiment(text)
-    known = None if held is None else bitmap.unpack(held, experiment.layout.num_prunable)
-    return payload.decode(data, kind, experiment.layout, codec=experiment.codec, known_mask=known)
+
+    kept: dict[tuple[bytes, str, str, bytes | None], Content]
+
+    def decoded(self, data: bytes, kind: str, text: str, held: bytes | None) -> Content:
+        """Return a broadcast's content; `held` are the bits of the mask that it may leave out."""
+        key = (data, kind, text, held)
+        if key not in self.kept:
+            experiment = open_experiment(text)
+            known = None if held is None else bitmap.unpack(held, experiment.layout.num_prunable)
+            self.kept[key] = payload.decode(data, kind, experiment.layout, codec=experiment.codec, known_mask=known)
+        return self.kept[key]
+
+    def of(self, inbox: tuple[Message, ...]) -> None:
+        """Let go what this inbox does not hold."""
+        sent = {message.payload for message in inbox if message.broadcast}
+        self.kept = {key: content for key, content in self.kept.items() if key[0] in sent}
+
+
+_broadcasts = _Broadcasts({})
 
 
 def _received(
@@ -98,10 +114,11 @@ def _received(
     layout = experiment.layout
     got: dict[str, Content] = {}
     held = None if everyones is None else bitmap.pack(everyones)
+    _broadcasts.of(job.inbox)
     for message in job.inbox:
         kind = "values" if message.kind == EVALUATION else message.kind
         if message.broadcast:
-            content = _decoded(message.payload, kind, job.study, held)
+            content = _broadcasts.decoded(message.payload, kind, job.study, held)
             held = None if content.mask.all() else bitmap.pack(content.mask)  # what comes after it may refer to it
         else:
             content = payload.decode(message.payload, kind, layout, codec=experiment.codec, known_mask=known)

@@ -12,6 +12,7 @@ import numpy as np
 
 from fedlth.experiment.experiment import Experiment
 from fedlth.federation import ledger_rows
+from fedlth.federation.answered import Answered
 from fedlth.federation.door import Accepted, Asked, accept
 from fedlth.federation.downloads import Downloads
 from fedlth.federation.fleet import Clock
@@ -95,14 +96,40 @@ class Replies:
         """Who drops out of the round, known before it begins: their jobs need not be run."""
         return frozenset(client for client in self.clients if self.clock.drops(client))
 
+    @cached_property
+    def answered(self) -> Answered | None:
+        """The answers that an earlier try of this wave had; None where none are kept.
+
+        In a cohort a client's bits depend on who else trains; on devices the states are not here.
+        """
+        alone = self.phase.in_waves and self.experiment.study.cohort == 1 and not self.holds_state
+        return Answered(self.folder.root / "answered") if alone else None
+
+    @cached_property
+    def earlier(self) -> frozenset[int]:
+        """Who need not be asked again."""
+        if self.answered is None:
+            return frozenset()
+        return frozenset(c for c in self.clients if self.answered.get(self._job(c, self.downloads.inbox(c))))
+
     def jobs(self) -> Iterator[Job]:
-        return (self._job(c, self.downloads.inbox(c)) for c in self.clients if c not in self.dropped)
+        asked = (c for c in self.clients if c not in self.dropped and c not in self.earlier)
+        return (self._job(c, self.downloads.inbox(c)) for c in asked)
 
     def all_of(self, answers: Answers) -> Iterator[tuple[Job, Reply | Failure]]:
         """Yield the engine's answers, and those of the clients that dropped out in their places."""
         for client in self.clients:
+            if client in self.earlier and self.answered is not None:
+                job = self._job(client, self.downloads.inbox(client))
+                reply = self.answered.get(job)
+                assert reply is not None
+                yield job, reply
+                continue
             if client not in self.dropped:
-                yield next(answers)
+                job, answer = next(answers)
+                if self.answered is not None and isinstance(answer, Reply) and client not in self._tries:
+                    self.answered.put(job, answer)
+                yield job, answer
                 continue
             alone = self.phase.topology is not None  # without a server nobody sends to who is not there
             why = "before anything was sent (fleet.drop)" if alone else "after its download (fleet.drop)"

@@ -13,6 +13,7 @@ import numpy as np
 
 from fedlth.errors import NothingUsable
 from fedlth.experiment.experiment import Experiment
+from fedlth.federation.answered import Answered
 from fedlth.federation.downloads import Downloads
 from fedlth.federation.jobs import MACHINES, Engine
 from fedlth.federation.progress import line, summary_of
@@ -284,6 +285,7 @@ class Federation:
             published=published,
         )
         self.folder.commit(self.progress)
+        Answered(self.folder.root / "answered").clear()
         best = self.progress.best.theta if self.progress.best else ""
         self.folder.drop_params([self.progress.theta, self.progress.good or "", best, *targets])
         self.folder.clients.tidy(_owners(versions))

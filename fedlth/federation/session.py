@@ -122,7 +122,7 @@ def _first_failure(folder: RunFolder) -> str:
 def _finish(federation: Federation) -> Digests:
     """Write the tickets as plain safetensors, and the digests by which two runs are compared; return these."""
     digests: dict[str, str] = {}
-    away = 0
+    away, frozen = 0, dict[str, dict[str, str]]()
     experiment, folder = federation.experiment, federation.folder
     study = experiment.study
     states = folder.devices if federation.engine.holds_state else folder.clients
@@ -143,8 +143,12 @@ def _finish(federation: Federation) -> Digests:
             **saved_ticket.inputs(task),
         }  # fmt: skip
         params, mask = saved_ticket.kept_ticket(task, state)
-        place = folder.root / "tickets"
-        digests[str(client)] = ticket_file.save(place, study.tickets, task.layout, params, mask, meta)
+        meta |= saved_ticket.mask_bytes(task, mask)
+        if task.name not in frozen:
+            frozen[task.name] = saved_ticket.frozen(task)
+        digests[str(client)] = ticket_file.save(
+            folder.root / "tickets", study.tickets, task.layout, params, mask, meta, frozen=frozen[task.name]
+        )
     if away:
         log.info(f"note: {away} tickets stay with their clients; only their masks' names are here")
     found = Digests(federation.theta.digest(), digests)

@@ -151,9 +151,16 @@ def received_params(content: Content) -> Params:
 
 
 def private(local: LocalClient, state: ClientState) -> Params:
-    """Return the client's whole params so far: theta_0, with its own personal tensors and norms where it has any."""
-    kept = state.vectors.get("private")
-    return local.task.theta_0 if kept is None else local.task.whole(Params(kept, state.vectors["private_ints"]))
+    """Return the client's whole params so far: theta_0, with its own personal tensors and norms where it has any.
+
+    Methods with more of their own than what never crosses keep all that can change.
+    """
+    task, kept, home = local.task, state.vectors.get("private"), state.vectors.get("home")
+    if kept is not None:
+        return task.whole(Params(kept, state.vectors["private_ints"]))
+    if home is not None:
+        return task.home.put_into(task.theta_0, task.layout, Params(home, state.vectors["home_ints"]))
+    return task.theta_0
 
 
 def merged(local: LocalClient, inbox: Inbox, state: ClientState) -> Params:
@@ -165,8 +172,8 @@ def kept_private(local: LocalClient, state: ClientState, params: Params) -> Clie
     """Return the state with what does not cross of `params`, where anything does not."""
     if local.task.exchange is local.task.layout.moving:
         return state
-    own = local.task.moving_part(params)
-    return state.with_(vectors={"private": own.floats, "private_ints": own.ints})
+    own = local.task.home.part_of(params, local.task.layout)
+    return state.with_(vectors={"home": own.floats, "home_ints": own.ints})
 
 
 @dataclass(frozen=True)

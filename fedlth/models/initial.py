@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 from fedlth.data.factory import load_factory
 from fedlth.data.ragged import Shape
 from fedlth.errors import StudyError
-from fedlth.models.layout import Layout, Params, layout_of, read
+from fedlth.models.layout import Entry, Layout, Params, layout_of, read
 from fedlth.models.registry import build
 from fedlth.models.seed import seed_torch
 
@@ -47,15 +48,31 @@ def brought(name: str, layout: Layout, theta_0: Params, second: Params) -> str:
 
     A tensor of one value everywhere (zeros of a residual branch) is an initialisation too, and counts as drawn.
     """
-    same = [
-        e.name
-        for e in layout.prunable
-        if np.array_equal(theta_0.floats[e.slice], second.floats[e.slice]) and np.ptp(second.floats[e.slice]) > 0
-    ]
+    same = [e.name for e in layout.prunable if _again(e, theta_0, second)]
     if not same:
         return ""
     shown = ", ".join(same[:3]) + (f" and {len(same) - 3} more" if len(same) > 3 else "")
     return f"model {name} brings its own weights: another draw gives {shown} of theta_0 again"
+
+
+def fixed(layout: Layout, theta_0: Params, second: Params) -> tuple[Entry, ...]:
+    """Return the parameters that another draw, `second`, gives again, and those that nothing trains."""
+    params = (e for e in layout.floats if e.role == "param")
+    return tuple(e for e in params if not e.trainable or _again(e, theta_0, second))
+
+
+def _again(e: Entry, theta_0: Params, second: Params) -> bool:
+    one, other = theta_0.floats[e.slice], second.floats[e.slice]
+    return np.array_equal(one, other) and bool(np.ptp(other) > 0)
+
+
+def digest_of(entries: Iterable[Entry], params: Params) -> str:
+    """Return the hex blake2b-128 of the names and the exact bits of some float tensors of a model."""
+    state = hashlib.blake2b(digest_size=16)
+    for e in entries:
+        state.update(f"{e.name} {e.shape} ".encode())
+        state.update(np.ascontiguousarray(params.floats[e.slice], "<f4").data)
+    return state.hexdigest()
 
 
 def refuse(brought: str, place: str) -> None:

@@ -49,9 +49,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Layout:
-    """The sorted entries of a model: prunable parameters first, then other parameters, then buffers.
+    """The sorted entries of a model: prunable parameters, other parameters, those that nothing trains, buffers.
 
-    Prunable entries come first so that a mask (num_prunable,) and the kept values of a payload are plain prefixes.
+    Prunable entries come first so that a mask (num_prunable,) and the kept values of a payload are plain prefixes; so
+    are the parameters that a training works on.
     """
 
     entries: tuple[Entry, ...]
@@ -83,6 +84,11 @@ class Layout:
     @cached_property
     def num_prunable(self) -> int:
         return sum(e.size for e in self.prunable)
+
+    @cached_property
+    def num_trained(self) -> int:
+        """Where the parameters end that training can change: what lies behind them, an optimizer need not see."""
+        return max((e.slice.stop for e in self.floats if e.trainable), default=0)
 
     @cached_property
     def moving(self) -> Layout:
@@ -210,8 +216,8 @@ def _held(params: Params, entry: Entry) -> np.ndarray:
 def _number(entries: Iterable[Entry]) -> tuple[Entry, ...]:
     """Give the entries their order and offsets."""
 
-    def rank(e: Entry) -> tuple[bool, bool, str]:
-        return (not e.prunable, e.role != "param", e.name)
+    def rank(e: Entry) -> tuple[bool, bool, bool, str]:
+        return (not e.prunable, e.role != "param", e.role == "param" and not e.trainable, e.name)
 
     ends = {False: 0, True: 0}
     numbered = []

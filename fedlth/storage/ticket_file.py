@@ -17,11 +17,20 @@ if TYPE_CHECKING:
     from fedlth.models.layout import Layout, Params
 
 
-def save(folder: Path, form: str, layout: Layout, params: Params, mask: np.ndarray, meta: Mapping[str, Any]) -> str:
-    """Write one client's ticket as `form` says (a study's `tickets`); return its digest."""
+def save(
+    folder: Path, form: str, layout: Layout, params: Params, mask: np.ndarray, meta: Mapping[str, Any], *,
+    frozen: Mapping[str, str] | None = None,
+) -> str:  # fmt: skip
+    """Write one client's ticket as `form` says (a study's `tickets`); return its digest.
+
+    `frozen` names what nothing trains where the model's own code gives it: a compact file then has that in place of
+    the values.
+    """
     path = folder / f"client-{int(meta['client']):04d}.safetensors"
     if form == "dense":
         return write(path, layout, params, mask, meta)
+    if frozen:
+        layout, params, meta = layout.moving, layout.moving.part_of(params, layout), {**meta, **frozen}
     return _write_compact(path if form == "compact" else None, layout, params, mask, meta)
 
 

@@ -130,7 +130,10 @@ class Clients(Node):
 
 
 class Model(Node):
-    """Which network (and with what other options it is drawn anew), what is prunable, what stays with a client."""
+    """Which network (and with what other options it is drawn anew), what is prunable, what stays with a client.
+
+    `theta_0` names the weights that the network brings, and those that nothing trains.
+    """
 
     name: str = "lenet5"
     options: dict[str, Any] = {}
@@ -138,6 +141,7 @@ class Model(Node):
     prunable: Names | None = None
     personal: Names | None = None
     buffers: Literal["aggregate", "local_statistics", "local_all"] = "aggregate"
+    theta_0: str | None = None
 
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]

@@ -205,6 +205,7 @@ class _Search:
         if not finder.trains and not final:
             return replace(at, mask=mask, began=left, walked=Walked(left)), False
         began = self._rewound(start, left, at.walked.params, mask)
+        del left  # a whole model, while another trains
         held = finder.dead.holds
         if not getattr(finder.rewind, "trains", True):
             return replace(at, mask=mask, began=began, walked=Walked(began), held=held), False

@@ -19,7 +19,7 @@ from fedlth.kernel.graph import compile_layers
 from fedlth.kernel.table import LayerTable
 from fedlth.models.channels import Channels, channels_of
 from fedlth.models.flops import layer_flops
-from fedlth.models.initial import brought, drawn, redrawn, refuse, torch_stream
+from fedlth.models.initial import brought, digest_of, drawn, fixed, redrawn, refuse, torch_stream
 from fedlth.models.layout import Layout, Params, layout_of, read
 from fedlth.models.prunable import prunable_names
 from fedlth.rng import stream, torch_seed
@@ -101,6 +101,20 @@ class ModelContext:
     def brought(self) -> str:
         """Say which of theta_0's weights the model brings, which another draw gives again; "" where none."""
         return brought(self.spec.name, self.layout, self.theta_0, self._drawn("second theta_0"))
+
+    @cached_property
+    def fixed(self) -> str | None:
+        """Name what both ends must have bit by bit before anything crosses; None where there is no such tensor.
+
+        That is what nothing trains, and what the model brings. Tensors that are drawn are left out: every download
+        replaces them, and their last bits may differ with the machine.
+        """
+        module = drawn(
+            self.spec.name, num_classes=self.dataset.num_classes, input_shape=self.dataset.input_shape,
+            options=self.spec.options, seed=torch_seed(self.seed, "second theta_0"),
+        )  # fmt: skip
+        found = fixed(self.layout, self.theta_0, redrawn(module, self.layout))
+        return digest_of(found, self.theta_0) if found else None
 
     def _drawn(self, what: str, round: int = 0, client: int = -1) -> Params:
         module = drawn(

@@ -95,7 +95,8 @@ def _adam(grad: Tensor, memory: Memory, step: int, betas: tuple[float, float], e
     first, second = memory
     first.mul_(betas[0]).add_(grad, alpha=1 - betas[0])
     second.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
-    return first / (1 - betas[0] ** step) / (second / (1 - betas[1] ** step)).sqrt_().add_(eps)
+    below = (second / (1 - betas[1] ** step)).sqrt_().add_(eps)
+    return (first / (1 - betas[0] ** step)).div_(below)
 
 
 def _decayed(grad: Tensor, weights: Tensor, weight_decay: float, free: Tensor | None) -> Tensor:

@@ -262,8 +262,14 @@ class Task:
         """Return a mask over the whole model: the exchanged part from `shared`, personal tensors from `own`."""
         return self.exchange.mask_into(own, self.layout, shared)
 
+    @cached_property
+    def home(self) -> Layout:
+        """What can change and never crosses: personal tensors, and norms that stay local."""
+        crosses = {e.name for e in self.exchange.entries}
+        return self.layout.moving.select(lambda e: e.name not in crosses)
+
     def moving_part(self, whole: Params) -> Params:
-        """Return what can change of whole params, in the moving layout: what a state keeps."""
+        """Return what can change of whole params, in the moving layout: all that a state ever keeps."""
         return self.layout.moving.part_of(whole, self.layout)
 
     def whole(self, moving: Params) -> Params:
@@ -326,6 +332,12 @@ def _task(science: str) -> Task:
     model = ModelContext(spec=study.model, dataset=dataset, seed=study.seed)
     exchange = _crosses(study, model.layout.moving)
     _check_names(model.layout)
+    if study.model.theta_0 is not None and study.model.theta_0 != model.fixed:
+        raise StudyError(
+            f"model.theta_0: the study begins with the weights {study.model.theta_0} (what {study.model.name} brings, "
+            f"and what nothing trains), got {model.fixed or 'a model without any'}: other files, or another version of "
+            "the package that has them"
+        )
     everyone, few = tuple(range(len(splits.clients))), np.arange(min(FEW, len(dataset.y_train)))
     task = Task(study, dataset, splits, model, exchange, everyone, few)
     return _with_tasks(task) if study.tasks else task

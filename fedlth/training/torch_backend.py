@@ -33,13 +33,15 @@ def _train(model: FlatModel, request: TrainingRequest, gradient: Gradient | None
     """Train; `gradient` is that of the recipe's view, None where the network sees the weights themselves."""
     recipe, layout, snapshots = request.recipe, model.layout, dict[int, np.ndarray]()
     data = model.forward.images(request.data)
-    weights, grad = model.flat[: layout.num_params], model.grad
+    # What nothing trains lies at the end, and costs no step anything; a view may look at it.
+    size = layout.num_trained if gradient is None else layout.num_params
+    weights, grad = model.flat[:size], model.grad[:size]
     free = request.free(layout)
-    keep = None if free is None else model.arranged(free.astype(np.float32))
+    keep = None if free is None or free[:size].all() else model.arranged(free[:size].astype(np.float32))
     model.load(request.start)
     if request.active is not None and not request.active.all():
         weights[: layout.num_prunable].mul_(model.arranged(request.active.astype(np.float32)))
-    anchor = _anchor(model, request) if recipe.pulls else None
+    anchor = _anchor(model, request)[:size] if recipe.pulls else None
     if gradient is not None:  # the module's memory is then what the network sees, and these what is trained
         weights = weights.clone()
     foreign = keep is not None and not isinstance(recipe.optimizer, EXACT)
@@ -77,7 +79,7 @@ def _train(model: FlatModel, request: TrainingRequest, gradient: Gradient | None
 
 def _pass(model: FlatModel, recipe: TrainingRecipe, loss: Loss, batch: Examples) -> tuple[Tensor, Tensor]:
     """Leave the gradient of a batch's loss in the model; return its outputs and its loss."""
-    model.grad.zero_()
+    model.grad[: model.layout.num_trained].zero_()
     with cast(model, recipe.precision):
         outputs = model.forward.train(model.forward.images(batch).x)
     outputs = outputs if recipe.precision == "float32" else outputs.float()

@@ -133,7 +133,7 @@ def test_fedrep_against_its_arithmetic(tmp_path: Path) -> None:
     shared = task.merge(theta_of(folder), theta_0).floats
     np.testing.assert_allclose(shared[~heads], body[~heads], atol=1e-5)
     for client in range(3):
-        kept = task.whole(Params(state_of(folder, client).vectors["private"], theta_0.ints)).floats
+        kept = tiny.kept_by(task, state_of(folder, client)).floats
         np.testing.assert_allclose(kept[heads], own[client][heads], atol=1e-5)
 
 
@@ -187,8 +187,7 @@ def test_local_statistics_are_each_clients_own(tmp_path: Path) -> None:
     experiment, folder = ran({"name": "fedbn"}, tmp_path / "r", model=NORMED, personalise={"arms": ["own"]})
     task, kept = experiment.task, []
     for client in range(3):
-        vectors = state_of(folder, client).vectors
-        kept.append(task.whole(Params(vectors["private"], vectors["private_ints"])))
+        kept.append(tiny.kept_by(task, state_of(folder, client)))
     entries = {e.name: e.slice for e in task.layout.floats}
     for name in ("norm.weight", "norm.bias", "norm.running_mean", "norm.running_var"):
         own = [params.floats[entries[name]] for params in kept]
