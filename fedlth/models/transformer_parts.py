@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,6 @@ from fedlth.data.factory import told
 from fedlth.data.pretrained import EXTRA
 from fedlth.errors import StudyError, require, wrong
 from fedlth.study.parts import is_number
-
-if TYPE_CHECKING:
-    from fedlth.models.transformer import Transformer
 
 PLACE = "model.options"
 EMBEDDINGS = "embeddings"
@@ -31,29 +28,33 @@ def linear(part: nn.Module) -> bool:
     return isinstance(part, nn.Linear) or type(part).__name__ == "Conv1D"
 
 
-def choose(module: Transformer, trains: str | Mapping[str, Any], frozen: Sequence[str]) -> None:
-    """Let training change the parts that `trains` names; all else is frozen. A head always trains."""
+def choose(
+    module: nn.Module, base: nn.Module, trains: str | Mapping[str, Any], frozen: Sequence[str], *, pools: bool
+) -> None:
+    """Let training change the parts of a network that `trains` names; all else of its encoder `base` is frozen.
+
+    pools: whether the outputs depend on the encoder's own pooler.
+    """
     lora = isinstance(trains, Mapping) and set(trains) == {"lora"} and (trains["lora"] or {})
     if not isinstance(lora, Mapping) and trains not in TRAINS:
         raise wrong(f"{PLACE}.trains", f"{', '.join(TRAINS)} or {{lora: {{{', '.join(LORA)}}}}}", trains)
-    base = module.base
     if isinstance(lora, Mapping):
         _adapt(base, lora)
         return
     for name, tensor in base.named_parameters():
         tensor.requires_grad_(trains == "all" or (trains == "bitfit" and name.endswith(".bias")))
-        if name.startswith("pooler.") and (module.pooling != "own" or module.task == "masked_lm"):
-            tensor.requires_grad_(False)  # nothing asks for it
+        if name.startswith("pooler.") and not pools:
+            tensor.requires_grad_(False)
     if trains == "all":
-        _freeze(module, frozen)
+        _freeze(module, base, frozen)
 
 
-def _freeze(module: Transformer, frozen: Sequence[str]) -> None:
+def _freeze(module: nn.Module, base: nn.Module, frozen: Sequence[str]) -> None:
     if not isinstance(frozen, list | tuple) or not all(isinstance(one, str) for one in frozen):
         raise wrong(f"{PLACE}.frozen", "a list of embeddings and globs of names", frozen)
     for one in frozen:
         if one == EMBEDDINGS:
-            found = [part.weight for part in module.base.modules() if isinstance(part, nn.Embedding)]
+            found = [part.weight for part in base.modules() if isinstance(part, nn.Embedding)]
         else:
             found = [tensor for name, tensor in module.named_parameters() if fnmatchcase(name, one)]
         if not found:
