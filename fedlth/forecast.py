@@ -164,6 +164,7 @@ def foreseen(study: Study) -> Foreseen:
         *(f"note: {n}" for n in notes),
         f"clients: {study.clients.count} ({len(task.splits.unseen)} unseen), "
         f"train examples {min(sizes)}-{max(sizes)}, {_tests(task)}partition {task.splits.digest[:16]}",
+        *_guess_lines(task),
         *(line for one in (task, *(one for one in task.each if one is not task)) for line in _model_lines(one)),
         *_compute_lines(next((t for t in task.each if isinstance(t.table, str)), task.each[0])),
         *_recipe_lines(experiment, local),
@@ -207,6 +208,18 @@ def _tests(task: Task) -> str:
         return ""
     sizes = [len(c.test) for c in task.splits.clients]
     return f"own test examples {min(sizes)}-{max(sizes)}, "
+
+
+def _guess_lines(task: Task) -> list[str]:
+    """Say what needs no model: a client's most frequent training class, told of every test example."""
+    if task.dataset.targets != "classes" or np.ptp(task.dataset.y_train) == 0:
+        return []
+    y_train, hits = task.dataset.y_train, []
+    y_test = y_train if task.splits.own_test else task.dataset.y_test
+    for split in task.splits.clients:
+        hits.append(float((y_test[split.test] == np.bincount(y_train[split.train]).argmax()).mean()))
+    low, mean, high = (f"{100 * value:.1f}" for value in (min(hits), float(np.mean(hits)), max(hits)))
+    return [f"guessing each client's most frequent training class: {mean} % of its test examples ({low} to {high})"]
 
 
 def _step_seconds(local: LocalClient, recipe: TrainingRecipe) -> float:

@@ -25,6 +25,8 @@ class Dataset:
     is padding, as long in train as in test.
     mean, std: per channel, applied to uint8 images after division by 255; () leaves them in [0, 1].
     key: (N,) natural key of each example (writer, role, domain), int64 or str, or None.
+    val_train: (N,) bool, the training examples that are for validation; clients without any draw some of their own.
+    notes: what whoever reads `fedlth check` should know of the data; no part of them.
     """
 
     name: str
@@ -39,6 +41,8 @@ class Dataset:
     key_test: np.ndarray | None = None
     lengths_train: Mapping[str, np.ndarray] = field(default_factory=dict)
     lengths_test: Mapping[str, np.ndarray] = field(default_factory=dict)
+    val_train: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def input_shape(self) -> Shape:
@@ -81,6 +85,8 @@ class Dataset:
         if isinstance(self.x_train, Mapping) or self.lengths_train:
             state.update(json.dumps([sorted(self.x_train) if isinstance(self.x_train, Mapping) else None,
                                      sorted(self.lengths_train)]).encode())  # fmt: skip
+        if self.val_train is not None:
+            state.update(b"val" + self.val_train.tobytes())
         return state.hexdigest()
 
     def _arrays(self) -> list[np.ndarray | None]:
@@ -107,6 +113,9 @@ def pooled(dataset: Dataset) -> Dataset:
         key_test=dataset.key_test[:0] if keyed and dataset.key_test is not None else None,
         lengths_train={name: np.concatenate([own, behind[name]]) for name, own in dataset.lengths_train.items()},
         lengths_test=no_lengths,
+        val_train=None
+        if dataset.val_train is None
+        else np.append(dataset.val_train, np.zeros(len(dataset.y_test), bool)),
     )
 
 
@@ -119,6 +128,11 @@ def checked(dataset: Dataset) -> Dataset:
     for part in ("train", "test"):
         _check_values(dataset, part, place)
         _check_lengths(dataset, part, place)
+    held = dataset.val_train
+    if held is not None and not (
+        isinstance(held, np.ndarray) and held.dtype == bool and held.shape == dataset.y_train.shape[:1]
+    ):
+        raise StudyError(f"{place}: val_train must be one truth value for each training example, (N,) bool")
     shape = dataset.input_shape
     channels = shape[0] if len(shape) == 3 and not isinstance(shape, dict) else 0
     for scale in ("mean", "std"):

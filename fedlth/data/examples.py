@@ -11,6 +11,9 @@ from torch import Tensor
 from fedlth.errors import StudyError
 
 Inputs = Tensor | dict[str, Tensor]
+ASKED = (
+    "asked"  # among several inputs: (N, T), 1 at the positions that a loss counts; for networks whose forward names it
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -100,7 +100,7 @@ def user_dataset(name: str, root: str | None, options: Mapping[str, object]) -> 
     if not isinstance(plain["name"], str):
         raise StudyError(f"data: {name}: name must be text, got {type(plain['name']).__name__}")
     _arrange(plain, name)
-    for field in ("key_train", "key_test"):
+    for field in ("key_train", "key_test", "val_train"):
         if plain.get(field) is not None:
             plain[field] = np.asarray(plain[field])
     for field in ("mean", "std"):

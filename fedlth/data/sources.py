@@ -16,6 +16,7 @@ from fedlth.data.huggingface import huggingface
 from fedlth.data.idx import fashion_mnist, mnist
 from fedlth.data.leaf_json import leaf
 from fedlth.data.speeches import shakespeare
+from fedlth.data.text import text
 from fedlth.errors import StudyError
 
 SOURCES: dict[str, Callable[..., Dataset]] = {
@@ -27,6 +28,7 @@ SOURCES: dict[str, Callable[..., Dataset]] = {
     "characters": characters,
     "leaf": leaf,
     "shakespeare": shakespeare,
+    "text": text,
 }
 
 

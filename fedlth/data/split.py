@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -36,7 +36,8 @@ class ClientSplit:
 class Splits:
     """Hold all clients' parts, the ids held out as unseen, and the sha256 hex that two comparable runs share.
 
-    own_test: test parts are positions in x_train. given: which of "val" and "test" the partition itself has divided.
+    own_test: test parts are positions in x_train. given: which of "val" and "test" the partition or the data set has
+    divided.
     noisy: the ids of clients with wrong labels.
     """
 
@@ -70,11 +71,13 @@ def split_clients(
     none.
     unseen: share of clients held out, rounded, at least one when above zero.
     seed: of the partition, apart from the run's seed.
-    What the partition itself divides (Parts) is not drawn. Raises StudyError naming the setting, and the client when
-    one would be empty.
+    What the partition itself divides (Parts), or the data set (val_train), is not drawn. Raises StudyError naming the
+    setting, and the client when one would be empty.
     """
     _check(dataset, num_clients, validation, test_samples, unseen, own_test, test_share)
     owned = _owned(dataset, partition, num_clients, own_test, stream(seed, "partition"))
+    if dataset.val_train is not None and validation > 0:
+        owned = [_held(part, dataset.val_train) for part in owned]
     labelled = _labelled(dataset)
     clients = []
     for client, part in enumerate(owned):
@@ -202,6 +205,14 @@ def _drawn(indices: np.ndarray, share: float, most: int, rng: np.random.Generato
     count = min(max(1, round(share * len(indices))), most) if share else 0
     order = rng.permutation(indices)
     return np.sort(order[count:]), np.sort(order[:count])
+
+
+def _held(part: Parts, held: np.ndarray) -> Parts:
+    """Return a client's parts with the validation examples that the data set sets apart, where it has any of them."""
+    mine = held[part.train]
+    return (
+        part if part.val is not None or not mine.any() else replace(part, train=part.train[~mine], val=part.train[mine])
+    )
 
 
 def _unseen(partition: Partition, num_clients: int, unseen: float, rng: np.random.Generator) -> frozenset[int]:

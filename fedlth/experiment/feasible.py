@@ -88,8 +88,8 @@ def _check_steps(task: Task, finder: Finder, arms: set[str]) -> None:
 
 
 def _notes(study: Study, experiment: Experiment) -> list[str]:
-    notes: list[str] = []
     task = experiment.task
+    notes: list[str] = list(task.dataset.notes)
     norms = [e for e in task.layout.entries if e.norm]
     if study.given("model.buffers") and experiment.federated:
         local = task.layout.num_floats + task.layout.num_ints - task.exchange.num_floats - task.exchange.num_ints
@@ -102,7 +102,8 @@ def _notes(study: Study, experiment: Experiment) -> list[str]:
     places = {"val": ("validation",), "test": ("test_samples", "test_share")}
     for part in sorted(task.splits.given):
         idle = [f"clients.{key}" for key in places[part] if study.given(f"clients.{key}")]
-        notes += [f"{place}: has no effect, the partition gives each client's {part} part" for place in idle]
+        giver = "the data have" if part == "val" and task.dataset.val_train is not None else "the partition gives"
+        notes += [f"{place}: has no effect, {giver} each client's {part} part" for place in idle]
     source = SOURCES.get(study.data.name)
     if study.data.root is not None and source and "root" not in inspect.signature(source).parameters:
         notes.append(f"data.root: has no effect, {study.data.name} is not read from a folder")

@@ -10,15 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedlth.data.examples import Inputs
+from fedlth.data.examples import ASKED, Inputs
 
 
 def call(module: nn.Module, x: Inputs) -> Tensor:
     """Return a module's outputs (N, ...) on inputs.
 
     A tensor is the forward's only argument. A mapping is given by keyword where the signature takes its names, as
-    Hugging Face models do, otherwise as one argument. What comes back is a tensor, something with `logits`, as an
-    attribute or under that name, or a tuple or list that begins with a tensor; TypeError otherwise.
+    Hugging Face models do, otherwise as one argument; ASKED only to a forward that names it, which may then return the
+    outputs at these positions alone, (positions asked for, C). What comes back is a tensor, something with `logits`, as
+    an attribute or under that name, or a tuple or list that begins with a tensor; TypeError otherwise.
     """
     args, keywords = _arguments(module, x)
     return _outputs(module(*args, **keywords))
@@ -31,9 +32,16 @@ def call_with(module: nn.Module, state: Mapping[str, Tensor], x: Inputs) -> Tens
 
 
 def _arguments(module: nn.Module, x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(x, dict) and ASKED in x and ASKED not in _named(type(module).forward):
+        x = {name: tensor for name, tensor in x.items() if name != ASKED}
     if isinstance(x, dict) and _takes(type(module).forward, tuple(x)):
         return (), x
     return (x,), {}
+
+
+@lru_cache(maxsize=64)
+def _named(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 @lru_cache(maxsize=64)

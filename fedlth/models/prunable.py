@@ -16,9 +16,11 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTran
 def prunable_names(module: nn.Module, patterns: Sequence[str] | None) -> tuple[str, ...]:
     """Return the sorted names of the prunable parameters; a tied tensor goes by its smallest name.
 
-    patterns: globs over parameter names (`conv*.weight`), which replace the default. None is the default: the weights
-    of convolutions, linear layers, recurrent layers and attention projections. Frozen parameters are never prunable;
-    bias, norm and embedding only by pattern. A tensor that is tied to an embedding counts as one.
+    patterns: globs over parameter names (`conv*.weight`), which replace the default; `!glob` takes what it matches from
+    those before it, or from the default where it is the first. None is the default: the weights of convolutions, linear
+    layers, recurrent layers and attention projections, or what the module's own `prunable_weights()` yields where any
+    of it trains. Frozen parameters are never prunable; bias, norm and embedding only by pattern. A tensor that is tied
+    to an embedding counts as one.
     Raises StudyError when a pattern matches no trainable parameter, or nothing is prunable.
     """
     names: dict[int, list[str]] = {}
@@ -27,22 +29,28 @@ def prunable_names(module: nn.Module, patterns: Sequence[str] | None) -> tuple[s
         names.setdefault(id(tensor), []).append(name)
         tensors[id(tensor)] = tensor
     trainable = {key for key, tensor in tensors.items() if tensor.requires_grad and tensor.numel() > 0}
-    if patterns is None:
-        chosen = _default(module) & trainable
-    else:
-        chosen = set()
-        for pattern in patterns:
-            hits = {key for key in trainable if any(fnmatchcase(name, pattern) for name in names[key])}
-            if not hits:
-                known = ", ".join(sorted(min(names[key]) for key in trainable)) or "none"
-                raise StudyError(f"model.prunable: {pattern!r} matches no trainable parameter of: {known}")
-            chosen |= hits
+    chosen = set[int]()
+    if not patterns or patterns[0].startswith("!"):
+        chosen = (_own(module) & trainable) or (_default(module) & trainable)
+    for pattern in patterns or ():
+        glob = pattern.removeprefix("!")
+        hits = {key for key in trainable if any(fnmatchcase(name, glob) for name in names[key])}
+        if not hits:
+            known = ", ".join(sorted(min(names[key]) for key in trainable)) or "none"
+            raise StudyError(f"model.prunable: {pattern!r} matches no trainable parameter of: {known}")
+        chosen = chosen | hits if glob == pattern else chosen - hits
     if not chosen:
         raise StudyError(
             "model.prunable: the model must have at least one prunable tensor (a trainable weight of a convolution, "
             "linear, recurrent or attention layer), got none; name tensors by pattern"
         )
     return tuple(sorted(min(names[key]) for key in chosen))
+
+
+def _own(module: nn.Module) -> set[int]:
+    """Return the identities of the weights that a module itself says are prunable."""
+    weights = getattr(module, "prunable_weights", None)
+    return set() if weights is None else {id(tensor) for tensor in weights()}
 
 
 def _default(module: nn.Module) -> set[int]:

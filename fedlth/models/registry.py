@@ -12,6 +12,7 @@ from fedlth.data.ragged import Shape
 from fedlth.errors import StudyError
 from fedlth.models.char_lstm import CharLstm
 from fedlth.models.conv_k import conv2, conv4
+from fedlth.models.hf import hf
 from fedlth.models.leaf_cnn import LeafCnn
 from fedlth.models.lenet5 import LeNet5
 from fedlth.models.mlp import lenet300, mlp
@@ -26,7 +27,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet9": ResNet9,
     "char_lstm": CharLstm,
     "mlp": mlp,
+    "hf": hf,
 }
+SEVERAL = ("hf",)  # of these, those that take a mapping of inputs
 
 
 def build(name: str, *, num_classes: int, input_shape: Shape, options: Mapping[str, object]) -> nn.Module:
@@ -36,7 +39,7 @@ def build(name: str, *, num_classes: int, input_shape: Shape, options: Mapping[s
     signature accepts them, and with the options.
     Raises StudyError for an unknown name or option, an unsuited input shape, or what is no usable module.
     """
-    if isinstance(input_shape, dict) and name in MODELS:
+    if isinstance(input_shape, dict) and name in MODELS and name not in SEVERAL:
         raise StudyError(f"model: {name} has one input, got {', '.join(input_shape)}; give a model of your own")
     shape = input_shape if isinstance(input_shape, dict) else tuple(input_shape)
     given = {"num_classes": num_classes, "input_shape": shape}

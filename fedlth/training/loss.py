@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedlth.data.examples import Examples
+from fedlth.data.examples import ASKED, Examples
 from fedlth.rng import stream
 
 IGNORED = -100  # a label that no loss counts, as in torch
@@ -125,7 +125,8 @@ class MaskedLm:
 
     Of tokens (N, T), the inputs or those called `tokens` among several, a share `rate` is asked for, at least one an
     example, never one of `special`: of those `hidden` become `mask_token`, `swapped` a random token, the others stay.
-    Labels of the data set are not used.
+    Labels of the data set are not used. Among several inputs the network is told which positions are asked for
+    (ASKED), and may return the logits of these alone, (positions, C).
     """
 
     num_classes: int
@@ -150,9 +151,16 @@ class MaskedLm:
 
     def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
         # The mean of nothing is no number: a batch of `special` tokens alone asks for none, and moves nothing.
-        return cross_entropy(logits, y) if bool((y != IGNORED).any()) else 0.0 * logits.sum()
+        if not bool((y != IGNORED).any()):
+            return 0.0 * logits.sum()
+        return cross_entropy(logits, y if logits.dim() > y.dim() else y[y != IGNORED])
 
     def examples(self, logits: Tensor, y: Tensor) -> Tensor:
+        if logits.dim() == y.dim():  # of the positions asked for alone
+            there = y != IGNORED
+            whole = logits.new_zeros((*y.shape, logits.shape[-1]))
+            whole[there] = logits
+            logits = whole
         return cross_entropy.examples(logits, y)
 
     def posed(self, data: Examples, generator: np.random.Generator, /) -> Examples:
@@ -177,8 +185,11 @@ class MaskedLm:
         shown = np.where(asked & (kind >= self.hidden) & (kind < self.hidden + self.swapped), other, shown)
         x = torch.from_numpy(shown).to(given)
         labels = torch.from_numpy(np.where(asked, tokens, IGNORED)).to(given.device, torch.int64)
-        lengths = {**data.lengths, **({"y": data.lengths[name]} if name in data.lengths else {})}
-        return Examples({**data.x, self.tokens: x} if isinstance(data.x, dict) else x, labels, lengths)
+        ragged = dict.fromkeys(("y", ASKED), data.lengths[name]) if name in data.lengths else {}
+        if not isinstance(data.x, dict):
+            return Examples(x, labels, {**data.lengths, **{n: own for n, own in ragged.items() if n == "y"}})
+        shown_x = {**data.x, self.tokens: x, ASKED: (labels != IGNORED).to(torch.int64)}
+        return Examples(shown_x, labels, {**data.lengths, **ragged})
 
 
 @dataclass(frozen=True)

@@ -189,6 +189,8 @@ def rows(outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return outputs, y
     flat = y.reshape(-1)
     there = flat != IGNORED
+    if outputs.dim() == y.dim():  # of the positions that count alone
+        return outputs, flat[there]
     return outputs.reshape(-1, outputs.shape[-1])[there], flat[there]
 
 

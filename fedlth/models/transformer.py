@@ -1,0 +1,124 @@
+"""A transformer as fedlth trains it: tokens in, one row of outputs an example (or a masked token) out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedlth.models.transformer_parts import linear, merged
+
+
+class Given(nn.Module):
+    """Stands where a network's encoder does, and gives what the encoder has returned already."""
+
+    found: Any = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.found
+
+
+class Transformer(nn.Module):
+    """A network of `transformers`, its parts under their own names: the encoder's as in every model of its family.
+
+    With `outputs`, `net` is the encoder alone, and a linear `head` of so many outputs sees its last layer, pooled.
+    """
+
+    def __init__(self, net: Any, outputs: int | None, task: str, pooling: str, decoder: bool) -> None:
+        super().__init__()
+        self.prefix, self.task, self.pooling, self.decoder = str(net.base_model_prefix), task, pooling, decoder
+        if outputs is None:
+            for name, part in net.named_children():
+                self.add_module(name, part)
+        else:
+            self.add_module(self.prefix, net)
+            self.head = nn.Linear(net.config.hidden_size, outputs)
+        # Not registered: its parts are, above. The family's own head runs in it, on what the encoder has found.
+        shell = copy.copy(net)
+        shell._modules = {**net._modules, self.prefix: Given()}
+        self._hidden: tuple[Any, Any] = (net, shell)
+
+    @property
+    def base(self) -> nn.Module:
+        """The encoder, or decoder, without a head."""
+        return self.get_submodule(self.prefix)
+
+    @property
+    def config(self) -> Any:
+        return self._hidden[0].config
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None,
+        asked: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Return (B, outputs), or of masked_lm (B, T, V), with `asked` (B, T) (asked positions, V) of those alone."""
+        kinds = {} if token_type_ids is None or not self._takes_kinds else {"token_type_ids": token_type_ids}
+        found = self.base(input_ids=input_ids, attention_mask=attention_mask, **kinds)
+        hidden = found[0]
+        if self.task == "masked_lm":
+            if asked is None:
+                return self._own_head(found, input_ids)
+            found.last_hidden_state = hidden[asked.bool()][None]
+            return self._own_head(found, input_ids)[0]
+        if self.pooling == "own" and not self.decoder:
+            return self._own_head(found, input_ids)
+        head = self.get_submodule("score" if self.pooling == "own" else "head")
+        logits: Tensor = head(self._pooled(hidden, attention_mask))
+        return logits
+
+    @property
+    def _takes_kinds(self) -> bool:
+        return getattr(self.config, "type_vocab_size", 0) > 1
+
+    def _own_head(self, found: Any, input_ids: Tensor) -> Tensor:
+        shell = self._hidden[1]
+        shell._modules[self.prefix].found = found
+        try:
+            logits: Tensor = shell(input_ids=input_ids).logits
+            return logits
+        finally:
+            shell._modules[self.prefix].found = None
+
+    def _pooled(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Return (B, H) of hidden states (B, T, H)."""
+        if self.pooling == "first":
+            return hidden[:, 0]
+        if self.pooling == "mean":
+            there = mask[..., None].to(hidden.dtype)
+            return (hidden * there).sum(1) / there.sum(1).clamp(min=1)
+        last = (mask.sum(1) - 1).clamp(min=0)
+        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+    def prunable_weights(self) -> Iterator[nn.Parameter]:
+        """Yield what is prunable where a study names nothing: the encoder's linear weights, without its pooler's."""
+        for name, part in self.base.named_modules():
+            if linear(part) and not {"pooler", "embeddings"} & {*name.split(".")} and "lora_" not in name:
+                yield part.get_parameter("weight")
+
+    def plain_state(self) -> dict[str, Tensor]:
+        """Return copies of all tensors under the names of `transformers`, adapters merged, a tied tensor once."""
+        found: dict[str, Tensor] = {}
+        seen = set[int]()
+        for name, tensor in merged(self).items():
+            if tensor.data_ptr() not in seen:
+                seen.add(tensor.data_ptr())
+                found[name] = tensor.detach().cpu().clone().contiguous()
+        return found
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors, from which `from_pretrained` of plain transformers loads them.
+
+        Of a network with the family's own head that is the whole network; else the encoder, our `head` beside it.
+        """
+        from safetensors.torch import save_file
+
+        net = self._hidden[0]
+        config = copy.deepcopy(net.config)
+        config.architectures = [type(net).__name__]
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        config.save_pretrained(folder)
+        save_file(self.plain_state(), str(Path(folder) / "model.safetensors"), metadata={"format": "pt"})

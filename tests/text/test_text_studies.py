@@ -1,0 +1,167 @@
+"""Studies of text, end to end, with tiny random transformers: what trains, tasks, masked words, tickets that leave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedlth.catalogue import listing
+from fedlth.engines.forked import Forked
+from fedlth.engines.inprocess import InProcess
+from fedlth.errors import StudyError
+from fedlth.experiment.resolve import resolve
+from fedlth.experiment.saved_ticket import load_ticket
+from fedlth.federation import session
+from fedlth.federation.rounds import Federation
+from fedlth.forecast import forecast
+from fedlth.models.call import call
+from fedlth.models.transformer import Transformer
+from fedlth.study.schema import Study
+from fedlth.training.evaluation import evaluate
+from fedlth.training.task import Task, open_task
+from tests import tiny
+from tests.test_server_state import Stopped, stop
+from tests.text import sentences
+
+transformers = pytest.importorskip("transformers")
+HEAD = 16 * 2 + 2  # values of the head
+LORA = {"lora": {"rank": 2, "dropout": 0.1}}
+MASKED = {
+    "options": {"task": "masked_lm"}, "data": {"label": None},
+    "train": {"loss": {"name": "masked_lm", "mask_token": 4, "special": [0, 2, 3]}, "optimizer": "adamw", "lr": 0.01,
+              "batch_size": 8, "steps": 2, "epochs": None, "momentum": 0.0},
+}  # fmt: skip
+
+
+def task_of(made: Study) -> Task:
+    return open_task(made.science())
+
+
+@pytest.mark.parametrize("method", ["fedavg", "local"])
+@pytest.mark.parametrize(
+    ("trains", "values"), [("head", HEAD), ("bitfit", HEAD + 2 * (7 * 16 + 32) + 16), (LORA, HEAD + 2 * 4 * 2 * 16)]
+)
+def test_what_trains_is_what_crosses(tmp_path: Path, method: str, trains: Any, values: int) -> None:
+    made = sentences.study(tmp_path / "data", options={"trains": trains}, method={"name": method})
+    task = task_of(made)
+    assert task.exchange.num_floats == values
+    tiny.run(made, tmp_path / "r")
+    rows = tiny.rows(tmp_path / "r", "metrics")
+    assert {row["client"] for row in rows} == {0, 1} and all(np.isfinite(row["test_loss"]) for row in rows)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_ticket_leaves_as_a_plain_model(tmp_path: Path, family: str) -> None:
+    made = sentences.study(tmp_path / "data", family, options={"pooling": "own"}, personalise={"arms": ["ticket"]})
+    tiny.run(made, tmp_path / "r")
+    module = load_ticket(tmp_path / "r", 1)
+    assert isinstance(module, Transformer)
+    module.save_pretrained(tmp_path / "out")
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    task = task_of(made)
+    few = task.part(1, "test").batch(slice(0, 1)).x
+    assert isinstance(few, dict)
+    with torch.no_grad():
+        assert torch.allclose(plain(**few).logits, call(module, few), atol=1e-5)
+    pruned = dict(plain.named_parameters())
+    kept = sum(int((pruned[e.name] != 0).sum()) for e in task.layout.prunable)
+    assert kept == task.layout.num_prunable // 2
+
+
+def test_masked_words(tmp_path: Path) -> None:
+    made = sentences.study(tmp_path / "data", method={"name": "fedavg"}, metrics=["perplexity"], **MASKED)
+    tiny.run(made, tmp_path / "r")
+    rows = tiny.rows(tmp_path / "r", "metrics")
+    assert rows and all(row["test_loss"] < 2 * np.log(sentences.WORDS) for row in rows)
+
+
+def test_masked_words_alone_are_decoded(tmp_path: Path) -> None:
+    """An evaluation of masked words never holds logits of all positions."""
+    task: Task = task_of(sentences.study(tmp_path / "data", method={"name": "fedavg"}, **MASKED))
+    sizes: list[tuple[int, ...]] = []
+    _ = task.flat_model.module.register_forward_hook(lambda module, given, out: sizes.append(tuple(out.shape)))
+    data = task.part(0, "test")
+    scores = evaluate(task.flat_model, task.theta_0, data, task.judged.all)
+    assert sizes and all(len(size) == 2 and size[0] < 3 * len(data) for size in sizes)
+    assert 0 < scores.loss < 2 * np.log(sentences.WORDS)
+
+
+def test_tasks_share_the_encoder(tmp_path: Path) -> None:
+    made = sentences.study(
+        tmp_path / "data", method={"name": "fedavg"},
+        model={"name": "hf", "options": {"config": sentences.config("bert")}, "personal": ["head.*"]},
+        tasks={"books": {"num_classes": 3}, "films": {}},
+    )  # fmt: skip
+    task = task_of(made)
+    assert not any("head" in e.name or "embeddings.word" in e.name for e in task.exchange.entries)
+    assert {one.dataset.num_classes for one in task.each} == {2, 3}
+    tiny.run(made, tmp_path / "r")
+    assert {row["client"] for row in tiny.rows(tmp_path / "r", "metrics")} == {0, 1}
+
+
+def test_workers_and_a_resume_change_nothing(tmp_path: Path) -> None:
+    made = sentences.study(tmp_path / "data", personalise={"arms": ["ticket", "dense"], "clients_per_wave": 1})
+    one, two = tmp_path / "one", tmp_path / "two"
+    tiny.run(made, one, engine=InProcess())
+    forked = Forked(2)
+    tiny.run(made, two, engine=forked)
+    forked.close()
+    assert tiny.facts(one) == tiny.facts(two)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Federation, "run", lambda self: stop(self, 2))
+        with pytest.raises(Stopped):
+            tiny.run(made, tmp_path / "cut")
+    session.resume(tmp_path / "cut", InProcess())
+    assert tiny.facts(one) == tiny.facts(tmp_path / "cut")
+
+
+def test_other_weights_for_controls(tmp_path: Path) -> None:
+    """A pre-trained encoder brings its weights; init: random is what draws others."""
+    first = task_of(sentences.study(tmp_path / "data"))
+    module = first.model.module()
+    assert isinstance(module, Transformer) and not first.model.brought
+    module.save_pretrained(tmp_path / "weights")
+    options = {"path": str(tmp_path / "weights")}
+    brings = task_of(sentences.study(tmp_path / "data", model={"name": "hf", "options": options}))
+    assert "brings its own weights" in brings.model.brought
+    drawn = task_of(
+        sentences.study(
+            tmp_path / "data", model={"name": "hf", "options": options, "reinit_options": {"init": "random"}}
+        )
+    )
+    assert not drawn.model.brought
+    names = {e.name: e for e in drawn.layout.entries}
+    other = drawn.model.fresh("other")
+    frozen = names["bert.embeddings.word_embeddings.weight"].slice
+    assert np.array_equal(other.floats[frozen], drawn.theta_0.floats[frozen])
+
+
+def test_the_check_says_what_guessing_reaches(tmp_path: Path) -> None:
+    files = {"films": "films.tsv", "books": {"train": "films.tsv", "test": "books.tsv"}}
+    made = sentences.study(tmp_path / "data", data={"files": files})
+    text = forecast(made)
+    task = task_of(made)
+    hits = []
+    for client in range(2):
+        train, test = (task.part(client, part).y.numpy() for part in ("train", "test"))
+        hits.append((test == np.bincount(train).argmax()).mean())
+    wanted = f"guessing each client's most frequent training class: {100 * np.mean(hits):.1f} % of its test examples"
+    assert wanted in text and f"({100 * min(hits):.1f} to {100 * max(hits):.1f})" in text
+    assert "have a text that is in a validation or test part too" in text
+
+
+def test_both_are_listed() -> None:
+    assert "hf (path=None, package=None, hub=None" in listing("models") and "BERT, RoBERTa" in listing("models")
+    assert "text (files, tokenizer, max_length=128" in listing("datasets")
+
+
+def test_tokens_beyond_the_vocabulary_are_named(tmp_path: Path) -> None:
+    made = sentences.study(tmp_path / "data", data={"tokenizer": {"words": 60}}, method={"name": "fedavg"})
+    small = {**sentences.config("bert"), "vocab_size": 8}
+    made = made.model_copy(update={"model": made.model.model_copy(update={"options": {"config": small}})})
+    with pytest.raises(StudyError, match="model: hf fails on a batch .*: IndexError"):
+        resolve(made)
