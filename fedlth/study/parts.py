@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from fedlth.errors import StudyError
@@ -26,7 +27,13 @@ def imported(path: str, where: str) -> Any:
 
 def options_of(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """Return the options that a part takes."""
-    return dict(inspect.signature(factory).parameters)
+    return dict(_of_class(factory) if isinstance(factory, type) else inspect.signature(factory).parameters)
+
+
+@lru_cache(maxsize=256)
+def _of_class(part: type) -> Mapping[str, inspect.Parameter]:
+    """Return a class's options, which every client of every round asks for."""
+    return inspect.signature(part).parameters
 
 
 def make(table: Mapping[str, Callable[..., Any]], spec: Mapping[str, Any], where: str, *, has: str = "") -> Any:
