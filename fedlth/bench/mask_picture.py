@@ -193,7 +193,7 @@ class Tickets:
                               xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=8)  # fmt: skip
         ticks: dict[str, float] = {}
         places = {float(-np.log2(density)): density for line in self.lines for density, _, _ in line.points}
-        room = 0.13 * (max(places) - min(places))  # else one would be written over another
+        room = 0.18 * (max(places) - min(places))  # else one would be written over another
         for place, density in sorted(places.items()):
             if all(abs(place - other) > room for other in ticks.values()):
                 ticks[f"{density:.2g}"] = place
