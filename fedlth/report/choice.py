@@ -74,11 +74,11 @@ def main_choice(group: Sequence[Facts], *, arm: str | None = None, density: floa
         if not same:
             raise StudyError(f"{place}: expected a density of {', '.join(f'{d:g}' for d in known)}, got {density:g}")
         return Choice(arm, same[0])
-    saved = [ticket.density for facts in group for ticket in facts.tickets]
-    if saved:
+    saved = next((ticket.density for facts in group for ticket in facts.tickets), group[0].main_density)
+    if saved is not None:
         # the file holds the exact density, the row its target: the nearest target, if it is near
-        nearest = min(known, key=lambda target: abs(target - saved[0]))
-        if abs(nearest - saved[0]) < 0.1 * saved[0]:
+        nearest = min(known, key=lambda target: abs(target - saved))
+        if abs(nearest - saved) < 0.1 * saved:
             return Choice(arm, nearest)
     return Choice(arm, known[0])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,6 +12,7 @@ from fedlth.errors import StudyError
 from fedlth.storage import ticket_file
 from fedlth.storage.header import Header, read_header
 from fedlth.storage.records import EVALUATE, CurveRow, LedgerRow, MetricRow, RoundRow, TimeRow, read_log
+from fedlth.study.yaml_text import parse
 
 T = TypeVar("T")
 Key = TypeVar("Key")
@@ -50,6 +52,13 @@ class Facts:
     evaluation: tuple[LedgerRow, ...] = ()
     curve: tuple[CurveRow, ...] = ()
     chosen: Mapping[int, float] = field(default_factory=dict)
+
+    @cached_property
+    def main_density(self) -> float | None:
+        """The density that the study keeps (finder.main), None where it names no one number."""
+        finder = (parse(self.config, str(self.path / "config.yaml")) or {}).get("finder") or {}
+        main = finder.get("main")
+        return float(main) if isinstance(main, int | float) else None
 
 
 def _saved(path: Path) -> SavedTicket:

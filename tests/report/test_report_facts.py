@@ -28,6 +28,14 @@ def test_a_whole_run_is_read(fake: Path) -> None:
     assert [saved.client for saved in facts.tickets] == list(range(20))
 
 
+def test_without_saved_tickets_the_main_density_is_the_studys(fake: Path) -> None:
+    facts = replace(read_run(fake), tickets=())
+    assert main_choice([facts]) == Choice("ticket", 0.5), "the study names none"
+    for main, density in (("0.1", 0.1), ("auto", 0.5), ("0.3", 0.5)):
+        told = replace(facts, config=f"{facts.config}finder:\n  main: {main}\n")
+        assert main_choice([told]) == Choice("ticket", density)
+
+
 def test_seeds_stand_in_the_order_of_numbers(seeds: Path) -> None:
     assert [facts.header.seed for facts in read_group(seeds)] == [0, 1, 10]
 
