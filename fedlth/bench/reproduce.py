@@ -50,7 +50,9 @@ class Row:
 
     def of_seed(self, seed: int, out: Path, given: Sequence[str] = ()) -> schema.Study:
         """Return the study of one seed; `given` are the user's own overrides, which come last."""
-        sets = [*self.overrides, *(f"{key}={seed}" for key in self.seed_keys), f"out={out}"]
+        # No arm changes another's result, and a row is of one.
+        arms = f"personalise.arms=[{self.arm}]"
+        sets = [arms, *self.overrides, *(f"{key}={seed}" for key in self.seed_keys), f"out={out}"]
         study = self._study([*sets, *given])
         if self.selects == "none" or study.evaluate.every:
             return study
