@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedlth.methods.client_update import UPDATE, VALUES, Inbox, MaskedUpdate, Own, Update, kept_private
+from fedlth.methods.client_update import VALUES, Inbox, MaskedUpdate, Own, Update, visited
 from fedlth.methods.method import FederatedMethod
 from fedlth.methods.options import OWN, averaged, check
 from fedlth.methods.proximal import personal_or, with_personal
@@ -21,7 +21,6 @@ from fedlth.training.local_client import LocalClient
 from fedlth.training.mixture import mixed
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.task import Task
-from fedlth.wire.payload import Content
 
 
 @dataclass(frozen=True)
@@ -36,17 +35,14 @@ class MixtureUpdate:
     keeps: ClassVar[int] = 1
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
-        held, task = self.shared.own(local, inbox, state), local.task
+        held = self.shared.own(local, inbox, state)
         seen = local.visit_scores(held.params)
         trained, personal, share = local.train_mixed(
             held.params, personal_or(local, state, held).params, self._share(state), recipe=local.recipe,
             active=held.mask, adapts=self.adaptive,
         )  # fmt: skip
-        sent, mask = task.shared_part(trained.params), task.shared_mask(held.mask)
-        new = with_personal(local, replace(state, visits=state.visits + 1), personal)
-        new = kept_private(local, new.with_(vectors={"alpha": np.array([share])}), trained.params)
-        metrics = {"loss": trained.loss, **seen, "density": float(held.mask.mean())}
-        return Update(new, {UPDATE: Content(mask, sent.floats, sent.ints)}, metrics)
+        state = with_personal(local, state, personal).with_(vectors={"alpha": np.array([share])})
+        return visited(local, state, Own(trained.params, held.mask), {"loss": trained.loss, **seen})
 
     def own(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Own:
         held, weights = self.shared.own(local, inbox, state), local.task.layout.num_params

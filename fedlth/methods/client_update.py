@@ -176,6 +176,17 @@ def kept_private(local: LocalClient, state: ClientState, params: Params) -> Clie
     return state.with_(vectors={"home": own.floats, "home_ints": own.ints})
 
 
+def visited(local: LocalClient, state: ClientState, held: Own, metrics: Mapping[str, float]) -> Update:
+    """Return how a visit ends: what is shared of the client's model goes up, all else stays in its state."""
+    task, mask = local.task, held.mask
+    sent, shared = task.shared_part(held.params), task.shared_mask(mask)
+    new = replace(state, visits=state.visits + 1)
+    if shared is not mask and not mask.all():
+        new = new.with_(masks={"active": mask})  # of personal tensors only the client knows what is alive
+    numbers = {**metrics, "density": int(np.count_nonzero(mask)) / mask.size}
+    return Update(kept_private(local, new, held.params), {UPDATE: Content(shared, sent.floats, sent.ints)}, numbers)
+
+
 @dataclass(frozen=True)
 class MaskedUpdate:
     """Merge, maybe prune, train under the mask, maybe prune, send what is alive of what is shared."""
@@ -191,20 +202,14 @@ class MaskedUpdate:
         return found
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
-        held, task = self.own(local, inbox, state), local.task
+        held = self.own(local, inbox, state)
         seen = local.visit_scores(held.params)
         params, mask = self.before(local, held.params, held.mask, None)
         recipe = self.recipe(local, local.recipe)
         trained = local.train(params, recipe=recipe, active=mask, snapshots=self.after.snapshots)
         params, mask = self.after(local, trained.params, mask, trained)
-        sent, shared = task.shared_part(params), task.shared_mask(mask)
-        metrics = {"loss": trained.loss, **seen, "density": int(np.count_nonzero(mask)) / mask.size}
-        new = replace(state, visits=state.visits + 1)
-        if shared is not mask and not mask.all():
-            new = new.with_(masks={"active": mask})  # of personal tensors only the client knows what is alive
-        content = Content(shared, sent.floats, sent.ints)
-        contents = {UPDATE: content, **self.also(local, params, mask)}
-        return Update(kept_private(local, new, params), contents, metrics)
+        update = visited(local, state, Own(params, mask), {"loss": trained.loss, **seen})
+        return replace(update, contents={**update.contents, **self.also(local, params, mask)})
 
     def also(self, local: LocalClient, params: Params, mask: np.ndarray, /) -> Mapping[str, Content]:
         """Return what goes up beside the trained weights, which are whole `params` under `mask`."""

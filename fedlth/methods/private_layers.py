@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from fedlth.methods.client_update import UPDATE, VALUES, Inbox, MaskedUpdate, Own, Update, kept_private
+from fedlth.methods.client_update import VALUES, Inbox, MaskedUpdate, Own, Update, visited
 from fedlth.methods.fedselect import crossing
 from fedlth.methods.method import FederatedMethod
 from fedlth.methods.options import OWN, at_least, averaged, check
@@ -28,7 +28,6 @@ from fedlth.training.local_client import LocalClient
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.study_recipe import budget_of
 from fedlth.training.task import Task
-from fedlth.wire.payload import Content
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,7 @@ class HeadThenBody:
             # Not the statistics: those of norms in the body are the body's.
             params = replace(params, floats=np.concatenate((moved.floats[:weights], params.floats[weights:])))
         trained = local.train(params, recipe=recipe, active=held.mask, trainable=body)
-        sent, mask = task.shared_part(trained.params), task.shared_mask(held.mask)
-        new = kept_private(local, replace(state, visits=state.visits + 1), trained.params)
-        metrics = {"loss": trained.loss, **seen, "density": float(held.mask.mean())}
-        return Update(new, {UPDATE: Content(mask, sent.floats, sent.ints)}, metrics)
+        return visited(local, state, Own(trained.params, held.mask), {"loss": trained.loss, **seen})
 
     def own(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Own:
         return self.shared.own(local, inbox, state)

@@ -18,13 +18,12 @@ import numpy as np
 
 from fedlth.methods.aggregate import CountMean
 from fedlth.methods.client_update import (
-    UPDATE,
     VALUES,
     Inbox,
     MaskedUpdate,
     Own,
     Update,
-    kept_private,
+    visited,
 )
 from fedlth.methods.method import FederatedMethod
 from fedlth.methods.options import OWN, at_least, averaged, check, positive
@@ -35,7 +34,6 @@ from fedlth.training.local_client import LocalClient
 from fedlth.training.pull import Proximal
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.task import Task
-from fedlth.wire.payload import Content
 
 
 @dataclass(frozen=True)
@@ -116,13 +114,11 @@ class EnvelopeUpdate:
     keeps: ClassVar[int] = 1
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
-        held, task = self.shared.own(local, inbox, state), local.task
+        held = self.shared.own(local, inbox, state)
         seen = local.visit_scores(held.params)
         shared, personal, loss = self._descend(local, held, local.recipe)
-        sent, mask = task.shared_part(shared), task.shared_mask(held.mask)
-        new = kept_private(local, with_personal(local, replace(state, visits=state.visits + 1), personal), shared)
-        metrics = {"loss": loss, **seen, "density": float(held.mask.mean())}
-        return Update(new, {UPDATE: Content(mask, sent.floats, sent.ints)}, metrics)
+        state = with_personal(local, state, personal)
+        return visited(local, state, Own(shared, held.mask), {"loss": loss, **seen})
 
     def own(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Own:
         return personal_or(local, state, self.shared.own(local, inbox, state))

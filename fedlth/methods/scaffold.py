@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fedlth.methods.aggregate import Contribution, CountMean, FedAvg
-from fedlth.methods.client_update import UPDATE, Inbox, MaskedUpdate, Update, kept_private
+from fedlth.methods.client_update import UPDATE, Inbox, MaskedUpdate, Own, Update, visited
 from fedlth.methods.method import FederatedMethod, Phase
 from fedlth.methods.options import check, positive
 from fedlth.methods.server_optimizer import Momentum, ServerOptimizer, stepped
@@ -73,11 +73,10 @@ class ControlledUpdate(MaskedUpdate):
         slope[:moves] = (begin.floats[:moves] - end.floats[:moves]) / np.float32(reach(recipe, local.num_train))
         now = Params(slope - correction, end.ints).masked(mask).floats
         now[moves:] = 0.0
-        new = kept_private(local, replace(state, visits=state.visits + 1), trained.params)
-        metrics = {"loss": trained.loss, **seen, "density": float(held.mask.mean())}
         change = Content(mask, Params(now - ours, end.ints).masked(mask).floats, np.zeros_like(end.ints))
-        sent = {UPDATE: Content(mask, end.floats, end.ints), DELTA_C: change}
-        return Update(new.with_(vectors={C: now}), sent, metrics)
+        update = visited(local, state, Own(trained.params, held.mask), {"loss": trained.loss, **seen})
+        contents = {**update.contents, DELTA_C: change}
+        return replace(update, state=update.state.with_(vectors={C: now}), contents=contents)
 
     def obstacle(self, recipe: TrainingRecipe) -> str:
         if isinstance(recipe.optimizer, Sgd):

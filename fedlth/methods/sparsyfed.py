@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from fedlth.methods.client_update import UPDATE, VALUES, Inbox, Own, Update, kept_private
+from fedlth.methods.client_update import VALUES, Inbox, Own, Update, visited
 from fedlth.methods.global_mask import UnionMean
 from fedlth.methods.method import FederatedMethod, Phase
 from fedlth.methods.options import OWN, TRAIN, at_least, check, density_of
@@ -36,7 +36,6 @@ from fedlth.training.flat_model import FlatModel
 from fedlth.training.local_client import LocalClient
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.view import Given, Gradient, elementwise
-from fedlth.wire.payload import Content
 
 
 @dataclass(frozen=True)
@@ -139,16 +138,10 @@ class PowerUpdate:
     sends: tuple[tuple[str, str], ...] = VALUES
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
-        held, task = self.own(local, inbox, state), local.task
+        held = self.own(local, inbox, state)
         seen = local.visit_scores(held.params)
         made, loss = self._trained(local, held, local.recipe)
-        sent, shared = task.shared_part(made.params), task.shared_mask(made.mask)
-        metrics = {"loss": loss, **seen, "density": int(np.count_nonzero(made.mask)) / made.mask.size}
-        new = replace(state, visits=state.visits + 1)
-        if shared is not made.mask and not made.mask.all():
-            new = new.with_(masks={"active": made.mask})
-        content = Content(shared, sent.floats, sent.ints)
-        return Update(kept_private(local, new, made.params), {UPDATE: content}, metrics)
+        return visited(local, state, made, {"loss": loss, **seen})
 
     def own(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Own:
         return TRAIN.own(local, inbox, state)
