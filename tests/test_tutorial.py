@@ -18,7 +18,9 @@ import pytest
 from fedlth.cli import main
 
 TEXT = (Path(__file__).parents[1] / "docs" / "tutorial.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.M | re.S)
+# Each is a story of its own, told in an empty folder.
+STORIES = re.split(r"^(?=## Your own text)", TEXT, flags=re.M)
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 VARIES = re.compile(r"\b[0-9a-f]{16}\b|~?[+−-]?\d+\.\d+|~\d+")  # hashes, numbers with a decimal point, what ~ marks
 
 
@@ -90,8 +92,10 @@ def run(command: str, shown: list[str]) -> str:
     return screen.getvalue()
 
 
-def test_the_tutorial_does_what_it_says(folder: Path) -> None:
-    for language, block in BLOCKS:
+@pytest.mark.parametrize("story", STORIES, ids=["images", "text"])
+def test_the_tutorial_does_what_it_says(folder: Path, story: str) -> None:
+    blocks = BLOCK.findall(story)
+    for language, block in blocks:
         if language == "console":
             for command, shown in session(block):
                 assert_shown(shown, run(command, shown), command)
@@ -101,4 +105,4 @@ def test_the_tutorial_does_what_it_says(folder: Path) -> None:
             path = folder / named.group(1)
             path.parent.mkdir(exist_ok=True)
             path.write_text(block)
-    assert {language for language, _ in BLOCKS} == {"python", "yaml", "console"}
+    assert {language for language, _ in blocks} == {"python", "yaml", "console"}
