@@ -23,9 +23,10 @@ class Spending:
     down_bytes, up_bytes: payloads, every receiver counted; total_bytes counts what one client sends another once;
     once_*: a broadcast counted once a round. All are without `beside_bytes`: what only serves to judge a run (the
     whole model for controls beside a slice, the metrics of step 2, evaluation between rounds). *_bits: bits of payload
-    for each exchanged number of the model and visit in a federated round. flops: of all clients' training, dense, 3
-    forwards an example; epochs: of a client. Step 2 counts with the arm that speaks for the method, not with its
-    controls. None: nothing was federated, or there is no fleet.
+    for each exchanged number of the model and visit in a federated round. flops: of all clients' training as it
+    was done, 3 forwards an example, counted dense; alive_flops: by what was alive in it; epochs: of a client. Step 2
+    counts with the arm that speaks for the method, not with its controls. None: nothing was federated, there is no
+    fleet, or an earlier version made the run (alive_flops).
     """
 
     down_bytes: float
@@ -37,6 +38,7 @@ class Spending:
     down_bits: float | None
     up_bits: float | None
     flops: float
+    alive_flops: float | None
     round_epochs: float
     own_epochs: float
     simulated_s: float | None
@@ -52,8 +54,10 @@ def spending(facts: Facts, choice: Choice) -> Spending:
     visits = {(row.round, row.phase, client) for row in counted if row.phase in joining for client in visitors_of(row)}
     numbers = len(visits) * facts.header.num_exchanged
     simulated = [simulated_s(facts, step=step) for step in (1, 2)]
-    flops, epochs = _rounds(facts, joining)
+    (flops, alive_flops), epochs = _rounds(facts, joining)
     rows = rows_of(facts, choice).values()
+    if alive_flops is not None:
+        alive_flops += math.fsum(row.train_flops_effective for row in rows)
     return Spending(
         down_bytes=moved.down_bytes,
         up_bytes=moved.up_bytes,
@@ -64,6 +68,7 @@ def spending(facts: Facts, choice: Choice) -> Spending:
         down_bits=8 * rounds.down_bytes / numbers if numbers else None,
         up_bits=8 * rounds.up_bytes / numbers if numbers else None,
         flops=flops + math.fsum(row.train_flops for row in rows),
+        alive_flops=alive_flops,
         round_epochs=epochs / max(1, facts.header.num_clients),
         own_epochs=float(np.mean([row.epochs + row.search_epochs for row in rows])) if rows else 0.0,
         simulated_s=None if simulated == [None, None] else math.fsum(found or 0.0 for found in simulated),
@@ -93,14 +98,21 @@ def _of_method(row: LedgerRow, joining: frozenset[str]) -> bool:
     return row.kind != "evaluation" and (row.kind != "metrics" or row.phase in joining)
 
 
-def _rounds(facts: Facts, joining: frozenset[str]) -> tuple[float, float]:
-    """Return FLOPs and epochs of all trainings in federated rounds, of all clients together."""
+def _rounds(facts: Facts, joining: frozenset[str]) -> tuple[tuple[float, float | None], float]:
+    """Return FLOPs (dense, alive) and epochs of all trainings in federated rounds, of all clients together.
+
+    Of a run of an earlier version they are those of an epoch on the dense network, and None.
+    """
     sizes = {row.client: row.num_train for row in facts.metrics}
     usual = float(np.median(list(sizes.values()))) if sizes else 0.0
-    flops = epochs = 0.0
-    for row in facts.times:
-        if row.phase in joining and row.client is not None:
-            trained = math.fsum(one.epochs for one in row.work if one.epochs and one.density is not None)
-            epochs += trained
-            flops += 3 * trained * sizes.get(row.client, usual) * facts.header.network(row.client)[1]
-    return flops, epochs
+    visits = [row for row in facts.times if row.phase in joining and row.client is not None]
+    done = [(row.client, one) for row in visits for one in row.work if one.epochs and one.density is not None]
+    epochs = math.fsum(one.epochs or 0.0 for _, one in done)
+    if all(one.flops is not None and one.alive_flops is not None for _, one in done):
+        counted = (one.flops or 0.0 for _, one in done), (one.alive_flops or 0.0 for _, one in done)
+        return (math.fsum(counted[0]), math.fsum(counted[1])), epochs
+    dense = (
+        3 * (one.epochs or 0.0) * sizes.get(client, usual) * facts.header.network(client)[1]
+        for client, one in done if client is not None
+    )  # fmt: skip
+    return (math.fsum(dense), None), epochs

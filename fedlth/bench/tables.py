@@ -121,8 +121,8 @@ def cost_table(board: Board, partition: str) -> Table:
     timed = any(e.cost.simulated_s is not None for e in board.entries[partition].values())
     header = (
         "method", "bytes down", "bytes up", "bytes down, broadcast once", "bytes up, once", "bytes beside",
-        "bits down per number and visit", "bits up per number and visit", "training FLOPs",
-        "epochs a client: rounds + own", *(("simulated time",) if timed else ()),
+        "bits down per number and visit", "bits up per number and visit", "training FLOPs, dense",
+        "FLOPs by what is alive", "epochs a client: rounds + own", *(("simulated time",) if timed else ()),
     )  # fmt: skip
     rows = []
     for line in board.lines[partition]:
@@ -133,8 +133,8 @@ def cost_table(board: Board, partition: str) -> Table:
         bits = (NOTHING if one is None else f"{one:.2f}" for one in (cost.down_bits, cost.up_bits))
         epochs = f"{count(round(cost.round_epochs, 1))} + {count(round(cost.own_epochs, 1))}"
         simulated = (duration(cost.simulated_s),) if timed else ()
-        rows.append((line.method, *(scaled(one, "B") for one in amounts), *bits, scaled(cost.flops, ""), epochs,
-                     *simulated))  # fmt: skip
+        flops = scaled(cost.flops, ""), NOTHING if cost.alive_flops is None else scaled(cost.alive_flops, "")
+        rows.append((line.method, *(scaled(one, "B") for one in amounts), *bits, *flops, epochs, *simulated))
     return Table(f"{partition}: what it cost, mean over seeds", header, tuple(rows))
 
 
@@ -312,6 +312,7 @@ def _cost(entry: Entry, line: Line) -> dict[str, object]:
         "down_bits_per_parameter_and_round": cost.down_bits,
         "up_bits_per_parameter_and_round": cost.up_bits,
         "training_flops": cost.flops,
+        "alive_training_flops": cost.alive_flops,
         "round_epochs": cost.round_epochs,
         "own_epochs": own,
         "simulated_seconds": cost.simulated_s,

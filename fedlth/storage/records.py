@@ -136,16 +136,19 @@ class RoundRow:
 class Work:
     """CPU time that a client spent: on a training at a density, an evaluation of so many examples, or a whole arm.
 
-    An arm's `last_cpu_s` is that of its last training; what came before is its search.
+    `flops` of a training are counted dense, `alive_flops` by what is alive; no earlier version wrote them. An arm's
+    `last_cpu_s` is that of its last training; what came before is its search.
     """
 
     OPTIONAL: ClassVar[frozenset[str]] = frozenset(
-        {"density", "epochs", "evaluated", "arm", "target_density", "last_cpu_s"}
+        {"density", "epochs", "flops", "alive_flops", "evaluated", "arm", "target_density", "last_cpu_s"}
     )
 
     cpu_s: float
     density: float | None = None
     epochs: float | None = None
+    flops: float | None = None
+    alive_flops: float | None = None
     evaluated: int | None = None
     arm: str | None = None
     target_density: float | None = None

@@ -223,8 +223,10 @@ class LocalClient:
         finally:
             alive = found[-1]
             cpu_s, epochs = cpu_seconds() - began, Fraction(steps, steps_an_epoch(self.num_train, batch_size))
-            self.work.append({"density": _share(alive), "epochs": plain_number(epochs), "cpu_s": cpu_s})
-            self.log.append(Cost(*flops(alive), steps, epochs, cpu_s))
+            cost = Cost(*flops(alive), steps, epochs, cpu_s)
+            amounts = {"flops": cost.flops, "alive_flops": cost.alive_flops, "cpu_s": cpu_s}
+            self.work.append({"density": _share(alive), "epochs": plain_number(epochs), **amounts})
+            self.log.append(cost)
 
     def gradients(self, at: Params, *, count: int = 0) -> Iterator[np.ndarray]:
         """Yield the gradient of the mean loss on each of `count` minibatches, (num_prunable,) float32; 0: of one pass.
