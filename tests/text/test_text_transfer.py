@@ -22,7 +22,9 @@ from tests.text.test_text_studies import MASKED, task_of
 pytest.importorskip("transformers")
 BERT_TICKETS: dict[str, Any] = {
     "finder": {"schedule": "linear", "scope": "global", "rewind": "init", "densities": [0.8, 0.7]},
-    "personalise": {"steps": 2, "epochs": None, "arms": ["ticket", "dense", "init_mask", "shuffled_values", "random"]},
+    "personalise": {
+        "steps": 2, "epochs": None, "lr": 1e-5, "arms": ["ticket", "dense", "init_mask", "shuffled_values", "random"],
+    },
 }  # fmt: skip
 
 
@@ -37,14 +39,14 @@ def test_the_study_and_its_matrix(tmp_path: Path, capsys: pytest.CaptureFixture[
     weights = pretrained(tmp_path)
     made = sentences.study(
         tmp_path / "data", model={"name": "hf", "options": weights, "personal": ["head.*"]},
-        tasks={"books": {"num_classes": 3}, "films": {}}, federate={"rounds": 1, "clients_per_round": 2},
+        tasks={"books": {"num_classes": 3}, "films": {}}, federate={"rounds": 0, "clients_per_round": 2},
         workers=1, **BERT_TICKETS,
     )  # fmt: skip
     tiny.run(made, tmp_path / "run")
     union = {
-        **MASKED, "options": {**MASKED["options"], **weights}, "clients": {"count": 1, "unseen": 0.0},
-        "partition": "iid", "federate": {"rounds": 0}, "method": {"name": "standalone"},
-        "personalise": {"steps": 4, "epochs": None, "arms": ["ticket"]}, "finder": BERT_TICKETS["finder"],
+        **MASKED, "options": None, "model": {"name": "hf", "options": {**MASKED["options"], **weights}},
+        "clients": {"count": 1, "unseen": 0.0}, "partition": "iid", "method": {"name": "standalone"},
+        "personalise": {**BERT_TICKETS["personalise"], "arms": ["ticket"]}, "finder": BERT_TICKETS["finder"],
     }  # fmt: skip
     lines: list[str] = []
     tiny.run(sentences.study(tmp_path / "data", **union), tmp_path / "mlm")
@@ -54,13 +56,12 @@ def test_the_study_and_its_matrix(tmp_path: Path, capsys: pytest.CaptureFixture[
     told = json.loads((tmp_path / "run" / "transfer" / "transfer.json").read_text())
     names = [row["mask"] for row in told["rows"]]
     assert names == [DENSE, ticket_name(0), ticket_name(1), "MLM", THETA_0]
-    assert [t["name"] for t in told["targets"]] == ["client 0 (films)", "client 1 (books)"]
+    assert [t["name"] for t in told["targets"]] == ["client 0 (books)", "client 1 (films)"]
     for row in told["rows"][1:]:
         assert all(cell["density"] == pytest.approx(0.7, abs=1e-3) for cell in row["cells"])
     mlm = next(row for row in told["rows"] if row["mask"] == "MLM")
-    assert 0.5 < mlm["mean_jaccard"] < 1
-    # Two steps hardly move a weight: exactly the case in which nothing can be said of universality.
-    assert "not testable" in capsys.readouterr().out and min(r["mean_jaccard"] for r in told["rows"][1:]) > 0.9
+    assert 0.9 < mlm["mean_jaccard"] < 1, "such a rate hardly moves a weight: nothing can be said of universality"
+    assert "All masks agree" in capsys.readouterr().out
     for metric in tiny.rows(tmp_path / "run", "metrics"):
         if metric["target_density"] == 0.7 and metric["arm"] in ("ticket", "init_mask"):
             name = ticket_name(metric["client"]) if metric["arm"] == "ticket" else THETA_0
