@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fedlth.engines.choose import check_engine, drive, without_effect
+from fedlth.engines.choose import check_engine, drive, engine_of, without_effect
 from fedlth.errors import StudyError
 from fedlth.experiment.experiment import Experiment
+from fedlth.experiment.other_ticket import OtherTicket, other_ticket
 from fedlth.experiment.resolve import resolve
 from fedlth.experiment.saved_ticket import load_ticket
 from fedlth.federation.session import versions
+from fedlth.federation.transfer import cells
 from fedlth.storage.header import read_header
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.store import write_atomic
+from fedlth.storage.transfer_cells import Cell
 from fedlth.study.schema import Study, dump, load
 from fedlth.tune import tuned
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Study", "check", "load", "load_ticket", "resume", "run"]
+__all__ = ["Study", "check", "load", "load_ticket", "resume", "run", "transfer"]
 
 ASKED = "asked.yaml"
 WHOLE = ".study.lock"
@@ -77,6 +80,38 @@ def check(study: Study) -> None:
     """Raise StudyError where the study cannot be run; build its data and model to know."""
     check_engine(study)
     resolve(study)
+
+
+def transfer(
+    run: Path | str, masks: Mapping[str, str], *, workers: int | None = None, clients: Sequence[int] = ()
+) -> list[tuple[Cell, ...]]:
+    """Return the transfer matrix of a finished run, or one for each of its seeds; what is missing of it is trained.
+
+    `masks` name tickets of other runs, as RUN or RUN:CLIENT. The same call goes on after a stop. `workers` and the
+    engine are the run's where nothing else is said. Raises StudyError where the run has no such matrix.
+    """
+    root, found = Path(run), []
+    folders = [root] if (root / "header.json").exists() else [f.parent for f in root.glob("*/header.json")]
+    for folder in map(RunFolder, sorted(folders, key=lambda one: read_header(one).seed)):
+        study = folder.study()
+        others = {name: _other(place, study.seed) for name, place in masks.items()}
+        engine = engine_of(study if workers is None else study.model_copy(update={"workers": workers}))
+        try:
+            found.append(cells(folder, engine, others, clients))
+        except KeyboardInterrupt:
+            log.info("stopped; what was trained is kept, and the same command goes on")
+            raise
+        finally:
+            engine.close()
+    if not found:
+        raise StudyError(f"{root}: no run here (header.json is missing)")
+    return found
+
+
+def _other(place: str, seed: int) -> OtherTicket:
+    run, colon, client = place.rpartition(":")
+    named = colon and client.isdecimal() and not Path(place).exists()
+    return other_ticket(Path(run), int(client), seed) if named else other_ticket(Path(place), None, seed)
 
 
 def _decided(study: Study, ready: Experiment) -> Study:

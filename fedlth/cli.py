@@ -99,6 +99,24 @@ def tickets(args: argparse.Namespace) -> int:
     return 0
 
 
+def transfer(args: argparse.Namespace) -> int:
+    require("fedlth transfer", "matplotlib", "scipy", extra="sim")
+    with importing():
+        from fedlth import api
+        from fedlth.report.transfer import transfer_text, write_transfer
+
+    pairs = [one.partition("=") for one in args.mask]
+    if wrong := [one for one, (name, _, place) in zip(args.mask, pairs, strict=True) if not (name and place)]:
+        raise StudyError(f"transfer: --mask must be NAME=RUN or NAME=RUN:CLIENT, got {wrong[0]!r}")
+    found = api.transfer(
+        args.run, {name: place for name, _, place in pairs}, workers=args.workers, clients=args.clients
+    )  # fmt: skip
+    path = write_transfer(args.run, found)
+    say(transfer_text(args.run, found))
+    say(f"\nmatrix: {path}")
+    return 0
+
+
 def list_(args: argparse.Namespace) -> int:
     from fedlth import catalogue
 
@@ -264,6 +282,17 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("what", choices=("ls", "show", "overlap"))
     sub.add_argument("run", type=Path, metavar="RUN")
     sub.add_argument("client", type=int, nargs="*", metavar="CLIENT")
+
+    text = (
+        "Trains every client's ticket, each --mask and theta_0's own mask on every client's data, from where the\n"
+        "run's tickets began and by its recipe; writes RUN/transfer/transfer.md, .csv, .json and .png. RUN is a run's\n"
+        "folder, or one with seeds, of which means are shown. The same command continues after a stop."
+    )
+    sub = command("transfer", transfer, "train every mask on every client's data", text)
+    sub.add_argument("run", type=Path, metavar="RUN")
+    sub.add_argument("--mask", action="append", default=[], metavar="NAME=RUN[:CLIENT]", help="a ticket of another run")
+    sub.add_argument("--clients", type=int, nargs="+", default=[], metavar="CLIENT", help="only these (default: all)")
+    sub.add_argument("--workers", type=int, metavar="N", help="processes (default: as the run's study says)")
 
     text = (
         "Kinds: methods, models, datasets, partitions, finders (or one of its parts: scores, ...), arms, engines;\n"

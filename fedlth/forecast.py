@@ -17,6 +17,7 @@ from fedlth.federation.forecast_bytes import forecast_bytes
 from fedlth.federation.forecast_time import Visit, forecast_time
 from fedlth.methods.fedselect import SelectUpdate
 from fedlth.methods.robust import holds_round
+from fedlth.personalization.arms import OF_TICKETS, at_init
 from fedlth.study.schema import Study
 from fedlth.study.sections import Tier
 from fedlth.tickets.finder import Finder
@@ -38,30 +39,31 @@ SEARCHES: Mapping[str, Callable[[Finder], Finder]] = {
     "ticket": lambda finder: finder,
     "ticket_0": lambda finder: replace(finder, rewind=ToInit()),
     "one_shot": lambda finder: replace(finder, schedule=OneShot()),
+    "init_mask": at_init,
 }
 
 
 def trainings(arm: str, experiment: Experiment) -> int:
     """Return how many trainings an arm takes, the dense one that a search begins with included.
 
-    Each is as long as `personalise` says. The random control's are those beside the search, which it shares with
-    `ticket`.
+    Each is as long as `personalise` says. A control's of the ticket's masks are those beside the search, which it
+    shares with `ticket`.
     """
     finder, targets = experiment.finder, experiment.study.finder.densities
     if arm in SEARCHES:
         return SEARCHES[arm](finder).trainings(targets)[1]
     once, longest = len(targets), finder.trainings(targets)[0] or int(not finder.learned(targets)[0])
     return {
-        "local": longest, "dense": 1, "dense_total": longest, "global_mask": once, "random": 3 * once, "own_random": 1,
-        "own_global_mask": 1,
+        "local": longest, "dense": 1, "dense_total": longest, "global_mask": once, "random": 3 * once,
+        "shuffled_values": once, "reinit": once, "own_random": 1, "own_global_mask": 1,
     }.get(arm, 0)  # fmt: skip
 
 
 def step2_epochs(experiment: Experiment) -> float:
     """Return the epochs of a client's step 2, the method's own training aside; what arms share counts once."""
     arms, finder, targets = set(experiment.arms), experiment.finder, experiment.study.finder.densities
-    if "random" in arms:
-        arms.add("ticket")  # the control walks the search for the masks where the arm does not
+    if arms & OF_TICKETS:
+        arms.add("ticket")  # a control walks the search for the masks where the arm does not
     searches = [SEARCHES[arm](finder) for arm in sorted(arms & SEARCHES.keys())]
     shared = max(0, ("dense" in arms) + sum(f.dense_first for f in searches) - 1)
     learned = finder.learned(targets)[0] * len({"local", "dense_total"} & arms) + sum(
@@ -288,7 +290,7 @@ def _memory_mb(experiment: Experiment) -> float:
     largest = max(len(c.train) + len(c.val) for c in task.splits.clients)
     example = sum(4 * int(np.prod(a.shape[1:])) for a in named(task.dataset.x_train).values())
     models = 12 + _step2_models(experiment)
-    masks = len(task.study.finder.densities) if "random" in experiment.arms else 0
+    masks = len(task.study.finder.densities) if OF_TICKETS & set(experiment.arms) else 0
     # What an optimizer remembers, and as much again while it makes a step; of what is trained alone.
     optimizers = (recipe.optimizer for recipe in recipes(experiment.study))
     moments = 2 * max(len(one.memory(torch.zeros(1))) for one in optimizers)
@@ -303,7 +305,7 @@ def _step2_models(experiment: Experiment) -> int:
     ticket before and the scores; an earlier global model to rewind to.
     """
     arms, finder = set(experiment.arms), experiment.finder
-    searching = bool(arms & {*SEARCHES, "random"})
+    searching = bool(arms & (SEARCHES.keys() | OF_TICKETS))
     anchor = finder.rewind.anchor
     return 2 + searching * (4 + 2 * finder.window + bool(anchor and "@" in anchor))
 

@@ -145,6 +145,7 @@ def test_help_is_light_and_quick() -> None:
         "bytes",
         "tickets",
         "partition",
+        "transfer",
         "lottery",
         "bench",
     ):

@@ -274,7 +274,7 @@ def layer_counts(step: Step2, mask: np.ndarray) -> list[int]:
 STUDY = tiny.study(finder={"densities": [0.5, 0.2, 0.1]})
 
 
-@pytest.mark.parametrize("arm", ["ticket", "ticket_0", "one_shot", "global_mask", "random"])
+@pytest.mark.parametrize("arm", ["ticket", "ticket_0", "one_shot", "global_mask", "random", "init_mask", "reinit"])
 def test_every_sparse_arm_gives_each_density_exactly(arm: str) -> None:
     step = step2_of(STUDY)
     got = results(step, arm)

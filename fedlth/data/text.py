@@ -100,12 +100,15 @@ class _Cut:
 
 
 def _named(files: str | Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return name -> files of each key; one alone has no name."""
+    """Return name -> files of each key, by name: a study's text, from which workers build, knows no other order.
+
+    One alone has no name.
+    """
     if isinstance(files, str) or (isinstance(files, Mapping) and files and files.keys() <= {*SPLITS}):
         return {"": files}
     if not isinstance(files, Mapping) or not files:
         raise wrong("data.options.files", "a file, {train, validation, test}, or a natural key's name -> these", files)
-    return {str(name): spec for name, spec in files.items()}
+    return dict(sorted((str(name), spec) for name, spec in files.items()))
 
 
 def _source(name: str, spec: Any, usual: Mapping[str, Any], key: Column | None) -> _Source:

@@ -30,14 +30,15 @@ def drive(experiment: Experiment, out: Path, *, again: bool, notes: Sequence[str
 
         run_under_flower(experiment, out, resume=again, notes=notes)
         return
-    engine = _engine(study)
+    engine = engine_of(study)
     if again:
         session.resume(out, engine)
     else:
         session.start(experiment, notes, out, engine)
 
 
-def _engine(study: Study) -> Engine:
+def engine_of(study: Study) -> Engine:
+    """Return the engine that a study names; in place of Flower, which has loops of its own, the in-process one."""
     if study.engine == "ray":
         from fedlth.engines.ray import RayEngine
 

@@ -14,10 +14,11 @@ from fedlth.methods.client_update import Keep, MaskedUpdate
 from fedlth.methods.fedselect import SelectUpdate
 from fedlth.methods.gossip import GossipUpdate
 from fedlth.methods.method import Dense, FederatedMethod
+from fedlth.personalization.arms import OF_TICKETS, REWOUND
 from fedlth.study.schema import Study
 
-SEARCH = frozenset({"ticket", "ticket_0", "one_shot", "random"})
-CUT = SEARCH | {"global_mask"}  # arms that hold a mask of the finder's scope
+SEARCH = OF_TICKETS | {"ticket", "ticket_0", "one_shot"}
+CUT = SEARCH | {"global_mask", "init_mask"}  # arms that hold a mask of the finder's scope
 OWN_MASK = frozenset({"own_random", "own_global_mask"})  # controls of a method's own mask
 LONG = frozenset({"local", "dense_total"})  # arms that train for as long as the search takes
 UNTRAINED = frozenset({"global", "own", "frozen_random"})
@@ -28,9 +29,9 @@ FINDER: dict[str, frozenset[str]] = {
     "score": SEARCH,
     "schedule": SEARCH - {"one_shot"} | LONG,
     "scope": CUT,
-    "rewind": SEARCH - {"ticket_0"},
+    "rewind": REWOUND,
     "granularity": CUT | OWN_MASK,
-    "dead": SEARCH,
+    "dead": SEARCH | {"init_mask"},
     "gate": SEARCH,
     "stop": SEARCH,
     "densities": CUT | LONG,

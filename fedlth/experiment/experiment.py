@@ -30,6 +30,7 @@ from fedlth.methods.method import (
 from fedlth.methods.robust import with_rule
 from fedlth.methods.space import SPACES
 from fedlth.models.layout import Entry, Layout, Params
+from fedlth.personalization.arms import REWOUND
 from fedlth.personalization.evaluate import Evaluate
 from fedlth.personalization.kept import At, Keep, keep_of
 from fedlth.personalization.newcomer import NEWCOMERS, phases_of
@@ -333,7 +334,7 @@ class Experiment:
     def rewind_targets(self) -> list[str]:
         """Name the earlier global models that step 2 rewinds to; they are kept and shipped once each."""
         anchor = self.finder.rewind.anchor
-        searched = {"ticket", "one_shot", "random"} & set(self.arms)
+        searched = REWOUND & set(self.arms)
         # theta_g@0 is theta_0, which every client draws from the seed.
         return [anchor] if anchor and "@" in anchor and anchor != "theta_g@0" and searched else []
 

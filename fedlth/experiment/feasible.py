@@ -12,6 +12,7 @@ from fedlth.data.sources import SOURCES
 from fedlth.errors import StudyError
 from fedlth.experiment.effects import CUT, FINDER, LONG
 from fedlth.experiment.experiment import Experiment
+from fedlth.models.initial import refuse
 from fedlth.models.layout import Layout
 from fedlth.rng import stream
 from fedlth.study.schema import Study
@@ -24,9 +25,12 @@ def check(study: Study, experiment: Experiment) -> list[str]:
     """Return notes on options that this data set or model leaves without effect; `study` knows what was given.
 
     Raises StudyError where a schedule or scope fails, a density keeps no weight, or a move of the mask or a rewind
-    lies beyond some client's training.
+    lies beyond some client's training, or the arm `reinit` would begin with the weights that a model brings.
     """
     finder, arms, task = experiment.finder, set(experiment.arms), experiment.task
+    if "reinit" in arms:
+        for one in task.each:
+            refuse(one.model.brought, "personalise.arms")
     for layout in (one.layout for one in task.each):
         if arms & (CUT | LONG):
             _check_masks(finder, study.finder.densities, layout, dry=bool(arms & CUT))

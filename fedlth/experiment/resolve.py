@@ -24,7 +24,7 @@ from fedlth.methods.rules import check_rule
 from fedlth.models.call import call
 from fedlth.models.initial import refuse, torch_stream
 from fedlth.personalization import kept
-from fedlth.personalization.arms import arm_of
+from fedlth.personalization.arms import REWOUND, arm_of
 from fedlth.rng import stream
 from fedlth.storage.trackers import trackers_of
 from fedlth.study.schema import Study
@@ -233,7 +233,7 @@ def _own_recipes(experiment: Experiment) -> list[str]:
 def _checked_task(experiment: Experiment, task: Task, arms: set[str]) -> list[str]:
     _check_recipes(task)
     method, notes = experiment.method, task.probe()
-    if experiment.finder.rewind.anchor == "reinit" and arms & {"ticket", "one_shot", "random"}:
+    if experiment.finder.rewind.anchor == "reinit" and arms & REWOUND:
         refuse(task.model.brought, "finder.rewind")
     if "random" in arms and task.model.brought:
         notes.append(f"arm random: starts from {' and '.join(experiment.random_starts)} alone; {task.model.brought}")

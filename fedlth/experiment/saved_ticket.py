@@ -22,6 +22,7 @@ from fedlth.models.layout import Layout, Params, layout_of, read
 from fedlth.storage import ticket_file
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.run_folder import RunFolder
+from fedlth.study.schema import Study
 from fedlth.training.client_tasks import own_study
 from fedlth.training.model_context import initial_module
 from fedlth.training.task import Task
@@ -105,8 +106,8 @@ def load_ticket(run: str | Path, client: int) -> nn.Module:
         return _filled(path, Path(run), arrays, metadata)
 
 
-def _filled(path: Path, run: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> nn.Module:
-    """Build the run's network and copy the ticket into it; every tensor of both is checked."""
+def network_of(path: Path, run: Path, metadata: Mapping[str, str]) -> tuple[Study, nn.Module]:
+    """Return the study of a ticket's client, and its network as the run began with it; most tickets need no data."""
     study = RunFolder(run).study()
     if name := metadata.get("task"):
         if name not in study.tasks:
@@ -120,7 +121,12 @@ def _filled(path: Path, run: Path, arrays: Mapping[str, np.ndarray], metadata: M
     else:  # files of version 0.1 do not say what goes in: the data set does
         dataset = load(study.data.name, root=study.data.root, options=study.data.options)
         num_classes, shape = dataset.num_classes, dataset.input_shape
-    module = initial_module(study.model, num_classes, shape, study.seed)
+    return study, initial_module(study.model, num_classes, shape, study.seed)
+
+
+def _filled(path: Path, run: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> nn.Module:
+    """Build the run's network and copy the ticket into it; every tensor of both is checked."""
+    study, module = network_of(path, run, metadata)
     layout, place = layout_of(module, ()), f"{path}: {study.model.name}"
     own = read(module, layout)
     if "frozen" in metadata:

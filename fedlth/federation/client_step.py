@@ -15,8 +15,10 @@ from fedlth.methods.attack import Aim, attacked
 from fedlth.methods.client_update import NEXT_MASK, THETA_G, UPDATE, Update, sends_in
 from fedlth.methods.method import KNOWN, Phase
 from fedlth.personalization.personalise import EVALUATION
+from fedlth.personalization.transfer import phase_of as transfer_phase
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.records import party
+from fedlth.storage.transfer_cells import TRANSFER
 from fedlth.training.local_client import Cost, LocalClient
 from fedlth.wire import mask as bitmap
 from fedlth.wire import metrics, payload
@@ -30,7 +32,7 @@ def client_step(job: Job) -> Reply:
     """Decode, restore, train, encode. Pure but for its caches: equal jobs give equal replies on every engine."""
     began = time.perf_counter()
     experiment = open_experiment(job.study)
-    phase = experiment.phase(job.phase)
+    phase = _phase(experiment, job.phase)
     if job.version and job.state is None:
         return _resync(job, began, bytes(8))
     state = experiment.first_state(job.client) if job.state is None else ClientState.from_bytes(job.state)
@@ -69,6 +71,13 @@ def client_step(job: Job) -> Reply:
         flops=cost.flops,
         alive_flops=cost.alive_flops,
     )
+
+
+def _phase(experiment: Experiment, name: str) -> Phase:
+    """Return a phase of the study by name, or the one that comes after every run."""
+    if name == TRANSFER:
+        return transfer_phase(experiment.phase("personalise").update)
+    return experiment.phase(name)
 
 
 def _resync(job: Job, began: float, held: bytes) -> Reply:

@@ -17,11 +17,13 @@ from fedlth.models.layout import Params
 from fedlth.personalization.step2 import Result, Step2
 from fedlth.storage.client_state import ClientState
 from fedlth.study.parts import imported
-from fedlth.tickets.controls import recounted_mask, shuffled_mask
+from fedlth.tickets.controls import permuted_values, recounted_mask, shuffled_mask
+from fedlth.tickets.criteria import LargeInit
 from fedlth.tickets.finder import Finder
+from fedlth.tickets.gate import Always, AtTarget
 from fedlth.tickets.granularity import Element, Granularity
 from fedlth.tickets.rewind import ToInit
-from fedlth.tickets.schedule import OneShot
+from fedlth.tickets.schedule import OneShot, Rescore
 from fedlth.tickets.search import find
 from fedlth.training.budget import Budget
 from fedlth.training.local_client import Cost, LocalClient, plain_number
@@ -72,16 +74,63 @@ def global_mask(step: Step2) -> Iterator[Result]:
         yield trained(step, "global_mask", "theta_g", mask, target=target)
 
 
+def at_init(finder: Finder) -> Finder:
+    """Return the finder that prunes theta_0 by its own magnitudes: no training, no gate; then it goes on as this one.
+
+    A rewind to trained weights has to train them first.
+    """
+    schedule = OneShot() if finder.rewind.anchor is None else Rescore(steps=1)
+    return replace(finder, score=LargeInit(), schedule=schedule, gate=Always(), stop=AtTarget())
+
+
+def init_mask(step: Step2) -> Iterator[Result]:
+    """theta_0's own magnitude mask, trained from where the ticket is: both ends know it, so it costs no mask bytes.
+
+    "Pruning theta_0 directly" of Chen et al., BERT-Tickets, NeurIPS 2020, arXiv 2007.12223.
+    """
+    yield from _found("init_mask", at_init(step.finder), step)
+
+
+def shuffled_values(step: Step2) -> Iterator[Result]:
+    """The ticket's mask on the weights that it rewinds to, the values of each prunable tensor in another order.
+
+    BERT-Tickets' shuffled theta_0. A rewind to trained weights has those of theta_g here.
+    """
+    start, size = step.finder.rewind.anchor or "theta_g", step.local.full.size
+    floats = step.anchor(start).floats.copy()
+    floats[:size] = permuted_values(floats[:size], step.local.task.layout, step.local.rng("shuffled values"))
+    yield from _under_ticket(step, "shuffled_values", start, replace(step.anchor(start), floats=floats))
+
+
+def reinit(step: Step2) -> Iterator[Result]:
+    """The ticket's mask on another draw of the initialisation (model.reinit_options), not rescaled."""
+    yield from _under_ticket(step, "reinit", "reinit", step.anchor("reinit"))
+
+
+def _under_ticket(step: Step2, arm: str, start: str, begin: Params) -> Iterator[Result]:
+    """Train other weights under each of the ticket's masks; where the search diverged there is no such mask."""
+    for target, mask, diverged in _masks(step):
+        if diverged:
+            yield Result(arm=arm, params=begin, mask=mask, target=target, start=start, diverged=True)
+        else:
+            yield trained(step, arm, start, mask, target=target, begin=begin)
+
+
+def _masks(step: Step2) -> list[tuple[float, np.ndarray, bool]]:
+    """Return what the arm `ticket` has found, searched for where it has not run."""
+    if not step.masks:
+        deque(_found("ticket", step.finder, step), maxlen=0)
+    return step.masks
+
+
 def random_ticket(step: Step2) -> Iterator[Result]:
     """A random mask of the ticket's layer counts; the best of three starts, chosen on validation data.
 
     A model that brings its weights has no third start: another draw would be theta_0 again.
     Where the ticket's search diverged before it had a mask, the counts are those of a random score's.
     """
-    if not step.masks:
-        deque(_found("ticket", step.finder, step), maxlen=0)
     layout, full = step.local.task.layout, step.local.full
-    for target, counted, diverged in step.masks:
+    for target, counted, diverged in _masks(step):
         mask = _shuffled(step, counted, f"random@{target}", step.finder.granularity)
         if diverged:
             drawn = step.finder.pick(step.local.rng(f"random@{target}").random(full.size), full, layout, target)
@@ -153,6 +202,9 @@ ARMS: Mapping[str, Arm] = {
     "ticket_0": ticket_0,
     "one_shot": one_shot,
     "global_mask": global_mask,
+    "init_mask": init_mask,
+    "shuffled_values": shuffled_values,
+    "reinit": reinit,
     "random": random_ticket,
     "own": own,
     "own_tuned": own_tuned,
@@ -160,6 +212,8 @@ ARMS: Mapping[str, Arm] = {
     "own_global_mask": own_global_mask,
     "frozen_random": frozen_random,
 }
+OF_TICKETS = frozenset({"shuffled_values", "reinit", "random"})  # controls that take the masks which `ticket` has found
+REWOUND = OF_TICKETS | {"ticket", "one_shot", "init_mask"}  # arms that go where the finder's rewind says
 
 
 def row_name(name: str) -> str:

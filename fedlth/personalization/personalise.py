@@ -18,7 +18,7 @@ from fedlth.methods.client_update import (
     received_params,
 )
 from fedlth.methods.space import Space, Weights
-from fedlth.personalization.arms import arm_of, tuned
+from fedlth.personalization.arms import OF_TICKETS, arm_of, tuned
 from fedlth.personalization.kept import Keep, remembered, target_of
 from fedlth.personalization.step2 import Result, Step2
 from fedlth.storage.client_state import ClientState
@@ -57,7 +57,7 @@ class Personalise:
     def _results(self, local: LocalClient, inbox: Inbox, state: ClientState) -> Iterator[Result]:
         """Yield the models one at a time: each is let go, for it holds a whole model."""
         step = self.step2(local, inbox, state)
-        for name in sorted(self.arms, key="random".__eq__):  # last: it shuffles the masks that the ticket has found
+        for name in sorted(self.arms, key=OF_TICKETS.__contains__):  # last: they take the ticket's masks
             yield from arm_of(name)(step)
 
     def step2(self, local: LocalClient, inbox: Inbox, state: ClientState) -> Step2:

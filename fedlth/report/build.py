@@ -26,6 +26,8 @@ from fedlth.report.headline import against, done, honest_notes, numbers, overlap
 from fedlth.report.known_arms import arm_of
 from fedlth.report.newcomers import newcomers_table
 from fedlth.report.results import Results, results_of
+from fedlth.report.sparsity import sparsity_table
+from fedlth.report.sparsity import told as sparsity_told
 from fedlth.report.tables import (
     COST,
     RENDERERS,
@@ -38,6 +40,7 @@ from fedlth.report.tables import (
 )
 from fedlth.report.units import scaled
 
+TABLES = ("clients", "bytes", "chosen", "fleet", "curve", "tasks", "newcomers", "sparsity")  # of the page, as they are
 ONE_SEED = "one seed, so BCa bootstrap over clients; they say nothing about what another seed would give."
 SEEDS = "hierarchical bootstrap, seeds first and then the clients of each; with so few seeds still rather narrow."
 
@@ -60,6 +63,7 @@ def write_report(run: Path) -> Path:
     more = {
         "chosen": chosen_table(results), "fleet": tiers_table(results), "curve": curve_table(results),
         "tasks": tasks_table(results), "newcomers": newcomers_table(results),
+        "sparsity": sparsity_table(results),
     }  # fmt: skip
     tables |= {name: table for name, table in more.items() if table.rows}
     try:
@@ -190,7 +194,8 @@ def page(results: Results, *, tables: Mapping[str, Table], figures: Sequence[Dra
         arms=arms,
         runs=[_provenance(facts) for facts in group],
         fleet_text=fleet_text(results),
-        **{name: tables.get(name) for name in ("clients", "bytes", "chosen", "fleet", "curve", "tasks", "newcomers")},
+        sparsity_text=sparsity_told(group),
+        **{name: tables.get(name) for name in TABLES},
     )
 
 

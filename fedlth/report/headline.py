@@ -23,6 +23,8 @@ from fedlth.storage.records import RoundRow
 PERMUTATION_LEVEL = 0.01
 # What columns of the summary are called in a terminal, and those that do not fit one.
 TERMINAL = {"worst decile": "worst 10 %", "hurt vs global %": "hurt %"}
+# Arms at equal density that the main arm is held against.
+CONTROLS = ("global_mask", "init_mask", "one_shot", "shuffled_values", "reinit", "random", "handed")
 LEFT_OUT = ("hurt vs local %", "diverged", *COST)
 
 
@@ -99,7 +101,7 @@ def rivals(results: Results) -> list[ArmSummary]:
     """Return the arms that the main arm is held against: single ones, a user's own, then controls at equal density."""
     if results.main is None:
         return []
-    same = [replace(results.main, arm=arm) for arm in ("global_mask", "one_shot", "random", "handed")]
+    same = [replace(results.main, arm=arm) for arm in CONTROLS]
     single = ("global", "local", "dense", "dense_total", "own_random", "own_global_mask", "frozen_random")
     users = dict.fromkeys(one.choice.arm for one in results.summaries if is_users(one.choice.arm))
     found = [results.best_known(arm) for arm in (*single, *users)]

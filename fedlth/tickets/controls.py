@@ -36,6 +36,11 @@ def shuffled_mask(
     return groups.spread(out)
 
 
+def permuted_values(weights: np.ndarray, layout: Layout, rng: np.random.Generator) -> np.ndarray:
+    """Return the (num_prunable,) weights with the values of every tensor in another order, pruned or not."""
+    return np.concatenate([weights[:0], *(rng.permutation(weights[e.slice]) for e in layout.prunable)])
+
+
 def recounted_mask(mask: np.ndarray, score: np.ndarray, layout: Layout, granularity: Granularity) -> np.ndarray:
     """Return the mask of the highest scores, with the same count in every layer (of whole groups) as `mask` has."""
     groups = granularity.groups(layout)

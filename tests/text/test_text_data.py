@@ -54,6 +54,13 @@ def test_every_format_gives_the_same_data(tmp_path: Path) -> None:
     assert mask.sum(1).tolist() == data.lengths_train["input_ids"].tolist() == [6, 5, 5, 3]
 
 
+def test_keys_stand_in_the_order_of_their_names(tmp_path: Path) -> None:
+    """A run that began with `tweets` before `amazon` could not be resumed: its text, sorted, has them the other way."""
+    files = sentences.write(tmp_path, ("tweets", "amazon"))
+    one, other = (read(tmp_path, files=dict(order)) for order in (files.items(), sorted(files.items())))
+    assert list(files) == ["tweets", "amazon"] and one.digest() == other.digest()
+
+
 class Folder(dict[str, Any]):
     """What `datasets` gives of a folder with splits."""
 
