@@ -61,7 +61,7 @@ def units_of(base: nn.Module, prefix: str) -> dict[str, Units]:
     """Return the units of every tensor that holds any, by its name under `prefix`."""
     found: dict[str, Units] = {}
     for name, layer, form in layers(base):
-        whole, split = f"{prefix}.{name}", 3 // len(form.reads)
+        whole, split = f"{prefix}.{name}".strip("."), 3 // len(form.reads)
         for of, makers, reader, parts, size in (
             (f"{whole}.heads", form.reads, form.output, split, _head_size(layer, form)),
             (f"{whole}.channels", (form.first,), form.second, 1, 1),
