@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedlth.api import check, load, load_ticket, resume, run
+    from fedlth.api import check, load, load_small, load_ticket, resume, run, save_small
     from fedlth.data.dataset import Dataset
     from fedlth.errors import StudyError
     from fedlth.methods.aggregate import Contribution
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "check": "api", "load": "api", "load_ticket": "api", "resume": "api", "run": "api",
+    "check": "api", "load": "api", "load_small": "api", "load_ticket": "api", "resume": "api", "run": "api",
+    "save_small": "api",
     "Study": "study.schema", "StudyError": "errors", "Dataset": "data.dataset", "Evidence": "tickets.evidence",
     "FederatedMethod": "methods.method", "Phase": "methods.method", "MaskedUpdate": "methods.client_update",
     "Update": "methods.client_update", "Contribution": "methods.aggregate", "ServerState": "storage.server_state",
@@ -30,7 +31,7 @@ _HOMES = {
 
 __all__ = [
     "Contribution", "Dataset", "Evidence", "FederatedMethod", "MaskedUpdate", "Phase", "ServerState", "Study",
-    "StudyError", "Update", "__version__", "check", "load", "load_ticket", "resume", "run",
+    "StudyError", "Update", "__version__", "check", "load", "load_small", "load_ticket", "resume", "run", "save_small",
 ]  # fmt: skip
 
 

@@ -94,6 +94,12 @@ def tickets(args: argparse.Namespace) -> int:
     from fedlth.report import ticket_text as told
     from fedlth.report.facts import read_run
 
+    if args.what == "small":
+        from fedlth.experiment.small_ticket import save_small
+
+        for saved in told.named(read_run(args.run), args.client):
+            say(told.small(save_small(args.run, saved.client, args.out and args.out / saved.path.stem)), end="")
+        return 0
     act = {"ls": told.listing, "show": told.shown, "overlap": told.overlapping}[args.what]
     say(act(read_run(args.run), args.client), end="")
     return 0
@@ -276,12 +282,14 @@ def parser() -> argparse.ArgumentParser:
     text = (
         "ls       one line a ticket: client, arm, hash, density, size on disk\n"
         "show     metadata, and shape and density of every tensor, of the named clients\n"
-        "overlap  Jaccard over pairs of tickets, chance, correlation with the clients' labels; all, or those named"
+        "overlap  Jaccard over pairs of tickets, chance, correlation with the clients' labels; all, or those named\n"
+        "small    write the named clients' tickets of whole heads and channels as the smaller networks that they are"
     )
     sub = command("tickets", tickets, "list, show and compare a run's saved tickets", text)
-    sub.add_argument("what", choices=("ls", "show", "overlap"))
+    sub.add_argument("what", choices=("ls", "show", "overlap", "small"))
     sub.add_argument("run", type=Path, metavar="RUN")
     sub.add_argument("client", type=int, nargs="*", metavar="CLIENT")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="of small: parent of the folders (default RUN/small)")
 
     text = (
         "Trains every client's ticket, each --mask and theta_0's own mask on every client's data, from where the\n"

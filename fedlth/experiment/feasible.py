@@ -51,12 +51,13 @@ def _check_masks(finder: Finder, targets: tuple[float, ...], layout: Layout, *, 
             return
         place = "granularity"
         groups = finder.granularity.groups(layout)
-        if not hasattr(finder.scope, "counts") and not round(targets[-1] * groups.layout.num_prunable):
-            what = "prunable weights" if groups.layout is layout else "prunable groups"
-            raise _empty("finder.densities", targets[-1], groups.layout.num_prunable, what)
+        counted = groups.weights or groups.layout
+        if not hasattr(finder.scope, "counts") and not round(targets[-1] * counted.num_prunable):
+            what = "prunable weights" if counted is layout else "prunable groups"
+            raise _empty("finder.densities", targets[-1], counted.num_prunable, what)
         place = "scope"
         size = groups.layout.num_prunable
-        kept = finder.kept(stream(0, "dry run").random(size), np.ones(size, bool), groups.layout, targets[-1])
+        kept = finder.kept(stream(0, "dry run").random(size), np.ones(size, bool), groups, targets[-1])
     except (StudyError, MemoryError):
         raise
     except Exception as error:  # the user's code may raise anything

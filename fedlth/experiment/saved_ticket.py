@@ -102,7 +102,7 @@ def load_ticket(run: str | Path, client: int) -> nn.Module:
         arrays = ticket_file.opened(tensors, metadata)
     except (KeyError, ValueError) as error:
         raise StudyError(f"{path}: expected a ticket, got {error}") from error
-    with _undisturbed():
+    with undisturbed():
         return _filled(path, Path(run), arrays, metadata)
 
 
@@ -182,7 +182,7 @@ def _why_none(run: Path, client: int) -> str:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Put torch's threads and the global generators of torch, numpy and random back as they were."""
     threads, dice, numbers = torch.get_num_threads(), random.getstate(), np.random.get_state()
     try:

@@ -85,7 +85,8 @@ def hf(
             settings.num_labels = num_classes
             settings.problem_type = "regression" if task == "regression" else "single_label_classification"
         net = _net(getattr(library, auto), settings, None if init == "random" else folder)
-        module = Transformer(net, None if auto != "AutoModel" else num_classes, task, pooling, decoder)
+        source = None if folder is None else folder.resolve()
+        module = Transformer(net, None if auto != "AutoModel" else num_classes, task, pooling, decoder, source)
         choose(module, module.base, trains, frozen, pools=pooling == "own" and task != "masked_lm")
     _check_length(module, input_shape["input_ids"])
     return module

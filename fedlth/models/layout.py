@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,12 +20,31 @@ HEAD = "@head"  # among glob patterns of tensors: those of the network's last la
 
 
 @dataclass(frozen=True)
+class Units:
+    """Attention heads or feed-forward channels in a tensor: its dimension `dim` is `parts` x `count` x what each has.
+
+    `of` names them, a layer's heads or its channels, and is the same in every tensor that holds them.
+    """
+
+    of: str
+    count: int
+    dim: int
+    parts: int = 1
+
+    def along(self, size: int) -> np.ndarray:
+        """Return which unit each place of the dimension belongs to, (size,)."""
+        part = size // self.parts
+        return np.arange(size) % part // (part // self.count)
+
+
+@dataclass(frozen=True)
 class Entry:
     """One tensor of a model: where it lies in its flat vector and what may be done with it.
 
     `role` is "param" or "buffer"; integer and bool buffers live in the int64 vector (`is_int`).
     Tied names are one entry: `name` is the smallest, the others are `aliases`. `place` is the tensor's rank in the
-    module's own order, which names do not tell ("10.weight" sorts before "2.weight").
+    module's own order, which names do not tell ("10.weight" sorts before "2.weight"). `units` are the heads or channels
+    that it holds, where the module says so.
     """
 
     name: str
@@ -37,6 +57,7 @@ class Entry:
     norm: bool = False
     aliases: tuple[str, ...] = ()
     place: int = 0
+    units: Units | None = None
 
     @property
     def size(self) -> int:
@@ -198,8 +219,12 @@ class Params:
         state.update(self.ints.tobytes())
         return state.hexdigest()
 
+    def within(self, mask: np.ndarray) -> bool:
+        """Say whether every prunable value is zero where `mask` is False, to the bit."""
+        return not ((self.floats[: mask.size].view(np.uint32) != 0) & ~mask).any()
+
     def masked(self, mask: np.ndarray) -> Params:
-        """Return params whose prunable values are zero where `mask` (num_prunable,) bool is False."""
+        """Return a copy whose prunable values are zero where `mask` (num_prunable,) bool is False; self if nowhere."""
         if mask.all():
             return self
         floats = np.empty_like(self.floats)
@@ -227,9 +252,20 @@ def _number(entries: Iterable[Entry]) -> tuple[Entry, ...]:
     return tuple(numbered)
 
 
+@runtime_checkable
+class WithUnits(Protocol):
+    """A module with heads and channels."""
+
+    def units(self) -> Mapping[str, Units]: ...
+
+
 def layout_of(module: nn.Module, prunable: Iterable[str]) -> Layout:
-    """Read a module's layout; raise StudyError at a dtype that cannot be exchanged exactly."""
+    """Read a module's layout; raise StudyError at a dtype that cannot be exchanged exactly.
+
+    A module may say by `units()` which of its tensors hold heads or channels: name -> Units.
+    """
     wanted = set(prunable)
+    units: Mapping[str, Units] = module.units() if isinstance(module, WithUnits) else {}
     norms = {id(p) for m in module.modules() if _is_norm(m) for p in (*m.parameters(False), *m.buffers(False))}
     tensors: dict[int, tuple[torch.Tensor, str, list[str]]] = {}
     persistent = set(module.state_dict(keep_vars=True))
@@ -255,6 +291,7 @@ def layout_of(module: nn.Module, prunable: Iterable[str]) -> Layout:
                 norm=id(tensor) in norms,
                 aliases=tuple(rest),
                 place=place,
+                units=units.get(first),
             )
         )
     return Layout(_number(entries))

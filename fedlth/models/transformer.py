@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedlth.models.heads import narrow, units_of
+from fedlth.models.layout import Units
 from fedlth.models.transformer_parts import linear, merged
+
+SMALL = "fedlth_small"  # in config.json, beside the family's own settings: what a network that has lost units is
+CHANNELS = ("intermediate_size", "hidden_dim", "n_inner")  # what configurations call the number of channels
+TOKENIZER = (  # what AutoTokenizer reads
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
+)  # fmt: skip
 
 
 class Given(nn.Module):
@@ -26,10 +37,14 @@ class Transformer(nn.Module):
     """A network of `transformers`, its parts under their own names: the encoder's as in every model of its family.
 
     With `outputs`, `net` is the encoder alone, and a linear `head` of so many outputs sees its last layer, pooled.
+    `source` is the folder that its weights came from.
     """
 
-    def __init__(self, net: Any, outputs: int | None, task: str, pooling: str, decoder: bool) -> None:
+    def __init__(
+        self, net: Any, outputs: int | None, task: str, pooling: str, decoder: bool, source: Path | None = None
+    ) -> None:
         super().__init__()
+        self.source, self.narrowed = source, False
         self.prefix, self.task, self.pooling, self.decoder = str(net.base_model_prefix), task, pooling, decoder
         if outputs is None:
             for name, part in net.named_children():
@@ -50,6 +65,12 @@ class Transformer(nn.Module):
     @property
     def config(self) -> Any:
         return self._hidden[0].config
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there is an embedding for."""
+        base: Any = self.base
+        return int(base.get_input_embeddings().num_embeddings)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None,
@@ -99,6 +120,15 @@ class Transformer(nn.Module):
             if linear(part) and not {"pooler", "embeddings"} & {*name.split(".")} and "lora_" not in name:
                 yield part.get_parameter("weight")
 
+    def units(self) -> dict[str, Units]:
+        """Return the attention heads and feed-forward channels of every tensor that holds any."""
+        return units_of(self.base, self.prefix)
+
+    def narrow(self, kept: Mapping[str, np.ndarray]) -> None:
+        """Cut heads and channels out in place: of those in `kept`, name -> (count,) bool, the True stay."""
+        narrow(self, self.units(), self.base, kept)
+        self.narrowed = True
+
     def plain_state(self) -> dict[str, Tensor]:
         """Return copies of all tensors under the names of `transformers`, adapters merged, a tied tensor once."""
         found: dict[str, Tensor] = {}
@@ -109,16 +139,42 @@ class Transformer(nn.Module):
                 found[name] = tensor.detach().cpu().clone().contiguous()
         return found
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors, from which `from_pretrained` of plain transformers loads them.
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many heads and channels each layer has, by name."""
+        return {unit.of: unit.count for unit in self.units().values()}
 
-        Of a network with the family's own head that is the whole network; else the encoder, our `head` beside it.
+    @property
+    def plain(self) -> bool:
+        """Say whether transformers alone can load what `save_pretrained` writes: it is as wide in every layer."""
+        heads, channels = self._widths()
+        return len(channels) < 2 and heads <= {getattr(self.config, "num_attention_heads", 0)}
+
+    def _widths(self) -> tuple[set[int], set[int]]:
+        found = {kind: {n for of, n in self.counts.items() if of.endswith(kind)} for kind in (".heads", ".channels")}
+        return found[".heads"], found[".channels"]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, model.safetensors and the tokenizer's files, for `from_pretrained` of plain transformers.
+
+        Of a network with the family's own head that is the whole network; else the encoder, our `head` beside it. One
+        that has lost heads, or has layers of unequal width, only `load_small` opens: no configuration says what it is.
         """
         from safetensors.torch import save_file
 
-        net = self._hidden[0]
+        net, folder = self._hidden[0], Path(folder)
         config = copy.deepcopy(net.config)
         config.architectures = [type(net).__name__]
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        if self.narrowed:
+            channels = self._widths()[1]
+            if len(channels) == 1:
+                setattr(config, next(name for name in CHANNELS if hasattr(config, name)), channels.pop())
+            outputs = config.vocab_size if self.task == "masked_lm" else config.num_labels
+            told = {"units": self.counts, "outputs": outputs, "task": self.task, "pooling": self.pooling}
+            setattr(config, SMALL, told)
+        folder.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(folder)
-        save_file(self.plain_state(), str(Path(folder) / "model.safetensors"), metadata={"format": "pt"})
+        save_file(self.plain_state(), str(folder / "model.safetensors"), metadata={"format": "pt"})
+        for file in (self.source / name for name in TOKENIZER) if self.source is not None else ():
+            if file.is_file() and self.source != folder.resolve():
+                shutil.copyfile(file, folder / file.name)

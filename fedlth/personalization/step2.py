@@ -112,7 +112,8 @@ class Step2:
                 f"finder.schedule.every: all moves must come before a training's end; client {self.local.client} has "
                 f"{steps} steps, got a move at {last_step}"
             )
-        start = start if held else start.masked(mask)
+        if not held:  # a search's start is masked already, and a model as large as this one is not copied for nothing
+            start = self._cleared(start if start.within(mask) else start.masked(mask), mask)
         shared = start is self.theta_g and bool(mask.all()) and recipe.budget == self.recipe.budget
         window = min(window, recipe.budget.passes(*size))
         found = self.known.get(recipe) if shared else None
@@ -130,6 +131,14 @@ class Step2:
         if isinstance(found[0], str):
             raise FloatingPointError(found[0])
         return found[0]
+
+    def _cleared(self, start: Params, mask: np.ndarray) -> Params:
+        """Return a start without what a pruned unit has beside its weights, where the granularity knows of such."""
+        clear = getattr(self.finder.granularity, "cleared", None)
+        if clear is None or mask.all():
+            return start
+        found: Params = clear(start, mask, self.local.task.layout)
+        return found
 
     def _walked(self, start: Params, mask: np.ndarray, recipe: TrainingRecipe, held: bool, window: int) -> Walked:
         passes = recipe.budget.passes(self.local.num_train, recipe.batch_size)

@@ -11,7 +11,7 @@ from fedlth.models.layout import Layout
 from fedlth.tickets.checks import check_chains, check_kept, check_parts
 from fedlth.tickets.dead import Dead, Zero
 from fedlth.tickets.gate import Always, AtTarget, Gate, Stop
-from fedlth.tickets.granularity import Element, Granularity
+from fedlth.tickets.granularity import Element, Granularity, Groups, kept_units
 from fedlth.tickets.rewind import Rewind
 from fedlth.tickets.schedule import Schedule
 from fedlth.tickets.scope import Scope
@@ -101,12 +101,18 @@ class Finder:
     def pick(self, score: np.ndarray, alive: np.ndarray, layout: Layout, density: float) -> np.ndarray:
         """Return the mask (num_prunable,) of what stays of `alive` at `density`, in whole groups."""
         groups = self.granularity.groups(layout)
-        return groups.spread(self.kept(groups.reduced(score), groups.reduced(alive) > 0, groups.layout, density))
+        return groups.spread(self.kept(groups.reduced(score), groups.reduced(alive) > 0, groups, density))
 
     def chains(self, targets: tuple[float, ...]) -> tuple[tuple[float, ...], ...]:
         """Return the schedule's chains; raise StudyError where they are none."""
         return check_chains(self.schedule, self.schedule(targets), targets)
 
-    def kept(self, score: np.ndarray, alive: np.ndarray, layout: Layout, density: float) -> np.ndarray:
+    def kept(self, score: np.ndarray, alive: np.ndarray, groups: Groups, density: float) -> np.ndarray:
         """Return the mask (num_groups,) that the scope keeps; raise StudyError where its count is not exact."""
-        return check_kept(self.scope, self.scope(score, alive, layout, density), alive, layout, density)
+
+        def choose(score: np.ndarray, alive: np.ndarray, layout: Layout) -> np.ndarray:
+            return check_kept(self.scope, self.scope(score, alive, layout, density), alive, layout, density)
+
+        if groups.weights is None:
+            return choose(score, alive, groups.layout)
+        return kept_units(groups, score, alive, choose)

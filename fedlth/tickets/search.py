@@ -243,7 +243,7 @@ class _Search:
         alive = self.groups.reduced(at.mask) > 0
 
         def keep(score: np.ndarray) -> np.ndarray:
-            return self.finder.kept(score, alive, self.groups.layout, density)
+            return self.finder.kept(score, alive, self.groups, density)
 
         return Proposal(keep(score), lambda: is_tied(score, keep))
 

@@ -14,6 +14,7 @@ from fedlth.models.layout import Entry, Layout, Params
 from fedlth.study.schema import Study
 from fedlth.study.sections import TaskSpec
 from fedlth.training.model_context import ModelContext
+from fedlth.training.study_recipe import shown_by
 
 OWN = ""  # the name of the study's own task, for keys without an entry
 SHOWN = 10  # keys in an error
@@ -163,7 +164,8 @@ def _told(e: Entry | None) -> str:
 def own_model(study: Study, dataset: Dataset, common: ModelContext, place: str) -> ModelContext:
     """Return a task's network: drawn from the stream of theta_0, as the study's own; shared tensors are its."""
     shared = Shared(common, study.model.personal or (), place)
-    return ModelContext(spec=study.model, dataset=dataset, seed=study.seed, share=shared)
+    shown = shown_by(study, dataset)
+    return ModelContext(spec=study.model, dataset=dataset, seed=study.seed, share=shared, shown=shown)
 
 
 def as_seen(dataset: Dataset, num_classes: int) -> Dataset:

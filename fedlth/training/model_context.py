@@ -11,7 +11,8 @@ import numpy as np
 from torch import nn
 
 from fedlth.data.dataset import Dataset
-from fedlth.data.ragged import Shape
+from fedlth.data.examples import Examples
+from fedlth.data.ragged import Shape, named
 from fedlth.data.tensors import inputs
 from fedlth.errors import StudyError
 from fedlth.kernel import kernel
@@ -57,11 +58,17 @@ def alone(params: Params, layout: Layout) -> Params:
     return params
 
 
+def as_they_are(examples: Examples) -> Examples:
+    """Change nothing of what a network is given."""
+    return examples
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ModelContext:
     """What a model section decides before anything trains; weights are drawn from named streams of `seed`.
 
-    `share` puts the tensors that this network has in common with another into theta_0.
+    `share` puts the tensors that this network has in common with another into theta_0. `shown` makes of examples what
+    the network is given of them.
     """
 
     spec: ModelSpec
@@ -69,6 +76,7 @@ class ModelContext:
     seed: int
     init: Init = AsDrawn()
     share: Callable[[Params, Layout], Params] = alone
+    shown: Callable[[Examples], Examples] = as_they_are
 
     def module(self) -> nn.Module:
         """Return a fresh module as theta_0 was drawn."""
@@ -77,6 +85,7 @@ class ModelContext:
     @cached_property
     def _built(self) -> tuple[Layout, Params]:
         module = self.module()
+        _check_tokens(self.spec.name, module, self.dataset)
         layout = layout_of(module, prunable_names(module, self.spec.prunable))
         drawn = self.init(read(module, layout), layout, stream(self.seed, "theta_0"))
         return layout, self.share(drawn, layout)
@@ -153,7 +162,7 @@ class ModelContext:
         """Forward FLOPs an example of each parameter's layer, by torch's flop counter; "" is the whole model."""
         few = inputs(self.dataset, np.arange(min(2, len(self.dataset.y_train))), train=True)
         with torch_stream(0):
-            layers, total = layer_flops(self.module(), few.batch(slice(None)).x)
+            layers, total = layer_flops(self.module(), self.shown(few.batch(slice(None))).x)
         return {**layers, "": total}
 
 
@@ -163,3 +172,15 @@ def initial_module(spec: ModelSpec, num_classes: int, input_shape: Shape, seed: 
         spec.name, num_classes=num_classes, input_shape=input_shape, options=spec.options,
         seed=torch_seed(seed, "theta_0"),
     )  # fmt: skip
+
+
+def _check_tokens(name: str, module: nn.Module, dataset: Dataset) -> None:
+    """Refuse tokens that a network has no embedding for; one that says how many it knows has a `vocabulary`."""
+    size: int | None = getattr(module, "vocabulary", None)
+    parts = (named(x).get("input_ids") for x in (dataset.x_train, dataset.x_test)) if size is not None else ()
+    most = max((int(tokens.max()) for tokens in parts if tokens is not None and tokens.size), default=-1)
+    if size is not None and most >= size:
+        raise StudyError(
+            f"data.options.tokenizer: must give tokens below {size}, the vocabulary of model {name}, got {most}; name "
+            "the model's own tokenizer"
+        )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from typing import Any
 
+from fedlth.data.dataset import Dataset
+from fedlth.data.examples import Examples
 from fedlth.errors import StudyError
 from fedlth.study import schema, sections
 from fedlth.study.parts import imported, make, options_of
 from fedlth.training.budget import Budget
-from fedlth.training.loss import CrossEntropy, Loss, MeanSquaredError, OfBatch
+from fedlth.training.loss import CrossEntropy, Loss, MeanSquaredError, OfBatch, examined, plain
 from fedlth.training.pull import NO_PULL
 from fedlth.training.recipe import PARTS, TrainingRecipe
 
@@ -79,6 +81,15 @@ def loss_of(spec: Mapping[str, Any] | None, num_classes: int, targets: str = "cl
     takes = factory is not None and callable(factory) and "num_classes" in options_of(factory)
     found: Loss = part("loss", {"num_classes": num_classes, **spec} if takes else spec, where)
     return found
+
+
+def shown_by(study: schema.Study, dataset: Dataset) -> Callable[[Examples], Examples]:
+    """Return what makes of examples that which the study's network is given of them: tokens hidden, say."""
+    return partial(_shown, study.train.loss, dataset.num_classes, dataset.targets)
+
+
+def _shown(spec: Mapping[str, Any] | None, num_classes: int, targets: str, examples: Examples) -> Examples:
+    return examined(plain(loss_of(spec, num_classes, targets)), examples)
 
 
 def part(kind: str, spec: Mapping[str, Any], where: str) -> Any:

@@ -39,7 +39,7 @@ from fedlth.training.metrics import Judged, OfAll, counted, judged, rows
 from fedlth.training.model_context import ModelContext
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import drawn_request
-from fedlth.training.study_recipe import loss_of
+from fedlth.training.study_recipe import loss_of, shown_by
 from fedlth.training.train import train
 from fedlth.training.tuned import tune
 
@@ -331,7 +331,7 @@ def _task(science: str) -> Task:
     study = schema.build(json.loads(science))
     given = study.model_dump(mode="json", include={"data", "partition", "clients"})
     dataset, splits = _divided(json.dumps(given, sort_keys=True))
-    model = ModelContext(spec=study.model, dataset=dataset, seed=study.seed)
+    model = ModelContext(spec=study.model, dataset=dataset, seed=study.seed, shown=shown_by(study, dataset))
     exchange = _crosses(study, model.layout.moving)
     _check_names(model.layout)
     if study.model.theta_0 is not None and study.model.theta_0 != model.fixed:

@@ -18,7 +18,8 @@ from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingRequest, TrainingResult
 from fedlth.training.view import Ask, Gradient, Pass
 
-EXACT = (Sgd, Adam, AdamW)  # optimizers that are known to leave alone what must not move
+EXACT = (Sgd, Adam, AdamW)  # optimizers that are known to leave alone what must not move, and see each number alone
+PIECE = 1 << 18  # numbers that a step of these works on at once: what it makes on the way then stays in the cache
 
 
 def train(model: FlatModel, request: TrainingRequest) -> TrainingResult:
@@ -37,14 +38,16 @@ def _train(model: FlatModel, request: TrainingRequest, gradient: Gradient | None
     size = layout.num_trained if gradient is None else layout.num_params
     weights, grad = model.flat[:size], model.grad[:size]
     free = request.free(layout)
-    keep = None if free is None or free[:size].all() else model.arranged(free[:size].astype(np.float32))
+    keep = None if free is None or free[:size].all() else model.arranged(free[:size])
     model.load(request.start)
     if request.active is not None and not request.active.all():
-        weights[: layout.num_prunable].mul_(model.arranged(request.active.astype(np.float32)))
+        weights[: layout.num_prunable].mul_(model.arranged(request.active))
     anchor = _anchor(model, request)[:size] if recipe.pulls else None
     if gradient is not None:  # the module's memory is then what the network sees, and these what is trained
         weights = weights.clone()
     foreign = keep is not None and not isinstance(recipe.optimizer, EXACT)
+    whole = not isinstance(recipe.optimizer, EXACT)
+    pieces = [slice(None)] if whole else [slice(at, at + PIECE) for at in range(0, size, PIECE)]
     memory, step, loss_sum = recipe.optimizer.memory(grad), 0, 0.0
     model.module.train()
     for epoch, parts in enumerate(request.batches, 1):
@@ -65,10 +68,13 @@ def _train(model: FlatModel, request: TrainingRequest, gradient: Gradient | None
                     grad.mul_(keep)
                 if recipe.clip_norm is not None:
                     clip(grad, recipe.clip_norm)
-                direction = recipe.optimizer(grad, weights, memory, step + 1, keep)
-                if foreign and keep is not None:
-                    direction = direction * keep
-                weights.add_(direction, alpha=-request.rates[step])
+                for piece in pieces:
+                    held = None if keep is None else keep[piece].to(weights.dtype)
+                    known = tuple(one[piece] for one in memory) if len(pieces) > 1 else memory
+                    direction = recipe.optimizer(grad[piece], weights[piece], known, step + 1, held)
+                    if foreign and held is not None:
+                        direction = direction * held
+                    weights[piece].add_(direction, alpha=-request.rates[step])
             step += 1
         if epoch in request.snapshots:
             _put(model, weights)

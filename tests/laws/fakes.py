@@ -24,6 +24,7 @@ from fedlth.tickets.search import Found, Walked, find
 from tests.tiny import small_layout
 
 LAYOUT = small_layout()
+IN_TENSORS = [name for name in GRANULARITIES if name != "heads_and_channels"]  # whose laws are in test_heads.py
 SIZE = LAYOUT.num_prunable
 FULL = np.ones(SIZE, bool)
 TABLES: dict[str, Any] = {

@@ -20,7 +20,7 @@ from fedlth.tickets.schedule import SCHEDULES
 from fedlth.tickets.scope import SCOPES, survivors
 from fedlth.tickets.score import SCORES
 from fedlth.tickets.search import find
-from tests.laws.fakes import ANCHORS, FULL, LAYOUT, SIZE, TABLES, FakeNetwork, finder, params, walk
+from tests.laws.fakes import ANCHORS, FULL, IN_TENSORS, LAYOUT, SIZE, TABLES, FakeNetwork, finder, params, walk
 
 TARGETS = (0.6, 0.3, 0.05)
 QUICK: dict[str, Any] = {"rescore": {"name": "rescore", "steps": 3}, "constant": {"name": "constant", "rounds": 2}}
@@ -39,7 +39,8 @@ def compositions() -> list[dict[str, Any]]:
     some += [{"score": s, "schedule": t, "rewind": rewind_for(s, "init")} for s in SCORES for t in SCHEDULES]
     some = [one for one in some if one.get("score") != "slow_movement" or one["schedule"] not in QUICK]
     for kind in ("granularity", "dead", "gate", "stop"):
-        some += [{kind: name, "schedule": t} for name in TABLES[kind] for t in SCHEDULES]
+        names = IN_TENSORS if kind == "granularity" else TABLES[kind]
+        some += [{kind: name, "schedule": t} for name in names for t in SCHEDULES]
     for one in some:
         if one["schedule"] in ("rescore", "constant"):
             one |= {part: plain for part, plain in (("gate", "always"), ("stop", "target")) if part in one}

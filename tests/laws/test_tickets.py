@@ -23,7 +23,7 @@ from fedlth.tickets.schedule import SCHEDULES, Cubic, Iterative, Linear, Rescore
 from fedlth.tickets.scope import SCOPES, Global, HalfOutput, NOfM, survivors
 from fedlth.tickets.score import SCORES, Inverted, Shuffled
 from fedlth.tickets.select import apportion, is_tied, keep_top, keep_top_each
-from tests.laws.fakes import FULL, LAYOUT, SIZE, TABLES, evidence
+from tests.laws.fakes import FULL, IN_TENSORS, LAYOUT, SIZE, TABLES, evidence
 
 EVERY_PART = [(kind, name) for kind, table in TABLES.items() for name in table]
 TARGETS = (0.6, 0.3, 0.05)
@@ -238,7 +238,7 @@ def test_n_of_m_keeps_the_best_n_of_every_run_after_any_path(n: int, m: int) -> 
             assert kept.sum() == n and of[kept].min() > np.delete(of, np.flatnonzero(kept)).max()
 
 
-@pytest.mark.parametrize("name", GRANULARITIES)
+@pytest.mark.parametrize("name", IN_TENSORS)
 def test_groups_partition_each_tensor_and_spread_is_the_inverse_of_reduce(name: str) -> None:
     groups = GRANULARITIES[name]().groups(LAYOUT)
     count = groups.layout.num_prunable
@@ -253,7 +253,7 @@ def test_groups_partition_each_tensor_and_spread_is_the_inverse_of_reduce(name: 
 def test_what_the_groups_are() -> None:
     conv, head = LAYOUT.prunable
     assert (conv.shape, head.shape) == ((3, 1, 3, 3), (4, 108))
-    sizes = {n: [e.size for e in GRANULARITIES[n]().groups(LAYOUT).layout.prunable] for n in GRANULARITIES}
+    sizes = {n: [e.size for e in GRANULARITIES[n]().groups(LAYOUT).layout.prunable] for n in IN_TENSORS}
     assert sizes == {"element": [27, 432], "row": [3, 4], "channel": [1, 108], "block": [3, 27]}
     rows = GRANULARITIES["row"]().groups(LAYOUT).spread(np.arange(7))[head.slice].reshape(head.shape)
     assert (rows == np.arange(3, 7)[:, None]).all()

@@ -157,6 +157,22 @@ def test_an_exported_encoder_comes_back(tmp_path: Path) -> None:
     assert torch.equal(dict(own.named_parameters())[names[0]], ours[names[0]])
 
 
+def test_an_exported_network_has_its_tokenizer(tmp_path: Path) -> None:
+    made().save_pretrained(tmp_path / "first")
+    assert not list((tmp_path / "first").glob("token*"))  # random weights come from no folder
+    library = pytest.importorskip("tokenizers")
+    words = library.Tokenizer(library.models.WordLevel({"[UNK]": 0, "good": 1, "film": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = library.pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "first" / "tokenizer.json"))
+    (tmp_path / "first" / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]"}'
+    )
+    made(config=None, path=str(tmp_path / "first")).save_pretrained(tmp_path / "second")
+    found = transformers.AutoTokenizer.from_pretrained(tmp_path / "second")
+    assert found("a good film")["input_ids"] == [0, 1, 2]
+    made(config=None, path=str(tmp_path / "second")).save_pretrained(tmp_path / "second")  # onto itself
+
+
 def test_a_folder_that_lacks_weights_is_refused(tmp_path: Path) -> None:
     made("roberta").save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace('"roberta"', '"bert"'))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fedlth.catalogue import listing
+from fedlth.data.tensors import inputs
 from fedlth.engines.forked import Forked
 from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
@@ -22,6 +23,7 @@ from fedlth.models.call import call
 from fedlth.models.transformer import Transformer
 from fedlth.study.schema import Study
 from fedlth.training.evaluation import evaluate
+from fedlth.training.loss import examined
 from fedlth.training.task import Task, open_task
 from tests import tiny
 from tests.test_server_state import Stopped, stop
@@ -163,5 +165,15 @@ def test_tokens_beyond_the_vocabulary_are_named(tmp_path: Path) -> None:
     made = sentences.study(tmp_path / "data", data={"tokenizer": {"words": 60}}, method={"name": "fedavg"})
     small = {**sentences.config("bert"), "vocab_size": 8}
     made = made.model_copy(update={"model": made.model.model_copy(update={"options": {"config": small}})})
-    with pytest.raises(StudyError, match="model: hf fails on a batch .*: IndexError"):
+    with pytest.raises(StudyError, match="data.options.tokenizer: must give tokens below 8, the vocabulary of model"):
         resolve(made)
+
+
+def test_flops_of_masked_words_count_what_is_decoded(tmp_path: Path) -> None:
+    task = task_of(sentences.study(tmp_path / "data", method={"name": "fedavg"}, **MASKED))
+    few = examined(task.loss, inputs(task.dataset, np.arange(2), train=True).batch(slice(None)))
+    asked = int((few.y != -100).sum())
+    assert 0 < asked < few.y.numel()
+    flops = task.model.flops
+    assert flops["cls.predictions.transform.dense.weight"] == 2 * asked * 16 * 16 // 2
+    assert flops["bert.encoder.layer.0.attention.self.query.weight"] == 2 * few.y.numel() * 16 * 16 // 2
