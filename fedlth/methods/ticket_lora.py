@@ -40,9 +40,10 @@ class UnderOwnMask(MaskedUpdate):
     def own(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Own:
         mask, theta_0 = state.masks.get("active"), local.task.theta_0
         if mask is None:
+            first = replace(local, stage="own mask", round=0)  # whatever the round in which it is first asked for
             evidence = replace(
-                local.evidence(start=theta_0, now=theta_0, mask=local.full, density=self.density),
-                gradient=lambda weights: mean_gradient(local, theta_0, self.batches),  # counted, as a device's work is
+                first.evidence(start=theta_0, now=theta_0, mask=local.full, density=self.density),
+                gradient=lambda weights: mean_gradient(first, theta_0, self.batches),  # counted, as a device's work is
             )
             mask = Layerwise()(self.score(evidence), local.full, local.task.layout, self.density)
         return Own(merged(local, inbox, state).masked(mask), mask)
@@ -52,7 +53,7 @@ def ticket_lora(density: float = 0.5, score: str | dict[str, Any] = "snip", batc
     check(density=density_of(density), batches=at_least(0, batches))
     update = UnderOwnMask(density=density, score=score_of(score), batches=batches)
     return FederatedMethod(
-        name="ticket_lora", paper="FedSLIP's setting, from a summary; the score: Lee et al., ICLR 2019, arXiv 1810.02340",
+        name="ticket_lora", paper="FedSLIP's setting, by a summary; score: Lee et al., ICLR 2019, arXiv 1810.02340",
         summary="a local mask of frozen pre-trained weights under adapters that all share (control: score: random)",
         phases=(averaged(update),), arms=(*OWN, "own_random", "own_global_mask"), prunable=(FROZEN,),
     )  # fmt: skip

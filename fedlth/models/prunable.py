@@ -38,7 +38,7 @@ def prunable_names(module: nn.Module, patterns: Sequence[str] | None) -> tuple[s
         glob = pattern.removeprefix("!")
         hits = {key for key in trainable if any(fnmatchcase(name, glob) for name in names[key])}
         if glob == FROZEN:
-            hits = (_own(module) & frozen) or (_default(module) & frozen)
+            hits = (_own(module) or _default(module)) & frozen
         if not hits and glob == FROZEN:
             raise StudyError(
                 f"model.prunable: {FROZEN} (what the masks of method ticket_lora are over) needs a model with weights "

@@ -52,7 +52,7 @@ class FlatModel:
             tensor.data = self._view(self.flat, e)
             if e.trainable or e.prunable:
                 tensor.grad = self._view(self.grad, e)
-        self._frozen = [named[e.name] for e in layout.prunable if not e.trainable]
+        self.frozen = [named[e.name] for e in layout.prunable if not e.trainable]
 
     def _moved(self, e: Entry) -> bool:
         return self.forward.channels_last and e.role == "param" and len(e.shape) == 4
@@ -86,11 +86,11 @@ class FlatModel:
     def all_differentiable(self) -> Iterator[None]:
         """Let prunable weights have a gradient that no training changes: a score of masks over them asks for it."""
         try:
-            for tensor in self._frozen:
+            for tensor in self.frozen:
                 tensor.requires_grad_(True)
             yield
         finally:
-            for tensor in self._frozen:
+            for tensor in self.frozen:
                 tensor.requires_grad_(False)
 
     def load(self, params: Params) -> None:
