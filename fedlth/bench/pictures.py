@@ -161,7 +161,8 @@ class Pareto:
         number, lines = numbers(self.board), self._lines()
         values = [shown.factor * line.summary.mean for line in lines]
         low, high = limits(values)
-        ends = [end for line, value in zip(lines, values, strict=True) if low <= value <= high
+        reach = (0.0, 100.0) if shown.measure.percent else (-np.inf, np.inf)
+        ends = [float(np.clip(end, *reach)) for line, value in zip(lines, values, strict=True) if low <= value <= high
                 for end in _ends(line, shown.factor)]  # fmt: skip
         room = 0.5 * (high - low)  # a wide interval is cut off rather than that it flattens all means
         bottom, top = max(low - room, min([low, *ends])), min(high + room, max([high, *ends]))
@@ -181,7 +182,7 @@ class Pareto:
         step = [name for name in front if low <= y[name] <= high]
         axes.plot([places[one, ""] for one in step], [y[one] for one in step], color=theme.gain, linewidth=1.2,
                   zorder=1, drawstyle="steps-post")  # fmt: skip
-        inside: dict[str, tuple[float, float]] = {}
+        inside, bars = dict[str, tuple[float, float]](), list[tuple[float, float, float]]()
         for line, value in zip(lines, values, strict=True):
             name, place = line.method, places[line.method, line.control]
             marker, arm = MARKS[line.control] if line.control else ("o", "")
@@ -192,18 +193,20 @@ class Pareto:
                 axes.annotate(said if arm else f"{number[name]} {said}", (place, edge), ha="center", va="center",
                               fontsize=8, color=colour if arm else theme.ink)  # fmt: skip
                 continue
-            axes.plot([place] * 2, np.clip(_ends(line, shown.factor) or [value] * 2, bottom - pad, top + pad),
-                      color=colour, linewidth=1.2, alpha=0.55, zorder=2)  # fmt: skip
+            bar = np.clip(
+                _ends(line, shown.factor) or [value] * 2, max(bottom - pad, reach[0]), min(top + pad, reach[1])
+            )
+            bars.append((place, float(bar[0]), float(bar[1])))
+            axes.plot([place] * 2, bar, color=colour, linewidth=1.2, alpha=0.55, zorder=2)
             if arm and low <= y[name] <= high:
                 axes.plot([places[name, ""], place], [y[name], value], color=theme.faint, linewidth=0.8, zorder=1)
             axes.plot(place, value, marker, color=theme.page if not arm and name not in front else colour,
                       markeredgecolor=colour, markersize=7 if marker == "*" else 5, markeredgewidth=1.2, zorder=3,
                       clip_on=False)  # fmt: skip
             inside |= {} if arm else {name: (place, value)}
-        dots = [inside[name] for name in sorted(inside, key=lambda one: (one not in front, number[one]))]
-        for name, place, (right, up) in zip(
-            sorted(inside, key=lambda one: (one not in front, number[one])), dots, beside(axes, dots), strict=True
-        ):
+        told = sorted(inside, key=lambda one: (one not in front, number[one]))
+        dots = [inside[name] for name in told]
+        for name, place, (right, up) in zip(told, dots, beside(axes, dots, bars), strict=True):
             far = abs(right) > 14 or abs(up) > 14
             axes.annotate(str(number[name]), place, (right, up), textcoords="offset points", ha="center", va="center",
                           fontsize=8, fontweight="bold" if name in front else "normal", color=theme.ink, zorder=5,
@@ -262,12 +265,18 @@ def limits(values: Sequence[float]) -> tuple[float, float]:
     return min(known), max(known)
 
 
-def beside(axes: Axes, places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return where each dot's number goes, in points from it: the nearest room that covers no dot and no number."""
+def beside(
+    axes: Axes, places: Sequence[tuple[float, float]], bars: Sequence[tuple[float, float, float]]
+) -> list[tuple[float, float]]:
+    """Return where each dot's number goes, in points from it: the nearest room that covers no dot, bar or number.
+
+    bars: (x, low, high).
+    """
     figure = axes.get_figure(root=True)
     assert figure is not None
     scale = 72 / figure.dpi
-    dots = scale * axes.transData.transform(np.array(places))
+    dots = scale * axes.transData.transform(np.array(places).reshape(-1, 2))
+    ends = scale * axes.transData.transform([(x, y) for x, *both in bars for y in both]).reshape(-1, 2, 2)
     box = [scale * end for end in axes.bbox.extents]
     angles = np.deg2rad([135, 90, 45, 315, 0, 180, 225, 270, 20, 160, 200, 340, 70, 110, 250, 290])
     rays = [(r * np.cos(a), r * np.sin(a)) for r in range(10, 260, 5) for a in angles]
@@ -279,6 +288,7 @@ def beside(axes: Axes, places: Sequence[tuple[float, float]]) -> list[tuple[floa
             a, b = dot + ray
             within = box[0] + 8 < a < box[2] + 12 and box[1] + 6 < b < box[3] + 4
             clear = all(abs(a - c) > 9 or abs(b - d) > 8 for c, d in dots)
+            clear &= all(abs(a - x) > 7 or not low - 5 < b < high + 5 for (x, low), (_, high) in ends)
             return bool(within and clear and all(abs(a - c) > 15 or abs(b - d) > 10 for c, d in taken))
 
         ray = next((ray for ray in rays if free(ray)), rays[0])
