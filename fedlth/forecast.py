@@ -292,8 +292,8 @@ def _memory_mb(experiment: Experiment) -> float:
     # What an optimizer remembers, and as much again while it makes a step; of what is trained alone.
     optimizers = (recipe.optimizer for recipe in recipes(experiment.study))
     moments = 2 * max(len(one.memory(torch.zeros(1))) for one in optimizers)
-    trained = task.layout.trained
-    numbers = models * task.layout.num_floats + moments * (trained.stop - trained.start)
+    trained = len(range(task.layout.num_params)[task.layout.trained])
+    numbers = models * task.layout.num_floats + moments * trained
     return 350 + (data + largest * example + 4 * numbers + masks * task.layout.num_prunable) / 1e6
 
 
@@ -349,6 +349,6 @@ def _model_lines(task: Task) -> list[str]:
 
 def _tensor_line(task: Task, name: str) -> str:
     entry = next(e for e in task.layout.floats if e.name == name)
-    what = "prunable" if entry.prunable else ("dense" if entry.trainable else "frozen")
+    what = ("prunable" if entry.prunable else "dense") if entry.trainable else "frozen" + ", prunable" * entry.prunable
     shape = "x".join(map(str, entry.shape)) or "scalar"
     return f"  {name:32} {shape:>16} {what}"

@@ -206,9 +206,9 @@ class Pareto:
             inside |= {} if arm else {name: (place, value)}
         told = sorted(inside, key=lambda one: (one not in front, number[one]))
         dots = [inside[name] for name in told]
-        for name, place, (right, up) in zip(told, dots, beside(axes, dots, bars), strict=True):
+        for name, dot, (right, up) in zip(told, dots, beside(axes, dots, bars), strict=True):
             far = abs(right) > 14 or abs(up) > 14
-            axes.annotate(str(number[name]), place, (right, up), textcoords="offset points", ha="center", va="center",
+            axes.annotate(str(number[name]), dot, (right, up), textcoords="offset points", ha="center", va="center",
                           fontsize=8, fontweight="bold" if name in front else "normal", color=theme.ink, zorder=5,
                           arrowprops={"arrowstyle": "-", "color": theme.ink, "lw": 0.5, "alpha": 0.5, "shrinkA": 5,
                                       "shrinkB": 2} if far else None)  # fmt: skip
