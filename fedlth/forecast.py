@@ -294,7 +294,8 @@ def _memory_mb(experiment: Experiment) -> float:
     # What an optimizer remembers, and as much again while it makes a step; of what is trained alone.
     optimizers = (recipe.optimizer for recipe in recipes(experiment.study))
     moments = 2 * max(len(one.memory(torch.zeros(1))) for one in optimizers)
-    numbers = models * task.layout.num_floats + moments * task.layout.num_trained
+    trained = len(range(task.layout.num_params)[task.layout.trained])
+    numbers = models * task.layout.num_floats + moments * trained
     return 350 + (data + largest * example + 4 * numbers + masks * task.layout.num_prunable) / 1e6
 
 
@@ -312,14 +313,16 @@ def _step2_models(experiment: Experiment) -> int:
 
 def _disk_mb(experiment: Experiment) -> float:
     task, study, own = experiment.task, experiment.study, experiment.method.own
-    whole, bits = 4 * task.layout.moving.num_floats, task.layout.num_prunable / 8
+    moving, bits = task.layout.moving, task.layout.num_prunable / 8
+    whole, frozen = 4 * moving.num_floats, 4 * (task.layout.num_prunable - moving.num_prunable)
     kept = experiment.kept_arm is not None and experiment.arms != ("global",)
     pruned = experiment.kept_arm == "ticket" and study.finder.stop == {"name": "target"}
     density = experiment.keep.allowed(Tier())[0] if pruned else 1.0
     # What nothing trains is in no state; of what is pruned there is nothing to keep.
-    ticket = whole - 4 * (1 - density) * task.layout.num_prunable + bits
-    file = {"none": 0.0, "compact": ticket, "dense": 4 * task.layout.num_floats + bits}[study.tickets]
-    home = 4 * (task.layout.moving if isinstance(own, SelectUpdate) else task.home).num_floats
+    ticket = whole - 4 * (1 - density) * moving.num_prunable + bits
+    compact = ticket + density * frozen
+    file = {"none": 0.0, "compact": compact, "dense": 4 * task.layout.num_floats + bits}[study.tickets]
+    home = 4 * (moving if isinstance(own, SelectUpdate) else task.home).num_floats
     each = kept * (ticket + file) + home + whole * getattr(own, "keeps", 0)
     return float(3 * whole + study.clients.count * each) / 1e6
 
@@ -348,6 +351,6 @@ def _model_lines(task: Task) -> list[str]:
 
 def _tensor_line(task: Task, name: str) -> str:
     entry = next(e for e in task.layout.floats if e.name == name)
-    what = "prunable" if entry.prunable else ("dense" if entry.trainable else "frozen")
+    what = ("prunable" if entry.prunable else "dense") if entry.trainable else "frozen" + ", prunable" * entry.prunable
     shape = "x".join(map(str, entry.shape)) or "scalar"
     return f"  {name:32} {shape:>16} {what}"

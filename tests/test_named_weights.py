@@ -158,7 +158,7 @@ def test_a_step_leaves_out_what_nothing_trains(tmp_path: Path) -> None:
     task = tiny.task(**study(weights(tmp_path / "w")).model_dump(include={"model", "finder"}, mode="json"))
     layout, model = task.layout, task.flat_model
     frozen = next(e for e in layout.floats if e.name == "embed.weight")
-    assert frozen.slice.start == layout.num_trained == layout.num_params - frozen.size
+    assert frozen.slice.start == layout.trained.stop == layout.num_params - frozen.size
     seen = list[torch.Tensor]()
 
     class Watched(AdamW):
@@ -168,7 +168,7 @@ def test_a_step_leaves_out_what_nothing_trains(tmp_path: Path) -> None:
 
     local = LocalClient(task, 0, 0, "t")
     done = [local.train(task.theta_0, recipe=replace(local.recipe, optimizer=one())).params for one in (AdamW, Watched)]
-    assert done[0].digest() == done[1].digest() and {g.numel() for g in seen} == {layout.num_trained}
+    assert done[0].digest() == done[1].digest() and {g.numel() for g in seen} == {layout.trained.stop}
     assert np.array_equal(done[0].floats[frozen.slice], task.theta_0.floats[frozen.slice])
     module = task.model.module()
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=local.recipe.lr)

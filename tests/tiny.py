@@ -57,6 +57,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "deltamask": {"score_lr": 5.0},
     "spafl": {"coefficient": 0.1},
     "pfedgate": {"density": 0.4},
+    "ticket_lora": {"density": 0.4},
     "fedavgm": {},
     "fedadam": {},
     "fedyogi": {},
@@ -81,7 +82,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "sparsyfed": {"density": 0.3},
 }
 # What else a method's study needs.
-SECTIONS: dict[str, dict[str, Any]] = {"fedbn": {"model": {"name": "tests.tiny:Small", "options": {}}}}
+SECTIONS: dict[str, dict[str, Any]] = {
+    "fedbn": {"model": {"name": "tests.tiny:Small", "options": {}}},
+    "ticket_lora": {"model": {"name": "tests.tiny:Adapted", "options": {}}},
+}
 # One of each kind: what holds for all methods is tried on each in tests/methods, what depends on the kind on these.
 KINDS = ("fedavg", "fedavg_ft", "local", "standalone", "two_step", "lotteryfl", "sub_fedavg", "fedselect", "fedpm")
 # With these, one of each way in which clients and server exchange anything; engines run the others when asked (long).
@@ -97,6 +101,7 @@ EXCHANGES = (
     "deltamask",
     "spafl",
     "dispfl",
+    "ticket_lora",
 )
 
 
@@ -265,6 +270,20 @@ class Small(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(torch.relu(self.norm(self.conv(x))).flatten(1))
+
+
+class Adapted(nn.Module):
+    """A linear layer that nothing trains, a low-rank adapter beside it, a head."""
+
+    def __init__(self, num_classes: int = NUM_CLASSES) -> None:
+        super().__init__()
+        self.base = nn.Linear(SIDE * SIDE, 12).requires_grad_(False)
+        self.down, self.up = nn.Linear(SIDE * SIDE, 2, bias=False), nn.Linear(2, 12, bias=False)
+        self.head = nn.Linear(12, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(1)
+        return self.head(torch.relu(self.base(x) + self.up(self.down(x))))
 
 
 def small_layout() -> Layout:

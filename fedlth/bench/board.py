@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedlth.bench.contrasts import Contrast, contrast, corrected, gains
+from fedlth.bench.contrasts import NO_INTERVAL, Contrast, contrast, corrected, gains, over_seeds
 from fedlth.bench.controls import DENSE, GLOBAL, KINDS
 from fedlth.bench.matrix import LOCAL, Cell, Matrix
 from fedlth.bench.outcome import DONE, UNFINISHED, Outcome, finished, read_outcome
@@ -20,6 +20,7 @@ from fedlth.errors import StudyError
 from fedlth.experiment.well_formed import method_of
 from fedlth.report.choice import Choice, rows_of
 from fedlth.report.facts import Facts, one_cell, read_run
+from fedlth.report.intervals import Interval
 from fedlth.report.measure import Shown, shown_of
 from fedlth.report.results import Results, results_of
 from fedlth.report.statistics import ArmSummary
@@ -35,7 +36,8 @@ class Line:
 
     against: contrasts with the methods that all are held against; beaten: the method's own row less this control;
     alone: the contrast with local, whether `against` has it or not; same: this control has the method's own mask;
-    missing: seeds that other methods of the partition have and this one lacks.
+    missing: seeds that other methods of the partition have and this one lacks; seeds: 95 % interval of the mean over
+    seeds alone, with these clients.
     """
 
     method: str
@@ -46,6 +48,7 @@ class Line:
     alone: Contrast | None = None
     same: bool = False
     missing: int = 0
+    seeds: Interval = NO_INTERVAL
 
 
 @dataclass(frozen=True)
@@ -105,13 +108,13 @@ class Entry:
         others = [list(rows_of(facts, control).values()) for facts in self.group]
         return [[_numbers(row) for row in rows] for rows in own] == [[_numbers(row) for row in rows] for rows in others]
 
-    def blocks(self) -> dict[int, float]:
-        """Return the metric's mean over clients, by seed."""
-        shown = shown_of(self.group)
+    def blocks(self, choice: Choice | None = None) -> dict[int, float]:
+        """Return the metric's mean over clients, by seed, of the method's own row or of a control's."""
+        shown, choice = shown_of(self.group), choice or self.choice
         return {
-            facts.header.seed: float(np.mean([shown.of(row) for row in rows_of(facts, self.choice).values()]))
+            facts.header.seed: float(np.mean([shown.of(row) for row in rows_of(facts, choice).values()]))
             for facts in self.group
-            if rows_of(facts, self.choice)
+            if rows_of(facts, choice)
         }
 
 
@@ -204,12 +207,14 @@ class Board:
             main = entry.results.summary(entry.choice)
             assert main is not None
             ours = {name: one[label] for name, one in against.items() if label in one}
-            found.append(Line(label, "", main, ours, alone=alone.get(label), missing=missing))
+            seeds = over_seeds(entry.blocks().values())
+            found.append(Line(label, "", main, ours, alone=alone.get(label), missing=missing, seeds=seeds))
             for arm, choice in entry.controls.items():
                 summary = entry.results.summary(choice)
                 if summary is not None:
                     same, beaten = KINDS[arm] == GLOBAL and entry.one_mask, kinds[KINDS[arm]].get(label)
-                    found.append(Line(label, KINDS[arm], summary, {}, beaten, same=same, missing=missing))
+                    seeds = over_seeds(entry.blocks(choice).values())
+                    found.append(Line(label, KINDS[arm], summary, {}, beaten, same=same, missing=missing, seeds=seeds))
         return tuple(found)
 
     def _rank(self, entry: Entry) -> float:

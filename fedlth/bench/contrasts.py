@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +17,7 @@ from fedlth.report.measure import shown_of
 
 Values = NDArray[np.float64]
 LEVEL = 0.05
+NO_INTERVAL = Interval(math.nan, math.nan)
 FEWEST = 3  # seeds below which nothing is tested: with two, a t distribution has one degree of freedom
 
 
@@ -113,6 +114,12 @@ def paired_t(means: Values) -> tuple[Interval, float | None]:
         return Interval(mean, mean), None
     half = float(t.ppf(0.975, len(means) - 1)) * error
     return Interval(mean - half, mean + half), float(2 * t.sf(abs(mean) / error, len(means) - 1))
+
+
+def over_seeds(means: Iterable[float]) -> Interval:
+    """Return the 95 % interval of the mean of these, one a seed, by Student's t; none below FEWEST."""
+    known = np.array(list(means))
+    return paired_t(known)[0] if len(known) >= FEWEST else NO_INTERVAL
 
 
 def corrected(family: Mapping[str, Contrast | None]) -> dict[str, Contrast]:

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedlth.bench.board import Board
-from fedlth.bench.contrasts import Values
+from fedlth.bench.board import Board, Line
+from fedlth.bench.contrasts import FEWEST, Values
 from fedlth.bench.drawing import MARKS, MEGA, beyond, control_legend, stretch
 from fedlth.bench.mask_picture import Tickets, crossing, height, mask_lines, scale_of
-from fedlth.report.canvas import Picture, Theme
+from fedlth.report.canvas import Picture, Theme, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+MOST_MARKS = 20  # controls that the picture of what bytes buy has room for
 
 
 def pictures(board: Board) -> tuple[Picture, ...]:
@@ -37,8 +40,11 @@ def pictures(board: Board) -> tuple[Picture, ...]:
     )
     front = (
         "The same means against the same bytes, one numbered dot a method. The line is the Pareto front: a method on "
-        "it (filled) has no better one for as few bytes. A number that has no room beside its dot hangs on a thread; "
-        "an arrow with a value stands for a method beyond the axis, which then ends at the outermost of the others."
+        "it (filled) has no better one for as few bytes. Right of a dot, joined to it, the controls of its masks, "
+        f"where they are at most {MOST_MARKS} in all. Bars are 95 % intervals over seeds, of these clients (Student's "
+        f"t; none below {FEWEST} seeds). What cost the same bytes stands side by side. A number that has no room "
+        "beside its dot hangs on a thread; an arrow with a value stands for a method beyond the axis, which then ends "
+        "at the outermost of the others."
     )
     tickets = (
         "Methods whose clients end with masks of their own. Left, each one's mean for its bytes, joined to its "
@@ -141,7 +147,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Pareto:
-    """A partition's methods by total bytes and metric, and the Pareto front."""
+    """A partition's methods by total bytes and metric, with few controls beside them, and the Pareto front."""
 
     board: Board
     partition: str
@@ -152,35 +158,82 @@ class Pareto:
         assert shown is not None
         x, y = costs(self.board, self.partition), means(self.board, self.partition)
         front = pareto(x, y, higher_is_better=shown.measure.higher_is_better)
-        low, high = limits(list(y.values()))
-        number = numbers(self.board)
-        pad = 0.07 * (high - low) or 1.0
-        axes.set_ylim(low - pad, high + pad)
+        number, lines = numbers(self.board), self._lines()
+        values = [shown.factor * line.summary.mean for line in lines]
+        low, high = limits(values)
+        reach = (0.0, 100.0) if shown.measure.percent else (-np.inf, np.inf)
+        ends = [float(np.clip(end, *reach)) for line, value in zip(lines, values, strict=True) if low <= value <= high
+                for end in _ends(line, shown.factor)]  # fmt: skip
+        room = 0.5 * (high - low)  # a wide interval is cut off rather than that it flattens all means
+        bottom, top = max(low - room, min([low, *ends])), min(high + room, max([high, *ends]))
+        pad = 0.07 * (top - bottom) or 1.0
+        axes.set_ylim(bottom - pad, top + pad)
         stretch(axes, list(x.values()))
         axes.set_xlabel("payload moved, down and up, every receiver counted (MB)")
         axes.set_ylabel(f"mean test {shown.axis}")
-        step = [name for name in front if low <= y[name] <= high]
-        axes.plot([x[one] for one in step], [y[one] for one in step], color=theme.gain, linewidth=1.2, zorder=1,
-                  drawstyle="steps-post")  # fmt: skip
-        inside = {name: (x[name], y[name]) for name in sorted(x, key=lambda one: (one not in front, number[one]))
-                  if low <= y[name] <= high}  # fmt: skip
-        for name, place in inside.items():
-            axes.plot(*place, "o", color=theme.gain if name in front else theme.page, markeredgecolor=theme.gain,
-                      markersize=5, markeredgewidth=1.2, zorder=3, clip_on=False)  # fmt: skip
-        for name in x.keys() - inside.keys():
-            edge = low - 0.5 * pad if y[name] < low else high + 0.5 * pad
-            sign = "↓" if y[name] < low else "↑"
-            axes.annotate(f"{number[name]} {sign} {y[name]:.3g}", (x[name], edge), ha="center", va="center", fontsize=8,
-                          color=theme.ink)  # fmt: skip
+        used = [line.control for line in lines if line.control]
+        if used:
+            control_legend(figure, theme, [kind for kind in MARKS if kind in used])
         names = ", ".join(f"{number[name]}~{name}" for name in sorted(x, key=lambda one: number[one]))
         figure.supxlabel(fill(names, 130).replace("~", " "), fontsize=7.5, ha="left", x=0.02)
-        figure.draw_without_rendering()  # so that places are known before numbers are set beside dots
-        for (name, place), (right, up) in zip(inside.items(), beside(axes, list(inside.values())), strict=True):
+        figure.draw_without_rendering()  # so that places are known before anything is set beside anything
+        places = dict(zip(((line.method, line.control) for line in lines),
+                          apart(axes, [x[line.method] for line in lines]), strict=True))  # fmt: skip
+        step = [name for name in front if low <= y[name] <= high]
+        axes.plot([places[one, ""] for one in step], [y[one] for one in step], color=theme.gain, linewidth=1.2,
+                  zorder=1, drawstyle="steps-post")  # fmt: skip
+        inside, bars = dict[str, tuple[float, float]](), list[tuple[float, float, float]]()
+        for line, value in zip(lines, values, strict=True):
+            name, place = line.method, places[line.method, line.control]
+            marker, arm = MARKS[line.control] if line.control else ("o", "")
+            colour = theme.colour(arm) if arm else theme.gain
+            if not low <= value <= high:
+                said = f"{'↓' if value < low else '↑'} {value:.3g}"
+                edge = bottom - 0.5 * pad if value < low else top + 0.5 * pad
+                axes.annotate(said if arm else f"{number[name]} {said}", (place, edge), ha="center", va="center",
+                              fontsize=8, color=colour if arm else theme.ink)  # fmt: skip
+                continue
+            bar = np.clip(
+                _ends(line, shown.factor) or [value] * 2, max(bottom - pad, reach[0]), min(top + pad, reach[1])
+            )
+            bars.append((place, float(bar[0]), float(bar[1])))
+            axes.plot([place] * 2, bar, color=colour, linewidth=1.2, alpha=0.55, zorder=2)
+            if arm and low <= y[name] <= high:
+                axes.plot([places[name, ""], place], [y[name], value], color=theme.faint, linewidth=0.8, zorder=1)
+            axes.plot(place, value, marker, color=theme.page if not arm and name not in front else colour,
+                      markeredgecolor=colour, markersize=7 if marker == "*" else 5, markeredgewidth=1.2, zorder=3,
+                      clip_on=False)  # fmt: skip
+            inside |= {} if arm else {name: (place, value)}
+        told = sorted(inside, key=lambda one: (one not in front, number[one]))
+        dots = [inside[name] for name in told]
+        for name, dot, (right, up) in zip(told, dots, beside(axes, dots, bars), strict=True):
             far = abs(right) > 14 or abs(up) > 14
-            axes.annotate(str(number[name]), place, (right, up), textcoords="offset points", ha="center", va="center",
+            axes.annotate(str(number[name]), dot, (right, up), textcoords="offset points", ha="center", va="center",
                           fontsize=8, fontweight="bold" if name in front else "normal", color=theme.ink, zorder=5,
                           arrowprops={"arrowstyle": "-", "color": theme.ink, "lw": 0.5, "alpha": 0.5, "shrinkA": 5,
                                       "shrinkB": 2} if far else None)  # fmt: skip
+
+    def _lines(self) -> list[Line]:
+        """Return the rows of methods, each with its controls behind it where those are few enough to be told apart."""
+        rows = [line for line in self.board.lines[self.partition] if line.control in ("", *MARKS) and not line.same]
+        few = sum(line.control != "" for line in rows) <= MOST_MARKS
+        return [line for line in rows if few or not line.control]
+
+
+def _ends(line: Line, factor: float) -> list[float]:
+    """Return the ends of a row's interval over seeds, as they are drawn; nothing where there is none."""
+    found = [factor * line.seeds.low, factor * line.seeds.high]
+    return found if np.isfinite(found).all() else []
+
+
+def apart(axes: Axes, x: Sequence[float]) -> list[float]:
+    """Return the places of costs on an axis, equal ones side by side in their order."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    scale = 72 / figure.dpi
+    points = [float(scale * place) for place, _ in axes.transData.transform([(one, 0.0) for one in x])]
+    moved = spread(points, gap=min(7.0, 200 / max(1, len(points))))
+    return [float(axes.transData.inverted().transform((point / scale, 0.0))[0]) for point in moved]
 
 
 def costs(board: Board, partition: str) -> dict[str, float]:
@@ -212,12 +265,18 @@ def limits(values: Sequence[float]) -> tuple[float, float]:
     return min(known), max(known)
 
 
-def beside(axes: Axes, places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return where each dot's number goes, in points from it: the nearest room that covers no dot and no number."""
+def beside(
+    axes: Axes, places: Sequence[tuple[float, float]], bars: Sequence[tuple[float, float, float]]
+) -> list[tuple[float, float]]:
+    """Return where each dot's number goes, in points from it: the nearest room that covers no dot, bar or number.
+
+    bars: (x, low, high).
+    """
     figure = axes.get_figure(root=True)
     assert figure is not None
     scale = 72 / figure.dpi
-    dots = scale * axes.transData.transform(np.array(places))
+    dots = scale * axes.transData.transform(np.array(places).reshape(-1, 2))
+    ends = scale * axes.transData.transform([(x, y) for x, *both in bars for y in both]).reshape(-1, 2, 2)
     box = [scale * end for end in axes.bbox.extents]
     angles = np.deg2rad([135, 90, 45, 315, 0, 180, 225, 270, 20, 160, 200, 340, 70, 110, 250, 290])
     rays = [(r * np.cos(a), r * np.sin(a)) for r in range(10, 260, 5) for a in angles]
@@ -229,6 +288,7 @@ def beside(axes: Axes, places: Sequence[tuple[float, float]]) -> list[tuple[floa
             a, b = dot + ray
             within = box[0] + 8 < a < box[2] + 12 and box[1] + 6 < b < box[3] + 4
             clear = all(abs(a - c) > 9 or abs(b - d) > 8 for c, d in dots)
+            clear &= all(abs(a - x) > 7 or not low - 5 < b < high + 5 for (x, low), (_, high) in ends)
             return bool(within and clear and all(abs(a - c) > 15 or abs(b - d) > 10 for c, d in taken))
 
         ray = next((ray for ray in rays if free(ray)), rays[0])

@@ -64,7 +64,7 @@ def _own_mask(method: FederatedMethod) -> bool:
     if method.masks_all:
         return True
     if isinstance(own, MaskedUpdate):
-        return own.before != Keep() or own.after != Keep() or method.slices
+        return getattr(own, "private_mask", False) or own.before != Keep() or own.after != Keep() or method.slices
     if isinstance(own, GossipUpdate):
         return own.after != Keep() or method.first_mask != Dense()
     return not isinstance(own, SelectUpdate)

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +47,26 @@ def inputs(task: Task) -> dict[str, Any]:
 
 def kept_ticket(task: Task, state: ClientState) -> tuple[Params, np.ndarray]:
     """Return the ticket in a client's state: whole params, and its mask (num_prunable,) bool."""
-    mask, values = state.masks["ticket"], state.vectors["ticket"]
-    floats, kept = np.zeros(task.layout.moving.num_floats, np.float32), int(np.count_nonzero(mask))
-    floats[: mask.size][mask] = values[:kept]
-    floats[mask.size :] = values[kept:]
+    mask, values, moving = state.masks["ticket"], state.vectors["ticket"], task.layout.moving
+    own = moving.mask_of(mask, task.layout)  # of weights that nothing trains, a state has the mask alone
+    floats, kept = np.zeros(moving.num_floats, np.float32), int(np.count_nonzero(own))
+    floats[: own.size][own] = values[:kept]
+    floats[own.size :] = values[kept:]
+    whole = task.whole(Params(floats, state.vectors["ticket_ints"]))
+    if own.size != mask.size:
+        whole = whole.masked(mask)
     if "ticket_dead" in state.vectors:
-        floats[: mask.size][~mask] = state.vectors["ticket_dead"]
-    return task.whole(Params(floats, state.vectors["ticket_ints"])), mask
+        whole = replace(whole, floats=whole.floats.copy())
+        whole.floats[: mask.size][~mask] = state.vectors["ticket_dead"]
+    return whole, mask
 
 
 def frozen(task: Task) -> dict[str, str]:
-    """Name what nothing trains, and its values, where the model's code alone gives them: no file then needs them."""
-    found = [e for e in task.layout.floats if e.role == "param" and not e.trainable]
+    """Name what nothing trains, and its values, where the model's code alone gives them: no file then needs them.
+
+    Weights under a mask are left in the file.
+    """
+    found = [e for e in task.layout.floats if e.role == "param" and not (e.trainable or e.prunable)]
     own = digest_of(found, read(task.model.module(), task.layout))
     if not found or own != digest_of(found, task.theta_0):
         return {}
@@ -78,10 +87,9 @@ def mask_bytes(task: Task, mask: np.ndarray) -> dict[str, int]:
     """Return what the mask costs a receiver that has theta_0; nothing of a model that has to be sent first."""
     if task.study.model.theta_0 is None:
         return {}
-    wire = task.layout.moving
     sent = payload.encode(
-        "mask", wire, Content(mask, None, None), codec=CODECS["lossless"],
-        reference=Reference(task.moving_part(task.theta_0).floats),
+        "mask", task.layout, Content(mask, None, None), codec=CODECS["lossless"],
+        reference=Reference(task.theta_0.floats),
     )  # fmt: skip
     return {"mask_bytes": len(sent)}
 

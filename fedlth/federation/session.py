@@ -216,7 +216,7 @@ def _measures(task: Task) -> list[Measure]:
 
 def _layers(task: Task) -> list[Layer]:
     return [
-        Layer(e.name, list(e.shape), e.size, e.prunable, task.model.flops.get(e.name, 0))
+        Layer(e.name, list(e.shape), e.size, e.prunable, task.model.flops.get(e.name, 0), not e.trainable)
         for e in task.layout.floats
         if e.role == "param"
     ]

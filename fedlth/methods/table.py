@@ -35,6 +35,7 @@ from fedlth.methods.spafl import spafl
 from fedlth.methods.sparsyfed import sparsyfed
 from fedlth.methods.sub_fedavg import sub_fedavg
 from fedlth.methods.sub_fedavg_hybrid import sub_fedavg_hybrid
+from fedlth.methods.ticket_lora import ticket_lora
 
 METHODS: Mapping[str, Callable[..., FederatedMethod]] = {
     f.__name__: f
@@ -68,6 +69,7 @@ METHODS: Mapping[str, Callable[..., FederatedMethod]] = {
         fedspa,
         fedselect,
         pfedgate,
+        ticket_lora,
         # One mask for all
         salientgrads,
         ssfl,

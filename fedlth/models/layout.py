@@ -72,8 +72,8 @@ class Entry:
 class Layout:
     """The sorted entries of a model: prunable parameters, other parameters, those that nothing trains, buffers.
 
-    Prunable entries come first so that a mask (num_prunable,) and the kept values of a payload are plain prefixes; so
-    are the parameters that a training works on.
+    Prunable entries come first so that a mask (num_prunable,) and the kept values of a payload are plain prefixes. The
+    parameters that a training works on lie together: a prefix, or behind prunable weights that nothing trains.
     """
 
     entries: tuple[Entry, ...]
@@ -107,9 +107,10 @@ class Layout:
         return sum(e.size for e in self.prunable)
 
     @cached_property
-    def num_trained(self) -> int:
-        """Where the parameters end that training can change: what lies behind them, an optimizer need not see."""
-        return max((e.slice.stop for e in self.floats if e.trainable), default=0)
+    def trained(self) -> slice:
+        """Where the parameters lie that training can change: what is before or behind, an optimizer need not see."""
+        found = [e.slice for e in self.floats if e.trainable]
+        return slice(min((s.start for s in found), default=0), max((s.stop for s in found), default=0))
 
     @cached_property
     def moving(self) -> Layout:

@@ -10,6 +10,7 @@ from torch import nn
 
 from fedlth.errors import StudyError
 
+FROZEN = "@frozen"  # among patterns: of what is prunable by default, the weights that nothing trains
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -19,9 +20,9 @@ def prunable_names(module: nn.Module, patterns: Sequence[str] | None) -> tuple[s
     patterns: globs over parameter names (`conv*.weight`), which replace the default; `!glob` takes what it matches from
     those before it, or from the default where it is the first. None is the default: the weights of convolutions, linear
     layers, recurrent layers and attention projections, or what the module's own `prunable_weights()` yields where any
-    of it trains. Frozen parameters are never prunable; bias, norm and embedding only by pattern. A tensor that is tied
-    to an embedding counts as one.
-    Raises StudyError when a pattern matches no trainable parameter, or nothing is prunable.
+    of it trains. Frozen parameters are prunable by `FROZEN` alone, which names the default's counterpart among them;
+    bias, norm and embedding only by pattern. A tensor that is tied to an embedding counts as one.
+    Raises StudyError when a pattern matches no such parameter, or nothing is prunable.
     """
     names: dict[int, list[str]] = {}
     tensors: dict[int, torch.Tensor] = {}
@@ -29,12 +30,20 @@ def prunable_names(module: nn.Module, patterns: Sequence[str] | None) -> tuple[s
         names.setdefault(id(tensor), []).append(name)
         tensors[id(tensor)] = tensor
     trainable = {key for key, tensor in tensors.items() if tensor.requires_grad and tensor.numel() > 0}
+    frozen = {key for key, tensor in tensors.items() if not tensor.requires_grad and tensor.numel() > 0}
     chosen = set[int]()
     if not patterns or patterns[0].startswith("!"):
         chosen = (_own(module) & trainable) or (_default(module) & trainable)
     for pattern in patterns or ():
         glob = pattern.removeprefix("!")
         hits = {key for key in trainable if any(fnmatchcase(name, glob) for name in names[key])}
+        if glob == FROZEN:
+            hits = (_own(module) or _default(module)) & frozen
+        if not hits and glob == FROZEN:
+            raise StudyError(
+                f"model.prunable: {FROZEN} (what the masks of method ticket_lora are over) needs a model with weights "
+                "that nothing trains, such as hf with trains: {lora: {}}, got one without"
+            )
         if not hits:
             known = ", ".join(sorted(min(names[key]) for key in trainable)) or "none"
             raise StudyError(f"model.prunable: {pattern!r} matches no trainable parameter of: {known}")

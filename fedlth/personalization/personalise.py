@@ -133,11 +133,12 @@ def _with_ticket(local: LocalClient, state: ClientState, kept: Result) -> Client
     """Return the state with this ticket as the client's own; with none where it diverged."""
     if kept.diverged:
         return state.without("ticket").without("ticket_ints").without("ticket_dead")
-    rest, moving = local.task.layout.num_prunable, local.task.moving_part(kept.params)
-    values = np.concatenate((moving.floats[np.flatnonzero(kept.mask)], moving.floats[rest:]))
+    layout, moving = local.task.layout, local.task.moving_part(kept.params)
+    own = layout.moving.mask_of(kept.mask, layout)
+    values = np.concatenate((moving.floats[np.flatnonzero(own)], moving.floats[own.size :]))
     state = state.with_(masks={"ticket": kept.mask}, vectors={"ticket": values, "ticket_ints": moving.ints})
     if kept.held:
-        state = state.with_(vectors={"ticket_dead": kept.params.floats[:rest][~kept.mask]})
+        state = state.with_(vectors={"ticket_dead": kept.params.floats[: kept.mask.size][~kept.mask]})
     return state
 
 

@@ -58,10 +58,11 @@ class Sizes:
 
 
 def sizes_of(facts: Facts) -> Sizes:
-    """Return a run's sizes from its header's layers."""
-    prunable = sum(layer.size for layer in facts.header.layers if layer.prunable)
-    weights = sum(layer.size for layer in facts.header.layers if not layer.prunable and len(layer.shape) > 1)
-    return Sizes(prunable, weights, sum(layer.size for layer in facts.header.layers) - prunable - weights)
+    """Return a run's sizes from its header's layers; what nothing trains is in no message."""
+    layers = [layer for layer in facts.header.layers if not layer.frozen]
+    prunable = sum(layer.size for layer in layers if layer.prunable)
+    weights = sum(layer.size for layer in layers if not layer.prunable and len(layer.shape) > 1)
+    return Sizes(prunable, weights, sum(layer.size for layer in layers) - prunable - weights)
 
 
 def lotteryfl_bytes(kept_weights: float, *, rounds: int, clients_per_round: int) -> float:

@@ -34,13 +34,14 @@ UNNAMED = (
 
 @dataclass(frozen=True)
 class Layer:
-    """One tensor of the model: its size, whether it may be pruned, and what its dense forward costs."""
+    """One tensor of the model: its size, whether it may be pruned, its dense forward's cost, whether it is frozen."""
 
     name: str
     shape: list[int]
     size: int
     prunable: bool
     flops_per_example: float = 0.0
+    frozen: bool = False
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,9 @@ def save(
     if form == "dense":
         return write(path, layout, params, mask, meta)
     if frozen:
-        layout, params, meta = layout.moving, layout.moving.part_of(params, layout), {**meta, **frozen}
+        left_out = set(json.loads(frozen["frozen"]))
+        part = layout.select(lambda e: e.name not in left_out)
+        layout, params, meta = part, part.part_of(params, layout), {**meta, **frozen}
     return _write_compact(path if form == "compact" else None, layout, params, mask, meta)
 
 

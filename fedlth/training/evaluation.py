@@ -50,7 +50,7 @@ def evaluate(model: FlatModel, params: Params, data: Examples, metrics: tuple[Me
 def gradient(model: FlatModel, params: Params, data: Examples) -> np.ndarray:
     """Return (num_prunable,) float32: the gradient of the mean loss over all of `data`, in evaluation mode."""
     data = model.forward.images(examined(model.loss, data))
-    with model.lock:
+    with model.lock, model.all_differentiable():
         model.load(params)
         model.module.eval()
         model.grad.zero_()

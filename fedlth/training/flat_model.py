@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -48,8 +50,9 @@ class FlatModel:
         for e in layout.floats:
             tensor = named[e.name]
             tensor.data = self._view(self.flat, e)
-            if e.trainable:
+            if e.trainable or e.prunable:
                 tensor.grad = self._view(self.grad, e)
+        self.frozen = [named[e.name] for e in layout.prunable if not e.trainable]
 
     def _moved(self, e: Entry) -> bool:
         return self.forward.channels_last and e.role == "param" and len(e.shape) == 4
@@ -78,6 +81,17 @@ class FlatModel:
             if self._moved(e) and e.slice.stop <= len(out):
                 out[e.slice] = self._view(values, e).cpu().numpy().reshape(-1)
         return out
+
+    @contextmanager
+    def all_differentiable(self) -> Iterator[None]:
+        """Let prunable weights have a gradient that no training changes: a score of masks over them asks for it."""
+        try:
+            for tensor in self.frozen:
+                tensor.requires_grad_(True)
+            yield
+        finally:
+            for tensor in self.frozen:
+                tensor.requires_grad_(False)
 
     def load(self, params: Params) -> None:
         self.flat.copy_(self.arranged(params.floats))

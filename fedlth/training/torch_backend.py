@@ -34,33 +34,33 @@ def _train(model: FlatModel, request: TrainingRequest, gradient: Gradient | None
     """Train; `gradient` is that of the recipe's view, None where the network sees the weights themselves."""
     recipe, layout, snapshots = request.recipe, model.layout, dict[int, np.ndarray]()
     data = model.forward.images(request.data)
-    # What nothing trains lies at the end, and costs no step anything; a view may look at it.
-    size = layout.num_trained if gradient is None else layout.num_params
-    weights, grad = model.flat[:size], model.grad[:size]
+    # What nothing trains lies at the ends, and costs no step anything; a view may look at it.
+    part = layout.trained if gradient is None else slice(0, layout.num_params)
+    weights, grad = model.flat[part], model.grad[part]
     free = request.free(layout)
-    keep = None if free is None or free[:size].all() else model.arranged(free[:size])
+    keep = None if free is None or free[part].all() else model.arranged(free)[part]
     model.load(request.start)
     if request.active is not None and not request.active.all():
-        weights[: layout.num_prunable].mul_(model.arranged(request.active))
-    anchor = _anchor(model, request)[:size] if recipe.pulls else None
+        model.flat[: layout.num_prunable].mul_(model.arranged(request.active))
+    anchor = _anchor(model, request)[part] if recipe.pulls else None
     if gradient is not None:  # the module's memory is then what the network sees, and these what is trained
         weights = weights.clone()
     foreign = keep is not None and not isinstance(recipe.optimizer, EXACT)
     whole = not isinstance(recipe.optimizer, EXACT)
-    pieces = [slice(None)] if whole else [slice(at, at + PIECE) for at in range(0, size, PIECE)]
+    pieces = [slice(None)] if whole else [slice(at, at + PIECE) for at in range(0, len(weights), PIECE)]
     memory, step, loss_sum = recipe.optimizer.memory(grad), 0, 0.0
     model.module.train()
     for epoch, parts in enumerate(request.batches, 1):
         loss_sum = 0.0
-        for part in parts:
-            batch = request.shown(step, data.batch(torch.from_numpy(part).to(model.device)))
+        for places in parts:
+            batch = request.shown(step, data.batch(torch.from_numpy(places).to(model.device)))
             if gradient is None:
                 loss = _pass(model, recipe, recipe.loss, batch)[1]
-                loss_sum += float(loss) * len(part)
+                loss_sum += float(loss) * len(places)
             else:
                 found, value = gradient(weights, recipe.first_step + step, _asking(model, recipe, batch))
                 grad.copy_(found)
-                loss_sum += value * len(part)
+                loss_sum += value * len(places)
             with torch.no_grad():
                 if anchor is not None:
                     recipe.pull(grad, weights, anchor)
@@ -77,15 +77,17 @@ def _train(model: FlatModel, request: TrainingRequest, gradient: Gradient | None
                     weights[piece].add_(direction, alpha=-request.rates[step])
             step += 1
         if epoch in request.snapshots:
-            _put(model, weights)
+            if gradient is not None:
+                _put(model, weights)
             snapshots[epoch] = model.in_order(model.flat)
-    _put(model, weights)
+    if gradient is not None:
+        _put(model, weights)
     return TrainingResult(model.save(), loss_sum / sum(map(len, request.batches[-1])), snapshots)
 
 
 def _pass(model: FlatModel, recipe: TrainingRecipe, loss: Loss, batch: Examples) -> tuple[Tensor, Tensor]:
     """Leave the gradient of a batch's loss in the model; return its outputs and its loss."""
-    model.grad[: model.layout.num_trained].zero_()
+    model.grad[model.layout.trained].zero_()
     with cast(model, recipe.precision):
         outputs = model.forward.train(model.forward.images(batch).x)
     outputs = outputs if recipe.precision == "float32" else outputs.float()
@@ -106,10 +108,8 @@ def _asking(model: FlatModel, recipe: TrainingRecipe, batch: Examples) -> Ask:
 
 
 def _put(model: FlatModel, weights: Tensor) -> None:
-    """Put weights (P,) into the module's memory; nothing to do where they are it."""
-    there = model.flat[: len(weights)]
-    if weights.data_ptr() != there.data_ptr():
-        there.copy_(weights)
+    """Put weights (P,) into the module's memory."""
+    model.flat[: len(weights)].copy_(weights)
 
 
 def clip(grad: Tensor, most: float) -> None:

@@ -10,17 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_bench
+from matplotlib.figure import Figure
 
 from fedlth.bench.board import read_board
-from fedlth.bench.contrasts import contrast, corrected, paired_t
+from fedlth.bench.contrasts import contrast, corrected, over_seeds, paired_t
 from fedlth.bench.controls import GLOBAL
+from fedlth.bench.drawing import MARKS
 from fedlth.bench.headline import _seen, headline, warnings
 from fedlth.bench.leaderboard import write_leaderboard
 from fedlth.bench.mask_picture import crossing, mask_lines, wins_below
 from fedlth.bench.matrix import load
-from fedlth.bench.pictures import limits, numbers, pareto, pictures
+from fedlth.bench.pictures import Pareto, limits, numbers, pareto, pictures
 from fedlth.bench.ranks import critical_difference, friedman, ranking
 from fedlth.bench.tables import outcome_table
+from fedlth.report.canvas import LIGHT
 from fedlth.report.intervals import Interval
 from fedlth.report.measure import Shown
 from fedlth.storage.header import ACCURACY
@@ -185,6 +188,33 @@ def test_the_picture_of_masks_has_every_density(made_up: tuple[Path, Path]) -> N
     assert wins_below(lost) is None and "No uncorrected" in crossing([lost])
     found = {picture.name: picture for picture in pictures(board)}
     assert {f"{kind}_{one}" for kind in ("rows", "pareto", "tickets") for one in board.entries} <= set(found)
+
+
+def test_what_bytes_buy_has_controls_and_intervals_over_seeds(made_up: tuple[Path, Path]) -> None:
+    board = read_board(load(made_up[0]), made_up[1])
+    figure = Figure()
+    Pareto(board, "iid")(figure, LIGHT)
+    (axes,) = figure.axes
+    drawn = [line for line in axes.lines if line.get_marker() in ("o", *(mark for mark, _ in MARKS.values()))]
+    lines = [line for line in board.lines["iid"] if line.control in ("", *MARKS) and not line.same]
+    assert sorted(float(mark.get_ydata()[0]) for mark in drawn) == pytest.approx(
+        sorted(100 * line.summary.mean for line in lines)
+    )
+    assert {line.control for line in lines} == {"", *MARKS}
+    places = sorted(axes.transData.transform((float(mark.get_xdata()[0]), 0.0))[0] for mark in drawn)
+    assert min(np.diff(places)) * 72 / figure.dpi > 5  # equal bytes stand side by side
+    bars = {tuple(np.round(bar.get_ydata(), 6)) for bar in axes.lines}
+    known = [line for line in lines if np.isfinite(line.seeds.low)]
+    assert known and all(line.summary.num_seeds >= 3 for line in known)
+    for line in known:
+        assert tuple(np.round([100 * line.seeds.low, 100 * line.seeds.high], 6)) in bars
+
+
+def test_the_interval_over_seeds_is_students() -> None:
+    found = over_seeds([0.80, 0.82, 0.87])
+    half = 4.302652729911275 * np.std([0.80, 0.82, 0.87], ddof=1) / np.sqrt(3)
+    assert (found.low, found.high) == pytest.approx((0.83 - half, 0.83 + half))
+    assert np.isnan(over_seeds([0.8, 0.9]).low)
 
 
 def test_equal_runs_give_an_equal_leaderboard(made_up: tuple[Path, Path]) -> None:

@@ -30,6 +30,14 @@ class Mixed(nn.Module):
         self.frozen = nn.Linear(4, 4).requires_grad_(False)
 
 
+def test_frozen_weights_by_their_own_pattern() -> None:
+    assert prunable_names(Mixed(), ["@frozen"]) == ("frozen.weight",)
+    assert prunable_names(Mixed(), ["conv*", "@frozen"]) == ("conv.bias", "conv.weight", "frozen.weight")
+    module = build("mlp", num_classes=4, input_shape=(1, 8, 8), options={"hidden": [5]})
+    with pytest.raises(StudyError, match="model.prunable: @frozen .* nothing trains"):
+        prunable_names(module, ["@frozen"])
+
+
 def test_the_default() -> None:
     assert prunable_names(Mixed(), None) == (
         "alpha.weight",

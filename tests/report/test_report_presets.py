@@ -39,7 +39,7 @@ def message(round: int, client: int, up: bool, **values: Any) -> LedgerRow:
 def run_of(fake: Path, *rows: LedgerRow) -> Facts:
     layers = [
         Layer("a.weight", [2, 4], MASKABLE, True), Layer("head.weight", [2, 2], HEAD, False),
-        Layer("a.bias", [2], BIAS, False),
+        Layer("a.bias", [2], BIAS, False), Layer("frozen", [9, 9], 81, True, frozen=True),
     ]  # fmt: skip
     facts = read_run(fake)
     return replace(facts, header=replace(facts.header, layers=layers), ledger=rows)
