@@ -252,8 +252,8 @@ class HeatMap:
         axes.set_xticks(range(len(grid.targets)), grid.names, rotation=30 * long, ha="right" if long else "center")
         axes.set_yticks(range(len(grid.masks)), grid.masks)
         one = f"test {grid.shown[0].axis}" if len(set(grid.shown)) == 1 else "each client's metric on test data"
-        guide = f"number: {one}; small: Jaccard index with the column's own ticket\n"
-        axes.set_title(f"{guide}frame: dark, at least as good as that ticket", fontsize=9, loc="left")
+        guide = f"number: {one}\nsmall: Jaccard index with the column's own ticket\n"
+        figure.suptitle(f"{guide}frame: dark, at least as good as that ticket", fontsize=8, x=0.02, ha="left")
         axes.set_xlabel("trained and tested on")
         axes.set_ylabel("mask")
         axes.grid(visible=False)
@@ -271,7 +271,7 @@ def picture(grid: Grid) -> Picture:
         TRANSFER, "Every mask on every client",
         "A cell's number is the metric, below it the Jaccard index of its mask with the column's own ticket; a framed "
         "cell is at least as good as that ticket.",
-        3.6 + 1.05 * min(len(grid.targets), NUMBERS), 1.4 + 0.52 * len(grid.masks), HeatMap(grid),
+        3.6 + 1.05 * min(len(grid.targets), NUMBERS), 1.8 + 0.52 * len(grid.masks), HeatMap(grid),
     )  # fmt: skip
 
 
