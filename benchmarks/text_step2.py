@@ -80,7 +80,7 @@ def study(args: argparse.Namespace) -> schema.Study:
             },
             "federate": {"rounds": 1, "clients_per_round": 1},
             "finder": {"densities": [0.5, 0.3, 0.1], "granularity": args.granularity},
-            "personalise": {"arms": ["dense", "ticket", "random"]},
+            "personalise": {"arms": ["dense", "ticket", "random"], "epochs": None, "steps": args.steps},
         }
     )  # fmt: skip
 

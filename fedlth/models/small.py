@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedlth.data.pretrained import config_in
+from fedlth.data.ragged import Shape
 from fedlth.errors import StudyError
 from fedlth.models.hf import hf
 from fedlth.models.initial import torch_stream
@@ -28,7 +29,7 @@ def load_small(folder: str | Path) -> Transformer:
     told: dict[str, Any] | None = config.pop(SMALL, None)
     if told is None:
         raise StudyError(f"{place}: must be a folder of `fedlth tickets small`, got a config.json without {SMALL}")
-    shape = {"input_ids": (1,), "attention_mask": (1,)}
+    shape: Shape = {"input_ids": (1,), "attention_mask": (1,)}
     with torch_stream(0):  # the caller's generator stays as it is
         module = hf(told["outputs"], shape, config=config, task=told["task"], pooling=told["pooling"])
     assert isinstance(module, Transformer)

@@ -69,7 +69,8 @@ class Transformer(nn.Module):
     @property
     def vocabulary(self) -> int:
         """How many tokens there is an embedding for."""
-        return int(self.base.get_input_embeddings().num_embeddings)
+        base: Any = self.base
+        return int(base.get_input_embeddings().num_embeddings)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None,

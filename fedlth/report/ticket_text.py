@@ -67,6 +67,7 @@ def named(facts: Facts, clients: Sequence[int]) -> tuple[SavedTicket, ...]:
 
 def small(written: SmallTicket) -> str:
     """Return what a ticket that left as a smaller network takes, beside the ticket itself."""
+    rows: list[tuple[str, float, float, str, str]]
     rows = [("parameters", written.ticket.parameters, written.small.parameters, ",d", "")]
     rows += [("file", written.ticket.file_bytes / 1e6, written.small.file_bytes / 1e6, ".2f", " MB")]
     rows += [("FLOPs an example", written.ticket.flops, written.small.flops, ",d", "")]

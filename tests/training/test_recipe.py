@@ -15,7 +15,7 @@ from torch.nn import functional
 from fedlth.data.examples import Examples
 from fedlth.models.layout import Params, layout_of, read, views
 from fedlth.rng import stream
-from fedlth.training import batch_requests, cohort, kernel_backend
+from fedlth.training import batch_requests, cohort, kernel_backend, torch_backend
 from fedlth.training.augment import Crop, Flip
 from fedlth.training.batch_requests import Training
 from fedlth.training.budget import Budget
@@ -151,6 +151,29 @@ def test_what_is_pruned_stays_zero_and_what_is_frozen_stays_as_it_is(optimizer: 
     moved = trainable.copy()
     moved[:size] &= mask
     assert (found.params.floats[: trainable.size][moved] != begun[: trainable.size][moved]).mean() > 0.9
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: type(o).__name__)
+def test_a_step_in_pieces_is_the_step(optimizer: Any, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    factory, data, prunable = NETS[next(iter(NETS))]
+    model, start = made(factory, prunable)
+    mask = np.random.default_rng(1).random(model.layout.num_prunable) < 0.4 if masked else None
+    recipe = TrainingRecipe(budget=Budget(epochs=2), batch_size=8, lr=0.05, optimizer=optimizer, clip_norm=0.5)
+    request = asked(recipe, start, data(45), active=mask)
+    whole = train(model, request)
+    sizes = list[int]()
+    real = type(optimizer).__call__
+
+    def noted(self: Any, grad: Tensor, *more: Any) -> Tensor:
+        sizes.append(len(grad))
+        return real(self, grad, *more)
+
+    monkeypatch.setattr(type(optimizer), "__call__", noted)
+    monkeypatch.setattr(torch_backend, "PIECE", 64)
+    assert train(model, request).params.digest() == whole.params.digest()
+    own = not isinstance(optimizer, torch_backend.EXACT)
+    assert set(sizes) == {model.layout.num_params} if own else max(sizes) == 64 < model.layout.num_params
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS[:3], ids=lambda o: type(o).__name__)
