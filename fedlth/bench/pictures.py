@@ -169,6 +169,8 @@ class Pareto:
         pad = 0.07 * (top - bottom) or 1.0
         axes.set_ylim(bottom - pad, top + pad)
         stretch(axes, list(x.values()))
+        if min(x.values()) <= 0 < max(x.values()):  # room for what costs nothing, side by side
+            axes.set_xlim(left=2 * axes.get_xlim()[0])
         axes.set_xlabel("payload moved, down and up, every receiver counted (MB)")
         axes.set_ylabel(f"mean test {shown.axis}")
         used = [line.control for line in lines if line.control]
