@@ -23,6 +23,7 @@ from fedlth.federation.jobs import Job, Reply
 from fedlth.output import lines_to
 from fedlth.study import schema
 from tests import everything, tiny
+from tests.text.sentences import IN_ROUNDS, bert_tickets
 
 pytestmark = [
     pytest.mark.slow,
@@ -180,6 +181,13 @@ class TestInOneSimulation:
         """A client that drops out on the fleet is sent nothing here: the meter would miss its rows."""
         run_under_flower(everything.study(), tmp_path / "flower")
         tiny.run(everything.study(), tmp_path / "inprocess")
+        assert_equal(tmp_path / "inprocess", tmp_path / "flower")
+
+    def test_tickets_of_a_transformer_equal_the_in_process_run(self, tmp_path: Path) -> None:
+        pytest.importorskip("transformers")
+        made = bert_tickets(tmp_path, **IN_ROUNDS)
+        run_under_flower(made, tmp_path / "flower")
+        tiny.run(made, tmp_path / "inprocess")
         assert_equal(tmp_path / "inprocess", tmp_path / "flower")
 
     def test_a_client_that_raises_dies_or_hangs_costs_only_itself(self, tmp_path: Path) -> None:

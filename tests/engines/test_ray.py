@@ -22,6 +22,7 @@ from fedlth.errors import StudyError
 from fedlth.federation.jobs import Job, Reply
 from fedlth.output import lines_to
 from tests import everything, tiny
+from tests.text.sentences import IN_ROUNDS, bert_tickets
 
 pytestmark = [
     pytest.mark.slow,
@@ -120,6 +121,13 @@ class TestOnOneRay:
     def test_every_method_equals_in_process(self, name: str, two_workers: Open, tmp_path: Path) -> None:
         tiny.run(STUDIES[name](), tmp_path / "there", engine=two_workers)
         tiny.run(STUDIES[name](), tmp_path / "here")
+        assert tiny.facts(tmp_path / "there") == tiny.facts(tmp_path / "here")
+
+    def test_tickets_of_a_transformer_equal_in_process(self, two_workers: Open, tmp_path: Path) -> None:
+        pytest.importorskip("transformers")
+        made = bert_tickets(tmp_path, **IN_ROUNDS)
+        tiny.run(made, tmp_path / "there", engine=two_workers)
+        tiny.run(made, tmp_path / "here")
         assert tiny.facts(tmp_path / "there") == tiny.facts(tmp_path / "here")
 
     def test_workers_equal_in_process_and_the_gpu_of_each_client_is_recorded(self, tmp_path: Path) -> None:

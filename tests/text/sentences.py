@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from fedlth.study import schema
+from fedlth.training.task import open_task
 from tests import tiny
+
+BERT_TICKETS = Path(__file__).parents[2] / "configs" / "bert_tickets.yaml"
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "bert": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32},
@@ -17,6 +21,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2},
 }
 WORDS = 40
+IN_ROUNDS: dict[str, Any] = {"method": "two_step", "federate": {"rounds": 1, "clients_per_round": 3}}  # of bert_tickets
 GOOD, BAD, PLAIN = ["good", "fine", "great"], ["bad", "poor", "awful"], ["the", "film", "was", "a", "story", "of"]
 
 
@@ -61,3 +66,24 @@ def study(
     for key, value in sections.items():
         given[key] = {**given.get(key, {}), **value} if isinstance(value, dict) else value
     return schema.build({**tiny.tree(), **given})
+
+
+def bert_tickets(folder: Path, **sections: Any) -> schema.Study:
+    """Return configs/bert_tickets.yaml in small: made-up domains, a tiny pre-trained network, a few steps."""
+    weights = folder / "weights"
+    if not weights.exists():
+        open_task(study(folder / "other").science()).model.module().save_pretrained(weights)
+    tree = yaml.safe_load(BERT_TICKETS.read_text())
+    options = tree["data"]["options"]
+    names = tuple(options["files"])
+    options.update(files=write(folder / "texts", names, 50), gap=1, tokenizer={"words": WORDS}, max_length=12)
+    tree["data"]["root"] = str(folder / "texts")
+    tree["model"]["options"] = {"path": str(weights)}
+    tree["clients"]["test_samples"] = 8
+    tree["train"].update(steps=2, batch_size=8, lr=0.01)
+    tree["finder"]["densities"], tree["finder"]["main"] = [0.5, 0.2], 0.2
+    tree["personalise"]["steps"] = 3
+    del tree["seeds"]
+    for key, value in sections.items():
+        tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
+    return schema.build(tree)
