@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch.multiprocessing import reductions
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -30,6 +30,7 @@ from fedlth.storage.small_record import Size, SmallTicket
 
 MOST = 1e-5  # that outputs may differ, relative to the largest where that is above 1
 PASSES = 20
+StorageRef: Any = reductions.StorageWeakRef  # has no types
 MEASURED = "small.json"
 
 
@@ -115,9 +116,9 @@ class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, given: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.given = {StorageWeakRef(tensor.untyped_storage()) for tensor in given}
-        self.live: dict[StorageWeakRef, int] = {}
-        self.most = 0
+        self.given = {StorageRef(tensor.untyped_storage()) for tensor in given}
+        self.live: dict[Any, int] = {}
+        self.most: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -125,7 +126,7 @@ class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                if (ref := StorageWeakRef(storage)) not in self.given:
+                if (ref := StorageRef(storage)) not in self.given:
                     self.live[ref] = storage.nbytes()
         self.most = max(self.most, sum(self.live.values()))
         return out
@@ -133,6 +134,7 @@ class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def peak_bytes(module: nn.Module, x: Inputs) -> int:
     """Return the most bytes of tensors that a forward pass holds at once beside weights and inputs."""
-    with torch.no_grad(), _Held([*module.parameters(), *module.buffers(), *tensors(x)]) as held:
+    held = _Held([*module.parameters(), *module.buffers(), *tensors(x)])
+    with torch.no_grad(), held:
         call(module, x)
     return held.most
