@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch.multiprocessing import reductions
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from fedlth.data.examples import Inputs
+from fedlth.data.examples import Inputs, tensors
 from fedlth.errors import StudyError
 from fedlth.experiment.experiment import Experiment
 from fedlth.experiment.saved_ticket import load_ticket, undisturbed
@@ -27,6 +30,7 @@ from fedlth.storage.small_record import Size, SmallTicket
 
 MOST = 1e-5  # that outputs may differ, relative to the largest where that is above 1
 PASSES = 20
+StorageRef: Any = reductions.StorageWeakRef  # has no types
 MEASURED = "small.json"
 
 
@@ -99,17 +103,38 @@ def _size(module: Transformer, x: Inputs, times: list[float]) -> Size:
         file_bytes=len(save(state, metadata={"format": "pt"})),
         flops=layer_flops(module, x)[1],
         latency_ms=statistics.median(times),
-        memory_bytes=weights + peak_bytes(lambda: call(module, x)),
+        memory_bytes=weights + peak_bytes(module, x),
     )
 
 
-def peak_bytes(work: Callable[[], Tensor]) -> int:
-    """Return the most bytes of tensors that are held at once while `work` is done, of those that it allocates."""
-    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-        work()
-    held = most = 0
-    for event in watched.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
+class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the most bytes of tensors that live at once, of those that operators make."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else the first operator imports all of torch's compiler
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.given = {StorageRef(tensor.untyped_storage()) for tensor in given}
+        self.live: dict[Any, int] = {}
+        self.most: int = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.live = {ref: size for ref, size in self.live.items() if not ref.expired()}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if (ref := StorageRef(storage)) not in self.given:
+                    self.live[ref] = storage.nbytes()
+        self.most = max(self.most, sum(self.live.values()))
+        return out
+
+
+def peak_bytes(module: nn.Module, x: Inputs) -> int:
+    """Return the most bytes of tensors that a forward pass holds at once beside weights and inputs."""
+    held = _Held([*module.parameters(), *module.buffers(), *tensors(x)])
+    with torch.no_grad(), held:
+        call(module, x)
+    return held.most

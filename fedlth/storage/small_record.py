@@ -11,7 +11,7 @@ class Size:
     """What one network takes: parameters, its file, and of a forward pass of one batch FLOPs an example, time, memory.
 
     `latency_ms` is the median of 20 passes, both networks by turns; `memory_bytes` are the weights and the most that a
-    pass holds beside them, as torch's profiler counts what is allocated.
+    pass holds beside them in tensors, what an operator needs inside itself left out.
     """
 
     parameters: int

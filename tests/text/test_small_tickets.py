@@ -196,3 +196,8 @@ def test_the_study_is_refused_where_nothing_whole_can_go(tmp_path: Path) -> None
         resolve(lora)
     with pytest.raises(StudyError, match="finder.densities: must be at least 0.2"):
         resolve(sentences.study(tmp_path / "data", finder={**WHOLE, "densities": [0.1]}))
+
+
+def test_the_memory_of_a_pass_is_what_lives_at_once() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(4, 100), torch.nn.ReLU(), torch.nn.Linear(100, 10))
+    assert small_ticket.peak_bytes(net, torch.zeros(8, 4)) == 2 * 8 * 100 * 4  # before the relu, and behind it
