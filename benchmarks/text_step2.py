@@ -122,7 +122,8 @@ def main() -> None:
     print(f"after the imports: {peak_mb():,.0f} MB")
     experiment, _ = resolve(study(args))
     task, requests = experiment.task, list[TrainingRequest]()
-    print(f"peak of resolving the study: {peak_mb(again=True):,.0f} MB; {task.layout.num_trained:,} weights train")
+    trained = task.layout.trained
+    print(f"peak of resolving the study: {peak_mb(again=True):,.0f} MB; {trained.stop - trained.start:,} weights train")
     spent = Account()
     with tempfile.TemporaryDirectory() as place:
         folder = RunFolder(Path(place))
