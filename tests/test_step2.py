@@ -407,3 +407,12 @@ def test_the_memory_forecast_does_not_grow_with_densities() -> None:
     assert grown == pytest.approx(8 * one.task.layout.num_prunable / 1e6)
     plain = tiny.experiment(tiny.of_method("fedavg"))
     assert forecast._memory_mb(one) > forecast._memory_mb(plain)
+
+
+def test_a_long_step_2_is_heard_of_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(personalise, "LONG_S", 0.0)
+    lines: list[str] = []
+    made = tiny.of_method("two_step", finder={"densities": [0.5]}, personalise={"arms": ["dense", "ticket"]})
+    tiny.run(made, tmp_path / "r", tell=lines.append)
+    told = [line for line in lines if line.startswith("client 0: ")]
+    assert told == ["client 0: dense at density 1 is done", "client 0: ticket at density 0.5 is done"]

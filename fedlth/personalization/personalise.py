@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -29,6 +31,8 @@ from fedlth.training.local_client import Cost, LocalClient
 from fedlth.wire import mask as bitmap
 from fedlth.wire.payload import Content
 
+log = logging.getLogger(__name__)
+LONG_S = 20.0  # a client whose step 2 is longer is heard of on the way
 EVALUATION = "evaluation"  # the whole global model, for controls beside a slice
 TICKET = "ticket"  # a bare mask on its way up
 NEED_NO_GLOBAL = frozenset({"own", "own_tuned", "local", "frozen_random"})
@@ -89,9 +93,12 @@ def _reported(
     """Evaluate each model, keep one in the state; `mask`: send its mask up, in which the client goes on."""
     rows: list[MetricRow] = []
     kept: tuple[Result, int] | None = None
-    cost = Cost()
+    cost, heard_at = Cost(), time.monotonic()
     for result, spent in _costed(local, results):
         row = row_of(local, result)
+        if time.monotonic() - heard_at >= LONG_S:
+            log.info("client %d: %s at density %g is done", local.client, result.arm, result.target)
+            heard_at = time.monotonic()
         if result.cpu_s[0]:
             times = {"cpu_s": result.cpu_s[0], "last_cpu_s": result.cpu_s[1]}
             local.work.append({"arm": result.arm, "target_density": result.target, **times})
