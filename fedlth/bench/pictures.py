@@ -105,12 +105,21 @@ class Rows:
                                                                                      and not line.same)]  # fmt: skip
         values = [shown.factor * line.summary.mean for line in drawn]
         low, high = limits(values)
+        # Intervals have room beyond the outermost means: a quarter of the axis on each side, the rest is cut off.
+        bars = [
+            shown.factor * one
+            for line, value in zip(drawn, values, strict=True) if not line.control and low <= value <= high
+            for one in (line.summary.interval.low, line.summary.interval.high)
+        ]  # fmt: skip
+        room = 0.25 * (high - low)
+        least = max(low - room, min([low, *bars]))
+        most = min(high + room, max([high, *bars]))
         used: list[str] = []
         for line, value in zip(drawn, values, strict=True):
             place = row[line.method]
             if not low <= value <= high:
                 colour = theme.colour(MARKS[line.control][1]) if line.control else theme.gain
-                beyond(left, value, place, low if value < low else high, value < low, colour)
+                beyond(left, value, place, least if value < low else most, value < low, colour)
             elif line.control:
                 marker, arm = MARKS[line.control]
                 left.plot(
@@ -124,7 +133,7 @@ class Rows:
             else:
                 ends = [shown.factor * one for one in (line.summary.interval.low, line.summary.interval.high)]
                 left.plot(
-                    np.clip(ends, low, high), [place, place], color=theme.gain, linewidth=1.3, alpha=0.6, zorder=2
+                    np.clip(ends, least, most), [place, place], color=theme.gain, linewidth=1.3, alpha=0.6, zorder=2
                 )
                 left.plot(value, place, "o", color=theme.gain if line.method in front else theme.page, markersize=7,
                           markeredgecolor=theme.gain, markeredgewidth=1.3, zorder=4)  # fmt: skip
@@ -136,7 +145,7 @@ class Rows:
         left.set_yticks(range(len(lines)), [f"{line.method} {number[line.method]}" for line in lines], fontsize=8.5)
         left.set_ylim(len(lines) - 0.4, -0.6)
         pad = 0.05 * (high - low) or 1.0
-        left.set_xlim(low - pad, high + pad)
+        left.set_xlim(least - pad, most + pad)
         stretch(right, list(x.values()))
         for axes in (left, right):
             axes.grid(True, axis="x")
