@@ -24,7 +24,7 @@ def beyond(axes: Axes, value: float, row: float, edge: float, below: bool, colou
 
 
 def stretch(axes: Axes, x: Sequence[float]) -> None:
-    """Stretch few bytes apart; a method that moves nothing has its place at zero."""
+    """Set an axis of bytes for all of `x`, few bytes stretched apart; what moves nothing has its place at zero."""
     from matplotlib.ticker import FuncFormatter
 
     moved = [value for value in x if value > 0]
@@ -36,7 +36,8 @@ def stretch(axes: Axes, x: Sequence[float]) -> None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.minorticks_off()
     else:
-        axes.margins(x=0.1)
+        room = 0.1 * (max(x) - min(x)) or 1.0
+        axes.set_xlim(min(x) - room, max(x) + room)
 
 
 def control_legend(figure: Figure, theme: Theme, used: Sequence[str]) -> None:

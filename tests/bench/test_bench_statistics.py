@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from fedlth.bench.board import read_board
 from fedlth.bench.contrasts import contrast, corrected, over_seeds, paired_t
 from fedlth.bench.controls import GLOBAL
-from fedlth.bench.drawing import MARKS
+from fedlth.bench.drawing import MARKS, stretch
 from fedlth.bench.headline import _seen, headline, warnings
 from fedlth.bench.leaderboard import write_leaderboard
 from fedlth.bench.mask_picture import crossing, mask_lines, wins_below
@@ -236,3 +236,11 @@ def test_other_data_are_told(made_up: tuple[Path, Path], tmp_path: Path) -> None
         assert any("other data" in line for line in warnings(board))
     finally:
         header.write_text(kept)
+
+
+@pytest.mark.parametrize("amounts", [[0.0, 63.0, 102.0, 320.0], [0.0, 0.4, 320.0], [5.0], [0.0, 0.0]])
+def test_an_axis_of_bytes_has_all_of_them(amounts: list[float]) -> None:
+    axes = Figure().add_subplot()
+    stretch(axes, amounts)
+    low, high = axes.get_xlim()
+    assert low < min(amounts) and max(amounts) < high
