@@ -21,7 +21,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2},
 }
 WORDS = 40
-IN_ROUNDS: dict[str, Any] = {"method": "two_step", "federate": {"rounds": 1, "clients_per_round": 3}}  # of bert_tickets
+# Of bert_tickets: a round before the search.
+IN_ROUNDS: dict[str, Any] = {
+    "method": "two_step", "federate": {"rounds": 1, "clients_per_round": 3}, "train": {"steps": 2},
+    "model": {"personal": ["head.*"]},
+}  # fmt: skip
 GOOD, BAD, PLAIN = ["good", "fine", "great"], ["bad", "poor", "awful"], ["the", "film", "was", "a", "story", "of"]
 
 
@@ -80,7 +84,7 @@ def bert_tickets(folder: Path, **sections: Any) -> schema.Study:
     tree["data"]["root"] = str(folder / "texts")
     tree["model"]["options"] = {"path": str(weights)}
     tree["clients"]["test_samples"] = 8
-    tree["train"].update(steps=2, batch_size=8, lr=0.01)
+    tree["train"].update(batch_size=8, lr=0.01)
     tree["finder"]["densities"], tree["finder"]["main"] = [0.5, 0.2], 0.2
     tree["personalise"]["steps"] = 3
     del tree["seeds"]
