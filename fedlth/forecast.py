@@ -54,8 +54,9 @@ def trainings(arm: str, experiment: Experiment) -> int:
         return SEARCHES[arm](finder).trainings(targets)[1]
     once, longest = len(targets), finder.trainings(targets)[0] or int(not finder.learned(targets)[0])
     return {
-        "local": longest, "dense": 1, "dense_total": longest, "global_mask": once, "random": 3 * once,
-        "shuffled_values": once, "reinit": once, "own_random": 1, "own_global_mask": 1,
+        "local": longest, "dense": 1, "dense_total": longest, "global_mask": once,
+        "random": len(experiment.random_starts) * once, "shuffled_values": once, "reinit": once,
+        "own_random": 1, "own_global_mask": 1,
     }.get(arm, 0)  # fmt: skip
 
 

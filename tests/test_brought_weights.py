@@ -60,6 +60,17 @@ def test_random_has_two_starts_and_says_so(tmp_path: Path) -> None:
     assert header["random_starts"] == ["theta_g", "theta_0", "reinit"]
 
 
+def test_random_does_not_train_equal_starts_twice(tmp_path: Path) -> None:
+    """Without rounds theta_g is theta_0: one start where another draw would be theta_0 again, and it costs one."""
+    made = tiny.study(model=PRETRAINED, method={"name": "standalone"}, personalise=RANDOM)
+    lines: list[str] = []
+    tiny.run(made, tmp_path / "r", tell=lines.append)
+    assert any(line.startswith("note: arm random: starts from theta_g alone; model") for line in lines)
+    assert json.loads((tmp_path / "r" / "header.json").read_bytes())["random_starts"] == ["theta_g"]
+    rows = [r for r in tiny.rows(tmp_path / "r", "metrics") if r["arm"] == "random"]
+    assert rows and all(r["start"] == "theta_g" and r["search_epochs"] == 0 for r in rows)
+
+
 def test_named_options_draw_every_weight_anew() -> None:
     """Row 32: model.reinit_options is the light way to a control of a pre-trained model."""
     task = tiny.task(model=DRAWN)

@@ -365,9 +365,10 @@ class Experiment:
 
     @property
     def random_starts(self) -> tuple[str, ...]:
-        """The names of the weights that the arm `random` starts from."""
+        """The names of the weights that the arm `random` starts from; without rounds theta_g is theta_0."""
+        moved = any(phase.rounds for phase in self.federated_phases)
         brought = any(task.model.brought for task in self.task.each)
-        return ("theta_g", "theta_0") if brought else ("theta_g", "theta_0", "reinit")
+        return ("theta_g", *["theta_0"] * moved, *["reinit"] * (not brought))
 
 
 def open_experiment(text: str) -> Experiment:

@@ -124,9 +124,9 @@ def _masks(step: Step2) -> list[tuple[float, np.ndarray, bool]]:
 
 
 def random_ticket(step: Step2) -> Iterator[Result]:
-    """A random mask of the ticket's layer counts; the best of three starts, chosen on validation data.
+    """A random mask of the ticket's layer counts; the best of its starts, chosen on validation data.
 
-    A model that brings its weights has no third start: another draw would be theta_0 again.
+    They are theta_g, theta_0 where rounds have left it, and another draw where the model does not bring its weights.
     Where the ticket's search diverged before it had a mask, the counts are those of a random score's.
     """
     layout, full = step.local.task.layout, step.local.full
@@ -140,7 +140,10 @@ def random_ticket(step: Step2) -> Iterator[Result]:
 
 def _best_start(step: Step2, mask: np.ndarray, target: float) -> Result:
     """Train a mask from each start and return the best on validation data; one that diverges is last."""
-    starts = {"theta_g": step.theta_g, "theta_0": step.anchor("theta_0")}
+    theta_0 = step.anchor("theta_0")
+    starts = {"theta_g": step.theta_g}
+    if not np.array_equal(theta_0.floats, step.theta_g.floats):
+        starts["theta_0"] = theta_0
     if not step.local.task.model.brought:
         starts["reinit"] = _rescaled(step, step.local.fresh_init("random ticket"), mask)
     at, best, best_score = len(step.log), None, -math.inf

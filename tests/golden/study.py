@@ -15,8 +15,12 @@ HERE = Path(__file__).parent
 
 
 def where() -> dict[str, str]:
-    """Name what the last bit of a float depends on."""
-    return {"torch": torch.__version__, "machine": platform.machine(), "cpu": torch.backends.cpu.get_cpu_capability()}
+    """Name what the last bit of a float depends on; libraries of matrix products go by the vendor, too."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    vendor = next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "unknown")
+    cpu = f"{torch.backends.cpu.get_cpu_capability()} {vendor}"
+    return {"torch": torch.__version__, "machine": platform.machine(), "cpu": cpu}
 
 
 def message(row: dict[str, Any]) -> str:
