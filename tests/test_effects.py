@@ -115,6 +115,13 @@ def test_a_buffer_policy_without_a_norm_is_said() -> None:
     assert said(name="tests.test_methods:normed", options={}, buffers="local_statistics") == []
 
 
+def test_batches_by_length_of_equal_lengths_are_said() -> None:
+    made = tiny.study(train={"group_by_length": True})
+    assert feasible.check(made, tiny.experiment(made)) == [
+        "train.group_by_length: has no effect, all examples are of one length"
+    ]
+
+
 def test_a_root_that_nothing_reads_is_said(tmp_path: Path) -> None:
     made = tiny.study(data={"name": "fashion_slice", "root": str(tmp_path)}, model={"name": "lenet300", "options": {}})
     assert feasible.check(made, tiny.experiment(made)) == [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,6 +46,14 @@ class Examples:
 
         x = {n: cut(n, t) for n, t in self.x.items()} if isinstance(self.x, dict) else cut("x", self.x)
         return Examples(x, cut("y", self.y), lengths)
+
+    @property
+    def longest(self) -> np.ndarray | None:
+        """(N,) the length of each example's longest ragged field; None where no field is ragged."""
+        if not self.lengths:
+            return None
+        found: np.ndarray = torch.stack(list(self.lengths.values())).amax(0).cpu().numpy()
+        return found
 
     def to(self, device: str) -> Examples:
         lengths = {name: own.to(device) for name, own in self.lengths.items()}

@@ -24,7 +24,9 @@ LONG = frozenset({"local", "dense_total"})  # arms that train for as long as the
 UNTRAINED = frozenset({"global", "own", "frozen_random"})
 # Of a training recipe, what only a training of weights looks at, beside its rate.
 SGD = ("momentum", "weight_decay")
-STEP_KEYS = (*SGD, "optimizer", "schedule", "clip_norm", "pull", "augment", "dropout", "precision")
+STEP_KEYS = (
+    *SGD, "optimizer", "schedule", "clip_norm", "pull", "augment", "dropout", "precision", "group_by_length",
+)  # fmt: skip
 FINDER: dict[str, frozenset[str]] = {
     "score": SEARCH,
     "schedule": SEARCH - {"one_shot"} | LONG,

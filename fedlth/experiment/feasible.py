@@ -101,6 +101,9 @@ def _notes(study: Study, experiment: Experiment) -> list[str]:
         if not norms or (study.model.buffers != "aggregate" and not local):
             what = "norm" if not norms else "norm with running statistics"
             notes.append(f"model.buffers: has no effect, {study.model.name} has no {what}")
+    if not task.dataset.lengths_train:
+        asked = [f"{step}.group_by_length" for step in ("train", "personalise")]
+        notes += [f"{key}: has no effect, all examples are of one length" for key in asked if study.given(key)]
     idle = [f"tasks.{name}" for name in study.tasks if name not in task.names]
     if idle:
         notes.append(f"{', '.join(idle)}: {'has' if len(idle) == 1 else 'have'} no effect, no client has such examples")

@@ -185,6 +185,7 @@ class Train(Timed):
     augment: Specs = ()
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     precision: Precision = "float32"
+    group_by_length: bool = False
 
 
 class Federate(Node):
@@ -212,6 +213,7 @@ class Personalise(Timed):
     augment: Specs | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     precision: Precision | None = None
+    group_by_length: bool | None = None
     arms: Names | None = None
     clients_per_wave: Count = 10
 

@@ -29,11 +29,13 @@ class Budget:
     def __bool__(self) -> bool:
         return bool(self.epochs or self.steps)
 
-    def __call__(self, size: int, batch_size: int, order: np.random.Generator, /) -> list[list[np.ndarray]]:
-        """Draw the batches of `size` examples, by epoch."""
+    def __call__(
+        self, size: int, batch_size: int, order: np.random.Generator, /, lengths: np.ndarray | None = None
+    ) -> list[list[np.ndarray]]:
+        """Draw the batches of `size` examples, by epoch; with `lengths` (size,) of examples of about one length."""
         found, left = [], self.total(size, batch_size) // self.repeats
         while left > 0:
-            drawn = batches(size, batch_size, order)[:left]
+            drawn = batches(size, batch_size, order, lengths)[:left]
             found.append([part for part in drawn for _ in range(self.repeats)])
             left -= len(drawn)
         return found

@@ -30,8 +30,9 @@ class TrainingRecipe:
     With `replay_lr` False the rate stays at the schedule's last value, which is what fine-tuning means.
     `first_step` and `last_step` cut the run: the steps between them, with the batches and rates that they have in it.
     `clip_norm` bounds the norm of the gradient (of loss and pull, over what may move). `dropout` is the rate of every
-    dropout module, None for the model's own. `precision` "bf16": the forward pass in torch's autocast. `view` says what
-    the network sees of the weights that are trained; it is a method's, no study names it.
+    dropout module, None for the model's own. `precision` "bf16": the forward pass in torch's autocast.
+    `group_by_length`: batches of examples of about one length. `view` says what the network sees of the weights that
+    are trained; it is a method's, no study names it.
     """
 
     budget: Budget
@@ -46,6 +47,7 @@ class TrainingRecipe:
     augment: tuple[Augment, ...] = ()
     dropout: float | None = None
     precision: str = "float32"
+    group_by_length: bool = False
     replay_lr: bool = True
     first_step: int = 0
     last_step: int | None = None

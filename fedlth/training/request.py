@@ -92,7 +92,7 @@ def drawn_request(
 
     Raises StudyError where the recipe's first step lies beyond its run.
     """
-    epochs = recipe.budget(len(data), recipe.batch_size, order)
+    epochs = recipe.budget(len(data), recipe.batch_size, order, data.longest if recipe.group_by_length else None)
     steps = sum(map(len, epochs))
     inside = window(epochs, recipe.first_step, recipe.last_step)
     if not inside:

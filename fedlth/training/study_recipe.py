@@ -40,7 +40,7 @@ def recipe_of(train: sections.Train, num_classes: int, targets: str, where: str 
         loss=loss_of(train.loss, num_classes, targets, where), clip_norm=train.clip_norm,
         pull=NO_PULL if train.pull is None else part("pull", train.pull, where),
         augment=tuple(part("augment", one, where) for one in train.augment),
-        dropout=train.dropout, precision=train.precision,
+        dropout=train.dropout, precision=train.precision, group_by_length=train.group_by_length,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from tests.test_server_state import Stopped, stop
 from tests.text.sentences import IN_ROUNDS, bert_tickets
 
 pytest.importorskip("transformers")
-ARMS = {"dense", "ticket", "init_mask", "random", "shuffled_values", "reinit"}
+ARMS = {"dense", "ticket", "init_mask", "random", "shuffled_values"}
 
 
 @pytest.mark.parametrize("sections", [{}, IN_ROUNDS], ids=["without rounds", "after a round"])

@@ -220,6 +220,40 @@ def test_a_budget_counts_steps() -> None:
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("size", [30, 33, 1000])
+def test_batches_by_length_hold_every_example_once_and_pad_less(size: int) -> None:
+    lengths = stream(0, "lengths").integers(1, 30, size)
+
+    def padded(parts: list[np.ndarray]) -> int:
+        return sum(len(part) * int(lengths[part].max()) for part in parts)
+
+    (plain,), (grouped,) = (
+        Budget(epochs=1)(size, 8, stream(0, "order")),
+        Budget(epochs=1)(size, 8, stream(0, "order"), lengths),
+    )
+    assert sorted(np.concatenate(grouped)) == list(range(size))
+    assert sorted(map(len, grouped)) == sorted(map(len, plain))
+    assert padded(grouped) < 0.8 * padded(plain)
+    longest = [int(lengths[part].max()) for part in grouped]
+    assert longest not in (sorted(longest), sorted(longest, reverse=True)), "batches come in random order"
+    first, second = Budget(epochs=2)(size, 8, stream(0, "order"), lengths)
+    assert [list(part) for part in first] != [list(part) for part in second]
+
+
+def test_a_recipe_groups_by_the_longest_field() -> None:
+    x = {"a": torch.zeros(40, 9), "b": torch.zeros(40, 9)}
+    lengths = {"a": torch.ones(40, dtype=torch.int64), "b": torch.arange(40) % 9 + 1}
+    data = Examples(x, torch.zeros(40, dtype=torch.int64), lengths)
+    start = Params(np.zeros(1, np.float32), np.zeros(0, np.int64))
+
+    def widths(**how: Any) -> list[int]:
+        recipe = replace(BASE, budget=Budget(epochs=1), batch_size=4, **how)
+        request = drawn_request(start, data, recipe, order=stream(0, "order"), torch_seed=0)
+        return [int(lengths["b"][part].max()) for part in request.batches[0]]
+
+    assert sum(widths(group_by_length=True)) < sum(widths())
+
+
 def test_a_pull_is_to_the_anchor_that_is_given() -> None:
     model, start = made(*NETS["conv"][::2])
     far = Params(start.floats + 3, start.ints)
