@@ -29,7 +29,7 @@ def test_the_study_resumes_task_by_task(
     assert {row["client"] for row in rows if row["arm"] == "ticket"} == set(range(5))
     assert len(list((tmp_path / "whole" / "tickets").glob("*.safetensors"))) == 5
     with monkeypatch.context() as patch:
-        patch.setattr(Federation, "run", lambda loop: stop(loop, 3))
+        patch.setattr(Federation, "run", lambda loop: stop(loop, 2))
         with pytest.raises(Stopped):
             tiny.run(made, tmp_path / "stopped")
     assert 0 < len({row["client"] for row in tiny.rows(tmp_path / "stopped", "metrics")}) < 5
