@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -186,17 +187,22 @@ def foreseen(study: Study) -> Foreseen:
 
 def _server_lines(experiment: Experiment) -> list[str]:
     """Say what the server holds at once where its rule looks at all updates of a round together."""
-    layout, lines = experiment.layout, []
-    holding = [phase for phase in experiment.phases if holds_round(phase.join)]
-    if holding:
-        phase = max(holding, key=lambda one: len(experiment.clients(one, one.rounds)))
-        count = len(experiment.clients(phase, phase.rounds))
-        each = (4 * layout.num_floats + 8 * layout.num_ints + layout.num_prunable) / 1e6
-        rule = type(phase.join).__name__
-        lines.append(f"server: {rule} holds a round's updates at once: {count} x {each:,.2f} = {count * each:,.1f} MB")
-        for one in (phase.join, getattr(phase.join, "mean", None)):
+    lines, needs = list[str](), list[tuple[float, int, float, Any]]()
+    for phase in experiment.phases:
+        if holds_round(phase.join):
+            # The consensus of clients without a server is of all that have published.
+            taking_part = len(experiment.clients(phase, phase.rounds))
+            count = taking_part if phase.topology is None else experiment.taking_part
+            layouts = [experiment.message_layout(phase, name, kind) for name, kind in phase.update.sends]
+            each = sum(4 * one.num_floats + 8 * one.num_ints + one.num_prunable for one in layouts) / 1e6
+            needs.append((count * each, count, each, phase.join))
+    if needs:
+        most, count, each, rule = max(needs, key=lambda one: one[0])
+        name, fewest = type(rule).__name__, min(one[1] for one in needs)
+        lines.append(f"server: {name} holds a round's updates at once: {count} x {each:,.2f} = {most:,.1f} MB")
+        for one in (rule, getattr(rule, "mean", None)):
             doubt = getattr(one, "doubt", None)
-            if doubt is not None and (why := doubt(count)):
+            if doubt is not None and (why := doubt(fewest)):
                 lines.append(f"federate.join: {why}")
     if experiment.population.hostile:
         lines.append(f"hostile clients: {', '.join(map(str, sorted(experiment.population.hostile)))}")

@@ -112,8 +112,9 @@ class Experiment:
         study, slices = self.study, self.method.slices
         found = [self._filled(phase) for phase in self.method.phases]
         found = with_rule(found, study.federate.join, self.method.name)
+        own = found[-1].update if found else self.method.own  # it may average what neighbours send, by the rule too
         personalise = Personalise(
-            own=self.method.own, finder=self.finder, arms=self.arms, targets=study.finder.densities,
+            own=own, finder=self.finder, arms=self.arms, targets=study.finder.densities,
             main=self.keep, kept=self.kept_arm, space=self.method.space,
             sends=((TICKET, "mask"),) if study.refine.rounds or getattr(self.newcomer, "others", False) else (),
         )  # fmt: skip

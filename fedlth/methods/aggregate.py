@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from fedlth.methods.space import chances
 from fedlth.models.layout import Layout, Params
 from fedlth.storage.server_state import ServerState
 from fedlth.wire.payload import Content
@@ -17,13 +18,31 @@ from fedlth.wire.payload import Content
 class Contribution:
     """One valid reply in client order: its number of training examples, and what it sent.
 
-    `content` is the first of what its phase's update sends; `others` the rest, by name.
+    `content` is the first of what its phase's update sends; `others` the rest, by name. `named` is the mask that came,
+    where a rule has made other numbers of the content than what the client sent.
     """
 
     client: int
     num_examples: int
     content: Content
     others: Mapping[str, Content] = field(default_factory=dict)
+    named: np.ndarray | None = None
+
+    @property
+    def mask(self) -> np.ndarray:
+        """The mask that the client sent, whatever a rule has made of its numbers."""
+        return self.content.mask if self.named is None else self.named
+
+    def as_numbers(
+        self, content: Content, floats: np.ndarray | None = None, mask: np.ndarray | None = None
+    ) -> Contribution:
+        """Return what a mean is to take of `content`, one of the messages: its numbers, or `floats`.
+
+        Those in `mask` count, without one all: a coordinate that the message leaves out then counts as zero.
+        """
+        mask = np.ones(content.mask.size, bool) if mask is None else mask
+        floats = content.floats if floats is None else floats
+        return replace(self, content=replace(content, mask=mask, floats=floats), others={}, named=self.mask)
 
 
 class Aggregate(Protocol):
@@ -58,6 +77,13 @@ def join(rule: Aggregate, state: ServerState, contributions: Iterable[Contributi
     return rule.result(accumulator)
 
 
+def mean_of(rule: Aggregate, accumulator: Any) -> np.ndarray:
+    """Return what a rule makes of numbers that are no state, (num_floats,) float64: not cast, where it can say so."""
+    unrounded = getattr(rule, "unrounded", None)
+    found: np.ndarray = rule.result(accumulator).theta.floats if unrounded is None else unrounded(accumulator)
+    return found.astype(np.float64)
+
+
 def values_of(content: Content) -> np.ndarray:
     """Return what was sent as values; raise ValueError at a bare mask."""
     if content.floats is None:
@@ -88,6 +114,8 @@ class FedAvg:
     McMahan et al., AISTATS 2017, arXiv 1602.05629, where every client sends every weight.
     """
 
+    uncovered: ClassVar[str] = "zero"
+
     def init(self, state: ServerState, layout: Layout, /) -> _Sum:
         return _Sum(state.theta, np.zeros(layout.num_floats), 0, state.theta.ints, np.empty(layout.num_floats))
 
@@ -96,8 +124,13 @@ class FedAvg:
         so_far.weight += c.num_examples
         so_far.ints = _largest(so_far.ints, c.content)
 
+    def unrounded(self, so_far: _Sum, /) -> np.ndarray:
+        """Return the mean before it is cast."""
+        mean: np.ndarray = so_far.total / so_far.weight
+        return mean
+
     def result(self, so_far: _Sum, /) -> ServerState:
-        return ServerState(Params((so_far.total / so_far.weight).astype(np.float32), so_far.ints))
+        return ServerState(Params(self.unrounded(so_far).astype(np.float32), so_far.ints))
 
 
 @dataclass(frozen=True)
@@ -123,11 +156,15 @@ class CountMean:
         so_far.weight[mask.size :] += share
         so_far.ints = _largest(so_far.ints, c.content)
 
-    def result(self, so_far: _Sum, /) -> ServerState:
+    def unrounded(self, so_far: _Sum, /) -> np.ndarray:
+        """Return the mean before it is cast."""
         old = so_far.old.floats
         rest = old.astype(np.float64) if self.uncovered == "keep" else np.zeros(old.size)
-        mean = np.divide(so_far.total, so_far.weight, out=rest, where=so_far.weight > 0)
-        return ServerState(Params(mean.astype(np.float32), so_far.ints))
+        mean: np.ndarray = np.divide(so_far.total, so_far.weight, out=rest, where=so_far.weight > 0)
+        return mean
+
+    def result(self, so_far: _Sum, /) -> ServerState:
+        return ServerState(Params(self.unrounded(so_far).astype(np.float32), so_far.ints))
 
 
 @dataclass(frozen=True)
@@ -138,14 +175,26 @@ class MaskMean:
     """
 
     clamp: float = 0.01
+    mean: Aggregate = field(default_factory=CountMean)
 
-    def init(self, state: ServerState, layout: Layout, /) -> _Sum:
-        return _Sum(state.theta, np.zeros(layout.num_prunable), 0, state.theta.ints, np.empty(0))
+    def init(self, state: ServerState, layout: Layout, /) -> Any:
+        return state, self.mean.init(as_chances(state), layout)
 
-    def add(self, so_far: _Sum, c: Contribution, /) -> None:
-        so_far.total += c.content.mask
-        so_far.weight += 1
+    def add(self, so_far: Any, c: Contribution, /) -> None:
+        self.mean.add(so_far[1], c.as_numbers(c.content, c.content.mask.astype(np.float32)))
 
-    def result(self, so_far: _Sum, /) -> ServerState:
-        theta = np.clip(so_far.total / so_far.weight, self.clamp, 1 - self.clamp)
-        return ServerState(Params(np.log(theta / (1 - theta)).astype(np.float32), so_far.ints))
+    def result(self, so_far: Any, /) -> ServerState:
+        state, mean = so_far
+        return ServerState(Params(logit(mean_of(self.mean, mean), self.clamp), state.theta.ints))
+
+
+def as_chances(state: ServerState) -> ServerState:
+    """Return a state of scores as how likely each weight is there: what bits are meant beside."""
+    return ServerState(Params(chances(state.theta.floats).astype(np.float32), state.theta.ints))
+
+
+def logit(chance: np.ndarray, clamp: float) -> np.ndarray:
+    """Return the scores float32 whose sigmoids are `chance`, kept within [clamp, 1 - clamp]."""
+    theta = np.clip(chance, clamp, 1 - clamp)
+    scores: np.ndarray = np.log(theta / (1 - theta))
+    return scores.astype(np.float32)

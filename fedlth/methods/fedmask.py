@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from fedlth.methods.aggregate import Contribution
+from fedlth.methods.aggregate import Aggregate, Contribution, CountMean, as_chances, logit, mean_of
 from fedlth.methods.client_update import THETA_G, UPDATE, Inbox, Own, Update
 from fedlth.methods.method import FederatedMethod, Phase
 from fedlth.methods.options import check, density_of, positive
@@ -99,8 +99,8 @@ def strongest(scores: np.ndarray, layout: Layout, granularity: Granularity, dens
 class _Bits:
     state: ServerState
     groups: Groups
-    total: np.ndarray
-    holders: np.ndarray
+    mean: Any
+    held: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -113,21 +113,20 @@ class OverlapMean:
 
     groups: Granularity = field(default_factory=Row)
     clamp: float = 0.01
+    mean: Aggregate = field(default_factory=CountMean)
 
     def init(self, state: ServerState, layout: Layout, /) -> Any:
         groups = self.groups.groups(layout)
-        return _Bits(state, groups, np.zeros(layout.num_prunable), np.zeros(groups.layout.num_prunable, np.int64))
+        return _Bits(state, groups, self.mean.init(as_chances(state), layout), np.zeros(layout.num_prunable, bool))
 
     def add(self, so_far: Any, c: Contribution, /) -> None:
-        so_far.total += c.content.mask
-        so_far.holders += so_far.groups.reduced(c.content.mask) > 0
+        held = so_far.groups.spread(so_far.groups.reduced(c.content.mask) > 0)
+        self.mean.add(so_far.mean, c.as_numbers(c.content, c.content.mask.astype(np.float32), held))
+        so_far.held |= held
 
     def result(self, so_far: Any, /) -> ServerState:
-        old = so_far.state.theta
-        holders = so_far.groups.spread(so_far.holders)
-        mean = np.clip(so_far.total / np.maximum(holders, 1), self.clamp, 1 - self.clamp)
-        scores = np.log(mean / (1 - mean)).astype(np.float32)
-        return ServerState(Params(np.where(holders > 0, scores, old.floats), old.ints))
+        old, scores = so_far.state.theta, logit(mean_of(self.mean, so_far.mean), self.clamp)
+        return ServerState(Params(np.where(so_far.held, scores, old.floats), old.ints))
 
 
 @dataclass(frozen=True)

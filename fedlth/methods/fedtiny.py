@@ -22,13 +22,13 @@ until `end`; gradients are those of `batches` minibatches after the local traini
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from fedlth import rng
-from fedlth.methods.aggregate import Contribution, FedAvg
+from fedlth.methods.aggregate import Aggregate, Contribution, FedAvg, mean_of
 from fedlth.methods.client_update import VALUES, Inbox, MaskedUpdate, Update, merged
 from fedlth.methods.global_mask import (
     ARMS,
@@ -38,6 +38,8 @@ from fedlth.methods.global_mask import (
     numbers,
     numbers_layout,
     scores,
+    scores_layout,
+    told,
     top_of_each,
 )
 from fedlth.methods.method import FederatedMethod, Phase, Seen
@@ -129,27 +131,30 @@ class Choose:
 
     `judging`: what comes is the loss of the candidate that was sent, and the next one follows; else it is everyone's
     statistics, and the first one follows. The memory has all `statistics`, (count, number), and the `losses` so far.
+    Where `mean` believes nobody, statistics are those that the state has, and a candidate is not chosen.
     """
 
     pool: Pool
     judging: bool = False
     task: Task | None = None
+    mean: Aggregate = field(default_factory=FedAvg)
     masks: ClassVar[bool] = True
 
     def of_task(self, task: Task, /) -> Choose:
         return replace(self, task=task)
 
     def init(self, state: ServerState, layout: Layout, /) -> Any:
-        return [state, layout, 0.0, 0]
+        before = np.tile(state.theta.floats[_buffers(layout)], self.pool.count)
+        if self.judging:
+            before = np.array([np.inf])
+        return state, layout, self.mean.init(told(before), numbers_layout(MEASURED, before.size))
 
     def add(self, so_far: Any, c: Contribution, /) -> None:
-        assert c.content.floats is not None
-        so_far[2] = so_far[2] + c.content.floats.astype(np.float64) * c.num_examples
-        so_far[3] += c.num_examples
+        self.mean.add(so_far[2], c)
 
     def result(self, so_far: Any, /) -> ServerState:
-        state, layout, total, examples = so_far
-        mean = total / examples
+        state, layout, found = so_far
+        mean = mean_of(self.mean, found)
         if not self.judging:
             return self._candidate(0, mean.reshape(self.pool.count, -1), np.zeros(0), layout)
         statistics, losses = state.memory["statistics"], np.append(state.memory["losses"], mean)
@@ -215,32 +220,36 @@ class GradientsUpdate(MaskedUpdate):
 class GrowAndPrune:
     """FedAvg; in the rounds in which gradients came, grow by their mean and drop as many by magnitude.
 
-    A weight that a client has not named counts as a gradient of zero. How many are grown of a tensor is what a client
-    names of it: all name equally many.
+    A weight that a client has not named counts as a gradient of zero, and one of which that is all that comes out does
+    not grow. How many are grown of a tensor is what a client names of it: all name equally many. Weights, gradients and
+    these numbers are each joined by `mean`.
     """
 
+    mean: Aggregate = field(default_factory=FedAvg)
     masks: ClassVar[bool] = True
 
     def init(self, state: ServerState, layout: Layout, /) -> Any:
-        named = np.zeros(layout.num_prunable, bool)
-        return [state, layout, FedAvg().init(state, layout), np.zeros(named.size), named, [0] * len(layout.prunable)]
+        slopes = self.mean.init(told(np.zeros(layout.num_prunable)), scores_layout(layout))
+        tensors = len(layout.prunable)
+        counts = self.mean.init(told(np.zeros(tensors)), numbers_layout(GRADIENTS, tensors))
+        return [state, layout, self.mean.init(state, layout), slopes, counts, False]
 
     def add(self, so_far: Any, c: Contribution, /) -> None:
-        FedAvg().add(so_far[2], c)
+        self.mean.add(so_far[2], c)
         if GRADIENTS in c.others:
             found = c.others[GRADIENTS]
-            assert found.floats is not None
-            so_far[3] += found.floats * np.float64(c.num_examples)
-            so_far[4] |= found.mask
-            so_far[5] = np.maximum(so_far[5], alive_counts(found.mask, so_far[1]))
+            self.mean.add(so_far[3], c.as_numbers(found))
+            self.mean.add(so_far[4], c.as_numbers(numbers(alive_counts(found.mask, so_far[1]))))
+            so_far[5] = True
 
     def result(self, so_far: Any, /) -> ServerState:
-        state, layout, mean, slope, named, counts = so_far
-        new = FedAvg().result(mean)
-        if not named.any() or state.mask is None:
+        state, layout, mean, slopes, many, came = so_far
+        new = self.mean.result(mean)
+        if not came or state.mask is None:
             return new
-        mask, theta = state.mask, new.theta
-        grown = top_of_each(np.abs(slope), named & ~mask, layout, counts)
+        mask, theta, slope = state.mask, new.theta, mean_of(self.mean, slopes)
+        counts = np.rint(mean_of(self.mean, many)).astype(np.int64)
+        grown = top_of_each(np.abs(slope), (slope != 0) & ~mask, layout, counts)
         left = np.maximum(alive_counts(mask, layout) - alive_counts(grown, layout), 0)
         kept = top_of_each(np.abs(theta.floats[: mask.size]), mask, layout, left)
         return ServerState(theta.masked(kept), mask=kept | grown)

@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
-from fedlth.methods.aggregate import Contribution
+from fedlth.methods.aggregate import Aggregate, Contribution, CountMean, mean_of
 from fedlth.methods.client_update import Inbox, Update, merged
 from fedlth.methods.global_mask import (
     ARMS,
@@ -36,6 +36,7 @@ from fedlth.methods.global_mask import (
     numbers_layout,
     random_mask,
     readjusted,
+    told,
 )
 from fedlth.methods.method import FederatedMethod, Phase
 from fedlth.methods.options import at_least, averaged, check, density_of, share_of
@@ -84,23 +85,29 @@ class FindDensities:
 
 @dataclass(frozen=True)
 class DrawMask:
-    """Draw everyone's mask, of exactly `density`, tensors in proportion to the mean of what clients found."""
+    """Draw everyone's mask, of exactly `density`, tensors in proportion to the mean of what clients found.
+
+    Where `mean` believes nobody, all tensors are as dense.
+    """
 
     density: float
     seed: int = 0
+    mean: Aggregate = field(default_factory=CountMean)
     masks: ClassVar[bool] = True
 
     def of_task(self, task: Task, /) -> DrawMask:
         return replace(self, seed=task.study.seed)
 
     def init(self, state: ServerState, layout: Layout, /) -> Any:
-        return [state, layout, np.zeros(len(layout.prunable))]
+        tensors = len(layout.prunable)
+        return state, layout, self.mean.init(told(np.full(tensors, self.density)), numbers_layout(DENSITIES, tensors))
 
     def add(self, so_far: Any, c: Contribution, /) -> None:
-        so_far[2] += c.content.floats
+        self.mean.add(so_far[2], c)
 
     def result(self, so_far: Any, /) -> ServerState:
-        state, layout, found = so_far
+        state, layout, densities = so_far
+        found = mean_of(self.mean, densities)
         sizes = np.array([e.size for e in layout.prunable])
         counts = apportion(survivors(layout, self.density), np.clip(found, 0, None) * sizes, sizes)
         mask = random_mask(layout, counts, self.seed, "flash mask")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from fedlth import rng
-from fedlth.methods.aggregate import Contribution, CountMean, FedAvg
+from fedlth.methods.aggregate import Aggregate, Contribution, CountMean, FedAvg, mean_of
 from fedlth.methods.client_update import MaskedUpdate
 from fedlth.methods.options import OWN
 from fedlth.models.layout import Entry, Layout, Params
@@ -33,6 +33,16 @@ def scores(values: np.ndarray, mask: np.ndarray | None = None) -> Content:
 def numbers(values: np.ndarray) -> Content:
     """Return a few numbers that belong to no weight as a message of kind statistics."""
     return Content(np.ones(0, bool), values.astype(np.float32), NO_INTS)
+
+
+def told(values: np.ndarray) -> ServerState:
+    """Return numbers as the state that a rule joins others of their kind to: what stays where nobody is believed."""
+    return ServerState(Params(values.astype(np.float32), NO_INTS))
+
+
+def scores_layout(layout: Layout) -> Layout:
+    """Return the layout of scores of a model's prunable weights."""
+    return layout.select(lambda e: e.prunable)
 
 
 def numbers_layout(name: str, count: int) -> Layout:
@@ -150,11 +160,12 @@ class ReadjustUpdate(MaskedUpdate):
 class TopMask:
     """Everyone keeps the `density` of weights whose scores, meant over clients, are highest: all tensors compete.
 
-    `weighted`: by examples. `random` keeps as many of each tensor by chance: the control of the scores.
+    `random` keeps as many of each tensor by chance: the control of the scores. Where `mean` believes nobody's scores,
+    they are the sizes of the weights.
     """
 
     density: float
-    weighted: bool = False
+    mean: Aggregate = field(default_factory=CountMean)
     random: bool = False
     seed: int = 0
     masks: ClassVar[bool] = True
@@ -163,14 +174,15 @@ class TopMask:
         return replace(self, seed=task.study.seed)
 
     def init(self, state: ServerState, layout: Layout, /) -> Any:
-        return [state, layout, np.zeros(layout.num_prunable)]
+        size = np.abs(state.theta.floats[: layout.num_prunable])
+        return state, layout, self.mean.init(told(size), scores_layout(layout))
 
     def add(self, so_far: Any, c: Contribution, /) -> None:
-        assert c.content.floats is not None
-        so_far[2] += c.content.floats * np.float64(c.num_examples if self.weighted else 1)
+        self.mean.add(so_far[2], c.as_numbers(c.content))
 
     def result(self, so_far: Any, /) -> ServerState:
-        state, layout, score = so_far
+        state, layout, found = so_far
+        score = mean_of(self.mean, found)
         mask = keep_top(score, np.ones(score.size, bool), survivors(layout, self.density))
         if self.random:
             mask = random_mask(layout, alive_counts(mask, layout), self.seed, "random global mask")
@@ -187,19 +199,19 @@ class HeldMean:
 
     min_votes: int = 0
     across: bool = False
+    mean: Aggregate = CountMean("zero", weighted=True)
     masks: ClassVar[bool] = True
 
     def init(self, state: ServerState, layout: Layout, /) -> Any:
-        mean = CountMean("zero", weighted=True).init(state, layout)
-        return [state, layout, mean, np.zeros(layout.num_prunable, np.int32)]
+        return [state, layout, self.mean.init(state, layout), np.zeros(layout.num_prunable, np.int32)]
 
     def add(self, so_far: Any, c: Contribution, /) -> None:
-        CountMean("zero", weighted=True).add(so_far[2], c)
+        self.mean.add(so_far[2], c)
         so_far[3] += c.content.mask
 
     def result(self, so_far: Any, /) -> ServerState:
         state, layout, mean, votes = so_far
-        theta = CountMean("zero", weighted=True).result(mean).theta
+        theta = self.mean.result(mean).theta
         old = np.ones(votes.size, bool) if state.mask is None else state.mask
         elected, size = votes > self.min_votes, np.abs(theta.floats[: votes.size])
         if self.across:
@@ -217,16 +229,18 @@ class UnionMean:
     """
 
     masks: bool = True
+    mean: Aggregate = field(default_factory=FedAvg)
 
     def init(self, state: ServerState, layout: Layout, /) -> Any:
-        return [FedAvg().init(state, layout), np.zeros(layout.num_prunable, bool)]
+        return [self.mean.init(state, layout), np.zeros(layout.num_prunable, bool)]
 
     def add(self, so_far: Any, c: Contribution, /) -> None:
-        FedAvg().add(so_far[0], c)
+        self.mean.add(so_far[0], c)
         so_far[1] |= c.content.mask
 
     def result(self, so_far: Any, /) -> ServerState:
-        return replace(FedAvg().result(so_far[0]), mask=so_far[1])
+        new, union = self.mean.result(so_far[0]), so_far[1]
+        return replace(new, theta=new.theta.masked(union), mask=union)  # a mean may keep what nobody sent
 
 
 @dataclass(frozen=True)

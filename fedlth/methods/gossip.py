@@ -36,6 +36,7 @@ class GossipUpdate:
     """
 
     after: Event = field(default_factory=Keep)
+    mean: Aggregate = field(default_factory=CountMean)
     sends: tuple[tuple[str, str], ...] = VALUES
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
@@ -60,7 +61,7 @@ class GossipUpdate:
         else:
             mask = task.whole_mask(parts[local.client].mask, mask)
         came = (Contribution(client, 1, parts[client]) for client in sorted(parts))
-        mean = join(CountMean(), ServerState(task.shared_part(mine)), came, task.exchange).theta
+        mean = join(self.mean, ServerState(task.shared_part(mine)), came, task.exchange).theta
         return Own(task.merge(mean, mine).masked(mask), mask)
 
     def tune(self, local: LocalClient, inbox: Inbox, state: ClientState, recipe: TrainingRecipe, /) -> Own:

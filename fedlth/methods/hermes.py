@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fedlth.methods.aggregate import Contribution, values_of
+from fedlth.methods.aggregate import Aggregate, Contribution, CountMean
 from fedlth.methods.client_update import (
     THETA_G,
     UPDATE,
@@ -133,32 +133,28 @@ def _came(local: LocalClient, inbox: Inbox) -> np.ndarray:
 class _Overlap:
     old: ServerState
     mask: np.ndarray
-    total: np.ndarray
-    ints: np.ndarray
-    count: int = 0
+    mean: Any
 
 
 @dataclass(frozen=True)
 class OverlapMean:
     """The mean of what all clients hold that were ever heard; that mask is the state's. All else keeps its value."""
 
+    mean: Aggregate = field(default_factory=CountMean)
     masks: ClassVar[bool] = True
 
     def init(self, state: ServerState, layout: Layout, /) -> _Overlap:
         mask = np.ones(layout.num_prunable, bool) if state.mask is None else state.mask.copy()
-        return _Overlap(state, mask, np.zeros(layout.num_floats), state.theta.ints)
+        return _Overlap(state, mask, self.mean.init(state, layout))
 
     def add(self, so_far: _Overlap, c: Contribution, /) -> None:
         so_far.mask &= c.content.mask
-        so_far.total += values_of(c.content)
-        so_far.count += 1
-        so_far.ints = so_far.ints if c.content.ints is None else np.maximum(so_far.ints, c.content.ints)
+        self.mean.add(so_far.mean, c)
 
     def result(self, so_far: _Overlap, /) -> ServerState:
-        old, mask = so_far.old.theta.floats, so_far.mask
+        old, mask, mean = so_far.old.theta.floats, so_far.mask, self.mean.result(so_far.mean).theta
         everyones = np.concatenate((mask, np.ones(old.size - mask.size, bool)))
-        mean = (so_far.total / so_far.count).astype(np.float32)
-        return ServerState(Params(np.where(everyones, mean, old), so_far.ints), mask=mask)
+        return ServerState(Params(np.where(everyones, mean.floats, old), mean.ints), mask=mask)
 
 
 def hermes(

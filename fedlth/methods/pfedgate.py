@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fedlth import rng
 from fedlth.data.examples import Examples
-from fedlth.methods.aggregate import Contribution
+from fedlth.methods.aggregate import Aggregate, Contribution, FedAvg, values_of
 from fedlth.methods.client_update import UPDATE, VALUES, Inbox, Own, Update, kept_private, merged
 from fedlth.methods.method import FederatedMethod, Phase
 from fedlth.methods.options import OWN, at_least, check, density_of, positive
@@ -174,22 +174,20 @@ class GatedUpdate:
 class UntouchedMean:
     """Mean weighted by examples, where what a client did not send is as it was sent to it."""
 
+    mean: Aggregate = field(default_factory=FedAvg)
+
     def init(self, state: ServerState, layout: Layout, /) -> Any:
-        return [state, np.zeros(layout.num_floats), 0, state.theta.ints]
+        return state, self.mean.init(state, layout)
 
     def add(self, so_far: Any, c: Contribution, /) -> None:
-        floats, mask = c.content.floats, c.content.mask
-        if floats is None:
-            raise ValueError("a bare mask cannot be averaged as values")
+        floats, mask = values_of(c.content), c.content.mask
         if not mask.all():
             floats = floats.copy()
             floats[: mask.size][~mask] = so_far[0].theta.floats[: mask.size][~mask]
-        so_far[1] += np.multiply(floats, c.num_examples, dtype=np.float64)
-        so_far[2] += c.num_examples
-        so_far[3] = so_far[3] if c.content.ints is None else np.maximum(so_far[3], c.content.ints)
+        self.mean.add(so_far[1], c.as_numbers(c.content, floats))
 
     def result(self, so_far: Any, /) -> ServerState:
-        return ServerState(Params((so_far[1] / so_far[2]).astype(np.float32), so_far[3]))
+        return self.mean.result(so_far[1])
 
 
 def pfedgate(density: float = 0.5, gate_lr: float = 0.1, blocks: int = 5) -> FederatedMethod:

@@ -18,14 +18,14 @@ its model and mask once; 0 begins dense.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
-from fedlth.methods.aggregate import Contribution, FedAvg
+from fedlth.methods.aggregate import Aggregate, Contribution, FedAvg, mean_of
 from fedlth.methods.client_update import UPDATE, VALUES, Inbox, MaskedUpdate, Update, kept_private
-from fedlth.methods.global_mask import ARMS, UnionMean, alive_counts, scores, top_of_each
+from fedlth.methods.global_mask import ARMS, UnionMean, alive_counts, scores, scores_layout, told, top_of_each
 from fedlth.methods.method import FederatedMethod, Phase
 from fedlth.methods.options import at_least, check, density_of, positive
 from fedlth.models.layout import Layout, Params
@@ -92,39 +92,41 @@ class RoundTime:
 
 @dataclass(frozen=True)
 class Adjust:
-    """FedAvg, and a new mask in the rounds in which squared gradients came."""
+    """FedAvg, and a new mask in the rounds in which squared gradients came; both are joined by `mean`."""
 
     max_dec: float
     half_life: float
     density: float
     time: RoundTime
     task: Task | None = None
+    mean: Aggregate = field(default_factory=FedAvg)
     masks: ClassVar[bool] = True
 
     def of_task(self, task: Task, /) -> Adjust:
         return replace(self, task=task)
 
     def init(self, state: ServerState, layout: Layout, /) -> Any:
-        return [state, layout, FedAvg().init(state, layout), np.zeros(layout.num_prunable), 0]
+        nobodys = told(np.full(layout.num_prunable, -1.0))  # what no square is
+        gains = self.mean.init(nobodys, scores_layout(layout))
+        return [state, layout, self.mean.init(state, layout), gains, False]
 
     def add(self, so_far: Any, c: Contribution, /) -> None:
-        FedAvg().add(so_far[2], c)
+        self.mean.add(so_far[2], c)
         if GAIN in c.others:
-            floats = c.others[GAIN].floats
-            assert floats is not None
-            so_far[3] += floats * np.float64(c.num_examples)
-            so_far[4] += c.num_examples
+            self.mean.add(so_far[3], c.as_numbers(c.others[GAIN]))
+            so_far[4] = True
 
     def result(self, so_far: Any, /) -> ServerState:
-        state, layout, mean, gain, examples = so_far
-        new, rounds = FedAvg().result(mean), int(state.memory.get("rounds", 0)) + 1
+        state, layout, mean, gains, came = so_far
+        new, rounds = self.mean.result(mean), int(state.memory.get("rounds", 0)) + 1
         memory = {"rounds": np.array(rounds)}
-        if not examples:
+        gain = mean_of(self.mean, gains) if came else np.full(layout.num_prunable, -1.0)
+        if gain.max() < 0:  # none came, or none is believed
             return replace(new, memory=memory)
         old = np.ones(gain.size, bool) if state.mask is None else state.mask
         assert self.task is not None
         mask = adjusted(
-            new.theta.floats[: gain.size], old, gain / examples, self.time.of_weights(self.task, layout), layout,
+            new.theta.floats[: gain.size], old, gain, self.time.of_weights(self.task, layout), layout,
             max_dec=self.max_dec * 0.5 ** (rounds / self.half_life), constant_s=self.time.constant_s,
             most=survivors(layout, self.density),
         )  # fmt: skip

@@ -4,9 +4,10 @@ Trimmed mean and median: Yin, Chen, Ramchandran, Bartlett. Byzantine-Robust Dist
 Statistical Rates. ICML 2018, arXiv 1803.01498. Krum and multi-Krum: Blanchard, El Mhamdi, Guerraoui, Stainer. Machine
 Learning with Adversaries: Byzantine Tolerant Gradient Descent. NeurIPS 2017, arXiv 1703.02757.
 Both papers have dense updates. Here a coordinate is judged by those that hold it; one without a holder keeps its old
-value (or is zero, where the method's own mean has it so). One or two holders have no middle: `few` says whether their
-plain mean counts, or the old value stays. Examples do not weigh, or a client could claim any number of them. Counters
-are the lower median. All rules hold a round's contributions at once.
+value (or is zero, where the method's own mean has it so). Bits are numbers, zero or one; of scores a weight that a
+message leaves out is a zero. One or two holders have no middle: `few` says whether their plain mean counts, or the old
+value stays. Examples do not weigh, or a client could claim any number of them. Counters are the lower median. All rules
+hold a round's contributions at once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fedlth.errors import StudyError, wrong
-from fedlth.methods.aggregate import Aggregate, Contribution, CountMean, FedAvg
+from fedlth.methods.aggregate import Aggregate, Contribution, CountMean, FedAvg, values_of
 from fedlth.methods.mask_outliers import outliers
 from fedlth.methods.method import Phase, loose_part
 from fedlth.models.layout import Layout, Params
@@ -39,12 +40,6 @@ class Held:
     came: list[Contribution] = field(default_factory=list)
 
 
-def _floats(c: Contribution) -> np.ndarray:
-    if c.content.floats is None:
-        raise ValueError("a bare mask cannot be averaged as values")
-    return c.content.floats
-
-
 def _counters(held: Held) -> np.ndarray:
     """Return the lower median of what each counter is: the largest would be whatever one client says."""
     ints = [c.content.ints for c in held.came if c.content.ints is not None]
@@ -59,7 +54,7 @@ def _columns(held: Held) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
     size = held.layout.num_prunable
     for first in range(0, held.layout.num_floats, COLUMNS):
         where = slice(first, min(first + COLUMNS, held.layout.num_floats))
-        values = np.stack([_floats(c)[where] for c in held.came])
+        values = np.stack([values_of(c.content)[where] for c in held.came])
         count = max(0, min(where.stop, size) - first)
         for row, c in zip(values, held.came, strict=True):
             row[:count][~c.content.mask[first : first + count]] = np.inf
@@ -186,7 +181,7 @@ class MultiKrum:
 
     def init(self, state: ServerState, layout: Layout, /) -> Held:
         if self.over == "dense" and layout.num_params == layout.num_prunable:
-            raise wrong("federate.join.over", "shared where all parameters are prunable", self.over)
+            raise wrong("federate.join.over", "shared where all that is joined is prunable", self.over)
         return Held(state, layout)
 
     def add(self, held: Held, c: Contribution, /) -> None:
@@ -219,11 +214,11 @@ class MultiKrum:
 
     def _distance(self, one: Contribution, other: Contribution, layout: Layout) -> float:
         size = layout.num_prunable
-        rest = np.subtract(*(_floats(c)[size : layout.num_params] for c in (one, other)), dtype=np.float64)
+        rest = np.subtract(*(values_of(c.content)[size : layout.num_params] for c in (one, other)), dtype=np.float64)
         if self.over == "dense":
             return float(np.mean(rest**2))
         both = one.content.mask & other.content.mask
-        held = np.subtract(*(_floats(c)[:size][both] for c in (one, other)), dtype=np.float64)
+        held = np.subtract(*(values_of(c.content)[:size][both] for c in (one, other)), dtype=np.float64)
         number = held.size + rest.size
         return float(held @ held + rest @ rest) / number if number else math.inf
 
@@ -239,6 +234,7 @@ class WithoutOutliers:
 
     uncovered: str = "keep"
     holds_round: ClassVar[bool] = True
+    by_masks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check("mean", self.uncovered)
@@ -250,7 +246,7 @@ class WithoutOutliers:
         held.came.append(c)
 
     def result(self, held: Held, /) -> ServerState:
-        far = outliers({c.client: c.content.mask for c in held.came})
+        far = outliers({c.client: c.mask for c in held.came})
         mean = CountMean(self.uncovered)
         so_far = mean.init(held.state, held.layout)
         for c in held.came:
@@ -269,9 +265,10 @@ JOINS: Mapping[str, Callable[..., Aggregate]] = {
 
 
 def with_rule(phases: Sequence[Phase], spec: Mapping[str, Any] | None, name: str) -> list[Phase]:
-    """Return the phases with the rule that `federate.join` names wherever weights are joined.
+    """Return the phases with the rule that `federate.join` names wherever a mean is taken: of scores and numbers too.
 
-    Raises StudyError where there are none, or a phase's own rule is no mean that could be replaced.
+    Where clients send to one another it is the mean that each takes of its neighbours, and the consensus. Raises
+    StudyError where a part of a phase is no mean that could be replaced, or the rule looks at masks and there are none.
     """
     if spec is None:
         return list(phases)
@@ -279,15 +276,19 @@ def with_rule(phases: Sequence[Phase], spec: Mapping[str, Any] | None, name: str
     loose = loose_part(rule, "federate.join")
     if loose:
         raise wrong("federate.join", "a frozen dataclass whose fields are immutable", loose)
-    if any(phase.topology is not None for phase in phases):
-        raise StudyError(f"federate.join: must be left out for method {name}, where no server joins what clients send")
-    weights = [bool(phase.update.sends) and phase.update.sends[0][1] == "values" for phase in phases]
-    if phases and not any(weights):
-        raise StudyError(f"federate.join: must be left out for method {name}, whose clients send no weights to join")
-    return [
-        replace(phase, join=in_place_of(phase.join, rule, name)) if takes else phase
-        for phase, takes in zip(phases, weights, strict=True)
-    ]
+    kinds = {kind for phase in phases for _, kind in phase.update.sends}
+    if kinds and kinds <= {"thresholds", "statistics"} and getattr(rule, "by_masks", False):
+        raise StudyError(
+            f"federate.join: must be another rule for method {name}, whose messages have no masks to compare"
+        )
+    return [_with(phase, rule, name) for phase in phases]
+
+
+def _with(phase: Phase, rule: Any, name: str) -> Phase:
+    if phase.join is None:
+        return phase
+    made = replace(phase, join=in_place_of(phase.join, rule, name))
+    return made if phase.topology is None else replace(made, update=in_place_of(phase.update, rule, name))
 
 
 def holds_round(rule: Any) -> bool:
@@ -295,21 +296,19 @@ def holds_round(rule: Any) -> bool:
     return bool(getattr(rule, "holds_round", False) or getattr(getattr(rule, "mean", None), "holds_round", False))
 
 
-def in_place_of(own: Aggregate | None, rule: Any, name: str) -> Any:
-    """Return `rule` in the place of a phase's own mean, or of the field `mean` of a rule that goes on from one.
+def in_place_of(own: Any, rule: Any, name: str) -> Any:
+    """Return `rule` in the place of a phase's own mean, or of the field `mean` of a part that goes on from one.
 
     A mean that lets what nobody holds be zero hands that on. Raises StudyError where there is no mean to replace.
     """
     if isinstance(own, (FedAvg, CountMean)):
-        uncovered = getattr(own, "uncovered", "keep")
-        if uncovered != "keep" and "uncovered" in options_of(type(rule)):
-            return replace(rule, uncovered=uncovered)
+        if own.uncovered != "keep" and "uncovered" in options_of(type(rule)):
+            return replace(rule, uncovered=own.uncovered)
         return rule
     mean = getattr(own, "mean", None)
     if is_dataclass(own) and not isinstance(own, type) and isinstance(mean, (FedAvg, CountMean)):
-        made: Any = replace(own, mean=in_place_of(mean, rule, name))
-        return made
+        return replace(own, mean=in_place_of(mean, rule, name))
     raise StudyError(
-        f"federate.join: must be left out for method {name}: its rule {type(own).__name__} is no mean, and has no "
+        f"federate.join: must be left out for method {name}: its part {type(own).__name__} is no mean, and has no "
         "field `mean` that could be replaced"
     )

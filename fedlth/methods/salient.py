@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedlth.methods.aggregate import CountMean, FedAvg
 from fedlth.methods.client_update import Inbox, Update, merged
 from fedlth.methods.global_mask import ARMS, TopMask, scores
 from fedlth.methods.method import FederatedMethod, Phase, Seen
@@ -49,9 +50,8 @@ class Saliency:
 
 def _phases(density: float, batches: int, weighted: bool, random: bool, signed: bool) -> tuple[Phase, ...]:
     check(density=density_of(density), batches=at_least(0, batches))
-    first = Phase(
-        name="saliency", rounds=1, who=Seen(), update=Saliency(batches, signed), join=TopMask(density, weighted, random)
-    )
+    join = TopMask(density, FedAvg() if weighted else CountMean(), random)
+    first = Phase(name="saliency", rounds=1, who=Seen(), update=Saliency(batches, signed), join=join)
     return first, averaged()
 
 

@@ -8,13 +8,13 @@ has not: what a client moved is divided by how far the same steps carry a slope 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from fedlth.methods.aggregate import Contribution, CountMean, FedAvg
+from fedlth.methods.aggregate import Aggregate, Contribution, CountMean, FedAvg
 from fedlth.methods.client_update import UPDATE, Inbox, MaskedUpdate, Own, Update, visited
 from fedlth.methods.method import FederatedMethod, Phase
 from fedlth.methods.options import check, positive
@@ -91,31 +91,28 @@ class ControlledUpdate(MaskedUpdate):
 class ControlledMean:
     """theta goes lr times the mean change, c goes the mean change of the c_k times the share of clients that sent one.
 
-    `num_clients` 0: as many as take part.
+    Models and changes are each joined by `mean`. `num_clients` 0: as many as take part.
     """
 
     lr: float = 1.0
-    weighted: bool = True
+    mean: Aggregate = field(default_factory=FedAvg)
     num_clients: int = 0
 
-    @property
-    def _mean(self) -> FedAvg | CountMean:
-        return FedAvg() if self.weighted else CountMean()
-
     def init(self, state: ServerState, layout: Layout, /) -> Any:
-        model = ServerOptimizer(Momentum(lr=self.lr), self._mean)
-        return [state, layout, (model, model.init(state, layout)), self._mean.init(state, layout), 0]
+        model = ServerOptimizer(Momentum(lr=self.lr), self.mean)
+        still = ServerState(replace(state.theta, floats=np.zeros_like(state.theta.floats)))  # who tells no change
+        return [state, layout, (model, model.init(state, layout)), self.mean.init(still, layout), 0]
 
     def add(self, so_far: Any, c: Contribution, /) -> None:
         model, accumulator = so_far[2]
         model.add(accumulator, c)
-        self._mean.add(so_far[3], replace(c, content=c.others[DELTA_C]))
+        self.mean.add(so_far[3], replace(c, content=c.others[DELTA_C]))
         so_far[4] += 1
 
     def result(self, so_far: Any, /) -> ServerState:
         state, layout, (model, accumulator), changes, came = so_far
         old = state.memory.get(C, np.float32(0))
-        change = self._mean.result(changes).theta.floats.astype(np.float64)
+        change = self.mean.result(changes).theta.floats.astype(np.float64)
         moves = np.zeros(layout.num_floats, bool)
         moves[: layout.num_params] = stepped(state, layout)
         share = came / max(came, self.num_clients)
@@ -125,7 +122,8 @@ class ControlledMean:
 
 def scaffold(lr: float = 1.0, weighted: bool = True) -> FederatedMethod:
     check(lr=positive(lr))
-    phase = Phase(name="federate", update=ControlledUpdate(), join=ControlledMean(lr, weighted), also=(C,))
+    mean = FedAvg() if weighted else CountMean()
+    phase = Phase(name="federate", update=ControlledUpdate(), join=ControlledMean(lr, mean), also=(C,))
     return FederatedMethod(
         name="scaffold", paper="Karimireddy et al., ICML 2020, arXiv 1910.06378",
         summary="FedAvg with control variates that take each client's drift out of its gradients; twice the bytes",

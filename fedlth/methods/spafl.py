@@ -13,21 +13,19 @@ ramp on the penalty is left out.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedlth.data.examples import Examples
-from fedlth.methods.aggregate import Contribution
 from fedlth.methods.client_update import THETA_G, UPDATE, Inbox, Own, Update, private
 from fedlth.methods.method import FederatedMethod, Phase
-from fedlth.methods.options import at_least, check
+from fedlth.methods.options import BY_HOLDERS, at_least, check
 from fedlth.methods.space import Thresholds, above, follow, received
 from fedlth.models.layout import Layout, Params
 from fedlth.storage.client_state import ClientState
-from fedlth.storage.server_state import ServerState
 from fedlth.tickets.granularity import Row
 from fedlth.training.local_client import LocalClient
 from fedlth.training.masked_training import Masked
@@ -102,26 +100,11 @@ class ThresholdUpdate:
         return local.train_masking(start, masking, received(inbox[THETA_G]), recipe=recipe)
 
 
-@dataclass(frozen=True)
-class Mean:
-    """The mean of what came, each client counted once."""
-
-    def init(self, state: ServerState, layout: Layout, /) -> Any:
-        return [state, np.zeros(layout.num_floats), 0]
-
-    def add(self, so_far: Any, c: Contribution, /) -> None:
-        so_far[1] += received(c.content)
-        so_far[2] += 1
-
-    def result(self, so_far: Any, /) -> ServerState:
-        return ServerState(Params((so_far[1] / so_far[2]).astype(np.float32), so_far[0].theta.ints))
-
-
 def spafl(coefficient: float = 0.002) -> FederatedMethod:
     check(coefficient=at_least(0, coefficient))
     return FederatedMethod(
         name="spafl", paper="Kim et al., NeurIPS 2024, arXiv 2406.00431",
         summary="weights stay with their client from theta_0 on; a threshold for each row goes up and down",
-        phases=(Phase(name="federate", update=ThresholdUpdate(coefficient), join=Mean(), own_mask=True),),
+        phases=(Phase(name="federate", update=ThresholdUpdate(coefficient), join=BY_HOLDERS, own_mask=True),),
         space=Thresholds(), arms=("global", "local", "own", "own_tuned", "own_random"),
     )  # fmt: skip

@@ -20,7 +20,7 @@ from fedlth.federation import session
 from fedlth.federation.downloads import mask_name
 from fedlth.federation.forecast_bytes import forecast_bytes
 from fedlth.federation.jobs import Failure, Job, Message, Reply
-from fedlth.methods.aggregate import Contribution, join
+from fedlth.methods.aggregate import Contribution, FedAvg, join
 from fedlth.methods.client_update import THETA_G, sends_in
 from fedlth.methods.feddst import feddst
 from fedlth.methods.fedtiny import GRADIENTS, Blocks, Choose, GrowAndPrune, Pool, fedtiny
@@ -87,7 +87,7 @@ def test_top_mask_means_by_clients_or_by_examples() -> None:
     came = [Contribution(0, 1, scores(floats(4, 0, 0, 0))), Contribution(1, 9, scores(floats(0, 1, 0, 0)))]
     start = state(None, 1, 1, 1, 1)
     assert shown(join(TopMask(0.25), start, came, FOUR).mask) == "1000"
-    assert shown(join(TopMask(0.25, weighted=True), start, came, FOUR).mask) == "0100"
+    assert shown(join(TopMask(0.25, FedAvg()), start, came, FOUR).mask) == "0100"
 
 
 def test_the_control_keeps_as_many_of_each_tensor_by_chance() -> None:

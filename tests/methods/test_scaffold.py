@@ -16,7 +16,7 @@ from fedlth.federation.downloads import Downloads
 from fedlth.federation.forecast_bytes import forecast_bytes
 from fedlth.federation.jobs import Message
 from fedlth.methods import table
-from fedlth.methods.aggregate import Contribution, join
+from fedlth.methods.aggregate import Contribution, CountMean, FedAvg, join
 from fedlth.methods.scaffold import DELTA_C, C, ControlledMean, reach
 from fedlth.models.layout import Entry, Layout, Params
 from fedlth.storage.server_state import ServerState
@@ -77,7 +77,7 @@ def test_the_servers_variate_is_the_mean_of_the_clients(tmp_path: Path) -> None:
     experiment, folder = ran({**SCAFFOLD, "weighted": False}, tmp_path / "r", **more)
     own = [state_of(folder, client).vectors[C] for client in range(3)]
     np.testing.assert_allclose(tiny.opened(folder).state.memory[C], np.mean(own, 0), atol=1e-5)
-    assert experiment.federated_phases[0].join == ControlledMean(1.0, False, 3), "it is told how many take part"
+    assert experiment.federated_phases[0].join == ControlledMean(1.0, CountMean(), 3), "it is told how many take part"
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -89,7 +89,12 @@ def test_numbers_on_four_elements(weighted: bool) -> None:
         two = [Content(np.ones(4, bool), np.full(4, v, np.float32), NO_INTS) for v in (w, change)]
         return Contribution(client, n, two[0], {DELTA_C: two[1]})
 
-    new = join(ControlledMean(0.5, weighted, 8), old, [came(0, 1, 1.0, 4.0), came(1, 3, 5.0, 8.0)], FOUR)
+    new = join(
+        ControlledMean(0.5, FedAvg() if weighted else CountMean(), 8),
+        old,
+        [came(0, 1, 1.0, 4.0), came(1, 3, 5.0, 8.0)],
+        FOUR,
+    )
     share = (0.25, 0.75) if weighted else (0.5, 0.5)
     np.testing.assert_allclose(new.theta.floats, [0.5 * (share[0] + 5 * share[1])] * 4)
     np.testing.assert_allclose(new.memory[C], np.array([1, 0, 0, 0]) + (4 * share[0] + 8 * share[1]) / 4)

@@ -12,10 +12,10 @@ import torch
 from fedlth.data.examples import Examples
 from fedlth.experiment.resolve import read
 from fedlth.federation.forecast_bytes import forecast_bytes
-from fedlth.methods.aggregate import Contribution, join
+from fedlth.methods.aggregate import Contribution, CountMean, join
 from fedlth.methods.client_update import THETA_G
 from fedlth.methods.space import Scores, Thresholds, Weights, above, follow
-from fedlth.methods.spafl import Mean, RowThresholds
+from fedlth.methods.spafl import RowThresholds
 from fedlth.models.layout import Entry, Layout, Params
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.run_folder import RunFolder
@@ -70,7 +70,7 @@ def test_a_layer_of_which_nothing_is_alive_begins_again_at_zero() -> None:
 def test_the_server_takes_the_plain_mean() -> None:
     state, empty = ServerState(Params(tau(0, 0), NONE)), np.ones(0, bool)
     came = [Contribution(i, 10 * i + 1, Content(empty, t, NONE)) for i, t in enumerate((tau(1, 0), tau(3, 1)))]
-    assert join(Mean(), state, came, FOUR.rows).theta.floats.tolist() == [2.0, 0.5]
+    assert join(CountMean(), state, came, FOUR.rows).theta.floats.tolist() == [2.0, 0.5]
 
 
 # The space
