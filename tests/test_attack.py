@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,18 @@ from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
 from fedlth.experiment.resolve import resolve
 from fedlth.federation import session
+from fedlth.federation.jobs import Failure, Job, Reply
+from fedlth.forecast import forecast
 from fedlth.methods.aggregate import Contribution, CountMean, join
 from fedlth.methods.attack import ATTACKS, Aim, ColludingMask, Gaussian, LabelFlip, SignFlip
 from fedlth.methods.robust import Median, TrimmedMean, WithoutOutliers, krum
 from fedlth.models.layout import Entry, Layout, Params
 from fedlth.report.build import read_results, write_report
 from fedlth.report.compare import compare
+from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.server_state import ServerState
 from fedlth.training.local_client import LocalClient
-from fedlth.wire.payload import Content
+from fedlth.wire.payload import Content, decode
 from tests import tiny
 from tests.test_personal import started
 from tests.test_transport import Counting
@@ -239,6 +242,92 @@ def test_only_the_hostile_clients_messages_change(tmp_path: Path) -> None:
         tiny.run(study(attack, **more), tmp_path / name, engine=engine)
         ends[name] = tiny.digests(tmp_path / name)["theta_g"]
     assert len(set(ends.values())) == 3
+
+
+# Methods whose clients send a second message, its name, and options with which its first round of weights has it.
+SECOND: dict[str, tuple[str, dict[str, Any]]] = {
+    "scaffold": ("control_change", {}),
+    "prunefl": ("squared_gradients", {"initial": 0, "every": 1}),
+    "fedtiny": ("gradients", {"pool": 1, "density": 0.3, "every": 1, "end": 4, "rate": 0.3, "blocks": 2}),
+    "fedspa": ("next_mask", {"density": 0.4}),
+}
+
+
+class Sent(tiny.Lists):
+    """The in-process engine; it keeps what came up in rounds of weights, by client and name."""
+
+    def __init__(self) -> None:
+        self.up: dict[tuple[int, str], bytes] = {}
+
+    def run(self, jobs: list[Job]) -> list[Reply | Failure]:
+        answers = super().run(jobs)
+        for job, answer in zip(jobs, answers, strict=True):
+            assert isinstance(answer, Reply), answer
+            if job.phase == "federate":
+                self.up |= {(job.client, m.name): m.payload for m in answer.outbox}
+        return answers
+
+
+@pytest.mark.parametrize("attack", ["sign_flip", "gaussian", "colluding_mask", "label_flip"])
+@pytest.mark.parametrize("name", SECOND)
+def test_every_message_of_a_hostile_client_is_another_and_passes_the_door(
+    name: str, attack: str, tmp_path: Path
+) -> None:
+    second, options = SECOND[name]
+    scale = {"gaussian": {"scale": 1.0}}.get(attack, {})
+    sent: dict[str, Sent] = {}
+    for what, given in (("honest", None), ("hostile", {"name": attack, "share": 0.25, **scale})):
+        made = study(
+            given, method={"name": name, **options}, federate={"rounds": 1, "clients_per_round": 8}, wire="raw"
+        )
+        experiment, sent[what] = resolve(made)[0], Sent()
+        folder = RunFolder(tmp_path / what)
+        folder.create(experiment.study)
+        tiny.opened(folder, sent[what]).run(stop_after=sum(phase.rounds for phase in experiment.federated_phases))
+    assert {row["status"] for row in tiny.rows(tmp_path / "hostile", "ledger")} == {"ok"}, "nothing is refused"
+    bad = experiment.population.hostile
+    assert len(bad) == 2
+    for (client, message), payload in sent["hostile"].up.items():
+        if message in ("update", second):
+            assert (payload != sent["honest"].up[client, message]) == (client in bad), (client, message)
+    if attack == "sign_flip":
+        phase = experiment.phase("federate")
+        layout = experiment.message_layout(phase, second, dict(phase.update.sends)[second])
+        client = min(bad)
+        before, after = (
+            decode(one.up[client, second], dict(phase.update.sends)[second], layout) for one in sent.values()
+        )
+        if before.floats is None:
+            assert (after.mask == ~before.mask).all(), "of a next mask what it leaves out"
+        else:
+            moved = layout.num_params
+            np.testing.assert_array_equal(
+                after.floats[:moved], -before.floats[:moved], err_msg="from zero, not theta_g"
+            )
+
+
+def test_a_state_is_moved_from_what_came_and_nothing_else_is() -> None:
+    """Thresholds are a state as weights are; a change has no base, and its noise is drawn apart."""
+    honest, flip = content([1.5, 0.5, 1, 1]), SignFlip()
+    assert flip(client(), honest, aim(kind="thresholds")).floats.tolist() == [0.5, 1.5, 1, 1]
+    change = replace(aim(), name="control_change")
+    assert flip(client(), honest, change).floats.tolist() == [-1.5, -0.5, -1, -1]
+    one, other = (Gaussian(1)(client(), honest, replace(change, name=name)).floats for name in ("a", "b"))
+    assert not np.allclose(one, other)
+    none = Aim("statistics", Layout((Entry("n", (0,), "param", 0),)), Content(FULL, THETA, NONE), name="statistics")
+    empty = Content(np.ones(0, bool), np.zeros(0, np.float32), NONE)
+    assert Gaussian()(client(), empty, none) is empty
+
+
+@pytest.mark.parametrize("name", ["scaffold", "fedtiny", "ssfl", "fedpm", "hermes"])
+def test_methods_of_every_kind_bear_it_to_the_end(name: str, tmp_path: Path) -> None:
+    made = study(
+        {"name": "sign_flip", "share": 0.25}, "median", method={"name": name, **tiny.METHODS[name]},
+        federate={"rounds": 2, "clients_per_round": 8},
+    )  # fmt: skip
+    tiny.run(made, tmp_path / "r")
+    assert not any(row["failed"] for row in tiny.rows(tmp_path / "r", "rounds"))
+    assert "holds a round's updates at once" in forecast(made)
 
 
 @pytest.mark.parametrize(

@@ -52,10 +52,13 @@ def client_step(job: Job) -> Reply:
     update = phase.update(local, inbox, state)
     if attack is not None:
         sends = sends_in(phase.update, job.round)
-        update = attacked(
-            attack, local, update, sends,
-            lambda kind: Aim(kind, experiment.message_layout(phase, sends[0][0], kind), inbox[THETA_G], phase.own_mask),
-        )  # fmt: skip
+
+        def aim(name: str, kind: str) -> Aim:
+            may_choose = phase.own_mask or kind != "values"  # what the door holds against the download are values
+            layout = experiment.message_layout(phase, name, kind)
+            return Aim(kind, layout, inbox[THETA_G], own_mask=may_choose, name=name)
+
+        update = attacked(attack, local, update, sends, aim)
     state, outbox = _encoded(job, experiment, phase, local, inbox[THETA_G], update)
     cost = Cost()
     if experiment.study.fleet is not None:  # else nobody asks, and it would cost bytes of the transport

@@ -1,7 +1,7 @@
 """Hostile clients (`attack` of a study): what they change of what they are about to send, or of what they train on.
 
 They do a client's work as all others do, know what a client knows (its state, its data, what it was sent, the study),
-and act in the federated rounds alone. Colluders share a random stream.
+and act in the federated rounds alone, on every message that a round has them send. Colluders share a random stream.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from fedlth import rng
 from fedlth.data.examples import Examples
 from fedlth.errors import wrong
-from fedlth.methods.client_update import Update
+from fedlth.methods.client_update import UPDATE, Update
 from fedlth.models.layout import Layout
 from fedlth.training.local_client import LocalClient
 from fedlth.wire.payload import Content
@@ -26,13 +26,23 @@ from fedlth.wire.payload import Content
 class Aim:
     """What an attack knows beside the client: the message's kind and layout, and what came down as the global state.
 
-    `own_mask`: a client may send other weights than it was sent.
+    `own_mask`: a client may send other weights than it was sent. `name` is the message's.
     """
 
     kind: str
     layout: Layout
     received: Content
     own_mask: bool = False
+    name: str = UPDATE
+
+    @property
+    def moves_state(self) -> bool:
+        """Say whether the message is the state that came, moved; a change, a score or a statistic is none."""
+        return self.name == UPDATE and self.kind in ("values", "thresholds")
+
+    def stream(self, what: str) -> str:
+        """Name a random stream of this message."""
+        return what if self.name == UPDATE else f"{what} {self.name}"
 
 
 class Attack(Protocol):
@@ -47,7 +57,7 @@ class Attack(Protocol):
 def _old(aim: Aim) -> np.ndarray:
     """Return the parameters that came, (num_params,) float64; 0 for what is no new value of them, such as scores."""
     cut, came = aim.layout.num_params, aim.received.floats
-    if aim.kind != "values" or came is None:
+    if not aim.moves_state or came is None:
         return np.zeros(cut)
     found: np.ndarray = came[:cut].astype(np.float64)
     return found
@@ -94,10 +104,12 @@ class Gaussian:
         _check_scale(self.scale)
 
     def __call__(self, local: LocalClient, content: Content, aim: Aim, /) -> Content:
-        draw = local.rng("attack")
+        draw = local.rng(aim.stream("attack"))
         if content.floats is None:
             return replace(content, mask=draw.permutation(content.mask))
         moved = _moved(content, aim)
+        if not moved.size:
+            return content  # statistics of a model without norms
         size = math.sqrt(float(np.mean(moved**2)))
         return _sent(content, aim, draw.normal(0.0, self.scale * size, moved.size))
 
@@ -122,8 +134,8 @@ class LabelFlip:
 class ColludingMask:
     """Colluders send one mask, random and of `density`, and one set of values, `scale` times as large as theta_0's.
 
-    Both are drawn anew each round. Where a client may send only what it was sent, its mask stays, and the values are
-    one set. Of bare masks the mask alone is sent.
+    Both are drawn anew each round, for each message. Where a client may send only what it was sent, its mask stays, and
+    the values are one set. Of bare masks the mask alone is sent.
     """
 
     density: float = 0.5
@@ -135,7 +147,7 @@ class ColludingMask:
             raise wrong("attack.density", "in (0, 1]", self.density)
 
     def __call__(self, local: LocalClient, content: Content, aim: Aim, /) -> Content:
-        draw = rng.stream(local.task.study.seed, "colluders", local.round)
+        draw = rng.stream(local.task.study.seed, aim.stream("colluders"), local.round)
         size, mask = aim.layout.num_prunable, content.mask
         drawn = np.zeros(size, bool)
         drawn[draw.permutation(size)[: round(self.density * size)]] = True
@@ -164,8 +176,9 @@ ATTACKS: Mapping[str, Callable[..., Attack]] = {
 
 
 def attacked(
-    attack: Any, local: LocalClient, update: Update, sends: tuple[tuple[str, str], ...], aim: Callable[[str], Aim]
+    attack: Any, local: LocalClient, update: Update, sends: tuple[tuple[str, str], ...], aim: Callable[[str, str], Aim]
 ) -> Update:
-    """Return an update as a hostile client sends it: its first message, by which it tells what it has trained."""
-    name, kind = sends[0]
-    return replace(update, contents={**update.contents, name: attack(local, update.contents[name], aim(kind))})
+    """Return an update as a hostile client sends it: each of its messages, whose (name, kind) `aim` is asked for."""
+    made = update.contents
+    sent = {name: attack(local, made[name], aim(name, kind)) for name, kind in sends if name in made}
+    return replace(update, contents={**made, **sent})
