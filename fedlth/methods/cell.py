@@ -51,11 +51,16 @@ class AdaptiveGate:
 
     def __call__(self, density: float, gate: float, score: float, /) -> Turn:
         """Return what comes next of a client at `density`, whose metric under theta_g is `score`."""
-        if density <= self.density:
+        if self.done(density):
             return Turn("theta_g", self.density, gate)
         if gate < 0 or score > gate:
-            return Turn("theta_0", max(density - self.rate, self.density), self.val_accuracy)
+            left = density - self.rate
+            return Turn("theta_0", self.density if self.done(left) else left, self.val_accuracy)
         return Turn("theta_g", 1.0, self.decay * gate)
+
+    def done(self, density: float) -> bool:
+        """Say whether a density is the target but for rounding: 1 less four times .2 is above .2, by a last bit."""
+        return density <= self.density * (1 + 1e-9)
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class CellUpdate:
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         theta, task = merged(local, inbox, state), local.task
         density, gate = _reached(state), _gate(state, self.gate.val_accuracy)
-        asks = density > self.gate.density and gate >= 0
+        asks = gate >= 0 and not self.gate.done(density)
         turn = self.gate(density, gate, local.val_score(theta) if asks else 0.0)
         seen = local.visit_scores(theta)
         mask = self._mask(local, theta, turn.density)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedlth.methods.cell import AdaptiveGate, Turn
+from fedlth.methods.cell import AdaptiveGate, CellUpdate, Turn, cell
 from fedlth.methods.client_update import THETA_G, UPDATE, Inbox
 from fedlth.models.layout import Params
 from fedlth.storage.client_state import ClientState
@@ -32,6 +32,17 @@ def test_the_gate_decays_for_stragglers_and_is_set_back_by_a_prune() -> None:
     assert gate(0.6, 0.5, 0.9) == Turn("theta_0", 0.5, 0.5), "the last step ends at the target"
     assert gate(0.5, 0.3, 0.0) == Turn("theta_g", 0.5, 0.3), "at the target: no gate, no rewind"
     assert gate(1.0, -1.0, 0.0) == Turn("theta_0", 0.8, 0.5)
+
+
+def test_at_the_defaults_four_prunes_reach_the_target() -> None:
+    """1 less four times .2 is .20000000000000007: no fifth prune for the last bit."""
+    update = cell().own
+    assert isinstance(update, CellUpdate)
+    density, walked = 1.0, []
+    while (turn := update.gate(density, -1.0, 0.0)).start == "theta_0":
+        density = turn.density
+        walked.append(density)
+    assert walked == pytest.approx([0.8, 0.6, 0.4, 0.2]) and walked[-1] == 0.2
 
 
 @pytest.mark.parametrize("method", [{"density": 1.0}, {"val_accuracy": 1.0, "decay": 1.0}], ids=lambda m: str(m))
