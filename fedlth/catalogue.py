@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedlth.errors import StudyError
+
+if TYPE_CHECKING:
+    from fedlth.methods.method import FederatedMethod
 
 
 def _tables() -> dict[str, Mapping[str, Callable[..., Any]]]:
@@ -177,14 +180,22 @@ def methods_markdown() -> str:
     lines = ["| method | what it does | down | up | evaluated | paper |", "|---|---|---|---|---|---|"]
     for name, build in METHODS.items():
         r = build()
-        down, up = "nothing", "nothing"
+        down, up = "nothing", " + ".join(_sent_up(r)) or "nothing"
         if r.phases:
-            kinds = [kind for _, kind in r.phases[-1].update.sends]
             down = "neighbours' models" if r.topology else "own slice" if r.slices else f"all {r.space.name}"
-            masked = "kept or shared values, mask" if r.slices or r.phases[-1].own_mask else "values"
-            up = "mask bits" if "mask" in kinds else masked if "values" in kinds else ", ".join(kinds)
-        lines.append(f"| `{name}` | {r.summary} | {down} | {up} | {', '.join(r.arms)} | {r.paper} |")
+        summary = r.summary.replace("|", "\\|")
+        lines.append(f"| `{name}` | {summary} | {down} | {up} | {', '.join(r.arms)} | {r.paper} |")
     return "\n".join(lines)
+
+
+def _sent_up(method: FederatedMethod) -> list[str]:
+    """Return what goes up in any phase of a method, in order, each once."""
+    found = []
+    for phase in method.phases:
+        masked = phase.own_mask or phase.down == "slice"
+        named = {"values": "kept or shared values with their mask" if masked else "values", "mask": "mask bits"}
+        found += [named.get(kind, kind) for _, kind in phase.update.sends]
+    return list(dict.fromkeys(found))
 
 
 def finders_markdown(kind: str) -> str:

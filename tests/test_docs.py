@@ -34,6 +34,16 @@ def test_the_method_table_is_the_registry_and_the_readme_names_each() -> None:
     assert listed and re.findall(r"`(\w+)`", listed.group(1)) == list(METHODS)
 
 
+def test_the_method_table_says_all_that_goes_up() -> None:
+    up = {
+        line.split("`")[1]: re.split(r" (?<!\\)\| ", line)[3] for line in catalogue.methods_markdown().splitlines()[2:]
+    }
+    assert up["fedspa"] == "kept or shared values with their mask + mask bits" and up["fedavg"] == "values"
+    assert up["prunefl"].endswith("+ scores") and up["fedtiny"] == "statistics + values + scores"
+    assert up["flash"] == "statistics + values" and up["ssfl"] == up["salientgrads"] == "scores + values"
+    assert up["local"] == "nothing" and up["fedpm"] == "mask bits"
+
+
 def test_every_command_is_documented_and_the_reverse() -> None:
     commands = {c for a in parser()._actions for c in (a.choices or {}) if a.dest == "command"}
     shown = set(re.findall(r"^    fedlth (\w+)", (DOCS / "commands.md").read_text(), re.M))
