@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ def check_rule(
     Equal calls must give equal results, or a resumed run ends in others without a word. Rules of this package are
     held to that by its tests, but the mean inside one may be the user's (federate.join).
     """
-    mean = getattr(rule, "mean", None)
+    mean: Any = getattr(rule, "mean", None)
     if hasattr(mean, "result"):
         check_rule(mean, state, layout, {UPDATE: ("values", layout)}, count, f"{place}: its mean {type(mean).__name__}")
     if type(rule).__module__.startswith("fedlth."):
