@@ -15,6 +15,7 @@ from fedlth.methods.attack import Aim, attacked
 from fedlth.methods.client_update import NEXT_MASK, THETA_G, UPDATE, Update, sends_in
 from fedlth.methods.method import KNOWN, Phase
 from fedlth.personalization.personalise import EVALUATION
+from fedlth.personalization.transfer import in_common
 from fedlth.personalization.transfer import phase_of as transfer_phase
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.records import party
@@ -100,8 +101,12 @@ class _Broadcasts:
         key = (data, kind, text, held)
         if key not in self.kept:
             experiment = open_experiment(text)
-            known = None if held is None else bitmap.unpack(held, experiment.layout.num_prunable)
-            self.kept[key] = payload.decode(data, kind, experiment.layout, codec=experiment.codec, known_mask=known)
+            layout, known = experiment.layout, None
+            if kind == "mask":  # nothing but a cell of a transfer matrix brings one, and it refers to nothing
+                layout = in_common(experiment.task)
+            elif held is not None:
+                known = bitmap.unpack(held, layout.num_prunable)
+            self.kept[key] = payload.decode(data, kind, layout, codec=experiment.codec, known_mask=known)
         return self.kept[key]
 
     def of(self, inbox: tuple[Message, ...]) -> None:
