@@ -101,12 +101,13 @@ class _Broadcasts:
         key = (data, kind, text, held)
         if key not in self.kept:
             experiment = open_experiment(text)
-            layout, known = experiment.layout, None
+            layout, codec = experiment.layout, experiment.codec.down
+            known = None if held is None else bitmap.unpack(held, layout.num_prunable)
             if kind == "mask":  # nothing but a cell of a transfer matrix brings one, and it refers to nothing
-                layout = in_common(experiment.task)
-            elif held is not None:
-                known = bitmap.unpack(held, layout.num_prunable)
-            self.kept[key] = payload.decode(data, kind, layout, codec=experiment.codec, known_mask=known)
+                layout, known = in_common(experiment.task), None
+            self.kept[key] = payload.decode(
+                data, kind, layout, codec=codec, known_mask=known, reference=experiment.known_start
+            )
         return self.kept[key]
 
     def of(self, inbox: tuple[Message, ...]) -> None:
@@ -135,7 +136,10 @@ def _received(
             content = _broadcasts.decoded(message.payload, kind, job.study, held)
             held = None if content.mask.all() else bitmap.pack(content.mask)  # what comes after it may refer to it
         else:
-            content = payload.decode(message.payload, kind, layout, codec=experiment.codec, known_mask=known)
+            content = payload.decode(
+                message.payload, kind, layout, codec=experiment.codec.down, known_mask=known,
+                reference=experiment.known_start,
+            )  # fmt: skip
         got[EVALUATION if message.kind == EVALUATION else message.name] = content
     for sender in experiment.senders(phase, job.round, job.client) if phase.topology is not None else ():
         if party(sender) not in got:
