@@ -158,9 +158,9 @@ def foreseen(study: Study) -> Foreseen:
     rounds, tuned = own_epochs(experiment)
     epochs = rounds, tuned + study.clients.count * step2_epochs(experiment)
     steps = [one * many for one, many in zip(per_epoch, epochs, strict=True)]
-    flops = float(np.mean([task.of(client).model.flops[""] for client in range(study.clients.count)]))
+    flops = float(np.mean([task.of(client).model.training_flops[""] for client in range(study.clients.count)]))
     sizes_of_batches = local.recipe.batch_size, local.personal_recipe.batch_size
-    flop = sum(3 * flops * size * many for size, many in zip(sizes_of_batches, steps, strict=True))
+    flop = sum(flops * size * many for size, many in zip(sizes_of_batches, steps, strict=True))
     minutes = sum(one * many for one, many in zip(step_s, steps, strict=True)) / 60
     moved = forecast_bytes(experiment, step_s[0] * budget_of(study.train).in_epochs(per_epoch[0]) * per_epoch[0])
     lines = [

@@ -216,6 +216,22 @@ def _with(cell: Cell, **values: Any) -> Cell:
             "must have tickets that train among zeros",
         ),
         ({"finder": {"rewind": "init", "densities": [1.0]}}, "expected sparse tickets"),
+        (
+            {"finder": {"rewind": "global"}, "refine": {"rounds": 1, "clients_per_round": 3}},
+            "must rewind to weights that refine.rounds did not move",
+        ),
+        (
+            {
+                "finder": {"rewind": {"name": "global", "round": 1}},
+                "refine": {"rounds": 1, "clients_per_round": 3},
+                "model": {"personal": ["@head"]},
+            },
+            "must rewind to weights that refine.rounds did not move",
+        ),
+        (
+            {"model": {"prunable": ["3.weight"], "personal": ["3.*"]}},
+            "must have prunable tensors that all clients have in common, got none: model.personal",
+        ),
     ],
 )
 def test_what_has_no_matrix_is_refused(sections: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -294,3 +310,33 @@ def test_private_tensors_are_the_targets_own(tmp_path: Path) -> None:
     assert len({found[transfer.ticket_name(0), target].ticket for target in range(3)}) == 3
     assert yaml.safe_load((tmp_path / "r" / "config.yaml").read_text())["model"]["personal"] == ["@head"]
     assert RunFolder(tmp_path / "r").progress().versions.keys() == {"0", "1", "2"}
+
+
+def test_a_refined_run_has_the_matrix_of_its_search(tmp_path: Path) -> None:
+    """From theta_0 the rounds inside the tickets change nothing: the diagonal is the arm ticket, bit by bit."""
+    made = {**SECTIONS, "refine": {"rounds": 1, "clients_per_round": 3}, "model": {"personal": ["@head"]}}
+    tiny.run(tiny.study(**made), tmp_path / "r")
+    found = by_place(api.transfer(tmp_path / "r", {})[0])
+    for row in (r for r in tiny.rows(tmp_path / "r", "metrics") if r["arm"] == "ticket"):
+        cell = found[transfer.ticket_name(row["client"]), row["client"]]
+        assert (cell.ticket, cell.test_loss, cell.start) == (row["ticket"], row["test_loss"], row["start"])
+
+
+def test_masks_over_frozen_weights_are_transferred(tmp_path: Path) -> None:
+    """Nothing prunable is exchanged, yet all have the weights: masks differ, and the diagonal is the arm ticket."""
+    frozen = {
+        **SECTIONS, "method": {"name": "ticket_lora", "density": 0.4}, "model": tiny.SECTIONS["ticket_lora"]["model"],
+        "finder": {"rewind": "init", "densities": [0.3], "score": "snip"},
+    }  # fmt: skip
+    tiny.run(tiny.study(**frozen), tmp_path / "r")
+    task = tiny.task_of(tmp_path / "r")
+    assert (task.exchange.num_prunable, task.layout.num_prunable) == (0, 64 * 12)
+    own = api.transfer(tmp_path / "r", {"other": f"{tmp_path / 'r'}:1"})
+    found = by_place(own[0])
+    for row in (r for r in tiny.rows(tmp_path / "r", "metrics") if r["arm"] in ("ticket", "init_mask")):
+        name = transfer.ticket_name(row["client"]) if row["arm"] == "ticket" else THETA_0
+        cell = found[name, row["client"]]
+        assert (cell.ticket, cell.test_loss) == (row["ticket"], row["test_loss"]) and 0.29 < cell.density < 0.31
+    away = found[transfer.ticket_name(1), 0]
+    assert away.ticket == found[transfer.ticket_name(1), 1].ticket == found["other", 0].ticket
+    assert 0 < away.jaccard < 1 and found[DENSE, 0].density == 1

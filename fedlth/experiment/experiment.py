@@ -18,15 +18,7 @@ from fedlth.experiment.population import Population
 from fedlth.experiment.well_formed import method_of
 from fedlth.methods.aggregate import Aggregate, CountMean
 from fedlth.methods.client_update import ClientUpdate, MaskedUpdate
-from fedlth.methods.method import (
-    Dense,
-    Down,
-    Everyone,
-    FederatedMethod,
-    Phase,
-    Sampled,
-    Waves,
-)
+from fedlth.methods.method import Dense, Down, Everyone, FederatedMethod, Phase, Sampled, Waves
 from fedlth.methods.robust import with_rule
 from fedlth.methods.space import SPACES
 from fedlth.models.layout import Entry, Layout, Params
@@ -51,8 +43,9 @@ from fedlth.tickets.scope import SCOPES
 from fedlth.tickets.score import SCORES
 from fedlth.training.metrics import Judged
 from fedlth.training.task import Task, open_task
-from fedlth.wire.codec import CODECS, Codec
+from fedlth.wire.codec import CODECS, DELTA, Codec
 from fedlth.wire.payload import Content
+from fedlth.wire.reference import Reference
 
 KEPT_FIRST = ("ticket", "own_tuned", "own", "dense", "local")  # tuned before untuned, personal before dense
 
@@ -301,6 +294,12 @@ class Experiment:
     def initial(self) -> Params:
         """Return round 0's global state, which both ends draw from the study's seed."""
         return self.method.space.initial(self.task)
+
+    @cached_property
+    def known_start(self) -> Reference | None:
+        """What a model on its way down may refer to: theta_0, where a study names it (model.theta_0)."""
+        known = self.study.model.theta_0 is not None and self.method.space.kind == "values"
+        return Reference(self.initial().floats) if known and DELTA in self.codec.down.values else None
 
     @cached_property
     def start_mask(self) -> np.ndarray | None:

@@ -15,6 +15,7 @@ from fedlth.methods.attack import Aim, attacked
 from fedlth.methods.client_update import NEXT_MASK, THETA_G, UPDATE, Update, sends_in
 from fedlth.methods.method import KNOWN, Phase
 from fedlth.personalization.personalise import EVALUATION
+from fedlth.personalization.transfer import in_common
 from fedlth.personalization.transfer import phase_of as transfer_phase
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.records import party
@@ -103,8 +104,13 @@ class _Broadcasts:
         key = (data, kind, text, held)
         if key not in self.kept:
             experiment = open_experiment(text)
-            known = None if held is None else bitmap.unpack(held, experiment.layout.num_prunable)
-            self.kept[key] = payload.decode(data, kind, experiment.layout, codec=experiment.codec, known_mask=known)
+            layout, codec = experiment.layout, experiment.codec.down
+            known = None if held is None else bitmap.unpack(held, layout.num_prunable)
+            if kind == "mask":  # nothing but a cell of a transfer matrix brings one, and it refers to nothing
+                layout, known = in_common(experiment.task), None
+            self.kept[key] = payload.decode(
+                data, kind, layout, codec=codec, known_mask=known, reference=experiment.known_start
+            )
         return self.kept[key]
 
     def of(self, inbox: tuple[Message, ...]) -> None:
@@ -133,7 +139,10 @@ def _received(
             content = _broadcasts.decoded(message.payload, kind, job.study, held)
             held = None if content.mask.all() else bitmap.pack(content.mask)  # what comes after it may refer to it
         else:
-            content = payload.decode(message.payload, kind, layout, codec=experiment.codec, known_mask=known)
+            content = payload.decode(
+                message.payload, kind, layout, codec=experiment.codec.down, known_mask=known,
+                reference=experiment.known_start,
+            )  # fmt: skip
         got[EVALUATION if message.kind == EVALUATION else message.name] = content
     for sender in experiment.senders(phase, job.round, job.client) if phase.topology is not None else ():
         if party(sender) not in got:

@@ -27,26 +27,37 @@ from fedlth.wire.reference import Reference
 
 def broadcast(
     kind: str, name: str, theta: Params, layout: Layout, codec: Codec = RAW, mask: np.ndarray | None = None, *,
-    known: bool = False,
+    known: bool = False, start: Reference | None = None,
 ) -> Message:  # fmt: skip
     """Encode the global state once, for everyone; of a model with a mask, what it keeps.
 
-    `known` leaves the mask's bits out: for those who hold this mask.
+    `known` leaves the mask's bits out: for those who hold this mask. `start` are floats that everyone holds.
     """
     content = Content(np.ones(layout.num_prunable, bool) if mask is None else mask, theta.floats, theta.ints)
-    data = payload.encode(kind, layout, content, codec=codec, known_mask=mask if known else None)
-    return Message(kind, name, data, broadcast=True)
+    return Message(kind, name, _coded(kind, layout, content, codec, mask if known else None, start), broadcast=True)
 
 
 def slice_for(
-    name: str, theta: Params, layout: Layout, mask: np.ndarray, codec: Codec = RAW, *, alone: bool = False
-) -> Message:
+    name: str, theta: Params, layout: Layout, mask: np.ndarray, codec: Codec = RAW, *, alone: bool = False,
+    start: Reference | None = None,
+) -> Message:  # fmt: skip
     """Encode what a client's last committed mask holds; the client has that mask, so no bits of it are sent.
 
-    `alone` sends the mask too, to a client that has lost it.
+    `alone` sends the mask too, to a client that has lost it. `start` are floats that the client holds.
     """
     content, known = Content(mask, theta.floats, theta.ints), None if alone else mask
-    return Message("values", name, payload.encode("values", layout, content, codec=codec, known_mask=known))
+    return Message("values", name, _coded("values", layout, content, codec, known, start))
+
+
+def _coded(
+    kind: str, layout: Layout, content: Content, codec: Codec, known: np.ndarray | None, start: Reference | None
+) -> bytes:
+    """Return a payload, against `start` where that is shorter: numbers that have left it far behind are longer so."""
+    data = payload.encode(kind, layout, content, codec=codec, known_mask=known, reference=start)
+    numbers = layout.num_floats - content.mask.size + int(np.count_nonzero(content.mask))
+    if start is None or len(data) < 3 * numbers:  # of 4 bytes a number, as they hardly ever are alone
+        return data
+    return min(data, payload.encode(kind, layout, content, codec=codec, known_mask=known), key=len)
 
 
 def mask_name(mask: np.ndarray | None) -> str:
@@ -80,15 +91,17 @@ class Downloads:
         if self.phase.down == "nothing":
             return ()
         mask = self.masks.get(client)
+        first = self._apart if alone else self._first
         if mask is None:
             known = not alone and self._knows(client)
-            return (self._short if known else self._first, *self._also, *self._targets)
-        theta, layout, codec = self.state.theta, self.experiment.layout, self.experiment.codec
+            return (self._short if known else first, *self._also, *self._targets(alone))
+        theta, layout, codec = self.state.theta, self.experiment.layout, self.experiment.codec.down
+        start = None if alone else self.experiment.known_start
         # The client cannot know what the server cuts, or whose mask it is handed: the bits go along.
-        alone = alone or self.phase.cut is not None or self.phase.hand is not None
-        own = slice_for(THETA_G, theta, layout, mask, codec, alone=alone)
-        whole = (replace(self._first, kind="evaluation"),) if self.experiment.needs_whole(self.phase) else ()
-        return (own, *whole, *self._targets)
+        bits = alone or self.phase.cut is not None or self.phase.hand is not None
+        own = slice_for(THETA_G, theta, layout, mask, codec, alone=bits, start=start)
+        whole = (replace(first, kind="evaluation"),) if self.experiment.needs_whole(self.phase) else ()
+        return (own, *whole, *self._targets(alone))
 
     def held(self, client: int, inbox: Sequence[Message]) -> Held:
         """Return what a client's answer may refer to: its download, decoded as the client decoded it.
@@ -117,7 +130,7 @@ class Downloads:
         if alone and self.published.has(client):
             senders = (client, *senders)
         needs = self.experiment.needs_whole(self.phase)
-        whole = (replace(self._first, kind="evaluation"),) if needs else ()
+        whole = (replace(self._apart if alone else self._first, kind="evaluation"),) if needs else ()
         return (*(Message("values", party(s), self.published.payload(s), broadcast=True) for s in senders), *whole)
 
     @cached_property
@@ -137,19 +150,26 @@ class Downloads:
         return self._whole_state(known=False)
 
     @cached_property
+    def _apart(self) -> Message:
+        """The same for a client that turned out to hold nothing, or another theta_0."""
+        return self._first if self.experiment.known_start is None else self._whole_state(known=False, apart=True)
+
+    @cached_property
     def _short(self) -> Message:
         return self._whole_state(known=True)
 
-    def _whole_state(self, *, known: bool) -> Message:
-        experiment, state = self.experiment, self.state
-        kind = experiment.method.space.kind
-        return broadcast(kind, THETA_G, state.theta, experiment.layout, experiment.codec, state.mask, known=known)
+    def _whole_state(self, *, known: bool, apart: bool = False) -> Message:
+        experiment, state, kind = self.experiment, self.state, self.experiment.method.space.kind
+        start = None if apart else experiment.known_start
+        return broadcast(
+            kind, THETA_G, state.theta, experiment.layout, experiment.codec.down, state.mask, known=known, start=start
+        )
 
     @cached_property
     def _also(self) -> tuple[Message, ...]:
         """What the server's rule remembers and clients need, of what everyone keeps; nothing before it is there."""
-        layout, codec, mask, memory = self.experiment.layout, self.experiment.codec, self.state.mask, self.state.memory
-        found = []
+        layout, codec, mask = self.experiment.layout, self.experiment.codec.down, self.state.mask
+        memory, found = self.state.memory, []
         for name in self.phase.also:
             if name in memory:
                 if memory[name].shape != (layout.num_floats,):
@@ -159,13 +179,24 @@ class Downloads:
                 found.append(broadcast("values", name, vector, layout, codec, mask, known=True))
         return tuple(found)
 
+    def _targets(self, alone: bool) -> tuple[Message, ...]:
+        """Return earlier global models, as far as everyone keeps them now."""
+        return self._targets_apart if alone and self.experiment.known_start is not None else self._targets_near
+
     @cached_property
-    def _targets(self) -> tuple[Message, ...]:
-        """Earlier global models, as far as everyone keeps them now: that mask comes before them in the same inbox."""
-        layout, codec, mask = self.experiment.layout, self.experiment.codec, self.state.mask
-        known = self.phase.down == "broadcast"
+    def _targets_near(self) -> tuple[Message, ...]:
+        return self._earlier(self.experiment.known_start)
+
+    @cached_property
+    def _targets_apart(self) -> tuple[Message, ...]:
+        return self._earlier(None)
+
+    def _earlier(self, start: Reference | None) -> tuple[Message, ...]:
+        layout, codec, mask = self.experiment.layout, self.experiment.codec.down, self.state.mask
+        known = self.phase.down == "broadcast"  # that mask comes before them in the same inbox
         return tuple(
-            broadcast("values", n, p, layout, codec, mask, known=known) for n, p in self.rewind_targets.items()
+            broadcast("values", n, p, layout, codec, mask, known=known, start=start)
+            for n, p in self.rewind_targets.items()
         )
 
     @cached_property
@@ -173,5 +204,5 @@ class Downloads:
         return self._decoded(self._first, None)
 
     def _decoded(self, own: Message, known: np.ndarray | None) -> Reference | None:
-        layout, codec = self.experiment.layout, self.experiment.codec
-        return payload.decode(own.payload, own.kind, layout, codec=codec, known_mask=known).reference
+        layout, codec, start = self.experiment.layout, self.experiment.codec.down, self.experiment.known_start
+        return payload.decode(own.payload, own.kind, layout, codec=codec, known_mask=known, reference=start).reference

@@ -112,6 +112,8 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
     scores = [method.space.bounds[0]] if method.space.bounds[0] and codec.refers else []
     if wire.undecided and codec.refers:
         scores = ["numbers at 4 bytes each: what nobody holds stays as it was drawn"]
+    if experiment.known_start is not None and wire.start(wire.theta) is None:
+        scores.append("models that have moved coded as if theta_0 told nothing of them")
     evaluation = _evaluation(wire, shrinking, (*both, *scores))
     if study.refine.rounds and _may_stop(study):
         both.append("tickets that stop before their first prune")

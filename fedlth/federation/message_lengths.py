@@ -25,6 +25,7 @@ from fedlth.training.task import Task
 from fedlth.wire import payload
 from fedlth.wire.codec import CODECS, Codec
 from fedlth.wire.payload import Content
+from fedlth.wire.reference import Reference
 
 TRIED, TRIAL_S = 4, 2.0  # how many clients try two visits each, and for how long at most
 LARGE = 1 << 18  # weights: of a larger model two densities are encoded, and those between lie on a line
@@ -70,8 +71,14 @@ class Lengths:
         made = join(rule, ServerState(state), (Contribution(0, 1, nothing),), self.layout).theta
         return bool((made.floats == state.floats).all())
 
+    def start(self, theta: Params) -> Reference | None:
+        """Return theta_0 where it is what goes down; how near a trained model stays to it only the run tells."""
+        known = self.experiment.known_start
+        return known if known is not None and np.array_equal(known.floats, theta.floats) else None
+
     def broadcast(self, theta: Params) -> int:
-        return len(downloads.broadcast(self.experiment.method.space.kind, "", theta, self.layout, self.codec).payload)
+        kind, codec, start = self.experiment.method.space.kind, self.codec.down, self.start(theta)
+        return len(downloads.broadcast(kind, "", theta, self.layout, codec, start=start).payload)
 
     def message(self, phase: Phase, name: str, kind: str) -> float:
         """Return the most that a message of a phase's update takes which holds everything."""
@@ -124,7 +131,8 @@ class Lengths:
 
     def _slice(self, density: float) -> float:
         mask = self._mask(density, by_size=True)
-        return len(downloads.slice_for("", self.theta, self.layout, mask, self.codec).payload)
+        theta, codec = self.theta, self.codec.down
+        return len(downloads.slice_for("", theta, self.layout, mask, codec, start=self.start(theta)).payload)
 
     def _update(self, density: float) -> float:
         if (kind := up_kind(self.experiment)) != "values":

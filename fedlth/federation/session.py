@@ -160,7 +160,8 @@ def _write_header(folder: RunFolder, experiment: Experiment, engine: Engine, end
     """Write what is true of the whole run; once it has `ended`, a dense download is that of its last global model."""
     study, task, method = experiment.study, experiment.task, experiment.method
     theta = ended.theta if ended and experiment.shares_weights else task.shared_part(task.theta_0)
-    dense = broadcast("values", "", theta, task.exchange, experiment.codec)
+    start = experiment.known_start if ended and experiment.shares_weights else None
+    dense = broadcast("values", "", theta, task.exchange, experiment.codec.down, start=start)
     header = Header(
         study=study.study,
         method=method.name,

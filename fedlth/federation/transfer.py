@@ -26,7 +26,7 @@ from fedlth.kernel import kernel
 from fedlth.methods.client_update import THETA_G
 from fedlth.methods.mask_outliers import jaccard_distance
 from fedlth.personalization.kept import target_of
-from fedlth.personalization.transfer import MASK
+from fedlth.personalization.transfer import MASK, in_common
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.header import Header
 from fedlth.storage.records import MetricRow
@@ -39,6 +39,8 @@ from fedlth.wire import metrics, payload
 from fedlth.wire.payload import Content
 
 log = logging.getLogger(__name__)
+
+KNOWN_STARTS = ("theta_0", "theta_g@0", "reinit")  # rewind targets that clients draw themselves
 
 
 def cells(
@@ -114,21 +116,32 @@ class Matrix:
             known, asked = ", ".join(map(str, self.states)) or "none", missing[0] if missing else "any"
             raise StudyError(f"{folder.root}: expected a ticket of client {asked}, there are those of {known}")
         self.sources = {ticket_name(client): client for client in self.targets}
-        self.own = {c: self.experiment.task_of(c).shared_mask(self.states[c].masks["ticket"]) for c in self.targets}
+        self.layout = in_common(self.experiment.task)
+        if not self.layout.num_prunable:
+            raise StudyError(
+                f"{folder.root}: must have prunable tensors that all clients have in common, got none: "
+                f"model.personal {list(folder.study().model.personal or ())} keeps them all with their clients"
+            )
+        self.own = {c: self._shared(c, self.states[c].masks["ticket"]) for c in self.targets}
         if any(mask.all() for mask in self.own.values()):
             raise StudyError(f"{folder.root}: expected sparse tickets, got dense ones")
         self.masks = self._masks(others)
 
+    def _shared(self, client: int, mask: np.ndarray) -> np.ndarray:
+        """Return what another client can be handed of a mask over the client's whole model."""
+        task = self.experiment.task_of(client)
+        return in_common(task).mask_of(mask, task.layout)
+
     def _masks(self, others: Mapping[str, OtherTicket]) -> dict[str, dict[int, np.ndarray]]:
         task, finder = self.experiment.task, self.experiment.finder
-        found = {DENSE: dict.fromkeys(self.targets, np.ones(task.exchange.num_prunable, bool))}
+        found = {DENSE: dict.fromkeys(self.targets, np.ones(self.layout.num_prunable, bool))}
         for name, client in self.sources.items():
             found[name] = dict.fromkeys(self.targets, self.own[client])
         for name, ticket in others.items():
             if name in found or name == THETA_0:
                 raise StudyError(f"--mask: must be a name that no row has, got {name}")
-            found[name] = dict.fromkeys(self.targets, ticket.mask(name, task.exchange))
-            if note := ticket.start_differs(task.exchange, task.shared_part(task.theta_0)):
+            found[name] = dict.fromkeys(self.targets, ticket.mask(name, self.layout))
+            if note := ticket.start_differs(self.layout, self.layout.part_of(task.theta_0, task.layout)):
                 log.info(f"note: mask {name}: {note}")
         known: dict[tuple[str, float], np.ndarray] = {}
         for client in self.targets:
@@ -137,7 +150,7 @@ class Matrix:
             if (own.name, density) not in known:
                 score = np.abs(own.theta_0.floats[:size])
                 mask = finder.pick(score, np.ones(size, bool), own.layout, density)
-                known[own.name, density] = own.shared_mask(mask)
+                known[own.name, density] = self._shared(client, mask)
             found.setdefault(THETA_0, {})[client] = known[own.name, density]
         return found
 
@@ -160,7 +173,7 @@ class Matrix:
     def _start(self) -> tuple[Message, ...]:
         """What trainings begin with, as far as clients do not draw it themselves."""
         experiment, folder, anchor = self.experiment, self.folder, self.experiment.finder.rewind.anchor
-        if anchor in ("theta_0", "theta_g@0", "reinit"):
+        if anchor in KNOWN_STARTS:
             return ()
         layout, codec = experiment.layout, experiment.codec
         state = folder.load_state(self.progress.theta) if self.progress.theta else experiment.start()
@@ -175,7 +188,7 @@ class Matrix:
         for one in left:
             if self.masks[one.mask][one.target] is not mask:  # a row has one mask, or few
                 mask = self.masks[one.mask][one.target]
-                data = payload.encode("mask", experiment.layout, Content(mask, None, None), codec=experiment.codec)
+                data = payload.encode("mask", self.layout, Content(mask, None, None), codec=experiment.codec)
             yield Job(
                 study=experiment.text, phase=TRANSFER, round=1, client=one.target, version=TRANSFER,
                 state=self.states[one.target].to_bytes(),
@@ -217,6 +230,11 @@ def _checked(folder: RunFolder, experiment: Experiment) -> Header:
         raise StudyError(
             f"{folder.root}: must rewind to theta_0, as without a server all clients have no other weights in common, "
             f"got {finder.rewind}"
+        )
+    if experiment.study.refine.rounds and finder.rewind.anchor not in KNOWN_STARTS:
+        raise StudyError(
+            f"{folder.root}: must rewind to weights that refine.rounds did not move (init, reinit), as the global "
+            f"model that its tickets began with is not kept, got {finder.rewind}"
         )
     return header
 

@@ -8,7 +8,7 @@ too, in the order of squared gradient a second, while that lets the sum of squar
 The share falls by half every `half_life` rounds; `density` bounds what is kept.
 
 Left open, and chosen here. The time of a round is a model, as none is measured: `constant_s`, and for each kept weight
-of a tensor 3 x its forward FLOPs x the examples of a client's round / `flops_s`, and 8 bytes (4 down, 4 up) /
+of a tensor its training FLOPs an example x the examples of a client's round / `flops_s`, and 8 bytes (4 down, 4 up) /
 `bytes_s`. Squared gradients are those of minibatches, summed over one pass after the local training of the round that
 adjusts; all prunable weights' go up in that round alone, and are meant by examples. The chosen client (the place
 `chosen` among those that take part) adjusts `initial` times on its own data, each after one local training, and sends
@@ -86,7 +86,7 @@ class RoundTime:
         examples = budget_of(train).examples(round(float(np.mean(sizes))), train.batch_size)
         found = np.empty(layout.num_prunable)
         for e in layout.prunable:
-            found[e.slice] = 3 * examples * task.model.flops[e.name] / e.size / self.flops_s + 8 / self.bytes_s
+            found[e.slice] = examples * task.model.training_flops[e.name] / e.size / self.flops_s + 8 / self.bytes_s
         return found
 
 

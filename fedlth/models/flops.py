@@ -1,13 +1,16 @@
-"""What one forward pass costs, by weight, as torch's flop counter counts it (one multiply-add is two)."""
+"""What a forward pass and a training step cost, by weight, as torch's flop counter counts (one multiply-add is two)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from fedlth.data.examples import Inputs, shapes, tensors
@@ -30,9 +33,75 @@ def layer_flops(module: nn.Module, example_x: Inputs) -> tuple[dict[str, int], i
     Raises StudyError when the model cannot take the batch.
     """
     meter = _Meter()
-    hooks = []
+    with _watched(module, meter), _told(example_x), torch.no_grad(), meter:
+        call(module, example_x)
+    return _by_weight(module, meter, len(tensors(example_x)[0]))
+
+
+def training_flops(
+    module: nn.Module, example_x: Inputs, layers: tuple[dict[str, int], int], trains: Collection[str]
+) -> tuple[dict[str, int], int]:
+    """Return flops of a training step per example by parameter name, and their total, as `layer_flops` has a forward's.
+
+    `layers` is what that returned, `trains` names the parameters that get a gradient. A weight counts a forward; one
+    more, for the gradient of its input, where something before it trains; one more where it gets a gradient itself. It
+    then always counts 3, as is usual, in a first layer too, whose input has no gradient: a network that trains as a
+    whole costs 3 forwards.
+    What is before what is found by one more forward pass, in which torch says which inputs depend on what trains, and
+    its backward pass, which says whose outputs a loss depends on. In a module that owns several weights, or has
+    children beside its own, all that trains counts as before the others. What is spent in modules without weights
+    counts 3 where it depends on what trains, else 1.
+    """
+    named = dict(module.named_parameters(remove_duplicate=False))
+    chosen = {id(tensor) for name, tensor in named.items() if name in trains}
+    flops, total = layers
+    if all(id(tensor) in chosen for tensor in named.values()):
+        return {name: 3 * count for name, count in flops.items()}, 3 * total
+    meter, before = _Meter(), {tensor: tensor.requires_grad for tensor in named.values()}
+    try:
+        for tensor in before:
+            tensor.requires_grad_(id(tensor) in chosen)
+        with _watched(module, meter), _told(example_x), torch.enable_grad():
+            with meter:
+                out = call(module, example_x)
+            if out.requires_grad:
+                asked = [tensor for tensor in before if tensor.requires_grad]
+                torch.autograd.grad(out.sum(), asked, allow_unused=True)
+    finally:
+        for tensor, mode in before.items():
+            tensor.requires_grad_(mode)
+    names, behind, without = _names(module), set[int](), [0, 0]
+    for part, spent in meter.own.items():
+        weights, inside = _weights(part), list(part.parameters())
+        if not weights:
+            deep = part in meter.behind or any(id(tensor) in chosen for tensor in inside)
+            without[deep and part in meter.reached] += spent
+        lone = len(weights) == 1 and not any(part.children())
+        for weight in weights:
+            beside = any(id(tensor) in chosen for tensor in inside if tensor is not weight)
+            if part in meter.reached and (part in meter.behind or (beside and not lone)):
+                behind.add(id(weight))
+    passes = dict.fromkeys(flops, 1) | {names[key]: 2 for key in behind} | {names[key]: 3 for key in chosen}
+    costs = {name: passes[name] * count for name, count in flops.items()}
+    rest = total - sum(flops.values())
+    return costs, sum(costs.values()) + rest + (2 * rest * without[True] // sum(without) if any(without) else 0)
+
+
+@contextmanager
+def _told(example_x: Inputs) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        batch = shapes(example_x)
+        raise StudyError(f"model: the forward pass fails on a batch {batch}: {told(error)}") from error
+
+
+@contextmanager
+def _watched(module: nn.Module, meter: _Meter) -> Iterator[None]:
+    """Let a meter watch the modules inside, in eval mode; they are left in the mode that they were in."""
+    hooks: list[Any] = []
     for part in module.modules():
-        hooks.append(part.register_forward_pre_hook(meter.enter))
+        hooks.append(part.register_forward_pre_hook(meter.enter, with_kwargs=True))
         hooks.append(part.register_forward_hook(meter.leave))
     training = {part: part.training for part in module.modules()}
     # The fused attention of inference hides its products from the counter.
@@ -40,18 +109,13 @@ def layer_flops(module: nn.Module, example_x: Inputs) -> tuple[dict[str, int], i
     try:
         module.eval()
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), meter:
-            call(module, example_x)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        batch = shapes(example_x)
-        raise StudyError(f"model: the forward pass fails on a batch {batch}: {told(error)}") from error
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         for hook in hooks:
             hook.remove()
         for part, mode in training.items():
             part.training = mode
-    return _by_weight(module, meter, len(tensors(example_x)[0]))
 
 
 class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -69,6 +133,8 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.total = 0
         self.own: dict[nn.Module, int] = {}
         self.unseen: dict[nn.Module, int] = {}
+        self.behind: set[nn.Module] = set()  # modules with an input that depends on what trains
+        self.reached: set[nn.Module] = set()  # modules whose output a backward pass has reached
         self._open: list[list[int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -77,8 +143,10 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
         return out
 
-    def enter(self, part: nn.Module, args: tuple[Any, ...]) -> None:
+    def enter(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._open.append([self.total, 0])
+        if any(isinstance(x, torch.Tensor) and x.requires_grad for x in tree_leaves((args, kwargs))):
+            self.behind.add(part)
 
     def leave(self, part: nn.Module, args: tuple[Any, ...], output: object) -> None:
         start, inner = self._open.pop()
@@ -90,12 +158,15 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             cost = 2 * math.prod(x.shape[:-1]) * sum(tensor.numel() for tensor in _weights(part))
             self.unseen[part] = self.unseen.get(part, 0) + cost
         self.own[part] = self.own.get(part, 0) + spent - inner
+        for x in tree_leaves(output):
+            if isinstance(x, torch.Tensor) and x.requires_grad:
+                x.register_hook(lambda gradient, part=part: self.reached.add(part))
+            elif not isinstance(x, torch.Tensor | None):
+                self.reached.add(part)  # what it holds is not known
 
 
 def _by_weight(module: nn.Module, meter: _Meter, batch: int) -> tuple[dict[str, int], int]:
-    names: dict[int, str] = {}
-    for name, tensor in module.named_parameters(remove_duplicate=False):
-        names[id(tensor)] = min(name, names.get(id(tensor), name))
+    names = _names(module)
     flops = dict.fromkeys(sorted(set(names.values())), 0)
     for part, seen in meter.own.items():
         weights = _weights(part)
@@ -105,6 +176,14 @@ def _by_weight(module: nn.Module, meter: _Meter, batch: int) -> tuple[dict[str, 
             flops[names[id(weight)]] += cost * weight.numel() // size
     total = meter.total + sum(meter.unseen.values())
     return {name: count // batch for name, count in flops.items()}, total // batch
+
+
+def _names(module: nn.Module) -> dict[int, str]:
+    """Return the smallest name of every parameter, by its identity."""
+    names: dict[int, str] = {}
+    for name, tensor in module.named_parameters(remove_duplicate=False):
+        names[id(tensor)] = min(name, names.get(id(tensor), name))
+    return names
 
 
 def _weights(part: nn.Module) -> list[torch.Tensor]:

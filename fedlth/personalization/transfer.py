@@ -12,6 +12,7 @@ import numpy as np
 
 from fedlth.methods.client_update import Inbox, Update
 from fedlth.methods.method import Everyone, Phase
+from fedlth.models.layout import Layout
 from fedlth.personalization.arms import trained
 from fedlth.personalization.personalise import Personalise, row_of
 from fedlth.storage.client_state import ClientState
@@ -19,8 +20,20 @@ from fedlth.storage.transfer_cells import TRANSFER
 from fedlth.storage.typed_record import as_record
 from fedlth.tickets.rewind import changed
 from fedlth.training.local_client import LocalClient
+from fedlth.training.task import Task
 
 MASK = "mask"  # the message's name
+
+
+def in_common(task: Task) -> Layout:
+    """Return the layout that masks are handed over in: its prunable tensors are those that all clients have.
+
+    That is what is exchanged, and beside it what nothing trains, which is theta_0's everywhere.
+    """
+    if all(e.trainable for e in task.layout.prunable):
+        return task.exchange
+    crosses = {e.name for e in task.exchange.entries}
+    return task.layout.select(lambda e: e.prunable and (not e.trainable or e.name in crosses))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +53,7 @@ class Transferred:
         start = rewind.anchor or "theta_g"
         begin, mask = step.anchor(start), twin.full
         if not shared.all():
-            mask = local.task.whole_mask(shared, state.masks["ticket"])
+            mask = in_common(local.task).mask_into(state.masks["ticket"], local.task.layout, shared)
             begin = changed(rewind, begin, mask, local.task.layout, twin.rng("rewind"))
         density = int(np.count_nonzero(mask)) / mask.size
         result = trained(step, TRANSFER, start, mask, target=density, begin=begin)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -179,9 +179,8 @@ class LocalClient:
     def _learning(self, lesson: Lesson, batch_size: int) -> AbstractContextManager[object]:
         spe = steps_an_epoch(self.num_train, batch_size)
         steps = lesson.epochs * spe + lesson.steps
-        return self._counting(
-            lesson.alive, steps, batch_size, ((lesson.alive, round(self.num_train * steps / spe)),)
-        )  # fmt: skip
+        seen = ((lesson.alive, round(self.num_train * steps / spe)),)
+        return self._counting(lesson.alive, steps, batch_size, seen, masks=True)
 
     def train_masking(
         self, start: Params, masking: Masking, extra: np.ndarray, *, recipe: TrainingRecipe, pace: float = 1.0
@@ -192,19 +191,24 @@ class LocalClient:
             examples_seed=self.torch_seed("examples"),
         )  # fmt: skip
         passes = ((self.full, request.num_examples),)
-        with self._counting(self.full, len(request.rates), recipe.batch_size, passes) as alive:
+        with self._counting(self.full, len(request.rates), recipe.batch_size, passes, masks=True) as alive:
             done = masked_training.train(self.task.flat_model, request, masking, extra, pace=pace)
             alive.append(done.often)
         return done
 
     def _counting(
-        self, alive: np.ndarray, steps: int, batch_size: int, passes: Sequence[tuple[np.ndarray, int]]
-    ) -> AbstractContextManager[list[np.ndarray]]:
-        """Count a training; `passes` are what the network sees of its weights, and for how many examples."""
+        self, alive: np.ndarray, steps: int, batch_size: int, passes: Sequence[tuple[np.ndarray, int]], *,
+        masks: bool = False,
+    ) -> AbstractContextManager[list[np.ndarray]]:  # fmt: skip
+        """Count a training; `passes` are what the network sees of its weights, and for how many examples.
+
+        `masks`: it learns masks, by the gradient of all prunable weights.
+        """
 
         def flops(found: np.ndarray) -> tuple[float, float]:
             used = passes if found is alive else [(found, sum(examples for _, examples in passes))]
-            dense, by_alive = map(sum, zip(*(self.flops(seen, examples) for seen, examples in used), strict=True))
+            each = (self.flops(seen, examples, masks=masks) for seen, examples in used)
+            dense, by_alive = map(sum, zip(*each, strict=True))
             return dense, by_alive
 
         return self._counted(alive, steps, batch_size, flops)
@@ -232,12 +236,12 @@ class LocalClient:
         """Yield the gradient of the mean loss on each of `count` minibatches, (num_prunable,) float32; 0: of one pass.
 
         Of every weight, the pruned too, in evaluation mode and of the plain loss. A device does this work for its
-        method, so that it is counted as a training is: 3 forwards an example. Of a model with zeros the gradient of
-        the weights, a third of it, is dense all the same.
+        method, so that it is counted as a training of the prunable weights is: 3 forwards an example where all is
+        trained. Of a model with zeros the gradient of the weights, a third of it, is dense all the same.
         """
         drawn = batches(self.num_train, self.recipe.batch_size, self.rng("gradients"))[: count or None]
         alive = at.floats[: self.full.size] != 0
-        dense, sparse = self.flops(alive, sum(map(len, drawn)))
+        dense, sparse = self.flops(alive, sum(map(len, drawn)), masks=True)
         with self._counted(alive, len(drawn), self.recipe.batch_size, lambda _: (dense, (2 * sparse + dense) / 3)):
             for part in drawn:
                 yield evaluation.gradient(self.task.flat_model, at, self.train_part.batch(torch.from_numpy(part)))
@@ -251,16 +255,29 @@ class LocalClient:
         if not statistics.has_any(model):
             return params
         drawn = batches(self.num_train, self.recipe.batch_size, self.rng("statistics"))
-        dense, sparse = self.flops(mask, self.num_train)
-        with self._counted(mask, len(drawn), self.recipe.batch_size, lambda _: (dense / 3, sparse / 3)):
+        dense, sparse = self._flops(self.task.model.flops, mask)
+        scale = 3.0 * self.num_train
+        with self._counted(
+            mask, len(drawn), self.recipe.batch_size, lambda _: (dense * scale / 3, sparse * scale / 3)
+        ):  # fmt: skip
             return statistics.normalised(model, params, self.train_part, drawn)
 
-    def flops(self, alive: np.ndarray, examples: int) -> tuple[float, float]:
-        """Return training FLOPs (dense, by what is alive): 3 forwards for each time an example is seen, as is usual."""
-        dense = float(self.task.model.flops[""])
-        dead = sum(self.task.model.flops[e.name] * (1 - _share(alive[e.slice])) for e in self.task.layout.prunable)
+    def flops(self, alive: np.ndarray, examples: int, *, masks: bool = False) -> tuple[float, float]:
+        """Return training FLOPs (dense, by what is alive) of so many examples: 3 forwards each, as is usual.
+
+        What nothing trains counts less: `models.flops.training_flops`. `masks`: prunable weights have a gradient,
+        whatever trains.
+        """
+        model = self.task.model
+        costs = model.gradient_flops if masks else model.training_flops
+        # In thirds: of a network that trains as a whole these are the forward's whole numbers, and so are all sums.
+        dense, alive_flops = self._flops({name: count / 3 for name, count in costs.items()}, alive)
         scale = 3.0 * examples
-        return dense * scale, (dense - dead) * scale
+        return dense * scale, alive_flops * scale
+
+    def _flops(self, costs: Mapping[str, float], alive: np.ndarray) -> tuple[float, float]:
+        dense = float(costs[""])
+        return dense, dense - sum(costs[e.name] * (1 - _share(alive[e.slice])) for e in self.task.layout.prunable)
 
     def val_score(self, params: Params) -> float:
         """Return the study's metric on validation data, more is better: all that a decision may look at.

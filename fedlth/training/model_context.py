@@ -19,7 +19,7 @@ from fedlth.kernel import kernel
 from fedlth.kernel.graph import compile_layers
 from fedlth.kernel.table import LayerTable
 from fedlth.models.channels import Channels, channels_of
-from fedlth.models.flops import layer_flops
+from fedlth.models.flops import layer_flops, training_flops
 from fedlth.models.initial import brought, digest_of, drawn, fixed, redrawn, refuse, torch_stream
 from fedlth.models.layout import Layout, Params, layout_of, read
 from fedlth.models.prunable import prunable_names
@@ -160,10 +160,30 @@ class ModelContext:
     @cached_property
     def flops(self) -> dict[str, int]:
         """Forward FLOPs an example of each parameter's layer, by torch's flop counter; "" is the whole model."""
+        return self._counted[0]
+
+    @property
+    def training_flops(self) -> dict[str, int]:
+        """FLOPs of a training step an example, forward and backward, in the form of `flops`: what nothing trains, and
+        what lies before all that trains, has less of a backward pass, or none."""
+        return self._counted[1]
+
+    @property
+    def gradient_flops(self) -> dict[str, int]:
+        """The same where prunable weights have a gradient too, whatever trains: a score of masks asks for it."""
+        return self._counted[2]
+
+    @cached_property
+    def _counted(self) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
         few = inputs(self.dataset, np.arange(min(2, len(self.dataset.y_train))), train=True)
+        trains = {e.name for e in self.layout.entries if e.trainable}
+        scored = trains | {e.name for e in self.layout.prunable}
         with torch_stream(0):
-            layers, total = layer_flops(self.module(), self.shown(few.batch(slice(None))).x)
-        return {**layers, "": total}
+            module, x = self.module(), self.shown(few.batch(slice(None))).x
+            forward = layer_flops(module, x)
+            step = training_flops(module, x, forward, trains)
+            score = step if scored == trains else training_flops(module, x, forward, scored)
+        return {**forward[0], "": forward[1]}, {**step[0], "": step[1]}, {**score[0], "": score[1]}
 
 
 def initial_module(spec: ModelSpec, num_classes: int, input_shape: Shape, seed: int) -> nn.Module:

@@ -33,6 +33,11 @@ class Codec:
         """Say whether a payload may refer to floats that both ends hold."""
         return CODED in self.masks
 
+    @property
+    def down(self) -> Codec:
+        """The codec of what the server sends: steps and signs are of updates, a state comes exactly as it is."""
+        return LOSSLESS if self.feedback else self
+
 
 RAW = Codec("raw", PLAIN_MASKS, (F32, NO_VALUES))
 LOSSLESS = Codec("lossless", MASKS, (F32, DELTA, F32_PCO, NO_VALUES))

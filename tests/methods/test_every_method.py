@@ -139,7 +139,7 @@ class Counter(tiny.Lists):
     """The in-process engine; it counts the examples that the network itself sees in each federated job."""
 
     def __init__(self, experiment: Experiment) -> None:
-        self.experiment, self.seen = experiment, {"with gradient": 0, "without": 0}
+        self.experiment, self.seen = experiment, {"trained": 0, "scored": 0, "without": 0}
         self.told: list[tuple[float, float]] = []
 
     def run(self, jobs: list[Job]) -> list[Reply | Failure]:
@@ -154,21 +154,24 @@ class Counter(tiny.Lists):
                 hook.remove()
             assert isinstance(answer, Reply), answer
             if job.phase in {phase.name for phase in self.experiment.federated_phases}:
-                forwards = 3 * self.seen["with gradient"] + self.seen["without"]
-                self.told.append((answer.flops, forwards * float(task.model.flops[""])))
+                of = {"trained": task.model.training_flops, "scored": task.model.gradient_flops}
+                of["without"] = task.model.flops
+                self.told.append((answer.flops, float(sum(n * of[how][""] for how, n in self.seen.items()))))
             answers.append(answer)
         return answers
 
     def _count(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if torch.is_grad_enabled():
-            self.seen["with gradient"] += len(args[0])
+            # Weights that nothing trains have a gradient where masks over them are scored.
+            all_of_them = all(tensor.requires_grad for tensor in module.parameters() if tensor.ndim > 1)
+            self.seen["scored" if all_of_them else "trained"] += len(args[0])
         elif module.training:  # in evaluation mode it only looks
             self.seen["without"] += len(args[0])
 
 
 @pytest.mark.parametrize("name", tiny.each_method())
 def test_its_flops_are_those_of_what_the_network_saw(name: str, tmp_path: Path) -> None:
-    """Forward and backward are three forwards; every pass that a round makes is told, and nothing else."""
+    """Three forwards where all is trained; every pass that a round makes is told, and nothing else."""
     fleet = {"flops_s": 1e12, "down_bytes_s": 1e12, "up_bytes_s": 1e12}
     made = resolve(study_of(name, fleet=fleet))[0]
     engine = Counter(made)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fedlth.errors import StudyError
-from fedlth.models.flops import layer_flops
+from fedlth.models.flops import layer_flops, training_flops
 from fedlth.models.registry import build
 
 
@@ -73,3 +73,89 @@ def test_the_module_is_left_as_it_was() -> None:
 def test_a_batch_that_does_not_fit_is_named() -> None:
     with pytest.raises(StudyError, match=r"model: the forward pass fails on a batch \(2, 5\) torch.float32"):
         layer_flops(nn.Linear(4, 4), torch.zeros(2, 5))
+
+
+class Layers(nn.Module):
+    """Three layers, the second with a low-rank adapter beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.down, self.up = nn.Linear(8, 3, bias=False), nn.Linear(3, 8, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        out: torch.Tensor = self.head(torch.relu(self.second(x) + self.up(self.down(x))))
+        return out
+
+
+SIZES = {"first": 2 * 64, "second": 2 * 64, "down": 2 * 24, "up": 2 * 24, "head": 2 * 16}
+
+
+@pytest.mark.parametrize(
+    ("trains", "passes"),
+    [
+        (["head.weight", "head.bias"], {"head": 3}),
+        (["head.bias"], {}),
+        (["first.bias"], dict.fromkeys(("second", "down", "up", "head"), 2)),
+        (["first.bias", "second.bias", "head.bias"], dict.fromkeys(("second", "down", "up", "head"), 2)),
+        (["second.bias"], {"head": 2}),
+        (["down.weight", "up.weight"], {"down": 3, "up": 3, "head": 2}),
+        (["down.weight", "up.weight", "head.weight"], {"down": 3, "up": 3, "head": 3}),
+        (["first.weight"], {"first": 3, "second": 2, "down": 2, "up": 2, "head": 2}),
+        ([], {}),
+    ],
+)
+def test_a_step_counts_the_gradients_that_are_taken(trains: list[str], passes: dict[str, int]) -> None:
+    """By hand: 1 forward, 1 more where something before it trains, 3 for what trains itself."""
+    module, x = Layers(), torch.zeros(3, 8)
+    found, total = training_flops(module, x, layer_flops(module, x), trains)
+    wanted = {f"{name}.weight": passes.get(name, 1) * size for name, size in SIZES.items()}
+    assert {name: count for name, count in found.items() if count} == wanted and total == sum(wanted.values())
+
+
+@pytest.mark.parametrize("module", [Layers(), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)])
+def test_a_network_that_trains_as_a_whole_costs_three_forwards(module: nn.Module) -> None:
+    x = torch.zeros(2, 5, 8)
+    layers, total = forward = layer_flops(module, x)
+    names = [name for name, _ in module.named_parameters()]
+    assert training_flops(module, x, forward, names) == ({n: 3 * c for n, c in layers.items()}, 3 * total)
+
+
+def test_a_step_s_count_leaves_the_module_as_it_was() -> None:
+    module, x = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)), torch.ones(2, 2)
+    module[0].requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    training_flops(module, x, layer_flops(module, x), ["2.bias"])
+    assert [p.requires_grad for p in module.parameters()] == [False, False, True, True, True, True]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items()) and module.training
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
+def test_of_several_weights_in_a_module_one_that_trains_counts_as_before_the_others() -> None:
+    module, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), torch.zeros(2, 5, 8)
+    layers = layer_flops(module, x)
+    found, _ = training_flops(module, x, layers, ["self_attn.in_proj_bias"])
+    assert all(found[name] == 2 * count for name, count in layers[0].items())
+    found, _ = training_flops(module, x, layers, ["linear1.bias"])
+    assert found["self_attn.in_proj_weight"] == layers[0]["self_attn.in_proj_weight"]
+    assert found["linear1.weight"] == layers[0]["linear1.weight"]
+    assert found["linear2.weight"] == 2 * layers[0]["linear2.weight"]
+
+
+def test_a_layer_that_no_loss_depends_on_has_no_backward_pass() -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.unused, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.body(x)
+            self.unused(x)
+            out: torch.Tensor = self.head(x)
+            return out
+
+    module, x = Beside(), torch.zeros(2, 4)
+    found, total = training_flops(module, x, layer_flops(module, x), ["body.weight", "body.bias"])
+    assert (found["body.weight"], found["unused.weight"], found["head.weight"]) == (3 * 32, 32, 2 * 16)
+    assert total == 3 * 32 + 32 + 2 * 16 and all(p.grad is None for p in module.parameters())

@@ -23,10 +23,12 @@ from fedlth.models.call import call
 from fedlth.models.transformer import Transformer
 from fedlth.study.schema import Study
 from fedlth.training.evaluation import evaluate
+from fedlth.training.local_client import LocalClient
 from fedlth.training.loss import examined
 from fedlth.training.task import Task, open_task
 from tests import tiny
 from tests.test_server_state import Stopped, stop
+from tests.test_transport import Counting, check
 from tests.text import sentences
 
 transformers = pytest.importorskip("transformers")
@@ -177,3 +179,45 @@ def test_flops_of_masked_words_count_what_is_decoded(tmp_path: Path) -> None:
     flops = task.model.flops
     assert flops["cls.predictions.transform.dense.weight"] == 2 * asked * 16 * 16 // 2
     assert flops["bert.encoder.layer.0.attention.self.query.weight"] == 2 * few.y.numel() * 16 * 16 // 2
+
+
+@pytest.mark.parametrize("rounds", [1, 0])
+def test_pre_trained_weights_do_not_cross(rounds: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first model is theta_0: what it costs is no matter of its size, and raw it would be 18 kB."""
+    task_of(sentences.study(tmp_path / "data")).model.module().save_pretrained(tmp_path / "weights")
+    made = sentences.study(
+        tmp_path / "data", model={"name": "hf", "options": {"path": str(tmp_path / "weights")}},
+        federate={"rounds": rounds, "clients_per_round": 2}, personalise={"arms": ["dense"]},
+    )  # fmt: skip
+    meter = Counting()
+    tiny.run(made, tmp_path / "r", engine=meter)
+    check(meter, tmp_path / "r", capsys)
+    task = tiny.task_of(tmp_path / "r")
+    assert task.exchange.num_floats > 4000 and task.study.model.theta_0 is not None
+    first = [row for row in tiny.rows(tmp_path / "r", "ledger") if row["kind"] == "install"]
+    assert len(first) == 2 and all(row["payload_bytes"] < 300 for row in first)
+
+
+def test_training_flops_of_what_is_frozen(tmp_path: Path) -> None:
+    """By layer: a head alone has no backward pass behind it, biases no gradient of a weight, adapters both in part."""
+
+    def costs(trains: Any) -> tuple[dict[str, int], dict[str, int], LocalClient]:
+        task = task_of(sentences.study(tmp_path / "data", options={"trains": trains}))
+        return task.model.flops, task.model.training_flops, LocalClient(task, 0, 1, "try")
+
+    once, whole, local = costs("all")
+    pooler = "bert.pooler.dense.weight"  # nothing trains it, and no loss depends on it: the head sees a mean
+    assert whole == {n: 3 * c for n, c in once.items()} | {pooler: once[pooler], "": 3 * once[""] - 2 * once[pooler]}
+    assert local.flops(local.full, 7) == (7.0 * whole[""], 7.0 * whole[""])
+    once, head, local = costs("head")
+    assert head[""] == once[""] + 2 * once["head.weight"] < 1.1 * once[""]
+    assert local.flops(local.full, 7)[0] == pytest.approx(7 * head[""])
+    once, biases, _ = costs("bitfit")
+    # The first biases that train are those of the embeddings' norm.
+    assert biases[""] == 2 * once[""] + once["head.weight"] - once[pooler]
+    once, lora, _ = costs(LORA)
+    query = "bert.encoder.layer.{}.attention.self.query.{}.weight"
+    assert lora[query.format(0, "base_layer")] == once[query.format(0, "base_layer")] > 0
+    assert lora[query.format(1, "base_layer")] == 2 * once[query.format(1, "base_layer")]
+    assert lora[query.format(0, "lora_A.default")] == 3 * once[query.format(0, "lora_A.default")] > 0
+    assert 2 * once[""] * 0.7 < lora[""] < 2.3 * once[""]
