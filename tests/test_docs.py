@@ -1,5 +1,6 @@
 """The docs are tested: every command, part, file and figure source named there exists, and the reverse."""
 
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -32,6 +33,11 @@ def test_the_method_table_is_the_registry_and_the_readme_names_each() -> None:
     assert catalogue.methods_markdown() in (DOCS / "methods.md").read_text()
     listed = re.search(r"\*\*Methods\*\*:(.*?)each", (ROOT / "README.md").read_text(), re.S)
     assert listed and re.findall(r"`(\w+)`", listed.group(1)) == list(METHODS)
+
+
+def test_the_recipe_of_a_method_is_short() -> None:
+    for name, recipe in METHODS.items():
+        assert len(inspect.getsource(recipe).splitlines()) < 60, f"{name}: see docs/decisions.md, entry 92"
 
 
 def test_every_command_is_documented_and_the_reverse() -> None:
