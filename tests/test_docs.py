@@ -1,5 +1,6 @@
 """The docs are tested: every command, part, file and figure source named there exists, and the reverse."""
 
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -42,6 +43,11 @@ def test_the_method_table_says_all_that_goes_up() -> None:
     assert up["prunefl"].endswith("+ scores") and up["fedtiny"] == "statistics + values + scores"
     assert up["flash"] == "statistics + values" and up["ssfl"] == up["salientgrads"] == "scores + values"
     assert up["local"] == "nothing" and up["fedpm"] == "mask bits"
+
+
+def test_the_recipe_of_a_method_is_short() -> None:
+    for name, recipe in METHODS.items():
+        assert len(inspect.getsource(recipe).splitlines()) < 60, f"{name}: see docs/decisions.md, entry 95"
 
 
 def test_every_command_is_documented_and_the_reverse() -> None:

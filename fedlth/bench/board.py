@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from fedlth.bench.contrasts import NO_INTERVAL, Contrast, contrast, corrected, gains, over_seeds
-from fedlth.bench.controls import DENSE, GLOBAL, KINDS
+from fedlth.bench.controls import DENSE, GLOBAL, KINDS, RANDOM, kinds_of
 from fedlth.bench.matrix import LOCAL, Cell, Matrix
 from fedlth.bench.outcome import DONE, UNFINISHED, Outcome, finished, read_outcome
 from fedlth.bench.ranks import Ranking, ranking
@@ -34,10 +34,11 @@ OWN = ("own_tuned", "own")
 class Line:
     """One row of a table: a method's own result, or one of its controls (`control` says which; "" for the method).
 
-    against: contrasts with the methods that all are held against; beaten: the method's own row less this control;
-    alone: the contrast with local, whether `against` has it or not; same: this control has the method's own mask;
-    missing: seeds that other methods of the partition have and this one lacks; seeds: 95 % interval of the mean over
-    seeds alone, with these clients.
+    row: the row of the bench that is this control, "" where the method's own runs have it; against: contrasts with the
+    methods that all are held against; beaten: the method's own row less this control; alone: the contrast with
+    local, whether `against` has it or not; same: this control has the method's own mask; missing: seeds that other
+    methods of the partition have and this one lacks; seeds: 95 % interval of the mean over seeds alone, with these
+    clients.
     """
 
     method: str
@@ -49,13 +50,20 @@ class Line:
     same: bool = False
     missing: int = 0
     seeds: Interval = NO_INTERVAL
+    row: str = ""
+
+    @property
+    def against_it(self) -> str:
+        """Name a control as what its method is held against."""
+        return self.row or f"its {self.control}"
 
 
 @dataclass(frozen=True)
 class Entry:
     """A method on a partition: the runs of its finished seeds, what speaks for it, and what it took.
 
-    shared: its rounds may have one mask for all clients.
+    shared: its rounds may have one mask for all clients; own_masks: clients have masks of their own; kinds: what each
+    control is called, by arm; beside: the rows of the bench that are its random controls, each with runs of its own.
     """
 
     label: str
@@ -63,6 +71,9 @@ class Entry:
     choice: Choice
     cost: Spending
     shared: bool = False
+    own_masks: bool = False
+    kinds: Mapping[str, str] = field(default_factory=lambda: KINDS)
+    beside: Mapping[str, Entry] = field(default_factory=dict)
 
     @property
     def group(self) -> tuple[Facts, ...]:
@@ -75,22 +86,26 @@ class Entry:
         for summary in self.results.summaries:
             one = summary.choice
             wanted = one.chosen == self.choice.chosen and one.target_density == self.choice.target_density
-            dense = KINDS.get(one.arm, "").startswith(DENSE) and one.target_density == 1 and not one.chosen
+            dense = self.kinds.get(one.arm, "").startswith(DENSE) and one.target_density == 1 and not one.chosen
             own = one.arm in ("own_random", "own_global_mask", "frozen_random")
-            if one.arm in KINDS and one != self.choice and (dense or own or wanted) and self.sparse:
+            if one.arm in self.kinds and one != self.choice and (dense or own or wanted) and self.makes_masks:
                 found.setdefault(one.arm, one)
         return found
 
     @property
-    def sparse(self) -> bool:
-        """Say whether the method's own row is of masks: it has fewer weights, or controls of them."""
+    def makes_masks(self) -> bool:
+        """Say whether the method's own row is of masks: of its clients, of fewer weights, or with controls of them.
+
+        FedSelect's say what crosses: its models have all weights.
+        """
         arms = {summary.choice.arm for summary in self.results.summaries}
         summary = self.results.summary(self.choice)
-        return bool(arms & {"own_random", "frozen_random"}) or (summary is not None and summary.density < 1 - 1e-9)
+        sparse = summary is not None and summary.density < 1 - 1e-9
+        return self.own_masks or sparse or bool(arms & {"own_random", "frozen_random"})
 
     def of_kind(self, kind: str) -> Choice | None:
         """Return the control of a kind: the random mask, the global model's mask, or the dense twin."""
-        return next((choice for arm, choice in self.controls.items() if KINDS[arm] == kind), None)
+        return next((choice for arm, choice in self.controls.items() if self.kinds[arm] == kind), None)
 
     @cached_property
     def one_mask(self) -> bool:
@@ -143,6 +158,11 @@ class Board:
                 found[wanted] = label
         return found
 
+    def cost_of(self, partition: str, line: Line) -> Spending:
+        """Return what the runs of a line took: those of its method, or of the row that it is."""
+        entry = self.entries[partition][line.method]
+        return (entry.beside[line.row] if line.row else entry).cost
+
     def complete(self, partition: str) -> set[str]:
         """Return the methods that have all seeds of those that have most: only they can be the best."""
         seeds = {name: frozenset(entry.blocks()) for name, entry in self.entries[partition].items()}
@@ -189,6 +209,9 @@ class Board:
         for name, entry in self.entries[partition].items():
             if (control := entry.of_kind(kind)) is not None and not (kind == GLOBAL and entry.one_mask):
                 found[name] = contrast(gains(entry.group, entry.choice, entry.group, control), better=self._better)
+            for row, other in entry.beside.items() if kind == RANDOM else ():
+                pairs = gains(entry.group, entry.choice, other.group, other.choice)
+                found[against_row(name, row)] = contrast(pairs, better=self._better)
         return corrected(found)
 
     @property
@@ -212,9 +235,16 @@ class Board:
             for arm, choice in entry.controls.items():
                 summary = entry.results.summary(choice)
                 if summary is not None:
-                    same, beaten = KINDS[arm] == GLOBAL and entry.one_mask, kinds[KINDS[arm]].get(label)
+                    kind = entry.kinds[arm]
+                    same, beaten = kind == GLOBAL and entry.one_mask, kinds[kind].get(label)
                     seeds = over_seeds(entry.blocks(choice).values())
-                    found.append(Line(label, KINDS[arm], summary, {}, beaten, same=same, missing=missing, seeds=seeds))
+                    found.append(Line(label, kind, summary, {}, beaten, same=same, missing=missing, seeds=seeds))
+            for row, other in entry.beside.items():
+                summary, blocks = other.results.summary(other.choice), other.blocks()
+                assert summary is not None
+                beaten, lacks = kinds[RANDOM].get(against_row(label, row)), max(0, most - len(blocks))
+                seeds = over_seeds(blocks.values())
+                found.append(Line(label, RANDOM, summary, {}, beaten, missing=lacks, seeds=seeds, row=row))
         return tuple(found)
 
     def _rank(self, entry: Entry) -> float:
@@ -223,27 +253,38 @@ class Board:
         return -main.mean if self._better else main.mean
 
 
+def against_row(method: str, row: str) -> str:
+    """Name the contrast of a method with a row that is its control, in words and as a key."""
+    return f"{method} (against {row})"
+
+
 def read_board(matrix: Matrix, root: Path) -> Board:
     """Return the results of the cells that have ended, from their run folders alone."""
     entries: dict[str, dict[str, Entry]] = {}
     problems: list[str] = []
     outcomes = {cell.name: _outcome(cell.folder(root)) for cell in matrix.cells}
     for partition in matrix.partitions:
+        held: dict[str, Entry] = {}
         for label in matrix.methods:
             ours = [c for c in matrix.cells if (c.partition, c.method) == (partition, label)]
             ended = [cell.folder(root) for cell in ours if finished(cell.folder(root))]
             if not ended:
                 continue
             try:
-                entries.setdefault(partition, {})[label] = _entry(ours[0], ended)
+                held[label] = _entry(ours[0], ended)
+                problems += _lacking(ours[0], held[label])
             except StudyError as error:
                 problems.append(f"{partition}/{label} is left out: {error}")
+        problems += _unlike(partition, held)
+        lone = [row for row, of in matrix.control_of.items() if row in held and of not in held]
+        problems += [f"{partition}/{row} is left out: nothing of {matrix.control_of[row]} has ended" for row in lone]
+        if ranked := [label for label in matrix.ranked if label in held]:
+            entries[partition] = {label: _with_controls(matrix, held, label) for label in ranked}
     known = {cell.folder(root) for cell in matrix.cells}
     others = sorted(str(file.parent.relative_to(root)) for file in root.glob("*/*/*/header.json")
                     if file.parent not in known)  # fmt: skip
     if others:
         problems.append(f"runs that the bench no longer names are left out: {', '.join(others[:5])}")
-    problems += _unlike(entries)
     return Board(matrix, root, entries, outcomes, tuple(problems))
 
 
@@ -268,19 +309,35 @@ def _entry(cell: Cell, folders: Sequence[Path]) -> Entry:
         raise StudyError("no client was evaluated")
     choice = results.main
     method, spent = method_of(cell.study), mean_spending([spending(facts, choice) for facts in group])
-    return Entry(cell.method, results, choice, spent, method.masks_all)
+    return Entry(cell.method, results, choice, spent, method.masks_all, method.own_masks, kinds_of(cell.study))
 
 
-def _unlike(entries: Mapping[str, Mapping[str, Entry]]) -> list[str]:
-    """Say where methods of one partition and seed do not hold the same data, so that no pairing would be fair."""
+def _lacking(cell: Cell, entry: Entry) -> list[str]:
+    """Name the controls that a method has by now, and that runs of an earlier version lack."""
     found = []
-    for partition, held in entries.items():
-        seen: dict[int, tuple[str, str]] = {}
-        for label, entry in held.items():
-            for facts in entry.group:
-                digests = (facts.header.data_digest, facts.header.partition_digest)
-                if seen.setdefault(facts.header.seed, digests) != digests:
-                    found.append(
-                        f"{partition}/{label}, seed {facts.header.seed}: other data than the methods before it"
-                    )
+    for arm in (cell.study.personalise.arms or method_of(cell.study).arms) if entry.makes_masks else ():
+        seeds = [facts.header.seed for facts in entry.group if all(row.arm != arm for row in facts.metrics)]
+        if seeds and arm in entry.kinds:
+            which = f"{entry.kinds[arm]} (arm {arm}) in seeds {', '.join(map(str, seeds))}"
+            found.append(
+                f"{cell.partition}/{cell.method} has no {which}, which were run before the method had it: remove "
+                "their folders to run them again"
+            )
+    return found
+
+
+def _with_controls(matrix: Matrix, held: Mapping[str, Entry], label: str) -> Entry:
+    """Return a method's entry with the rows that are its controls."""
+    rows = {row: held[row] for row, of in matrix.control_of.items() if of == label and row in held}
+    return replace(held[label], beside=rows)
+
+
+def _unlike(partition: str, held: Mapping[str, Entry]) -> list[str]:
+    """Say where methods of one partition and seed do not hold the same data, so that no pairing would be fair."""
+    found, seen = [], dict[int, tuple[str, str]]()
+    for label, entry in held.items():
+        for facts in entry.group:
+            digests = (facts.header.data_digest, facts.header.partition_digest)
+            if seen.setdefault(facts.header.seed, digests) != digests:
+                found.append(f"{partition}/{label}, seed {facts.header.seed}: other data than the methods before it")
     return found

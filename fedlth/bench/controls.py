@@ -17,12 +17,20 @@ KINDS = {
     "global_mask": GLOBAL, "own_global_mask": GLOBAL,
     "dense": DENSE, "dense_total": "dense twin, total epochs",
 }  # fmt: skip
+# Of scores the global state is a mask itself: what clients learn of their own is held against it.
+KINDS_OF_SCORES = KINDS | {"global": GLOBAL}
+
+
+def kinds_of(study: Study) -> dict[str, str]:
+    """Return what the controls of a study's method are called, by arm."""
+    return KINDS_OF_SCORES if method_of(study).space.kind == "scores" else KINDS
 
 
 def with_controls(study: Study) -> Study:
     """Return the study with the controls of the masks that its method makes; a method that makes none as it is.
 
-    A method without federated rounds has no global model, so no mask of it either.
+    Without federated rounds there is no global model, so no mask of it either; nor is there one where the server has no
+    whole model. Masks over frozen weights have their controls among the method's own arms.
     """
     method = method_of(study)
     arms = study.personalise.arms or method.arms
@@ -30,7 +38,7 @@ def with_controls(study: Study) -> Study:
     if set(arms) & set(TICKETS):
         wanted = OF_TICKETS
     elif "own_random" in method.arms:
-        wanted = OF_OWN_MASKS if method.space.kind == "values" else ("own_random",)  # else no global weights to mask
+        wanted = tuple(arm for arm in OF_OWN_MASKS if method.has_whole or KINDS[arm] != GLOBAL)
     if not method.phases:
         wanted = tuple(arm for arm in wanted if KINDS[arm] != GLOBAL)
     added = [arm for arm in wanted if arm not in arms]

@@ -119,9 +119,9 @@ def warnings(board: Board) -> tuple[str, ...]:
             f"Some methods have {_seeds(min(seeds))}. Below {FEWEST} seeds nothing is tested: intervals are over "
             "clients, who share one federation, so another seed may rank the methods otherwise."
         )
-    elif seeds and (spread := needed(min(seeds), len(board.matrix.methods) - 1)) > LARGE:
+    elif seeds and (spread := needed(min(seeds), len(board.matrix.ranked) - 1)) > LARGE:
         found.append(
-            f"With {_seeds(min(seeds))} and {len(board.matrix.methods)} methods a test sees large differences only: "
+            f"With {_seeds(min(seeds))} and {len(board.matrix.ranked)} methods a test sees large differences only: "
             f"the first that Holm lets pass is {spread:.1f} times its standard deviation over seeds. No clear "
             "difference does not mean that there is none."
         )
@@ -140,11 +140,13 @@ def warnings(board: Board) -> tuple[str, ...]:
             found.append(f"Not ranked, since they lack a block that others have: {_list(sorted(left))}.")
     for partition, held in board.entries.items():
         for name, entry in held.items():
-            if entry.sparse and entry.of_kind(RANDOM) is None:
+            if entry.makes_masks and entry.of_kind(RANDOM) is None and not entry.beside:
                 found.append(f"{partition}/{name} makes masks, but no random mask stands beside it.")
-            main = entry.results.summary(entry.choice)
-            if main is not None and main.diverged:
-                found.append(f"{partition}/{name}: the training of {main.diverged} clients diverged; each is a guess.")
+            for row, one in {name: entry, **entry.beside}.items():
+                main = one.results.summary(one.choice)
+                if main is not None and main.diverged:
+                    many = f"{main.diverged} clients"
+                    found.append(f"{partition}/{row}: the training of {many} diverged; each is a guess.")
     return tuple(found)
 
 
@@ -153,7 +155,7 @@ def _level(board: Board) -> list[str]:
     found = []
     for partition, lines in board.lines.items():
         pairs = [(line.method, name, one) for line in lines for name, one in line.against.items()]
-        pairs += [(line.method, f"its {line.control}", line.beaten) for line in lines if line.beaten is not None]
+        pairs += [(line.method, line.against_it, line.beaten) for line in lines if line.beaten is not None]
         flat = [f"{method} less {name}" for method, name, one in pairs if one.level]
         if flat:
             found.append(f"{partition}: untested, since all seeds differ by exactly the same: {_list(flat)}.")

@@ -153,17 +153,19 @@ class Tickets:
         for method, (colour, marker, _) in _styles(theme, self.lines).items():
             rows = [line for line in drawn if line.method == method]
             values = [shown.factor * line.summary.mean for line in rows]
-            axes.plot([x[method]] * 2, [min(values), max(values)], color=colour, linewidth=1, alpha=0.6, zorder=1)
+            same = [value for line, value in zip(rows, values, strict=True) if not line.row]
+            axes.plot([x[method]] * 2, [min(same), max(same)], color=colour, linewidth=1, alpha=0.6, zorder=1)
             for line, value in zip(rows, values, strict=True):
                 if line.control:
                     control, arm = MARKS[line.control]
-                    axes.plot(x[method], value, control, color=theme.colour(arm), alpha=0.8, zorder=2,
+                    paid = self.board.cost_of(self.partition, line).total_bytes / MEGA
+                    axes.plot(paid, value, control, color=theme.colour(arm), alpha=0.8, zorder=2,
                               markersize=8 if control == "*" else 5)  # fmt: skip
                 else:
                     axes.plot(x[method], value, marker, color=colour, markersize=7, zorder=4)
                     axes.annotate(str(self.number[method]), (x[method], value), (6, 5), textcoords="offset points",
                                   fontsize=8, color=theme.ink, zorder=5)  # fmt: skip
-        stretch(axes, list(x.values()))
+        stretch(axes, [self.board.cost_of(self.partition, line).total_bytes / MEGA for line in drawn])
         for line in self.board.lines[self.partition]:
             if line.method in ("local", "fedavg_ft") and not line.control:
                 value = shown.factor * line.summary.mean

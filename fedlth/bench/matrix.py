@@ -27,7 +27,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 DECIDED = ("study", "method", "seed", "seeds", "tune", "out")
 # Of a cell's study, what changes none of its numbers: it may differ from call to call.
 FREE = ("study", "out", "seeds", "engine", "workers", "ray", "job_timeout_s", "trackers", "tickets")
-SECTIONS = "sections"
+SECTIONS, CONTROL_OF = "sections", "control_of"  # of a method's options, the bench's own
 
 
 class Tuning(Node):
@@ -72,7 +72,8 @@ class Cell:
 class Matrix:
     """A bench: its cells in the order of partitions, methods, seeds. `base` is the study below all of them.
 
-    `against` are the methods, of those that are there, which all others are held against.
+    `against` are the methods, of those that are there, which all others are held against. `control_of` says of rows
+    that are the random control of another, row -> row: they run like any other, and are not ranked.
     """
 
     name: str
@@ -98,15 +99,25 @@ class Matrix:
         """The first seed's cell of every method and partition."""
         return tuple(cell for cell in self.cells if cell.seed == self.seeds[0])
 
+    @cached_property
+    def control_of(self) -> dict[str, str]:
+        return {label: options[CONTROL_OF] for label, options in self.methods.items() if CONTROL_OF in options}
+
+    @cached_property
+    def ranked(self) -> tuple[str, ...]:
+        """The rows that are compared: those that are no control of another."""
+        return tuple(label for label in self.methods if label not in self.control_of)
+
     def label_of(self, name: str) -> str | None:
-        """Return the row of this name, else the first row whose method has it; None where there is neither."""
-        if name in self.methods:
+        """Return the ranked row of this name, else the first whose method has it; None where there is neither."""
+        if name in self.ranked:
             return name
-        return next((label for label, options in self.methods.items() if options.get("name") == name), None)
+        return next((label for label in self.ranked if self.methods[label].get("name") == name), None)
 
     def _study(self, partition: str, method: str, seed: int) -> schema.Study:
         options = dict(self.methods[method])
         sections = options.pop(SECTIONS, {})
+        options.pop(CONTROL_OF, None)
         tree = merged(merged(self.base, self.partitions[partition]), sections)
         tree |= {"study": self.name, "method": {"name": method, **options}, "seed": seed}
         if self.tune.lr:
@@ -143,7 +154,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Matrix:
     _check(matrix, where)
     for name in file.against if "against" in file.model_fields_set else ():
         if matrix.label_of(name) is None:
-            raise wrong(f"{where}: against", f"names of {', '.join(matrix.methods)}, or of their methods", name)
+            raise wrong(f"{where}: against", f"names of {', '.join(matrix.ranked)}, or of their methods", name)
     return matrix
 
 
@@ -203,6 +214,7 @@ def _check(matrix: Matrix, where: str) -> None:
             raise wrong(f"{where}: {place}", "a mapping of sections of a study", sections)
         if dead := sorted(sections.keys() & {*DECIDED} - {"tune"}):
             raise StudyError(f"{where}: {place}.{dead[0]}: is decided by the bench")
+    _check_controls(matrix, where)
     for cell in matrix.firsts:
         read(cell.study)
         tune = cell.study.tune
@@ -212,6 +224,21 @@ def _check(matrix: Matrix, where: str) -> None:
                 f"{where}: methods.{cell.method}.{SECTIONS}.tune: must try as many rates for as many rounds as every "
                 f"method, {budget[0]} for {budget[1]}, got {theirs[0]} for {theirs[1]}"
             )
+
+
+def _check_controls(matrix: Matrix, where: str) -> None:
+    """Refuse a row that cannot be the control of the row that it names."""
+    for label, of in matrix.control_of.items():
+        place = f"{where}: methods.{label}.{CONTROL_OF}"
+        others = [name for name in matrix.ranked if name != label]
+        if of not in others:
+            raise wrong(place, f"another row that is no control itself, one of {', '.join(others)}", of)
+        ours, theirs = ({"name": row, **matrix.methods[row]} for row in (label, of))
+        ours.pop(CONTROL_OF)
+        if ours["name"] != theirs["name"]:
+            raise wrong(place, f"a row of the same method, {ours['name']}", f"{of}, which is {theirs['name']}")
+        if ours == theirs:
+            raise StudyError(f"{place}: must differ from {of} in an option (as `score: random`), got none that does")
 
 
 def _sections(matrix: Matrix) -> list[tuple[str, Any]]:

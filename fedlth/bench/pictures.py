@@ -32,19 +32,19 @@ def pictures(board: Board) -> tuple[Picture, ...]:
     rows = (
         f"One row a method, best on top, its number the same in every picture. Left, the mean test {board.shown.label} "
         f"over clients (the {word} is best) with its 95 % interval, and the controls of its masks at the same bytes: a "
-        "random mask of equal density, the global model's own mask, the dense twin. A mask buys something where its "
-        "disc is clear of the marks just below it (a control with the very same mask is "
-        "left out). Right, all payload bytes that its run moved, both ways and for every receiver. "
-        "Filled: on the Pareto front, where no other method is better for as few bytes. An arrow stands for a "
-        "value beyond the axis, which is written beside it."
+        "random mask of equal density (or a row of the bench that is its control, at its own bytes), the global "
+        "model's own mask, the dense twin. A mask buys something where its disc is clear of the marks just below it (a "
+        "control with the very same mask is left out). Right, all payload bytes that its run moved, both ways and "
+        "for every receiver. Filled: on the Pareto front, where no other method is better for as few bytes. An arrow "
+        "stands for a value beyond the axis, which is written beside it."
     )
     front = (
         "The same means against the same bytes, one numbered dot a method. The line is the Pareto front: a method on "
         "it (filled) has no better one for as few bytes. Right of a dot, joined to it, the controls of its masks, "
         f"where they are at most {MOST_MARKS} in all. Bars are 95 % intervals over seeds, of these clients (Student's "
-        f"t; none below {FEWEST} seeds). What cost the same bytes stands side by side. A number that has no room "
-        "beside its dot hangs on a thread; an arrow with a value stands for a method beyond the axis, which then ends "
-        "at the outermost of the others."
+        f"t; none below {FEWEST} seeds). What cost the same bytes stands side by side; a row of the bench "
+        "that is a control has bytes of its own. A number that has no room beside its dot hangs on a thread; an arrow "
+        "with a value stands for a method beyond the axis, which then ends at the outermost of the others."
     )
     tickets = (
         "Methods whose clients end with masks of their own. Left, each one's mean for its bytes, joined to its "
@@ -177,7 +177,7 @@ class Pareto:
         bottom, top = max(low - room, min([low, *ends])), min(high + room, max([high, *ends]))
         pad = 0.07 * (top - bottom) or 1.0
         axes.set_ylim(bottom - pad, top + pad)
-        stretch(axes, list(x.values()))
+        stretch(axes, [self.board.cost_of(self.partition, line).total_bytes / MEGA for line in lines])
         if min(x.values()) <= 0 < max(x.values()):  # room for what costs nothing, side by side
             axes.set_xlim(left=2 * axes.get_xlim()[0])
         axes.set_xlabel("payload moved, down and up, every receiver counted (MB)")
@@ -188,14 +188,15 @@ class Pareto:
         names = ", ".join(f"{number[name]}~{name}" for name in sorted(x, key=lambda one: number[one]))
         figure.supxlabel(fill(names, 130).replace("~", " "), fontsize=7.5, ha="left", x=0.02)
         figure.draw_without_rendering()  # so that places are known before anything is set beside anything
-        places = dict(zip(((line.method, line.control) for line in lines),
-                          apart(axes, [x[line.method] for line in lines]), strict=True))  # fmt: skip
+        paid = [self.board.cost_of(self.partition, line).total_bytes / MEGA for line in lines]
+        places = dict(zip(((line.method, line.control, line.row) for line in lines), apart(axes, paid),
+                          strict=True))  # fmt: skip
         step = [name for name in front if low <= y[name] <= high]
-        axes.plot([places[one, ""] for one in step], [y[one] for one in step], color=theme.gain, linewidth=1.2,
+        axes.plot([places[one, "", ""] for one in step], [y[one] for one in step], color=theme.gain, linewidth=1.2,
                   zorder=1, drawstyle="steps-post")  # fmt: skip
         inside, bars = dict[str, tuple[float, float]](), list[tuple[float, float, float]]()
         for line, value in zip(lines, values, strict=True):
-            name, place = line.method, places[line.method, line.control]
+            name, place = line.method, places[line.method, line.control, line.row]
             marker, arm = MARKS[line.control] if line.control else ("o", "")
             colour = theme.colour(arm) if arm else theme.gain
             if not low <= value <= high:
@@ -210,7 +211,7 @@ class Pareto:
             bars.append((place, float(bar[0]), float(bar[1])))
             axes.plot([place] * 2, bar, color=colour, linewidth=1.2, alpha=0.55, zorder=2)
             if arm and low <= y[name] <= high:
-                axes.plot([places[name, ""], place], [y[name], value], color=theme.faint, linewidth=0.8, zorder=1)
+                axes.plot([places[name, "", ""], place], [y[name], value], color=theme.faint, linewidth=0.8, zorder=1)
             axes.plot(place, value, marker, color=theme.page if not arm and name not in front else colour,
                       markeredgecolor=colour, markersize=7 if marker == "*" else 5, markeredgewidth=1.2, zorder=3,
                       clip_on=False)  # fmt: skip

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fedlth.bench.board import Board, Entry, Line
+from fedlth.bench.board import Board, Line
 from fedlth.bench.contrasts import Contrast
 from fedlth.bench.run import TRIALS
-from fedlth.bench.spending import moved_bytes
+from fedlth.bench.spending import Spending, moved_bytes
 from fedlth.errors import StudyError
 from fedlth.report.facts import read_run
 from fedlth.report.fleet import duration
@@ -41,7 +41,7 @@ def outcome_table(board: Board, partition: str) -> Table:
     for line in board.lines[partition]:
         main, local = line.summary, line.alone
         rows.append((
-            line.method if not line.control else "", _what(line), main.density_text,
+            line.row if line.control else line.method, _what(line), main.density_text,
             shown.text(main.mean), shown.bounds(main.interval), shown.text(main.tail), shown.text(main.worst_decile),
             percent(local.hurt if local else None, digits=0), shown.text(main.unseen),
             *(_less(shown, line.against.get(name)) for name in names),
@@ -55,24 +55,33 @@ def difference_unit(shown: Shown) -> str:
 
 def _what(line: Line) -> str:
     """Say what a row is of, and in a few words what sets it apart."""
-    if line.control:
+    if line.control and not line.row:
         return f"{line.control}: the same mask" if line.same else line.control
     label, seeds = arm_of(line.summary.choice.arm).label, line.summary.num_seeds
+    label = f"{line.control}: {label}" if line.control else label
     return f"{label} ({seeds} of {seeds + line.missing} seeds)" if line.missing else label
 
 
 def unequal(board: Board, partition: str) -> str:
-    """Say who ends far from the density that was asked of it, '' where nobody does."""
-    found = []
+    """Say who ends far from the density that was asked of it, a row that is a control from its method's; else ''."""
+    found, apart = [], []
     for line in board.lines[partition]:
+        if line.row:
+            own = board.entries[partition][line.method]
+            main = own.results.summary(own.choice)
+            if main is not None and abs(line.summary.density - main.density) > FAR * main.density:
+                apart.append(f"{line.row} {line.summary.density_text} ({line.method} {main.density_text})")
+            continue
         asked = board.matrix.methods[line.method].get("density")
         reached = line.summary.density
         if line.control or not isinstance(asked, float | int) or abs(reached - asked) <= FAR * asked:
             continue
         found.append(f"{line.method} {line.summary.density_text} (asked {asked:g})")
-    if not found:
-        return ""
-    return f"Compared at unequal densities, since these end far from the density asked of them: {', '.join(found)}."
+    said = [
+        f"Compared at unequal densities, since these end far from the density asked of them: {', '.join(found)}.",
+        f"Controls that end at another density than their method: {', '.join(apart)}.",
+    ]
+    return " ".join(one for one, names in zip(said, (found, apart), strict=True) if names)
 
 
 def _less(shown: Shown, found: Contrast | None) -> str:
@@ -101,7 +110,7 @@ def tests_table(board: Board, partition: str) -> Table:
     )
     rows = []
     for line in board.lines[partition]:
-        pairs = line.against.items() if not line.control else [(f"its {line.control}", line.beaten)]
+        pairs = line.against.items() if not line.control else [(line.against_it, line.beaten)]
         for name, one in pairs:
             if one is not None:
                 rows.append((
@@ -118,7 +127,7 @@ def _p(value: float | None) -> str:
 
 def cost_table(board: Board, partition: str) -> Table:
     """Return what every method took on a partition, mean over seeds, in the order of the outcome."""
-    timed = any(e.cost.simulated_s is not None for e in board.entries[partition].values())
+    timed = any(board.cost_of(partition, line).simulated_s is not None for line in board.lines[partition])
     header = (
         "method", "bytes down", "bytes up", "bytes down, broadcast once", "bytes up, once", "bytes beside",
         "bits down per number and visit", "bits up per number and visit", "training FLOPs, dense",
@@ -126,15 +135,17 @@ def cost_table(board: Board, partition: str) -> Table:
     )  # fmt: skip
     rows = []
     for line in board.lines[partition]:
-        if line.control:
+        if line.control and not line.row:
             continue
-        cost = board.entries[partition][line.method].cost
+        cost = board.cost_of(partition, line)
         amounts = (cost.down_bytes, cost.up_bytes, cost.once_down_bytes, cost.once_up_bytes, cost.beside_bytes)
         bits = (NOTHING if one is None else f"{one:.2f}" for one in (cost.down_bits, cost.up_bits))
         epochs = f"{count(round(cost.round_epochs, 1))} + {count(round(cost.own_epochs, 1))}"
         simulated = (duration(cost.simulated_s),) if timed else ()
         flops = scaled(cost.flops, ""), NOTHING if cost.alive_flops is None else scaled(cost.alive_flops, "")
-        rows.append((line.method, *(scaled(one, "B") for one in amounts), *bits, *flops, epochs, *simulated))
+        rows.append(
+            (line.row or line.method, *(scaled(one, "B") for one in amounts), *bits, *flops, epochs, *simulated)
+        )
     return Table(f"{partition}: what it cost, mean over seeds", header, tuple(rows))
 
 
@@ -256,7 +267,7 @@ def _plain(value: object) -> str:
 
 
 def _record(board: Board, partition: str, line: Line) -> dict[str, object]:
-    shown, main, entry = board.shown, line.summary, board.entries[partition][line.method]
+    shown, main = board.shown, line.summary
     assert shown is not None
     unit = "percent" if shown.measure.percent else shown.slug
     times = shown.factor
@@ -264,7 +275,7 @@ def _record(board: Board, partition: str, line: Line) -> dict[str, object]:
     record: dict[str, object] = {
         "partition": partition,
         "method": line.method,
-        "row": line.control or OWN,
+        "row": f"{line.control}: {line.row}" if line.row else line.control or OWN,
         "arm": main.choice.arm,
         "metric": shown.measure.name,
         "seeds": main.num_seeds,
@@ -283,7 +294,7 @@ def _record(board: Board, partition: str, line: Line) -> dict[str, object]:
     for name in board.references:
         record |= _contrast(f"vs_{name}", points, times, line.against.get(name))
     record |= _contrast("own_less_control", points, times, line.beaten)
-    return record | _cost(entry, line)
+    return record | _cost(board.cost_of(partition, line), line)
 
 
 def _contrast(name: str, unit: str, times: float, found: Contrast | None) -> dict[str, object]:
@@ -296,11 +307,10 @@ def _contrast(name: str, unit: str, times: float, found: Contrast | None) -> dic
     }
 
 
-def _cost(entry: Entry, line: Line) -> dict[str, object]:
-    """Return the costs of a method's own row; of a control only what it trains itself."""
-    cost = entry.cost
+def _cost(cost: Spending, line: Line) -> dict[str, object]:
+    """Return the costs of a method's own row; of a control in its runs only what it trains itself."""
     own = line.summary.epochs + line.summary.search_epochs
-    if line.control:
+    if line.control and not line.row:
         return {"own_epochs": own}
     return {
         "down_bytes": cost.down_bytes,

@@ -53,8 +53,8 @@ def check_arms(study: Study, method: FederatedMethod, arms: Sequence[str]) -> No
         raise StudyError(f"personalise.arms: must not contain frozen_random, method {name} has no frozen weights")
     if (found := sorted(OWN_MASK & set(arms))) and (not method.space.trains_weights or not _own_mask(method)):
         raise StudyError(f"personalise.arms: must not contain {found[-1]}, method {name} has no own mask of weights")
-    if "own_global_mask" in arms and method.space.kind != "values":
-        raise StudyError(f"personalise.arms: must not contain own_global_mask, method {name} shares no weights")
+    if "own_global_mask" in arms and not method.has_whole:
+        raise StudyError(f"personalise.arms: must not contain own_global_mask, method {name} shares no whole model")
     for arm in {"own", "own_tuned", *OWN_MASK} & set(arms):
         if not (hasattr(own, "own") and hasattr(own, "tune")):
             raise StudyError(f"personalise.arms: must not contain {arm}, {type(own).__name__} has no own and tune")

@@ -79,7 +79,7 @@ class PersonalUpdate(ClientUpdate, Protocol):
     otherwise than it is known for there, "" for nothing;
     `keeps`, how many vectors as long as the model it leaves in a client's state, beside what does not cross;
     `frozen(task)`, the net under learnt masks; `weights(local, inbox, state)`, the client's model without its mask
-    where the global state is none; `tunes_mask`, whether `tune` changes how much is kept; `private_mask`, whether
+    where the server has no whole model; `tunes_mask`, whether `tune` changes how much is kept; `private_mask`, whether
     clients have masks that no message names.
     """
 

@@ -4,8 +4,9 @@ Li, Sun, Li, Pu, Li, Chen. Hermes: An Efficient Federated Learning Framework for
 2021.
 
 The paper's server keeps a model for each client; here the client keeps what is its own, and the download names what is
-everyone's, with the same models. What a client has not told yet, it holds whole. Left open: holders average unweighted;
-rows compete within their layer, and those of the output layer, which are classes, are never pruned.
+everyone's, with the same models. What a client has not told yet, it holds whole. Rows that it cuts keep their last
+values in its state, for controls alone. Left open: holders average unweighted; rows compete within their layer, and
+those of the output layer, which are classes, are never pruned.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fedlth.methods.client_update import (
     private,
 )
 from fedlth.methods.method import FederatedMethod, Phase
-from fedlth.methods.options import check, density_of, score_of, share_of
+from fedlth.methods.options import OWN, check, density_of, score_of, share_of
 from fedlth.methods.prune import passes
 from fedlth.models.layout import Layout, Params
 from fedlth.storage.client_state import ClientState
@@ -99,11 +100,13 @@ class OverlapUpdate:
         return Row()
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
-        held, task = self.own(local, inbox, state), local.task
-        seen = local.visit_scores(held.params)
-        params, mask = self.before(local, held.params, held.mask, None)
+        whole, task = self.weights(local, inbox, state), local.task
+        active = state.masks.get("active", local.full)
+        held = whole.masked(active)
+        seen = local.visit_scores(held)
+        params, mask = self.before(local, held, active, None)
         trained = local.train(params, recipe=local.recipe, active=mask)
-        own = task.moving_part(trained.params)
+        own = task.moving_part(_uncut(trained.params, whole, mask))
         new = replace(state, visits=state.visits + 1).with_(
             masks={"active": mask}, vectors={"private": own.floats, "private_ints": own.ints}
         )
@@ -113,15 +116,23 @@ class OverlapUpdate:
         return Update(new, {UPDATE: Content(task.shared_mask(shared), sent.floats, sent.ints)}, metrics)
 
     def own(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Own:
-        came, mine = _came(local, inbox), private(local, state)
-        whole, mask = merged(local, inbox, state), state.masks.get("active", local.full)
-        floats = whole.floats.copy()
-        floats[: came.size][~came] = mine.floats[: came.size][~came]
-        return Own(replace(whole, floats=floats).masked(mask), mask)
+        mask = state.masks.get("active", local.full)
+        return Own(self.weights(local, inbox, state).masked(mask), mask)
+
+    def weights(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Params:
+        """Return the client's weights, cut ones too: what is everyone's as it came, else as it was last trained."""
+        return _uncut(merged(local, inbox, state), private(local, state), _came(local, inbox))
 
     def tune(self, local: LocalClient, inbox: Inbox, state: ClientState, recipe: TrainingRecipe, /) -> Own:
         held = self.own(local, inbox, state)
         return Own(local.train(held.params, recipe=recipe, active=held.mask).params, held.mask)
+
+
+def _uncut(params: Params, other: Params, mask: np.ndarray) -> Params:
+    """Return params with those of `other` in place of the prunable weights outside `mask`."""
+    floats = params.floats.copy()
+    floats[: mask.size][~mask] = other.floats[: mask.size][~mask]
+    return replace(params, floats=floats)
 
 
 def _came(local: LocalClient, inbox: Inbox) -> np.ndarray:
@@ -166,5 +177,5 @@ def hermes(
         name="hermes", paper="Li et al., MobiCom 2021",
         summary="clients prune rows; what all hold is averaged, the rest stays private (control: score: random)",
         phases=(Phase(name="federate", update=update, join=OverlapMean(), own_mask=True),),
-        arms=("global", "local", "own", "own_tuned"),
+        arms=(*OWN, "own_random"),
     )  # fmt: skip

@@ -241,6 +241,14 @@ class FederatedMethod:
         return self.slices or (self.space.kind == "values" and any(phase.own_mask for phase in self.phases))
 
     @property
+    def has_whole(self) -> bool:
+        """Say whether the global state is a whole model of weights: one that could be pruned by its own magnitudes.
+
+        It is not where clients have weights that the server does not (`PersonalUpdate.weights`).
+        """
+        return self.space.kind == "values" and not hasattr(self.own, "weights")
+
+    @property
     def topology(self) -> Topology | None:
         """Who sends to whom in the end; None where a server averages."""
         return self.phases[-1].topology if self.phases else None

@@ -43,12 +43,12 @@ def local_only(step: Step2) -> Iterator[Result]:
 
 def dense(step: Step2) -> Iterator[Result]:
     """The dense twin: the whole model, as many fine-tuning epochs as the ticket's last training."""
-    yield trained(step, "dense", "theta_g", step.local.full)
+    yield _under(step, "dense", step.local.full)
 
 
 def dense_total(step: Step2) -> Iterator[Result]:
     """The dense twin with the search's epochs given to it as well."""
-    yield trained(step, "dense_total", "theta_g", step.local.full, budget=_whole_budget(step))
+    yield _under(step, "dense_total", step.local.full, budget=_whole_budget(step))
 
 
 def ticket(step: Step2) -> Iterator[Result]:
@@ -174,10 +174,7 @@ def own_random(step: Step2) -> Iterator[Result]:
     """The control of `own_tuned`: a random mask of the same layer counts on the same start weights, trained by SGD."""
     own_mask, searched = _tuned_mask(step)
     mask = _shuffled(step, own_mask, "own_random", granularity_of(step.method))
-    whole, begin, start = getattr(step.method, "weights", None), None, "theta_g"
-    if whole is not None:  # weights that never leave the client
-        begin, start = whole(step.local, step.inbox, step.state).masked(mask), "own"
-    yield _searched(trained(step, "own_random", start, mask, begin=begin), searched)
+    yield _searched(_under(step, "own_random", mask), searched)
 
 
 def own_global_mask(step: Step2) -> Iterator[Result]:
@@ -273,6 +270,15 @@ def trained(
         arm=arm, params=params, mask=mask, target=target, start=start, epochs=plain_number(cost.epochs),
         flops=(cost.flops, cost.alive_flops), cpu_s=(cost.cpu_s, cost.cpu_s), diverged=diverged,
     )  # fmt: skip
+
+
+def _under(step: Step2, arm: str, mask: np.ndarray, *, budget: Budget | None = None) -> Result:
+    """Train a control's mask from theta_g, or from the client's own weights where the server has no whole model."""
+    weights = getattr(step.method, "weights", None)
+    if weights is None:
+        return trained(step, arm, "theta_g", mask, budget=budget)
+    begin: Params = weights(step.local, step.inbox, step.state)
+    return trained(step, arm, "own", mask, budget=budget, begin=begin.masked(mask))
 
 
 def _found(arm: str, finder: Finder, step: Step2) -> Iterator[Result]:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import tiny_bench
 
-from fedlth.bench.controls import with_controls
-from fedlth.bench.matrix import load, merged
+from fedlth.bench.controls import kinds_of, with_controls
+from fedlth.bench.matrix import load, merged, stored
 from fedlth.bench.outcome import read_outcome
 from fedlth.errors import StudyError
 from fedlth.experiment.effects import check_arms
@@ -170,6 +170,24 @@ def test_the_tuning_budget_is_equal_and_published(tmp_path: Path, seeds: str) ->
     assert trials and {one.personalise.arms for one in trials} == {("own_tuned",)}
 
 
+def controls(**of: str) -> dict[str, Any]:
+    """Return rows of LotteryFL with a random score, each the control of the row that is given."""
+    own = tiny.METHODS["lotteryfl"]
+    rows = {row: {"name": "lotteryfl", **own, "score": "random", "control_of": one} for row, one in of.items()}
+    return {"methods": {"fedavg": {}, "lotteryfl": own, **rows}}
+
+
+def test_a_control_is_a_row_that_is_not_ranked_and_changes_no_cell(tmp_path: Path) -> None:
+    made = controls(by="lotteryfl")
+    matrix = load(tiny_bench.write(tmp_path / "with", **made))
+    del made["methods"]["by"]["control_of"]
+    plain = load(tiny_bench.write(tmp_path / "without", **made))
+    assert matrix.cells == plain.cells and set(plain.ranked) == {*matrix.ranked, "by"}
+    assert matrix.control_of == {"by": "lotteryfl"} and matrix.ranked == ("fedavg", "lotteryfl", "local")
+    assert stored(matrix.text()).control_of == matrix.control_of
+    assert matrix.label_of("lotteryfl") == "lotteryfl" and matrix.label_of("by") is None
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
@@ -182,6 +200,21 @@ def test_the_tuning_budget_is_equal_and_published(tmp_path: Path, seeds: str) ->
         ({"methods": {"local": {"name": "fedavg"}}}, "methods.local.name must be local: .* got 'fedavg'"),
         ({"against": ["fedavgg"]}, "against must be names of fedavg, lotteryfl, local, .* got 'fedavgg'"),
         ({"study": {**tiny_bench.STUDY, "trian": {}}}, "trian: unknown key"),
+        (
+            controls(by="lotterfl"),
+            "methods.by.control_of must be another row .* of fedavg, lotteryfl, local, got 'lott",
+        ),
+        (controls(by="by"), "methods.by.control_of must be another row that is no control itself, .* got 'by'"),
+        (controls(by="lotteryfl", of="by"), "methods.of.control_of must be another row .* got 'by'"),
+        (
+            controls(by="fedavg"),
+            "control_of must be a row of the same method, lotteryfl, got 'fedavg, which is fedavg'",
+        ),
+        (
+            {"methods": {"fedavg": {}, "by": {"name": "fedavg", "control_of": "fedavg"}}},
+            r"methods.by.control_of: must differ from fedavg in an option",
+        ),
+        ({**controls(by="lotteryfl"), "against": ["by"]}, "against must be names of fedavg, lotteryfl, local, .* 'by'"),
     ],
 )
 def test_a_bench_that_cannot_be_is_refused(tmp_path: Path, sections: dict[str, Any], message: str) -> None:
@@ -199,7 +232,10 @@ def test_whoever_makes_masks_has_controls_that_it_can_have(name: str) -> None:
     if "ticket" in masks:
         assert arms >= {"random", "dense", "dense_total"} and ("global_mask" in arms) == bool(method.phases)
     if "own_random" in masks:
-        assert ("own_global_mask" in arms) == (method.space.kind == "values")
+        assert "dense" in arms and ("own_global_mask" in arms) == method.has_whole
+    assert ("global" in kinds_of(made)) == (method.space.kind == "scores"), "what clients share is a mask itself"
+    # FedSelect's masks say what crosses, in every round: its random control is a row of its own.
+    assert masks or not method.own_masks or name == "fedselect"
 
 
 def test_only_names_what_is_there(tmp_path: Path) -> None:
@@ -250,3 +286,5 @@ def test_every_bench_is_one(file: Path) -> None:
     assert matrix.name == file.stem and "local" in matrix.methods
     for cell in matrix.firsts:
         read(cell.study)
+        if method_of(cell.study).name == "fedselect" and cell.method in matrix.ranked:
+            assert cell.method in matrix.control_of.values(), "its random control is a row of the bench"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from dataclasses import replace
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 
 from fedlth.bench.board import read_board
 from fedlth.bench.contrasts import contrast, corrected, over_seeds, paired_t
-from fedlth.bench.controls import GLOBAL
+from fedlth.bench.controls import GLOBAL, RANDOM
 from fedlth.bench.drawing import MARKS, stretch
 from fedlth.bench.headline import _seen, headline, warnings
 from fedlth.bench.leaderboard import write_leaderboard
@@ -22,7 +23,7 @@ from fedlth.bench.mask_picture import crossing, mask_lines, wins_below
 from fedlth.bench.matrix import load
 from fedlth.bench.pictures import Pareto, limits, numbers, pareto, pictures
 from fedlth.bench.ranks import critical_difference, friedman, ranking
-from fedlth.bench.tables import outcome_table
+from fedlth.bench.tables import cost_table, leaderboard_csv, outcome_table
 from fedlth.report.canvas import LIGHT
 from fedlth.report.intervals import Interval
 from fedlth.report.measure import Shown
@@ -164,6 +165,72 @@ def test_one_mask_for_all_is_not_held_against_itself(made_up: tuple[Path, Path])
         line.method == "two_step" for line in mask_lines(board)
     )
     assert any(row[1] == "global model's mask: the same mask" for row in outcome_table(board, "iid").rows)
+
+
+@pytest.fixture(scope="module")
+def with_row(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A bench of made-up runs in which one row is the control of another: its file and its folder."""
+    folder = tmp_path_factory.mktemp("with_row")
+    by = {"name": "fedselect", "score": "random", "control_of": "fedselect"}
+    methods = {"fedavg": {}, "fedselect": {}, "by_chance": by, "local": {}}
+    file = tiny_bench.write(folder, methods=methods, partitions={"iid": {}}, seeds=[0, 1, 2])
+    for shift, method in enumerate(methods):
+        for seed in range(3):
+            place = folder / "tiny" / "iid" / method / str(seed)
+            write_run(place, seed=seed + 10 * shift, num_clients=10, rounds=4, method=method)
+            header = place / "header.json"
+            header.write_text(json.dumps({**json.loads(header.read_text()), "seed": seed}))
+            if method in ("fedselect", "by_chance"):  # models of all weights, as FedSelect's are
+                rows = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+                kept = [{**row, "arm": "own_tuned" if row["arm"] == "global" else row["arm"]} for row in rows
+                        if row["arm"] in ("global", "dense", "local")]  # fmt: skip
+                (place / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in kept))
+    return file, folder / "tiny"
+
+
+def test_a_row_that_is_a_control_stands_under_its_method_and_competes_with_none(with_row: tuple[Path, Path]) -> None:
+    matrix = load(with_row[0])
+    board = read_board(matrix, with_row[1])
+    held = board.entries["iid"]
+    assert set(held) == {"fedavg", "fedselect", "local"} == set(board.ranking.names if board.ranking else ())
+    assert set(board.contrasts("iid", "local")) == {"fedavg", "fedselect"}
+    lines = [(line.control, line.row) for line in board.lines["iid"] if line.method == "fedselect"]
+    assert lines == [("", ""), ("dense twin", ""), ("random mask", "by_chance")]
+    entry, other = held["fedselect"], held["fedselect"].beside["by_chance"]
+    assert entry.choice.arm == other.choice.arm == "own_tuned"
+    gap = board.beaten("iid", RANDOM)["fedselect (against by_chance)"]
+    ours, its = (np.mean(list(one.blocks().values())) for one in (entry, other))
+    assert gap.mean == pytest.approx(ours - its) and gap.mean != 0 and gap.num_seeds == 3
+    assert "fedselect (against by_chance)" in headline(board)["iid"]
+    outcome, cost = outcome_table(board, "iid"), cost_table(board, "iid")
+    (row,) = [row for row in outcome.rows if row[0] == "by_chance"]
+    assert row[1].startswith("random mask: ") and [row[0] for row in cost.rows].count("by_chance") == 1
+    rows = {row["row"]: row for row in csv.DictReader(leaderboard_csv(board).splitlines())
+            if row["method"] == "fedselect"}  # fmt: skip
+    assert float(rows["random mask: by_chance"]["down_bytes"]) == pytest.approx(other.cost.down_bytes)
+    assert not rows["dense twin"]["down_bytes"] and not any(row["method"] == "by_chance" for row in rows.values())
+    figure = Figure()
+    Pareto(board, "iid")(figure, LIGHT)
+    drawn = [float(mark.get_ydata()[0]) for mark in figure.axes[0].lines if mark.get_marker() == MARKS[RANDOM][0]]
+    assert pytest.approx(100 * its) in drawn
+
+
+def test_masks_without_any_random_control_are_told(with_row: tuple[Path, Path], tmp_path: Path) -> None:
+    told = "makes masks, but no random mask stands beside it"
+    assert not any(told in line for line in warnings(read_board(load(with_row[0]), with_row[1])))
+    shutil.copytree(with_row[1], tmp_path / "tiny")
+    shutil.rmtree(tmp_path / "tiny" / "iid" / "by_chance")
+    found = [line for line in warnings(read_board(load(with_row[0]), tmp_path / "tiny")) if told in line]
+    assert found == [f"iid/fedselect {told}."]
+    file = tmp_path / "tiny" / "iid" / "fedselect" / "1" / "metrics.jsonl"
+    file.write_text("".join(f"{line}\n" for line in file.read_text().splitlines() if '"dense"' not in line))
+    (lacks,) = (line for line in read_board(load(with_row[0]), tmp_path / "tiny").problems if "has no" in line)
+    assert lacks.startswith("iid/fedselect has no dense twin (arm dense) in seeds 1, which were run before")
+    shutil.rmtree(tmp_path / "tiny" / "iid" / "fedselect")
+    shutil.copytree(with_row[1] / "iid" / "by_chance", tmp_path / "tiny" / "iid" / "by_chance")
+    board = read_board(load(with_row[0]), tmp_path / "tiny")
+    assert "iid/by_chance is left out: nothing of fedselect has ended" in board.problems
+    assert set(board.entries["iid"]) == {"fedavg", "local"}
 
 
 def test_an_outlier_does_not_stretch_an_axis() -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedlth.errors import StudyError
+from fedlth.experiment.resolve import read
 from fedlth.methods.aggregate import Contribution, join
 from fedlth.methods.client_update import THETA_G, UPDATE
 from fedlth.methods.hermes import OverlapMean, PruneRows
@@ -16,7 +18,7 @@ from fedlth.storage.server_state import ServerState
 from fedlth.training.local_client import LocalClient
 from fedlth.wire.payload import Content
 from tests import tiny
-from tests.test_methods import final_theta, manual_fedavg
+from tests.test_methods import final_theta, given, layer_counts, manual_fedavg, results, step2_of
 
 APART = {"name": "hermes", **tiny.METHODS["hermes"], "score": "random"}  # clients that keep different rows
 FOUR = Layout((Entry("w", (4,), "param", 0, prunable=True), Entry("b", (1,), "param", 4)))
@@ -112,3 +114,44 @@ def test_the_download_names_what_everyone_holds(tmp_path: Path) -> None:
     assert one[0] == 1.0 and one == sorted(one, reverse=True) and one[-1] < 1
     own = [r for r in tiny.rows(tmp_path / "r", "metrics") if r["arm"] == "own" and not r["unseen"]]
     assert all(r["density"] > one[-1] for r in own), "a client has more than what everyone holds"
+
+
+def test_cut_rows_keep_their_last_values_for_controls_alone() -> None:
+    experiment = tiny.experiment(tiny.study(method=APART))
+    task, update = experiment.task, experiment.method.own
+    size, state, theta = task.layout.num_prunable, ClientState(), experiment.initial()
+    mask, last = np.ones(size, bool), np.full(size, np.nan, np.float32)
+    for round in (1, 2, 3):
+        local, inbox = LocalClient(task, 0, round, "federate"), {THETA_G: Content(mask, theta.floats, theta.ints)}
+        whole, held = update.weights(local, inbox, state), update.own(local, inbox, state)  # type: ignore[attr-defined]
+        assert held.params.digest() == whole.masked(held.mask).digest()
+        cut = ~held.mask
+        np.testing.assert_array_equal(whole.floats[:size][cut], last[cut])
+        done = update(local, inbox, state)
+        state, content = done.state, done.contents[UPDATE]
+        new = held.mask & ~state.masks["active"]
+        last[new] = whole.floats[:size][new]
+        assert new.any() and not content.floats[:size][~state.masks["active"]].any(), "no cut row is sent"
+        mask, theta = content.mask, Params(content.floats, content.ints)
+    moved = cut & (last != task.theta_0.floats[:size])
+    assert last[cut].all() and moved.any(), "some left after a round of training"
+
+
+def test_controls_begin_with_the_clients_own_weights() -> None:
+    step = step2_of(tiny.study(method=APART))
+    size = step.local.full.size
+    first = step.method(step.local, step.inbox, ClientState())
+    content = first.contents[UPDATE]
+    step = given(step, content, visits=1, masks=first.state.masks, vectors=first.state.vectors)
+    whole, own = (
+        step.method.weights(step.local, step.inbox, step.state),
+        step.method.own(step.local, step.inbox, step.state),
+    )
+    (control,), (twin,) = results(step, "own_random"), results(step, "dense")
+    assert layer_counts(step, control.mask) == layer_counts(step, own.mask) and (control.mask != own.mask).any()
+    assert control.params.digest() == step.train(whole.masked(control.mask), control.mask).digest()
+    assert twin.mask.all() and twin.params.digest() == step.train(whole, twin.mask).digest()
+    assert control.start == twin.start == "own" and whole.floats[:size][~own.mask].all()
+    assert control.epochs == twin.epochs == results(step, "own_tuned")[0].epochs
+    with pytest.raises(StudyError, match="must not contain own_global_mask, method hermes shares no whole model"):
+        read(tiny.of_method("hermes", personalise={"arms": ["own_global_mask"]}))

@@ -249,12 +249,32 @@ def test_ties_and_the_target_are_exact() -> None:
     assert 0.75**5 < TARGET < 0.75**4, "the nominal rate ends at 0.24"
 
 
-def test_the_gate_is_on_validation_data(tmp_path: Path) -> None:
-    """Released: on test images. tests/test_methods.py has that no update of ours asks for them."""
-    it = Released(tiny.experiment(study(LOTTERYFL)))
-    on_test = Released(it.experiment, frozenset({"test images"}))
-    local = LocalClient(it.experiment.task, 0, 1, "federate")
-    params = it.experiment.task.theta_0
-    assert it.accuracy(it.theta, local) == pytest.approx(local.val_score(params))
-    test = local.evaluate(params, local.task.part(0, "test")).metrics["accuracy"]
-    assert on_test.accuracy(on_test.theta, local) == pytest.approx(test)
+def lotteryfl_cut(local: LocalClient, params: Params, gate: float) -> tuple[Params, np.ndarray]:
+    return PruneAndRewind(RATE, TARGET, gate)(local, params, local.full, None)
+
+
+def sub_fedavg_cut(local: LocalClient, params: Params, gate: float) -> tuple[Params, np.ndarray]:
+    """Prune whatever the distance of its masks is: the gate alone decides."""
+    trained = TrainingResult(params, 0.0, {1: params.floats})
+    return PruneWhenMaskMoves(RATE, TARGET, gate, -1.0)(local, params, local.full, trained)
+
+
+@pytest.mark.parametrize("cut", [lotteryfl_cut, sub_fedavg_cut], ids=lambda cut: cut.__name__)
+def test_the_gate_is_on_validation_data(cut: Any) -> None:
+    """Released: on test images. Here the gate stands between what the two say, so that only one of them opens it."""
+    experiment = tiny.experiment(study(LOTTERYFL))
+    on_val, on_test = Released(experiment), Released(experiment, frozenset({"test images"}))
+    task, sides = experiment.task, set()
+    local = LocalClient(task, 0, 1, "federate")
+    for seed in range(20):
+        drawn = np.random.default_rng(seed).normal(size=task.theta_0.floats.size).astype(np.float32)
+        params = Params(drawn, task.theta_0.ints)
+        judged = params if cut is lotteryfl_cut else cut(local, params, -1.0)[0]  # Sub-FedAvg's: what the cut leaves
+        model = {e.name: torch.from_numpy(judged.floats[e.slice].reshape(e.shape)) for e in task.layout.floats}
+        val, test = on_val.accuracy(model, local), on_test.accuracy(model, local)
+        assert val == pytest.approx(local.val_score(judged))
+        if val != test:
+            pruned = not cut(local, params, (val + test) / 2)[1].all()
+            assert pruned == (val > test)
+            sides.add(pruned)
+    assert sides == {True, False}, "it was seen open against the test images, and shut"
