@@ -142,8 +142,8 @@ def warnings(board: Board) -> tuple[str, ...]:
         for name, entry in held.items():
             if entry.makes_masks and entry.of_kind(RANDOM) is None and not entry.beside:
                 found.append(f"{partition}/{name} makes masks, but no random mask stands beside it.")
-            for row, one in {name: entry, **entry.beside}.items():
-                main = one.results.summary(one.choice)
+            for row, ran in {name: entry, **entry.beside}.items():
+                main = ran.results.summary(ran.choice)
                 if main is not None and main.diverged:
                     many = f"{main.diverged} clients"
                     found.append(f"{partition}/{row}: the training of {many} diverged; each is a guess.")
