@@ -18,12 +18,14 @@ from fedlth.federation import client_step, session
 from fedlth.federation.forecast_bytes import forecast_bytes
 from fedlth.federation.jobs import Failure, Job, Reply
 from fedlth.federation.rounds import Federation
+from fedlth.storage.run_folder import RunFolder
 from fedlth.study.schema import Study
 from fedlth.training.task import open_task
 from fedlth.wire.reference import Reference
 from tests import tiny
 from tests.test_server_state import Stopped, stop
 from tests.test_transport import Counting, check
+from tests.wire import reader
 
 ADAPTED = tiny.SECTIONS["ticket_lora"]["model"]
 NUMBERS = 128 + 24 + 12 * 4 + 4  # of two adapters and the head
@@ -83,6 +85,29 @@ def test_a_model_that_has_moved_refers_to_it_too(tmp_path: Path, capsys: pytest.
     assert tiny.facts(tmp_path / "one") == tiny.facts(tmp_path / "cut")
     tiny.run(made.model_copy(update={"wire": "raw"}), tmp_path / "raw")
     assert tiny.digests(tmp_path / "one") == tiny.digests(tmp_path / "raw")
+
+
+def test_another_decoder_reads_it_from_the_format_alone(tmp_path: Path) -> None:
+    """Format FLT1, version 2, as it was: a payload that refers to floats, which are theta_0's."""
+    sent: list[bytes] = []
+
+    class Keeping(Counting):
+        def run(self, jobs: list[Job]) -> list[Reply | Failure]:
+            sent.extend(message.payload for job in jobs for message in job.inbox)
+            return super().run(jobs)
+
+    tiny.run(study(2), tmp_path / "r", engine=Keeping())
+    task = tiny.task_of(tmp_path / "r")
+    tensors: list[reader.Tensor] = [(e.name, e.shape, e.is_int, e.prunable) for e in task.exchange.entries]
+    theta_0, found = task.shared_part(task.theta_0).floats, []
+    for data in sent:
+        mask, floats, _ = reader.decode(
+            data, kind="values", tensors=tensors, buffers=set(), known_mask=None, reference=theta_0
+        )
+        assert floats is not None and mask.all()
+        found.append(floats)
+    assert np.array_equal(found[0], theta_0) and not np.array_equal(found[-1], theta_0)
+    assert np.array_equal(found[-1], tiny.opened(RunFolder(tmp_path / "r")).theta.floats)
 
 
 @pytest.mark.parametrize("name", ["sub_fedavg", "salientgrads"])
