@@ -299,7 +299,7 @@ def _memory_mb(experiment: Experiment) -> float:
     models = 12 + _step2_models(experiment)
     masks = len(task.study.finder.densities) if OF_TICKETS & set(experiment.arms) else 0
     # What an optimizer remembers, and as much again while it makes a step; of what is trained alone.
-    optimizers = (recipe.optimizer for recipe in recipes(experiment.study))
+    optimizers = (recipe.optimizer for recipe in recipes(task.study, task.dataset.num_classes, task.dataset.targets))
     moments = 2 * max(len(one.memory(torch.zeros(1))) for one in optimizers)
     trained = len(range(task.layout.num_params)[task.layout.trained])
     numbers = models * task.layout.num_floats + moments * trained

@@ -53,6 +53,7 @@ STUDY: dict[str, Any] = {
     "train": {
         "steps": 9, "batch_size": 16, "lr": 0.02, "optimizer": "adamw", "clip_norm": 1.0, "dropout": 0.1,
         "schedule": {"name": "linear", "warmup": 0.3}, "round_decay": 0.9,
+        "round_schedule": {"name": "cosine", "warmup": 1},
     },
     "federate": {"rounds": 3, "clients_per_round": 0.67},
     "evaluate": {"every": 2},

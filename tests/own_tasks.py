@@ -80,6 +80,19 @@ def tagged(seed: int = 0, size: int = 240, plain: bool = False) -> dict[str, Any
     return made
 
 
+def labelled(kind: str, num_classes: Any = CLASSES) -> dict[str, Any]:
+    """Return rows of numbers with targets of a shape that is easily mistaken for another one."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(240, 6)).astype(np.float32)
+    several = x[:, :CLASSES] > 0
+    y: Any = {
+        "a column": x[:, :CLASSES].argmax(1)[:, None], "several": several, "several floats": several.astype(float),
+        "classes": x[:, :CLASSES].argmax(1), "ragged floats": [row[: 1 + i % 3] for i, row in enumerate(x)],
+    }[kind]  # fmt: skip
+    made = {"x_train": x, "y_train": y, "x_test": x[:120], "y_test": y[:120]}
+    return made if num_classes is None else {**made, "num_classes": num_classes}
+
+
 class Recurrent(nn.Module):
     """Embedding, LSTM to the last real token, BatchNorm, dropout; returns a tuple."""
 

@@ -43,6 +43,10 @@ IDLE: list[tuple[str, dict[str, Any], str]] = [
     ("two_step", {"workers": 2, "engine": "ray"}, "workers: has no effect, engine ray has workers of its own"),
     ("fedpm", {"train": {"round_decay": 0.9}}, "train.round_decay: has no effect, method fedpm learns scores "
      "at its own rate"),
+    ("fedpm", {"train": {"round_schedule": "linear"}}, "train.round_schedule: has no effect, method fedpm learns "
+     "scores at its own rate"),
+    ("local", {"train": {"round_schedule": "linear"}}, "train.round_schedule: has no effect, method local has no "
+     "rounds"),
     ("two_step", {"tune": {"rounds": 3}}, "tune.rounds: has no effect, tune.lr names no rates to try"),
     ("two_step", {"refine": {"clients_per_round": 2}}, "refine.clients_per_round: has no effect, refine.rounds is 0"),
     # Row 35

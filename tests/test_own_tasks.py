@@ -253,6 +253,43 @@ def test_bad_metrics_are_named(case: str) -> None:
         resolve(tiny.schema.build({**tree("mapping by keyword"), **sections}))
 
 
+MISREAD = {
+    "a column": r"must return logits of shape \(4, 1, 3\), got \(4, 3\); y of whole numbers \(N, 1\) .* give \(N,\)",
+    "several": r"got \(4, 3\); y of whole numbers \(N, 3\) .*give floats for several labels .*_with_logits",
+    "ragged floats": r"labelled: y_train of real numbers must be \(N,\) or \(N, k\), .*, got ragged rows",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MISREAD)
+def test_targets_that_are_mistaken_are_told_what_they_are(kind: str) -> None:
+    data = {"name": f"{HERE}:labelled", "options": {"kind": kind}}
+    with pytest.raises(StudyError, match=MISREAD[kind]):
+        resolve(tiny.study(data=data, model=MLP))
+    if kind == "ragged floats":
+        data["options"]["num_classes"] = None
+        with pytest.raises(StudyError, match=MISREAD[kind]):
+            resolve(tiny.study(data=data, model=MLP))
+
+
+def test_several_labels_an_example_are_floats() -> None:
+    loss = "torch.nn.functional:binary_cross_entropy_with_logits"
+    data = {"name": f"{HERE}:labelled", "options": {"kind": "several floats"}}
+    resolve(tiny.study(data=data, model=MLP, train={"loss": loss}))
+
+
+@pytest.mark.parametrize("count", [np.int64(3), np.uint8(3), torch.tensor(3)], ids=["int64", "uint8", "tensor"])
+def test_a_number_of_classes_may_be_any_whole_number(count: Any) -> None:
+    found = user_dataset(f"{HERE}:labelled", None, {"kind": "classes", "num_classes": count})
+    assert type(checked(found).num_classes) is int and found.num_classes == 3
+
+
+@pytest.mark.parametrize("count", [True, 3.0, "3"])
+def test_what_is_no_number_of_classes_is_refused(count: Any) -> None:
+    found = user_dataset(f"{HERE}:labelled", None, {"kind": "classes", "num_classes": count})
+    with pytest.raises(StudyError, match="num_classes must be an integer of at least 2"):
+        checked(found)
+
+
 def test_a_metric_that_fails_on_few_examples_is_noted() -> None:
     made = tiny.schema.build({**tree("mapping by keyword"), "metrics": [f"{HERE}:needs_many"]})
     assert (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"schedule": {"name": "step", "milestones": [2]}}, "train.schedule: .*milestones must be shares"),
     ({"schedule": {"name": "step", "gamma": 0.0}}, "train.schedule: .*gamma must be above 0"),
     ({"schedule": {"name": "exponential", "final": 0.0}}, "train.schedule: .*final must be above 0"),
+    ({"schedule": {"name": "linear", "warmup": 2.5}}, "train.schedule: .*or a whole number of them, got 2.5"),
+    ({"schedule": {"name": "cosine", "warmup": -1}}, "train.schedule: .*or a whole number of them, got -1"),
+    ({"schedule": {"name": "cosine", "warmup": True}}, "train.schedule.warmup: must be float, got True"),
     ({"round_decay": 0.0}, "train.round_decay: "),
+    ({"round_schedule": "linea"}, "train.round_schedule.name: must be one of constant, cosine, linear"),
+    ({"round_schedule": {"name": "linear", "warm": 2}}, "train.round_schedule.warm: linear has no such option"),
     ({"clip_norm": 0.0}, "train.clip_norm: "),
     ({"loss": "hinge"}, "train.loss.name: must be one of cross_entropy, mse, masked_lm"),
     ({"loss": {"name": "cross_entropy", "label_smoothing": 1.0}}, "train.loss: .*label_smoothing must be in"),
@@ -66,6 +72,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"loss": "masked_lm"}, "train.loss.mask_token: required by masked_lm"),
     ({"loss": {"name": "masked_lm", "mask_token": 1, "rate": 0.0}}, "train.loss: .*rate must be in"),
     ({"loss": "tests.test_study_recipe:missing"}, "train.loss: cannot import"),
+    ({"loss": {"name": "torch.nn.functional:cross_entropy", "label_smoothin": 0.1}},
+     "train.loss.label_smoothin: torch.nn.functional:cross_entropy has no such option; it takes weight, .*smoothing"),
+    ({"loss": {"name": "torch.nn.functional:cross_entropy", "label_smoothing": "much"}},
+     "train.loss.label_smoothing: must be .*float.*, got 'much'"),
+    ({"loss": {"name": "torch.nn.functional:cross_entropy", "weight": {"a": 1}}}, "train.loss: .*be a frozen value"),
+    ({"loss": {"name": "tests.test_study_recipe:powers", "power": 2}}, "train.loss.scale: required by tests"),
+    ({"loss": {"name": "tests.test_study_recipe:Weighted", "wait": 2}},
+     "train.loss.wait: tests.test_study_recipe:Weighted has no such option; it takes"),
     ({"pull": {"name": "proximal"}}, "train.pull.mu: required by proximal"),
     ({"pull": {"name": "proximal", "mu": -1.0}}, "train.pull: .*mu must be at least 0"),
     ({"augment": "rotate"}, "train.augment.name: must be one of crop, flip"),
@@ -190,6 +204,157 @@ def test_own_classes_are_the_clients_own() -> None:
         loss = one.recipe.loss
         assert loss == (CrossEntropy() if len(found) == 4 else Restricted(CrossEntropy(), found))
         assert one.task.flat_model.loss == CrossEntropy()
+
+
+def test_the_rate_follows_a_schedule_over_the_rounds_of_its_phase() -> None:
+    train = {"lr": 0.1, "round_schedule": {"name": "linear", "warmup": 2}, "round_decay": 0.5}
+    task = tiny.task(train=train)
+
+    def rate(round: int, rounds: int, stage: str = "federate") -> float:
+        return LocalClient(task, 0, round, stage, rounds=rounds).recipe.lr
+
+    shape = Linear(warmup=2)
+    assert [rate(round, 5) for round in range(1, 6)] == [0.1 * (0.5**r * shape(r, 5)) for r in range(5)]
+    assert rate(1, 3, "refine") == 0.1 * shape(0, 3), "rounds inside the tickets count anew"
+    assert LocalClient(task, 0, 0, "personalise").recipe.lr == LocalClient(task, 0, 3, "x", rounds=5).personal_recipe.lr
+    with pytest.raises(ValueError, match="round 2 must be one of the phase's rounds, got 0"):
+        rate(2, 0)
+
+
+def test_each_phase_tells_its_clients_how_many_rounds_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = dict[tuple[str, int], tuple[int, float]]()
+    real = LocalClient.train
+
+    def noted(self: LocalClient, start: Any, **more: Any) -> Any:
+        seen[self.stage, self.round] = self.rounds, more["recipe"].lr
+        return real(self, start, **more)
+
+    monkeypatch.setattr(LocalClient, "train", noted)
+    tiny.run(
+        tiny.study(
+            train={"round_schedule": {"name": "exponential", "final": 0.25}}, federate={"rounds": 3}, workers=1,
+            refine={"rounds": 2, "clients_per_round": 2},
+        ),
+        tmp_path / "run",
+    )  # fmt: skip
+    assert {k: v for k, v in seen.items() if k[0] in ("federate", "refine")} == {
+        ("federate", 1): (3, 0.1), ("federate", 2): (3, 0.05), ("federate", 3): (3, 0.025),
+        ("refine", 1): (2, 0.1), ("refine", 2): (2, 0.025),
+    }  # fmt: skip
+    assert seen["personalise", 0][1] == 0.1
+
+
+def test_a_round_without_a_rate_is_refused() -> None:
+    for spec, says in (
+        (
+            {"name": "linear", "final_at": "last"},
+            "must give finite numbers above 0, got 0.0 at round 2 of 2 of federate",
+        ),
+        ({"name": "linear", "warmup": 1, "start": 0.0}, ".* above 0, got 0.0 at round 1 of 2 of federate"),
+        ({"name": "tests.test_study_recipe:Raising"}, "fails at round 1 of 2 of federate: ZeroDivisionError: x"),
+    ):
+        with pytest.raises(StudyError, match=f"train.round_schedule: {says}"):
+            resolve(tiny.study(train={"round_schedule": spec}))
+
+
+@dataclass(frozen=True)
+class Raising:
+    """Fails as whatever it is used for, if only when it is called."""
+
+    def memory(self, like: Tensor) -> tuple[Tensor, ...]:
+        return ()
+
+    def __call__(self, *given: Any) -> Any:
+        raise ZeroDivisionError("x")
+
+
+@dataclass(frozen=True)
+class Forgetful(Raising):
+    def memory(self, like: Tensor) -> tuple[Tensor, ...]:
+        raise KeyError("like")
+
+
+@dataclass(frozen=True)
+class Short(Raising):
+    """Gives what is of another shape, or another value, in the place of changing what it is given."""
+
+    def __call__(self, grad: Any, *given: Any) -> Any:
+        return grad[1:] if isinstance(grad, Tensor) else float("nan")
+
+
+@dataclass(frozen=True)
+class Masked(Raising):
+    """Fails where everything may move."""
+
+    def __call__(self, grad: Tensor, weights: Tensor, memory: Any, step: int, free: Any) -> Tensor:
+        return grad * free
+
+
+FAILING = [
+    ("optimizer", "Raising", "train.optimizer: fails on gradients .* at step 1: ZeroDivisionError: x"),
+    ("optimizer", "Forgetful", "train.optimizer: memory fails: KeyError: 'like'"),
+    ("optimizer", "Masked", "train.optimizer: fails on gradients .* at step 1: TypeError"),
+    ("optimizer", "Short", r"train.optimizer: must return a direction \(832,\), got \(831,\)"),
+    ("schedule", "Raising", "train.schedule: fails at step 0 of 3: ZeroDivisionError: x"),
+    ("schedule", "Short", "train.schedule: must give finite numbers, got nan at step 0 of 3"),
+    ("pull", "Raising", r"train.pull: fails on weights \(\d+,\): ZeroDivisionError: x"),
+    ("pull", "Short", "train.pull: must change the gradient in place, got Tensor returned"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "name", "says"), FAILING, ids=[f"{kind} {name}" for kind, name, _ in FAILING])
+def test_a_users_part_that_fails_is_named_before_anything_trains(kind: str, name: str, says: str) -> None:
+    part = {kind: f"tests.test_study_recipe:{name}"}
+    with pytest.raises(StudyError, match=says):
+        resolve(tiny.study(train={**PLAIN, **part}))
+    with pytest.raises(StudyError, match=says.replace("train.", "personalise.", 1)):
+        resolve(tiny.study(train=PLAIN, personalise=part))
+
+
+def powers(outputs: Tensor, y: Tensor, scale: float, *, power: float = 1.0) -> Tensor:
+    return scale * functional.cross_entropy(outputs, y) ** power
+
+
+@pytest.mark.parametrize(
+    ("spec", "wanted"),
+    [
+        ({"name": "torch.nn.functional:cross_entropy", "label_smoothing": 0.1}, CrossEntropy(label_smoothing=0.1)),
+        ({"name": "tests.test_study_recipe:powers", "scale": 2.0, "power": 2},
+         lambda outputs, y: 2 * CrossEntropy()(outputs, y) ** 2),
+    ],
+)  # fmt: skip
+def test_the_options_of_a_users_function_act(spec: dict[str, Any], wanted: Any, tmp_path: Path) -> None:
+    made = tiny.study(train={"loss": spec}, method={"name": "fedavg"})
+    loss = recipes(made)[0].loss
+    assert hash(loss) == hash(recipes(made)[0].loss)
+    outputs, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 3])
+    torch.testing.assert_close(loss(outputs, y), wanted(outputs, y))
+    assert (loss(outputs, y) - CrossEntropy()(outputs, y)).abs() > 1e-3
+    resolve(made)
+
+
+SIZES = list[int]()
+
+
+class Weighted:
+    """A loss with a row for every class, which would not fit where the number is made up."""
+
+    def __init__(self, num_classes: int, weight: float = 1.0) -> None:
+        SIZES.append(num_classes)
+
+    def __call__(self, outputs: Tensor, y: Tensor) -> Tensor:
+        return functional.cross_entropy(outputs, y)
+
+
+def test_a_loss_is_given_the_number_of_classes_and_no_other() -> None:
+    SIZES.clear()
+    made = tiny.study(train={"loss": "tests.test_study_recipe:Weighted"})
+    with pytest.raises(TypeError, match="needs the number of classes"):
+        recipes(made)[0].loss(torch.zeros(1, 4), torch.zeros(1))
+    read(made)
+    assert not SIZES
+    forecast(made)
+    assert set(SIZES) == {4}
 
 
 def squares(outputs: Tensor, y: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import operator
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -108,6 +109,10 @@ def user_dataset(name: str, root: str | None, options: Mapping[str, object]) -> 
             plain[field] = tuple(float(value) for value in plain.get(field, ()))
         except (TypeError, ValueError) as error:
             raise StudyError(f"data: {name}: {field} must be a list of numbers, got {plain[field]!r}") from error
+    count: Any = plain.get("num_classes")
+    if not isinstance(count, bool):
+        with suppress(TypeError):  # a data set says what is wrong with what is no whole number
+            plain["num_classes"] = operator.index(count)
     y = plain["y_train"]
     if not plain.get("num_classes") and isinstance(y, np.ndarray) and y.dtype.kind == "f" and y.ndim in (1, 2):
         plain["num_classes"] = 1 if y.ndim == 1 else int(y.shape[1])
@@ -117,9 +122,14 @@ def user_dataset(name: str, root: str | None, options: Mapping[str, object]) -> 
 def _numbers(made: Mapping[str, Any]) -> bool:
     """Say whether targets are real numbers, whose outputs need not be counted by the user."""
     try:
-        return "y_train" in made and np.asarray(made["y_train"]).dtype.kind == "f"
-    except ValueError:  # ragged rows
+        rows = as_rows(made.get("y_train"))
+    except ValueError:  # no array, which is said later
         return False
+    return _real(rows)
+
+
+def _real(rows: np.ndarray | list[np.ndarray]) -> bool:
+    return any(row.dtype.kind == "f" for row in (rows if isinstance(rows, list) else [rows]))
 
 
 def _arrange(made: dict[str, Any], name: str) -> None:
@@ -140,6 +150,10 @@ def _arrange(made: dict[str, Any], name: str) -> None:
             place = f"x_train[{field!r}]" if inside else f"{field}_train or {field}_test"
             raise StudyError(f"data: {name}: {place} must be an array, got another value: {told(error)}") from error
         if any(isinstance(found, list) for found in rows.values()):
+            if field == "y" and any(map(_real, rows.values())):
+                part = next(part for part, found in rows.items() if isinstance(found, list))
+                wanted = "(N,) or (N, k), as many for every example"
+                raise StudyError(f"data: {name}: y_{part} of real numbers must be {wanted}, got ragged rows")
             if any(part.ndim < 2 for part in rows.values() if isinstance(part, np.ndarray)):
                 part, other = sorted(rows, key=lambda part: isinstance(rows[part], np.ndarray))
                 place = f"x_{part}[{field!r}]" if inside else f"{field}_{part}"

@@ -27,6 +27,7 @@ SGD = ("momentum", "weight_decay")
 STEP_KEYS = (
     *SGD, "optimizer", "schedule", "clip_norm", "pull", "augment", "dropout", "precision", "group_by_length",
 )  # fmt: skip
+ROUND_KEYS = ("round_decay", "round_schedule")
 FINDER: dict[str, frozenset[str]] = {
     "score": SEARCH,
     "schedule": SEARCH - {"one_shot"} | LONG,
@@ -165,10 +166,10 @@ def _idle(study: Study, method: FederatedMethod, arms: set[str], product: str | 
         yield "federate.mask_outliers", f"clients of {said} have no masks of their own"
     if not rounds:
         yield "train.steps" if study.train.steps else "train.epochs", none
-        yield "train.round_decay", none
+        yield from ((f"train.{key}", none) for key in ROUND_KEYS)
         yield "clients.unseen", f"{none}: no client is left out"
     elif not weights:
-        yield "train.round_decay", f"{said} learns scores at its own rate"
+        yield from ((f"train.{key}", f"{said} learns scores at its own rate") for key in ROUND_KEYS)
     if not weights and not trained:
         yield from ((f"train.{key}", untrained) for key in STEP_KEYS)
     elif not weights:

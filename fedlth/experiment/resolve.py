@@ -9,34 +9,24 @@ from dataclasses import replace
 from typing import Any
 
 from fedlth.data.capacity import named
-from fedlth.data.examples import shapes
-from fedlth.data.factory import told
 from fedlth.data.partition_file import sha256_of
-from fedlth.data.tensors import inputs
 from fedlth.errors import StudyError, wrong
-from fedlth.experiment import client_memory, effects, feasible
+from fedlth.experiment import client_memory, effects, feasible, recipe_checks
 from fedlth.experiment.experiment import KEPT_FIRST, Experiment, open_experiment
 from fedlth.experiment.well_formed import method_of
 from fedlth.experiment.who_takes_part import check_newcomers, check_no_server, check_population
 from fedlth.kernel import kernel
 from fedlth.methods.client_update import sends_in
 from fedlth.methods.rules import check_rule
-from fedlth.models.call import call
-from fedlth.models.initial import refuse, torch_stream
+from fedlth.models.initial import refuse
 from fedlth.personalization import kept
 from fedlth.personalization.arms import REWOUND, arm_of
-from fedlth.rng import stream
 from fedlth.storage.trackers import trackers_of
 from fedlth.study.schema import Study
-from fedlth.study.sections import Personalise, Train
 from fedlth.tickets.gate import Adaptive, ValAccuracy, ValDrop
 from fedlth.tickets.rewind import ToInit
-from fedlth.training import cohort_size, dropout, kernel_backend
-from fedlth.training.budget import Budget
+from fedlth.training import cohort_size, kernel_backend
 from fedlth.training.local_client import LocalClient
-from fedlth.training.loss import Loss, examined
-from fedlth.training.recipe import TrainingRecipe
-from fedlth.training.request import drawn_request
 from fedlth.training.study_recipe import recipes
 from fedlth.training.task import Task, forget_tasks, open_task
 
@@ -187,6 +177,7 @@ def _checked(experiment: Experiment) -> list[str]:
         for client in experiment.clients(phase, 1):
             experiment.senders(phase, 1, client)  # says what is wrong with a topology of the user's
     _check_first_masks(experiment)
+    recipe_checks.check_rounds(experiment)
     notes = _own_recipes(experiment)
     for task in experiment.task.each:
         try:
@@ -221,7 +212,7 @@ def _own_recipes(experiment: Experiment) -> list[str]:
     views: dict[str, None] = {}
     for update in (phase.update for phase in experiment.federated_phases if hasattr(phase.update, "recipe")):
         for client in one_of.values():
-            local = LocalClient(experiment.task_of(client), client, 1, "check")
+            local = LocalClient(experiment.task_of(client), client, 1, "check", rounds=1)
             recipe = update.recipe(local, local.recipe)
             if recipe.views:
                 views[type(recipe.view).__name__] = None
@@ -231,8 +222,9 @@ def _own_recipes(experiment: Experiment) -> list[str]:
 
 
 def _checked_task(experiment: Experiment, task: Task, arms: set[str]) -> list[str]:
-    _check_recipes(task)
+    recipe_checks.check(task)
     method, notes = experiment.method, task.probe()
+    recipe_checks.try_own(task)
     if experiment.finder.rewind.anchor == "reinit" and arms & REWOUND:
         refuse(task.model.brought, "finder.rewind")
     if "random" in arms and task.model.brought:
@@ -257,50 +249,6 @@ def _checked_task(experiment: Experiment, task: Task, arms: set[str]) -> list[st
             f"over all of it, got {list(task.study.model.personal or ())} and buffers {task.study.model.buffers}"
         )
     return notes
-
-
-def _check_recipes(task: Task) -> None:
-    """Refuse what the model, the data or the device cannot do of a training recipe."""
-    study, module = task.study, task.model.module()
-    first, second = recipes(study, task.dataset.num_classes, task.dataset.targets)
-    sections: tuple[tuple[str, Train | Personalise, TrainingRecipe], ...] = (
-        ("train", study.train, first), ("personalise", study.personalise, second),
-    )  # fmt: skip
-    for place, section, recipe in sections:
-        if section.dropout is not None and not dropout.places(module):
-            raise StudyError(
-                f"{place}.dropout: needs a model with a dropout module, {study.model.name} has none, got "
-                f"{section.dropout}"
-            )
-        if section.precision == "bf16" and not task.device.startswith("cuda"):
-            raise StudyError(f"{place}.precision: bf16 needs a GPU, the device is {task.device}")
-        if section.augment or (place == "train" and hasattr(recipe.loss, "posed")):
-            few = inputs(task.dataset, task.few[:2], train=True)
-            request = drawn_request(
-                task.theta_0, few, replace(recipe, budget=Budget(epochs=1)), order=stream(0, "probe"), torch_seed=0
-            )
-            try:
-                request.shown(0, few)
-            except Exception as error:  # the user's parts may raise anything
-                what = "augment" if section.augment else "loss"
-                raise StudyError(f"{place}.{what}: fails on a batch {shapes(few.x)}: {told(error)}") from error
-    if study.personalise.loss is not None:
-        _check_own_loss(task, second.loss)
-
-
-def _check_own_loss(task: Task, loss: Loss) -> None:
-    """Refuse a loss of step 2 that cannot judge such outputs and targets; that of step 1 the probe tries."""
-    few = inputs(task.dataset, task.few, train=True).batch(slice(None))
-    try:
-        few = examined(loss, few)
-        with torch_stream(0):
-            outputs = call(task.model.module(), few.x)
-        found = loss(outputs, few.y)
-    except Exception as error:  # the user's code may raise anything
-        what = f"a batch {shapes(few.x)} with targets {tuple(few.y.shape)} {few.y.dtype}"
-        raise StudyError(f"personalise.loss: fails on {what}: {told(error)}") from error
-    if found.numel() != 1 or not found.requires_grad:
-        raise StudyError(f"personalise.loss: must return one number with a gradient, got {tuple(found.shape)}")
 
 
 def _check_gates(experiment: Experiment, task: Task) -> None:

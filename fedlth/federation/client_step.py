@@ -48,7 +48,7 @@ def client_step(job: Job) -> Reply:
     attack = experiment.population.attack_in(phase, job.client)
     local = LocalClient(
         experiment.task_of(job.client), job.client, 0 if phase.in_waves else job.round, job.phase,
-        poison=getattr(attack, "poison", None),
+        poison=getattr(attack, "poison", None), rounds=phase.rounds,
     )  # fmt: skip
     update = phase.update(local, inbox, state)
     if attack is not None:

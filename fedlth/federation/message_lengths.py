@@ -150,7 +150,8 @@ class Lengths:
 
 def tried(experiment: Experiment, visit_s: float) -> Moved:
     """Try the visits of a few clients, small to large, from theta_0 and from the mean of what they made of it."""
-    task, update = experiment.task, experiment.method.phases[-1].update
+    task, phase = experiment.task, experiment.method.phases[-1]
+    update, rounds = phase.update, max(2, phase.rounds or task.study.federate.rounds)
     parts, unseen = task.splits.clients, task.splits.unseen
     clients = sorted((len(part.train), c) for c, part in enumerate(parts) if c not in unseen)
     passes = getattr(update, "passes", None)
@@ -164,7 +165,8 @@ def tried(experiment: Experiment, visit_s: float) -> Moved:
     states = dict.fromkeys(chosen, ClientState())
     for round in (1, 2):
         ends = []
-        for local in (LocalClient(task.of(client), client, round, "forecast") for client in chosen):
+        for client in chosen:
+            local = LocalClient(task.of(client), client, round, "forecast", rounds=rounds)
             with suppress(Exception):  # who cannot train, or diverges, is not tried: that is for the run to say
                 end, states[local.client] = _visit(update, local, theta, states[local.client])
                 ends.append(end)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -183,6 +184,10 @@ def _loaded(data: str) -> tuple[Dataset, dict[str, Examples]]:
     """Load the data and cut it into train, validation and test parts, the same for every seed of the run."""
     spec = Data.model_validate_json(data)
     dataset = load(spec.name, root=spec.root, options=spec.options)
+    if dataset.targets == "numbers":
+        raise StudyError("data: must have classes in the laboratory, which judges by accuracy, got real-number targets")
+    if isinstance(dataset.x_train, Mapping):
+        raise StudyError(f"data: must be one array of inputs in the laboratory, got the fields {list(dataset.x_train)}")
     order = stream(spec.seed, "split").permutation(len(dataset.y_train))
     if len(order) <= spec.validation + (spec.train or 0) - (spec.train is not None):
         raise StudyError(

@@ -30,6 +30,7 @@ from fedlth.storage.run_folder import RunFolder
 from fedlth.study.parts import make
 from fedlth.tickets.dead import DEADS
 from fedlth.tickets.rewind import REWINDS, Rewind
+from fedlth.training.trial_step import try_step
 
 log = logging.getLogger(__name__)
 
@@ -97,10 +98,18 @@ def _check_step(step: int, place: str, iterations: int) -> None:
 def _check_acts(train: Mapping[str, Any], made: Lottery, place: str) -> None:
     """Refuse an option that finds nothing in the network to act on."""
     bench = open_bench(made.science(), made.seeds[0], None)
-    config = bench.train_config(dict(train))
-    recipe_of(config, bench.parts["train"].y[:2], bench.dataset.num_classes)
-    if not math.isfinite(config.rate(0)):
-        raise StudyError(f"{place}.train.schedule: must give finite numbers, got {config.rate(0)}")
+    config, few = bench.train_config(dict(train)), bench.parts["train"].batch(slice(4))
+    recipe = recipe_of(config, few.y, bench.dataset.num_classes)
+    for step in (0, config.train.iterations - 1):
+        try:
+            rate = float(config.rate(step))
+        except StudyError:
+            raise
+        except Exception as error:  # the user's code may raise anything
+            raise StudyError(f"{place}.train.schedule: fails at iteration {step}: {said(error)}") from error
+        if not math.isfinite(rate):
+            raise StudyError(f"{place}.train.schedule: must give finite numbers, got {rate}")
+    try_step(bench.flat_model, bench.theta_0, few, recipe, f"{place}.train")
     if train["dropout"] and not relus(bench.flat_model.module):
         raise StudyError(f"{place}.train.dropout: {made.model.name} has no module nn.ReLU to follow, so nothing drops")
     if train["norm_l1"] and not scales(bench.layout):

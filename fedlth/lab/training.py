@@ -34,7 +34,7 @@ from fedlth.training.pull import NO_PULL
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingRequest
 from fedlth.training.study_recipe import loss_of, part
-from fedlth.training.torch_backend import clip
+from fedlth.training.torch_backend import descend
 
 
 class Networks(Protocol):
@@ -178,15 +178,15 @@ def recipe_of(config: TrainConfig, y: Tensor, num_classes: int) -> TrainingRecip
 
 def _in_torch(bench: Networks, config: TrainConfig, request: TrainingRequest) -> list[Params]:
     """Train with what no backend has: dropout behind every relu, attacked images, scales of norms drawn to zero."""
-    model, t, optimizer = bench.flat_model, config.train, request.recipe.optimizer
-    layout, allowed = model.layout, request.free(model.layout)
-    free = None if allowed is None else torch.from_numpy(allowed.astype(np.float32))
+    model, t, recipe = bench.flat_model, config.train, request.recipe
+    layout, free = model.layout, request.free(model.layout)
+    keep = None if free is None else torch.from_numpy(free)
     gammas = torch.zeros(layout.num_params)
     for place in scales(layout):
         gammas[place] = t.norm_l1
-    weights, memory = model.flat[: layout.num_params], optimizer.memory(model.grad)
+    weights, memory = model.flat[: layout.num_params], recipe.optimizer.memory(model.grad)
     model.load(request.start)
-    anchor, recipe = weights.clone(), request.recipe
+    anchor = weights.clone() if recipe.pulls else None
     seed_torch(request.torch_seed)
     states, step = [], 0
     with _dropout(model.module, t.dropout):
@@ -199,18 +199,12 @@ def _in_torch(bench: Networks, config: TrainConfig, request: TrainingRequest) ->
                     x = attacked(model, bench.dataset, x, y, kind=t.attack, eps=t.attack_eps, steps=t.attack_steps)
                 model.module.train()
                 model.grad.zero_()
-                request.recipe.loss(call(model.module, x), y).backward()  # type: ignore[no-untyped-call]
+                recipe.loss(call(model.module, x), y).backward()  # type: ignore[no-untyped-call]
                 with torch.no_grad():
                     if t.norm_l1:
                         model.grad.add_(gammas * weights.sign())
-                    if recipe.pulls:
-                        recipe.pull(model.grad, weights, anchor)
-                    if recipe.clip_norm is not None:
-                        if free is not None:
-                            model.grad.mul_(free)
-                        clip(model.grad, recipe.clip_norm)
-                    direction = optimizer(model.grad, weights, memory, step + 1, free)
-                    weights.sub_(direction, alpha=request.rates[step])
+                    rate = request.rates[step]
+                    descend(recipe, model.grad, weights, memory, step=step + 1, rate=rate, keep=keep, anchor=anchor)
                 step += 1
             states.append(model.save())
     return states

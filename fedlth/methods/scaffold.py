@@ -36,7 +36,7 @@ C, DELTA_C = (
 
 def reach(recipe: TrainingRecipe, size: int) -> float:
     """Return how far a training on `size` examples goes along a gradient that is one at every step."""
-    if not isinstance(recipe.optimizer, Sgd):
+    if type(recipe.optimizer) is not Sgd:
         raise TypeError(f"must be linear in its gradients, got {recipe.optimizer}")
     steps, gone = recipe.budget.total(size, recipe.batch_size), 0.0
     plain = replace(recipe.optimizer, weight_decay=0.0)  # decay is part of the gradients
@@ -79,7 +79,7 @@ class ControlledUpdate(MaskedUpdate):
         return replace(update, state=update.state.with_(vectors={C: now}), contents=contents)
 
     def obstacle(self, recipe: TrainingRecipe) -> str:
-        if isinstance(recipe.optimizer, Sgd):
+        if type(recipe.optimizer) is Sgd:
             return ""
         return f"divides what a client moved by its rate: train.optimizer must be sgd, got {recipe.optimizer}"
 

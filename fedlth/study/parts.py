@@ -54,7 +54,21 @@ def make(table: Mapping[str, Callable[..., Any]], spec: Mapping[str, Any], where
         known = options_of(factory)
     except (TypeError, ValueError) as error:  # no callable, or a builtin that does not say what it takes
         raise StudyError(f"{where}: {name} must be a class or a function with a signature, got {factory!r}") from error
-    more = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    options = options_given(known, spec, where)
+    try:
+        part = factory(**options)
+    except StudyError:
+        raise
+    except Exception as error:  # the user's code may raise anything
+        raise StudyError(f"{where}: {name} refuses its options: {_told(error)}") from error
+    if has and not hasattr(part, has.partition("(")[0]):
+        raise StudyError(f"{where}: {name} must give a part with {has}, got {type(part).__name__}")
+    return part
+
+
+def options_given(known: Mapping[str, inspect.Parameter], spec: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the options beside a part's name, which takes those of `known`; raise StudyError naming the place."""
+    more, name = any(p.kind is p.VAR_KEYWORD for p in known.values()), spec["name"]
     known = {k: p for k, p in known.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.items() if k != "name"}
     for key, value in options.items():
@@ -65,15 +79,7 @@ def make(table: Mapping[str, Callable[..., Any]], spec: Mapping[str, Any], where
     missing = [k for k, p in known.items() if p.default is inspect.Parameter.empty and k not in options]
     if missing:
         raise StudyError(f"{where}.{missing[0]}: required by {name}, but missing")
-    try:
-        part = factory(**options)
-    except StudyError:
-        raise
-    except Exception as error:  # the user's code may raise anything
-        raise StudyError(f"{where}: {name} refuses its options: {_told(error)}") from error
-    if has and not hasattr(part, has.partition("(")[0]):
-        raise StudyError(f"{where}: {name} must give a part with {has}, got {type(part).__name__}")
-    return part
+    return options
 
 
 def _told(error: Exception) -> str:

@@ -179,6 +179,7 @@ class Train(Timed):
     optimizer: Spec = {"name": "sgd"}
     schedule: Spec = {"name": "constant"}
     round_decay: Positive = 1.0
+    round_schedule: Spec | None = None
     clip_norm: Positive | None = None
     loss: Spec | None = None
     pull: Spec | None = None

@@ -27,7 +27,7 @@ from fedlth.training.masked_training import Masked, Masking
 from fedlth.training.metrics import Metric, Scores, guessed
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingResult, drawn_request
-from fedlth.training.study_recipe import recipes
+from fedlth.training.study_recipe import recipes, round_factor
 from fedlth.training.task import Task
 
 
@@ -56,7 +56,8 @@ class LocalClient:
     """A client in one round. `stage` names its random streams: equal stages draw equal batches: twins share order.
 
     `log` holds the cost of every training done here, one that diverged included; `work` is told to times.jsonl.
-    `poison` is what a hostile client makes of its training examples, of so many classes.
+    `poison` is what a hostile client makes of its training examples, of so many classes. `rounds` is how many the
+    phase has, which a schedule over the rounds asks.
     """
 
     task: Task
@@ -66,6 +67,7 @@ class LocalClient:
     work: list[dict[str, Any]] = field(default_factory=list, compare=False)
     log: list[Cost] = field(default_factory=list, compare=False)
     poison: Callable[[Examples, int], Examples] | None = None
+    rounds: int = 0
 
     @cached_property
     def train_part(self) -> Examples:
@@ -93,9 +95,13 @@ class LocalClient:
     @cached_property
     def recipe(self) -> TrainingRecipe:
         """The local training of step 1 (and of the rounds inside the tickets), at this round's rate."""
-        first = self._recipes[0]
-        decay = self.task.study.train.round_decay ** max(0, self.round - 1)
-        return first if decay == 1 else replace(first, lr=first.lr * decay)
+        first, train = self._recipes[0], self.task.study.train
+        if self.round < 1:  # of no round: step 2, or a forecast
+            return first
+        if train.round_schedule is not None and self.rounds < self.round:
+            raise ValueError(f"{self.stage}: round {self.round} must be one of the phase's rounds, got {self.rounds}")
+        factor = round_factor(train, self.round, self.rounds)
+        return first if factor == 1 else replace(first, lr=first.lr * factor)
 
     @property
     def personal_recipe(self) -> TrainingRecipe:

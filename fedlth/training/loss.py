@@ -113,6 +113,16 @@ def spread(outputs: Tensor, y: Tensor) -> bool:
     return y.is_floating_point() and tuple(outputs.shape) == (*y.shape, 1)
 
 
+def misread(outputs: Tensor, y: Tensor) -> str:
+    """Say what whole numbers (N, T), a class a position, may have been meant for; "" where outputs have positions."""
+    if y.dim() != 2 or outputs.dim() != 2:
+        return ""
+    said = f"; y of whole numbers (N, {y.shape[1]}) is a class a position: "
+    if y.shape[1] == 1:
+        return f"{said}give (N,) for a class an example"
+    return f"{said}give floats for several labels an example, with torch.nn.functional:binary_cross_entropy_with_logits"
+
+
 def _shaped(outputs: Tensor, y: Tensor) -> Tensor:
     if outputs.shape != y.shape and tuple(outputs.shape) != (*y.shape, 1):
         raise ValueError(f"mse: outputs {tuple(outputs.shape)} do not fit targets {tuple(y.shape)}")
@@ -194,13 +204,17 @@ class MaskedLm:
 
 @dataclass(frozen=True)
 class OfBatch:
-    """Your own plain function of (outputs, y): the mean loss of a batch. Real numbers and outputs are of one shape."""
+    """Your own plain function of (outputs, y): the mean loss of a batch. Real numbers and outputs are of one shape.
 
-    function: Callable[[Tensor, Tensor], Tensor]
+    `options` are what the function is given beside them, by name.
+    """
+
+    function: Callable[..., Tensor]
+    options: tuple[tuple[str, Any], ...] = ()
 
     def __call__(self, outputs: Tensor, y: Tensor) -> Tensor:
         # torch would broadcast outputs (N, 1) and targets (N,) to (N, N), and the model would learn next to nothing.
-        return self.function(outputs.reshape(y.shape) if spread(outputs, y) else outputs, y)
+        return self.function(outputs.reshape(y.shape) if spread(outputs, y) else outputs, y, **dict(self.options))
 
 
 def plain(loss: Any) -> Loss:

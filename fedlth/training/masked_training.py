@@ -20,7 +20,7 @@ from fedlth.models.seed import seed_torch
 from fedlth.training.dropout import at_rate
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.request import TrainingRequest
-from fedlth.training.torch_backend import cast, clip
+from fedlth.training.torch_backend import cast, descend
 
 
 class Masking(Protocol):
@@ -72,7 +72,7 @@ def _train(model: FlatModel, request: TrainingRequest, masking: Masking, extra: 
     weights = torch.from_numpy(request.start.floats[:count].copy()).to(model.device).requires_grad_()
     held = torch.from_numpy(extra.astype(np.float32)).to(model.device).requires_grad_()
     free = request.free(layout)
-    keep = None if free is None else torch.from_numpy(free.astype(np.float32)).to(model.device)
+    keep = None if free is None else torch.from_numpy(free).to(model.device)
     anchor = weights.detach().clone() if recipe.pulls else None
     memory, often = recipe.optimizer.memory(torch.zeros_like(weights)), torch.zeros(size, device=model.device)
     step, loss_sum = 0, 0.0
@@ -91,16 +91,10 @@ def _train(model: FlatModel, request: TrainingRequest, masking: Masking, extra: 
             loss_sum += float(loss.detach()) * len(part)
             with torch.no_grad():
                 often += mask
-                if anchor is not None:
-                    recipe.pull(grad, weights, anchor)
-                if keep is not None:
-                    grad.mul_(keep)
-                if recipe.clip_norm is not None:
-                    clip(grad, recipe.clip_norm)
-                direction = recipe.optimizer(grad, weights, memory, step + 1, keep)
-                weights.add_(direction if keep is None else direction * keep, alpha=-request.rates[step])
+                rate = request.rates[step]
+                descend(recipe, grad, weights, memory, step=step + 1, rate=rate, keep=keep, anchor=anchor)
                 if slope is not None:
-                    held.add_(slope, alpha=-pace * request.rates[step])
+                    held.add_(slope, alpha=-pace * rate)
             step += 1
     if not (np.isfinite(loss_sum) and bool(torch.isfinite(weights).all()) and bool(torch.isfinite(held).all())):
         raise FloatingPointError(f"training diverged: loss {loss_sum}")

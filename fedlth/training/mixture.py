@@ -14,7 +14,7 @@ from fedlth.training.dropout import at_rate
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.optimizer import Memory
 from fedlth.training.request import TrainingRequest, TrainingResult
-from fedlth.training.torch_backend import cast, clip
+from fedlth.training.torch_backend import cast, descend
 
 
 def mixed(shared: Params, personal: Params, share: float, weights: int) -> Params:
@@ -47,7 +47,7 @@ def train_mixed(
         seed_torch(request.torch_seed)
         model.module.train()
         free = request.free(layout)
-        keep = None if free is None else model.arranged(free.astype(np.float32))
+        keep = None if free is None else model.arranged(free)
         data, pair = model.forward.images(request.data), []
         for start in (request.start, personal):
             model.load(start)
@@ -104,11 +104,6 @@ def _gradient(model: FlatModel, request: TrainingRequest, at: _Weights, batch: o
 
 def _take(model: FlatModel, request: TrainingRequest, at: _Weights, step: int, keep: Tensor | None) -> None:
     """Move `at` one step down the gradient in model.grad."""
-    recipe, grad, weights = request.recipe, model.grad, at.floats[: model.layout.num_params]
+    weights, rate = at.floats[: model.layout.num_params], request.rates[step]
     with torch.no_grad():
-        if keep is not None:
-            grad.mul_(keep)
-        if recipe.clip_norm is not None:
-            clip(grad, recipe.clip_norm)
-        direction = recipe.optimizer(grad, weights, at.memory, step + 1, keep)
-        weights.add_(direction if keep is None else direction * keep, alpha=-request.rates[step])
+        descend(request.recipe, model.grad, weights, at.memory, step=step + 1, rate=rate, keep=keep)

@@ -37,7 +37,7 @@ class Cosine:
         _check(self.final, self.warmup, self.start, self.final_at)
 
     def __call__(self, step: int, steps: int, /) -> float:
-        warm = round(self.warmup * steps)
+        warm = _warm_steps(self.warmup, steps)
         if step < warm:
             return _warming(step, warm, self.start)
         progress = _progress(step - warm, steps - warm, self.final_at)
@@ -46,7 +46,7 @@ class Cosine:
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """A line down to `final`, after a line up in the first `warmup` share of the steps.
+    """A line down to `final`, after a line up in the first steps: `warmup` of them, 1 is one step, 1.0 is all.
 
     The first step's share is `start`, by default 1 / (warm-up steps + 1); 0 wastes it. `final` is reached at the last
     step, or (`final_at: after`) would be at the step after it, as with BERT's schedule, whose last step still moves.
@@ -61,7 +61,7 @@ class Linear:
         _check(self.final, self.warmup, self.start, self.final_at)
 
     def __call__(self, step: int, steps: int, /) -> float:
-        warm = round(self.warmup * steps)
+        warm = _warm_steps(self.warmup, steps)
         if step < warm:
             return _warming(step, warm, self.start)
         return 1 + (self.final - 1) * _progress(step - warm, steps - warm, self.final_at)
@@ -99,6 +99,11 @@ class Exponential:
         return float(self.final ** _progress(step, steps, "last"))
 
 
+def _warm_steps(warmup: float, steps: int) -> int:
+    """Return how many steps a warm-up takes: a whole number of them, or a share of all."""
+    return warmup if isinstance(warmup, int) else round(warmup * steps)
+
+
 def _warming(step: int, warm: int, start: float | None) -> float:
     first = 1 / (warm + 1) if start is None else start
     return first + (1 - first) * step / warm
@@ -112,8 +117,8 @@ def _progress(step: int, steps: int, final_at: str) -> float:
 def _check(final: float, warmup: float, start: float | None, final_at: str) -> None:
     if not 0 <= final < math.inf:
         raise ValueError(f"final must be at least 0, got {final}")
-    if not 0 <= warmup <= 1:
-        raise ValueError(f"warmup must be a share of the steps in [0, 1], got {warmup}")
+    if isinstance(warmup, bool) or not (0 <= warmup <= 1 or (isinstance(warmup, int) and warmup > 1)):
+        raise ValueError(f"warmup must be a share of the steps in [0, 1], or a whole number of them, got {warmup}")
     if start is not None and not (isinstance(start, (int, float)) and 0 <= start <= 1):
         raise ValueError(f"start must be in [0, 1], got {start!r}")
     if final_at not in ("last", "after"):

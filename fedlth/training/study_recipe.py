@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from fedlth.data.dataset import Dataset
 from fedlth.data.examples import Examples
 from fedlth.errors import StudyError
 from fedlth.study import schema, sections
-from fedlth.study.parts import imported, make, options_of
+from fedlth.study.parts import imported, make, options_given, options_of
 from fedlth.training.budget import Budget
 from fedlth.training.loss import CrossEntropy, Loss, MeanSquaredError, OfBatch, examined, plain
 from fedlth.training.pull import NO_PULL
+from fedlth.training.rate_schedule import RateSchedule
 from fedlth.training.recipe import PARTS, TrainingRecipe
 
-ANY_CLASSES = 2**31  # before the data are known, no token is out of range
+ANY_CLASSES = 2**31  # before the data are known, no token of masked_lm is out of range
 HAS = {
     "optimizer": "memory(like)", "schedule": "__call__(step, steps)", "loss": "__call__(outputs, y)",
     "pull": "__call__(grad, weights, anchor)", "augment": "__call__(x, generator)",
@@ -28,7 +32,7 @@ def budget_of(section: sections.Train | sections.Personalise) -> Budget:
     return Budget(epochs=section.epochs or 0, steps=section.steps or 0)
 
 
-def recipe_of(train: sections.Train, num_classes: int, targets: str, where: str = "train") -> TrainingRecipe:
+def recipe_of(train: sections.Train, num_classes: int | None, targets: str, where: str = "train") -> TrainingRecipe:
     """Build the parts that a train section names; raise StudyError naming the place."""
     optimizer = dict(train.optimizer)
     for key in ("momentum", "weight_decay"):
@@ -56,10 +60,15 @@ def personal(study: schema.Study) -> sections.Train:
 
 
 def recipes(
-    study: schema.Study, num_classes: int = ANY_CLASSES, targets: str = "classes"
+    study: schema.Study, num_classes: int | None = None, targets: str = "classes"
 ) -> tuple[TrainingRecipe, TrainingRecipe]:
-    """Return the recipes of step 1 (in its first round) and of step 2; what the targets are decides the usual loss."""
+    """Return the recipes of step 1 (in its first round) and of step 2; what the targets are decides the usual loss.
+
+    num_classes: None before the data are known, for a study's check alone.
+    """
     second = personal(study)
+    if study.train.round_schedule is not None:
+        round_schedule(study.train.round_schedule)  # says what is wrong with it
     for key in ("momentum", "weight_decay"):  # of another optimizer's own, 0 would change nothing
         if getattr(study.personalise, key) is not None and (name := second.optimizer.get("name")) != "sgd":
             raise StudyError(f"personalise.{key}: is an option of sgd; give {name} its own under personalise.optimizer")
@@ -70,17 +79,70 @@ def recipes(
     )
 
 
-def loss_of(spec: Mapping[str, Any] | None, num_classes: int, targets: str = "classes", where: str = "train") -> Loss:
-    """Build a loss; your own may be a plain function of (outputs, y). None: the usual one for such targets."""
+def round_factor(train: sections.Train, round: int, rounds: int) -> float:
+    """Return what the rate of a round, from 1, of a phase of so many is multiplied by."""
+    factor = train.round_decay ** (round - 1)
+    if train.round_schedule is not None:
+        factor *= float(round_schedule(train.round_schedule)(round - 1, rounds))
+    return factor
+
+
+def round_schedule(spec: Mapping[str, Any]) -> RateSchedule:
+    found: RateSchedule = part("schedule", spec, "train", key="round_schedule")
+    return found
+
+
+@dataclass(frozen=True)
+class Unbuilt:
+    """Stands for a loss of the user's that is built once the data say how many classes there are."""
+
+    name: str
+
+    def __call__(self, outputs: Tensor, y: Tensor) -> Tensor:
+        raise TypeError(f"{self.name} needs the number of classes, which is not known yet")
+
+
+def loss_of(
+    spec: Mapping[str, Any] | None, num_classes: int | None, targets: str = "classes", where: str = "train"
+) -> Loss:
+    """Build a loss; your own may be a plain function of (outputs, y). None: the usual one for such targets.
+
+    A loss with an option num_classes is given it. Of the user's only the options are looked at where it is not known.
+    """
     if spec is None:
         return MeanSquaredError() if targets == "numbers" else CrossEntropy()
-    name = str(spec.get("name"))
-    factory = imported(name, f"{where}.loss") if ":" in name else PARTS["loss"].get(name)
-    if inspect.isfunction(factory) and len(_required(factory)) == 2:
-        return OfBatch(factory)
-    takes = factory is not None and callable(factory) and "num_classes" in options_of(factory)
-    found: Loss = part("loss", {"num_classes": num_classes, **spec} if takes else spec, where)
+    name, place = str(spec.get("name")), f"{where}.loss"
+    factory: Any = imported(name, place) if ":" in name else PARTS["loss"].get(name)
+    known = _known(factory)
+    classes = {"num_classes": ANY_CLASSES if num_classes is None else num_classes} if "num_classes" in known else {}
+    given = {**classes, **spec}
+    function = inspect.isfunction(factory) and _of_batch(known, given)
+    if function:
+        known = dict(list(known.items())[2:])
+    unbuilt = bool(classes) and num_classes is None and ":" in name
+    if unbuilt or function:
+        options = options_given(known, given, place)
+        if unbuilt:
+            return Unbuilt(name)
+        found: Loss = _hashable(OfBatch(factory, tuple(sorted(options.items()))), given, place)
+        return found
+    found = part("loss", given, where)
     return found
+
+
+def _known(factory: Any) -> dict[str, inspect.Parameter]:
+    """Return the options of what may be a factory; none where it does not say."""
+    try:
+        return options_of(factory) if callable(factory) else {}
+    except (TypeError, ValueError):
+        return {}
+
+
+def _of_batch(known: Mapping[str, inspect.Parameter], spec: Mapping[str, Any]) -> bool:
+    """Say whether the first two parameters of a function are left for outputs and y: else it makes a loss."""
+    places = [k for k, p in known.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [k for k in places if known[k].default is inspect.Parameter.empty and k not in spec]
+    return len(needed) > 1 and needed[:2] == places[:2]
 
 
 def shown_by(study: schema.Study, dataset: Dataset) -> Callable[[Examples], Examples]:
@@ -92,20 +154,16 @@ def _shown(spec: Mapping[str, Any] | None, num_classes: int, targets: str, examp
     return examined(plain(loss_of(spec, num_classes, targets)), examples)
 
 
-def part(kind: str, spec: Mapping[str, Any], where: str) -> Any:
-    """Build one part; it must be a frozen value, since recipes are compared."""
-    place = f"{where}.{kind}"
-    found = make(PARTS[kind], spec, place, has=HAS[kind])
+def part(kind: str, spec: Mapping[str, Any], where: str, *, key: str = "") -> Any:
+    """Build one part, named by `key` of a section where that is not its kind."""
+    place = f"{where}.{key or kind}"
+    return _hashable(make(PARTS[kind], spec, place, has=HAS[kind]), spec, place)
+
+
+def _hashable(found: Any, spec: Mapping[str, Any], place: str) -> Any:
+    """Return a part, which must be a frozen value, since recipes are compared; raise StudyError where it is none."""
     try:
         hash(found)
     except TypeError as error:
         raise StudyError(f"{place}: {spec.get('name')} must be a frozen value that can be hashed: {error}") from error
     return found
-
-
-@cache
-def _required(function: Any) -> tuple[str, ...]:
-    parameters = inspect.signature(function).parameters.values()
-    return tuple(
-        p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    )

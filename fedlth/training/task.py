@@ -34,7 +34,7 @@ from fedlth.training.budget import Budget
 from fedlth.training.client_tasks import OWN, TaskNames, own_model, own_study
 from fedlth.training.evaluation import evaluate
 from fedlth.training.flat_model import FlatModel
-from fedlth.training.loss import Loss, examined, plain, spread
+from fedlth.training.loss import Loss, examined, misread, plain, spread
 from fedlth.training.metrics import Judged, OfAll, counted, judged, rows
 from fedlth.training.model_context import ModelContext
 from fedlth.training.recipe import TrainingRecipe
@@ -180,7 +180,7 @@ class Task:
         elif got != (wanted := (*few.y.shape, self.dataset.num_classes)):
             if isinstance(few.x, dict) and ASKED in few.x and got == (int(counted(few.y).sum()), wanted[-1]):
                 return
-            raise StudyError(f"model: {name} must return logits of shape {wanted}, got {got}")
+            raise StudyError(f"model: {name} must return logits of shape {wanted}, got {got}{misread(outputs, few.y)}")
 
     def _check_loss(self, outputs: Tensor, few: Examples) -> None:
         """Refuse a loss that cannot judge such targets; a loss may be the user's."""

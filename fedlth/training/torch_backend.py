@@ -13,12 +13,15 @@ from fedlth.models.seed import seed_torch
 from fedlth.training.dropout import at_rate
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.loss import Loss
-from fedlth.training.optimizer import Adam, AdamW, Sgd
+from fedlth.training.optimizer import Adam, AdamW, Memory, Sgd
+from fedlth.training.pull import L1, Correction, Proximal
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingRequest, TrainingResult
 from fedlth.training.view import Ask, Gradient, Pass
 
-EXACT = (Sgd, Adam, AdamW)  # optimizers that are known to leave alone what must not move, and see each number alone
+# Optimizers that are known to leave alone what must not move, and see each number alone; a subclass is another one.
+EXACT = (Sgd, Adam, AdamW)
+PULLS = (Proximal, Correction, L1)  # of a finite weight a finite gradient
 PIECE = 1 << 18  # numbers that a step of these works on at once: what it makes on the way then stays in the cache
 
 
@@ -45,9 +48,6 @@ def _train(model: FlatModel, request: TrainingRequest, gradient: Gradient | None
     anchor = _anchor(model, request)[part] if recipe.pulls else None
     if gradient is not None:  # the module's memory is then what the network sees, and these what is trained
         weights = weights.clone()
-    foreign = keep is not None and not isinstance(recipe.optimizer, EXACT)
-    whole = not isinstance(recipe.optimizer, EXACT)
-    pieces = [slice(None)] if whole else [slice(at, at + PIECE) for at in range(0, len(weights), PIECE)]
     memory, step, loss_sum = recipe.optimizer.memory(grad), 0, 0.0
     model.module.train()
     for epoch, parts in enumerate(request.batches, 1):
@@ -62,19 +62,8 @@ def _train(model: FlatModel, request: TrainingRequest, gradient: Gradient | None
                 grad.copy_(found)
                 loss_sum += value * len(places)
             with torch.no_grad():
-                if anchor is not None:
-                    recipe.pull(grad, weights, anchor)
-                if keep is not None and (foreign or anchor is not None or recipe.clip_norm is not None):
-                    grad.mul_(keep)
-                if recipe.clip_norm is not None:
-                    clip(grad, recipe.clip_norm)
-                for piece in pieces:
-                    held = None if keep is None else keep[piece].to(weights.dtype)
-                    known = tuple(one[piece] for one in memory) if len(pieces) > 1 else memory
-                    direction = recipe.optimizer(grad[piece], weights[piece], known, step + 1, held)
-                    if foreign and held is not None:
-                        direction = direction * held
-                    weights[piece].add_(direction, alpha=-request.rates[step])
+                rate = request.rates[step]
+                descend(recipe, grad, weights, memory, step=step + 1, rate=rate, keep=keep, anchor=anchor)
             step += 1
         if epoch in request.snapshots:
             if gradient is not None:
@@ -110,6 +99,42 @@ def _asking(model: FlatModel, recipe: TrainingRecipe, batch: Examples) -> Ask:
 def _put(model: FlatModel, weights: Tensor) -> None:
     """Put weights (P,) into the module's memory."""
     model.flat[: len(weights)].copy_(weights)
+
+
+def descend(
+    recipe: TrainingRecipe,
+    grad: Tensor,
+    weights: Tensor,
+    memory: Memory,
+    *,
+    step: int,
+    rate: float,
+    keep: Tensor | None,
+    anchor: Tensor | None = None,
+) -> None:
+    """Take one step down `grad` (P,), with the recipe's pull where there is an anchor; all tensors change in place.
+
+    step counts from 1. keep (P,) bool: what may move, None for all; every other weight stays as it is, whatever a
+    user's optimizer or pull makes of it, no number at all included.
+    """
+    exact = type(recipe.optimizer) in EXACT
+    if anchor is not None:
+        recipe.pull(grad, weights, anchor)
+    if keep is not None and not (exact and (anchor is None or type(recipe.pull) in PULLS)):
+        grad.masked_fill_(~keep, 0.0)  # a product would leave 0 / 0 what it is
+    elif keep is not None and (anchor is not None or recipe.clip_norm is not None):
+        grad.mul_(keep)
+    if recipe.clip_norm is not None:
+        clip(grad, recipe.clip_norm)
+    size = PIECE if exact else max(1, len(weights))
+    pieces = [slice(at, at + size) for at in range(0, len(weights), size)]
+    for piece in pieces:
+        free = None if keep is None else keep[piece].to(weights.dtype)
+        known = tuple(one[piece] for one in memory) if len(pieces) > 1 else memory
+        direction = recipe.optimizer(grad[piece], weights[piece], known, step, free)
+        if keep is not None and not exact:
+            direction = torch.where(keep, direction, 0.0)
+        weights[piece].add_(direction, alpha=-rate)
 
 
 def clip(grad: Tensor, most: float) -> None:

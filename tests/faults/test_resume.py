@@ -50,6 +50,7 @@ STUDIES: dict[str, dict[str, Any]] = {
         "name": "tests.test_methods:normed", "options": {}, "buffers": "local_statistics"}},
     "fedpm": {"method": {"name": "fedpm", **tiny.METHODS["fedpm"]}},
     "recipe": tiny.RECIPE,
+    "warm rounds": {"train": {"round_schedule": {"name": "linear", "warmup": 2}}, "federate": {"rounds": 4}},
 }  # fmt: skip
 
 
@@ -151,7 +152,7 @@ def test_a_crash_at_every_place_of_a_commit(
     assert tiny.facts(out) == reference("refined")
 
 
-@pytest.mark.parametrize("name", ["fedselect", "fedpm", "recipe"])
+@pytest.mark.parametrize("name", ["fedselect", "fedpm", "recipe", "warm rounds"])
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_stopping_between_commits(
     tmp_path: Path, reference: Callable[[str], dict[str, bytes]], name: str, stop: int

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,9 @@ from fedlth.lab.training import Point, Run, batches, packed, unpacked
 from fedlth.models.layout import Params
 from fedlth.rng import stream
 from fedlth.training.evaluation import gradient
+from tests import tiny as federated
 from tests.lab import tiny_lottery as tiny
+from tests.training.test_recipe import OPTIMIZERS
 
 
 def test_rates_warm_up_then_fall_at_milestones() -> None:
@@ -83,6 +86,61 @@ def test_the_dead_stay_dead_under_every_optimiser(train: dict[str, object]) -> N
     end = bench.trained(bench.theta_0, mask, bench.train_config(train)).final
     assert not end.floats[: mask.size][~mask].any()
     assert (end.floats[: mask.size][mask] != bench.theta_0.floats[: mask.size][mask]).any()
+
+
+@pytest.mark.parametrize("free", [False, True], ids=["zero", "frozen"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: type(o).__name__)
+def test_what_is_pruned_stays_as_it_was_under_a_users_optimiser(optimizer: Any, free: bool) -> None:
+    bench, kind = tiny.bench(), type(optimizer)
+    spec = {"name": f"{kind.__module__}:{kind.__qualname__}", **asdict(optimizer)}
+    config = bench.train_config(
+        {"optimiser": spec, "lr": 0.01, "clip_norm": 0.5, "pull": {"name": "l1", "strength": 0.1}}
+    )
+    mask = bench.rng("mask").random(bench.layout.num_prunable) < 0.3
+    begun = bench.theta_0 if free else bench.theta_0.masked(mask)
+    end = bench.trained(bench.theta_0, mask, config, free=free).final.floats[: mask.size]
+    np.testing.assert_array_equal(end[~mask], begun.floats[: mask.size][~mask])
+    assert (end[mask] != begun.floats[: mask.size][mask]).mean() > 0.9
+
+
+@dataclass(frozen=True)
+class Raising:
+    def memory(self, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return ()
+
+    def __call__(self, *given: object) -> torch.Tensor:
+        raise ZeroDivisionError("x")
+
+
+def fields() -> dict[str, Any]:
+    made = federated.images()
+    return {**made, "mean": (), "std": (), **{f"x_{p}": {"a": made[f"x_{p}"], "b": made[f"x_{p}"]} for p in PARTS}}
+
+
+def numbers() -> dict[str, Any]:
+    made = federated.images()
+    return {**made, "num_classes": 1, **{f"y_{part}": made[f"y_{part}"].astype(float) for part in PARTS}}
+
+
+PARTS, HERE = ("train", "test"), "tests.lab.test_lottery_training"
+FAILS: list[tuple[dict[str, Any], str]] = [
+    ({"train": {"optimiser": f"{HERE}:Raising"}}, "searches.imp.train.optimizer: fails on .*ZeroDivisionError: x"),
+    ({"train": {"schedule": f"{HERE}:Raising"}}, "searches.imp.train.schedule: fails at iteration 0: ZeroDivision"),
+    ({"train": {"pull": f"{HERE}:Raising"}}, "searches.imp.train.pull: fails on weights .*ZeroDivisionError: x"),
+    ({"data": f"{HERE}:numbers"}, "data: must have classes in the laboratory, .*, got real-number targets"),
+    ({"data": f"{HERE}:fields"}, r"data: must be one array of inputs in the laboratory, got the fields \['a', 'b'\]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sections", "says"), FAILS, ids=[says[:30] for _, says in FAILS])
+def test_what_the_laboratory_cannot_do_is_said_by_its_check(sections: dict[str, Any], says: str) -> None:
+    base = tiny.tree()
+    if "train" in sections:
+        sections = {"train": {**base["train"], **sections["train"]}}
+    if "data" in sections:
+        sections = {"data": {"name": sections["data"], "validation": 60}}
+    with pytest.raises(StudyError, match=says):
+        runner.check(tiny.made(**sections))
 
 
 def test_the_early_stop_is_the_first_least_loss() -> None:

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim import lr_scheduler as torch_lr
 
 from fedlth.data.examples import Examples
 from fedlth.models.layout import Params, layout_of, read, views
 from fedlth.rng import stream
-from fedlth.training import batch_requests, cohort, kernel_backend, torch_backend
+from fedlth.training import batch_requests, cohort, kernel_backend, masked_training, mixture, torch_backend
 from fedlth.training.augment import Crop, Flip
 from fedlth.training.batch_requests import Training
 from fedlth.training.budget import Budget
@@ -115,6 +116,29 @@ def test_every_schedule_equals_torchs_to_the_last_digits() -> None:
         )
 
 
+@pytest.mark.parametrize("warm", [1, 3, 7])
+@pytest.mark.parametrize("steps", [12, 40])
+def test_a_warm_up_of_so_many_steps_equals_torchs(warm: int, steps: int) -> None:
+    lr, left = 0.3, steps - warm
+    for schedule, after in (
+        (Linear(final=0.2, warmup=warm), lambda o: torch_lr.LinearLR(o, 1.0, 0.2, total_iters=left)),
+        (
+            Cosine(final=0.1, warmup=warm, final_at="after"),
+            lambda o: torch_lr.CosineAnnealingLR(o, left, eta_min=0.1 * lr),
+        ),
+    ):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr)
+        up = torch_lr.LinearLR(optimizer, start_factor=1 / (warm + 1), total_iters=warm)
+        theirs, rates = torch_lr.SequentialLR(optimizer, [up, after(optimizer)], [warm]), []
+        for _ in range(steps):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            theirs.step()
+        np.testing.assert_allclose([lr * schedule(s, steps) for s in range(steps)], rates, rtol=1e-12)
+    assert Linear(warmup=1.0)(11, 12) == 12 / 13 and Linear(warmup=1)(1, 12) == 1.0, "1 is one step, 1.0 is all"
+    assert Linear(warmup=5)(2, 3) == 0.5, "a training may be shorter than its warm-up"
+
+
 @dataclass(frozen=True)
 class Careless:
     """A user's optimizer that moves whatever it is given: signs, and a constant drift."""
@@ -126,11 +150,21 @@ class Careless:
         return grad.sign() + 0.5
 
 
+@dataclass(frozen=True, kw_only=True)
+class Drift(Adam):
+    """A user's subclass of one of ours, which leaves nothing alone and looks at the whole vector."""
+
+    def __call__(self, grad: Tensor, weights: Tensor, memory: Memory, step: int, free: Tensor | None, /) -> Tensor:
+        direction = super().__call__(grad, weights, memory, step, free)
+        return direction / direction.norm() + 0.5
+
+
 OPTIMIZERS = [
     Sgd(momentum=0.9, weight_decay=0.1, nesterov=True),
     Adam(weight_decay=0.1),
     AdamW(weight_decay=0.5),
     Careless(),
+    Drift(),
 ]
 
 
@@ -172,8 +206,61 @@ def test_a_step_in_pieces_is_the_step(optimizer: Any, masked: bool, monkeypatch:
     monkeypatch.setattr(type(optimizer), "__call__", noted)
     monkeypatch.setattr(torch_backend, "PIECE", 64)
     assert train(model, request).params.digest() == whole.params.digest()
-    own = not isinstance(optimizer, torch_backend.EXACT)
+    own = type(optimizer) not in torch_backend.EXACT
     assert set(sizes) == {model.layout.num_params} if own else max(sizes) == 64 < model.layout.num_params
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """A user's optimizer of signs, as 0 / 0 where a gradient is zero."""
+
+    def memory(self, like: Tensor, /) -> Memory:
+        return ()
+
+    def __call__(self, grad: Tensor, weights: Tensor, memory: Memory, step: int, free: Tensor | None, /) -> Tensor:
+        return grad / grad.abs()
+
+
+@dataclass(frozen=True)
+class Nearing:
+    """A user's pull of a strength that does not fall with the distance: 0 / 0 where there is none."""
+
+    def __call__(self, grad: Tensor, weights: Tensor, anchor: Tensor, /) -> None:
+        grad.add_((weights - anchor) / (weights - anchor).abs(), alpha=0.1)
+
+
+@pytest.mark.parametrize("parts", [{"optimizer": Normalised()}, {"pull": Nearing()}], ids=["optimizer", "pull"])
+def test_what_is_no_number_at_a_pruned_weight_stays_zero(parts: dict[str, Any]) -> None:
+    model, start = made(*NETS["conv"][::2])
+    mask = np.random.default_rng(0).random(model.layout.num_prunable) < 0.5
+    far = Params(start.masked(mask).floats + np.float32(1.0), start.ints).masked(mask)
+    recipe = replace(BASE, clip_norm=1.0, **parts)
+    request = asked(recipe, start, images(30), active=mask, anchor=far)
+    still = replace(request, recipe=replace(recipe, pull=NO_PULL))
+    ended = [train(model, request).params, mixture.train_mixed(model, still, start, 0.5, adapts=True)[1]]
+    for params in ended:
+        assert np.isfinite(params.floats).all() and not params.floats[: mask.size][~mask].any()
+
+
+@dataclass(frozen=True)
+class Everything:
+    """A mask that keeps all."""
+
+    def mask(self, weights: Tensor, extra: Tensor, batch: Examples, layout: Any, /) -> Tensor:
+        return torch.ones(layout.num_prunable)
+
+    def penalty(self, extra: Tensor, /) -> Tensor:
+        return extra.sum()
+
+
+def test_a_training_of_masks_leaves_frozen_weights_alone_whatever_the_optimizer() -> None:
+    model, start = made(*NETS["conv"][::2])
+    moves = np.random.default_rng(0).random(model.layout.num_params) < 0.5
+    request = asked(replace(BASE, optimizer=Normalised()), start, images(30), trainable=moves)
+    found = masked_training.train(model, request, Everything(), np.zeros(1, np.float32)).params
+    np.testing.assert_array_equal(found.floats[: moves.size][~moves], start.floats[: moves.size][~moves])
+    plain = train(model, request).params
+    np.testing.assert_array_equal(found.floats, plain.floats)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS[:3], ids=lambda o: type(o).__name__)
