@@ -22,6 +22,7 @@ from fedlth.errors import StudyError, wrong
 CODES = dict(zip(SPLITS, (TRAIN, VALIDATION, TEST), strict=True))
 OF_A_KEY = ("text", "pair", "label", "labels", "thresholds", "without")  # what a key may say for itself
 VALIDATION_SHARE = 0.1
+OVERLAPS = ("keep", "drop", "apart")
 
 
 def text(
@@ -53,12 +54,13 @@ def text(
     test_share, validation_share, blocks, gap: how examples of a key without such a file are cut (Blocks).
     validation_share null: 0.1 where the test part is cut so, else clients draw it (clients.validation).
     overlap: `drop` leaves out training examples whose text (letters and digits alone) is in a validation or test part
-    of any key, and validation examples whose text is in a test part.
+    of any key, and validation examples whose text is in a test part. `apart` leaves out besides what several keys train
+    on: a text stays with the key that has the fewest training examples, of equals the first by name.
     Raises StudyError naming option, or file and line.
     """
     check_count("data.options.max_length", max_length, 4)
-    if overlap not in ("keep", "drop"):
-        raise wrong("data.options.overlap", "keep or drop", overlap)
+    if overlap not in OVERLAPS:
+        raise wrong("data.options.overlap", "keep, drop or apart", overlap)
     own = {"text": text, "pair": pair, "label": label, "labels": labels, "thresholds": thresholds, "without": without}
     sources = [_source(name, spec, own, key) for name, spec in _named(files).items()]
     cut = _Cut(test_share, validation_share, blocks, gap)
@@ -66,13 +68,13 @@ def text(
     y, count, kept = _targets(sources, [rows for rows, _ in parts])
     rows = [row for own_rows, _ in parts for row in own_rows]
     codes = np.where(kept, np.concatenate([part for _, part in parts]), LEFT_OUT)
-    codes, notes = _apart([row.text + "\n" + (row.pair or "") for row in rows], codes, overlap)
+    keys = np.array([row.key for row in rows]) if len(sources) > 1 or key is not None else None
+    codes, notes = _without_overlap([row.text + "\n" + (row.pair or "") for row in rows], codes, keys, overlap)
     for name, part in (("training", TRAIN), ("test", TEST)):
         if not (codes == part).any():
             raise StudyError(f"data: text must have a {name} example, got none")
     training = (t for r, c in zip(rows, codes, strict=True) if c == TRAIN for t in (r.text, r.pair or ""))
     made = tokenizer_of(tokenizer, max_length, training)
-    keys = np.array([row.key for row in rows]) if len(sources) > 1 or key is not None else None
     return _dataset(made, rows, codes, y, count or made.size, keys, notes)
 
 
@@ -184,22 +186,52 @@ def _targets(sources: Sequence[_Source], rows: Sequence[list[Row]]) -> tuple[np.
     return np.concatenate(found), max(2, most), kept
 
 
-def _apart(texts: Sequence[str], codes: np.ndarray, overlap: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Find texts that stand in a part and in a more precious one; leave the less precious out, or say so."""
+def _without_overlap(
+    texts: Sequence[str], codes: np.ndarray, keys: np.ndarray | None, overlap: str
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Find texts that stand in two parts, or in the training parts of two keys; leave them out of one, or say so."""
     plain = [re.sub(r"[\W_]+", "", text.lower()) for text in texts]
+    less = _less_precious(plain, codes)
+    where = f"{int(less.sum()):,} training or validation examples have a text that is in a validation or test part too"
+    if overlap == "keep":
+        told = (f"data: {where}; data.options.overlap: drop leaves them out",) if less.any() else ()
+        return codes, told
+    codes = np.where(less, LEFT_OUT, codes)
+    notes = [f"data: {where}, and are left out (overlap: {overlap})"] if less.any() else []
+    if keys is None:
+        if overlap == "apart":
+            raise StudyError("data.options.overlap: apart must have several keys (files by name, or key), got one")
+        return codes, tuple(notes)
+    others = _of_another_key(plain, codes, keys)
+    where = f"{int(others.sum()):,} training examples have a text that another key trains on"
+    if overlap == "apart":
+        codes = np.where(others, LEFT_OUT, codes)
+        where += " and keeps, and are left out (overlap: apart)"
+    else:
+        where += " too; data.options.overlap: apart leaves them out"
+    return codes, (*notes, *((f"data: {where}",) if others.any() else ()))
+
+
+def _less_precious(plain: Sequence[str], codes: np.ndarray) -> np.ndarray:
+    """Return which examples have a text that is in a more precious part: validation, or most of all test."""
     best: dict[str, int] = {}
     for text, code in zip(plain, codes, strict=True):
         if code != LEFT_OUT:
             best[text] = max(best.get(text, TRAIN), int(code))
     doubled = np.array([code < best.get(text, TRAIN) for text, code in zip(plain, codes, strict=True)])
-    doubled &= codes != LEFT_OUT
-    count = int(doubled.sum())
-    if not count:
-        return codes, ()
-    where = f"{count:,} training or validation examples have a text that is in a validation or test part too"
-    if overlap == "drop":
-        return np.where(doubled, LEFT_OUT, codes), (f"data: {where}, and are left out (overlap: drop)",)
-    return codes, (f"data: {where}; data.options.overlap: drop leaves them out",)
+    return doubled & (codes != LEFT_OUT)
+
+
+def _of_another_key(plain: Sequence[str], codes: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Return which training examples have a text that stays with another key, which has fewer or is before by name."""
+    names, counts = np.unique(keys[codes == TRAIN], return_counts=True)
+    rank = {str(name): place for place, name in enumerate(names[np.argsort(counts, kind="stable")])}
+    training, owner = np.flatnonzero(codes == TRAIN).tolist(), dict[str, int]()
+    for i in training:
+        owner[plain[i]] = min(owner.get(plain[i], len(rank)), rank[str(keys[i])])
+    others = np.zeros(len(codes), bool)
+    others[training] = [rank[str(keys[i])] != owner[plain[i]] for i in training]
+    return others
 
 
 def _dataset(

@@ -46,7 +46,8 @@ def hf(
 
     path, package, hub: a folder, an installed package that holds one, an id in the Hugging Face cache; nothing is
     downloaded. config: in their place, model_type and its settings, for random weights of a small model.
-    task: classification, regression (num_classes outputs) or masked_lm (num_classes is the vocabulary).
+    task: classification, regression (num_classes outputs) or masked_lm (num_classes tokens; the
+    embedding may have room for more).
     pooling: what the linear `head` sees of the last layer: the mean over tokens (the default of encoders), the first
     token, the last one; `own` is the family's own head, as AutoModelForSequenceClassification builds it (the default
     of decoders). init: `random` draws all weights anew (model.reinit_options of a pre-trained model).
@@ -75,7 +76,7 @@ def hf(
             raise wrong(f"{PLACE}.pooling", f"one of {', '.join(POOLINGS)}", pooling)
         if task == "masked_lm" and decoder:
             raise wrong(f"{PLACE}.task", f"another than masked_lm for the decoder {settings.model_type}", task)
-        if task == "masked_lm" and num_classes != settings.vocab_size:
+        if task == "masked_lm" and num_classes > settings.vocab_size:
             raise StudyError(
                 f"model: hf with task masked_lm has {settings.vocab_size} outputs, its vocabulary, and the data have "
                 f"{num_classes} classes; data.options.label: null gives them those of their tokenizer"
@@ -86,7 +87,8 @@ def hf(
             settings.problem_type = "regression" if task == "regression" else "single_label_classification"
         net = _net(getattr(library, auto), settings, None if init == "random" else folder)
         source = None if folder is None else folder.resolve()
-        module = Transformer(net, None if auto != "AutoModel" else num_classes, task, pooling, decoder, source)
+        headed = auto == "AutoModel"
+        module = Transformer(net, num_classes, task, pooling, decoder, headed=headed, source=source)
         choose(module, module.base, trains, frozen, pools=pooling == "own" and task != "masked_lm")
     _check_length(module, input_shape["input_ids"])
     return module

@@ -17,6 +17,7 @@ from fedlth.models.layout import Units
 from fedlth.models.transformer_parts import linear, merged
 
 SMALL = "fedlth_small"  # in config.json, beside the family's own settings: what a network that has lost units is
+PADDING = 0  # the token that data: text pads a batch with
 CHANNELS = ("intermediate_size", "hidden_dim", "n_inner")  # what configurations call the number of channels
 TOKENIZER = (  # what AutoTokenizer reads
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
@@ -36,22 +37,23 @@ class Given(nn.Module):
 class Transformer(nn.Module):
     """A network of `transformers`, its parts under their own names: the encoder's as in every model of its family.
 
-    With `outputs`, `net` is the encoder alone, and a linear `head` of so many outputs sees its last layer, pooled.
-    `source` is the folder that its weights came from.
+    With `headed`, `net` is the encoder alone, and a linear `head` of `outputs` outputs sees its last layer, pooled; of
+    masked_lm the first `outputs` tokens are told of. `source` is the folder that its weights came from.
     """
 
     def __init__(
-        self, net: Any, outputs: int | None, task: str, pooling: str, decoder: bool, source: Path | None = None
-    ) -> None:
+        self, net: Any, outputs: int, task: str, pooling: str, decoder: bool, *, headed: bool,
+        source: Path | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.source, self.narrowed = source, False
+        self.source, self.narrowed, self.outputs = source, False, outputs
         self.prefix, self.task, self.pooling, self.decoder = str(net.base_model_prefix), task, pooling, decoder
-        if outputs is None:
-            for name, part in net.named_children():
-                self.add_module(name, part)
-        else:
+        if headed:
             self.add_module(self.prefix, net)
             self.head = nn.Linear(net.config.hidden_size, outputs)
+        else:
+            for name, part in net.named_children():
+                self.add_module(name, part)
         # Not registered: its parts are, above. The family's own head runs in it, on what the encoder has found.
         shell = copy.copy(net)
         shell._modules = {**net._modules, self.prefix: Given()}
@@ -68,23 +70,25 @@ class Transformer(nn.Module):
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens there is an embedding for."""
+        """How many tokens there is an embedding for, and of masked_lm an output."""
         base: Any = self.base
-        return int(base.get_input_embeddings().num_embeddings)
+        known = int(base.get_input_embeddings().num_embeddings)
+        return min(known, self.outputs) if self.task == "masked_lm" else known
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None,
         asked: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Return (B, outputs), or of masked_lm (B, T, V), with `asked` (B, T) (asked positions, V) of those alone."""
+        """Return (B, outputs), or of masked_lm (B, T, outputs), with `asked` (B, T) of the asked positions alone."""
         kinds = {} if token_type_ids is None or not self._takes_kinds else {"token_type_ids": token_type_ids}
         found = self.base(input_ids=input_ids, attention_mask=attention_mask, **kinds)
         hidden = found[0]
         if self.task == "masked_lm":
+            # An embedding may have room for more tokens than the tokenizer has: nobody is asked for those.
             if asked is None:
-                return self._own_head(found, input_ids)
+                return self._own_head(found, input_ids)[..., : self.outputs]
             found.last_hidden_state = hidden[asked.bool()][None]
-            return self._own_head(found, input_ids)[0]
+            return self._own_head(found, input_ids)[0, :, : self.outputs]
         if self.pooling == "own" and not self.decoder:
             return self._own_head(found, input_ids)
         head = self.get_submodule("score" if self.pooling == "own" else "head")
@@ -157,20 +161,23 @@ class Transformer(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and the tokenizer's files, for `from_pretrained` of plain transformers.
 
-        Of a network with the family's own head that is the whole network; else the encoder, our `head` beside it. One
-        that has lost heads, or has layers of unequal width, only `load_small` opens: no configuration says what it is.
+        Of a network with the family's own head that is the whole network; else the encoder, our `head` beside it
+        (docs/study.md has the lines that give its outputs). A decoder whose configuration names no padding token gets
+        one. What has lost heads, or has layers of unequal width, only `load_small` opens: no configuration says what
+        it is.
         """
         from safetensors.torch import save_file
 
         net, folder = self._hidden[0], Path(folder)
         config = copy.deepcopy(net.config)
         config.architectures = [type(net).__name__]
+        if self.decoder and getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = self._padding()
         if self.narrowed:
             channels = self._widths()[1]
             if len(channels) == 1:
                 setattr(config, next(name for name in CHANNELS if hasattr(config, name)), channels.pop())
-            outputs = config.vocab_size if self.task == "masked_lm" else config.num_labels
-            told = {"units": self.counts, "outputs": outputs, "task": self.task, "pooling": self.pooling}
+            told = {"units": self.counts, "outputs": self.outputs, "task": self.task, "pooling": self.pooling}
             setattr(config, SMALL, told)
         folder.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(folder)
@@ -178,3 +185,12 @@ class Transformer(nn.Module):
         for file in (self.source / name for name in TOKENIZER) if self.source is not None else ():
             if file.is_file() and self.source != folder.resolve():
                 shutil.copyfile(file, folder / file.name)
+
+    def _padding(self) -> int:
+        """Return the token by which transformers may find where a decoder's examples end: its end of text.
+
+        Where the embedding has no such token (a small random network) that of our batches.
+        """
+        found = getattr(self.config, "eos_token_id", None)
+        end = found[0] if isinstance(found, list | tuple) and found else found
+        return end if isinstance(end, int) and 0 <= end < self.vocabulary else PADDING

@@ -79,7 +79,8 @@ def small(written: SmallTicket) -> str:
         ", ".join(f"{written.units[f'{layer}.{kind}']} of {written.of[f'{layer}.{kind}']}" for layer in layers)
         for kind in ("heads", "channels")
     ]
-    opens = "from_pretrained of transformers, or fedlth.load_small" if written.plain else "fedlth.load_small"
+    plain = "from_pretrained of transformers (for a `head` of ours see docs/study.md), or "
+    opens = f"{plain if written.plain else ''}fedlth.load_small"
     told = [
         f"{written.folder}: client {written.client}, opened by {opens}",
         f"  heads by layer: {kept[0]}; channels: {kept[1]}",

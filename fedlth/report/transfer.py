@@ -38,6 +38,7 @@ class Grid:
     """The matrix: rows are masks, columns clients; (rows, columns) means over seeds, NaN where a cell is missing.
 
     `seeds` holds the metric by seed, (seeds, rows, columns). `sources` are the clients whose tickets rows are.
+    `majority` is the share of the commonest class of each test part, NaN where the study has no such metric.
     """
 
     masks: tuple[str, ...]
@@ -46,6 +47,7 @@ class Grid:
     shown: tuple[Shown, ...]
     names: tuple[str, ...]
     num_test: tuple[int, ...]
+    majority: tuple[float, ...]
     seeds: Values
     density: Values
     jaccard: Values
@@ -97,6 +99,7 @@ def grid_of(headers: Sequence[Header], seeds: Sequence[Sequence[Cell]]) -> Grid:
     gain = np.array([1.0 if shown[t].measure.higher_is_better else -1.0 for t in targets])
     tasks = {client: task.name for task in headers[0].tasks for client in task.clients if task.name}
     sizes = {c.target: c.num_test for c in every}
+    commonest = {c.target: c.value("majority") for c in every}
     return Grid(
         masks=masks,
         sources=tuple(next(c.source for c in every if c.mask == name) for name in masks),
@@ -104,6 +107,7 @@ def grid_of(headers: Sequence[Header], seeds: Sequence[Sequence[Cell]]) -> Grid:
         shown=tuple(shown[t] for t in targets),
         names=tuple(f"client {t}" + (f" ({tasks[t]})" if t in tasks else "") for t in targets),
         num_test=tuple(sizes[t] for t in targets),
+        majority=tuple(commonest[t] for t in targets),
         seeds=values,
         density=_mean(density),
         jaccard=_mean(overlap),
@@ -136,6 +140,12 @@ def notes(grid: Grid) -> tuple[str, ...]:
             f"A test part has {parts} examples: the standard error of one accuracy is {100 * np.nanmin(errors):.1f} to "
             f"{100 * np.nanmax(errors):.1f} points, and smaller differences, dark or not, are no evidence."
         )
+    known = [(name, one) for name, one in zip(grid.names, grid.majority, strict=True) if not math.isnan(one)]
+    if known:
+        shares = [f"{100 * one:.1f} % ({name})" for name, one in known]
+        if len(known) > NUMBERS:
+            shares = [f"{100 * min(one for _, one in known):.1f} to {100 * max(one for _, one in known):.1f} %"]
+        told.append(f"Telling the commonest class of a test part every time reaches {', '.join(shares)}.")
     lost = int(np.isnan(grid.seeds).sum())
     if lost:
         told.append(f"{lost} of {grid.seeds.size} cells are missing; the same command tries them again.")

@@ -76,6 +76,26 @@ class MacroF1:
         return 1 / num_classes
 
 
+@dataclass(frozen=True)
+class Majority:
+    """The share of the commonest class of the part: what telling it every time reaches, whatever the model says."""
+
+    name: ClassVar[str] = "majority"
+    higher_is_better: ClassVar[bool] = True
+    percent: ClassVar[bool] = True
+    fits: ClassVar[frozenset[str]] = CLASSES
+
+    def add(self, state: Tensor | None, outputs: Tensor, y: Tensor, /) -> Tensor:
+        found = torch.bincount(y, minlength=outputs.shape[-1]).cpu()
+        return found if state is None else state + found
+
+    def value(self, state: Tensor, /) -> float:
+        return int(state.max()) / int(state.sum())
+
+    def chance(self, num_classes: int, /) -> float | None:
+        return None
+
+
 HITS = (Accuracy, BalancedAccuracy, MacroF1)
 
 

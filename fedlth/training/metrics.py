@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fedlth.data.examples import Examples
 from fedlth.data.factory import told
-from fedlth.errors import StudyError
+from fedlth.errors import StudyError, wrong
 from fedlth.study.parts import imported
-from fedlth.training.class_metrics import CLASSES, HITS, Accuracy, BalancedAccuracy, MacroF1, Perplexity
+from fedlth.training.class_metrics import CLASSES, HITS, Accuracy, BalancedAccuracy, MacroF1, Majority, Perplexity
 from fedlth.training.loss import IGNORED, Loss
 from fedlth.training.number_metrics import NUMBERS, Determination, MeanError, Pearson
 
@@ -109,7 +109,7 @@ class OfAll:
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Accuracy(), MeanLoss(), BalancedAccuracy(), MacroF1(), Perplexity(), MeanError("mse", 2),
+        Accuracy(), MeanLoss(), BalancedAccuracy(), MacroF1(), Majority(), Perplexity(), MeanError("mse", 2),
         MeanError("rmse", 2, root=True), MeanError("mae", 1), Determination(), Pearson(),
     )
 }  # fmt: skip
@@ -139,9 +139,11 @@ class Judged:
 def judged(metric: str | None, others: tuple[str, ...], targets: str) -> Judged:
     """Return the metrics that a study names, for targets that are "classes", "positions" or "numbers".
 
-    Raises StudyError for an unknown name, and for a metric that cannot judge such targets.
+    Raises StudyError for an unknown name, and for a metric that cannot judge such targets, or any model.
     """
     main = metric_of(metric or ("mse" if targets == "numbers" else "accuracy"), "metric", targets)
+    if isinstance(main, Majority):
+        raise wrong("metric", "what a model decides; metrics: [majority] is told beside it", metric)
     found = [main, *(metric_of(name, f"metrics.{i}", targets) for i, name in enumerate(others))]
     if targets != "numbers":
         found = [METRICS["accuracy"], *found]

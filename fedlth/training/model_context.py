@@ -202,5 +202,5 @@ def _check_tokens(name: str, module: nn.Module, dataset: Dataset) -> None:
     if size is not None and most >= size:
         raise StudyError(
             f"data.options.tokenizer: must give tokens below {size}, the vocabulary of model {name}, got {most}; name "
-            "the model's own tokenizer"
+            "the model's own tokenizer, and for task masked_lm data.options.label: null"
         )

@@ -12,7 +12,9 @@ from fedlth.study import schema
 from fedlth.training.task import open_task
 from tests import tiny
 
-BERT_TICKETS = Path(__file__).parents[2] / "configs" / "bert_tickets.yaml"
+ROOT = Path(__file__).parents[2]
+BERT_TICKETS, BERT_MLM = (ROOT / "configs" / name for name in ("bert_tickets.yaml", "bert_mlm.yaml"))
+BENCH = ROOT / "bench" / "bert.yaml"
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "bert": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32},
@@ -72,22 +74,42 @@ def study(
     return schema.build({**tiny.tree(), **given})
 
 
-def bert_tickets(folder: Path, **sections: Any) -> schema.Study:
-    """Return configs/bert_tickets.yaml in small: made-up domains, a tiny pre-trained network, a few steps."""
+def shrunk(tree: dict[str, Any], folder: Path) -> None:
+    """Put made-up domains and a tiny pre-trained network into the places of a study's own."""
     weights = folder / "weights"
     if not weights.exists():
         open_task(study(folder / "other").science()).model.module().save_pretrained(weights)
-    tree = yaml.safe_load(BERT_TICKETS.read_text())
     options = tree["data"]["options"]
     names = tuple(options["files"])
-    options.update(files=write(folder / "texts", names, 50), gap=1, tokenizer={"words": WORDS}, max_length=12)
+    options.update(files=write(folder / "texts", names, 50), gap=1, blocks=1, tokenizer={"words": WORDS}, max_length=12)
     tree["data"]["root"] = str(folder / "texts")
-    tree["model"]["options"] = {"path": str(weights)}
+    own = {name: value for name, value in tree["model"]["options"].items() if name != "package"}
+    tree["model"]["options"] = {**own, "path": str(weights)}
     tree["clients"]["test_samples"] = 8
-    tree["train"].update(batch_size=8, lr=0.01)
+    tree["train"]["batch_size"] = 8
+
+
+def bert_tickets(folder: Path, **sections: Any) -> schema.Study:
+    """Return configs/bert_tickets.yaml in small: made-up domains, a tiny pre-trained network, a few steps."""
+    tree = yaml.safe_load(BERT_TICKETS.read_text())
+    shrunk(tree, folder)
+    tree["train"]["lr"] = 0.01
     tree["finder"]["densities"], tree["finder"]["main"] = [0.5, 0.2], 0.2
     tree["personalise"]["steps"] = 3
     del tree["seeds"]
+    return schema.build(_with(tree, sections))
+
+
+def bert_mlm(folder: Path, **sections: Any) -> schema.Study:
+    """Return configs/bert_mlm.yaml in small, in the folder of the same texts and weights."""
+    tree = yaml.safe_load(BERT_MLM.read_text())
+    shrunk(tree, folder)
+    tree["train"].update(lr=0.01, steps=2, loss={"name": "masked_lm", "mask_token": 4, "special": [0, 2, 3]})
+    tree["federate"]["rounds"], tree["personalise"]["steps"] = 2, 2
+    return schema.build(_with(tree, sections))
+
+
+def _with(tree: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
     for key, value in sections.items():
         tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
-    return schema.build(tree)
+    return tree

@@ -118,6 +118,38 @@ def test_masked_positions_are_decoded_alone(family: str) -> None:
     assert torch.allclose(plain(**x).logits, whole, atol=1e-6)
 
 
+@pytest.mark.parametrize("family", ENCODERS)
+def test_an_embedding_may_be_larger_than_the_tokenizer(tmp_path: Path, family: str) -> None:
+    """Rounded up to a multiple of eight, say: nobody is asked for the tokens that do not exist."""
+    large = {**config(family), "vocab_size": 48}
+    module, x = made(family, task="masked_lm", num_classes=WORDS, config=large), batch()
+    asked = torch.zeros_like(x["input_ids"])
+    asked[0, 2] = asked[1, 7] = 1
+    whole, some = call(module, x), call(module, {**x, "asked": asked})
+    assert whole.shape == (3, 10, WORDS) and module.vocabulary == WORDS
+    assert torch.allclose(some, whole[asked.bool()], atol=1e-6)
+    module.save_pretrained(tmp_path)
+    plain = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
+    logits = plain(**x).logits
+    assert logits.shape[-1] == 48 and torch.allclose(logits[..., :WORDS], whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("end", [3, [3, 4], 50256, None], ids=str)
+def test_an_exported_decoder_takes_padded_batches(tmp_path: Path, end: Any) -> None:
+    """GPT-2 names no padding token, without which transformers takes one example at a time."""
+    module, x = made("gpt2", config={**config("gpt2"), "eos_token_id": end}), batch()
+    module.save_pretrained(tmp_path)
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    pad = plain.config.pad_token_id
+    assert pad == (3 if end in (3, [3, 4]) else 0)
+    padded = {**x, "input_ids": torch.where(x["attention_mask"] == 1, x["input_ids"], pad)}
+    with torch.no_grad():
+        assert torch.allclose(plain(**padded).logits, call(module, x), atol=1e-5)
+    named = made("gpt2", config={**config("gpt2"), "eos_token_id": 3, "pad_token_id": 1})
+    named.save_pretrained(tmp_path / "named")
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "named").pad_token_id == 1
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("trains", ["all", LORA])
 def test_an_exported_network_is_that_of_transformers(tmp_path: Path, family: str, trains: Any) -> None:
@@ -195,7 +227,10 @@ def test_frozen_parts_and_patterns() -> None:
     ("options", "message"),
     [
         ({"task": "tagging"}, "model.options.task must be classification, regression or masked_lm"),
-        ({"task": "masked_lm"}, "has 40 outputs, its vocabulary, and the data have 3 classes"),
+        (
+            {"task": "masked_lm", "num_classes": 41},
+            "has 40 outputs, its vocabulary, and the data have 41 classes; data.options.label: null",
+        ),
         ({"pooling": "max"}, "model.options.pooling must be one of mean, first, last, own"),
         ({"init": "zero"}, "model.options.init must be pretrained or random"),
         ({"trains": "some"}, "model.options.trains must be all, head, bitfit or {lora: {rank, alpha"),

@@ -154,6 +154,27 @@ def test_overlap(tmp_path: Path) -> None:
     assert "left out (overlap: drop)" in dropped.notes[0] and kept.val_train is None
 
 
+def test_a_text_of_two_keys_stays_with_the_smaller_one(tmp_path: Path) -> None:
+    (tmp_path / "large.tsv").write_text("one\t1\nTwo!\t0\nthree\t1\nthree\t1\nfour\t0\nfive\t1\n")
+    (tmp_path / "small.tsv").write_text("two\t1\nthree\t0\nsix\t1\nsix\t1\n")
+    (tmp_path / "test.tsv").write_text("one\t1\nseven\t0\n")
+    files = {name: {"train": f"{name}.tsv", "test": "test.tsv"} for name in ("large", "small")}
+    dropped, apart = (read(tmp_path, files=files, overlap=what) for what in ("drop", "apart"))
+    for data, large in ((dropped, 5), (apart, 2)):  # four and five; a key's own copies stay
+        assert data.key_train is not None and data.key_test is not None
+        assert ((data.key_train == "large").sum(), (data.key_train == "small").sum()) == (large, 4)
+        assert len(data.key_test) == 4
+    assert [note.split(" have ")[0] for note in apart.notes] == ["data: 1 training or validation examples",
+                                                                 "data: 3 training examples"]  # fmt: skip
+    assert "apart leaves them out" in dropped.notes[1] and "left out (overlap: apart)" in apart.notes[1]
+    (tmp_path / "small.tsv").write_text("two\t1\nthree\t0\nsix\t1\nnine\t1\nten\t0\n")
+    equal = read(tmp_path, files=files, overlap="apart")  # five each, once `one` has gone: the first by name keeps
+    assert equal.key_train is not None
+    assert ((equal.key_train == "large").sum(), (equal.key_train == "small").sum()) == (5, 3)
+    with pytest.raises(StudyError, match="overlap: apart must have several keys"):
+        read(tmp_path, files=files["large"], overlap="apart")
+
+
 def test_words() -> None:
     made = tokenizer_of({"words": 8}, 8, ["b a c", "a b a"])
     assert isinstance(made, Words) and made.words == ("a", "b", "c") and made.size == 8
@@ -205,7 +226,7 @@ def test_a_models_own_tokenizer(tmp_path: Path) -> None:
         ({"files": "a.tsv", "labels": ["x", "y"]}, "data.options.labels: must name every label, got '1'"),
         ({"files": "a.tsv", "without": [7]}, "data.options.without: must be classes of the data, got 7 of 2"),
         ({"files": "a.tsv", "test_share": 1.0}, r"data.options.test_share must be in \[0, 1\)"),
-        ({"files": "a.tsv", "overlap": "no"}, "data.options.overlap must be keep or drop"),
+        ({"files": "a.tsv", "overlap": "no"}, "data.options.overlap must be keep, drop or apart"),
         ({"files": "b.csv", "text": "text", "label": "label"}, "b.csv: line 3: must have the 2 columns, got 1"),
     ],
 )

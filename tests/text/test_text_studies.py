@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,7 @@ import torch
 
 from fedlth.catalogue import listing
 from fedlth.data.tensors import inputs
+from fedlth.data.tokens import tokenizer_of
 from fedlth.engines.forked import Forked
 from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
@@ -67,8 +73,8 @@ def test_a_ticket_leaves_as_a_plain_model(tmp_path: Path, family: str) -> None:
     module.save_pretrained(tmp_path / "out")
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     task = task_of(made)
-    few = task.part(1, "test").batch(slice(0, 1)).x
-    assert isinstance(few, dict)
+    few = task.part(1, "test").batch(slice(0, 6)).x
+    assert isinstance(few, dict) and not few["attention_mask"].all(), "lengths that differ"
     with torch.no_grad():
         assert torch.allclose(plain(**few).logits, call(module, few), atol=1e-5)
     pruned = dict(plain.named_parameters())
@@ -76,11 +82,66 @@ def test_a_ticket_leaves_as_a_plain_model(tmp_path: Path, family: str) -> None:
     assert kept == task.layout.num_prunable // 2
 
 
+def own_weights(folder: Path) -> dict[str, str]:
+    """Write a tiny random BERT and a tokenizer of its own, and return where."""
+    library = pytest.importorskip("tokenizers")
+    task_of(sentences.study(folder / "other")).model.module().save_pretrained(folder / "weights")
+    known = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sentences.GOOD, *sentences.BAD, *sentences.PLAIN]
+    made = library.Tokenizer(library.models.WordLevel({w: i for i, w in enumerate(known)}, unk_token="[UNK]"))
+    made.pre_tokenizer = library.pre_tokenizers.Whitespace()
+    made.post_processor = library.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    made.save(str(folder / "weights" / "tokenizer.json"))
+    told = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]", "pad_token": "[PAD]"}
+    (folder / "weights" / "tokenizer_config.json").write_text(json.dumps(told))
+    return {"path": str(folder / "weights")}
+
+
+def test_the_lines_of_the_docs_give_a_tickets_outputs_without_fedlth(tmp_path: Path) -> None:
+    where = own_weights(tmp_path)
+    made = sentences.study(
+        tmp_path / "data", model={"name": "hf", "options": where}, data={"tokenizer": where},
+        personalise={"arms": ["ticket"]},
+    )  # fmt: skip
+    tiny.run(made, tmp_path / "r")
+    module = load_ticket(tmp_path / "r", 1)
+    assert isinstance(module, Transformer) and module.pooling == "mean"
+    module.save_pretrained(tmp_path / "folder")
+    code = re.search(r"```python\n(# plain.py.*?)```", (sentences.ROOT / "docs" / "study.md").read_text(), re.S)
+    assert code
+    told = "\nimport json, sys\nassert 'fedlth' not in sys.modules\nprint(json.dumps([texts, logits.tolist()]))\n"
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    found = subprocess.run(
+        [sys.executable, "-c", code.group(1) + told],
+        cwd=tmp_path,
+        env=alone,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    texts, logits = json.loads(found.stdout)
+    tokenizer = tokenizer_of(where, 12, ())
+    rows = [torch.tensor(tokenizer(text, None)[0]) for text in texts]
+    assert len({len(row) for row in rows}) > 1, "padded"
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    with torch.no_grad():
+        wanted = call(module, {"input_ids": ids, "attention_mask": (ids != 0).to(torch.int64)})
+    assert torch.allclose(torch.tensor(logits), wanted, atol=1e-5)
+
+
 def test_masked_words(tmp_path: Path) -> None:
     made = sentences.study(tmp_path / "data", method={"name": "fedavg"}, metrics=["perplexity"], **MASKED)
     tiny.run(made, tmp_path / "r")
     rows = tiny.rows(tmp_path / "r", "metrics")
     assert rows and all(row["test_loss"] < 2 * np.log(sentences.WORDS) for row in rows)
+
+
+def test_masked_words_need_no_model_of_the_tokenizers_size(tmp_path: Path) -> None:
+    given: dict[str, Any] = {**MASKED, "method": {"name": "fedavg"}}
+    given["options"] = {"task": "masked_lm", "config": {**sentences.config("bert"), "vocab_size": 48}}
+    tiny.run(sentences.study(tmp_path / "data", **given), tmp_path / "r")
+    assert all(row["test_loss"] < 2 * np.log(sentences.WORDS) for row in tiny.rows(tmp_path / "r", "metrics"))
+    with pytest.raises(StudyError, match="data.options.label: null"):
+        resolve(sentences.study(tmp_path / "data", **{**given, "data": {}}))
 
 
 def test_masked_words_alone_are_decoded(tmp_path: Path) -> None:

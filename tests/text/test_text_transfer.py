@@ -11,9 +11,13 @@ import pytest
 
 from fedlth import api, cli
 from fedlth.errors import StudyError
+from fedlth.experiment.experiment import Experiment
+from fedlth.experiment.other_ticket import other_ticket
 from fedlth.experiment.resolve import resolve
 from fedlth.federation.transfer import ticket_name
 from fedlth.output import lines_to
+from fedlth.report.transfer import grid_of, notes
+from fedlth.storage.header import read_header
 from fedlth.storage.transfer_cells import DENSE, THETA_0, path_of
 from tests import tiny
 from tests.text import sentences
@@ -67,6 +71,39 @@ def test_the_study_and_its_matrix(tmp_path: Path, capsys: pytest.CaptureFixture[
             name = ticket_name(metric["client"]) if metric["arm"] == "ticket" else THETA_0
             cell = next(r for r in told["rows"] if r["mask"] == name)["cells"][metric["client"]]
             assert cell["test"] == metric["test_accuracy"]
+
+
+def test_the_row_of_masked_words(tmp_path: Path) -> None:
+    """configs/bert_mlm.yaml in small: every client's ticket is the largest weights of the global encoder it trained."""
+    arms = {"personalise": {"arms": ["ticket"]}, "finder": {"densities": [0.5], "main": 0.5}}
+    tiny.run(sentences.bert_tickets(tmp_path, **arms), tmp_path / "run")
+    mlm = tiny.run(sentences.bert_mlm(tmp_path), tmp_path / "mlm")
+    experiment = Experiment.of(mlm.study())
+    layout, finder = experiment.task.exchange, experiment.finder
+    full = np.ones(layout.num_prunable, bool)
+    at_0, at_g = (
+        finder.pick(np.abs(params.floats[: full.size]), full, layout, 0.5)
+        for params in (experiment.initial(), mlm.load_state(mlm.progress().theta).theta)
+    )
+    assert not np.array_equal(at_0, at_g)
+    for client in range(5):
+        assert np.array_equal(other_ticket(mlm.root, client, 0).mask("MLM", layout), at_g)
+    curve = tiny.rows(mlm.root, "curve")
+    assert {row["round"] for row in curve} == {1, 2} and all(np.isfinite(row["val_loss"]) for row in curve)
+    lines: list[str] = []
+    with lines_to(lines.append):
+        (cells,) = api.transfer(tmp_path / "run", {"MLM": f"{mlm.root}:0"}, clients=[0, 3], workers=1)
+    assert not [line for line in lines if line.startswith("note: mask")], "the encoder is the very same"
+    mine = [cell for cell in cells if cell.mask == "MLM"]
+    assert [cell.target for cell in mine] == [0, 3] and all(cell.density == pytest.approx(0.5) for cell in mine)
+    grid = grid_of([read_header(tmp_path / "run")], [cells])
+    counts = [np.bincount(labels_of(tmp_path / "run", client)) for client in (0, 3)]
+    assert grid.majority == pytest.approx([count.max() / count.sum() for count in counts])
+    assert f"every time reaches {100 * grid.majority[0]:.1f} % (client 0), " in "\n".join(notes(grid))
+
+
+def labels_of(run: Path, client: int) -> np.ndarray:
+    return tiny.task_of(run).part(client, "test").y.numpy()
 
 
 def test_workers_and_a_second_call_change_nothing(tmp_path: Path) -> None:

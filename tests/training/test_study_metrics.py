@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedlth.errors import StudyError
 from fedlth.training.metrics import METRICS, OfAll, counted, judged, metric_of, rows
 
 LOGITS = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0], [1.0, 4.0, 0.0], [0.5, 0.0, 0.2]])
@@ -32,6 +33,7 @@ REFERENCE: dict[str, Callable[[], float]] = {
     "accuracy": lambda: 2 / 4,
     "balanced_accuracy": lambda: (1 / 2 + 0 / 1 + 1 / 1) / 3,
     "macro_f1": lambda: (2 * 1 / (2 + 2) + 0.0 + 2 * 1 / (1 + 1)) / 3,
+    "majority": lambda: 2 / 4,
     "perplexity": lambda: float(
         np.exp(np.mean([-math.log(math.exp(z[c]) / sum(map(math.exp, z)))
                         for z, c in zip(LOGITS.tolist(), CLASSES.tolist(), strict=True)]))
@@ -92,6 +94,9 @@ def test_defaults_and_what_is_always_there() -> None:
     found = judged("macro_f1", ("accuracy", "loss", "macro_f1"), "positions")
     assert [m.name for m in found.all] == ["accuracy", "macro_f1", "loss"] and found.named == ("macro_f1",)
     assert judged("mse", (), "numbers").score(2.0) == -2.0
+    assert judged(None, ("majority",), "classes").named == ("majority",)
+    with pytest.raises(StudyError, match="metric must be what a model decides"):
+        judged("majority", (), "classes")
 
 
 def test_a_users_metric_sees_everything_at_once() -> None:
