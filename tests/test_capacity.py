@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from fedlth.data.capacity import named, names_of
 from fedlth.errors import StudyError
 from fedlth.experiment.client_memory import training_mb
 from fedlth.experiment.resolve import resolve
@@ -50,6 +51,14 @@ def test_a_file_becomes_tiers_of_the_study_and_is_not_needed_again(tmp_path: Pat
     assert schema.build(parse(schema.dump(given, given_only=True), "dump")).clients.capacity == (phone, other)
     header = json.loads((folder.root / "header.json").read_bytes())
     assert header["client_tiers"] == ["phone", "tier 1", "phone", "whole device"]
+
+
+def test_tiers_of_one_name_are_told_apart() -> None:
+    tiers = [sections.Tier(share=0.5, name="phone"), sections.Tier(share=0.2, name="phone", speed=0.5),
+             sections.Tier(share=0.1, name="whole device")]  # fmt: skip
+    names = [name for name, _ in named(tiers)]
+    assert names == ["phone", "phone (2)", "whole device", "whole device (2)"]
+    assert set(names_of(tiers, 10, 0)) == set(names)
 
 
 @pytest.mark.parametrize("ending", ["yaml", "json"])

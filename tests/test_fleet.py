@@ -274,7 +274,7 @@ def test_the_forecast_knows_the_draws(tmp_path: Path) -> None:
     dropped = sum(len(r["failed"]) for r in rounds(tmp_path / "r"))
     text = forecast(made)
     assert (
-        f"(12 visits: {dropped} dropped, 0 late)" in text and "  slow, 1 clients: a dense visit takes download" in text
+        f"(12 visits: {dropped} dropped, 0 late)" in text and "  slow, 1 client: a dense visit takes download" in text
     )
     told = float(text.partition("fleet: about ")[2].split(" ")[0])
     assert told == pytest.approx(sum(r["simulated_s"] for r in rounds(tmp_path / "r")), rel=0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fedlth.report import read_results, summary_text, write_report
 from fedlth.study import schema
 from tests import tiny
 
+STUDY_DATA: dict[str, Any] = {"name": "tests.test_mixed_tasks:both"}
 TASKS: dict[str, Any] = {"kinds": {"targets": "classes", "num_classes": 3}, "sizes": {"metric": "mae"}}
 
 
@@ -89,6 +91,21 @@ def test_a_run_learns_both_and_reports_each(tmp_path: Path) -> None:
     assert "kinds (2 clients, 3 outputs), sizes (2 clients, 1 output)" in page and "about 0 training" not in page
     assert load_ticket(run, client=0)(torch.zeros(1, 4)).shape == (1, 3)
     assert load_ticket(run, client=3)(torch.zeros(1, 4)).shape == (1, 1)
+
+
+ALIKE = {"kinds": TASKS["kinds"], "sizes": {"targets": "classes"}}
+
+
+@pytest.mark.parametrize("tasks", [TASKS, ALIKE], ids=["two losses", "one loss"])
+def test_a_tracker_has_no_mean_of_different_losses(tmp_path: Path, tasks: dict[str, Any]) -> None:
+    data = {"name": "tests.test_mixed_tasks:both", "options": {"whole": True}} if tasks is ALIKE else STUDY_DATA
+    tracker = {"name": "tests.test_trackers:Notes", "file": str(tmp_path / "notes")}
+    more = {"federate": {"rounds": 1, "clients_per_round": 4}, "evaluate": {"every": 1}, "train": {"epochs": 1}}
+    tiny.run(study(data=data, tasks=tasks, trackers=[tracker], **more), tmp_path / "run")
+    lines = map(json.loads, (tmp_path / "notes").read_text().splitlines())
+    names = {name for line in lines for name in line.get("scalars", ())}
+    assert any(name.startswith("federate/") for name in names)
+    assert any("loss" in name for name in names) == (tasks is ALIKE)
 
 
 @pytest.mark.parametrize("pool", [False, True])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import struct
+import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +24,7 @@ from fedlth.experiment.resolve import resolve
 from fedlth.federation import session
 from fedlth.output import lines_to
 from fedlth.storage import trackers
+from fedlth.storage.mlflow import MLflow
 from fedlth.storage.run_folder import RunFolder
 from fedlth.study import schema
 from fedlth.tune import trial_of
@@ -153,6 +157,53 @@ def test_a_run_that_finds_nothing_usable_is_closed_too(tmp_path: Path) -> None:
     with pytest.raises(StudyError):
         tiny.run(made, tmp_path / "r")
     assert notes(tmp_path)[-1]["what"] == "stop"
+
+
+@dataclass
+class FakeClient:
+    """What MLflow's client is asked for, with the limits of its tracking server."""
+
+    tracking_uri: str | None = None
+    params: dict[str, str] = field(default_factory=dict)
+    metrics: list[tuple[str, int]] = field(default_factory=list)
+    calls: int = 0
+
+    def get_experiment_by_name(self, name: str) -> None: ...
+    def set_tag(self, run: str, name: str, text: str) -> None: ...
+    def set_terminated(self, run: str, status: str = "FINISHED") -> None: ...
+
+    def create_experiment(self, name: str) -> str:
+        return "0"
+
+    def create_run(self, experiment: str, run_name: str) -> Any:
+        return SimpleNamespace(info=SimpleNamespace(run_id="1"))
+
+    def log_batch(self, run: str, metrics: Sequence[Any] = (), params: Sequence[Any] = ()) -> None:
+        assert len(metrics) <= 1000 and len(params) <= 100
+        for key, value in params:
+            assert re.fullmatch(r"[\w./ :-]{1,250}", key) and key not in self.params
+            self.params[key] = value
+        for key, _, _, step in metrics:
+            assert re.fullmatch(r"[\w./ :-]{1,250}", key)
+            self.metrics.append((key, step))
+        self.calls += 1
+
+
+def test_mlflow_is_sent_names_that_it_takes_in_pieces_that_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = FakeClient()
+    entities = SimpleNamespace(Param=lambda *held: held, Metric=lambda *held: held)
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(MlflowClient=lambda tracking_uri: made))
+    monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
+    tasks = {"what? (a)": {"loss": None}, "what! (a)": {"loss": None}, "ü" * 300: {}}
+    tracked = MLflow().open(tmp_path, "name", {"seed": 0, "tasks": tasks}, "")
+    assert len(made.params) == 4 and {"seed", "tasks.what_ _a_", "tasks.what_ _a__2"} < made.params.keys()
+    tracked.log(1, {"federate/val_accuracy": 0.5})
+    assert made.metrics == [("federate/val_accuracy", 1), ("commits", 1)]
+    before = made.calls
+    tracked.end({f"final/ticket/{i}/test_accuracy": 0.5 for i in range(2500)}, {})
+    assert made.calls - before == 3 and len(made.metrics) == 2502
 
 
 # What a study may say

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fedlth.bench.contrasts import NO_INTERVAL, Contrast, contrast, corrected, gains, over_seeds
+from fedlth.bench.contrasts import NO_INTERVAL, Contrast, contrast, corrected, gains, masked, over_seeds
 from fedlth.bench.controls import DENSE, GLOBAL, KINDS, RANDOM, kinds_of
 from fedlth.bench.matrix import LOCAL, Cell, Matrix
 from fedlth.bench.outcome import DONE, UNFINISHED, Outcome, finished, read_outcome
 from fedlth.bench.ranks import Ranking, ranking
-from fedlth.bench.spending import Spending, mean_spending, spending
+from fedlth.bench.spending import Spending, federated_phases, mean_spending, spending
+from fedlth.bench.time_to import Reached, time_to_worst
 from fedlth.errors import StudyError
 from fedlth.experiment.well_formed import method_of
 from fedlth.report.choice import Choice, rows_of
@@ -23,11 +24,8 @@ from fedlth.report.facts import Facts, one_cell, read_run
 from fedlth.report.intervals import Interval
 from fedlth.report.measure import Shown, shown_of
 from fedlth.report.results import Results, results_of
-from fedlth.report.statistics import ArmSummary
+from fedlth.report.statistics import ArmSummary, summarise_arm
 from fedlth.storage.records import MetricRow
-
-SEARCHED = ("ticket", "refined", "ticket_0", "one_shot")
-OWN = ("own_tuned", "own")
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,8 @@ class Line:
     methods that all are held against; beaten: the method's own row less this control; alone: the contrast with
     local, whether `against` has it or not; same: this control has the method's own mask; missing: seeds that other
     methods of the partition have and this one lacks; seeds: 95 % interval of the mean over seeds alone, with these
-    clients.
+    clients; fewer: this control is of the clients that can have a mask, the method's own row of all; shift: added to
+    its mean in pictures, so that it stands as far from the method's as it does on its clients.
     """
 
     method: str
@@ -50,12 +49,24 @@ class Line:
     same: bool = False
     missing: int = 0
     seeds: Interval = NO_INTERVAL
+    fewer: bool = False
+    shift: float = 0.0
     row: str = ""
 
     @property
     def against_it(self) -> str:
         """Name a control as what its method is held against."""
         return self.row or f"its {self.control}"
+
+    @property
+    def interval(self) -> Interval:
+        """The 95 % interval of the mean: over seeds where they are enough, else a bootstrap over their clients."""
+        return self.summary.interval if np.isnan(self.seeds.low) else self.seeds
+
+    @property
+    def drawn(self) -> float:
+        """The mean, where pictures have it."""
+        return self.summary.mean + self.shift
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,11 @@ class Entry:
     @property
     def group(self) -> tuple[Facts, ...]:
         return self.results.group
+
+    @cached_property
+    def masked(self) -> tuple[Facts, ...]:
+        """The runs as its mask is held against its controls: without clients that can have none of their own."""
+        return masked(self.group, self.choice.arm)
 
     @cached_property
     def controls(self) -> dict[str, Choice]:
@@ -117,18 +133,18 @@ class Entry:
         control = self.of_kind(GLOBAL)
         if control is None:
             return False
-        own = [list(rows_of(facts, self.choice).values()) for facts in self.group]
+        own = [list(rows_of(facts, self.choice).values()) for facts in self.masked]
         if self.shared and all(row.layer_density == rows[0].layer_density for rows in own for row in rows):
             return True
-        others = [list(rows_of(facts, control).values()) for facts in self.group]
+        others = [list(rows_of(facts, control).values()) for facts in self.masked]
         return [[_numbers(row) for row in rows] for rows in own] == [[_numbers(row) for row in rows] for rows in others]
 
-    def blocks(self, choice: Choice | None = None) -> dict[int, float]:
+    def blocks(self, control: Choice | None = None) -> dict[int, float]:
         """Return the metric's mean over clients, by seed, of the method's own row or of a control's."""
-        shown, choice = shown_of(self.group), choice or self.choice
+        shown, choice = shown_of(self.group), control or self.choice
         return {
             facts.header.seed: float(np.mean([shown.of(row) for row in rows_of(facts, choice).values()]))
-            for facts in self.group
+            for facts in (self.masked if control else self.group)
             if rows_of(facts, choice)
         }
 
@@ -189,6 +205,21 @@ class Board:
         whole = {label: values for label, values in scores.items() if len(values) == most}
         return ranking(whole, higher_is_better=self.shown.measure.higher_is_better)
 
+    @cached_property
+    def reached(self) -> dict[str, Reached]:
+        """On each partition, what all federated methods reach, and the simulated time that each takes to it."""
+        return {
+            partition: time_to_worst({
+                name: entry.group for name, entry in held.items() if federated_phases(entry.group[0].header, 1)
+            })
+            for partition, held in self.entries.items()
+        }  # fmt: skip
+
+    @property
+    def timed(self) -> bool:
+        """Say whether any run has simulated time."""
+        return any(e.cost.simulated_s is not None for held in self.entries.values() for e in held.values())
+
     def contrasts(self, partition: str, reference: str) -> dict[str, Contrast]:
         """Return every method less a reference on a partition, Holm-corrected over the methods."""
         held, label = self.entries[partition], self.matrix.label_of(reference)
@@ -208,9 +239,9 @@ class Board:
         found: dict[str, Contrast | None] = {}
         for name, entry in self.entries[partition].items():
             if (control := entry.of_kind(kind)) is not None and not (kind == GLOBAL and entry.one_mask):
-                found[name] = contrast(gains(entry.group, entry.choice, entry.group, control), better=self._better)
+                found[name] = contrast(gains(entry.masked, entry.choice, entry.masked, control), better=self._better)
             for row, other in entry.beside.items() if kind == RANDOM else ():
-                pairs = gains(entry.group, entry.choice, other.group, other.choice)
+                pairs = gains(entry.masked, entry.choice, other.masked, other.choice)
                 found[against_row(name, row)] = contrast(pairs, better=self._better)
         return corrected(found)
 
@@ -233,24 +264,35 @@ class Board:
             seeds = over_seeds(entry.blocks().values())
             found.append(Line(label, "", main, ours, alone=alone.get(label), missing=missing, seeds=seeds))
             for arm, choice in entry.controls.items():
-                summary = entry.results.summary(choice)
-                if summary is not None:
-                    kind = entry.kinds[arm]
-                    same, beaten = kind == GLOBAL and entry.one_mask, kinds[kind].get(label)
-                    seeds = over_seeds(entry.blocks(choice).values())
-                    found.append(Line(label, kind, summary, {}, beaten, same=same, missing=missing, seeds=seeds))
+                kind = entry.kinds[arm]
+                beaten = kinds[kind].get(label) if entry.of_kind(kind) == choice else None
+                same = kind == GLOBAL and entry.one_mask
+                found.append(_control(entry, entry, kind, choice, beaten, main, same=same, missing=missing))
             for row, other in entry.beside.items():
-                summary, blocks = other.results.summary(other.choice), other.blocks()
-                assert summary is not None
-                beaten, lacks = kinds[RANDOM].get(against_row(label, row)), max(0, most - len(blocks))
-                seeds = over_seeds(blocks.values())
-                found.append(Line(label, RANDOM, summary, {}, beaten, missing=lacks, seeds=seeds, row=row))
+                beaten, lacks = kinds[RANDOM].get(against_row(label, row)), max(0, most - len(other.blocks()))
+                found.append(_control(entry, other, RANDOM, other.choice, beaten, main, missing=lacks, row=row))
         return tuple(found)
 
     def _rank(self, entry: Entry) -> float:
         main = entry.results.summary(entry.choice)
         assert main is not None
         return -main.mean if self._better else main.mean
+
+
+def _control(
+    entry: Entry, ran: Entry, kind: str, choice: Choice, beaten: Contrast | None, main: ArmSummary, *,
+    same: bool = False, missing: int = 0, row: str = "",
+) -> Line:  # fmt: skip
+    """Return the line of a control of `entry`, whose runs are those of `ran`: the same entry, or a row beside it."""
+    of_all = ran.results.summary(choice)
+    group = masked(ran.group, entry.choice.arm)
+    summary = replace(summarise_arm(group, choice), unseen=of_all.unseen if of_all else None)
+    fewer = summary.num_clients < main.num_clients
+    return Line(
+        entry.label, kind, summary, {}, beaten, same=same, missing=missing, row=row, fewer=fewer,
+        seeds=over_seeds(ran.blocks(choice).values()),
+        shift=main.mean - beaten.mean - summary.mean if fewer and beaten else 0.0,
+    )  # fmt: skip
 
 
 def against_row(method: str, row: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fedlth.bench.forecast import expect, expected_minutes, told
+from fedlth.bench.headline import idle
 from fedlth.bench.leaderboard import write_leaderboard
 from fedlth.bench.matrix import Cell, Matrix, load
 from fedlth.bench.outcome import finished
@@ -53,6 +54,8 @@ def bench(words: Sequence[Path], wishes: Wishes) -> None:
 def _one(matrix: Matrix, cells: Sequence[Cell], wishes: Wishes) -> str:
     """Return why nothing could be forecast, '' where something was, or nothing was to be."""
     root = wishes.out / matrix.name
+    for warning in idle(matrix):
+        log.info(f"note: {warning}")
     left = [cell for cell in cells if not finished(cell.folder(root))]
     reason = ""
     if left and not wishes.report_only:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlth.report.choice import Choice, rows_of
+from fedlth.report.choice import Choice, rows_of, with_mask
 from fedlth.report.compare import holm
 from fedlth.report.facts import Facts
 from fedlth.report.intervals import Interval, interval
@@ -79,6 +79,11 @@ def gains(ours: Sequence[Facts], choice: Choice, theirs: Sequence[Facts], other:
         if both:
             found.append(np.array([shown.of(mine[c]) - shown.of(its[c]) for c in both]))
     return found
+
+
+def masked(group: Sequence[Facts], arm: str) -> tuple[Facts, ...]:
+    """Return the runs as a mask of this arm is held against its controls: with the clients that can have one."""
+    return tuple(replace(facts, metrics=tuple(with_mask(facts.metrics, arm))) for facts in group)
 
 
 def contrast(samples: Sequence[Values], *, better: bool) -> Contrast | None:

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from fedlth.bench.board import Board
 from fedlth.bench.contrasts import FEWEST, LEVEL, Contrast
 from fedlth.bench.controls import GLOBAL, RANDOM
-from fedlth.bench.matrix import LOCAL
+from fedlth.bench.matrix import LOCAL, Matrix
 from fedlth.bench.outcome import DONE, FAILED
 from fedlth.bench.spending import federated_phases
 from fedlth.report.measure import Shown
+from fedlth.report.units import count
 
 LARGE = 1.5  # standard deviations: a difference that one sees with the naked eye
 
@@ -30,7 +31,7 @@ def _best(board: Board, partition: str) -> str:
     assert shown is not None
     entry = board.entries[partition][first.method]
     clients = first.summary.num_clients // max(1, first.summary.num_seeds)
-    reached = f"{shown.text(first.summary.mean)}{shown.unit} {shown.bounds(first.summary.interval)}"
+    reached = f"{shown.text(first.summary.mean)}{shown.unit} {shown.bounds(first.interval)}"
     over = f"{clients} clients and {_seeds(len(entry.group))}"
     whole, held = board.complete(partition), board.entries[partition]
     among = "" if len(whole) == len(held) else f" of the {len(whole)} methods (of {len(held)}) that have all seeds"
@@ -55,14 +56,30 @@ def _federation(board: Board, partition: str) -> str:
         name, best = max(whole.items(), key=lambda pair: float(shown.gain(pair[1].mean)))
         if shown.gain(best.mean) <= 0:
             none = f"none of {len(federated)} federated methods has a better mean than training alone (local)"
-            return f"Federation did not help here: {none}.{worse}"
+            return f"Federation did not help here: {none}.{worse}{_shorter(board, partition, list(federated))}"
         gap = f"{shown.difference(best.mean)}{_points(shown)} {shown.bounds(best.interval, signed=True)}"
         none = f"none of {len(federated)} federated methods is clearly better than training alone (local){sure}"
-        return f"Federation is not shown to help here: {none}; the largest difference is {name}'s, {gap}.{worse}"
+        said = f"Federation is not shown to help here: {none}; the largest difference is {name}'s, {gap}."
+        return f"{said}{worse}{_shorter(board, partition, list(federated))}"
     told = [f"{name} by {shown.difference(one.mean)}" for name, one in _ranked(ahead)]
     are, unit = "is" if len(ahead) == 1 else "are", f", in{_points(shown)}" if shown.measure.percent else ""
     many = f"{len(ahead)} of {len(federated)} federated methods"
-    return f"Better than training alone (local) {are} {many}{sure}{unit}: {_list(told)}.{worse}"
+    said = f"Better than training alone (local) {are} {many}{sure}{unit}: {_list(told)}.{worse}"
+    return f"{said}{_shorter(board, partition, list(federated))}"
+
+
+def _shorter(board: Board, partition: str, names: Sequence[str]) -> str:
+    """Warn where local has trained for fewer epochs than methods that it is held against."""
+    held, label = board.entries[partition], board.matrix.label_of(LOCAL)
+    assert label is not None
+    epochs = {name: held[name].cost.round_epochs + held[name].cost.own_epochs for name in (label, *names)}
+    longer = [f"{name} {count(round(epochs[name], 1))}" for name in names if epochs[name] > epochs[label] + 0.05]
+    if not longer:
+        return ""
+    return (
+        f" A caution: local trained for {count(round(epochs[label], 1))} epochs a client, fewer than {_list(longer)}: "
+        "a part of such a difference may be the longer training."
+    )
 
 
 def _masks(board: Board, partition: str) -> list[str]:
@@ -112,7 +129,7 @@ def _seen(shown: Shown | None, idle: Mapping[str, Contrast], tests: int) -> str:
 
 def warnings(board: Board) -> tuple[str, ...]:
     """Return what a reader must know before believing: few seeds, failed cells, masks without a control."""
-    found = list(board.problems)
+    found = [*board.problems, *idle(board.matrix)]
     seeds = [len(entry.group) for held in board.entries.values() for entry in held.values()]
     if seeds and min(seeds) < FEWEST:
         found.append(
@@ -148,6 +165,11 @@ def warnings(board: Board) -> tuple[str, ...]:
                     many = f"{main.diverged} clients"
                     found.append(f"{partition}/{row}: the training of {many} diverged; each is a guess.")
     return tuple(found)
+
+
+def idle(matrix: Matrix) -> list[str]:
+    """Say which methods cannot do what they are for, as their studies stand."""
+    return [f"{_list(names)} cannot do what the method is for: {why}." for why, names in matrix.idle.items()]
 
 
 def _level(board: Board) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedlth.bench.board import Board, Entry, Line
-from fedlth.bench.contrasts import contrast, gains
+from fedlth.bench.contrasts import contrast, gains, masked
 from fedlth.bench.drawing import MARKS, MEGA, control_legend, stretch
 from fedlth.report.canvas import Theme
 from fedlth.report.choice import Choice
@@ -46,7 +46,7 @@ def mask_lines(board: Board) -> list[MaskLine]:
 
 
 def _points(entry: Entry, personal: str, general: str) -> list[tuple[float, float, Interval]]:
-    shown = entry.results.shown
+    shown, group = entry.results.shown, masked(entry.group, personal)
     points: list[tuple[float, float, Interval]] = []
     choices = {summary.choice: summary for summary in entry.results.summaries}
     for one, summary in choices.items():
@@ -58,7 +58,7 @@ def _points(entry: Entry, personal: str, general: str) -> list[tuple[float, floa
             if not alone:
                 continue
             other = alone[0]
-        found = contrast(gains(entry.group, one, entry.group, other), better=shown.measure.higher_is_better)
+        found = contrast(gains(group, one, group, other), better=shown.measure.higher_is_better)
         if found is not None:
             sign = shown.factor if shown.measure.higher_is_better else -shown.factor
             ends = sorted((sign * found.interval.low, sign * found.interval.high))
@@ -152,7 +152,7 @@ class Tickets:
         x = {line.method: held[line.method].cost.total_bytes / MEGA for line in self.lines}
         for method, (colour, marker, _) in _styles(theme, self.lines).items():
             rows = [line for line in drawn if line.method == method]
-            values = [shown.factor * line.summary.mean for line in rows]
+            values = [shown.factor * line.drawn for line in rows]
             same = [value for line, value in zip(rows, values, strict=True) if not line.row]
             axes.plot([x[method]] * 2, [min(same), max(same)], color=colour, linewidth=1, alpha=0.6, zorder=1)
             for line, value in zip(rows, values, strict=True):

@@ -14,7 +14,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from fedlth.bench.controls import with_controls
+from fedlth.bench.length import whole_length
 from fedlth.errors import StudyError, wrong
+from fedlth.experiment import effects
 from fedlth.experiment.resolve import read
 from fedlth.study import schema
 from fedlth.study.sections import Count, Names, Node, Positive, as_tuple
@@ -108,6 +110,15 @@ class Matrix:
         """The rows that are compared: those that are no control of another."""
         return tuple(label for label in self.methods if label not in self.control_of)
 
+    @cached_property
+    def idle(self) -> dict[str, tuple[str, ...]]:
+        """What keeps methods from doing what they are for: why -> the partitions and methods, as they are written."""
+        found: dict[str, tuple[str, ...]] = {}
+        for cell in self.firsts:
+            for why in effects.idle_method(read(cell.study)[0]):
+                found[why] = (*found.get(why, ()), f"{cell.partition}/{cell.method}")
+        return found
+
     def label_of(self, name: str) -> str | None:
         """Return the ranked row of this name, else the first whose method has it; None where there is neither."""
         if name in self.ranked:
@@ -122,7 +133,11 @@ class Matrix:
         tree |= {"study": self.name, "method": {"name": method, **options}, "seed": seed}
         if self.tune.lr:
             tree["tune"] = {"rounds": self.tune.rounds, "lr": list(self.tune.lr), **sections.get("tune", {})}
-        return with_controls(schema.build(tree, f"bench {self.name}: {partition}/{method}"))
+        where = f"bench {self.name}: {partition}/{method}"
+        study = schema.build(tree, where)
+        if tree["method"]["name"] == LOCAL and not sections.keys() & {"personalise", "finder"}:
+            study = schema.build({**tree, **whole_length(study, tree)}, where)
+        return with_controls(study)
 
     def text(self) -> str:
         """Return the bench as canonical JSON, as its folder keeps it; `parallel` decides nothing."""

@@ -14,6 +14,8 @@ from fedlth.bench.contrasts import FEWEST, Values
 from fedlth.bench.drawing import MARKS, MEGA, beyond, control_legend, stretch
 from fedlth.bench.mask_picture import Tickets, crossing, height, mask_lines, scale_of
 from fedlth.report.canvas import Picture, Theme, spread
+from fedlth.report.intervals import Interval
+from fedlth.report.measure import Shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -103,13 +105,13 @@ class Rows:
         front = pareto(x, y, higher_is_better=shown.measure.higher_is_better)
         drawn = [line for line in board.lines[self.partition] if not line.control or (line.control in MARKS
                                                                                      and not line.same)]  # fmt: skip
-        values = [shown.factor * line.summary.mean for line in drawn]
+        values = [shown.factor * line.drawn for line in drawn]
         low, high = limits(values)
         # Intervals have room beyond the outermost means: a quarter of the axis on each side, the rest is cut off.
         bars = [
-            shown.factor * one
+            end
             for line, value in zip(drawn, values, strict=True) if not line.control and low <= value <= high
-            for one in (line.summary.interval.low, line.summary.interval.high)
+            for end in _inside(shown, line.interval)
         ]  # fmt: skip
         room = 0.25 * (high - low)
         least = max(low - room, min([low, *bars]))
@@ -131,10 +133,8 @@ class Rows:
                     zorder=3,
                 )
             else:
-                ends = [shown.factor * one for one in (line.summary.interval.low, line.summary.interval.high)]
-                left.plot(
-                    np.clip(ends, least, most), [place, place], color=theme.gain, linewidth=1.3, alpha=0.6, zorder=2
-                )
+                ends = np.clip(_inside(shown, line.interval), least, most)
+                left.plot(ends, [place, place], color=theme.gain, linewidth=1.3, alpha=0.6, zorder=2)
                 left.plot(value, place, "o", color=theme.gain if line.method in front else theme.page, markersize=7,
                           markeredgecolor=theme.gain, markeredgewidth=1.3, zorder=4)  # fmt: skip
             used += [line.control] if line.control else []
@@ -168,9 +168,9 @@ class Pareto:
         x, y = costs(self.board, self.partition), means(self.board, self.partition)
         front = pareto(x, y, higher_is_better=shown.measure.higher_is_better)
         number, lines = numbers(self.board), self._lines()
-        values = [shown.factor * line.summary.mean for line in lines]
+        values = [shown.factor * line.drawn for line in lines]
         low, high = limits(values)
-        reach = (0.0, 100.0) if shown.measure.percent else (-np.inf, np.inf)
+        reach = _reach(shown)
         ends = [float(np.clip(end, *reach)) for line, value in zip(lines, values, strict=True) if low <= value <= high
                 for end in _ends(line, shown.factor)]  # fmt: skip
         room = 0.5 * (high - low)  # a wide interval is cut off rather than that it flattens all means
@@ -232,9 +232,19 @@ class Pareto:
         return [line for line in rows if few or not line.control]
 
 
+def _reach(shown: Shown) -> tuple[float, float]:
+    """Return the least and the largest value that the metric can have, as it is drawn."""
+    return (0.0, 100.0) if shown.measure.percent else (-np.inf, np.inf)
+
+
+def _inside(shown: Shown, interval: Interval) -> list[float]:
+    """Return the ends of an interval as they are drawn: no mean lies beyond what the metric can be."""
+    return [float(np.clip(shown.factor * end, *_reach(shown))) for end in (interval.low, interval.high)]
+
+
 def _ends(line: Line, factor: float) -> list[float]:
     """Return the ends of a row's interval over seeds, as they are drawn; nothing where there is none."""
-    found = [factor * line.seeds.low, factor * line.seeds.high]
+    found = [factor * (end + line.shift) for end in (line.seeds.low, line.seeds.high)]
     return found if np.isfinite(found).all() else []
 
 
@@ -256,7 +266,7 @@ def costs(board: Board, partition: str) -> dict[str, float]:
 def means(board: Board, partition: str) -> dict[str, float]:
     """Return each method's mean, as it is drawn."""
     factor = board.shown.factor if board.shown else 1.0
-    return {line.method: factor * line.summary.mean for line in board.lines[partition] if not line.control}
+    return {line.method: factor * line.drawn for line in board.lines[partition] if not line.control}
 
 
 def limits(values: Sequence[float]) -> tuple[float, float]:

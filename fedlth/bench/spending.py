@@ -23,10 +23,11 @@ class Spending:
     down_bytes, up_bytes: payloads, every receiver counted; total_bytes counts what one client sends another once;
     once_*: a broadcast counted once a round. All are without `beside_bytes`: what only serves to judge a run (the
     whole model for controls beside a slice, the metrics of step 2, evaluation between rounds). *_bits: bits of payload
-    for each exchanged number of the model and visit in a federated round. flops: of all clients' training as it
+    for each shared number of the model and visit in a round of the last federated phase; what earlier phases (a search
+    for a mask, say) moved is in the bytes alone. flops: of all clients' training as it
     was done, 3 forwards an example, counted dense; alive_flops: by what was alive in it; epochs: of a client. Step 2
     counts with the arm that speaks for the method, not with its controls. None: nothing was federated, there is no
-    fleet, or an earlier version made the run (alive_flops).
+    fleet, or an earlier version made the run (alive_flops, *_bits).
     """
 
     down_bytes: float
@@ -50,9 +51,9 @@ def spending(facts: Facts, choice: Choice) -> Spending:
     counted = [row for row in facts.ledger if _of_method(row, joining)]
     moved, all_moved = flow(counted), flow((*facts.ledger, *facts.evaluation))
     single = flow(once(counted))
-    rounds = flow(row for row in counted if row.phase in joining)
-    visits = {(row.round, row.phase, client) for row in counted if row.phase in joining for client in visitors_of(row)}
-    numbers = len(visits) * facts.header.num_exchanged
+    last = [row for row in counted if row.phase == _last_phase(facts.header)]
+    rounds, visits = flow(last), {(row.round, client) for row in last for client in visitors_of(row)}
+    numbers = len(visits) * (shared_numbers(facts.header) or 0)
     simulated = [simulated_s(facts, step=step) for step in (1, 2)]
     (flops, alive_flops), epochs = _rounds(facts, joining)
     rows = rows_of(facts, choice).values()
@@ -80,6 +81,26 @@ def federated_phases(header: Header, step: int | None = None) -> frozenset[str]:
     return frozenset(
         p.name for p in header.phases if (p.step == 1 or p.joins) and p.name != EVALUATE and step in (None, p.step)
     )
+
+
+def _last_phase(header: Header) -> str:
+    """Return the last phase of step 1 in which clients train together: those before it look for something first."""
+    found = federated_phases(header, 1)
+    return next((phase.name for phase in reversed(header.phases) if phase.name in found), "")
+
+
+def shared_numbers(header: Header) -> int | None:
+    """Return how many numbers of the model clients share; None where an earlier version's header does not tell.
+
+    It told the global state's. That is of weights where the raw model has nothing more than a counter a norm; else all
+    parameters are shared, where they are the raw model.
+    """
+    if header.num_shared is not None:
+        return header.num_shared
+    norms = sum(len(layer.shape) == 1 and layer.name.endswith("weight") for layer in header.layers)
+    if header.num_exchanged and header.dense_raw_bytes - 4 * header.num_exchanged in range(0, 8 * norms + 1, 8):
+        return header.num_exchanged
+    return header.num_parameters if header.dense_raw_bytes == 4 * header.num_parameters else None
 
 
 def mean_spending(runs: Sequence[Spending]) -> Spending:

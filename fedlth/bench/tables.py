@@ -24,6 +24,7 @@ from fedlth.report.tables import Table
 from fedlth.report.units import NOTHING, count, percent, scaled
 
 OWN = "own result"
+TO_WORST = "time to the worst method's last validation result"
 FAR = 0.25  # of the density that was asked: how far from it a method may end without a note
 
 
@@ -42,7 +43,7 @@ def outcome_table(board: Board, partition: str) -> Table:
         main, local = line.summary, line.alone
         rows.append((
             line.row if line.control else line.method, _what(line), main.density_text,
-            shown.text(main.mean), shown.bounds(main.interval), shown.text(main.tail), shown.text(main.worst_decile),
+            shown.text(main.mean), shown.bounds(line.interval), shown.text(main.tail), shown.text(main.worst_decile),
             percent(local.hurt if local else None, digits=0), shown.text(main.unseen),
             *(_less(shown, line.against.get(name)) for name in names),
         ))  # fmt: skip
@@ -56,7 +57,8 @@ def difference_unit(shown: Shown) -> str:
 def _what(line: Line) -> str:
     """Say what a row is of, and in a few words what sets it apart."""
     if line.control and not line.row:
-        return f"{line.control}: the same mask" if line.same else line.control
+        told = f"{line.control}: the same mask" if line.same else line.control
+        return f"{told} (seen clients)" if line.fewer else told
     label, seeds = arm_of(line.summary.choice.arm).label, line.summary.num_seeds
     label = f"{line.control}: {label}" if line.control else label
     return f"{label} ({seeds} of {seeds + line.missing} seeds)" if line.missing else label
@@ -127,11 +129,12 @@ def _p(value: float | None) -> str:
 
 def cost_table(board: Board, partition: str) -> Table:
     """Return what every method took on a partition, mean over seeds, in the order of the outcome."""
-    timed = any(board.cost_of(partition, line).simulated_s is not None for line in board.lines[partition])
+    timed, reached, shown = board.timed, board.reached[partition], board.shown
+    to = TO_WORST if shown is None or reached.target is None else f"time to {shown.text(reached.target)}{shown.unit}"
     header = (
         "method", "bytes down", "bytes up", "bytes down, broadcast once", "bytes up, once", "bytes beside",
         "bits down per number and visit", "bits up per number and visit", "training FLOPs, dense",
-        "FLOPs by what is alive", "epochs a client: rounds + own", *(("simulated time",) if timed else ()),
+        "FLOPs by what is alive", "epochs a client: rounds + own", *(("simulated time", to) if timed else ()),
     )  # fmt: skip
     rows = []
     for line in board.lines[partition]:
@@ -141,7 +144,8 @@ def cost_table(board: Board, partition: str) -> Table:
         amounts = (cost.down_bytes, cost.up_bytes, cost.once_down_bytes, cost.once_up_bytes, cost.beside_bytes)
         bits = (NOTHING if one is None else f"{one:.2f}" for one in (cost.down_bits, cost.up_bits))
         epochs = f"{count(round(cost.round_epochs, 1))} + {count(round(cost.own_epochs, 1))}"
-        simulated = (duration(cost.simulated_s),) if timed else ()
+        first = None if line.row else reached.seconds.get(line.method)
+        simulated = tuple(map(duration, (cost.simulated_s, first))) if timed else ()
         flops = scaled(cost.flops, ""), NOTHING if cost.alive_flops is None else scaled(cost.alive_flops, "")
         rows.append(
             (line.row or line.method, *(scaled(one, "B") for one in amounts), *bits, *flops, epochs, *simulated)
@@ -240,7 +244,8 @@ def whole_table(board: Board) -> Table:
         outcome, cost = outcome_table(board, partition), cost_table(board, partition)
         spent = {row[0]: row[1:] for row in cost.rows}
         blank = tuple("" for _ in cost.header[1:])
-        header = ("partition", *outcome.header, *cost.header[1:])
+        costs = cost.header[1:-1] + (TO_WORST,) if board.timed else cost.header[1:]  # each partition's is its own
+        header = ("partition", *outcome.header, *costs)
         rows += [(partition, *row, *spent.get(row[0], blank)) for row in outcome.rows]
     return Table(f"{board.matrix.name}: leaderboard", header, tuple(rows), left=3)
 
@@ -283,8 +288,8 @@ def _record(board: Board, partition: str, line: Line) -> dict[str, object]:
         "diverged_clients": main.diverged,
         "density_share": float(main.density),
         f"mean_{unit}": times * main.mean,
-        f"mean_low_{unit}": times * main.interval.low,
-        f"mean_high_{unit}": times * main.interval.high,
+        f"mean_low_{unit}": times * line.interval.low,
+        f"mean_high_{unit}": times * line.interval.high,
         f"{'p10' if shown.measure.higher_is_better else 'p90'}_{unit}": times * main.tail,
         f"worst_decile_{unit}": times * main.worst_decile,
         "hurt_vs_local_percent": None if local is None else 100 * local.hurt,
@@ -294,7 +299,12 @@ def _record(board: Board, partition: str, line: Line) -> dict[str, object]:
     for name in board.references:
         record |= _contrast(f"vs_{name}", points, times, line.against.get(name))
     record |= _contrast("own_less_control", points, times, line.beaten)
-    return record | _cost(board.cost_of(partition, line), line)
+    record |= _cost(board.cost_of(partition, line), line)
+    reached = board.reached[partition]
+    if reached.target is not None and not line.control:
+        record[f"time_to_{unit}"] = times * reached.target
+        record["time_to_seconds"] = reached.seconds.get(line.method)
+    return record
 
 
 def _contrast(name: str, unit: str, times: float, found: Contrast | None) -> dict[str, object]:

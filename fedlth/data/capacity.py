@@ -39,8 +39,19 @@ def tiers_of(tiers: Sequence[Tier], count: int, seed: int) -> tuple[Tier, ...]:
 
 
 def named(tiers: Sequence[Tier]) -> list[tuple[str, Tier]]:
-    """Return tiers with what they are called: their name, else their place in the list; whole devices last."""
-    return [*((tier.name or f"tier {i}", tier) for i, tier in enumerate(tiers)), ("whole device", WHOLE)]
+    """Return tiers with what they are called: their name, else their place in the list; whole devices last.
+
+    Of tiers that are called alike, later ones have a number too.
+    """
+    found: dict[str, Tier] = {}
+    for i, tier in enumerate([*tiers, WHOLE]):
+        name = plain = "whole device" if i == len(tiers) else tier.name or f"tier {i}"
+        number = 1
+        while name in found:
+            number += 1
+            name = f"{plain} ({number})"
+        found[name] = tier
+    return list(found.items())
 
 
 def names_of(tiers: Sequence[Tier], count: int, seed: int) -> list[str]:

@@ -54,7 +54,8 @@ class Pfllib:
     ) -> list[Parts]:
         if labels.ndim != 1:
             raise StudyError("partition: pfllib must have one label for each example, got one for each position")
-        num_classes = np.unique(labels).size
+        classes, labels = np.unique(labels, return_inverse=True)  # a class that nobody has is none to deal
+        num_classes = classes.size
         if self.kind != "dir" and self.class_per_client > num_classes:
             raise wrong("partition.class_per_client", f"at most the {num_classes} classes", self.class_per_client)
         draws = np.random.RandomState(self.numpy_seed)

@@ -88,9 +88,17 @@ def notes(study: Study, experiment: Experiment) -> list[str]:
     rates = [p for p in ("train.lr", *(f"train.{key}" for key in STEP_KEYS)) if study.given(p)]
     if not method.space.trains_weights and not study.refine.rounds and only and rates:
         made.append(f"{', '.join(rates)}: only for the arms {only}, method {method.name} learns scores at its own rate")
+    return [*made, *idle_method(experiment)]
+
+
+def idle_method(experiment: Experiment) -> list[str]:
+    """Return the notes that say what keeps a method from doing what it is for; of a bench they are warnings."""
+    study, method, found = experiment.study, experiment.method, []
     if method.phases and not _federates(study, method):
-        made.append("federate.rounds: is 0, so the global model is theta_0, which no round has trained")
-    return made
+        found.append("federate.rounds: is 0, so the global model is theta_0, which no round has trained")
+    if study.train.epochs == 1 and 1 in getattr(getattr(method.own, "after", None), "snapshots", ()):
+        found.append(f"train.epochs: with 1, {method.name}'s two masks are the same epoch's, and nothing is pruned")
+    return found
 
 
 def _idle_columns(study: Study, method: FederatedMethod) -> Iterator[str]:

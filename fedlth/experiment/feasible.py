@@ -9,6 +9,7 @@ import numpy as np
 
 from fedlth.data.factory import told
 from fedlth.data.sources import SOURCES
+from fedlth.data.split import absent_classes
 from fedlth.errors import StudyError
 from fedlth.experiment.effects import CUT, FINDER, LONG
 from fedlth.experiment.experiment import Experiment
@@ -95,6 +96,10 @@ def _check_steps(task: Task, finder: Finder, arms: set[str]) -> None:
 def _notes(study: Study, experiment: Experiment) -> list[str]:
     task = experiment.task
     notes: list[str] = list(task.dataset.notes)
+    if absent := absent_classes(task.dataset):
+        which = f"class {absent[0]} has" if len(absent) == 1 else f"classes {', '.join(map(str, absent[:10]))}"
+        more = "" if len(absent) == 1 else f"{f' and {len(absent) - 10} more' if len(absent) > 10 else ''} have"
+        notes.append(f"data: {which}{more} no training example")
     norms = [e for e in task.layout.entries if e.norm]
     if study.given("model.buffers") and experiment.federated:
         local = task.layout.num_floats + task.layout.num_ints - task.exchange.num_floats - task.exchange.num_ints

@@ -130,8 +130,6 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
         notes.append(
             f"personalise.lr and .schedule: have no effect on own_tuned, whose scores have {method.name}'s own rate"
         )
-    if study.train.epochs == 1 and 1 in getattr(getattr(method.own, "after", None), "snapshots", ()):
-        notes.append(f"train.epochs: with 1, {method.name}'s two masks are the same epoch's, and nothing is pruned")
     return experiment, notes
 
 

@@ -91,7 +91,8 @@ def _tiers(experiment: Experiment, visit: Visit) -> list[str]:
                 for what, (down, up, flops) in parts.items()
             }
             told = ", ".join(f"{what} {_told(seconds)}" for what, seconds in spent.items())
-            lines.append(f"  {name}, {len(held)} clients: a dense visit takes {told}, latency {_told(still)}")
+            many = f"{len(held)} client{'' if len(held) == 1 else 's'}"
+            lines.append(f"  {name}, {many}: a dense visit takes {told}, latency {_told(still)}")
     return lines
 
 

@@ -186,6 +186,7 @@ def _write_header(folder: RunFolder, experiment: Experiment, engine: Engine, end
         num_parameters=task.layout.num_params,
         num_prunable=task.layout.num_prunable,
         num_exchanged=experiment.layout.num_floats,
+        num_shared=task.exchange.num_floats,
         dense_payload_bytes=len(dense.payload),
         dense_raw_bytes=4 * task.exchange.num_floats + 8 * task.exchange.num_ints,
         flops_forward_per_example=task.model.flops[""],

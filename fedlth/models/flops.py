@@ -160,7 +160,7 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.own[part] = self.own.get(part, 0) + spent - inner
         for x in tree_leaves(output):
             if isinstance(x, torch.Tensor) and x.requires_grad:
-                x.register_hook(lambda gradient, part=part: self.reached.add(part))
+                x.register_hook(lambda gradient, part=part: self.reached.add(part))  # type: ignore[no-untyped-call]
             elif not isinstance(x, torch.Tensor | None):
                 self.reached.add(part)  # what it holds is not known
 

@@ -11,6 +11,8 @@ from fedlth.report.facts import Facts
 from fedlth.report.known_arms import arm_order, is_users
 from fedlth.storage.records import MetricRow
 
+OWN = ("own_tuned", "own")
+OF_ROUNDS = (*OWN, "own_random", "own_global_mask", "frozen_random")  # arms of masks that clients make in the rounds
 # The arm that speaks for a run in a headline or a comparison: its personal ticket first, then what the method
 # itself leaves behind (an arm of a user's, too), then the dense models.
 PREFERENCE, DENSE = ("ticket", "refined", "own_tuned", "own"), ("dense", "dense_total", "global", "local")
@@ -87,6 +89,14 @@ def baseline_of(group: Sequence[Facts], arm: str) -> Choice | None:
     """Return the baseline arm at its largest density, or None where it was not evaluated."""
     known = densities(group, arm)
     return Choice(arm, known[0]) if known else None
+
+
+def with_mask(rows: Sequence[MetricRow], arm: str) -> list[MetricRow]:
+    """Return the rows of clients that can have a mask of their own.
+
+    Who makes one in the rounds has none where no round has seen it: an unseen client would count as dense.
+    """
+    return [row for row in rows if not row.unseen] or list(rows) if arm in OF_ROUNDS else list(rows)
 
 
 def rows_of(facts: Facts, choice: Choice) -> dict[int, MetricRow]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlth.report.choice import Choice, baseline_of, chosen_choices, rows_of
+from fedlth.report.choice import Choice, baseline_of, chosen_choices, rows_of, with_mask
 from fedlth.report.facts import Facts
 from fedlth.report.intervals import Interval, interval
 from fedlth.report.known_arms import arm_order
@@ -24,8 +24,9 @@ class ArmSummary:
     Every statistic is taken within a seed and then averaged over seeds, of the study's metric on test data (accuracies
     are shares in [0, 1]). None: there was nothing to take it from. tail: the percentile behind which the worst tenth
     lies. worst_decile: mean of the worst tenth of clients (rounded up). hurt_*: share of clients strictly worse than
-    their own baseline. others: means of the further metrics. Epochs and FLOPs are means a client. diverged: clients (of
-    every seed) whose training did, which all other statistics but the density count too, as a constant guess.
+    their own baseline. density: of masks that clients make in the rounds, over those that a round could see. others:
+    means of the further metrics. Epochs and FLOPs are means a client. diverged: clients (of every seed) whose training
+    did, which all other statistics but the density count too, as a constant guess.
     """
 
     choice: Choice
@@ -106,6 +107,7 @@ def summarise_arm(group: Sequence[Facts], choice: Choice) -> ArmSummary:
     """Return the statistics of one arm and density; at least one client must have been evaluated there."""
     tables = [list(found.values()) for facts in group if (found := rows_of(facts, choice))]
     rows = [row for table in tables for row in table]
+    masked = [row.density for row in with_mask(rows, choice.arm) if not row.diverged]
     shown = shown_of(group)
     samples = [np.array([shown.of(row) for row in table]) for table in tables]
     unseen = [v for t in tables if len(v := np.array([shown.of(r) for r in t if r.unseen]))]
@@ -114,7 +116,7 @@ def summarise_arm(group: Sequence[Facts], choice: Choice) -> ArmSummary:
     ]
     return ArmSummary(
         choice=choice,
-        density=float(np.mean([row.density for row in rows if not row.diverged] or [choice.target_density])),
+        density=float(np.mean(masked or [choice.target_density])),
         num_seeds=len(tables),
         num_clients=len(rows),
         mean=over_seeds(np.mean, samples),

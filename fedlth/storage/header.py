@@ -80,11 +80,25 @@ class Header:
     network, of which each client has what is shared.
     `test` says whence test parts are: the data set's split, or each client's own examples. `label_noise` says in words
     what is wrong with the labels of the clients `noisy`; "" for nothing. `attack` says in words what the clients
-    `hostile` do, `joiners` from which round of step 1 on a late joiner is there.
+    `hostile` do, `joiners` from which round of step 1 on a late joiner is there. `num_exchanged` counts the numbers of
+    the global state, `num_shared` those of the model that no client has alone (None: an earlier version did not say):
+    they differ where thresholds or scores take the place of weights.
     """
 
     OPTIONAL: ClassVar[frozenset[str]] = frozenset(
-        {"phases", "metrics", "tasks", "client_tiers", "test", "label_noise", "noisy", "attack", "hostile", "joiners"}
+        {
+            "phases",
+            "metrics",
+            "tasks",
+            "client_tiers",
+            "test",
+            "label_noise",
+            "noisy",
+            "attack",
+            "hostile",
+            "joiners",
+            "num_shared",
+        }
     )
 
     format: int = FORMAT
@@ -115,6 +129,7 @@ class Header:
     num_parameters: int = 0
     num_prunable: int = 0
     num_exchanged: int = 0
+    num_shared: int | None = None
     dense_payload_bytes: int
     dense_raw_bytes: int = 0
     flops_forward_per_example: float = 0.0

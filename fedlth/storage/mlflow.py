@@ -6,15 +6,18 @@ import json
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fedlth.errors import require
 
+T = TypeVar("T")
+
 COMMITS = "commits"  # the metric by which a resumed run knows what it has been given
-LONGEST, AT_ONCE = 6000, 100  # of a parameter's value, and parameters a call
+# What a call may hold: of a parameter's value, of a name, parameters, metrics.
+LONGEST, LONGEST_NAME, AT_ONCE, METRICS_AT_ONCE = 6000, 250, 100, 1000
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class MLflow:
         found = client.get_experiment_by_name(self.experiment)
         experiment = found.experiment_id if found else client.create_experiment(self.experiment)
         made = client.create_run(experiment, run_name=name).info.run_id
-        params = [Param(key, value[:LONGEST]) for key, value in _flat(config)]
+        params = [Param(key, value[:LONGEST]) for key, value in named(_flat(config))]
         for at in range(0, len(params), AT_ONCE):
             client.log_batch(made, params=params[at : at + AT_ONCE])
         return MLflowRun(client, made, 0)
@@ -48,7 +51,10 @@ class MLflow:
 
 @dataclass
 class MLflowRun:
-    """An open run; each commit is one call, so that the store has all of it or nothing."""
+    """An open run; a commit is one call, so that the store has all of it or nothing.
+
+    Of one with more metrics than a call may hold, the last call has COMMITS: a resume gives all of it again.
+    """
 
     client: Any
     id: str
@@ -62,8 +68,9 @@ class MLflowRun:
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())
-        metrics = [Metric(re.sub(r"[^\w./ :-]", "_", key), value, now, commit) for key, value in scalars.items()]
-        self.client.log_batch(self.id, metrics=metrics)
+        metrics = [Metric(key, value, now, commit) for key, value in named(list(scalars.items()))]
+        for at in range(0, len(metrics), METRICS_AT_ONCE):
+            self.client.log_batch(self.id, metrics=metrics[at : at + METRICS_AT_ONCE])
 
     def end(self, scalars: Mapping[str, float], texts: Mapping[str, str], /) -> None:
         self._log(self.given or 0, scalars)
@@ -73,6 +80,19 @@ class MLflowRun:
 
     def stop(self) -> None:
         self.client.set_terminated(self.id, status="KILLED")
+
+
+def named(pairs: Sequence[tuple[str, T]]) -> list[tuple[str, T]]:
+    """Return pairs under names that MLflow takes, each once: of names that become equal, later ones get a number."""
+    found: dict[str, T] = {}
+    for key, value in pairs:
+        name = plain = re.sub(r"[^\w./ :-]", "_", key)[:LONGEST_NAME]
+        number = 1
+        while name in found:
+            number += 1
+            name = f"{plain[: LONGEST_NAME - 6]}_{number}"
+        found[name] = value
+    return list(found.items())
 
 
 def _flat(config: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:

@@ -13,12 +13,14 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
 
 from fedlth.errors import StudyError
 from fedlth.storage import store
+from fedlth.storage.header import read_header
 from fedlth.storage.json_lines import read_object
 from fedlth.storage.mlflow import MLflow
 from fedlth.storage.records import EVALUATE, CurveRow, Digests, MetricRow, RoundRow, read_log
@@ -93,13 +95,24 @@ class Tracking:
         if not trackers:
             return
         known = read_object(self.run / FILE) if (self.run / FILE).exists() else {}
-        commits = _commits(read_log(self.run, RoundRow)[0], read_log(self.run, CurveRow)[0])
+        commits = _commits(read_log(self.run, RoundRow)[0], read_log(self.run, CurveRow)[0], one_loss=self._one_loss)
         config = json.loads(self.study.science())
         name = f"{self.study.study} seed {self.study.seed}"
         for tool, tracker in trackers.items():
             self._open(tool, tracker, name, config, known.get(tool, {}))
         for commit, scalars in enumerate(commits, 1):
             self._log(commit, scalars)
+
+    @cached_property
+    def _one_loss(self) -> bool:
+        """Say whether all clients' losses are of one kind, so that they have a mean."""
+        names = [task.name for task in read_header(self.run).tasks]
+        specs = [self.study.tasks.get(name) for name in names]
+        losses = [
+            (self.study.train.loss if spec is None or spec.loss is None else spec.loss, spec.targets if spec else None)
+            for spec in specs
+        ]
+        return all(loss == losses[0] for loss in losses)
 
     def _open(
         self, tool: str, tracker: Tracker, name: str, config: Mapping[str, Any], known: Mapping[str, Any]
@@ -113,7 +126,7 @@ class Tracking:
     def committed(self, commit: int, row: RoundRow, curve: Sequence[CurveRow]) -> None:
         """Give every tracker one commit, counted from 1."""
         if self.open:
-            self._log(commit, _scalars(row, curve))
+            self._log(commit, _scalars(row, curve, one_loss=self._one_loss))
 
     def _log(self, commit: int, scalars: Scalars) -> None:
         behind = [tool for tool in self.open if self.given[tool] < commit]
@@ -125,7 +138,7 @@ class Tracking:
 
     def end(self, digests: Digests) -> None:
         """Give every tracker the results of a run that has finished, and close it."""
-        scalars = _final(read_log(self.run, MetricRow)[0]) if self.open else {}
+        scalars = _final(read_log(self.run, MetricRow)[0], one_loss=self._one_loss) if self.open else {}
         for tool, tracked in list(self.open.items()):
             self._tried(tool, lambda tracked=tracked: tracked.end(scalars, _texts(digests)))  # type: ignore[misc]
         self.open.clear()
@@ -171,19 +184,19 @@ def bounded(act: Callable[[], None], patience_s: float = PATIENCE_S) -> str:
     return f"no answer for {patience_s:g} s" if thread.is_alive() else "".join(failed)
 
 
-def _commits(rounds: Sequence[RoundRow], curve: Iterable[CurveRow]) -> list[Scalars]:
+def _commits(rounds: Sequence[RoundRow], curve: Iterable[CurveRow], *, one_loss: bool) -> list[Scalars]:
     """Return the scalars of every commit, in order; an evaluation is of the round before it."""
     of: dict[tuple[str, int], list[CurveRow]] = {}
     for one in curve:
         of.setdefault((one.phase, one.round), []).append(one)
     found, before = [], ("", 0)
     for row in rounds:
-        found.append(_scalars(row, of.get(before, []) if row.phase == EVALUATE else []))
+        found.append(_scalars(row, of.get(before, []) if row.phase == EVALUATE else [], one_loss=one_loss))
         before = row.phase, row.round
     return found
 
 
-def _scalars(row: RoundRow, curve: Sequence[CurveRow]) -> Scalars:
+def _scalars(row: RoundRow, curve: Sequence[CurveRow], *, one_loss: bool) -> Scalars:
     """Return what a tracker shows of one commit; of the curve, means over clients."""
     found: Scalars = {"up_bytes": row.up_bytes, "down_bytes": row.down_bytes, "failed": len(row.failed)}
     found |= {name: seen for name in ("val_accuracy", "val_metric") if (seen := getattr(row, name)) is not None}
@@ -191,21 +204,22 @@ def _scalars(row: RoundRow, curve: Sequence[CurveRow]) -> Scalars:
     for arm in dict.fromkeys(one.arm for one in curve):
         seen = [one for one in curve if one.arm == arm and not one.unseen]
         unseen = [one for one in curve if one.arm == arm and one.unseen]
-        found |= {f"curve/{arm}/{name}": value for name, value in _means(seen).items()}
-        found |= {f"curve/{arm}/unseen_{name}": value for name, value in _means(unseen).items()}
+        found |= {f"curve/{arm}/{name}": value for name, value in _means(seen, one_loss).items()}
+        found |= {f"curve/{arm}/unseen_{name}": value for name, value in _means(unseen, one_loss).items()}
     return found
 
 
-def _means(rows: Sequence[CurveRow | MetricRow]) -> Scalars:
-    """Return the means over clients of what every one of them has."""
-    names = {f"{part}_{name}": (part, name) for part in ("val", "test") for name in ("accuracy", "loss")}
+def _means(rows: Sequence[CurveRow | MetricRow], one_loss: bool) -> Scalars:
+    """Return the means over clients of what every one of them has; tasks of different losses have no mean loss."""
+    always = ("accuracy", "loss") if one_loss else ("accuracy",)
+    names = {f"{part}_{name}": (part, name) for part in ("val", "test") for name in always}
     for part in ("val", "test"):
         names |= {f"{part}_{name}": (part, name) for row in rows[:1] for name in getattr(row, f"{part}_metrics")}
     values = {told: [row.value(*place) for row in rows] for told, place in names.items()}
     return {told: math.fsum(v) / len(v) for told, v in values.items() if v and all(map(math.isfinite, v))}
 
 
-def _final(metrics: Iterable[MetricRow]) -> Scalars:
+def _final(metrics: Iterable[MetricRow], *, one_loss: bool) -> Scalars:
     """Return the means over clients by arm and target density."""
     of: dict[tuple[str, float], list[MetricRow]] = {}
     for row in metrics:
@@ -213,7 +227,7 @@ def _final(metrics: Iterable[MetricRow]) -> Scalars:
     return {
         f"final/{arm}/{density:g}/{name}": value
         for (arm, density), rows in of.items()
-        for name, value in _means(rows).items()
+        for name, value in _means(rows, one_loss).items()
     }
 
 

@@ -16,7 +16,7 @@ from fedlth.bench.matrix import load, merged, stored
 from fedlth.bench.outcome import read_outcome
 from fedlth.errors import StudyError
 from fedlth.experiment.effects import check_arms
-from fedlth.experiment.experiment import method_of
+from fedlth.experiment.experiment import Experiment, method_of
 from fedlth.experiment.resolve import read
 from fedlth.output import lines_to
 from fedlth.storage.header import read_header
@@ -272,6 +272,59 @@ def test_a_local_row_of_another_name_serves(tmp_path: Path) -> None:
     root = tiny_bench.run(file, tmp_path / "out")
     found = {row["method"]: row for row in rows(root)}
     assert found["fedavg"]["hurt_vs_local_percent"] and found["fedavg"]["vs_local_points"]
+
+
+def test_local_trains_as_long_as_a_client_of_the_others(tmp_path: Path) -> None:
+    """Two of three clients a round, two rounds: 4/3 visits of an epoch; three trainings of a search of two targets."""
+
+    def local(**sections: Any) -> dict[str, Any]:
+        cells = load(tiny_bench.write(tmp_path, **sections)).firsts
+        assert all(c.study.finder.schedule["name"] == "iterative" for c in cells if c.method not in ("local", "alone"))
+        study = next(c.study for c in cells if c.method in ("local", "alone"))
+        again = Experiment.of(study)
+        held = again.finder.trainings(study.finder.densities)[0]
+        p = study.personalise
+        return {"epochs": p.epochs and p.epochs * held, "steps": p.steps and p.steps * held}
+
+    base = tiny_bench.STUDY
+    assert local() == {"epochs": 5, "steps": None}  # 4/3 + 3, rounded up
+    assert local(methods={"fedavg": {}, "alone": {"name": "local"}}) == {"epochs": 5, "steps": None}
+    more = {"iid": {"federate": {"rounds": 20}}}
+    assert local(partitions=more) == {"epochs": 17, "steps": None}
+    steps = {**base, "train": {**base["train"], "steps": 6}, "personalise": {"steps": 4, "clients_per_wave": 2}}
+    assert local(study=steps) == {"epochs": None, "steps": 20}  # 8 + 12
+    mixed = {**base, "personalise": {"steps": 4, "clients_per_wave": 2}}
+    assert local(study=mixed) == {"epochs": None, "steps": 12}
+    for own in ({"personalise": {"epochs": 2}}, {"finder": {"densities": [0.5, 0.2]}}):
+        epochs = 3 * own.get("personalise", base["personalise"])["epochs"]
+        assert local(methods={"fedavg": {}, "local": {"sections": own}}) == {"epochs": epochs, "steps": None}
+
+
+def test_the_cells_of_local_alone_are_of_that_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tiny_bench.write(tmp_path)
+    new = [cell.study.science() for cell in load(file).cells if cell.method != "local"]
+    monkeypatch.setattr("fedlth.bench.matrix.whole_length", lambda *_: {})
+    assert new == [cell.study.science() for cell in load(file).cells if cell.method != "local"]
+
+
+def test_local_had_as_many_epochs_as_it_was_to_have(whole: Path) -> None:
+    found = {row["method"]: row for row in rows(whole) if row["partition"] == "iid" and row["row"] == "own result"}
+    assert found["local"]["own_epochs"] == "5"
+    said = (whole / "leaderboard.md").read_text()
+    assert "A caution" not in said
+
+
+def test_a_method_that_cannot_do_what_it_is_for_is_named(tmp_path: Path) -> None:
+    methods = {"sub_fedavg": tiny.METHODS["sub_fedavg"], "longer": {
+        "name": "sub_fedavg", **tiny.METHODS["sub_fedavg"], "sections": {"train": {"epochs": 2}}
+    }}  # fmt: skip
+    file, lines = tiny_bench.write(tmp_path, methods=methods, partitions={"iid": {}}, seeds=[0]), list[str]()
+    (tmp_path / "out" / "tiny").mkdir(parents=True)
+    with lines_to(lines.append):
+        root = tiny_bench.run(file, tmp_path / "out", report_only=True)
+    why = "iid/sub_fedavg cannot do what the method is for: train.epochs: with 1, sub_fedavg's two masks"
+    assert [line for line in lines if why in line] and why in (root / "leaderboard.md").read_text()
+    assert not [line for line in lines if "longer" in line]
 
 
 def test_a_section_is_merged_and_a_named_part_replaced() -> None:

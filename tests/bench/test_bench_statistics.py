@@ -21,13 +21,16 @@ from fedlth.bench.headline import _seen, headline, warnings
 from fedlth.bench.leaderboard import write_leaderboard
 from fedlth.bench.mask_picture import crossing, mask_lines, wins_below
 from fedlth.bench.matrix import load
-from fedlth.bench.pictures import Pareto, limits, numbers, pareto, pictures
+from fedlth.bench.pictures import Pareto, Rows, limits, numbers, pareto, pictures
 from fedlth.bench.ranks import critical_difference, friedman, ranking
-from fedlth.bench.tables import cost_table, leaderboard_csv, outcome_table
+from fedlth.bench.tables import cost_table, leaderboard_csv, outcome_table, whole_table
+from fedlth.bench.time_to import time_to_worst
 from fedlth.report.canvas import LIGHT
+from fedlth.report.facts import read_run
 from fedlth.report.intervals import Interval
 from fedlth.report.measure import Shown
 from fedlth.storage.header import ACCURACY
+from tests import tiny
 from tests.report.fake_run import write_run
 
 # Table 6 of Demsar, JMLR 2006: AUC of four variants of C4.5 on 14 data sets.
@@ -199,7 +202,7 @@ def test_a_row_that_is_a_control_stands_under_its_method_and_competes_with_none(
     entry, other = held["fedselect"], held["fedselect"].beside["by_chance"]
     assert entry.choice.arm == other.choice.arm == "own_tuned"
     gap = board.beaten("iid", RANDOM)["fedselect (against by_chance)"]
-    ours, its = (np.mean(list(one.blocks().values())) for one in (entry, other))
+    ours, its = (np.mean(list(one.blocks(one.choice).values())) for one in (entry, other))  # of the seen clients
     assert gap.mean == pytest.approx(ours - its) and gap.mean != 0 and gap.num_seeds == 3
     assert "fedselect (against by_chance)" in headline(board)["iid"]
     outcome, cost = outcome_table(board, "iid"), cost_table(board, "iid")
@@ -212,7 +215,7 @@ def test_a_row_that_is_a_control_stands_under_its_method_and_competes_with_none(
     figure = Figure()
     Pareto(board, "iid")(figure, LIGHT)
     drawn = [float(mark.get_ydata()[0]) for mark in figure.axes[0].lines if mark.get_marker() == MARKS[RANDOM][0]]
-    assert pytest.approx(100 * its) in drawn
+    assert pytest.approx(100 * (np.mean(list(entry.blocks().values())) - gap.mean)) in drawn
 
 
 def test_masks_without_any_random_control_are_told(with_row: tuple[Path, Path], tmp_path: Path) -> None:
@@ -282,6 +285,119 @@ def test_the_interval_over_seeds_is_students() -> None:
     half = 4.302652729911275 * np.std([0.80, 0.82, 0.87], ddof=1) / np.sqrt(3)
     assert (found.low, found.high) == pytest.approx((0.83 - half, 0.83 + half))
     assert np.isnan(over_seeds([0.8, 0.9]).low)
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A bench of made-up runs of a method that prunes in the rounds: its two unseen clients of ten have no mask."""
+    folder = tmp_path_factory.mktemp("pruned")
+    methods = {"fedavg": {}, "lotteryfl": tiny_bench.tree()["methods"]["lotteryfl"], "local": {}}
+    file = tiny_bench.write(folder, methods=methods, partitions={"iid": {}}, seeds=[0, 1, 2])
+    for method in methods:
+        for seed in range(3):
+            run = write_run(
+                folder / "tiny" / "iid" / method / str(seed), seed=seed, num_clients=10, rounds=4, method=method
+            )
+            if method == "lotteryfl":
+                prune_in_rounds(run, 0.01 * seed)
+    return file, folder / "tiny"
+
+
+def prune_in_rounds(run: Path, more: float) -> None:
+    """Give a run a method's own masks and their controls; where there is no mask, all of them are one dense model."""
+    own = {"own_tuned": 0.8, "own_random": 0.7, "own_global_mask": 0.75, "dense": 0.78}
+    told = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = [row for row in told if row["arm"] == "local"]
+    for row in [row for row in told if row["arm"] == "dense"]:
+        for arm, accuracy in own.items():
+            density = 1.0 if row["unseen"] or arm == "dense" else 0.25
+            value = 0.9 if row["unseen"] else accuracy + more
+            kept.append({**row, "arm": arm, "density": density, "target_density": 1.0, "test_accuracy": value})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+
+def test_a_client_without_a_mask_is_no_pair_of_it_and_its_control(pruned: tuple[Path, Path]) -> None:
+    board = read_board(load(pruned[0]), pruned[1])
+    lines = {line.control: line for line in board.lines["iid"] if line.method == "lotteryfl"}
+    own, random = lines[""], lines["random mask"]
+    assert own.summary.density == random.summary.density == pytest.approx(0.25)
+    assert random.summary.mean == pytest.approx(0.71) and own.summary.mean == pytest.approx(0.8 * 0.81 + 0.2 * 0.9)
+    assert random.beaten is not None and random.beaten.mean == pytest.approx(0.1)
+    assert random.beaten.num_pairs == 24 and lines["dense twin"].beaten.mean == pytest.approx(0.02)
+    assert own.summary.unseen == random.summary.unseen == pytest.approx(0.9)
+    assert own.against["local"].num_pairs == 30  # another method has a result for every client
+    # a picture has a control as far from the method as the same clients have it
+    assert own.drawn - random.drawn == pytest.approx(0.1)
+    rows = {row[1]: row for row in outcome_table(board, "iid").rows}
+    assert "random mask (seen clients)" in rows and lines["dense twin"].fewer and not own.fewer
+    ((density, gain, _),) = next(line for line in mask_lines(board) if line.method == "lotteryfl").points
+    assert (density, gain) == pytest.approx((0.25, 5.0))
+
+
+def test_an_interval_is_students_everywhere_from_three_seeds_on(made_up: tuple[Path, Path]) -> None:
+    board = read_board(load(made_up[0]), made_up[1])
+    first = board.lines["iid"][0]
+    found = over_seeds(board.entries["iid"][first.method].blocks().values())
+    shown = board.shown
+    assert shown is not None and first.interval == found != first.summary.interval
+    assert outcome_table(board, "iid").rows[0][4] == shown.bounds(found)
+    assert shown.bounds(found) in headline(board)["iid"]
+    row = next(csv.DictReader(leaderboard_csv(board).splitlines()))
+    assert float(row["mean_low_percent"]) == pytest.approx(100 * found.low)
+    assert float(row["mean_high_percent"]) == pytest.approx(100 * found.high)
+    figure = Figure()
+    Rows(board, "iid")(figure, LIGHT)
+    bars = [np.sort(bar.get_xdata()) for bar in figure.axes[0].lines if len(bar.get_xdata()) == 2]
+    assert any(np.allclose(bar, [100 * found.low, 100 * found.high]) for bar in bars)
+    few = replace(first, seeds=over_seeds([0.8, 0.9]))
+    assert few.interval == first.summary.interval
+
+
+def test_the_words_warn_where_local_trained_less(made_up: tuple[Path, Path]) -> None:
+    board = read_board(load(made_up[0]), made_up[1])
+    assert "A caution" not in headline(board)["iid"]
+    entry = board.entries["iid"]["fedavg"]
+    board.entries["iid"]["fedavg"] = replace(entry, cost=replace(entry.cost, round_epochs=9.0, own_epochs=99.0))
+    own = board.entries["iid"]["local"].cost.own_epochs
+    assert (
+        f"A caution: local trained for {own:.0f} epochs a client, fewer than fedavg 108: a part"
+        in headline(board)["iid"]
+    )
+
+
+def test_the_time_to_what_the_worst_reaches(made_up: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(made_up[1], tmp_path / "tiny")
+    assert not read_board(load(made_up[0]), tmp_path / "tiny").timed
+    reach = {"fedavg": [0.1, 0.3, 0.5, 0.6], "two_step": [0.5, 0.7, 0.8, 0.9]}
+    for method, values in reach.items():
+        for seed in range(3):
+            file = tmp_path / "tiny" / "iid" / method / str(seed) / "rounds.jsonl"
+            told = [json.loads(line) for line in file.read_text().splitlines()]
+            shifted = [value - 0.1 * (seed == 2) for value in values]
+            rows = [{**r, "val_accuracy": v, "simulated_s": 10.0} for r, v in zip(told, shifted, strict=True)]
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    board = read_board(load(made_up[0]), tmp_path / "tiny")
+    found = board.reached["iid"]
+    assert found.target == pytest.approx(0.5)  # fedavg's third seed, in its last round
+    # A round's value is of the model that it began with.
+    assert found.seconds == pytest.approx({"fedavg": (20 + 20 + 30) / 3, "two_step": (0 + 0 + 10) / 3})
+    table = cost_table(board, "iid")
+    assert table.header[-1] == "time to 50.0 %" and {row[0]: row[-1] for row in table.rows}["local"] == "–"
+    assert {row[0]: row[-1] for row in table.rows}["fedavg"] == "23.3 s"
+    told = {r["method"]: r for r in csv.DictReader(leaderboard_csv(board).splitlines()) if r["row"] == "own result"}
+    assert float(told["two_step"]["time_to_seconds"]) == pytest.approx(10 / 3) and not told["local"]["time_to_seconds"]
+    assert told["fedavg"]["time_to_percent"] == "50" and len({len(row) for row in whole_table(board).rows}) == 1
+
+
+def test_the_time_is_of_the_curve_over_all_clients_where_there_is_one(tmp_path: Path) -> None:
+    fleet = {"flops_s": 1e6, "down_bytes_s": 1000, "up_bytes_s": 500}
+    made = tiny.of_method("fedavg", fleet=fleet, evaluate={"every": 1}, federate={"rounds": 3})
+    facts = read_run(tiny.run(made, tmp_path / "r").root)
+    found = time_to_worst({"fedavg": [facts]})
+    last = [row.val_accuracy for row in facts.curve if row.round == 3 and not row.unseen]
+    assert found.target == pytest.approx(np.mean(last))
+    ends = np.cumsum([row.simulated_s for row in facts.rounds if row.phase == "federate"])
+    assert found.seconds["fedavg"] in [pytest.approx(end) for end in ends]
 
 
 def test_equal_runs_give_an_equal_leaderboard(made_up: tuple[Path, Path]) -> None:

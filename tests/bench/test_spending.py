@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlth.bench.spending import Spending, spending
+from fedlth.bench.spending import Spending, shared_numbers, spending
 from fedlth.report.choice import main_choice
 from fedlth.report.facts import read_run
 from tests import tiny
@@ -25,6 +25,33 @@ def as_of_old(out: Path) -> None:
         for work in row.get("work", ()):
             work.pop("flops", None), work.pop("alive_flops", None)
     (out / "times.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("method", ["fedavg", "spafl", "fedtiny", "fedbn"])
+def test_bits_are_of_the_models_numbers_and_of_visits_that_train(tmp_path: Path, method: str) -> None:
+    folder = tiny.run(tiny.of_method(method, wire="raw", clients={"count": 4, "unseen": 0.25}), tmp_path / "r").root
+    facts, shared = read_run(folder), tiny.task_of(folder).exchange.num_floats
+    rows = [row for row in facts.ledger if row.phase == "federate"]
+    visits = len({(row.round, row.receiver) for row in rows if row.sender == "server"})
+    found = spent(folder)
+    ups = sum(row.payload_bytes for row in rows if row.receiver == "server")
+    downs = sum(row.payload_bytes for row in rows if row.sender == "server")
+    assert found.up_bits == pytest.approx(8 * ups / visits / shared)
+    assert found.down_bits == pytest.approx(8 * downs / visits / shared)
+    if method == "spafl":  # a threshold a row stands for all weights of it
+        assert facts.header.num_exchanged < shared / 4 and found.up_bits < 8
+    elif method == "fedtiny":  # its phases before send one number, or many models
+        assert {row.phase for row in facts.ledger} > {"measure", "select", "federate"}
+        assert found.total_bytes > ups + downs
+    else:
+        assert 32 <= found.up_bits < 40
+    header = json.loads((folder / "header.json").read_bytes())
+    del header["num_shared"]
+    (folder / "header.json").write_text(json.dumps(header))
+    assert shared_numbers(read_run(folder).header) == shared, "what an earlier version told is enough here"
+    (folder / "header.json").write_text(json.dumps({**header, "num_exchanged": 7}))
+    odd = spent(folder)
+    assert odd.up_bits is None or shared_numbers(read_run(folder).header) == header["num_parameters"] == shared
 
 
 @pytest.mark.parametrize(("method", "options"), [("fedavg", {}), ("apfl", {}), ("salientgrads", {"density": 0.2})])

@@ -13,7 +13,8 @@ from fedlth.data.dataset import Dataset, pooled
 from fedlth.data.label_noise import with_noise
 from fedlth.data.label_partition import Classes
 from fedlth.data.partition import Dirichlet, Iid, NaturalKey, Partition
-from fedlth.data.split import Splits, label_counts, num_sampled, split_clients
+from fedlth.data.pfllib import Pfllib
+from fedlth.data.split import Splits, absent_classes, label_counts, num_sampled, split_clients
 from fedlth.errors import StudyError
 from fedlth.study.sections import LabelNoise
 
@@ -112,9 +113,25 @@ def test_label_counts_are_of_the_train_part() -> None:
         assert sum(label_counts(dataset, client)) == len(client.train)
 
 
-def test_a_class_that_no_client_can_have_is_refused() -> None:
-    with pytest.raises(StudyError, match="data: class 10 must have a training example"):
-        split(replace(data(), num_classes=12), Classes(1), num_clients=2)
+def with_holes() -> Dataset:
+    """Labels 0 to 9 as 0, 2, 4 ... 18, of 25 classes."""
+    made = data()
+    return replace(made, y_train=2 * made.y_train, y_test=2 * made.y_test, num_classes=25)
+
+
+@pytest.mark.parametrize(
+    "partition",
+    [Iid(), Classes(2), Dirichlet(0.5, min_samples=2), Pfllib("pat", class_per_client=2, batch_size=1)],
+    ids=repr,
+)
+def test_a_class_without_examples_changes_no_division(partition: Partition) -> None:
+    own = {"own_test": True} if isinstance(partition, Pfllib) else {}
+    plain, holes = (split(one, partition, num_clients=5, **own) for one in (data(), with_holes()))
+    for one, other in zip(plain.clients, holes.clients, strict=True):
+        assert np.array_equal(one.train, other.train) and np.array_equal(one.test, other.test)
+        counts = label_counts(with_holes(), other)
+        assert counts[:20:2] == label_counts(data(), one) and len(counts) == 25
+    assert absent_classes(with_holes()) == [*range(1, 19, 2), *range(19, 25)] and absent_classes(data()) == []
 
 
 def test_a_class_that_no_client_drew_works() -> None:
