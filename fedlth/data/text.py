@@ -219,7 +219,8 @@ def _less_precious(plain: Sequence[str], codes: np.ndarray) -> np.ndarray:
         if code != LEFT_OUT:
             best[text] = max(best.get(text, TRAIN), int(code))
     doubled = np.array([code < best.get(text, TRAIN) for text, code in zip(plain, codes, strict=True)])
-    return doubled & (codes != LEFT_OUT)
+    found: np.ndarray = doubled & (codes != LEFT_OUT)
+    return found
 
 
 def _of_another_key(plain: Sequence[str], codes: np.ndarray, keys: np.ndarray) -> np.ndarray:
