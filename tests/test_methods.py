@@ -314,8 +314,8 @@ def orders(monkeypatch: pytest.MonkeyPatch) -> list[list[np.ndarray]]:
     seen: list[list[np.ndarray]] = []
     original = budget.batches
 
-    def spy(size: int, batch_size: int, order: np.random.Generator) -> list[np.ndarray]:
-        seen[-1:] = [[*seen[-1], *(parts := original(size, batch_size, order))]]
+    def spy(size: int, batch_size: int, *how: Any) -> list[np.ndarray]:
+        seen[-1:] = [[*seen[-1], *(parts := original(size, batch_size, *how))]]
         return parts
 
     monkeypatch.setattr(budget, "batches", spy)

@@ -151,7 +151,9 @@ def test_what_is_alive_is_what_the_smaller_network_costs(tmp_path: Path) -> None
         assert small[e.name] == pytest.approx(dense[e.name] * mask[e.slice].mean(), abs=1)
     client = LocalClient(task, 0, 0, "personalise")
     counted = client.flops(mask, 1)
-    assert counted[1] / counted[0] == pytest.approx(less / whole, rel=0.01)
+    # Of a training too; a little less, as the pooler, which nothing prunes or trains, counts one forward of three.
+    assert counted[1] / counted[0] == pytest.approx(less / whole, rel=0.02)
+    assert counted[1] / counted[0] < less / whole
 
 
 def test_nothing_is_written_that_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
