@@ -314,7 +314,7 @@ def read_board(matrix: Matrix, root: Path) -> Board:
                 continue
             try:
                 held[label] = _entry(ours[0], ended)
-                problems += _lacking(ours[0], held[label])
+                problems += _lacking(ours[0], held[label]) if label in matrix.ranked else []
             except StudyError as error:
                 problems.append(f"{partition}/{label} is left out: {error}")
         problems += _unlike(partition, held)
