@@ -11,7 +11,7 @@ import numpy as np
 from fedlth.bench.board import Board, Entry, Line
 from fedlth.bench.contrasts import contrast, gains, masked
 from fedlth.bench.drawing import MARKS, MEGA, control_legend, stretch
-from fedlth.report.canvas import Theme
+from fedlth.report.canvas import Theme, end_labels, spread
 from fedlth.report.choice import Choice
 from fedlth.report.intervals import Interval
 from fedlth.report.measure import Shown
@@ -150,6 +150,7 @@ class Tickets:
     def _reached(self, axes: Axes, theme: Theme, shown: Shown) -> None:
         drawn, held = self._drawn(), self.board.entries[self.partition]
         x = {line.method: held[line.method].cost.total_bytes / MEGA for line in self.lines}
+        points: dict[str, tuple[float, float]] = {}
         for method, (colour, marker, _) in _styles(theme, self.lines).items():
             rows = [line for line in drawn if line.method == method]
             values = [shown.factor * line.drawn for line in rows]
@@ -163,15 +164,18 @@ class Tickets:
                               markersize=8 if control == "*" else 5)  # fmt: skip
                 else:
                     axes.plot(x[method], value, marker, color=colour, markersize=7, zorder=4)
-                    axes.annotate(str(self.number[method]), (x[method], value), (6, 5), textcoords="offset points",
-                                  fontsize=8, color=theme.ink, zorder=5)  # fmt: skip
+                    points[str(self.number[method])] = (x[method], value)
         stretch(axes, [self.board.cost_of(self.partition, line).total_bytes / MEGA for line in drawn])
+        ends = []
         for line in self.board.lines[self.partition]:
             if line.method in ("local", "fedavg_ft") and not line.control:
                 value = shown.factor * line.summary.mean
                 axes.axhline(value, color=theme.ink, linewidth=1, linestyle="--", alpha=0.7, zorder=0)
-                axes.annotate(line.method, (0.01, value), (0, 3), xycoords=("axes fraction", "data"), fontsize=8,
-                              textcoords="offset points", color=theme.ink)  # fmt: skip
+                ends.append((value, line.method, theme.ink))
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high)
+        end_labels(axes, ends, gap=0.04 * (high - low))
+        _number(axes, points, theme.ink)
         axes.set_xlabel("payload, down and up (MB)")
         axes.set_ylabel(f"mean test {shown.axis}")
 
@@ -206,6 +210,20 @@ class Tickets:
         unit = "points" if shown.measure.percent else shown.label
         axes.set_ylabel(f"personal less global mask ({unit})")
         axes.set_xlabel("density kept (sparser to the right)")
+
+
+def _number(axes: Axes, points: Mapping[str, tuple[float, float]], colour: str) -> None:
+    """Write each point's name to its right; names of points that lie close in x are moved apart."""
+    there = axes.transAxes.inverted()
+    near: list[list[tuple[float, float, str]]] = []  # by place on the axes, from 0 to 1
+    for x, y, name in sorted((*there.transform(axes.transData.transform(at)), name) for name, at in points.items()):
+        if near and x - near[-1][-1][0] < 0.06:
+            near[-1].append((x, y, name))
+        else:
+            near.append([(x, y, name)])
+    for group in near:
+        for (x, _, name), y in zip(group, spread([y for _, y, _ in group], gap=0.034), strict=True):
+            axes.annotate(name, (x + 0.025, y), xycoords="axes fraction", va="center", fontsize=8, color=colour)
 
 
 def _styles(theme: Theme, lines: Sequence[MaskLine]) -> dict[str, tuple[str, str, str]]:
