@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from fedlth.engines.choose import _engine
+from fedlth.engines.choose import engine_of
 from fedlth.experiment.resolve import resolve
 from fedlth.federation.rounds import Federation
 from fedlth.storage.run_folder import RunFolder
@@ -22,7 +22,7 @@ def main() -> None:
     given = json.loads(sys.stdin.readline())
     experiment, _ = resolve(schema.build(given["study"]))
     with tempfile.TemporaryDirectory(dir=given["folder"]) as place:
-        folder, engine = RunFolder(Path(place)), _engine(experiment.study)
+        folder, engine = RunFolder(Path(place)), engine_of(experiment.study)
         folder.create(experiment.study)
         try:
             loop = Federation(experiment, folder, engine)

@@ -163,3 +163,30 @@ def test_nothing_unpickles_or_uses_global_randomness() -> None:
         if name not in ("fedlth.experiment.saved_ticket", "fedlth.data.leaf"):
             assert "random" not in tops(imports(name)), name
     assert not {m for m in imports("fedlth.data.leaf") if m.startswith("random")} - {"random.Random"}
+
+
+def test_scripts_import_what_is_there() -> None:
+    """What stands beside the package is run seldom: a name that moved would be noticed months later."""
+    missing = []
+    for script in [p for folder in ("benchmarks", "scripts", "simulations") for p in (ROOT / folder).rglob("*.py")]:
+        for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "fedlth":
+                known = names_of(node.module)
+                missing += [f"{script.name}: {node.module}.{a.name}" for a in node.names if a.name not in known]
+    assert not missing
+
+
+def names_of(module: str) -> set[str]:
+    """Return what can be imported from a module of the package: its own names, and its files."""
+    own = module if module in FILES else f"{module}.__init__"
+    found = {file.removesuffix(".__init__").rpartition(".")[2] for file in FILES if file.startswith(f"{module}.")}
+    for node in parsed(own).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            found.update(a.asname or a.name for a in node.names)
+        elif isinstance(node, ast.Assign):
+            found.update(one.id for target in node.targets for one in ast.walk(target) if isinstance(one, ast.Name))
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found.add(node.target.id)
+    return found
