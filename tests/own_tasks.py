@@ -59,6 +59,13 @@ def sentences(seed: int = 0, size: int = 240, key: bool = False) -> dict[str, An
     return {"x_train": x, "y_train": y, "x_test": x_test, "y_test": y_test, "num_classes": CLASSES}
 
 
+def uneven(by: int) -> dict[str, Any]:
+    """Return `sentences` whose sixth attention mask is longer by so much than its tokens."""
+    made = sentences()
+    made["x_train"]["attention_mask"][5] += [1] * by
+    return made
+
+
 def tokens(seed: int = 0, size: int = 240) -> dict[str, Any]:
     """Return the same sentences as one ragged input."""
     made = sentences(seed, size)
@@ -172,6 +179,10 @@ def not_finite(outputs: Tensor, y: Tensor) -> float:
 
 def wordy(outputs: Tensor, y: Tensor) -> str:
     return "fine"
+
+
+def rowwise(outputs: Tensor, y: Tensor) -> Tensor:
+    return outputs.mean(1)
 
 
 def needs_many(outputs: Tensor, y: Tensor) -> float:

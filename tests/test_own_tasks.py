@@ -242,6 +242,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"metrics": [f"{HERE}:wordy"]},
         f"metrics: {HERE}:wordy must return one number: Val",
     ),
+    "the metric gives a row": ({"metric": f"{HERE}:rowwise"}, f"^metric: {HERE}:rowwise must return one number: "),
     "metrics that are text": ({"metrics": "mae"}, "metrics: input should be a valid tuple"),
 }
 
@@ -383,6 +384,16 @@ def test_a_digest_sees_names_and_lengths() -> None:
     assert len({checked(d).digest() for d in (one, *changed)}) == 4
     backwards = dict(reversed(one.x_train.items()))
     assert dataset(x_train=backwards, x_test=backwards).digest() == one.digest()
+
+
+def test_fields_of_unequal_lengths_in_one_example_are_told() -> None:
+    told = (
+        "data: attention_mask and input_ids are of different lengths in 1 of 240 training examples, first in example 5"
+    )
+    for longer in (0, 3):
+        data = {"name": f"{HERE}:uneven", "options": {"by": longer}}
+        _, notes = resolve(tiny.schema.build({**tree("ragged mapping"), "data": data}))
+        assert any(note.startswith(told) for note in notes) == bool(longer)
 
 
 def test_ragged_rows_are_padded_once() -> None:

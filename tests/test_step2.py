@@ -416,3 +416,14 @@ def test_a_long_step_2_is_heard_of_on_the_way(tmp_path: Path, monkeypatch: pytes
     tiny.run(made, tmp_path / "r", tell=lines.append)
     told = [line for line in lines if line.startswith("client 0: ")]
     assert told == ["client 0: dense at density 1 is done", "client 0: ticket at density 0.5 is done"]
+
+
+def test_a_process_with_other_data_refuses_the_job() -> None:
+    """A factory that draws anew at each call gave every worker examples of its own, and nobody knew."""
+    from fedlth.engines.inprocess import attempt
+
+    made = tiny.experiment(tiny.of_method("fedavg"))
+    job = Job(study=made.text, phase="federate", round=1, client=0, inbox=(), data=made.task.splits.name)
+    assert not hasattr(attempt(client_step, job), "reason")
+    failure = attempt(client_step, replace(job, data="0" * 16))
+    assert "data: must be the same in every process of a run" in failure.reason  # type: ignore[union-attr]

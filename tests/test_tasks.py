@@ -19,6 +19,7 @@ from fedlth.federation import session
 from fedlth.forecast import forecast
 from fedlth.report import compare, read_results, summary_text, write_report
 from fedlth.report.fleet import tiers_table
+from fedlth.report.tables import tasks_table
 from fedlth.report.units import NOTHING
 from fedlth.storage.run_folder import RunFolder
 from fedlth.study import schema
@@ -226,10 +227,27 @@ def test_tasks_with_different_metrics_have_no_common_mean(finished: Callable[[st
     assert "By task, whose metrics have no common mean: digits " in text and "(macro f1)" in text
     assert len(tiny.rows(run, "curve")) == 2 * 6 and "The best round on test data" not in text
     assert tiers_table(results).rows[-1][-1] == NOTHING
+    assert "random ticket" in text, "the table by task is the only one, so it has every arm"
     page = write_report(run).read_text()
+    assert 'id="arms"' not in page and not (run / "tables" / "summary.md").exists()
     assert page.count("macro f1") > 1 and "the curve is in curve.jsonl alone" in page
     with pytest.raises(StudyError, match="one metric, got macro_f1, perplexity, loss"):
         compare([run, alike_run])
+
+
+def test_further_metrics_of_a_task_are_in_its_rows(tmp_path: Path) -> None:
+    tasks = {"digits": {"metric": "macro_f1", "metrics": ["balanced_accuracy"]}, "shapes": {"metric": "perplexity"}}
+    run = tiny.run(study(tasks=tasks), tmp_path / "r").root
+    table = tasks_table(read_results(run))
+    own = tiny.rows(run, "metrics")
+    told = {(row[0], row[4], row[5]): row[-1] for row in table.rows}
+    held = [row.get("test_metrics", {}) for row in own if row["arm"] == "dense"]
+    digits = [one["balanced_accuracy"] for one in held if "balanced_accuracy" in one]
+    assert table.header[-1] == "further metrics" and len(digits) == 2
+    assert told["digits", "dense twin", "1"].endswith(f", balanced accuracy {100 * sum(digits) / 2:.1f} %")
+    assert told["shapes", "dense twin", "1"].startswith("accuracy ")
+    text = summary_text(read_results(run))
+    assert told["digits", "dense twin", "1"] in text and "outputs" not in text
 
 
 def test_no_mean_of_different_metrics_decides_or_is_recorded() -> None:

@@ -48,6 +48,11 @@ class Splits:
     given: frozenset[str] = frozenset()
     noisy: tuple[int, ...] = ()
 
+    @property
+    def name(self) -> str:
+        """What a job calls the data set and its division: equal names mean equal examples."""
+        return self.digest[:16]
+
 
 def split_clients(
     dataset: Dataset,

@@ -38,7 +38,7 @@ def of_order(order: Order) -> Records:
     job = order.job
     head = {
         "study": job.study, "phase": job.phase, "round": job.round, "client": job.client, "version": job.version,
-        "run": order.run, "timeout_s": order.timeout_s,
+        "data": job.data, "run": order.run, "timeout_s": order.timeout_s,
     }  # fmt: skip
     return _pack(head, job.inbox)
 
@@ -49,6 +49,7 @@ def to_order(records: View) -> Order:
     job = Job(
         study=_field(head, "study", str), phase=_field(head, "phase", str), round=_field(head, "round", int),
         client=_field(head, "client", int), version=_field(head, "version", str), inbox=inbox,
+        data=_field(head, "data", str),
     )  # fmt: skip
     return Order(job, _field(head, "run", str), _seconds(head, "timeout_s"))
 

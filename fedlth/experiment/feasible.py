@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -93,6 +93,20 @@ def _check_steps(task: Task, finder: Finder, arms: set[str]) -> None:
             )
 
 
+def _uneven(lengths: Mapping[str, np.ndarray]) -> list[str]:
+    """Say where fields of one example, the labels of positions too, are of different lengths: seldom meant."""
+    names = sorted(lengths)
+    found = []
+    for name in names[1:]:
+        (rows,) = np.nonzero(lengths[name] != lengths[names[0]])
+        if len(rows):
+            found.append(
+                f"data: {names[0]} and {name} are of different lengths in {len(rows)} of {len(lengths[name])} training "
+                f"examples, first in example {rows[0]}: right only if each has a length of its own"
+            )
+    return found
+
+
 def _notes(study: Study, experiment: Experiment) -> list[str]:
     task = experiment.task
     notes: list[str] = list(task.dataset.notes)
@@ -109,6 +123,7 @@ def _notes(study: Study, experiment: Experiment) -> list[str]:
     if not task.dataset.lengths_train:
         asked = [f"{step}.group_by_length" for step in ("train", "personalise")]
         notes += [f"{key}: has no effect, all examples are of one length" for key in asked if study.given(key)]
+    notes += _uneven(task.dataset.lengths_train)
     idle = [f"tasks.{name}" for name in study.tasks if name not in task.names]
     if idle:
         notes.append(f"{', '.join(idle)}: {'has' if len(idle) == 1 else 'have'} no effect, no client has such examples")

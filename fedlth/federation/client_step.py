@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fedlth.errors import StudyError
 from fedlth.experiment.experiment import Experiment, open_experiment
 from fedlth.federation.jobs import RESYNC, Job, Message, Reply
 from fedlth.federation.uplink import Uplink
@@ -33,6 +34,11 @@ def client_step(job: Job) -> Reply:
     """Decode, restore, train, encode. Pure but for its caches: equal jobs give equal replies on every engine."""
     began = time.perf_counter()
     experiment = open_experiment(job.study)
+    if job.data and job.data != experiment.task.splits.name:
+        raise StudyError(
+            "data: must be the same in every process of a run, got other examples here than the server has: the "
+            "factory gives something else at each call, or the files on this machine are others"
+        )
     phase = _phase(experiment, job.phase)
     if job.version and job.state is None:
         return _resync(job, began, bytes(8))

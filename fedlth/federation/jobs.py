@@ -28,6 +28,7 @@ class Message:
 class Job:
     """One client's step. `study` is the canonical JSON of the study, from which a worker builds the rest once.
 
+    `data` names the data set and its division as the driver has them (Splits.name), "" where anyone's will do.
     `version` names the client's committed state ("" for none). `state` holds its bytes where the driver keeps them,
     and is None where they lie with the client (a device, a Flower node).
     """
@@ -37,6 +38,7 @@ class Job:
     round: int
     client: int
     inbox: tuple[Message, ...]
+    data: str = ""
     version: str = ""
     state: bytes | None = None
 

@@ -144,7 +144,7 @@ class Replies:
         state = None if self.holds_state else self.folder.clients.get(client, version)
         return Job(
             study=self.experiment.text, phase=self.phase.name, round=self.round, client=client, inbox=inbox,
-            version=version, state=state,
+            data=self.experiment.task.splits.name, version=version, state=state,
         )  # fmt: skip
 
     def again(self, job: Job, reply: Reply) -> Job | None:

@@ -191,7 +191,7 @@ class Matrix:
                 data = payload.encode("mask", self.layout, Content(mask, None, None), codec=experiment.codec)
             yield Job(
                 study=experiment.text, phase=TRANSFER, round=1, client=one.target, version=TRANSFER,
-                state=self.states[one.target].to_bytes(),
+                data=experiment.task.splits.name, state=self.states[one.target].to_bytes(),
                 inbox=(*self._start, Message("mask", MASK, data, broadcast=True)),
             )  # fmt: skip
 

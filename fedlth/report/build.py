@@ -86,8 +86,8 @@ def write_files(run: Path, *, tables: Mapping[str, Table], figures: Sequence[Dra
 
 
 def write_tables(folder: Path, tables: Mapping[str, Table]) -> None:
-    """Write each table as Markdown, LaTeX and CSV."""
-    for name, table in tables.items():
+    """Write each table that has rows as Markdown, LaTeX and CSV."""
+    for name, table in [(name, table) for name, table in tables.items() if table.rows]:
         for ending, render in RENDERERS.items():
             write_file(folder / f"{name}.{ending}", render(table).encode())
 

@@ -13,6 +13,9 @@ from fedlth.report.facts import Facts, grouped
 from fedlth.report.results import Results, alive_flops
 from fedlth.storage.records import Work
 
+CPU = "CPU s"
+SHORT_S = 0.05  # an epoch of fewer CPU seconds: two runs of equal bits have told 5 and 242 rounds
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -54,9 +57,11 @@ def cost_text(results: Results) -> str:
         paid = "a ticket never pays for its search"
         if math.isfinite(rounds):
             paid = f"a ticket has paid for its search after {math.ceil(rounds)} rounds of {many}"
+        short = cost.unit == CPU and cost.dense < SHORT_S
         parts.append(
             f"An epoch inside the ticket takes {cost.ticket:.3g} {cost.unit} a client, its dense twin "
             f"{cost.dense:.3g} ({cost.ticket / cost.dense:.2f} of it); the search took {cost.search:.3g}, so {paid}."
+            + (" Trainings as short as these are fixed costs and noise for the most part." if short else "")
         )
     return " ".join([*parts, *_evaluation(results)])
 
@@ -109,7 +114,7 @@ def _cpu(group: tuple[Facts, ...], choice: Choice) -> Cost | None:
             clients.append((_an_epoch(dense), _an_epoch(inside), float(np.mean(searches))))
     if not clients:
         return None
-    return Cost("CPU s", *(float(mean) for mean in np.mean(clients, axis=0)))
+    return Cost(CPU, *(float(mean) for mean in np.mean(clients, axis=0)))
 
 
 def _an_epoch(trainings: Sequence[Work]) -> float:

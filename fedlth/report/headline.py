@@ -15,7 +15,7 @@ from fedlth.report.known_arms import arm_of, is_users
 from fedlth.report.measure import Shown, others_of
 from fedlth.report.results import Results
 from fedlth.report.statistics import ArmSummary, Difference, difference
-from fedlth.report.tables import COST, WIDTH, Table, aligned, chosen_table, summary_table, tasks_table
+from fedlth.report.tables import COST, FURTHER, WIDTH, Table, aligned, chosen_table, summary_table, tasks_table
 from fedlth.report.traffic import is_refused
 from fedlth.report.units import percent, scaled, signed
 from fedlth.storage.records import RoundRow
@@ -25,7 +25,8 @@ PERMUTATION_LEVEL = 0.01
 TERMINAL = {"worst decile": "worst 10 %", "hurt vs global %": "hurt %"}
 # Arms at equal density that the main arm is held against.
 CONTROLS = ("global_mask", "init_mask", "one_shot", "shuffled_values", "reinit", "random", "handed")
-LEFT_OUT = ("hurt vs local %", "diverged", *COST)
+LEFT_OUT = ("hurt vs local %", "diverged", *COST)  # of the terminal's tables
+OF_TASKS = ("clients", "outputs", "sd", FURTHER)
 
 
 @dataclass(frozen=True)
@@ -298,7 +299,12 @@ def summary_text(results: Results) -> str:
     more = [table for table in (chosen_table(results), tiers_table(results)) if table.rows]
     parts += [f"{table.title}\n\n{aligned(table)}" for table in more]
     if results.tasks:
-        parts.append(aligned(tasks_table(results, arms=("global", "local", "dense"))))
+        # Without a mean over all clients it is the one table of what came out.
+        arms = ("global", "local", "dense") if results.summaries else None
+        whole = tasks_table(results, arms=arms)
+        parts.append(aligned(whole.columns([name for name in whole.header if name not in OF_TASKS])))
+        if FURTHER in whole.header:
+            parts.append(aligned(whole.columns(["task", "arm", "density", FURTHER])))
     wire = [one for one in numbers(results) if one.label.startswith("payload")]
     parts.append("\n".join(f"{one.label}: {one.value}  ({one.small})" for one in wire))
     parts.append(fill(reached(results), WIDTH))

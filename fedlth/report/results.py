@@ -9,7 +9,7 @@ import numpy as np
 
 from fedlth.report.choice import Choice, main_choice, rows_of
 from fedlth.report.facts import Facts
-from fedlth.report.measure import Shown, shown_of
+from fedlth.report.measure import Shown, others_of, shown_of
 from fedlth.report.overlap import Overlap, overlap
 from fedlth.report.statistics import ArmSummary, summarise
 from fedlth.report.traffic import Traffic, traffic
@@ -19,10 +19,11 @@ from fedlth.storage.records import MetricRow
 
 @dataclass(frozen=True)
 class TaskResults:
-    """What the clients of one task got: `name` as people read it, what they are judged by, and every arm over them."""
+    """What the clients of one task got: `name` as people read it, every arm over them, by what judges them and more."""
 
     name: str
     shown: Shown
+    others: tuple[Shown, ...]
     num_clients: int
     num_classes: int
     summaries: tuple[ArmSummary, ...]
@@ -94,7 +95,7 @@ def _task_results(group: Sequence[Facts], task: TaskFacts) -> TaskResults:
         header = replace(facts.header, metrics=task.metrics, tasks=[])
         only.append(replace(facts, header=header, metrics=tuple(r for r in facts.metrics if r.client in theirs)))
     name = task.name or "the study's own"
-    return TaskResults(name, shown_of(only), len(theirs), task.num_classes, summarise(only))
+    return TaskResults(name, shown_of(only), others_of(only), len(theirs), task.num_classes, summarise(only))
 
 
 def dense_flops(header: Header) -> float:

@@ -13,7 +13,8 @@ import numpy as np
 from fedlth.report.choice import baseline_of, rows_of
 from fedlth.report.known_arms import arm_of
 from fedlth.report.measure import Shown, others_of
-from fedlth.report.results import Results, dense_flops, inference_flops_effective
+from fedlth.report.results import Results, TaskResults, dense_flops, inference_flops_effective
+from fedlth.report.statistics import ArmSummary
 from fedlth.report.traffic import Flow
 from fedlth.report.units import NOTHING, count, percent, scaled
 
@@ -35,6 +36,7 @@ class Table:
 
 
 WIDTH = 100  # of a terminal
+FURTHER = "further metrics"
 COST = ("search + tune epochs", "train FLOPs", "train effective", "inference FLOPs", "inference effective")
 
 
@@ -79,7 +81,7 @@ def summary_table(results: Results) -> Table:
 
 def tasks_table(results: Results, *, arms: Sequence[str] | None = None) -> Table:
     """Return a block of rows for each task, one row an arm (of `arms`, or every one) and density over its clients."""
-    rows = []
+    rows, further = [], any(task.others for task in results.tasks)
     for task in results.tasks:
         for found in task.summaries:
             if arms is None or found.choice.arm in arms or found.choice == results.main:
@@ -88,10 +90,16 @@ def tasks_table(results: Results, *, arms: Sequence[str] | None = None) -> Table
                     arm_of(found.choice.arm).label, found.density_text, _with_unit(task.shown, found.mean),
                     task.shown.bounds(found.interval), _with_unit(task.shown, found.standard_deviation),
                     percent(found.hurt_global, digits=0), _with_unit(task.shown, found.unseen),
+                    *([_further(task, found)] if further else ()),
                 ))  # fmt: skip
     header = ("task", "metric", "clients", "outputs", "arm", "density", "mean", "95 % interval", "sd", "hurt %",
-              "unseen")  # fmt: skip
+              "unseen", *([FURTHER] if further else ()))  # fmt: skip
     return Table("Test results over the clients of each task", header, tuple(rows), left=2)
+
+
+def _further(task: TaskResults, found: ArmSummary) -> str:
+    told = [f"{one.label} {_with_unit(one, value)}" for one, value in zip(task.others, found.others, strict=True)]
+    return ", ".join(told) or NOTHING
 
 
 def _with_unit(shown: Shown, value: float | None) -> str:

@@ -162,12 +162,13 @@ class Task:
         notes = []
         for metric in self.judged.all:
             if isinstance(metric, OfAll):
+                place = f"{'metric' if metric.name == self.study.metric else 'metrics'}: {metric.name}"
                 try:
                     raised = metric.tried(*rows(outputs, few.y))
                 except (TypeError, ValueError) as error:
-                    raise StudyError(f"metrics: {metric.name} must return one number: {told(error)}") from error
+                    raise StudyError(f"{place} must return one number: {told(error)}") from error
                 if raised:
-                    notes.append(f"metrics: {metric.name} fails on {len(few)} examples, and so may clients: {raised}")
+                    notes.append(f"{place} fails on {len(few)} examples, and so may clients: {raised}")
         return notes
 
     def _check_outputs(self, outputs: Tensor, few: Examples) -> None:
@@ -315,7 +316,7 @@ def _divided(text: str) -> tuple[Dataset, Splits]:
 
 def open_task(science: str) -> Task:
     """Return the task of a study's canonical JSON; the last two are kept, since every job of a run names the same."""
-    # Each time, whoever set it in between: bits hold at one thread count, and spinning threads are 5-20 x slower.
+    # Each time, whoever set it: bits hold at one thread count, and spinning threads are 5-20 x slower.
     torch.set_num_threads(1)
     return _task(science)
 
@@ -391,8 +392,7 @@ def _with_tasks(common: Task) -> Task:
 def _keep_pages() -> None:
     """Let the C library keep the pages of arrays that are freed: a client update makes and drops many models.
 
-    By default each costs the kernel a fresh, cleared page (4 % of the CPU time of a round of the LEAF CNN at density
-    0.05). Only glibc has the setting.
+    By default each costs the kernel a fresh, cleared page (4 % of a round of the LEAF CNN at .05). Only glibc can.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
