@@ -218,9 +218,20 @@ def test_a_file_without_its_input_shape_asks_the_data_set(tmp_path: Path) -> Non
     rest = {k: v for k, v in meta.items() if k not in ("num_classes", "input_shape", "input_dtype")}
     save_file(load_file(file), file, metadata=rest)
     assert all(v.equal(wanted[k]) for k, v in load_ticket(out, 0).state_dict().items())
-    file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(StudyError, match="client-0000.*expected a ticket"):
-        load_ticket(out, 0)
+
+
+@pytest.mark.parametrize("form", ["dense", "compact"])
+def test_a_damaged_file_is_refused(tmp_path: Path, form: str) -> None:
+    out = made(tmp_path / "r", tickets=form)
+    file = out / "tickets" / "client-0000.safetensors"
+    whole = file.read_bytes()
+    for damaged, said in (
+        (whole[:-5], "expected a ticket"),
+        (whole[:-5] + bytes([whole[-5] ^ 8]) + whole[-4:], "damaged"),
+    ):
+        file.write_bytes(damaged)
+        with pytest.raises(StudyError, match=f"client-0000.*{said}"):
+            load_ticket(out, 0)
 
 
 def test_a_client_that_failed_to_refine_keeps_the_ticket_of_step_2(tmp_path: Path) -> None:

@@ -69,8 +69,9 @@ def _serve(order: Order, place: Place, step: Step) -> Reply | Failure:
         _check(order, place)
         store = place.store(order.run)
         state = store.held(job.client, job.version)
-        # Before the step, so that a step that comes late deletes nothing that a later one wrote.
-        if state is not None or not job.version:
+        # Before the step, so that a step that comes late deletes nothing that a later one wrote; and never by an order
+        # of no version, which may be the first one come twice.
+        if state is not None:
             store.drop_others(job.client, job.version)
     except (ValueError, StudyError, OSError) as error:
         return Failure(round=job.round, client=job.client, kind="raised", reason=one_line(error))

@@ -22,7 +22,7 @@ def pack(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any] | None = None
     # Not ascontiguousarray, which makes a scalar an array of one axis.
     ordered = {k: np.asarray(arrays[k], order="C") for k in sorted(arrays)}
     told = json.dumps(meta or {}, sort_keys=True)
-    return safetensors_bytes(ordered, {"meta": told, "digest": _digest(ordered, told)})
+    return safetensors_bytes(ordered, {"meta": told, "digest": content_digest(ordered, told)})
 
 
 def safetensors_bytes(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
@@ -41,7 +41,7 @@ def safetensors_bytes(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
 def unpack(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return what `pack` was given; raise ValueError at bytes that are not such a state."""
     arrays, told, digest = _read(data)
-    if digest != _digest(arrays, told):
+    if digest != content_digest(arrays, told):
         raise ValueError("not a packed state: its digest does not match its content")
     return arrays, dict(json.loads(told))
 
@@ -61,7 +61,8 @@ def _read(data: bytes) -> tuple[dict[str, np.ndarray], str, str]:
         raise ValueError(f"not a packed state: {error}") from error
 
 
-def _digest(arrays: Mapping[str, np.ndarray], told: str) -> str:
+def content_digest(arrays: Mapping[str, np.ndarray], told: str) -> str:
+    """Return the blake2b-128 hex of names, types, shapes and values, and of a text that goes with them."""
     state = hashlib.blake2b(told.encode(), digest_size=16)
     for name in sorted(arrays):
         state.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())

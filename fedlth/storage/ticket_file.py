@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedlth.errors import StudyError
-from fedlth.storage.store import safetensors_bytes, write_atomic
+from fedlth.storage.store import content_digest, safetensors_bytes, write_atomic
 
 if TYPE_CHECKING:
     from fedlth.models.layout import Layout, Params
@@ -87,20 +87,27 @@ def _write(
         "tied": json.dumps({alias: e.name for e in layout.entries for alias in e.aliases}),
         "shapes": json.dumps({name: list(e.shape) for e in layout.entries for name in (e.name, *e.aliases)}),
         "ticket": digest,
+        "content": content_digest(arrays, digest),
     }
     write_atomic(path, safetensors_bytes(arrays, told))
 
 
 def read(path: Path, *, tensors: bool = True) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Return what a ticket's file holds, names sorted, and its metadata; raise StudyError where it cannot be read."""
+    """Return what a ticket's file holds, names sorted, and its metadata; raise StudyError where it cannot be read.
+
+    Tensors that are not those that were written are refused; files of version 0.1 do not say which these were.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
             names = sorted(file.keys()) if tensors else []
-            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+            found, metadata = {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
         raise StudyError(f"{path}: expected a ticket, got {error}") from error
+    if tensors and "content" in metadata and metadata["content"] != content_digest(found, metadata.get("ticket", "")):
+        raise StudyError(f"{path}: damaged: its tensors are not those that were written")
+    return found, metadata
 
 
 def opened(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> dict[str, np.ndarray]:

@@ -75,6 +75,16 @@ def test_a_device_that_lost_a_version_asks_anew_and_deletes_nothing(place: Place
     assert held(tmp_path) == {"federate-1": 1}
 
 
+def test_a_first_order_that_comes_twice_deletes_nothing(place: Place, tmp_path: Path) -> None:
+    ask(place, job(1))
+    ask(place, job(2, "federate-1"))
+    ask(place, job(3, "federate-2"))
+    ask(place, job(1))
+    assert held(tmp_path) == {"federate-1": 1, "federate-2": 2, "federate-3": 3}
+    ask(place, job(4, "federate-3"))
+    assert held(tmp_path) == {"federate-3": 3, "federate-4": 4}
+
+
 def test_a_failed_step_leaves_the_committed_state(place: Place, tmp_path: Path) -> None:
     def broken(one: Job) -> Reply:
         raise RuntimeError("no\nluck")
