@@ -58,7 +58,7 @@ def of_a_round(out: Path, clients: int) -> Counter[str]:
     with pytest.MonkeyPatch.context() as patch:
         places = {
             "encode": (payload, "encode"), "decode": (payload, "decode"), "fsync": (os, "fsync"),
-            "digest": (store, "_digest"),
+            "digest": (store, "content_digest"),
         }  # fmt: skip
         seen = counted(patch, places)
         loop.run(stop_after=3)
