@@ -25,7 +25,8 @@ PERMUTATION_LEVEL = 0.01
 TERMINAL = {"worst decile": "worst 10 %", "hurt vs global %": "hurt %"}
 # Arms at equal density that the main arm is held against.
 CONTROLS = ("global_mask", "init_mask", "one_shot", "shuffled_values", "reinit", "random", "handed")
-LEFT_OUT = ("hurt vs local %", "diverged", *COST)  # of the terminal's tables
+# What the terminal's tables leave out: of the summary, and of the table by task.
+LEFT_OUT = ("hurt vs local %", "diverged", *COST)
 OF_TASKS = ("clients", "outputs", "sd", FURTHER)
 
 
