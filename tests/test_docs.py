@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedlth import catalogue
-from fedlth.cli import parser
+from fedlth.cli.grammar import parser
 from fedlth.experiment.resolve import read
 from fedlth.lab import runner
 from fedlth.lab import study as lottery

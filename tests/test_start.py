@@ -22,7 +22,7 @@ def loaded(command: list[str], folder: Path, stop: str, *, then: str) -> set[str
     code = (
         "import sys, importlib\n"
         "from fedlth import cli\n"
-        "with cli.importing():\n"
+        "with cli.commands.importing():\n"
         "    from fedlth import api\n"
         "def stop(*args, **more):\n"
         "    print(*sys.modules)\n"
