@@ -114,6 +114,6 @@ def test_the_bench_is_as_long_as_it_says(tmp_path: Path) -> None:
     whole = ("local", "fedavg", "fedavg_ft", "two_step", "standalone")
     counts = sum(steps for steps, _ in found.values()), sum(found[name][0] for name in whole)
     assert counts == pytest.approx([float(number.replace(",", "")) for number in said.groups()])
-    assert found["local"][1] == max(longest for _, longest in found.values()) == 300
+    assert found["local"][1] == max(longest for _, longest in found.values()) == 150
     for cell in made.firsts:
         assert cell.study.tune.lr == made.tune.lr and cell.study.tune.rounds == cell.study.federate.rounds
