@@ -166,6 +166,7 @@ def foreseen(study: Study) -> Foreseen:
     lines = [
         f"study {study.study}: method {experiment.method.name}, {len(experiment.steps)} commits",
         *(f"note: {n}" for n in notes),
+        *([f"seeds: {len(study.seeds)}, a run each; the figures below are those of one run"] if study.seeds else []),
         f"clients: {study.clients.count} ({len(task.splits.unseen)} unseen), "
         f"train examples {min(sizes)}-{max(sizes)}, {_tests(task)}partition {task.splits.digest[:16]}",
         *_guess_lines(task),

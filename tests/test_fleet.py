@@ -281,6 +281,11 @@ def test_the_forecast_knows_the_draws(tmp_path: Path) -> None:
     assert "fleet:" not in forecast(tiny.study())
 
 
+def test_a_forecast_of_seeds_says_that_it_is_of_one() -> None:
+    assert "\nseeds: 2, a run each; the figures below are those of one run\n" in forecast(tiny.study(seeds=[0, 1]))
+    assert "seeds" not in forecast(tiny.study())
+
+
 @pytest.mark.parametrize(
     ("fleet", "says"),
     [
