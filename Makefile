@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY = PASSIVE
 # Empty is unset: what is imported is compiled once, and not again in each of a hundred processes that tests start.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: run test check format lint types kernel clean
+.PHONY: run test check format lint types advisories kernel clean
 
 run: $(READY)  ## set up, then run the quickstart study
 	$(BIN)/fedlth run configs/quickstart.yaml
@@ -18,7 +18,7 @@ test: $(READY) kernel  ## set up, then run every test, a file in one process: tw
 	$(BIN)/python -m pytest -q -m "not long" -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(READY) lint  ## what CI runs; mypy takes one core, and so does compiling the kernel
-	$(MAKE) -j 2 types test
+	$(MAKE) -j 2 advisories test
 
 format: $(READY)
 	$(BIN)/ruff format .
@@ -29,6 +29,9 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+
+advisories: types  ## known vulnerabilities of what is pinned
+	$(BIN)/python .ci/advisories.py
 
 kernel: $(READY)  ## compile the kernel where it is not yet; else both processes of the tests would
 	$(BIN)/python -c "from fedlth.kernel import kernel; kernel.warm()"
