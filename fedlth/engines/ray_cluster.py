@@ -137,9 +137,14 @@ def _reach(address: str) -> None:
     """Raise StudyError unless something listens there; Ray itself would try for a minute, then end the process."""
     if address in ("auto", "local"):
         return
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if address.startswith("ray://"):  # a process outside the cluster: it is not told what is free on which node
+        raise StudyError(
+            f"ray.address: must be host:port of the cluster's head, from a machine of the cluster, or auto; Ray's "
+            f"client for other machines cannot place workers, got {address}"
+        )
+    host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit() or not host:
-        raise StudyError(f"ray.address: must be host:port, ray://host:port or auto, got {address!r}")
+        raise StudyError(f"ray.address: must be host:port or auto, got {address!r}")
     try:
         socket.create_connection((host, int(port)), CONNECT_S).close()
     except OSError as error:

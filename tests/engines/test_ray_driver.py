@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
     [
         ("127.0.0.1:9", "ray.address: cannot reach Ray at 127.0.0.1:9"),
         ("nowhere", "ray.address: must be host:port"),
+        ("ray://10.0.0.1:10001", "ray.address: must be host:port of the cluster's head, from a machine of the cluster"),
     ],
 )
 def test_an_address_without_ray_is_said(address: str, said: str) -> None:
