@@ -40,6 +40,7 @@ from fedlth.engines.inprocess import one_line  # noqa: E402
 from fedlth.errors import StudyError  # noqa: E402
 from fedlth.experiment.experiment import Experiment  # noqa: E402
 from fedlth.federation.client_step import client_step  # noqa: E402
+from fedlth.kernel import kernel  # noqa: E402
 from fedlth.output import lines_to  # noqa: E402
 
 WORKERS = 2
@@ -180,6 +181,8 @@ def make_server_app(app_dir: Path) -> ServerApp:
 
 def _run(run: FlowerRun, grid: Grid, stop: threading.Event, *, wait_s: float) -> None:
     transport = GridTransport(grid)
+    if transport.simulated and run.experiment.study.compute == "sparse":
+        kernel.warm()  # its workers are on this machine, and find what is compiled here; devices do not
     engine = FlowerEngine(
         transport, study=run.experiment.study, out=run.out, stop=stop,
         wait_s=SIMULATED_WAIT_S if transport.simulated else wait_s,
