@@ -20,7 +20,8 @@ from fedlth.experiment import saved_ticket
 from fedlth.experiment.experiment import Experiment
 from fedlth.federation.downloads import broadcast
 from fedlth.federation.jobs import Engine
-from fedlth.federation.rounds import Federation, missing
+from fedlth.federation.missing import missing
+from fedlth.federation.rounds import Federation
 from fedlth.kernel import kernel
 from fedlth.storage import ticket_file
 from fedlth.storage.client_state import ClientState
@@ -94,7 +95,7 @@ def _go(experiment: Experiment, folder: RunFolder, engine: Engine, *, revisit: b
         tracking.begin()
         try:
             federation.run()
-            if revisit:
+            if revisit or engine.present() is not None:  # a device that was away may be back
                 federation.revisit()
         finally:
             engine.close()

@@ -1,4 +1,4 @@
-"""What the server of a device run says of itself and does: no work that only devices have, no ticket that is nowhere."""
+"""The server of a run on devices: it does no work that only devices do, and names no ticket that is nowhere."""
 
 from __future__ import annotations
 
