@@ -95,10 +95,7 @@ class FlowerEngine:
     def map(self, jobs: Iterable[Job], /, *, again: Again = never) -> Answers:
         source, began = iter(jobs), time.monotonic()
         while part := list(islice(source, AT_ONCE)):
-            for job, answer in answered(part, partial(self._part, began), again):
-                # What could not be sent has not crossed.
-                unsent = isinstance(answer, Failure) and answer.framed_down_bytes is None
-                yield replace(job, inbox=()) if unsent else job, answer
+            yield from answered(part, partial(self._part, began), again)
 
     def _part(self, began: float, jobs: Sequence[Job]) -> list[Reply | Failure]:
         limits = [job.limit_s for job in jobs if job.limit_s is not None]
@@ -155,11 +152,11 @@ class FlowerEngine:
         self, job: Job, nodes: Mapping[int, int], busy: Mapping[int, Job], run: str, ends: float | None
     ) -> Sent | Failure:  # fmt: skip
         if job.client not in nodes:
-            return _failure(job, "lost", "no SuperNode serves this client now")
+            return _failure(job, "lost", "no SuperNode serves this client now", sent=False)
         if (before := busy.get(job.client)) is not None:  # or its queue would grow, and it be late for ever
-            return _failure(job, LATE, f"its device is still at work on {before.phase} {before.round}")
+            return _failure(job, LATE, f"its device is still at work on {before.phase} {before.round}", sent=False)
         if ends is not None and time.monotonic() >= ends:
-            return _failure(job, LATE, "the time of the round was over before its turn")
+            return _failure(job, LATE, "the time of the round was over before its turn", sent=False)
         if len(job.inbox) > MOST_MESSAGES:
             raise StudyError(
                 f"method.topology: engine flower carries at most {MOST_MESSAGES} messages to a client, client "
@@ -250,10 +247,10 @@ def _partition(back: Back) -> int | str:
     return said if isinstance(said, int) and not isinstance(said, bool) else str(said)
 
 
-def _failure(job: Job, kind: str, reason: str) -> Failure:
+def _failure(job: Job, kind: str, reason: str, *, sent: bool = True) -> Failure:
     if len(reason) > REASON:  # Ray's begin with what ran, and end with what it raised
         reason = f"{reason[:100]} ... {reason[105 - REASON :]}"
-    return Failure(round=job.round, client=job.client, kind=kind, reason=reason)
+    return Failure(round=job.round, client=job.client, kind=kind, reason=reason, sent=sent)
 
 
 def _kind(code: int, reason: str) -> str:

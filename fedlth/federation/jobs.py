@@ -73,6 +73,7 @@ class Failure:
     """No answer. `kind` is raised, died, hung, memory, lost, late or (on a fleet) dropped; `reason` is one line.
 
     What was sent has crossed all the same: the framed bytes are those of the job, and of the message that says so.
+    `sent` False: there was nobody to send it to.
     """
 
     round: int
@@ -82,6 +83,7 @@ class Failure:
     worker: str = ""
     framed_down_bytes: int | None = None
     framed_up_bytes: int | None = None
+    sent: bool = True
 
 
 Enough = Callable[[frozenset[int]], bool]

@@ -188,9 +188,12 @@ class Replies:
             if one.seconds is not None:
                 (self.gone_s if isinstance(answer, Failure) else self.came_s).append(one.seconds)
             self.rows += self._tries.get(job.client, [])
-            self.rows += self._rows_down(job, answer, one.kind)
             if isinstance(answer, Failure):
                 self.failed.append(Failed(job.client, answer.kind, answer.reason))
+                if not answer.sent:
+                    continue
+            self.rows += self._rows_down(job, answer, one.kind)
+            if isinstance(answer, Failure):
                 self.rows.append(ledger_rows.failed(self.round, self.phase.name, answer))
                 continue
             if isinstance(got, Accepted) and one.distances is not None:
