@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from fedlth.engines.inprocess import InProcess
 from fedlth.experiment.experiment import Experiment
 from fedlth.experiment.resolve import read, resolve
 from fedlth.federation import session
-from fedlth.federation.jobs import Again, Answers, Engine, Failure, Job, Reply, never
+from fedlth.federation.jobs import Again, Answers, Engine, Enough, Failure, Job, Reply, never
 from fedlth.federation.rounds import Federation
 from fedlth.methods.client_update import private
 from fedlth.models.layout import Layout, Params, layout_of
@@ -250,6 +250,12 @@ class Lists:
         source = iter(jobs)
         while part := list(islice(source, 2)):
             yield from answered(part, self.run, again)
+
+    def present(self, *, until: Enough | None = None) -> frozenset[int] | None:
+        return None
+
+    def late(self) -> Sequence[tuple[Job, Reply | Failure]]:
+        return ()
 
     def close(self) -> None:
         pass

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedlth.engines.forked import Forked, usable_cpus
 from fedlth.engines.inprocess import InProcess
-from fedlth.errors import require
+from fedlth.errors import StudyError, require
 from fedlth.experiment.experiment import Experiment
 from fedlth.federation import session
 from fedlth.federation.jobs import Engine
@@ -16,7 +16,15 @@ from fedlth.study.schema import Study
 
 
 def check_engine(study: Study) -> None:
-    """Raise MissingExtra where the study's engine needs packages that are not installed."""
+    """Raise MissingExtra where the study's engine needs packages that are not installed, StudyError for what it cannot.
+
+    The limit of a round is one of wall-clock time: here it would make a result depend on how fast this machine is.
+    """
+    if study.federate.deadline_s is not None and study.engine != "flower":
+        raise StudyError(
+            f"federate.deadline_s: is for devices, which answer in time of their own (engine: flower); engine is "
+            f"{study.engine}, and fleet.deadline_s simulates a deadline"
+        )
     if study.engine in ("ray", "flower"):  # Flower's simulation runs on Ray
         require(f"engine: {study.engine}", "ray", extra="sim")
 
@@ -57,10 +65,14 @@ def _workers(study: Study) -> int:
 
 def without_effect(study: Study) -> list[str]:
     """Return notes on options that the engine, as it runs on this machine, leaves without effect."""
+    notes = []
+    if study.federate.quorum is not None and study.engine != "flower":
+        notes.append(f"federate.quorum: has no effect, on engine {study.engine} every client is there")
     if study.engine != "inprocess" or _workers(study) > 1:
-        return []
+        return notes
     why = "clients train in this process, whose own steps cannot be dropped"
-    notes = [f"job_timeout_s: has no effect, {why}"] if study.job_timeout_s is not None else []
+    if study.job_timeout_s is not None:
+        notes.append(f"job_timeout_s: has no effect, {why}")
     if study.workers not in ("auto", 1):
         notes.append(f"workers: has no effect, on {study.device} under {sys.platform} clients train in this process")
     return notes

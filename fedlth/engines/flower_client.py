@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedlth.engines.flower_record import Order, Records, View, of_answer, to_order
+from fedlth.engines.flower_record import BODY, HEAD, Order, Records, View, of_answer, to_order
 from fedlth.engines.inprocess import attempt, one_line
 from fedlth.errors import StudyError
 from fedlth.federation.client_step import client_step
 from fedlth.federation.jobs import Failure, Job, Reply
+from fedlth.kernel import kernel
 from fedlth.storage.store import Store
 from fedlth.training.task import forget_tasks
 
@@ -54,6 +55,20 @@ class Place:
             f"node {self.partition}: the run folder is not on this machine, so the node needs a folder for its state: "
             f"""--node-config 'partition-id={self.partition} state-dir="/path"'"""
         )
+
+
+def roll_call(records: View, node_config: Mapping[str, Any]) -> int | str:
+    """Answer the roll call: the partition that this node serves, or one line about why it cannot take part.
+
+    The query names the study's compute backend, so that a device without its packages is known before round 1.
+    """
+    try:
+        partition = Place.of(node_config, "").partition
+    except StudyError as error:
+        return str(error)
+    if records.get(HEAD, {}).get(BODY) == "sparse" and (lacks := kernel.available()):
+        return f"{PARTITION} {partition}: compute: sparse, but here {lacks}"
+    return partition
 
 
 def serve(records: View, place: Place, *, step: Step = client_step) -> Records:

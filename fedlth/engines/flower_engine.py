@@ -7,19 +7,23 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
+from fedlth.data.split import num_sampled
 from fedlth.engines.cohort import answered
+from fedlth.engines.flower_late import Late
 from fedlth.engines.flower_nodes import Roll
 from fedlth.engines.flower_record import BODY, HEAD, MOST_MESSAGES, Order, Records, View, of_order, to_answer
 from fedlth.engines.inprocess import one_line
 from fedlth.errors import StudyError
-from fedlth.federation.jobs import Again, Answers, Failure, Job, Reply, never
+from fedlth.federation.jobs import Again, Answers, Enough, Failure, Job, Reply, never
 from fedlth.storage import store
+from fedlth.storage.records import LATE
 from fedlth.study.schema import Study
 
 log = logging.getLogger(__name__)
@@ -31,7 +35,7 @@ AT_ONCE = 256  # nodes answer at their own pace: a part ends with its slowest
 # Flower's codes (flwr.common.constant.ErrorCode) by what they mean here; code 0 is any exception of its backend.
 UNREADABLE = -1  # ours: Flower could not unpack what came, so that its size is not known either
 RAISED, CRASHED = (UNREADABLE, 1, 2, 6, 7), 8
-TOLD_EVERY_S = 60.0
+TOLD_EVERY_S, LOOKED_EVERY_S = 60.0, 10.0
 REASON = 300
 RAY_DEATH = re.compile("ActorDied|ActorUnavailable|WorkerCrashed")
 
@@ -78,49 +82,102 @@ class FlowerEngine:
     def __init__(self, transport: Transport, *, study: Study, out: Path, wait_s: float, stop: threading.Event) -> None:
         self._transport, self._out, self._stop = transport, out, stop
         self._timeout_s = study.job_timeout_s or DEFAULT_TIMEOUT_S
+        self._wait_s, self._count, self._compute = wait_s, study.clients.count, study.compute
+        wanted = study.federate.quorum
         self._roll = Roll(
-            count=study.clients.count, online=transport.online, ask=self._ask, pause=self._pause,
-            wait_s=wait_s,
+            count=self._count, quorum=self._count if wanted is None else num_sampled(wanted, self._count),
+            online=transport.online, ask=self._ask, heard=self._heard, pause=self._pause, wait_s=wait_s,
+            answer_s=GRACE_S,
         )  # fmt: skip
+        self._late = Late(self._timeout_s + GRACE_S)
+        self._came_late: list[tuple[Job, Reply | Failure]] = []
 
     def map(self, jobs: Iterable[Job], /, *, again: Again = never) -> Answers:
-        source = iter(jobs)
+        source, began = iter(jobs), time.monotonic()
         while part := list(islice(source, AT_ONCE)):
-            yield from answered(part, self._part, again)
+            yield from answered(part, partial(self._part, began), again)
 
-    def _part(self, jobs: Sequence[Job]) -> list[Reply | Failure]:
-        nodes, run = self._roll.nodes(), self._run_name()
-        sent = [self._send(job, nodes.get(job.client), run) for job in jobs]
-        backs = self._exchange([s for s in sent if s is not None], self._timeout_s + GRACE_S)
-        return [self._answer(j, s, None if s is None else backs.get(s.id)) for j, s in zip(jobs, sent, strict=True)]
+    def _part(self, began: float, jobs: Sequence[Job]) -> list[Reply | Failure]:
+        limits = [job.limit_s for job in jobs if job.limit_s is not None]
+        ends = began + min(limits) if limits else None
+        nodes, run = self._nodes(), self._run_name()
+        busy = self._late.busy(nodes)
+        sent = [self._send(job, nodes, busy, run, ends) for job in jobs]
+        backs = self._exchange([s for s in sent if isinstance(s, Sent)], self._timeout_s + GRACE_S, ends)
+        over = ends is not None and time.monotonic() >= ends
+        return [
+            s if isinstance(s, Failure) else self._answer(j, s, backs.get(s.id), nodes[j.client], over=over)
+            for j, s in zip(jobs, sent, strict=True)
+        ]
 
     def ready(self) -> None:
-        """Wait until every client has a SuperNode; raise StudyError where they do not come."""
+        """Wait until the clients that a run begins with have a SuperNode; raise StudyError where they do not come."""
         self._roll.nodes()
+
+    def present(self, *, until: Enough | None = None) -> frozenset[int]:
+        began = told = time.monotonic()
+        while True:
+            nodes = self._nodes()
+            there = frozenset(c for c in nodes if 0 <= c < self._count) - self._late.busy(nodes).keys()
+            now = time.monotonic()
+            if until is None or until(there) or now - began >= self._wait_s:
+                return there
+            if now - told >= TOLD_EVERY_S:
+                told = now
+                log.info(f"waiting for clients: {len(there)} of {self._count} are there")
+            self._pause()
+
+    def late(self) -> list[tuple[Job, Reply | Failure]]:
+        self._gather()
+        came, self._came_late = self._came_late, []
+        return came
 
     def close(self) -> None:
         pass
 
-    def _send(self, job: Job, node: int | None, run: str) -> Sent | None:
-        if node is None:
-            return None
+    def _nodes(self) -> dict[int, int]:
+        nodes = self._roll.nodes()
+        self._gather()
+        return nodes
+
+    def _gather(self) -> None:
+        """Take the answers to closed rounds that have come."""
+        ids = self._late.ids()
+        for back in self._transport.collect(ids) if ids else ():
+            if (job := self._late.came(back.id)) is not None:
+                answer, up = self._read(job, back)
+                self._came_late.append((job, replace(answer, framed_up_bytes=up)))
+
+    def _send(
+        self, job: Job, nodes: Mapping[int, int], busy: Mapping[int, Job], run: str, ends: float | None
+    ) -> Sent | Failure:  # fmt: skip
+        if job.client not in nodes:
+            return _failure(job, "lost", "no SuperNode serves this client now", sent=False)
+        if (before := busy.get(job.client)) is not None:  # or its queue would grow, and it be late for ever
+            return _failure(job, LATE, f"its device is still at work on {before.phase} {before.round}", sent=False)
+        if ends is not None and time.monotonic() >= ends:
+            return _failure(job, LATE, "the time of the round was over before its turn", sent=False)
         if len(job.inbox) > MOST_MESSAGES:
             raise StudyError(
                 f"method.topology: engine flower carries at most {MOST_MESSAGES} messages to a client, client "
                 f"{job.client} would get {len(job.inbox)}"
             )
-        return self._transport.send(of_order(Order(job, run, self._timeout_s)), node=node, kind="train")
+        order = of_order(Order(job, run, self._timeout_s))
+        return self._transport.send(order, node=nodes[job.client], kind="train")
 
-    def _answer(self, job: Job, sent: Sent | None, back: Back | None) -> Reply | Failure:
-        if sent is None:
-            return _failure(job, "lost", "no SuperNode serves this client now")
-        answer, up = self._read(job, back)
+    def _answer(self, job: Job, sent: Sent, back: Back | None, node: int, *, over: bool) -> Reply | Failure:
+        answer: Reply | Failure
+        up = None
+        if back is not None:
+            answer, up = self._read(job, back)
+        else:
+            self._late.add(sent.id, job, node)
+            why = f"federate.deadline_s = {job.limit_s:g} s" if over else f"{self._timeout_s + GRACE_S:g} s"
+            answer = _failure(job, LATE if over else "lost", f"no answer {'within' if over else 'for'} {why}")
         return replace(answer, framed_down_bytes=sent.framed_bytes, framed_up_bytes=up)
 
-    def _read(self, job: Job, back: Back | None) -> tuple[Reply | Failure, int | None]:
+    def _read(self, job: Job, back: Back) -> tuple[Reply | Failure, int | None]:
         """Return the answer, and the bytes of the message that brought it."""
-        if back is None:
-            return _failure(job, "lost", f"no answer for {self._timeout_s + GRACE_S:g} s"), None
         if back.records is None:  # made up at our end: nothing came, or nothing that can be read
             return _failure(job, _kind(back.code, back.reason), f"Flower error {back.code}: {back.reason}"), None
         try:
@@ -128,34 +185,51 @@ class FlowerEngine:
         except Exception as error:  # whatever a stranger's records make it raise
             return _failure(job, "raised", f"unreadable answer: {one_line(error)}"), back.framed_bytes
 
-    def _exchange(self, sent: Sequence[Sent], limit_s: float) -> dict[str, Back]:
-        """Collect until all have answered, or none has for `limit_s`, the time that one step may take.
+    def _exchange(self, sent: Sequence[Sent], limit_s: float, ends: float | None) -> dict[str, Back]:
+        """Collect until all have answered, or none has for `limit_s`, the time that one step may take, or it `ends`.
 
-        Every client bounds its own step, so that even a long queue on one worker shows progress within that time.
+        Every client bounds its own step, so that even a long queue on one worker shows progress within that time. Of
+        two answers to one message the first counts; what answers no message of these is left alone.
         """
         waiting = {s.id for s in sent}
         got: dict[str, Back] = {}
-        last = told = time.monotonic()
-        while waiting and time.monotonic() - last < limit_s:
+        last = told = looked = time.monotonic()
+        while waiting:
+            began = time.monotonic()  # what has come by the end counts, so the last look is after it
             for back in self._transport.collect(sorted(waiting)):
-                got[back.id] = back
-                waiting.discard(back.id)
-                last = told = time.monotonic()
+                if back.id in waiting:
+                    got[back.id] = back
+                    waiting.discard(back.id)
+                    last = told = time.monotonic()
+            if began - last >= limit_s or (ends is not None and began >= ends):
+                break
             if waiting and time.monotonic() - told >= TOLD_EVERY_S:
                 told = time.monotonic()
                 late = f"none came for {told - last:.0f} s, the limit is {limit_s:g} s"
                 log.info(f"waiting for {len(waiting)} of {len(sent)} answers; {late}")
+            if time.monotonic() - looked >= LOOKED_EVERY_S:  # who comes meanwhile serves from the next round on
+                looked = time.monotonic()
+                self._nodes()
             if waiting:
-                self._pause()
+                self._pause(ends)
         return got
 
-    def _ask(self, nodes: Sequence[int]) -> dict[int, int | str]:
-        sent = {n: self._transport.send({HEAD: {BODY: ""}}, node=n, kind="query") for n in nodes}
-        backs = self._exchange(list(sent.values()), GRACE_S)  # it asks for no work
-        return {n: _partition(backs.get(s.id)) for n, s in sent.items()}
+    def _ask(self, node: int) -> str:
+        """Ask a node whom it serves; it also hears what it will need (flower_client.roll_call)."""
+        return self._transport.send({HEAD: {BODY: self._compute}}, node=node, kind="query").id
 
-    def _pause(self) -> None:
-        if self._stop.wait(self._transport.poll_s):
+    def _heard(self, ids: Iterable[str]) -> dict[str, int | str]:
+        asked, found = set(ids), dict[str, int | str]()
+        for back in self._transport.collect(sorted(asked)):
+            if back.id in asked:
+                found.setdefault(back.id, _partition(back))  # of two answers the first counts
+        return found
+
+    def _pause(self, ends: float | None = None) -> None:
+        wait_s = self._transport.poll_s
+        if ends is not None:
+            wait_s = max(0.0, min(wait_s, ends - time.monotonic()))
+        if self._stop.wait(wait_s):
             raise KeyboardInterrupt
 
     def _run_name(self) -> str:
@@ -166,19 +240,17 @@ class FlowerEngine:
         return file.read_text().strip()
 
 
-def _partition(back: Back | None) -> int | str:
-    if back is None:
-        return "no answer"
+def _partition(back: Back) -> int | str:
     if back.records is None:
         return f"Flower error {back.code}: {back.reason[-200:]}"
     said = back.records.get(HEAD, {}).get(BODY)
-    return said if isinstance(said, int) else str(said)
+    return said if isinstance(said, int) and not isinstance(said, bool) else str(said)
 
 
-def _failure(job: Job, kind: str, reason: str) -> Failure:
+def _failure(job: Job, kind: str, reason: str, *, sent: bool = True) -> Failure:
     if len(reason) > REASON:  # Ray's begin with what ran, and end with what it raised
         reason = f"{reason[:100]} ... {reason[105 - REASON :]}"
-    return Failure(round=job.round, client=job.client, kind=kind, reason=reason)
+    return Failure(round=job.round, client=job.client, kind=kind, reason=reason, sent=sent)
 
 
 def _kind(code: int, reason: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import signal
 import threading
@@ -12,14 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedlth.engines.flower_engine import FlowerEngine
+from fedlth.engines.flower_engine import AT_ONCE, FlowerEngine
 from fedlth.errors import StudyError
 from fedlth.experiment.experiment import Experiment
 from fedlth.experiment.resolve import resolve
 from fedlth.federation import session
-from fedlth.federation.rounds import missing
+from fedlth.federation.answer_bytes import most_at_once
+from fedlth.federation.missing import missing
 from fedlth.storage.run_folder import RunFolder
 from fedlth.study import schema
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class FlowerRun:
 
     def run(self, engine: FlowerEngine) -> None:
         engine.ready()  # before anything is written
+        size, count = most_at_once(self.experiment, AT_ONCE)
+        log.info(f"note: the answers of {count} clients are read at once, {1e-6 * size:.0f} MB at most")
         if self.resume:
             session.resume(self.out, engine)
         else:

@@ -16,7 +16,7 @@ from fedlth.engines.cohort import peeked, size_of
 from fedlth.engines.inprocess import one_line
 from fedlth.engines.pool import Limits, Lost, Pool
 from fedlth.engines.worker import Worker
-from fedlth.federation.jobs import Again, Answers, Job, never
+from fedlth.federation.jobs import Again, Answers, Enough, Job, never
 from fedlth.training.task import open_task
 
 START_S = 300.0
@@ -51,6 +51,12 @@ class Forked:
             given = {"path": (), "folder": os.getcwd(), "memory_mb": None}
             self._pool = Pool(forks, self.workers, name="fork", spawn=forks.spawn, given=given, limits=self.limits)
         yield from self._pool.map(jobs, cohort=size_of(first), again=again)
+
+    def present(self, *, until: Enough | None = None) -> None:
+        return None  # all are: a client is where its job is done
+
+    def late(self) -> tuple[()]:
+        return ()
 
     def close(self) -> None:
         if self._pool is not None:

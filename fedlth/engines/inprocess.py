@@ -8,7 +8,7 @@ from functools import partial
 
 from fedlth.engines.cohort import answered, cohorts, side_by_side
 from fedlth.federation.client_step import client_step
-from fedlth.federation.jobs import Again, Answers, Failure, Job, Reply, never
+from fedlth.federation.jobs import Again, Answers, Enough, Failure, Job, Reply, never
 
 
 def one_line(error: BaseException) -> str:
@@ -37,6 +37,12 @@ class InProcess:
     def map(self, jobs: Iterable[Job], /, *, again: Again = never) -> Answers:
         for part in cohorts(jobs):
             yield from answered(part, _together, again)
+
+    def present(self, *, until: Enough | None = None) -> None:
+        return None  # all are: a client is where its job is done
+
+    def late(self) -> tuple[()]:
+        return ()
 
     def close(self) -> None:
         pass

@@ -87,6 +87,7 @@ class Pool:
         self.room = room  # room() says what workers may wait for, "" where nothing is known
         self.places = [Place(number) for number in range(size)]
         self.trouble, self.told = "", 0.0
+        self.machines: dict[str, int] = {}
 
     def map(self, jobs: Iterable[Job], *, cohort: int = 1, again: Again = never) -> Answers:
         """Run every job, `cohort` consecutive ones a call; yield them with their answers, in job order.
@@ -122,6 +123,10 @@ class Pool:
             self.told = now
             said = f"{self.name}: no worker yet after {waited:.0f} s, the limit is {self.limits.start_s:g} s"
             log.info("; ".join(filter(None, [said, self.room()])))
+
+    def machine(self, host: str) -> str:
+        """Return a number in place of a machine's name: times.jsonl leaves with a run, and must name nobody's."""
+        return f"machine {self.machines.setdefault(host, len(self.machines))}"
 
     def drop(self, place: Place) -> None:
         """End a place's worker; a new one is started when there is work for it."""
@@ -229,7 +234,7 @@ class _Batch:
     def _ended(self, place: Place, value: Any) -> None:
         if isinstance(value, Born):
             where = f"@gpu{value.gpu}" if value.gpu else ""
-            place.worker = f"{self.pool.name}:{place.number}{where} {value.host}:{value.pid}"
+            place.worker = f"{self.pool.name}:{place.number}{where} {self.pool.machine(value.host)}:{value.pid}"
             place.call, place.deadline, place.failed_starts = None, None, 0
         elif place.starting:
             self._not_started(place, value.reason)

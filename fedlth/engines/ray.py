@@ -14,7 +14,7 @@ from fedlth.engines.cohort import peeked, size_of
 from fedlth.engines.pool import Limits, Pool
 from fedlth.engines.ray_placement import count, in_use, share_of, shortage, taken
 from fedlth.engines.worker import Worker
-from fedlth.federation.jobs import Again, Answers, Job, never
+from fedlth.federation.jobs import Again, Answers, Enough, Job, never
 from fedlth.study import sections
 
 if TYPE_CHECKING:
@@ -54,6 +54,12 @@ class RayEngine:
         if self._opened is None:
             self._opened = self._open()
         yield from self._opened[1].map(jobs, cohort=size_of(first), again=again)
+
+    def present(self, *, until: Enough | None = None) -> None:
+        return None  # all are: a client is where its job is done
+
+    def late(self) -> tuple[()]:
+        return ()
 
     def close(self) -> None:
         """End the workers, and Ray itself where it was started here."""

@@ -209,14 +209,15 @@ class Experiment:
                     found.append((evaluation, trained))
         return tuple(found)
 
-    def clients(self, phase: Phase, round: int) -> list[int]:
-        """Return who takes part in a round, sorted."""
+    def clients(self, phase: Phase, round: int, present: frozenset[int] | None = None) -> list[int]:
+        """Return who takes part in a round, sorted; drawn among those `present` where that is said."""
         everyone = range(self.study.clients.count)
-        seen = self.population.there(self._of_step_1(phase, round))
+        seen = self.population.there(self.of_step_1(phase, round))
+        seen = seen if present is None else [client for client in seen if client in present]
         draw = rng.stream(self.study.seed, f"sample {phase.name}", round)
         return phase.who(round, seen=seen, everyone=everyone, rng=draw)
 
-    def _of_step_1(self, phase: Phase, round: int) -> float:
+    def of_step_1(self, phase: Phase, round: int) -> float:
         """Return which round of step 1, all its phases together, a phase's round is; none of step 2 is before any."""
         names = [one.name for one in self.federated_phases]
         if phase.name not in names:

@@ -14,7 +14,7 @@ from fedlth.errors import StudyError, wrong
 from fedlth.experiment import client_memory, effects, feasible, recipe_checks
 from fedlth.experiment.experiment import KEPT_FIRST, Experiment, open_experiment
 from fedlth.experiment.well_formed import method_of
-from fedlth.experiment.who_takes_part import check_newcomers, check_no_server, check_population
+from fedlth.experiment.who_takes_part import check_newcomers, check_no_server, check_population, check_quorum
 from fedlth.kernel import kernel
 from fedlth.methods.client_update import sends_in
 from fedlth.methods.rules import check_rule
@@ -169,6 +169,7 @@ def _checked(experiment: Experiment) -> list[str]:
     refused, and the arm `random` does without.
     """
     check_population(experiment)
+    check_quorum(experiment)
     arms = set(experiment.arms)
     experiment.task.capacity(0)  # says what is wrong with clients.capacity
     for phase in (phase for phase in experiment.phases if phase.topology is not None):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fedlth.errors import StudyError
+from fedlth.data.split import num_sampled
+from fedlth.errors import StudyError, wrong
 from fedlth.experiment.experiment import Experiment
 
 
@@ -28,6 +29,22 @@ def check_population(experiment: Experiment) -> None:
             f"federate.clients_per_round: must be at most the {first} clients that are there from the first round on "
             f"(clients.joiners), got {wanted}"
         )
+
+
+def check_quorum(experiment: Experiment) -> None:
+    """Refuse more usable replies than a round has clients, and a quorum with which no round could count."""
+    federate, count = experiment.study.federate, experiment.study.clients.count
+    rounds = [phase for phase in experiment.phases if phase.join is not None]
+    for phase in rounds:  # of late joiners the first round has the fewest
+        if (there := len(experiment.clients(phase, 1))) < federate.min_clients:
+            raise wrong("federate.min_clients", f"at most the {there} clients of {phase.name} 1", federate.min_clients)
+    if federate.quorum is None:
+        return
+    quorum = num_sampled(federate.quorum, count)
+    if quorum > count:
+        raise wrong("federate.quorum", f"at most clients.count = {count}", federate.quorum)
+    if rounds and quorum < federate.min_clients:
+        raise wrong("federate.quorum", f"at least federate.min_clients = {federate.min_clients}", federate.quorum)
 
 
 def check_newcomers(experiment: Experiment) -> None:

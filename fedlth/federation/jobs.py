@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,7 +30,8 @@ class Job:
 
     `data` names the data set and its division as the driver has them (Splits.name), "" where anyone's will do.
     `version` names the client's committed state ("" for none). `state` holds its bytes where the driver keeps them,
-    and is None where they lie with the client (a device, a Flower node).
+    and is None where they lie with the client (a device, a Flower node). After `limit_s` from the beginning of its
+    round an answer comes too late; only engines of devices have a clock for that.
     """
 
     study: str
@@ -41,6 +42,7 @@ class Job:
     data: str = ""
     version: str = ""
     state: bytes | None = None
+    limit_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +70,10 @@ class Reply:
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """No answer. `kind` is raised, died, hung, memory, lost or (on a fleet) dropped; `reason` is one line.
+    """No answer. `kind` is raised, died, hung, memory, lost, late or (on a fleet) dropped; `reason` is one line.
 
     What was sent has crossed all the same: the framed bytes are those of the job, and of the message that says so.
+    `sent` False: there was nobody to send it to.
     """
 
     round: int
@@ -80,8 +83,10 @@ class Failure:
     worker: str = ""
     framed_down_bytes: int | None = None
     framed_up_bytes: int | None = None
+    sent: bool = True
 
 
+Enough = Callable[[frozenset[int]], bool]
 Again = Callable[[Job, Reply], Job | None]
 Answers = Generator[tuple[Job, Reply | Failure], None, None]
 
@@ -108,6 +113,17 @@ class Engine(Protocol):
         Jobs are drawn as workers come free, a few ahead of the answers, so that memory does not grow with their number.
         A job that `again` returns for a reply is run in the place of the first; those of one cohort together.
         """
+        ...
+
+    def present(self, *, until: Enough | None = None) -> frozenset[int] | None:
+        """Return the clients that can be given a job now, None where all always can.
+
+        With `until` it waits, for a bounded time, until enough of them are there.
+        """
+        ...
+
+    def late(self) -> Sequence[tuple[Job, Reply | Failure]]:
+        """Return the answers that have come since their round was closed, each once; nothing of them is used."""
         ...
 
     def close(self) -> None: ...

@@ -48,6 +48,8 @@ def line(summary: RoundRow, done: int, total: int, seconds: float, metric: Metri
     if summary.mask_outliers:
         failed += f"  masks far from others: clients {_names([one.client for one in summary.mask_outliers])}"
     mb = 1e-6
+    if summary.void and summary.clients:
+        failed += "  void: too few usable replies"
     took = "" if summary.simulated_s is None else f"  simulated {summary.simulated_s:.4g} s"
     return (
         f"[{done}/{total}] {summary.phase} {summary.round}: {said}  up {summary.up_bytes * mb:.2f} MB  "

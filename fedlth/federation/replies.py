@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,8 @@ from fedlth.storage.records import DROPPED, HANDED, LATE, CurveRow, Failed, Ledg
 from fedlth.storage.run_folder import Progress, RunFolder
 from fedlth.storage.state_archive import Writer
 from fedlth.wire.errors import PayloadError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -144,8 +147,14 @@ class Replies:
         state = None if self.holds_state else self.folder.clients.get(client, version)
         return Job(
             study=self.experiment.text, phase=self.phase.name, round=self.round, client=client, inbox=inbox,
-            data=self.experiment.task.splits.name, version=version, state=state,
+            data=self.experiment.task.splits.name, version=version, state=state, limit_s=self._limit_s,
         )  # fmt: skip
+
+    @property
+    def _limit_s(self) -> float | None:
+        """Until when an answer counts; the waves of step 2 wait for all, each as long as a job may take."""
+        waits = self.phase.in_waves and not self.phase.evaluates
+        return None if waits else self.experiment.study.federate.deadline_s
 
     def again(self, job: Job, reply: Reply) -> Job | None:
         """Return a job that depends on nothing, once, for a client that has lost what its download referred to.
@@ -179,9 +188,12 @@ class Replies:
             if one.seconds is not None:
                 (self.gone_s if isinstance(answer, Failure) else self.came_s).append(one.seconds)
             self.rows += self._tries.get(job.client, [])
-            self.rows += self._rows_down(job, answer, one.kind)
             if isinstance(answer, Failure):
                 self.failed.append(Failed(job.client, answer.kind, answer.reason))
+                if not answer.sent:
+                    continue
+            self.rows += self._rows_down(job, answer, one.kind)
+            if isinstance(answer, Failure):
                 self.rows.append(ledger_rows.failed(self.round, self.phase.name, answer))
                 continue
             if isinstance(got, Accepted) and one.distances is not None:
@@ -206,6 +218,28 @@ class Replies:
                 updates.remove(one.distances)
             if got.contribution:
                 yield got.contribution
+
+    def forget(self) -> None:
+        """Let nothing of this round become current: no client's state or mask, and nothing that it published.
+
+        What crossed stays in the rows. The states are written, and go with the next commit, since nobody owns them.
+        """
+        for kept in (self.versions, self.mirrors, self.holds, self.published):
+            kept.clear()
+
+    def rows_of_late(self, answers: Sequence[tuple[Job, Reply | Failure]]) -> list[LedgerRow]:
+        """Return the rows of answers to closed rounds, under those: they crossed, and nothing of them is looked at."""
+        rows: list[LedgerRow] = []
+        for job, answer in answers:
+            if isinstance(answer, Reply):
+                layout_of = self.experiment.layout_of
+                rows += ledger_rows.up(job.round, job.phase, answer, {}, LATE, layout_of=layout_of)
+            else:
+                rows.append(replace(ledger_rows.failed(job.round, job.phase, answer), status=LATE))
+        if answers:
+            named = ", ".join(f"client {job.client} ({job.phase} {job.round})" for job, _ in answers)
+            log.info(f"note: came after their round was closed, counted and not used: {named}")
+        return rows
 
     def _opened(self, job: Job, answer: Reply | Failure) -> Arrived:
         """Decode and check an answer; each is judged alone."""

@@ -11,37 +11,39 @@ from typing import Any
 
 import numpy as np
 
-from fedlth.errors import NothingUsable
 from fedlth.experiment.experiment import Experiment
 from fedlth.federation.answered import Answered
 from fedlth.federation.downloads import Downloads
-from fedlth.federation.jobs import MACHINES, Engine
+from fedlth.federation.jobs import Engine
+from fedlth.federation.missing import last_phase, last_waves, missing
+from fedlth.federation.presence import absent, drawn, enough
 from fedlth.federation.progress import line, summary_of
 from fedlth.federation.published import Published
 from fedlth.federation.replies import Replies
 from fedlth.federation.update_norms import UpdateNorms
+from fedlth.federation.void import VOID_ROUNDS_ALLOWED, at_fault, too_many
 from fedlth.methods.aggregate import Aggregate
 from fedlth.methods.method import Phase
 from fedlth.models.layout import Params
-from fedlth.storage.records import DROPPED, LATE, CurveRow, Failed, RoundRow, TimeRow
+from fedlth.storage.records import DROPPED, CurveRow, RoundRow, TimeRow
 from fedlth.storage.run_folder import Best, Progress, RunFolder
 from fedlth.storage.server_state import ServerState
 
 log = logging.getLogger(__name__)
 
-EMPTY_ROUNDS_ALLOWED = 3
 Committed = Callable[[int, RoundRow, Sequence[CurveRow]], None]  # who is told of each commit, counted from 1
 
 
 @dataclass(frozen=True)
 class Step:
-    """One commit's worth of work. `place` counts commits from 0."""
+    """One commit's worth of work. `place` counts commits from 0; `absent` could not be reached when it began."""
 
     phase: Phase
     round: int
     clients: Sequence[int]
     place: int
     total: int
+    absent: Sequence[int] = ()
 
 
 class Federation:
@@ -67,24 +69,32 @@ class Federation:
         last = len(steps) if stop_after is None else min(stop_after, len(steps))
         for place in range(self.progress.step, last):
             phase, round = steps[place]
-            self._step(Step(phase, round, self.experiment.clients(phase, round), place, len(steps)))
+            present = self.engine.present(until=enough(self.experiment, phase, round))
+            clients = drawn(self.experiment, phase, round, present)
+            self._step(Step(phase, round, clients, place, len(steps), absent(self.experiment, present)))
 
     def revisit(self) -> None:
         """Visit `missing` clients again, in waves of their own after the last step; all steps must be done.
+
+        Devices that are away are waited for, once and for a bounded time, and only those that are there are visited.
 
         Step 2 does not depend on the wave, and the global model, rewind targets and masks are still those of the last
         phase: parameters, tickets and metrics are those of a client that was never lost. What had crossed stays in the
         ledger.
         """
         lost, size = missing(self.folder), self.experiment.study.personalise.clients_per_wave
+        if not lost:
+            return
+        away = absent(self.experiment, self.engine.present(until=frozenset(lost).issubset))
+        lost = [client for client in lost if client not in away]
         phase, done = (
-            self.experiment.phase(_last(self.folder)),
-            max((row.round for row in _last_waves(self.folder)), default=0),
+            self.experiment.phase(last_phase(self.folder)),
+            max((row.round for row in last_waves(self.folder)), default=0),
         )
         waves = [lost[i : i + size] for i in range(0, len(lost), size)]
         first = self.progress.step
         for i, wave in enumerate(waves):
-            self._step(Step(phase, done + 1 + i, wave, first + i, first + len(waves)))
+            self._step(Step(phase, done + 1 + i, wave, first + i, first + len(waves), away))
 
     def _step(self, step: Step) -> None:
         """Do one round: send, draw replies as they come, judge each, join what is accepted, commit."""
@@ -110,24 +120,28 @@ class Federation:
                     joined += _add(rule, accumulator, contribution)
             for contribution in replies.rest(states, masks):
                 joined += _add(rule, accumulator, contribution)
+        void, worked = rule is not None and joined < self.experiment.study.federate.min_clients, bool(replies.versions)
+        if void:  # the old state stays, and so must everything that goes with a newer one
+            replies.forget()
         published = {**self.progress.published, **replies.published}
         progress = self.progress
         if rule:
-            if joined:  # without a reply the old state stays
+            if not void:
                 new = rule.result(accumulator)
                 if publishes:  # of all that is published, by whoever was not here too
                     new = Published(self.experiment, self.folder, published).consensus(phase, sent)
                 self.state = new if new.mask is not None else replace(new, mask=sent.mask)
-            progress = replace(progress, empty_rounds=0 if joined else progress.empty_rounds + self._at_fault(replies))
-            if norms.accepted:
+            against = void and at_fault(replies, ever=self.progress.good is not None)
+            progress = replace(progress, empty_rounds=progress.empty_rounds + against if void else 0)
+            if norms.accepted and not void:
                 progress = replace(progress, norms={**progress.norms, phase.name: norms.accepted})
         if replies.resyncs:
             told = f"note: {replies.resyncs} clients had lost what they held; their download was sent again in full"
             log.info(told)
-        summary = summary_of(replies)
+        summary = replace(summary_of(replies), void=void, absent=list(step.absent))
         if phase.evaluates:
             progress, summary = self._judged(step, progress, replies, summary)
-        elif replies.versions:
+        elif worked:
             progress = replace(progress, good=self.progress.theta)
         elif phase.changes_state and not publishes and self._broken(replies):
             summary = replace(summary, rolled_back_to=self._roll_back())
@@ -139,11 +153,8 @@ class Federation:
             log.info(f"note: step 2 begins with the global model of {summary.kept_best}, the best on validation data")
         if summary.rolled_back_to:
             log.info(f"note: no client could use this global model; it is rolled back to {summary.rolled_back_to}")
-        if phase.join and self.progress.empty_rounds >= EMPTY_ROUNDS_ALLOWED:
-            why = _why_nothing(replies.failed)
-            raise NothingUsable(
-                f"{self.folder.root}: {EMPTY_ROUNDS_ALLOWED} rounds without one usable reply; last: {why}"
-            )
+        if phase.join and self.progress.empty_rounds >= VOID_ROUNDS_ALLOWED:
+            raise too_many(replies, joined, self.engine.present())
 
     def _trained(self, step: Step) -> tuple[Phase, int]:
         """Return the phase and the round whose model an evaluation looks at."""
@@ -221,20 +232,6 @@ class Federation:
         better = self.progress.good not in (None, self.progress.theta)
         return self.experiment.federated and bool(failed) and answered and several and better
 
-    def _at_fault(self, replies: Replies) -> bool:
-        """Say whether a round without an update counts against the run, as a fleet's bad luck does not.
-
-        Clients that dropped out never count. Where all others were late, the deadline is met in other rounds, or else
-        in none: only if nobody has ever met it.
-        """
-        kinds = {f.kind for f in replies.failed}
-        lucky = kinds == {DROPPED} or (bool(kinds) and kinds <= {DROPPED, LATE} and self.progress.good is not None)
-        if lucky:
-            log.info(
-                f"note: nothing was joined in {replies.phase.name} {replies.round}: {_why_nothing(replies.failed)}"
-            )
-        return not lucky
-
     def _roll_back(self) -> str:
         """Return to the last state that a client could work with, rewind targets too; say which one it is."""
         good, broken = self.progress.good or "", self.theta.digest()
@@ -266,7 +263,7 @@ class Federation:
         if target in targets and step.phase.name == self.experiment.method.phases[-1].name:
             self.folder.save_params(target, self.theta)
         lengths = {
-            "ledger": self.folder.append("ledger", replies.rows),
+            "ledger": self.folder.append("ledger", [*replies.rows, *replies.rows_of_late(self.engine.late())]),
             "rounds": self.folder.append("rounds", [summary]),
             "metrics": self.folder.append("metrics", replies.metrics),
             "times": self.folder.append("times", [*replies.times, whole]),
@@ -303,46 +300,9 @@ def _add(rule: Aggregate | None, accumulator: Any, contribution: Any) -> int:
     return 1
 
 
-def _why_nothing(failed: Sequence[Failed]) -> str:
-    """Say why a round had no update to join."""
-    kinds = {f.kind for f in failed}
-    if not failed:
-        return "nobody took part"
-    if kinds <= {DROPPED, LATE}:
-        late = sum(f.kind == LATE for f in failed)
-        first = next((f": the first {f.reason}" for f in failed if f.kind == LATE), "")
-        return f"of {len(failed)} clients {late} were late and {len(failed) - late} dropped out{first}"
-    died = [f.reason for f in failed if f.kind not in ("refused", DROPPED, LATE)]
-    refused = [f"every reply was refused, the first with: {f.reason}" for f in failed if f.kind == "refused"]
-    return (*died, *refused)[0]
-
-
 def _owners(versions: Mapping[str, str]) -> dict[str, set[int]]:
     """Return the clients whose current version each version is."""
     found: dict[str, set[int]] = {}
     for client, version in versions.items():
         found.setdefault(version, set()).add(int(client))
     return found
-
-
-def missing(folder: RunFolder) -> list[int]:
-    """Return the clients whose visit in the run's last phase was lost with their machine, and not made up for since.
-
-    One that was lost in an earlier phase is not among them: the others have gone on from there without it.
-    """
-    lost: dict[int, bool] = {}
-    for row in _last_waves(folder):
-        kinds = {f.client: f.kind for f in row.failed}
-        lost |= {client: kinds.get(client) in MACHINES for client in row.clients}
-    return sorted(client for client, is_lost in lost.items() if is_lost)
-
-
-def _last_waves(folder: RunFolder) -> list[RoundRow]:
-    """Return the committed waves of the run's last phase."""
-    last = _last(folder)
-    return [row for row in folder.rows(RoundRow) if row.phase == last]
-
-
-def _last(folder: RunFolder) -> str:
-    """Name the last phase that gives clients another state; newcomers may be handed a ticket after it."""
-    return "refined" if folder.study().refine.rounds else "personalise"

@@ -20,12 +20,13 @@ from fedlth.experiment import saved_ticket
 from fedlth.experiment.experiment import Experiment
 from fedlth.federation.downloads import broadcast
 from fedlth.federation.jobs import Engine
-from fedlth.federation.rounds import Federation, missing
+from fedlth.federation.missing import missing
+from fedlth.federation.rounds import Federation
 from fedlth.kernel import kernel
 from fedlth.storage import ticket_file
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.header import Header, Layer, Measure, Phase, TaskFacts
-from fedlth.storage.records import Digests, RoundRow
+from fedlth.storage.records import Digests, MetricRow, RoundRow
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.trackers import Tracking
 from fedlth.study.schema import Study
@@ -38,8 +39,7 @@ def start(experiment: Experiment, notes: Sequence[str], out: Path, engine: Engin
     """Run an experiment into a new folder; what could be wrong with it has been found before (experiment.resolve)."""
     for note in notes:
         log.info(f"note: {note}")
-    if experiment.study.compute == "sparse":
-        kernel.warm()
+    _load_kernel(experiment, engine)
     folder = RunFolder(out)
     with folder.locked():
         folder.create(experiment.study)
@@ -62,8 +62,7 @@ def resume(out: Path, engine: Engine) -> RunFolder:
             engine.close()
             log.info(f"{out}: has ended already")
             return folder
-        if study.compute == "sparse":
-            kernel.warm()
+        _load_kernel(experiment, engine)
         if not header:
             _write_header(folder, experiment, engine)
         elif (header.data_digest, header.partition_digest) != (task.dataset.digest(), task.splits.digest):
@@ -82,6 +81,12 @@ def resume(out: Path, engine: Engine) -> RunFolder:
         return _go(experiment, folder, engine, revisit=True)
 
 
+def _load_kernel(experiment: Experiment, engine: Engine) -> None:
+    """Load the compiled kernel before workers are made; clients that keep their own state train in no such worker."""
+    if experiment.study.compute == "sparse" and not engine.holds_state:
+        kernel.warm()
+
+
 def _go(experiment: Experiment, folder: RunFolder, engine: Engine, *, revisit: bool = False) -> RunFolder:
     folder.recover()
     tracking = Tracking(folder.root, experiment.study)
@@ -90,7 +95,7 @@ def _go(experiment: Experiment, folder: RunFolder, engine: Engine, *, revisit: b
         tracking.begin()
         try:
             federation.run()
-            if revisit:
+            if revisit or engine.present() is not None:  # a device that was away may be back
                 federation.revisit()
         finally:
             engine.close()
@@ -122,7 +127,7 @@ def _first_failure(folder: RunFolder) -> str:
 def _finish(federation: Federation) -> Digests:
     """Write the tickets as plain safetensors, and the digests by which two runs are compared; return these."""
     digests: dict[str, str] = {}
-    away, frozen = 0, dict[str, dict[str, str]]()
+    away, frozen = list[int](), dict[str, dict[str, str]]()
     experiment, folder = federation.experiment, federation.folder
     study = experiment.study
     states = folder.devices if federation.engine.holds_state else folder.clients
@@ -133,7 +138,7 @@ def _finish(federation: Federation) -> Digests:
         if arm is None or not version:
             continue
         if not states.has(client, version):
-            away += 1
+            away.append(client)
             continue
         state, task = ClientState.from_bytes(states.get(client, version)), experiment.task_of(client)
         if "ticket" not in state.masks:
@@ -149,11 +154,19 @@ def _finish(federation: Federation) -> Digests:
         digests[str(client)] = ticket_file.save(
             folder.root / "tickets", study.tickets, task.layout, params, mask, meta, frozen=frozen[task.name]
         )
-    if away:
-        log.info(f"note: {away} tickets stay with their clients; only their masks' names are here")
+    if made := _with_tickets(experiment, folder, away):
+        log.info(f"note: {len(made)} tickets stay with their clients; only their masks' names are here")
     found = Digests(federation.theta.digest(), digests)
     folder.write(found)
     return found
+
+
+def _with_tickets(experiment: Experiment, folder: RunFolder, clients: Sequence[int]) -> set[int]:
+    """Return those of the clients who said that they have a ticket: a client's last state may be of a round."""
+    if not clients:
+        return set()
+    arms = {experiment.kept_arm, experiment.product_arm}
+    return {row.client for row in folder.rows(MetricRow) if row.arm in arms and not row.diverged} & set(clients)
 
 
 def _write_header(folder: RunFolder, experiment: Experiment, engine: Engine, ended: Federation | None = None) -> None:

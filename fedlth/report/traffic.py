@@ -160,8 +160,8 @@ def visitors_of(row: LedgerRow) -> list[int]:
 
 
 def is_refused(row: LedgerRow) -> bool:
-    """Say whether a message was refused or failed; late ones, and clients that dropped out, are a fleet's own."""
-    return row.status not in ("ok", LATE, f"failed: {DROPPED}")
+    """Say whether a message was refused or failed; late ones, and clients that dropped out, are counted apart."""
+    return row.status not in ("ok", LATE, f"failed: {LATE}", f"failed: {DROPPED}")
 
 
 def once(rows: Iterable[LedgerRow]) -> list[LedgerRow]:

@@ -34,7 +34,7 @@ T = TypeVar("T")
 HANDED, INTRODUCE = "handed", "introduce"  # phases of newcomers; the first is an arm too
 EVALUATE = "evaluate"  # the phase whose messages only serve the curve: no total of the training's traffic holds them
 
-# Kinds of Failed that a fleet has: nobody's fault, and they cost only the client's own round.
+# Kinds of Failed that a fleet has (devices are late, too): they cost only the client's own round.
 LATE, DROPPED = "late", "dropped"
 
 
@@ -111,10 +111,12 @@ class RoundRow:
     place of one that no client could use ("" for none), `kept_best` with which one step 2 begins where the evaluations
     chose it (it is on the row of the last evaluation), `simulated_s` what the round takes on the study's fleet (None
     without one), `mask_outliers` whose masks lay far from all others (where the study asks: federate.mask_outliers).
+    `void` says that too few replies were usable for the round to count, so that everything stayed as it was; `absent`
+    which clients could not be reached when it began, where the engine knows.
     """
 
     OPTIONAL: ClassVar[frozenset[str]] = frozenset(
-        {"rolled_back_to", "kept_best", "simulated_s", "val_metric", "mask_outliers"}
+        {"rolled_back_to", "kept_best", "simulated_s", "val_metric", "mask_outliers", "void", "absent"}
     )
 
     round: int
@@ -130,6 +132,8 @@ class RoundRow:
     simulated_s: float | None = None
     val_metric: float | None = None
     mask_outliers: list[FarMask] = field(default_factory=list)
+    void: bool = False
+    absent: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

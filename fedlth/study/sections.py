@@ -190,10 +190,17 @@ class Train(Timed):
 
 
 class Federate(Node):
-    """Step 1: rounds over sampled clients; `join` takes the place of the method's own mean."""
+    """Step 1: rounds over sampled clients; `join` takes the place of the method's own mean.
+
+    Of the rounds and of those inside the tickets: `min_clients` usable replies make one count. On devices `quorum`
+    clients must be there to begin, and rounds are drawn among those that are; `deadline_s` closes a round.
+    """
 
     rounds: Annotated[int, Field(ge=0)] = 10
     clients_per_round: CountOrShare = 5
+    min_clients: Count = 1
+    quorum: CountOrShare | None = None
+    deadline_s: Positive | None = None
     join: Spec | None = None
     mask_outliers: bool = False
 

@@ -73,6 +73,12 @@ def encode(
     return b"".join((*parts, struct.pack("<I", check)))
 
 
+def longest(layout: Layout, codec: Codec = RAW) -> int:
+    """Return the most bytes that a payload of this layout can have, whatever it holds."""
+    found = HEADER.size + 24 + (layout.num_prunable + 7) // 8 + 4 * layout.num_floats + 8 * layout.num_ints
+    return found + 64 if F32_ONLY.isdisjoint(codec.values) else found
+
+
 def decode(
     data: bytes, kind: str, layout: Layout, *, codec: Codec = RAW, known_mask: np.ndarray | None = None,
     reference: Reference | None = None,
@@ -81,12 +87,8 @@ def decode(
 
     Raises PayloadError, and only that, at anything that is not exactly a payload of this kind, layout and codec.
     """
-    size = layout.num_prunable
-    longest = HEADER.size + 24 + (size + 7) // 8 + 4 * layout.num_floats + 8 * layout.num_ints
-    if F32_ONLY.isdisjoint(codec.values):
-        longest += 64
-    if len(data) > longest:
-        raise PayloadError(f"{len(data)} bytes, at most {longest} are possible")
+    if len(data) > longest(layout, codec):
+        raise PayloadError(f"{len(data)} bytes, at most {longest(layout, codec)} are possible")
     if len(data) < HEADER.size + 6:
         raise PayloadError(f"{len(data)} bytes are too few")
     magic, version, flags, mode, value_mode, schema, named = HEADER.unpack_from(data)

@@ -54,8 +54,9 @@ class Loopback:
         return Sent(id, 7)
 
     def collect(self, ids: Iterable[str]) -> list[Back]:
-        due = [b for late, b in self._backs if late == 0 and b.id in set(ids)]
-        self._backs = [(late - 1, b) for late, b in self._backs if late > 0]
+        wanted = set(ids)
+        due = [b for late, b in self._backs if late == 0 and b.id in wanted]
+        self._backs = [(max(0, late - 1), b) for late, b in self._backs if late > 0 or b.id not in wanted]
         return due
 
 
@@ -203,6 +204,8 @@ def test_nodes_are_asked_once_and_one_that_comes_back_takes_over(folder: Path) -
     answers = tiny.answers(engine, jobs())
     assert isinstance(answers[1], Failure) and answers[1].kind == "lost"
     transport.partitions[14] = 1
+    answers = tiny.answers(engine, jobs())  # asked now, and not waited for
+    assert isinstance(answers[1], Failure) and not answers[1].sent
     assert all(isinstance(a, Reply) for a in tiny.answers(engine, jobs()))
     assert sorted(transport.asked) == sorted([*NODES, 14])
 

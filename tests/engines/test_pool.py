@@ -93,8 +93,14 @@ def test_answers_stand_in_job_order_and_name_their_worker() -> None:
     played = Played(answer)
     answers = all_of(pool_of(played).map(jobs_of(7)))
     assert [a.client for a in answers] == list(range(7)) and all(isinstance(a, Reply) for a in answers)
-    assert {a.worker for a in answers} <= {"ray:0 host:1", "ray:1 host:2"}
+    assert {a.worker for a in answers} <= {"ray:0 machine 0:1", "ray:1 machine 0:2"}
     assert played.actors == 2 and not played.killed
+
+
+def test_machines_are_told_apart_and_not_named() -> None:
+    pool = pool_of(Played(answer, born=lambda n: Born(n, "secret.lan", "")))
+    assert all("machine 0" in a.worker and "secret" not in a.worker for a in all_of(pool.map(jobs_of(3))))
+    assert [pool.machine(host) for host in ("other.lan", "secret.lan")] == ["machine 1", "machine 0"]
 
 
 def test_a_broadcast_is_stored_once_a_map() -> None:
@@ -263,7 +269,7 @@ def test_a_wait_for_room_is_told_and_ends(monkeypatch: pytest.MonkeyPatch) -> No
 def test_one_place_that_cannot_start_leaves_the_work_to_the_other() -> None:
     played = Played(answer, born=lambda n: Born(n, "host", "0") if n == 1 else Lost("died", "x"))
     answers = all_of(pool_of(played).map(jobs_of(6)))
-    assert all(isinstance(a, Reply) and a.worker == "ray:0@gpu0 host:1" for a in answers)
+    assert all(isinstance(a, Reply) and a.worker == "ray:0@gpu0 machine 0:1" for a in answers)
 
 
 def test_after_an_interrupt_no_old_answer_is_taken_for_a_new_one() -> None:

@@ -63,6 +63,7 @@ class Open:
 
     def __init__(self, engine: RayEngine) -> None:
         self.map, self.really_close = engine.map, engine.close
+        self.present, self.late = engine.present, engine.late
 
     def close(self) -> None:
         pass

@@ -14,7 +14,8 @@ from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
 from fedlth.federation import session
 from fedlth.federation.jobs import Failure, Job, Reply
-from fedlth.federation.rounds import Federation, missing
+from fedlth.federation.missing import missing
+from fedlth.federation.rounds import Federation
 from fedlth.output import lines_to
 from fedlth.storage.run_folder import RunFolder
 from fedlth.wire import metrics

@@ -322,7 +322,7 @@ class Forgets:
 
     def __init__(self, engine: Engine) -> None:
         self.map = lambda jobs, again: engine.map(map(self.struck, jobs), again=again)
-        self.close = engine.close
+        self.close, self.present, self.late = engine.close, engine.present, engine.late
 
     def struck(self, job: Job) -> Job:
         return replace(job, state=None) if job.round == 2 and job.version and job.client % 2 else job
