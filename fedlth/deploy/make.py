@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedlth import __version__
 from fedlth.deploy.certificates import new_authority, new_device_key, new_server, utc_now
 from fedlth.deploy.folder import Folder, filled, new_folder, refuse_existing
 from fedlth.deploy.settings import FILE, Settings, read_settings
@@ -43,7 +42,8 @@ def init(root: Path, study: Path, override: Sequence[str], *, devices: int, host
     folder.write(folder.server_key, key)
     folder.write(folder.server_certificate, certificate)
     folder.write(folder.study, text_of(tree))
-    folder.write(folder.root / "app" / "pyproject.toml", filled("app_pyproject.toml", version=__version__))
+    described = filled("app_pyproject.toml", version=settings.versions["fedlth"])
+    folder.write(folder.root / "app" / "pyproject.toml", described)
     package = folder.root / "app" / "fedlth_federation"
     folder.write(package / "__init__.py", '"""Made by fedlth deploy init."""\n')
     folder.write(package / "apps.py", filled("apps.py"))

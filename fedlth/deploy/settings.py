@@ -11,7 +11,6 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from fedlth import __version__
 from fedlth.errors import StudyError, wrong
 
 FILE = "federation.json"
@@ -98,7 +97,8 @@ def _settings(tree: dict[str, Any]) -> Settings:
 
 def versions_here() -> dict[str, str]:
     """Return the versions on which both ends must agree, as they are here."""
-    return {"fedlth": __version__, "flwr": version("flwr"), "python": f"{sys.version_info[0]}.{sys.version_info[1]}"}
+    python = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    return {"fedlth": version("fedlth"), "flwr": version("flwr"), "python": python}
 
 
 def is_loopback(host: str) -> bool:
