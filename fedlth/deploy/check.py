@@ -48,6 +48,7 @@ def check(root: Path, *, now: datetime | None = None, live: Live | None = None) 
         *_partitions(folder, here),
         *_study(folder, settings),
         *_ports(settings),
+        *_connection(folder, settings),
     ]
     seen, notes = live_faults(folder, settings, live)
     faults += [Fault(*one) for one in seen]
@@ -77,7 +78,7 @@ def _certificates(folder: Folder, settings: Settings, now: datetime) -> Iterator
         "server": f"fedlth deploy certify {folder.root}, then start SuperLink and gate again",
         "authority": "make a new federation: every device needs the new authority's certificate",
     }
-    place, trusted = folder.server_certificate, folder.server / "ca.crt"
+    place, trusted = folder.server_certificate, folder.trusted
     try:
         key, certificate, authority = folder.server_key.read_bytes(), place.read_bytes(), trusted.read_bytes()
         found = certificate_faults(certificate, key, authority, settings.hosts, now)
@@ -175,6 +176,20 @@ def _ports(settings: Settings) -> Iterator[Fault]:
             remedy = "give each its own, there and in the scripts"
             yield Fault(FILE, f"{name} is {port}, as {holder[port]} is", remedy)
         holder.setdefault(port, name)
+
+
+def _connection(folder: Folder, settings: Settings) -> Iterator[Fault]:
+    """Compare what `flwr run` is given with where the SuperLink is: the path in it is absolute."""
+    place = _name(folder, folder.flower_config)
+    wanted = {"address": f"127.0.0.1:{settings.superlink_port}", "root-certificates": str(folder.trusted)}
+    try:
+        said = tomllib.loads(folder.flower_config.read_text(encoding="utf-8"))["superlink"]["fedlth"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield Fault(place, f"cannot be read: {type(error).__name__}: {error}", f"[superlink.fedlth] with {wanted}")
+        return
+    for key, value in wanted.items():
+        if said.get(key) != value:
+            yield Fault(place, f"{key} is {said.get(key)!r}", f'{key} = "{value}" (has DIR been moved?)')
 
 
 def _name(folder: Folder, path: Path) -> str:

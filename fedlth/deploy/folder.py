@@ -39,6 +39,11 @@ class Folder:
         return self.root / "server"
 
     @property
+    def trusted(self) -> Path:
+        """The authority's certificate as the server's programs read it: `ca` may be kept elsewhere."""
+        return self.server / "ca.crt"
+
+    @property
     def server_key(self) -> Path:
         return self.server / "server.key"
 

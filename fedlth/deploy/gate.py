@@ -164,7 +164,7 @@ async def _answer(send: Send, status: int, text: str) -> None:
 @asynccontextmanager
 async def gate_before(folder: Folder, settings: Settings) -> AsyncIterator[Gate]:
     """Give the gate before a federation's SuperLink."""
-    trusted = ssl.create_default_context(cafile=str(folder.server / "ca.crt"))
+    trusted = ssl.create_default_context(cafile=str(folder.trusted))
     async with httpx.AsyncClient(
         base_url=f"https://127.0.0.1:{settings.superlink_port}", verify=trusted, trust_env=False,
         timeout=ANSWER_S, limits=httpx.Limits(keepalive_expiry=IDLE_S),

@@ -53,7 +53,7 @@ def live_faults(
     folder: Folder, settings: Settings, live: Live | None = None
 ) -> tuple[list[tuple[str, str, str]], list[str]]:
     """Return what is wrong with what runs, each as (place, what, remedy), and notes on what does not run."""
-    live, authority = live or ask, str(folder.server / "ca.crt")
+    live, authority = live or ask, str(folder.trusted)
     faults: list[tuple[str, str, str]] = []
     notes: list[str] = []
 

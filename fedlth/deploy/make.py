@@ -7,6 +7,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fedlth.deploy.certificates import new_authority, new_device_key, new_server, utc_now
@@ -60,8 +61,7 @@ def certify(root: Path, hosts: Sequence[str]) -> Settings:
     settings, folder = read_settings(root), Folder(root.resolve())
     if hosts:
         new = Settings.of(tuple(hosts), settings.port, len(settings.device_ports))
-        merged = {**vars(settings), "hosts": new.hosts, "bind": new.bind}
-        settings = Settings(**merged)
+        settings = replace(settings, hosts=new.hosts, bind=new.bind)
     try:
         authority = folder.authority.read_bytes()
         key, certificate = new_server(folder.authority_key.read_bytes(), authority, settings.hosts, utc_now())
@@ -109,7 +109,7 @@ def _write_server(folder: Folder, settings: Settings, authority: bytes) -> None:
         "programs": shlex.quote(str(Path(sys.executable).parent)),
         "environment": _environment(),
     }
-    folder.write(folder.server / "ca.crt", authority)
+    folder.write(folder.trusted, authority)
     superlink = filled("superlink.sh", superlink_port=settings.superlink_port, **common)
     folder.write(folder.root / "superlink.sh", superlink, script=True)
     gate = filled("gate.sh", programs=common["programs"])
@@ -120,9 +120,8 @@ def _write_server(folder: Folder, settings: Settings, authority: bytes) -> None:
         unit = f"fedlth-{script.removesuffix('.sh')}.service"
         text = filled("server.service", unit=unit, what=what, script=script, root=folder.root, user=getpass.getuser())
         folder.write(folder.root / "units" / unit, text)
-    config = filled(
-        "flower_config.toml", superlink_port=settings.superlink_port, authority=json.dumps(str(folder.authority))
-    )  # JSON's text is TOML's
+    trusted = json.dumps(str(folder.trusted))  # JSON's text is TOML's
+    config = filled("flower_config.toml", superlink_port=settings.superlink_port, authority=trusted)
     folder.write(folder.flower_config, config)
 
 

@@ -23,5 +23,9 @@ def made(root: Path, *, port: int = 8443, hosts: tuple[str, ...] = (HOST, "fed.e
 
 
 def copied(folder: Folder, to: Path) -> Folder:
+    """Copy a federation, the one path in its Flower config that names its place too."""
     shutil.copytree(folder.root, to)
-    return Folder(to)
+    other = Folder(to)
+    config = other.flower_config.read_text()
+    other.flower_config.write_text(config.replace(str(folder.root), str(to)))
+    return other

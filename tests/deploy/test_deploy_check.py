@@ -99,6 +99,10 @@ MUTATIONS: dict[str, tuple[Callable[[Folder], object], str, str]] = {
     "no partition": (lambda f: node(f, 0, 'state-dir = "s"'), "device-0/node.toml: ", "whole number, got None"),
     "no state-dir": (lambda f: node(f, 0, "partition-id = 0"), "device-0/node.toml: ", "state-dir is missing"),
     "equal ports": (lambda f: settings(f, superlink_port=8443), f"{FILE}: ", "superlink_port is 8443, as port is"),
+    "moved": (
+        lambda f: f.flower_config.write_text(f.flower_config.read_text().replace("/fed/", "/old/")),
+        "flower/config.toml: ", "root-certificates is ",
+    ),
     "version": (lambda f: settings(f, versions={"flwr": "1.0"}), f"{FILE}: ", "made with flwr 1.0, here is "),
     "count": (
         lambda f: settings(f, device_ports=[8445, 8446]), "app/study.yaml: ", "must be the number of devices, 2, got 3",

@@ -51,7 +51,7 @@ def certified(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     key, authority = new_authority("fed", utc_now())
     server_key, certificate = new_server(key, authority, ("127.0.0.1",), utc_now())
     for path, data in (
-        (folder.server / "ca.crt", authority), (folder.server_key, server_key),
+        (folder.trusted, authority), (folder.server_key, server_key),
         (folder.server_certificate, certificate),
     ):  # fmt: skip
         folder.write(path, data)
@@ -91,7 +91,7 @@ def gate(folder: Folder, superlink_port: int) -> Iterator[httpx.Client]:
 
         thread = threading.Thread(target=asyncio.run, args=(main(),))
         thread.start()
-        trusted = ssl.create_default_context(cafile=str(folder.server / "ca.crt"))
+        trusted = ssl.create_default_context(cafile=str(folder.trusted))
         base = f"https://127.0.0.1:{listener.getsockname()[1]}"
         try:
             with httpx.Client(base_url=base, verify=trusted, trust_env=False) as client:
