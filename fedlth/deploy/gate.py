@@ -11,8 +11,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import signal
 import socket
 import ssl
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
 from contextlib import asynccontextmanager
@@ -211,4 +213,6 @@ def serve(folder: Folder, settings: Settings) -> None:
                 log.info(f"gate: ended; refused {gate.refused.count} requests")
 
     with listening(settings) as listener:
+        # uvicorn ends well and then raises the signal again, which would end the process before the last line is said.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         asyncio.run(main())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import http.server
+import socket
 import ssl
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,7 +19,7 @@ import pytest
 from fedlth.deploy.certificates import new_authority, new_server, utc_now
 from fedlth.deploy.folder import Folder
 from fedlth.deploy.gate import SAID_EVERY_S, Gate, Tally, gate_before, listening, server_of
-from fedlth.deploy.settings import Settings
+from fedlth.deploy.settings import FILE, Settings
 from fedlth.errors import StudyError
 
 MOST = 1000
@@ -208,7 +210,22 @@ def test_refusals_are_counted_and_said_now_and_then(caplog: pytest.LogCaptureFix
     assert "of 10.0.0.1" in first and first.isprintable() and len(first) < 200
 
 
-def test_a_taken_port_is_said(certified: Folder, tmp_path: Path) -> None:
+def test_the_command_listens_until_sigterm_and_says_how_many_it_refused(certified: Folder) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        port = one.getsockname()[1]
+    (certified.root / FILE).write_text(Settings(("127.0.0.1",), "127.0.0.1", port, 1, (), MOST, {}).text())
+    command = [sys.executable, "-m", "fedlth", "deploy", "gate", str(certified.root)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as gate:
+        assert gate.stderr is not None and f"gate: 127.0.0.1 port {port} -> SuperLink" in gate.stderr.readline()
+        trusted = ssl.create_default_context(cafile=str(certified.trusted))
+        url = f"https://127.0.0.1:{port}/v1/control/list-runs"
+        assert httpx.post(url, verify=trusted, trust_env=False, timeout=60).status_code == 404
+        gate.terminate()
+        assert gate.stderr.read().endswith("gate: ended; refused 1 requests\n")
+    assert gate.returncode == 0
+
+
+def test_a_taken_port_is_said(certified: Folder) -> None:
     settings = Settings(("127.0.0.1",), "127.0.0.1", 0, 1, (), MOST, {})
     with (
         listening(settings) as first,
