@@ -14,7 +14,7 @@ DISK = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit code: 0 done, 1 differs, 2 bad input, 3 disk, 130 interrupted."""
+    """Run one command; return its exit code: 0 done, 1 differs or a fault, 2 bad input, 3 disk, 130 interrupted."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return _main(argv)

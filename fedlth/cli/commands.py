@@ -187,6 +187,14 @@ def lottery(args: argparse.Namespace) -> int:
     return 0
 
 
+def deploy(args: argparse.Namespace) -> int:
+    require("fedlth deploy", "cryptography", "uvicorn", extra="deploy")
+    with importing():
+        from fedlth.deploy import command
+
+    return command.deploy(args)
+
+
 def bench(args: argparse.Namespace) -> int:
     with importing():
         from fedlth.bench import command

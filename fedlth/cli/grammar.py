@@ -133,6 +133,32 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--dry-count", action="store_true", help="print the survivors of every round; train nothing")
 
     text = (
+        "init     write DIR: certificates, a key for each device, scripts and units, and the study that they run\n"
+        "check    say what in DIR or around it does not fit; exit code 1 where something does not\n"
+        "gate     pass the devices' part of the SuperLink's port, and nothing else, on the public address\n"
+        "certify  give the server a new certificate, for other --host or a further two years"
+    )
+    verbs = command("deploy", commands.deploy, "a federation of real devices: keys, scripts, check, gate", text)
+    acts = verbs.add_subparsers(dest="what", required=True, metavar="init|check|gate|certify")
+    sub = acts.add_parser("init", help="write everything that a federation of devices needs into DIR")
+    sub.add_argument("dir", type=Path, metavar="DIR")
+    sub.add_argument("override", nargs="*", metavar="key=value")
+    sub.add_argument("--study", type=Path, required=True, metavar="STUDY.yaml")
+    sub.add_argument("--devices", type=int, required=True, metavar="N", help="as many as the study's clients.count")
+    host = "name or address by which devices reach this server (several: each its own --host; default 127.0.0.1)"
+    sub.add_argument("--host", action="append", metavar="NAME", help=host)
+    port = "the gate's port; the SuperLink has the next one, device K's SuperNode the K + 2nd after it (default 8443)"
+    sub.add_argument("--port", type=int, default=8443, metavar="P", help=port)
+    for name, help in (
+        ("check", "say what does not fit"),
+        ("gate", "listen on the public address, until Ctrl-C"),
+        ("certify", "give the server a new certificate"),
+    ):
+        sub = acts.add_parser(name, help=help)
+        sub.add_argument("dir", type=Path, metavar="DIR")
+    sub.add_argument("--host", action="append", metavar="NAME", help="in place of those that DIR was made with")
+
+    text = (
         "FILE.yaml names a base study, methods with options, partitions and seeds (docs/bench.md); key=value changes\n"
         "a key of the base study. Every cell is a run of its own in OUT/BENCH/PARTITION/METHOD/SEED: the same command\n"
         "continues after a stop. Then leaderboard.html, .md, .tex and .csv are written into OUT/BENCH.\n"

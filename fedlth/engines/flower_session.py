@@ -59,9 +59,7 @@ def run_of(run_config: Mapping[str, Any], app_dir: Path) -> FlowerRun | None:
         )
     path = app_dir / str(run_config.get("study", ""))
     study = schema.load(path, shlex.split(str(run_config.get("overrides", ""))))
-    for key, given in (("seeds", study.seeds), ("tune.lr", study.tune.lr)):
-        if given:
-            raise StudyError(f"{path}: {key} must be empty under flwr run; `fedlth run ... engine=flower` has it")
+    refuse_several(study, str(path))
     if not (out / "config.yaml").exists():
         experiment, notes = resolve(study)
         return FlowerRun(experiment, out, False, tuple(notes))
@@ -72,6 +70,13 @@ def run_of(run_config: Mapping[str, Any], app_dir: Path) -> FlowerRun | None:
     if header.exists() and json.loads(header.read_bytes()).get("finished") and not missing(RunFolder(out)):
         return None
     return FlowerRun(there, out, resume=True)
+
+
+def refuse_several(study: schema.Study, place: str) -> None:
+    """Raise StudyError where a study is more than one run."""
+    for key, given in (("seeds", study.seeds), ("tune.lr", study.tune.lr)):
+        if given:
+            raise StudyError(f"{place}: {key} must be empty under flwr run; `fedlth run ... engine=flower` has it")
 
 
 @contextmanager

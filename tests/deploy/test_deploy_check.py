@@ -1,0 +1,200 @@
+"""fedlth deploy check finds each fault, names its place and says what to do; a sound folder has none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from fedlth import cli
+from fedlth.deploy import check as checking
+from fedlth.deploy.certificates import AUTHORITY_DAYS, SERVER_DAYS, new_authority, new_device_key, new_server, utc_now
+from fedlth.deploy.check import check
+from fedlth.deploy.folder import Folder
+from fedlth.deploy.live import Answer, Live, ask
+from fedlth.deploy.settings import FILE
+from tests.deploy.federation import HOST, copied, made
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    return made(tmp_path_factory.mktemp("check") / "fed")
+
+
+@pytest.fixture
+def folder(sound: Folder, tmp_path: Path) -> Folder:
+    return copied(sound, tmp_path / "fed")
+
+
+def nothing_runs(method: str, url: str, authority: str) -> Answer:
+    return Answer()
+
+
+def found(folder: Folder, live: Live = nothing_runs, days: float = 0) -> list[str]:
+    return [str(fault) for fault in check(folder.root, now=utc_now() + timedelta(days=days), live=live)[0]]
+
+
+def settings(folder: Folder, **changed: object) -> None:
+    path = folder.root / FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+
+
+def node(folder: Folder, number: int, text: str) -> None:
+    folder.device_node(number).write_text(text)
+
+
+def same_key(folder: Folder) -> None:
+    shutil.copy(folder.device_key(0), folder.device_key(2))
+    shutil.copy(folder.device_public(0), folder.device_public(2))
+
+
+def other_server(
+    folder: Folder, *, authority: bool = False, hosts: tuple[str, ...] = (HOST, "fed.example.org")
+) -> None:
+    """Give the server another certificate: of another authority, or under other names."""
+    key, parent = new_authority("fed", utc_now())
+    if not authority:
+        key, parent = folder.authority_key.read_bytes(), folder.authority.read_bytes()
+    key, certificate = new_server(key, parent, hosts, utc_now())
+    folder.replace(folder.server_key, key)
+    folder.replace(folder.server_certificate, certificate)
+
+
+def other_server_key(folder: Folder) -> None:
+    shutil.copy(folder.authority_key, folder.server_key)
+
+
+MUTATIONS: dict[str, tuple[Callable[[Folder], object], str, str]] = {
+    "name": (lambda f: other_server(f, hosts=(HOST,)), "server/server.crt: ", "does not name fed.example.org"),
+    "authority": (lambda f: other_server(f, authority=True), "server/server.crt: ", "not signed by this federation's"),
+    "server key": (other_server_key, "server/server.crt: ", "the key does not belong to the certificate"),
+    "no certificate": (lambda f: f.server_certificate.write_text("x"), "server: ", "cannot be read"),
+    "device's authority": (
+        lambda f: (f.device(1) / "ca.crt").write_bytes(new_authority("b", utc_now())[1]),
+        "device-1/ca.crt: ", "not this server's authority",
+    ),
+    "readable": (lambda f: f.device_key(1).chmod(0o640), "device-1/key: ", "others can read"),
+    "readable authority": (lambda f: f.authority_key.chmod(0o604), "ca/ca.key: ", "others can read"),
+    "same key": (same_key, "keys/device-2.pub: ", "the same key as keys/device-0.pub"),
+    "not registered": (lambda f: f.device_key(1).write_bytes(new_device_key()[0]), "device-1/key: ", "not the key of"),
+    "no key": (lambda f: f.device_key(1).write_text("-"), "device-1/key: ", "no key that Flower can read"),
+    "no public key": (lambda f: f.device_public(1).unlink(), "keys/device-1.pub: ", "is not here"),
+    "twice": (
+        lambda f: node(f, 2, 'partition-id = 1\nstate-dir = "state"'),
+        "device-1/node.toml, device-2/node.toml: ", "partition-id 1 is served twice",
+    ),
+    "missing": (
+        lambda f: node(f, 2, 'partition-id = 1\nstate-dir = "state"'), "device-2: ", "no device serves partition-id 2",
+    ),
+    "another's": (
+        lambda f: (node(f, 0, 'partition-id = 1\nstate-dir = "s"'), node(f, 1, 'partition-id = 0\nstate-dir = "s"')),
+        "device-0/node.toml: ", "partition-id is 1: the device of another client",
+    ),
+    "no partition": (lambda f: node(f, 0, 'state-dir = "s"'), "device-0/node.toml: ", "whole number, got None"),
+    "no state-dir": (lambda f: node(f, 0, "partition-id = 0"), "device-0/node.toml: ", "state-dir is missing"),
+    "equal ports": (lambda f: settings(f, superlink_port=8443), f"{FILE}: ", "superlink_port is 8443, as port is"),
+    "moved": (
+        lambda f: f.flower_config.write_text(f.flower_config.read_text().replace("/fed/", "/old/")),
+        "flower/config.toml: ", "root-certificates is ",
+    ),
+    "version": (lambda f: settings(f, versions={"flwr": "1.0"}), f"{FILE}: ", "made with flwr 1.0, here is "),
+    "count": (
+        lambda f: settings(f, device_ports=[8445, 8446]), "app/study.yaml: ", "must be the number of devices, 2, got 3",
+    ),
+    "study": (
+        lambda f: f.study.write_text(f.study.read_text().replace("lr: 0.1", "lr: -1")), "app/study.yaml: ", "train.lr",
+    ),
+    "no study": (lambda f: f.study.unlink(), "app/study.yaml: ", "no such study file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_each_fault_is_found_with_place_and_remedy(name: str, folder: Folder) -> None:
+    mutate, place, what = MUTATIONS[name]
+    mutate(folder)
+    faults = [fault for fault in found(folder) if fault.startswith(place) and what in fault]
+    assert len(faults) == 1 and faults[0].rpartition("; ")[2].strip(), found(folder)
+
+
+@pytest.mark.parametrize(
+    ("days", "what", "remedy"),
+    [
+        (-2, "the certificate is not valid before", "clock"),
+        (SERVER_DAYS + 1, "the certificate expired on", "deploy certify"),
+        (AUTHORITY_DAYS + 1, "the authority's certificate expired on", "new federation"),
+    ],
+)
+def test_certificates_have_their_time(sound: Folder, days: float, what: str, remedy: str) -> None:
+    assert [one for one in found(sound, days=days) if what in one and remedy in one]
+
+
+# (method, part of the URL) -> what comes back; the first that fits
+def answers(*given: tuple[str, Answer]) -> Live:
+    return lambda method, url, authority: next((answer for part, answer in given if part in url), Answer())
+
+
+RUNS = ("/health", Answer(200))
+LIVE: dict[str, tuple[Live, str]] = {
+    "taken": (answers(("127.0.0.1:8444", Answer(why="WRONG_VERSION_NUMBER"))), "port 8444: taken, and not by the"),
+    "gate's taken": (answers(("127.0.0.1:8443", Answer(why="other"))), "port 8443: taken, and not by the gate"),
+    "not healthy": (answers(("127.0.0.1:8443", Answer(503))), "port 8443: the gate is not healthy: status 503"),
+    "no gate": (answers((HOST, Answer()), RUNS, ("/v1/control/", Answer(415))), "port 8443: the control API answers"),
+    "open": (answers(RUNS, ("/v1/control/", Answer(404))), f"port 8444: the SuperLink answers at {HOST}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_what_runs_is_asked(name: str, sound: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checking, "check_study", lambda *_: None)
+    live, wanted = LIVE[name]
+    (fault,) = found(sound, live)
+    assert fault.startswith(wanted)
+
+
+def test_a_sound_folder_has_no_fault_and_a_device_that_is_away_is_a_note(folder: Folder) -> None:
+    sound = answers((HOST, Answer()), RUNS, ("/v1/control/", Answer(404)))
+    assert check(folder.root, live=sound) == ([], [])
+    shutil.rmtree(folder.device(1))
+    faults, notes = check(folder.root, live=nothing_runs)
+    assert not faults and "device 1: not in this folder" in notes[-1]
+    assert notes[:-1] == [
+        "the SuperLink does not run (nothing listens on port 8444)",
+        "the gate does not run (nothing listens on port 8443)",
+    ]
+
+
+def test_the_command_prints_faults_and_its_exit_code_says_so(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checking, "check_study", lambda *_: None)
+    monkeypatch.setattr("fedlth.deploy.live.ask", nothing_runs)
+    assert cli.main(["deploy", "check", str(folder.root)]) == 0
+    assert capsys.readouterr().out.endswith("everything fits\n")
+    folder.server_key.chmod(0o644)
+    assert cli.main(["deploy", "check", str(folder.root)]) == 1
+    said = capsys.readouterr().out
+    assert f"server/server.key: a private key that others can read; chmod 600 {folder.server_key}\n" in said
+    assert cli.main(["deploy", "check", str(folder.root / "app")]) == 2
+    assert "no federation here" in capsys.readouterr().err
+
+
+def test_a_port_is_free_or_taken_by_another(sound: Folder) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        url = f"https://127.0.0.1:{other.getsockname()[1]}/health"
+
+        def hang_up() -> None:
+            for _ in range(2):
+                other.accept()[0].close()
+
+        thread = threading.Thread(target=hang_up, daemon=True)
+        thread.start()
+        taken = ask("GET", url, str(sound.authority))
+        thread.join(5)
+    assert taken.status is None and taken.why
+    assert ask("GET", url, str(sound.authority)) == Answer()
