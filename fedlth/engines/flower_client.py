@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedlth.engines import flower_counts
 from fedlth.engines.flower_record import Order, Records, View, of_answer, to_order
 from fedlth.engines.inprocess import attempt, one_line
 from fedlth.errors import StudyError
@@ -20,7 +21,7 @@ from fedlth.training.task import forget_tasks
 
 Step = Callable[[Job], Reply]
 
-PARTITION, STATE_DIR = "partition-id", "state-dir"
+PARTITION, STATE_DIR, DATA_DIR = "partition-id", "state-dir", "data-dir"
 RUN_NAME, VERSION_NAME = re.compile(r"[0-9a-f]{16}"), re.compile(r"[a-z_]+-[0-9]+|")
 
 
@@ -29,12 +30,13 @@ class Place:
     """Where a client lives: the partition it serves, and the folders its state may lie in.
 
     `state_dir` is the device's own (`--node-config 'state-dir="..."'`); `out` is the run's folder, which serves when
-    client and server share a machine.
+    client and server share a machine. `data_dir` is the folder of a device's own data (data.own).
     """
 
     partition: int
     state_dir: Path | None
     out: Path | None
+    data_dir: Path | None = None
 
     @staticmethod
     def of(node_config: Mapping[str, Any], out: str) -> Place:
@@ -42,7 +44,11 @@ class Place:
         partition, folder = node_config.get(PARTITION), node_config.get(STATE_DIR)
         if not isinstance(partition, int) or isinstance(partition, bool) or partition < 0:
             raise StudyError(f'node config: {PARTITION} must be a whole number: --node-config "{PARTITION}=0"')
-        return Place(partition, Path(str(folder)) if folder else None, Path(out) if out else None)
+        data = node_config.get(DATA_DIR)
+        return Place(
+            partition, Path(str(folder)) if folder else None, Path(out) if out else None,
+            Path(str(data)) if data else None,
+        )  # fmt: skip
 
     def store(self, run: str) -> Store:
         """Return the store of this run's state: versions of two runs have equal names, so each has its own folder."""
@@ -56,9 +62,18 @@ class Place:
         )
 
 
+def answered(question: Any, place: Place) -> int | str:
+    """Answer a query: which client this node serves, and of data that live here alone how many examples there are."""
+    if not question:
+        return place.partition
+    flower_counts.settle(place.partition, place.data_dir)
+    return flower_counts.told(str(question))
+
+
 def serve(records: View, place: Place, *, step: Step = client_step) -> Records:
     """Answer one message. Whatever goes wrong in here is an answer too, except the death of the process."""
     order = to_order(records)
+    flower_counts.settle(place.partition, place.data_dir)
     answer = _serve(order, place, step)
     return of_answer(replace(answer, worker=f"pid {os.getpid()}"))
 

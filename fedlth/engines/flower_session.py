@@ -6,7 +6,7 @@ import json
 import shlex
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from fedlth.federation import session
 from fedlth.federation.rounds import missing
 from fedlth.storage.run_folder import RunFolder
 from fedlth.study import schema
+from fedlth.study.schema import Study
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,14 @@ class FlowerRun:
             session.start(self.experiment, self.notes, self.out, engine)
 
 
-def run_of(run_config: Mapping[str, Any], app_dir: Path) -> FlowerRun | None:
+def run_of(
+    run_config: Mapping[str, Any], app_dir: Path, count: Callable[[Study], None] = lambda _: None
+) -> FlowerRun | None:
     """Return what `flwr run --run-config` asks for; None where that run has ended and no client is to be visited again.
 
     `study` is a path in the app (Flower runs an installed copy) or an absolute one, `out` an absolute folder,
-    `overrides` key=value words. A folder that holds an unfinished run of the same study is gone on with.
+    `overrides` key=value words. `count` asks the devices how many examples they have, where only they know (data.own).
+    A folder that holds an unfinished run of the same study is gone on with.
     Raises StudyError.
     """
     out = Path(str(run_config.get("out", "")))
@@ -56,6 +60,8 @@ def run_of(run_config: Mapping[str, Any], app_dir: Path) -> FlowerRun | None:
     for key, given in (("seeds", study.seeds), ("tune.lr", study.tune.lr)):
         if given:
             raise StudyError(f"{path}: {key} must be empty under flwr run; `fedlth run ... engine=flower` has it")
+    if study.data.own is not None:
+        count(study)
     if not (out / "config.yaml").exists():
         experiment, notes = resolve(study)
         return FlowerRun(experiment, out, False, tuple(notes))
