@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fedlth import api
+from fedlth.data.divided import opened
 from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
 from fedlth.experiment.resolve import read
@@ -16,7 +17,7 @@ from fedlth.forecast import forecast
 from fedlth.report.build import read_results, write_report
 from fedlth.report.headline import done
 from fedlth.storage.header import read_header
-from fedlth.training.task import _divided, forget_tasks
+from fedlth.training.task import forget_tasks
 from tests import tiny
 
 PROTOCOL: dict[str, Any] = {
@@ -48,7 +49,7 @@ def test_stopped_and_resumed_and_on_forked_workers_it_is_the_same(tmp_path: Path
     folder.create(read(study)[0].study)
     tiny.opened(folder).run(stop_after=1)
     forget_tasks()
-    _divided.cache_clear()
+    opened.cache_clear()
     session.resume(folder.root, InProcess())
     assert tiny.facts(whole.root) == tiny.facts(folder.root)
     forked = api.run(study.model_copy(update={"workers": 2, "out": str(tmp_path / "forked")}))

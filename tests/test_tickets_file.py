@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
+from fedlth.data.divided import opened
 from fedlth.data.examples import Examples
 from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
@@ -147,7 +148,7 @@ def test_loading_needs_no_data_and_leaves_the_process_alone(tmp_path: Path, monk
         monkeypatch.setattr(tiny, name, None)
     monkeypatch.setattr(user_model, "Mixed", restless)
     task.forget_tasks()
-    task._divided.cache_clear()
+    opened.cache_clear()
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

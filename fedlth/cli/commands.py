@@ -29,7 +29,8 @@ def run(args: argparse.Namespace) -> int:
         from fedlth.study.schema import load
 
         study = load(args.study, args.override)
-        begin(study.data.name, root=study.data.root, options=study.data.options)  # while torch is imported
+        if study.data.own is None:
+            begin(study.data.name, root=study.data.root, options=study.data.options)  # while torch is imported
         from fedlth import api
 
     _show_run(api.run(study))

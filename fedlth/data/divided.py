@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from fedlth.data.dataset import Dataset, pooled
 from fedlth.data.label_noise import with_noise
+from fedlth.data.own import Here, divided_apart
 from fedlth.data.partition import PARTITIONS, Partition
 from fedlth.data.partition_file import text_of
 from fedlth.data.sources import load
@@ -16,6 +19,7 @@ from fedlth.errors import StudyError
 from fedlth.study.parts import make
 from fedlth.study.schema import Study
 from fedlth.study.sections import Clients, Data
+from fedlth.study.validate import validated
 
 
 def loaded(data: Data) -> Dataset:
@@ -49,6 +53,19 @@ def divided(dataset: Dataset, partition: Mapping[str, Any], clients: Clients) ->
     return with_noise(dataset, splits, clients.label_noise, seed)
 
 
+@lru_cache(maxsize=2)
+def opened(text: str, place: Here | None) -> tuple[Dataset, Splits]:
+    """Return the data set and each client's part of it; kept apart: studies that differ elsewhere share it.
+
+    text: JSON of the sections data, partition and clients. place: what this process has of data that live apart.
+    """
+    given = json.loads(text)
+    data, clients = validated(Data, given["data"], "data"), validated(Clients, given["clients"], "clients")
+    if data.own is not None:
+        return divided_apart(data, clients, given["partition"].get("seed", 0), place)
+    return divided(loaded(data), given["partition"], clients)
+
+
 def write_division(study: Study, file: Path) -> Splits:
     """Write a study's division as a partition's file, read it again, and return it; raise StudyError where it exists.
 
@@ -56,6 +73,8 @@ def write_division(study: Study, file: Path) -> Splits:
     """
     if file.exists():
         raise StudyError(f"{file}: exists already; a study may read it, so it is not overwritten")
+    if study.data.own is not None:
+        raise StudyError("data.own: the clients have their own data, there is no division to write")
     dataset = loaded(study.data)
     splits = divided(dataset, study.partition, study.clients)[1]
     text = text_of(

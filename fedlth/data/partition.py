@@ -143,6 +143,20 @@ class NaturalKey:
         return [np.sort(part) for parts in dealt for part in parts]
 
 
+@dataclass(frozen=True)
+class Own:
+    """Give each client the examples that are on its own machine (data.own): their key is the client's number."""
+
+    by_key: ClassVar[bool] = True
+
+    def __call__(
+        self, labels: np.ndarray, keys: np.ndarray | None, num_clients: int, rng: np.random.Generator
+    ) -> list[np.ndarray]:
+        if keys is None:
+            raise StudyError("partition: own must have data that live with the clients (data.own), got others")
+        return [np.flatnonzero(keys == client) for client in range(num_clients)]
+
+
 PARTITIONS: dict[str, type] = {
     "iid": Iid,
     "dirichlet": Dirichlet,
@@ -153,6 +167,7 @@ PARTITIONS: dict[str, type] = {
     "file": FromFile,
     "pfllib": Pfllib,
     "leaf": Leaf,
+    "own": Own,
 }
 
 

@@ -39,6 +39,7 @@ class Splits:
     own_test: test parts are positions in x_train. given: which of "val" and "test" the partition or the data set has
     divided.
     noisy: the ids of clients with wrong labels.
+    apart: each client's examples are on its own machine; here are their numbers, or one client's examples.
     """
 
     clients: tuple[ClientSplit, ...]
@@ -47,11 +48,12 @@ class Splits:
     own_test: bool = False
     given: frozenset[str] = frozenset()
     noisy: tuple[int, ...] = ()
+    apart: bool = False
 
     @property
     def name(self) -> str:
-        """What a job calls the data set and its division: equal names mean equal examples."""
-        return self.digest[:16]
+        """What a job calls the data set and its division: equal names mean equal examples; none where they differ."""
+        return "" if self.apart else self.digest[:16]
 
 
 def split_clients(
@@ -82,31 +84,43 @@ def split_clients(
     _check(dataset, num_clients, validation, test_samples, unseen, own_test, test_share)
     owned = _owned(dataset, partition, num_clients, own_test, stream(seed, "partition"))
     if dataset.val_train is not None and validation > 0:
-        owned = [_held(part, dataset.val_train) for part in owned]
-    labelled = _labelled(dataset)
+        owned = [held_apart(part, dataset.val_train) for part in owned]
+    labelled = positions_of_classes(dataset)
     clients = []
     for client, part in enumerate(owned):
-        _check_size(client, part, validation, own_test)
-        test, rest = part.test, part.train
-        if test is None and own_test:
-            most = len(rest) - 1 - (part.val is None and validation > 0)
-            rest, test = _drawn(rest, test_share, most, stream(seed, "test", client=client))
-        train, val = rest, part.val
-        if val is None:
-            train, val = _drawn(rest, validation, len(rest) - 1, stream(seed, "validation", client=client))
-        if test is None:
-            has = part.train if part.val is None else np.concatenate([part.train, part.val])
-            test = _test(dataset, labelled, partition, has, test_samples, stream(seed, "test", client=client))
-            if len(test) == 0:
-                raise StudyError(
-                    f"clients.test_samples: client {client} must have at least 1 test example of its labels or key, "
-                    "got 0"
-                )
-        clients.append(ClientSplit(*(np.sort(one) for one in (train, val, test))))
-    held_out = _unseen(partition, num_clients, unseen, stream(seed, "unseen"))
+        clients.append(
+            split_client(
+                dataset, labelled, partition, part, client, validation=validation, test_samples=test_samples, seed=seed,
+                own_test=own_test, test_share=test_share,
+            )
+        )  # fmt: skip
+    held_out = drawn_unseen(partition, num_clients, unseen, stream(seed, "unseen"))
     given = frozenset(n for n in ("val", "test") if all(getattr(part, n) is not None for part in owned))
     digest = digest_of(clients, held_out, dataset.digest(), own_test)
     return Splits(tuple(clients), held_out, digest, own_test, given)
+
+
+def split_client(
+    dataset: Dataset, labelled: list[np.ndarray], partition: Partition, part: Parts, client: int, *, validation: float,
+    test_samples: int, seed: int, own_test: bool, test_share: float,
+) -> ClientSplit:  # fmt: skip
+    """Return one client's parts of what it owns; what is drawn is the client's alone, whoever else there is."""
+    _check_size(client, part, validation, own_test)
+    test, rest = part.test, part.train
+    if test is None and own_test:
+        most = len(rest) - 1 - (part.val is None and validation > 0)
+        rest, test = _drawn(rest, test_share, most, stream(seed, "test", client=client))
+    train, val = rest, part.val
+    if val is None:
+        train, val = _drawn(rest, validation, len(rest) - 1, stream(seed, "validation", client=client))
+    if test is None:
+        has = part.train if part.val is None else np.concatenate([part.train, part.val])
+        test = _test(dataset, labelled, partition, has, test_samples, stream(seed, "test", client=client))
+        if len(test) == 0:
+            raise StudyError(
+                f"clients.test_samples: client {client} must have at least 1 test example of its labels or key, got 0"
+            )
+    return ClientSplit(*(np.sort(one) for one in (train, val, test)))
 
 
 def absent_classes(dataset: Dataset) -> list[int]:
@@ -215,7 +229,7 @@ def _drawn(indices: np.ndarray, share: float, most: int, rng: np.random.Generato
     return np.sort(order[count:]), np.sort(order[:count])
 
 
-def _held(part: Parts, held: np.ndarray) -> Parts:
+def held_apart(part: Parts, held: np.ndarray) -> Parts:
     """Return a client's parts with the validation examples that the data set sets apart, where it has any of them."""
     mine = held[part.train]
     return (
@@ -223,7 +237,7 @@ def _held(part: Parts, held: np.ndarray) -> Parts:
     )
 
 
-def _unseen(partition: Partition, num_clients: int, unseen: float, rng: np.random.Generator) -> frozenset[int]:
+def drawn_unseen(partition: Partition, num_clients: int, unseen: float, rng: np.random.Generator) -> frozenset[int]:
     wanted = num_unseen(num_clients, unseen)
     given = partition.unseen if isinstance(partition, FromFile) else None
     if given is None:
@@ -235,7 +249,7 @@ def _unseen(partition: Partition, num_clients: int, unseen: float, rng: np.rando
     return frozenset(given)
 
 
-def _labelled(dataset: Dataset) -> list[np.ndarray]:
+def positions_of_classes(dataset: Dataset) -> list[np.ndarray]:
     """Return the positions in x_test of each class; none where labels are not one an example."""
     if dataset.targets != "classes":
         return []

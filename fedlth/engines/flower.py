@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,8 +32,10 @@ from flwr.supercore.inflatable.inflatable_object import (  # noqa: E402
 )
 from httpx import HTTPError  # noqa: E402
 
+from fedlth.data.own import Here, become  # noqa: E402
 from fedlth.engines import flower_client  # noqa: E402
 from fedlth.engines.flower_client import Step  # noqa: E402
+from fedlth.engines.flower_counts import counted  # noqa: E402
 from fedlth.engines.flower_engine import UNREADABLE, Back, FlowerEngine, Sent  # noqa: E402
 from fedlth.engines.flower_record import BODY, CHUNKED, HEAD, View  # noqa: E402
 from fedlth.engines.flower_session import FlowerRun, interruptible, run_of  # noqa: E402
@@ -42,6 +45,7 @@ from fedlth.experiment.experiment import Experiment  # noqa: E402
 from fedlth.federation.client_step import client_step  # noqa: E402
 from fedlth.kernel import kernel  # noqa: E402
 from fedlth.output import lines_to  # noqa: E402
+from fedlth.study.schema import Study  # noqa: E402
 
 WORKERS = 2
 SIMULATED_WAIT_S = 10.0  # a simulation registers all its nodes at once, a moment after the ServerApp has started
@@ -158,8 +162,16 @@ def make_server_app(app_dir: Path) -> ServerApp:
         def tell(line: str) -> None:
             print(f"fedlth: {line}", flush=True)
 
+        def count(study: Study) -> None:
+            transport = GridTransport(grid)
+            if not transport.simulated:  # a simulation reads the folders of all
+                wait_s = float(str(context.run_config["wait-s"]))
+                found = counted(study, transport, wait_s=wait_s, pause=lambda: time.sleep(transport.poll_s))
+                become(Here(counts=found))
+
         try:
-            run = run_of(context.run_config, app_dir)
+            with lines_to(tell):
+                run = run_of(context.run_config, app_dir, count)
             if run is None:
                 tell(f"{context.run_config['out']}: this run has ended already")
                 return

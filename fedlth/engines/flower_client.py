@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedlth.engines import flower_counts
 from fedlth.engines.flower_record import BODY, HEAD, Order, Records, View, of_answer, to_order
 from fedlth.engines.inprocess import attempt, one_line
 from fedlth.errors import StudyError
@@ -21,7 +22,7 @@ from fedlth.training.task import forget_tasks
 
 Step = Callable[[Job], Reply]
 
-PARTITION, STATE_DIR = "partition-id", "state-dir"
+PARTITION, STATE_DIR, DATA_DIR = "partition-id", "state-dir", "data-dir"
 RUN_NAME, VERSION_NAME = re.compile(r"[0-9a-f]{16}"), re.compile(r"[a-z_]+-[0-9]+|")
 
 
@@ -30,12 +31,13 @@ class Place:
     """Where a client lives: the partition it serves, and the folders its state may lie in.
 
     `state_dir` is the device's own (`--node-config 'state-dir="..."'`); `out` is the run's folder, which serves when
-    client and server share a machine.
+    client and server share a machine. `data_dir` is the folder of a device's own data (data.own).
     """
 
     partition: int
     state_dir: Path | None
     out: Path | None
+    data_dir: Path | None = None
 
     @staticmethod
     def of(node_config: Mapping[str, Any], out: str) -> Place:
@@ -43,7 +45,11 @@ class Place:
         partition, folder = node_config.get(PARTITION), node_config.get(STATE_DIR)
         if not isinstance(partition, int) or isinstance(partition, bool) or partition < 0:
             raise StudyError(f'node config: {PARTITION} must be a whole number: --node-config "{PARTITION}=0"')
-        return Place(partition, Path(str(folder)) if folder else None, Path(out) if out else None)
+        data = node_config.get(DATA_DIR)
+        return Place(
+            partition, Path(str(folder)) if folder else None, Path(out) if out else None,
+            Path(str(data)) if data else None,
+        )  # fmt: skip
 
     def store(self, run: str) -> Store:
         """Return the store of this run's state: versions of two runs have equal names, so each has its own folder."""
@@ -60,20 +66,25 @@ class Place:
 def roll_call(records: View, node_config: Mapping[str, Any]) -> int | str:
     """Answer the roll call: the partition that this node serves, or one line about why it cannot take part.
 
-    The query names the study's compute backend, so that a device without its packages is known before round 1.
+    The query names the study's compute backend, so that a device without its packages is known before round 1; where
+    it asks for the numbers of examples that live here alone, these are the answer.
     """
     try:
-        partition = Place.of(node_config, "").partition
+        place = Place.of(node_config, "")
+        if question := records.get(flower_counts.COUNT, {}).get(BODY):
+            flower_counts.settle(place.partition, place.data_dir)
+            return flower_counts.told(str(question))
     except StudyError as error:
         return str(error)
     if records.get(HEAD, {}).get(BODY) == "sparse" and (lacks := kernel.available()):
-        return f"{PARTITION} {partition}: compute: sparse, but here {lacks}"
-    return partition
+        return f"{PARTITION} {place.partition}: compute: sparse, but here {lacks}"
+    return place.partition
 
 
 def serve(records: View, place: Place, *, step: Step = client_step) -> Records:
     """Answer one message. Whatever goes wrong in here is an answer too, except the death of the process."""
     order = to_order(records)
+    flower_counts.settle(place.partition, place.data_dir)
     answer = _serve(order, place, step)
     return of_answer(replace(answer, worker=f"pid {os.getpid()}"))
 

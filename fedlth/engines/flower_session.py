@@ -7,7 +7,7 @@ import logging
 import shlex
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from fedlth.federation.answer_bytes import most_at_once
 from fedlth.federation.missing import missing
 from fedlth.storage.run_folder import RunFolder
 from fedlth.study import schema
+from fedlth.study.schema import Study
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +46,14 @@ class FlowerRun:
             session.start(self.experiment, self.notes, self.out, engine)
 
 
-def run_of(run_config: Mapping[str, Any], app_dir: Path) -> FlowerRun | None:
+def run_of(
+    run_config: Mapping[str, Any], app_dir: Path, count: Callable[[Study], None] = lambda _: None
+) -> FlowerRun | None:
     """Return what `flwr run --run-config` asks for; None where that run has ended and no client is to be visited again.
 
     `study` is a path in the app (Flower runs an installed copy) or an absolute one, `out` an absolute folder,
-    `overrides` key=value words. A folder that holds an unfinished run of the same study is gone on with.
+    `overrides` key=value words. `count` asks the devices how many examples they have, where only they know (data.own).
+    A folder that holds an unfinished run of the same study is gone on with.
     Raises StudyError.
     """
     out = Path(str(run_config.get("out", "")))
@@ -60,6 +64,8 @@ def run_of(run_config: Mapping[str, Any], app_dir: Path) -> FlowerRun | None:
     path = app_dir / str(run_config.get("study", ""))
     study = schema.load(path, shlex.split(str(run_config.get("overrides", ""))))
     refuse_several(study, str(path))
+    if study.data.own is not None:
+        count(study)
     if not (out / "config.yaml").exists():
         experiment, notes = resolve(study)
         return FlowerRun(experiment, out, False, tuple(notes))

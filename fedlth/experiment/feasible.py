@@ -110,7 +110,7 @@ def _uneven(lengths: Mapping[str, np.ndarray]) -> list[str]:
 def _notes(study: Study, experiment: Experiment) -> list[str]:
     task = experiment.task
     notes: list[str] = list(task.dataset.notes)
-    if absent := absent_classes(task.dataset):
+    if absent := [] if task.splits.apart else absent_classes(task.dataset):
         which = f"class {absent[0]} has" if len(absent) == 1 else f"classes {', '.join(map(str, absent[:10]))}"
         more = "" if len(absent) == 1 else f"{f' and {len(absent) - 10} more' if len(absent) > 10 else ''} have"
         notes.append(f"data: {which}{more} no training example")

@@ -193,7 +193,9 @@ def _write_header(folder: RunFolder, experiment: Experiment, engine: Engine, end
         label_noise=_noise(study),
         noisy=list(task.splits.noisy),
         num_classes=task.dataset.num_classes,
-        client_labels=[label_counts(task.of(c).dataset, s) for c, s in enumerate(task.splits.clients)],
+        client_labels=[
+            [] if task.splits.apart else label_counts(task.of(c).dataset, s) for c, s in enumerate(task.splits.clients)
+        ],
         client_tiers=task.tier_names,
         layers=_layers(task),
         num_parameters=task.layout.num_params,

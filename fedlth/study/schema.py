@@ -155,6 +155,7 @@ def _cross_check(study: Study, where: str) -> None:
         )
     if study.data.pool and study.clients.test != "own":
         raise StudyError(f"{where}: data.pool: needs clients.test: own, since the test split is then the clients' too")
+    _check_own(study, where)
     named = [*study.metrics, *([study.metric] if study.metric else [])]
     if len(set(named)) < len(named):
         raise StudyError(f"{where}: metrics: each must be given once, metric included, got {list(study.metrics)}")
@@ -167,6 +168,21 @@ def _cross_check(study: Study, where: str) -> None:
     seed = study.partition.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise StudyError(f"{where}: partition.seed: must be an integer of at least 0, got {seed!r}")
+
+
+def _check_own(study: Study, where: str) -> None:
+    """Refuse what asks for examples of all clients in one place, where each has its own."""
+    own, partition = study.data.own, study.partition.get("name") == "own"
+    if partition != (own is not None):
+        said = "must be own where data.own is given" if own else "own needs data.own, which says what the data are"
+        raise StudyError(f"{where}: partition: {said}")
+    noise = study.clients.label_noise is not None
+    idle = {"data.pool": study.data.pool, "clients.label_noise": noise, "tasks": study.tasks}
+    for key, given in idle.items():
+        if own and given:
+            raise StudyError(f"{where}: {key}: must not be given with data.own")
+    if own and own.targets == "positions" and not own.target_shape:
+        raise StudyError(f"{where}: data.own.target_shape: must be the number of positions, got []")
 
 
 def check_optimizer(train: Train, place: str) -> None:

@@ -56,6 +56,8 @@ Count = Annotated[int, Field(ge=1)]
 CountOrShare = Annotated[int | float, PlainValidator(_count_or_share)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(as_tuple)]
 Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
+Shape = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(as_tuple)]
+Dtype = Literal["uint8", "float32", "int64"]
 
 
 class Node(BaseModel):
@@ -64,13 +66,30 @@ class Node(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False)
 
 
+class OwnData(Node):
+    """What is known of data that stay with the clients: every client is held to it, and the server knows nothing else.
+
+    Shapes are those of one example; inputs may have names. A ragged field has that of the longest row of all.
+    """
+
+    input_shape: Shape | dict[str, Shape]
+    input_dtype: Dtype | dict[str, Dtype] = "float32"
+    num_classes: Count
+    targets: Literal["classes", "positions", "numbers"] = "classes"
+    target_shape: Shape = ()
+
+
 class Data(Node):
-    """Which data set: a name of `fedlth list datasets`, `hf:ID`, or your own `package.module:callable`."""
+    """Which data set: a name of `fedlth list datasets`, `hf:ID`, or your own `package.module:callable`.
+
+    `own`: every client has a folder of its own, which nobody else reads.
+    """
 
     name: str = "fashion_slice"
     root: str | None = None
     options: dict[str, Any] = {}
     pool: bool = False
+    own: OwnData | None = None
 
 
 class Tier(Node):

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from fedlth.data.capacity import names_of, tiers_of
 from fedlth.data.dataset import Dataset
-from fedlth.data.divided import divided, loaded
+from fedlth.data.divided import opened
 from fedlth.data.examples import ASKED, Examples, Inputs, shapes
 from fedlth.data.factory import told
+from fedlth.data.own import Here, here
 from fedlth.data.split import Splits
 from fedlth.data.tensors import inputs
 from fedlth.errors import StudyError
@@ -28,7 +29,6 @@ from fedlth.models.initial import torch_stream
 from fedlth.models.layout import Entry, Layout, Params
 from fedlth.rng import stream
 from fedlth.study import schema, sections
-from fedlth.study.validate import validated
 from fedlth.training.batches import batches
 from fedlth.training.budget import Budget
 from fedlth.training.client_tasks import OWN, TaskNames, own_model, own_study
@@ -306,19 +306,11 @@ def _exchanged(study: schema.Study, moving: Layout) -> Layout:
     return moving if len(found.entries) == len(moving.entries) else found
 
 
-@lru_cache(maxsize=2)
-def _divided(text: str) -> tuple[Dataset, Splits]:
-    """Return the data set and each client's part of it; cached apart: studies that differ elsewhere share it."""
-    given = json.loads(text)
-    dataset = loaded(validated(sections.Data, given["data"], "data"))
-    return divided(dataset, given["partition"], validated(sections.Clients, given["clients"], "clients"))
-
-
 def open_task(science: str) -> Task:
     """Return the task of a study's canonical JSON; the last two are kept, since every job of a run names the same."""
     # Each time, whoever set it: bits hold at one thread count, and spinning threads are 5-20 x slower.
     torch.set_num_threads(1)
-    return _task(science)
+    return _task(science, here())
 
 
 def forget_tasks() -> None:
@@ -327,11 +319,11 @@ def forget_tasks() -> None:
 
 
 @lru_cache(maxsize=2)
-def _task(science: str) -> Task:
+def _task(science: str, place: Here | None) -> Task:
     _keep_pages()
     study = schema.build(json.loads(science))
     given = study.model_dump(mode="json", include={"data", "partition", "clients"})
-    dataset, splits = _divided(json.dumps(given, sort_keys=True))
+    dataset, splits = opened(json.dumps(given, sort_keys=True), place)
     model = ModelContext(spec=study.model, dataset=dataset, seed=study.seed, shown=shown_by(study, dataset))
     exchange = _crosses(study, model.layout.moving)
     _check_names(model.layout)

@@ -11,7 +11,7 @@ import pytest
 
 from fedlth.data.label_partition import Classes, Shards
 from fedlth.data.leaf import Leaf
-from fedlth.data.partition import PARTITIONS, Dirichlet, Iid, NaturalKey, Partition, QuantitySkew
+from fedlth.data.partition import PARTITIONS, Dirichlet, Iid, NaturalKey, Own, Partition, QuantitySkew
 from fedlth.data.partition_file import FromFile
 from fedlth.data.parts import Parts
 from fedlth.data.pfllib import Pfllib
@@ -33,8 +33,9 @@ LAWS: list[tuple[str, Partition, bool]] = [
     ("file", FromFile(str(FILE)), False),
     ("pfllib", Pfllib(alpha=0.5), True),
     ("leaf", Leaf(1, 2, fraction=0.75), False),
+    ("own", Own(), False),
 ]
-DRAWS_NOTHING = ("natural", "file", "pfllib", "leaf")  # or by a seed of its own
+DRAWS_NOTHING = ("natural", "file", "pfllib", "leaf", "own")  # or by a seed of its own
 
 
 def parts_of(part: Partition, seed: int = 0, clients: int = CLIENTS) -> list[np.ndarray]:

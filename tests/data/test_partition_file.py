@@ -139,11 +139,12 @@ def test_a_run_pins_its_file_and_a_resume_with_another_is_refused(tmp_path: Path
     file.write_text(json.dumps(content))
     header = json.loads((folder.root / "header.json").read_text())
     (folder.root / "header.json").write_text(json.dumps({**header, "finished": False}))
+    from fedlth.data.divided import opened
     from fedlth.experiment.experiment import _opened
-    from fedlth.training.task import _divided, forget_tasks
+    from fedlth.training.task import forget_tasks
 
     forget_tasks()
-    _divided.cache_clear()
+    opened.cache_clear()
     _opened.cache_clear()
     with pytest.raises(StudyError, match=r"partition.path: .* must have the sha256 [0-9a-f]{64}, got another file"):
         session.resume(folder.root, InProcess())
