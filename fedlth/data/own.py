@@ -7,7 +7,8 @@ states, on which a network can be tried. A simulation reads every client's folde
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
@@ -60,6 +61,17 @@ def here() -> Here | None:
 def become(place: Here | None) -> None:
     """Say what this process has from now on."""
     _places[:] = [] if place is None else [place]
+
+
+@contextmanager
+def as_server(counts: Sequence[tuple[int, int, int]]) -> Iterator[None]:
+    """Let this process be a server with these counts for a while."""
+    before = here()
+    become(Here(counts=tuple(counts)))
+    try:
+        yield
+    finally:
+        become(before)
 
 
 def divided_apart(data: Data, clients: Clients, seed: int, place: Here | None) -> tuple[Dataset, Splits]:

@@ -14,7 +14,7 @@ from fedlth.deploy.folder import Folder
 from fedlth.deploy.live import Live, live_faults
 from fedlth.deploy.make import check_study
 from fedlth.deploy.settings import FILE, Settings, read_settings, versions_here
-from fedlth.engines.flower_client import PARTITION, STATE_DIR
+from fedlth.engines.flower_client import DATA_DIR, PARTITION, STATE_DIR
 from fedlth.errors import StudyError
 from fedlth.study import schema
 
@@ -45,7 +45,7 @@ def check(root: Path, *, now: datetime | None = None, live: Live | None = None) 
         *_private(folder),
         *_certificates(folder, settings, now or utc_now()),
         *_keys(folder, settings, here),
-        *_partitions(folder, here),
+        *_partitions(folder, here, own_data=_own_data(folder)),
         *_study(folder, settings),
         *_ports(settings),
         *_connection(folder, settings),
@@ -130,7 +130,7 @@ def _words(public: bytes) -> bytes:
     return b" ".join(public.split()[:2])
 
 
-def _partitions(folder: Folder, here: list[int]) -> Iterator[Fault]:
+def _partitions(folder: Folder, here: list[int], *, own_data: bool) -> Iterator[Fault]:
     serves: dict[int, list[str]] = {}
     for number in here:
         path = folder.device_node(number)
@@ -150,11 +150,21 @@ def _partitions(folder: Folder, here: list[int]) -> Iterator[Fault]:
             yield Fault(name, f"{PARTITION} is {said}: the device of another client", remedy)
         if not tree.get(STATE_DIR):
             yield Fault(name, f"{STATE_DIR} is missing: the device would have no place for its ticket", '"state"')
+        if own_data and not tree.get(DATA_DIR):
+            yield Fault(name, f"{DATA_DIR} is missing: the study's data live with the devices", f'{DATA_DIR} = "data"')
     for partition, names in sorted(serves.items()):
         if len(names) > 1:
             yield Fault(", ".join(names), f"{PARTITION} {partition} is served twice", "give each device its own")
     for partition in sorted(set(here) - serves.keys()):
         yield Fault(f"device-{partition}", f"no device serves {PARTITION} {partition}", "see its node.toml")
+
+
+def _own_data(folder: Folder) -> bool:
+    """Say whether the study's data live with the devices; a study that cannot be read is a fault of its own."""
+    try:
+        return schema.load(folder.study).data.own is not None
+    except StudyError:
+        return False
 
 
 def _study(folder: Folder, settings: Settings) -> Iterator[Fault]:

@@ -7,18 +7,22 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from fedlth.data.own import as_server
 from fedlth.deploy.certificates import new_authority, new_device_key, new_server, utc_now
 from fedlth.deploy.folder import Folder, filled, new_folder, refuse_existing
 from fedlth.deploy.settings import FILE, Settings, read_settings
+from fedlth.engines.flower_client import DATA_DIR
 from fedlth.engines.flower_session import refuse_several
 from fedlth.errors import StudyError
 from fedlth.experiment.resolve import resolve
 from fedlth.study import schema
 from fedlth.study.yaml_text import text_of
 
+SUPPOSED = (10_000, 1_000, 1_000)  # examples of a device's training, validation and test parts
 SERVICES = (("superlink.sh", "SuperLink"), ("gate.sh", "gate before the SuperLink"))
 
 
@@ -31,7 +35,10 @@ def init(root: Path, study: Path, override: Sequence[str], *, devices: int, host
     refuse_existing(root)  # before the study's data are read
     tree = schema.read_tree(study, list(override))
     tree.pop("out", None)  # a folder of this machine; the devices need not read its name
-    check_study(schema.build(tree, str(study)), str(study), devices)
+    made = schema.build(tree, str(study))
+    if made.data.own is not None:
+        tree["data"].pop("root", None)  # where a simulation finds what here the devices have
+    check_study(made, str(study), devices)
     folder = new_folder(root)
     folder.write(folder.root / FILE, settings.text())
     folder.write(folder.root / ".gitignore", filled("gitignore"))
@@ -49,7 +56,7 @@ def init(root: Path, study: Path, override: Sequence[str], *, devices: int, host
     folder.write(package / "__init__.py", '"""Made by fedlth deploy init."""\n')
     folder.write(package / "apps.py", filled("apps.py"))
     for number in range(devices):
-        _write_device(folder, settings, number, authority)
+        _write_device(folder, settings, number, authority, own_data=made.data.own is not None)
     return folder
 
 
@@ -76,14 +83,19 @@ def certify(root: Path, hosts: Sequence[str]) -> Settings:
 
 
 def check_study(study: schema.Study, place: str, devices: int) -> None:
-    """Raise StudyError where a study cannot run on so many devices; reads its data and builds its model to know."""
+    """Raise StudyError where a study cannot run on so many devices; reads its data and builds its model to know.
+
+    Data that live with the devices (data.own) are not here to be read.
+    """
     refuse_several(study, place)
     if study.clients.count != devices:
         raise StudyError(
             f"{place}: clients.count must be the number of devices, {devices}, got {study.clients.count}; "
             f"a study for them: clients.count={devices}"
         )
-    resolve(study)
+    # Of data that live with the devices nobody here knows how many there are; the run asks.
+    with as_server([SUPPOSED] * devices) if study.data.own is not None else nullcontext():
+        resolve(study)
 
 
 def next_steps(folder: Folder, settings: Settings) -> str:
@@ -125,13 +137,14 @@ def _write_server(folder: Folder, settings: Settings, authority: bytes) -> None:
     folder.write(folder.flower_config, config)
 
 
-def _write_device(folder: Folder, settings: Settings, number: int, authority: bytes) -> None:
+def _write_device(folder: Folder, settings: Settings, number: int, authority: bytes, *, own_data: bool) -> None:
     private, public = new_device_key()
     place = folder.device(number)
     folder.write(folder.device_key(number), private)
     folder.write(folder.device_public(number), public)
     folder.write(place / "ca.crt", authority)
-    folder.write(folder.device_node(number), filled("node.toml", device=number))
+    data_dir = f'{DATA_DIR} = "data"\n' if own_data else ""
+    folder.write(folder.device_node(number), filled("node.toml", device=number) + data_dir)
     start = filled(
         "device.sh", gate_address=settings.gate_address, device_port=settings.device_ports[number],
         environment=_environment(),

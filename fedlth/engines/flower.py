@@ -6,8 +6,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from fedlth.engines import flower_client  # noqa: E402
 from fedlth.engines.flower_client import Step  # noqa: E402
 from fedlth.engines.flower_counts import counted  # noqa: E402
 from fedlth.engines.flower_engine import UNREADABLE, Back, FlowerEngine, Sent  # noqa: E402
+from fedlth.engines.flower_keys import Identity, anybody, owners_in  # noqa: E402
 from fedlth.engines.flower_record import BODY, CHUNKED, HEAD, View  # noqa: E402
 from fedlth.engines.flower_session import FlowerRun, interruptible, run_of  # noqa: E402
 from fedlth.engines.inprocess import one_line  # noqa: E402
@@ -162,12 +164,14 @@ def make_server_app(app_dir: Path) -> ServerApp:
         def tell(line: str) -> None:
             print(f"fedlth: {line}", flush=True)
 
+        transport, wait_s = GridTransport(grid), float(str(context.run_config["wait-s"]))
+
         def count(study: Study) -> None:
-            transport = GridTransport(grid)
-            if not transport.simulated:  # a simulation reads the folders of all
-                wait_s = float(str(context.run_config["wait-s"]))
-                found = counted(study, transport, wait_s=wait_s, pause=lambda: time.sleep(transport.poll_s))
-                become(Here(counts=found))
+            if transport.simulated:  # it reads the folders of all
+                return
+            objection = _identity(grid, context)
+            pause = partial(time.sleep, transport.poll_s)
+            become(Here(counts=counted(study, transport, wait_s=wait_s, pause=pause, objection=objection)))
 
         try:
             with lines_to(tell):
@@ -178,7 +182,7 @@ def make_server_app(app_dir: Path) -> ServerApp:
             # Said now, since whoever reads this hears nothing more from a SuperLink that has gone.
             tell(f"if the SuperLink ends before this run: `flwr run` again with out={run.out} continues")
             with lines_to(tell):
-                _run(run, grid, threading.Event(), wait_s=float(str(context.run_config["wait-s"])))
+                _run(run, transport, threading.Event(), wait_s=wait_s, objection=_identity(grid, context))
         except StudyError as error:
             tell(f"error: {error}")
             raise
@@ -190,13 +194,23 @@ def make_server_app(app_dir: Path) -> ServerApp:
     return app
 
 
-def _run(run: FlowerRun, grid: Grid, stop: threading.Event, *, wait_s: float) -> None:
-    transport = GridTransport(grid)
+def _identity(grid: Grid, context: Context) -> Callable[[int, int], str]:
+    """Return what holds a node's word against its key, where the run config names a folder of the devices' keys."""
+    folder = str(context.run_config.get("keys", ""))
+    if not folder:
+        return anybody
+    return Identity(owners_in(Path(folder)), lambda: {node.node_id: node.public_key for node in grid.get_nodes()})
+
+
+def _run(
+    run: FlowerRun, transport: GridTransport, stop: threading.Event, *, wait_s: float,
+    objection: Callable[[int, int], str] = anybody,
+) -> None:  # fmt: skip
     if transport.simulated and run.experiment.study.compute == "sparse":
         kernel.warm()  # its workers are on this machine, and find what is compiled here; devices do not
     engine = FlowerEngine(
         transport, study=run.experiment.study, out=run.out, stop=stop,
-        wait_s=SIMULATED_WAIT_S if transport.simulated else wait_s,
+        wait_s=SIMULATED_WAIT_S if transport.simulated else wait_s, objection=objection,
     )  # fmt: skip
     run.run(engine)
 
@@ -219,7 +233,7 @@ def run_under_flower(
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         try:
-            _run(run, grid, stop, wait_s=SIMULATED_WAIT_S)
+            _run(run, GridTransport(grid), stop, wait_s=SIMULATED_WAIT_S)
         except BaseException as error:  # also KeyboardInterrupt, which Flower would lose in its thread
             raised.append(error)
         finally:

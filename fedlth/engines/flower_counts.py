@@ -12,6 +12,7 @@ from typing import Any
 from fedlth.data.divided import opened
 from fedlth.data.own import Here, become, counts_of, here
 from fedlth.engines.flower_engine import Back, Transport
+from fedlth.engines.flower_keys import anybody
 from fedlth.engines.flower_record import BODY, HEAD
 from fedlth.errors import StudyError
 from fedlth.study.schema import Study
@@ -48,10 +49,14 @@ def question_of(study: Study) -> str:
     return json.dumps(study.model_dump(mode="json", include={"data", "partition", "clients"}), sort_keys=True)
 
 
-def counted(study: Study, transport: Transport, *, wait_s: float, pause: Callable[[], None]) -> Counts:
+def counted(
+    study: Study, transport: Transport, *, wait_s: float, pause: Callable[[], None],
+    objection: Callable[[int, int], str] = anybody,
+) -> Counts:  # fmt: skip
     """Return every client's counts, asked of all nodes that come within `wait_s`.
 
-    Raises StudyError where a client's node does not come, two nodes serve one client, or a node cannot read its data.
+    Raises StudyError where a client's node does not come, two nodes serve one client, a node cannot read its data, or
+    its key is another client's (`objection`).
     """
     question, wanted = question_of(study), study.clients.count
     sent: dict[str, int] = {}
@@ -64,6 +69,8 @@ def counted(study: Study, transport: Transport, *, wait_s: float, pause: Callabl
         for back in transport.collect(sorted(sent)):
             node = sent[back.id]
             client, counts = _read(back, node, wanted)
+            if wrong := objection(node, client):
+                raise StudyError(f"flower: node {node} {wrong}")
             if client in found and found[client][0] != node:
                 raise StudyError(f"flower: each SuperNode must have its own partition-id, got {client} more than once")
             found[client] = node, counts

@@ -7,7 +7,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -16,6 +16,7 @@ from typing import Protocol
 
 from fedlth.data.split import num_sampled
 from fedlth.engines.cohort import answered
+from fedlth.engines.flower_keys import anybody
 from fedlth.engines.flower_late import Late
 from fedlth.engines.flower_nodes import Roll
 from fedlth.engines.flower_record import BODY, HEAD, MOST_MESSAGES, Order, Records, View, of_order, to_answer
@@ -79,7 +80,10 @@ class FlowerEngine:
     name = "flower"
     holds_state = True
 
-    def __init__(self, transport: Transport, *, study: Study, out: Path, wait_s: float, stop: threading.Event) -> None:
+    def __init__(
+        self, transport: Transport, *, study: Study, out: Path, wait_s: float, stop: threading.Event,
+        objection: Callable[[int, int], str] = anybody,
+    ) -> None:  # fmt: skip
         self._transport, self._out, self._stop = transport, out, stop
         self._timeout_s = study.job_timeout_s or DEFAULT_TIMEOUT_S
         self._wait_s, self._count, self._compute = wait_s, study.clients.count, study.compute
@@ -87,7 +91,7 @@ class FlowerEngine:
         self._roll = Roll(
             count=self._count, quorum=self._count if wanted is None else num_sampled(wanted, self._count),
             online=transport.online, ask=self._ask, heard=self._heard, pause=self._pause, wait_s=wait_s,
-            answer_s=GRACE_S,
+            answer_s=GRACE_S, objection=objection,
         )  # fmt: skip
         self._late = Late(self._timeout_s + GRACE_S)
         self._came_late: list[tuple[Job, Reply | Failure]] = []

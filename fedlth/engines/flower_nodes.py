@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from fedlth.engines.flower_keys import anybody
 from fedlth.errors import StudyError
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ class Roll:
 
     `ask` sends a node the question and returns the message's id; `heard` returns what has come by such ids, each once:
     a partition id, or one line about why there is none. `online`, too, is the transport's; `pause` waits a little, and
-    raises when the run is to stop. `quorum` clients of `count` must be there to begin.
+    raises when the run is to stop. `quorum` clients of `count` must be there to begin. `objection` says what is wrong
+    with a node that says whom it serves: it then serves nobody.
     """
 
     count: int
@@ -45,6 +47,7 @@ class Roll:
     pause: Callable[[], None]
     wait_s: float
     answer_s: float
+    objection: Callable[[int, int], str] = anybody
     _partition: dict[int, int] = field(default_factory=dict)
     _asked: dict[int, Asked] = field(default_factory=dict)
     _ready: bool = False
@@ -71,6 +74,8 @@ class Roll:
         ids = {id: n for n, asked in self._asked.items() for id in asked.ids}
         for id, said in (self.heard(list(ids)) if ids else {}).items():
             node = ids[id]
+            if isinstance(said, int) and (wrong := self.objection(node, said)):
+                said = wrong
             if isinstance(said, int):
                 self._partition.pop(node, None)
                 self._partition[node] = said

@@ -11,14 +11,17 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fedlth import cli
 from fedlth.deploy import check as checking
+from fedlth.deploy import make
 from fedlth.deploy.certificates import AUTHORITY_DAYS, SERVER_DAYS, new_authority, new_device_key, new_server, utc_now
 from fedlth.deploy.check import check
 from fedlth.deploy.folder import Folder
 from fedlth.deploy.live import Answer, Live, ask
 from fedlth.deploy.settings import FILE
+from tests import tiny
 from tests.deploy.federation import HOST, copied, made
 
 
@@ -198,3 +201,20 @@ def test_a_port_is_free_or_taken_by_another(sound: Folder) -> None:
         thread.join(5)
     assert taken.status is None and taken.why
     assert ask("GET", url, str(sound.authority)) == Answer()
+
+
+def test_data_that_live_with_the_devices(tmp_path: Path) -> None:
+    """Neither init nor check can read them; each device's node config says where they are there."""
+    path = tmp_path / "study.yaml"
+    own = {"input_shape": [1, 8, 8], "input_dtype": "uint8", "num_classes": 4}
+    data = {"name": "nowhere.on_this_machine:read", "root": "wards/{client}", "own": own}
+    tree = tiny.tree(clients={"count": 2, "unseen": 0.0}, data=data, partition={"name": "own"})
+    path.write_text(yaml.safe_dump(tree))
+    folder = make.init(tmp_path / "fed", path, [], devices=2, hosts=(HOST,), port=8443)
+    assert found(folder) == []
+    assert 'data-dir = "data"' in folder.device_node(1).read_text() and "wards" not in folder.study.read_text()
+    node(folder, 1, 'partition-id = 1\nstate-dir = "state"\n')
+    (fault,) = found(folder)
+    assert (
+        fault == 'device-1/node.toml: data-dir is missing: the study\'s data live with the devices; data-dir = "data"'
+    )
