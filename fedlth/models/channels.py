@@ -128,8 +128,7 @@ def refused(name: str, what: str) -> Iterator[None]:
     try:
         yield
     except Unsliceable as reason:
-        # torch.fx appends a traceback of its own to the message
-        raise StudyError(f"model: {name} cannot {what}: {str(reason).splitlines()[0]}") from reason
+        raise StudyError(f"model: {name} cannot {what}: {reason}") from reason
 
 
 @dataclass(frozen=True)
@@ -181,6 +180,9 @@ class Reader(fx.Interpreter):
             told = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise Unsliceable(f"torch.fx cannot trace it: {told}") from error
         super().__init__(graph)
+        self.extra_traceback = (
+            False  # else a reason is followed by one of torch's own, for which it imports its compiler
+        )
         self.names = {alias: e.name for e in layout.floats for alias in (e.name, *e.aliases)}
         self.groups = _Groups()
         self.axes: dict[fx.Node, Axis | None] = {}

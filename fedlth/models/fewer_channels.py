@@ -1,4 +1,4 @@
-"""A network with fewer channels than its code makes: how it is cut out of a masked one, and built again from its tensors."""
+"""A network with fewer channels than its code makes: cut out of a masked one, and built again from its tensors."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _weights(part: Any, layer: Layer, own: Weighted, named: bool) -> tuple[dict[
     biased = part.bias is not None or bool((folded[torch.from_numpy(layer.makes)] != 0).any())
     rows, asked = layer.makes & own.rows, own.reads & own.asked
     cost, most = rows.sum() * asked.sum(), layer.makes.sum() * own.reads.sum()
-    chosen = named and own.alone and not turned and 0 < cost <= WORTH * most
+    chosen = named and own.alone and not turned and bool(0 < cost <= WORTH * most)
     outputs, inputs = (rows, asked) if chosen else (layer.makes, own.reads)
     weight = weight[torch.from_numpy(outputs)][:, torch.from_numpy(inputs)]
     found = {"weight": (weight.transpose(0, 1) if turned else weight).float().contiguous()}

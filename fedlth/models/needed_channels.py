@@ -18,7 +18,15 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fedlth.models.channels import (
-    CHANNEL_NORMS, CONVOLUTIONS, FLATTENED, FLATTENED_METHODS, TOGETHER, TOGETHER_METHODS, TRANSPOSED, Axis, Reader,
+    CHANNEL_NORMS,
+    CONVOLUTIONS,
+    FLATTENED,
+    FLATTENED_METHODS,
+    TOGETHER,
+    TOGETHER_METHODS,
+    TRANSPOSED,
+    Axis,
+    Reader,
     Unsliceable,
 )  # fmt: skip
 from fedlth.models.layout import Layout
