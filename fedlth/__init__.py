@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedlth.api import check, load, load_small, load_ticket, resume, run, save_small
+    from fedlth.api import check, export_ticket, load, load_small, load_ticket, resume, run
     from fedlth.data.dataset import Dataset
     from fedlth.errors import StudyError
     from fedlth.methods.aggregate import Contribution
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "check": "api", "load": "api", "load_small": "api", "load_ticket": "api", "resume": "api", "run": "api",
-    "save_small": "api",
+    "check": "api", "export_ticket": "api", "load": "api", "load_small": "api", "load_ticket": "api", "resume": "api",
+    "run": "api",
     "Study": "study.schema", "StudyError": "errors", "Dataset": "data.dataset", "Evidence": "tickets.evidence",
     "FederatedMethod": "methods.method", "Phase": "methods.method", "MaskedUpdate": "methods.client_update",
     "Update": "methods.client_update", "Contribution": "methods.aggregate", "ServerState": "storage.server_state",
@@ -31,7 +31,8 @@ _HOMES = {
 
 __all__ = [
     "Contribution", "Dataset", "Evidence", "FederatedMethod", "MaskedUpdate", "Phase", "ServerState", "Study",
-    "StudyError", "Update", "__version__", "check", "load", "load_small", "load_ticket", "resume", "run", "save_small",
+    "StudyError", "Update", "__version__", "check", "export_ticket", "load", "load_small", "load_ticket", "resume",
+    "run",
 ]  # fmt: skip
 
 

@@ -13,10 +13,10 @@ from fedlth.experiment.experiment import Experiment
 from fedlth.experiment.other_ticket import OtherTicket, other_ticket
 from fedlth.experiment.resolve import resolve
 from fedlth.experiment.saved_ticket import load_ticket
-from fedlth.experiment.small_ticket import save_small
+from fedlth.export.export import export_ticket
+from fedlth.export.small_network import load_small
 from fedlth.federation.session import versions
 from fedlth.federation.transfer import cells
-from fedlth.models.small import load_small
 from fedlth.storage.header import read_header
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.store import write_atomic
@@ -26,7 +26,7 @@ from fedlth.tune import tuned
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Study", "check", "load", "load_small", "load_ticket", "resume", "run", "save_small", "transfer"]
+__all__ = ["Study", "check", "export_ticket", "load", "load_small", "load_ticket", "resume", "run", "transfer"]
 
 ASKED = "asked.yaml"
 WHOLE = ".study.lock"

@@ -89,14 +89,27 @@ def tickets(args: argparse.Namespace) -> int:
     from fedlth.report import ticket_text as told
     from fedlth.report.facts import read_run
 
-    if args.what == "small":
-        from fedlth.experiment.small_ticket import save_small
-
-        for saved in told.named(read_run(args.run), args.client):
-            say(told.small(save_small(args.run, saved.client, args.out and args.out / saved.path.stem)), end="")
-        return 0
+    if args.what == "export":
+        return _export(args)
+    if args.to or args.out:
+        raise StudyError(f"tickets {args.what}: --to and --out are of `tickets export`")
     act = {"ls": told.listing, "show": told.shown, "overlap": told.overlapping}[args.what]
     say(act(read_run(args.run), args.client), end="")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    with importing():
+        from fedlth.export.export import export_ticket, form_of, place_of
+        from fedlth.report.export_text import exported
+        from fedlth.report.facts import read_run
+        from fedlth.report.ticket_text import named
+
+    form = form_of(tuple(args.to))
+    clients = [saved.client for saved in named(read_run(args.run), args.client)]
+    places = [place_of(args.run, client, form, args.out) for client in clients]  # all free, before the first is written
+    for client, place in zip(clients, places, strict=True):
+        say(exported(export_ticket(args.run, client, to=form, out=place)), end="")
     return 0
 
 

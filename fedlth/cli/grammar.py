@@ -70,13 +70,16 @@ def parser() -> argparse.ArgumentParser:
         "ls       one line a ticket: client, arm, hash, density, size on disk\n"
         "show     metadata, and shape and density of every tensor, of the named clients\n"
         "overlap  Jaccard over pairs of tickets, chance, correlation with the clients' labels; all, or those named\n"
-        "small    write the named clients' tickets of whole heads and channels as the smaller networks that they are"
+        "export   write the named clients' tickets in another form, checked on their test data (docs/export.md):\n"
+        "         --to onnx, safetensors (a plain state dict), compact (kept weights alone), or small (the smaller\n"
+        "         network that a ticket of whole channels or heads is)"
     )
-    sub = command("tickets", commands.tickets, "list, show and compare a run's saved tickets", text)
-    sub.add_argument("what", choices=("ls", "show", "overlap", "small"))
+    sub = command("tickets", commands.tickets, "list, show, compare and export a run's saved tickets", text)
+    sub.add_argument("what", choices=("ls", "show", "overlap", "export"))
     sub.add_argument("run", type=Path, metavar="RUN")
     sub.add_argument("client", type=int, nargs="*", metavar="CLIENT")
-    sub.add_argument("--out", type=Path, metavar="DIR", help="of small: parent of the folders (default RUN/small)")
+    sub.add_argument("--to", action="append", default=[], metavar="FORM", help="of export: one of the forms above")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="of export: parent (default RUN/export/FORM)")
 
     text = (
         "Trains every client's ticket, each --mask and theta_0's own mask on every client's data, from where the\n"

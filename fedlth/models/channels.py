@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -115,23 +116,23 @@ def channels_of(name: str, module: nn.Module, layout: Layout, x: Tensor) -> Chan
     Input channels of a layer are output channels of the one before it, through flatten (C x H x W), additions, norms
     and pools; input and classes always stay whole. Raises StudyError naming the layer where they cannot be followed.
     """
-    try:
-        graph = fx.symbolic_trace(module.eval())
-    except Exception as error:  # torch.fx runs the user's forward on proxies, which may raise anything
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise StudyError(f"model: {name} cannot be sliced by width: torch.fx cannot trace it: {told}") from error
-    reader = _Reader(graph, {alias: e.name for e in layout.floats for alias in (e.name, *e.aliases)})
-    try:
-        with torch.no_grad():
-            reader.run(x)
+    with refused(name, "be sliced by width"):
+        reader = Reader(module, layout)
+        reader.follow(x)
         return reader.found()
+
+
+@contextmanager
+def refused(name: str, what: str) -> Iterator[None]:
+    """Raise StudyError that names the model and what it `cannot` do, where its channels cannot be followed."""
+    try:
+        yield
     except Unsliceable as reason:
-        # torch.fx appends a traceback of its own to the message
-        raise StudyError(f"model: {name} cannot be sliced by width: {str(reason).splitlines()[0]}") from reason
+        raise StudyError(f"model: {name} cannot {what}: {reason}") from reason
 
 
 @dataclass(frozen=True)
-class _Axis:
+class Axis:
     """Where the channels of a value lie: its dimension `dim` holds, for each channel, `repeat` entries."""
 
     dim: int
@@ -169,19 +170,33 @@ class _Groups:
             self.leads[b] = a
 
 
-class _Reader(fx.Interpreter):
-    """Runs a trace and follows the channels of each value."""
+class Reader(fx.Interpreter):
+    """Runs a network's trace and follows the channels of each value."""
 
-    def __init__(self, graph: fx.GraphModule, names: Mapping[str, str]) -> None:
+    def __init__(self, module: nn.Module, layout: Layout) -> None:
+        try:
+            graph = fx.symbolic_trace(module.eval())
+        except Exception as error:  # torch.fx runs the user's forward on proxies, which may raise anything
+            told = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise Unsliceable(f"torch.fx cannot trace it: {told}") from error
         super().__init__(graph)
-        self.names, self.groups = names, _Groups()
-        self.axes: dict[fx.Node, _Axis | None] = {}
+        self.extra_traceback = (
+            False  # else a reason is followed by one of torch's own, for which it imports its compiler
+        )
+        self.names = {alias: e.name for e in layout.floats for alias in (e.name, *e.aliases)}
+        self.groups = _Groups()
+        self.axes: dict[fx.Node, Axis | None] = {}
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
         self.inputs: dict[fx.Node, int] = {}
         self.places: dict[str, tuple[Place | None, ...]] = {}
         self.layers: list[tuple[str, int]] = []  # parameters of layers that make new channels, and their group
         self.mixed: list[tuple[str, int]] = []  # layers that need all channels of a group
         self.outputs: int | None = None
+
+    def follow(self, x: Tensor) -> None:
+        """Run on examples x (N, ...); raise Unsliceable where channels cannot be followed."""
+        with torch.no_grad():
+            self.run(x)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -213,11 +228,11 @@ class _Reader(fx.Interpreter):
             tuple(sorted(name for name, group in self.layers if not self.groups.of(group).whole)),
         )
 
-    def _axis(self, n: fx.Node) -> _Axis | None:
+    def _axis(self, n: fx.Node) -> Axis | None:
         """Return where a node's channels lie; None for a value without any."""
         given = [node for node in n.all_input_nodes if node in self.shapes]
         if n.op == "placeholder":
-            return _Axis(1, Place(self.groups.new(self.inputs[n], whole=True))) if n in self.inputs else None
+            return Axis(1, Place(self.groups.new(self.inputs[n], whole=True))) if n in self.inputs else None
         if n.op == "output":
             axis = self.axes.get(n.args[0]) if isinstance(n.args[0], fx.Node) else None
             if axis is None or axis.dim != len(self.shapes[given[0]]) - 1 or axis.place.repeat != 1:
@@ -245,12 +260,12 @@ class _Reader(fx.Interpreter):
             return self._reshaped(n.name, given[0], self.shapes[n])
         raise Unsliceable(f"the step {n.name} ({getattr(kind, '__name__', kind)}) is not known")
 
-    def _layer(self, name: str, part: nn.Module, given: list[fx.Node]) -> _Axis | None:
+    def _layer(self, name: str, part: nn.Module, given: list[fx.Node]) -> Axis | None:
         axis, shape = (self.axes.get(given[0]), self.shapes[given[0]]) if given else (None, ())
         if isinstance(part, nn.Embedding):
             group = self.groups.new(part.embedding_dim)
             self._note(name, "weight", (None, Place(group)))
-            return _Axis(len(shape), Place(group))
+            return Axis(len(shape), Place(group))
         if axis is None:
             raise Unsliceable(f"layer {name} ({type(part).__name__}) reads a value whose channels are not known")
         if isinstance(part, nn.Linear):
@@ -276,7 +291,7 @@ class _Reader(fx.Interpreter):
             return axis
         raise Unsliceable(f"layer {name} is a {type(part).__name__}, whose channels are not known")
 
-    def _weighted(self, name: str, size: int, reads: tuple[Place, int], dim: int, more: int = 0) -> _Axis:
+    def _weighted(self, name: str, size: int, reads: tuple[Place, int], dim: int, more: int = 0) -> Axis:
         """Note a layer's weight, which reads along its dimension 1 (or 0, transposed), and its bias."""
         made = Place(self.groups.new(size))
         pair = (reads[0], made) if reads[1] else (made, reads[0])
@@ -287,9 +302,9 @@ class _Reader(fx.Interpreter):
             for tensor in ("weight", "bias")
             if f"{name}.{tensor}" in self.names
         ]
-        return _Axis(dim, made)
+        return Axis(dim, made)
 
-    def _convolution(self, name: str, part: Any, axis: _Axis) -> _Axis:
+    def _convolution(self, name: str, part: Any, axis: Axis) -> Axis:
         if axis.dim != 1 or axis.place.repeat != 1:
             raise Unsliceable(f"layer {name} reads channels that are not its input's second dimension")
         more, transposed = len(part.kernel_size), isinstance(part, TRANSPOSED)
@@ -301,7 +316,7 @@ class _Reader(fx.Interpreter):
             return axis
         raise Unsliceable(f"layer {name} has {part.groups} groups of channels; only 1, or one a channel, are known")
 
-    def _group_norm(self, name: str, part: nn.GroupNorm, axis: _Axis) -> _Axis:
+    def _group_norm(self, name: str, part: nn.GroupNorm, axis: Axis) -> Axis:
         if axis.dim != 1 or axis.place.repeat != 1:
             raise Unsliceable(f"layer {name} normalises channels that are not its input's second dimension")
         if part.num_groups == 1:
@@ -311,7 +326,7 @@ class _Reader(fx.Interpreter):
             self._note(name, tensor, (axis.place,))
         return axis
 
-    def _together(self, n: fx.Node, given: list[fx.Node]) -> _Axis | None:
+    def _together(self, n: fx.Node, given: list[fx.Node]) -> Axis | None:
         axes = [self.axes.get(node) for node in given]
         first = axes[0]
         for node, axis in zip(given[1:], axes[1:], strict=True):
@@ -324,7 +339,7 @@ class _Reader(fx.Interpreter):
             self.groups.join(first.place.group, axis.place.group)
         return first
 
-    def _reduced(self, n: fx.Node, source: fx.Node) -> _Axis | None:
+    def _reduced(self, n: fx.Node, source: fx.Node) -> Axis | None:
         axis, before, after = self.axes[source], self.shapes[source], self.shapes[n]
         dims = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim")
         dims = [dims] if isinstance(dims, int) else dims
@@ -335,12 +350,12 @@ class _Reader(fx.Interpreter):
             raise Unsliceable(f"the step {n.name} mixes all channels of its input, which a narrower network lacks")
         return axis if len(after) == len(before) else replace(axis, dim=axis.dim - sum(d < axis.dim for d in gone))
 
-    def _reshaped(self, name: str, source: fx.Node, after: tuple[int, ...]) -> _Axis | None:
+    def _reshaped(self, name: str, source: fx.Node, after: tuple[int, ...]) -> Axis | None:
         axis, before = self.axes[source], self.shapes[source]
         if axis is None or after == before:
             return axis
         if axis.dim == 1 and after == (before[0], math.prod(before[1:])):
-            return _Axis(1, replace(axis.place, repeat=axis.place.repeat * math.prod(before[2:])))
+            return Axis(1, replace(axis.place, repeat=axis.place.repeat * math.prod(before[2:])))
         raise Unsliceable(f"the step {name} reshapes {before} to {after}, only a flatten of all but the batch is known")
 
     def _note(self, layer: str, tensor: str, places: tuple[Place | None, ...]) -> None:

@@ -16,19 +16,17 @@ from fedlth.models.initial import torch_stream
 from fedlth.models.transformer import SMALL, Transformer
 
 
-def load_small(folder: str | Path) -> Transformer:
-    """Return a ticket that left as a smaller network, in evaluation mode, on the CPU.
+def load_smaller(place: Path) -> Transformer:
+    """Return a transformer that left as a smaller network, in evaluation mode, on the CPU.
 
-    It is called as `load_ticket`'s, and has the same outputs. Needs neither run nor data.
     Raises StudyError where the folder holds no such network, or other tensors than its config.json says.
     """
     from safetensors.torch import load_file
 
-    place = Path(folder)
     config = config_in("load_small", place)
     told: dict[str, Any] | None = config.pop(SMALL, None)
     if told is None:
-        raise StudyError(f"{place}: must be a folder of `fedlth tickets small`, got a config.json without {SMALL}")
+        raise StudyError(f"{place}: must be a folder of `tickets export --to small`, got a config.json without {SMALL}")
     shape: Shape = {"input_ids": (1,), "attention_mask": (1,)}
     with torch_stream(0):  # the caller's generator stays as it is
         module = hf(told["outputs"], shape, config=config, task=told["task"], pooling=told["pooling"])

@@ -14,7 +14,6 @@ from fedlth.report.overlap import Overlap, overlap
 from fedlth.report.tables import Table, aligned
 from fedlth.report.units import NOTHING, signed
 from fedlth.storage import ticket_file
-from fedlth.storage.small_record import SmallTicket
 
 MOST_IN_MATRIX = 12
 
@@ -63,32 +62,6 @@ def named(facts: Facts, clients: Sequence[int]) -> tuple[SavedTicket, ...]:
     if not clients:
         raise StudyError(f"tickets of {facts.path}: expected a client, got none; `tickets ls` lists them")
     return chosen(facts, clients)
-
-
-def small(written: SmallTicket) -> str:
-    """Return what a ticket that left as a smaller network takes, beside the ticket itself."""
-    rows: list[tuple[str, float, float, str, str]]
-    rows = [("parameters", written.ticket.parameters, written.small.parameters, ",d", "")]
-    rows += [("file", written.ticket.file_bytes / 1e6, written.small.file_bytes / 1e6, ".2f", " MB")]
-    rows += [("FLOPs an example", written.ticket.flops, written.small.flops, ",d", "")]
-    rows += [("latency of a batch", written.ticket.latency_ms, written.small.latency_ms, ".2f", " ms")]
-    rows += [("memory of a batch", written.ticket.memory_bytes / 1e6, written.small.memory_bytes / 1e6, ".2f", " MB")]
-    cells = [(name, f"{a:{how}}{unit}", f"{b:{how}}{unit}", f"{b / a:.3f}") for name, a, b, how, unit in rows]
-    layers = dict.fromkeys(name.rpartition(".")[0] for name in written.units)
-    kept = [
-        ", ".join(f"{written.units[f'{layer}.{kind}']} of {written.of[f'{layer}.{kind}']}" for layer in layers)
-        for kind in ("heads", "channels")
-    ]
-    plain = "from_pretrained of transformers (for a `head` of ours see docs/study.md), or "
-    opens = f"{plain if written.plain else ''}fedlth.load_small"
-    told = [
-        f"{written.folder}: client {written.client}, opened by {opens}",
-        f"  heads by layer: {kept[0]}; channels: {kept[1]}",
-        f"  largest difference of outputs on {written.batches} test batches: {written.difference:.1e}; "
-        f"a batch is {' x '.join(map(str, written.batch))}, {written.threads} thread(s)",
-    ]
-    table = Table("Small", ("", "ticket", "small", "ratio"), tuple(cells), left=1)
-    return "\n".join(told) + "\n\n" + aligned(table) + "\n"
 
 
 def _shown(saved: SavedTicket) -> str:

@@ -33,10 +33,10 @@ def save(
         left_out = set(json.loads(frozen["frozen"]))
         part = layout.select(lambda e: e.name not in left_out)
         layout, params, meta = part, part.part_of(params, layout), {**meta, **frozen}
-    return _write_compact(path if form == "compact" else None, layout, params, mask, meta)
+    return write_compact(path if form == "compact" else None, layout, params, mask, meta)
 
 
-def _write_compact(path: Path | None, layout: Layout, params: Params, mask: np.ndarray, meta: Mapping[str, Any]) -> str:
+def write_compact(path: Path | None, layout: Layout, params: Params, mask: np.ndarray, meta: Mapping[str, Any]) -> str:
     """Write "<name>" as the kept values alone (kept,) and "<name>_mask" as packed bits; tied tensors stand once.
 
     The digest is blake2b-64 of the bits of mask, kept values, all other floats and whole numbers.

@@ -14,14 +14,15 @@ from safetensors.torch import load_file, save_file
 import fedlth
 from fedlth.cli import main
 from fedlth.errors import StudyError
-from fedlth.experiment import small_ticket
 from fedlth.experiment.resolve import resolve
+from fedlth.export import measure, small_network
+from fedlth.export.small_network import load_small
 from fedlth.models.call import call
 from fedlth.models.flops import layer_flops
 from fedlth.models.heads import living
 from fedlth.models.layout import layout_of
 from fedlth.models.prunable import prunable_names
-from fedlth.models.small import load_small, smaller
+from fedlth.models.small import smaller
 from fedlth.models.transformer import Transformer
 from fedlth.training.local_client import LocalClient
 from tests import tiny
@@ -118,16 +119,16 @@ def test_a_run_finds_such_tickets_and_they_leave(tmp_path: Path, capsys: pytest.
         if name.endswith(".bias"):
             gone = ~alive[unit.of][unit.along(module.get_parameter(name).numel())]
             assert gone.any() and not module.get_parameter(name).detach().numpy()[gone].any()
-    assert main(["tickets", "small", str(tmp_path / "r"), "1"]) == 0
-    folder = tmp_path / "r" / "small" / "client-0001"
+    assert main(["tickets", "export", str(tmp_path / "r"), "1", "--to", "small"]) == 0
+    folder = tmp_path / "r" / "export" / "small" / "client-0001"
     text = capsys.readouterr().out
-    assert "opened by fedlth.load_small" in text and "heads by layer: 1 of 2, 1 of 2" in text and "latency" in text
-    told = json.loads((folder / "small.json").read_text())
-    assert told["difference"] <= 1e-5 and told["client"] == 1 and told["batches"] == 2
+    assert "opened by fedlth.load_small" in text and "bert.encoder.layer.0.heads: 1 of 2" in text and "latency" in text
+    told = json.loads((folder / "export.json").read_text())
+    assert told["difference"] <= 1e-5 and told["client"] == 1 and told["examples"] == len(task.part(1, "test"))
     small = fedlth.load_small(folder)
-    assert told["small"]["parameters"] == sum(tensor.numel() for tensor in small.parameters())
-    assert told["small"]["file_bytes"] == (folder / "model.safetensors").stat().st_size < told["ticket"]["file_bytes"]
-    assert 0 < told["small"]["memory_bytes"] < told["ticket"]["memory_bytes"]
+    assert told["export"]["parameters"] == sum(tensor.numel() for tensor in small.parameters())
+    assert told["export"]["file_bytes"] == (folder / "model.safetensors").stat().st_size < told["ticket"]["file_bytes"]
+    assert 0 < told["export"]["memory_bytes"] < told["ticket"]["memory_bytes"]
     x = task.part(1, "test").batch(slice(0, 5)).x
     with torch.no_grad():
         assert torch.allclose(call(small, x), call(module, x), atol=1e-5)
@@ -160,9 +161,9 @@ def test_nothing_is_written_that_differs(tmp_path: Path, monkeypatch: pytest.Mon
     plain = sentences.study(tmp_path / "data", personalise={"arms": ["ticket"]})
     tiny.run(plain, tmp_path / "plain")
     with pytest.raises(StudyError, match="client 0: no head and no channel is pruned as a whole; finder.granularity"):
-        fedlth.save_small(tmp_path / "plain", 0)
+        fedlth.export_ticket(tmp_path / "plain", 0, to="small")
     tiny.run(sentences.study(tmp_path / "data", finder=WHOLE, personalise={"arms": ["ticket"]}), tmp_path / "r")
-    real = small_ticket.smaller
+    real = small_network.smaller
 
     def wrong(module: Transformer) -> Transformer:
         found = real(module)
@@ -170,13 +171,10 @@ def test_nothing_is_written_that_differs(tmp_path: Path, monkeypatch: pytest.Mon
             found.get_parameter("head.bias").add_(1e-3)
         return found
 
-    monkeypatch.setattr(small_ticket, "smaller", wrong)
-    with pytest.raises(StudyError, match="client 0: the smaller network's outputs must not differ by 1e-05, got 0.001"):
-        fedlth.save_small(tmp_path / "r", 0)
-    assert not (tmp_path / "r" / "small").exists()
-    tiny.run(tiny.study(personalise={"arms": ["ticket"]}), tmp_path / "images")
-    with pytest.raises(StudyError, match=r"only a transformer of a form with heads and channels \(model: hf\)"):
-        fedlth.save_small(tmp_path / "images", 0)
+    monkeypatch.setattr(small_network, "smaller", wrong)
+    with pytest.raises(StudyError, match="client 0, as small: outputs must not differ from the ticket's by 1e-05, got"):
+        fedlth.export_ticket(tmp_path / "r", 0, to="small")
+    assert not (tmp_path / "r" / "export").exists()
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
@@ -206,4 +204,4 @@ def test_the_study_is_refused_where_nothing_whole_can_go(tmp_path: Path) -> None
 
 def test_the_memory_of_a_pass_is_what_lives_at_once() -> None:
     net = torch.nn.Sequential(torch.nn.Linear(4, 100), torch.nn.ReLU(), torch.nn.Linear(100, 10))
-    assert small_ticket.peak_bytes(net, torch.zeros(8, 4)) == 2 * 8 * 100 * 4  # before the relu, and behind it
+    assert measure.peak_bytes(net, torch.zeros(8, 4)) == 2 * 8 * 100 * 4  # before the relu, and behind it

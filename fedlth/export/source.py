@@ -1,0 +1,85 @@
+"""A saved ticket as an export takes it: the masked network, its mask, what describes it, the client's test part."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from fedlth.data.examples import Examples, Inputs
+from fedlth.errors import StudyError
+from fedlth.experiment.experiment import Experiment
+from fedlth.experiment.saved_ticket import inputs, load_ticket
+from fedlth.models.layout import Layout, Params, layout_of, read
+from fedlth.storage import ticket_file
+from fedlth.storage.header import read_header
+from fedlth.storage.run_folder import RunFolder
+from fedlth.training.task import Task
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """One client's ticket. `mask` (num_prunable,) bool; `about` describes it, ready for JSON."""
+
+    place: str
+    client: int
+    module: nn.Module
+    layout: Layout
+    mask: np.ndarray
+    task: Task
+    test: Examples
+    about: Mapping[str, Any]
+
+    @property
+    def params(self) -> Params:
+        return read(self.module, self.layout)
+
+    @property
+    def batches(self) -> list[Inputs]:
+        """The client's whole test part, in batches of the study's size."""
+        size = self.task.study.train.batch_size
+        return [self.test.batch(slice(at, at + size)).x for at in range(0, len(self.test), size)]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What describes the ticket, as a file's metadata: text as it is, all else as JSON."""
+        return {name: value if isinstance(value, str) else json.dumps(value) for name, value in self.about.items()}
+
+
+def opened(run: Path, client: int) -> Source:
+    """Open a client's ticket, and the data to compare outputs on.
+
+    Raises StudyError where the run has no ticket of the client, or the client no test examples.
+    """
+    module, place = load_ticket(run, client), f"{run}: client {client}"
+    stored, meta = ticket_file.read(run / "tickets" / f"client-{client:04d}.safetensors")
+    masks = {name.removesuffix("_mask"): bits for name, bits in stored.items() if ticket_file.is_mask(name, bits)}
+    layout = layout_of(module, masks)
+    bits = [np.unpackbits(masks[e.name], count=e.size) for e in layout.prunable]
+    mask = np.concatenate(bits).astype(bool) if bits else np.zeros(0, bool)
+    task = Experiment.of(RunFolder(run).study()).task_of(client)
+    test = task.part(client, "test").to("cpu")
+    if not len(test):
+        raise StudyError(f"{place}: must have test examples, on which an export is compared with the ticket, got none")
+    return Source(place, client, module, layout, mask, task, test, _about(run, client, task, meta, mask))
+
+
+def _about(run: Path, client: int, task: Task, meta: Mapping[str, str], mask: np.ndarray) -> dict[str, Any]:
+    """Describe a ticket: what makes its network, what goes in and comes out, where it is from."""
+    study, data = task.study, task.dataset
+    told: dict[str, Any] = {"model": study.model.name, "options": study.model.options, "seed": study.seed}
+    told |= inputs(task) | {"targets": data.targets}
+    if data.mean:
+        told |= {"scale": "x / 255, then (x - mean) / std, by channel", "mean": data.mean, "std": data.std}
+    names, counts = study.data.options.get("labels"), read_header(run).client_labels
+    if isinstance(names, (list, tuple)) and len(names) == data.num_classes:
+        told["classes"] = list(names)
+    if data.targets == "classes" and client < len(counts):
+        told["client_classes"] = [label for label, count in enumerate(counts[client]) if count]
+    told |= {"study": study.study, "data": data.name, "client": client, "arm": meta.get("arm", "ticket")}
+    return told | {"density": float(mask.mean()) if mask.size else 1.0, "ticket": meta.get("ticket", "")}
