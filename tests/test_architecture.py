@@ -156,6 +156,7 @@ def test_help_is_light_and_quick() -> None:
         "tickets",
         "partition",
         "transfer",
+        "audit",
         "lottery",
         "bench",
     ):
