@@ -28,6 +28,8 @@ from fedlth.storage.audit_records import (
     Match,
 )
 
+SHUFFLES = 20  # of the control: a single one's victims are all wrong, or right, together
+
 
 @dataclass(frozen=True, eq=False)
 class Masks:
@@ -68,14 +70,17 @@ def places(layout: Layout, output: Entry | None) -> dict[str, list[slice]]:
 
 def guesses(
     defence: str, attack: str, shadows: Masks, victims: Masks, seen: Sequence[slice], *,
-    labels: np.ndarray | None = None,
+    labels: Sequence[np.ndarray] = (),
 ) -> Iterator[Guess]:  # fmt: skip
-    """Yield what an attacker who learns from shadows guesses of each victim; `labels` take the place of theirs."""
+    """Yield what an attacker who learns from shadows guesses of each victim.
+
+    Each of `labels` takes the place of the shadows' own in a fit of its own.
+    """
     if len(shadows.clients) < 3 or not victims.clients:
         return
-    targets = (shadows.present if labels is None else labels).astype(np.float64)
-    fit = fitted(counts(shadows.bits, shadows.bits, seen), targets)
-    yield from _judged(defence, attack, victims, fit.scores(counts(victims.bits, shadows.bits, seen)))
+    among, across = counts(shadows.bits, shadows.bits, seen), counts(victims.bits, shadows.bits, seen)
+    for present in labels or (shadows.present,):
+        yield from _judged(defence, attack, victims, fitted(among, present.astype(np.float64)).scores(across))
 
 
 def without_auxiliary(defence: str, victims: Masks, own: np.ndarray, output: Entry) -> Iterator[Guess]:
@@ -105,7 +110,8 @@ def all_guesses(
     if output is not None:
         yield from without_auxiliary(NONE, own, common, output)
     yield from guesses(NONE, TENTH, plain.first(max(3, math.ceil(len(plain.clients) / 10))), own, seen[ALL])
-    shuffled = plain.present[stream(seed, "audit/shuffled").permutation(len(plain.clients))]
+    draw = stream(seed, "audit/shuffled")
+    shuffled = [plain.present[draw.permutation(len(plain.clients))] for _ in range(SHUFFLES)]
     yield from guesses(NONE, SHUFFLED, plain, own, seen[ALL], labels=shuffled)
     for name, defence in table.items():
         treated = _flipped(plain, defence, name, seed, "shadow"), _flipped(own, defence, name, seed, "victim")

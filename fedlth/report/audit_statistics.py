@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,16 +70,19 @@ class Linked:
     victims: int
 
 
-def scores(guesses: Sequence[Guess]) -> dict[tuple[str, str], Score]:
-    """Return the mean of each attack under each defence, in the order in which they come."""
+@lru_cache(maxsize=4)
+def scores(guesses: tuple[Guess, ...]) -> dict[tuple[str, str], Score]:
+    """Return the mean of each attack under each defence, in the order in which they come.
+
+    A victim that was guessed at several times counts once.
+    """
     found = {}
     for (defence, attack), group in grouped(((g.defence, g.attack), g) for g in guesses).items():
-        shares = np.array([one.share for one in group])
+        own = grouped((one.victim, one.share) for one in group)
+        shares = np.array([np.mean(values) for values in own.values()])
         chance = float(np.mean([one.chance for one in group]))
-        found[defence, attack] = Score(
-            defence, attack, float(shares.mean()), interval([shares], what=f"audit/{defence}/{attack}"), chance,
-            len(group),
-        )  # fmt: skip
+        ends = interval([shares], what=f"audit/{defence}/{attack}")
+        found[defence, attack] = Score(defence, attack, float(shares.mean()), ends, chance, len(own))
     return found
 
 
