@@ -17,6 +17,8 @@ from fedlth.export.export import export_ticket
 from fedlth.export.small_network import load_small
 from fedlth.federation.session import versions
 from fedlth.federation.transfer import cells
+from fedlth.privacy import audit as privacy
+from fedlth.storage.audit_records import Audit
 from fedlth.storage.header import read_header
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.store import write_atomic
@@ -26,7 +28,9 @@ from fedlth.tune import tuned
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Study", "check", "export_ticket", "load", "load_small", "load_ticket", "resume", "run", "transfer"]
+__all__ = [
+    "Study", "audit", "check", "export_ticket", "load", "load_small", "load_ticket", "resume", "run", "transfer",
+]  # fmt: skip
 
 ASKED = "asked.yaml"
 WHOLE = ".study.lock"
@@ -108,6 +112,24 @@ def transfer(
     if not found:
         raise StudyError(f"{root}: no run here (header.json is missing)")
     return found
+
+
+def audit(run: Path | str, *, shadows: int = 200, victims: int = 0, workers: int | None = None) -> Audit:
+    """Return what the tickets of a finished run disclose; what is missing of it is measured.
+
+    `victims` 0 stands for all clients with a ticket. The same call goes on after a stop. `workers` are the run's where
+    nothing else is said. Raises StudyError where a run cannot be audited.
+    """
+    root = Path(run)
+    if not (root / "header.json").exists():
+        seeds = sorted(found.parent.name for found in root.glob("*/header.json"))
+        more = f"it holds one run a seed, of which each is audited alone: {', '.join(seeds)}" if seeds else "no run"
+        raise StudyError(f"{root}: expected a run's folder, got {more}")
+    try:
+        return privacy.audit(root, num_shadows=shadows, num_victims=victims, workers=workers or 0)
+    except KeyboardInterrupt:
+        log.info("stopped; what was measured is kept, and the same command goes on")
+        raise
 
 
 def _other(place: str, seed: int) -> OtherTicket:

@@ -18,6 +18,7 @@ def _tables() -> dict[str, Mapping[str, Callable[..., Any]]]:
     from fedlth.lab.controls import MASKS
     from fedlth.lab.probes import PROBES
     from fedlth.methods.attack import ATTACKS
+    from fedlth.methods.defence import DEFENCES
     from fedlth.methods.robust import JOINS
     from fedlth.methods.table import METHODS
     from fedlth.methods.topology import TOPOLOGIES
@@ -58,6 +59,7 @@ def _tables() -> dict[str, Mapping[str, Callable[..., Any]]]:
         "augments": PARTS["augment"],
         "joins": JOINS,
         "attacks": ATTACKS,
+        "defences": DEFENCES,
         "newcomers": NEWCOMERS,
         "trackers": TRACKERS,
     }

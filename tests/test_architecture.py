@@ -14,7 +14,8 @@ FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted(
 # From the ground up, as docs/architecture.md draws it: a room imports from itself and from the rooms before it.
 ORDER = (
     "errors", "output", "rng", "study", "data", "models", "kernel", "wire", "storage", "tickets", "training", "methods",
-    "personalization", "experiment", "federation", "lab", "engines", "export", "deploy", "report", "forecast", "tune",
+    "personalization", "experiment", "federation", "lab", "engines", "export", "privacy", "deploy", "report",
+    "forecast", "tune",
     "catalogue", "api", "bench", "__init__", "cli", "__main__",
 )  # fmt: skip
 MOST_LINES = 400
@@ -156,6 +157,7 @@ def test_help_is_light_and_quick() -> None:
         "tickets",
         "partition",
         "transfer",
+        "audit",
         "lottery",
         "deploy",
         "bench",

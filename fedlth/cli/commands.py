@@ -131,6 +131,19 @@ def transfer(args: argparse.Namespace) -> int:
     return 0
 
 
+def audit(args: argparse.Namespace) -> int:
+    require("fedlth audit", "matplotlib", "scipy", extra="sim")
+    with importing():
+        from fedlth import api
+        from fedlth.report.audit import audit_text, write_audit
+
+    found = api.audit(args.run, shadows=args.shadows, victims=args.victims, workers=args.workers)
+    path = write_audit(args.run, found)
+    say(audit_text(found))
+    say(f"\naudit: {path}")
+    return 0
+
+
 def list_(args: argparse.Namespace) -> int:
     from fedlth import catalogue
 

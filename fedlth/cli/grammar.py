@@ -93,6 +93,18 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--workers", type=int, metavar="N", help="processes (default: as the run's study says)")
 
     text = (
+        "Attacks the run's own tickets: classes from mask bits alone (an attacker who learns from shadow clients, and\n"
+        "one without data), training examples by their loss, clients by a second search; then measures defences,\n"
+        "with their price in accuracy and bytes. Writes RUN/audit/audit.md, .json, .csv and label_inference.png.\n"
+        "Training is the run's own step 2. The same command continues after a stop. Reading: docs/privacy.md."
+    )
+    sub = command("audit", commands.audit, "say what a run's tickets disclose of their clients", text)
+    sub.add_argument("run", type=Path, metavar="RUN")
+    sub.add_argument("--shadows", type=int, default=200, metavar="N", help="clients made up to learn from (200)")
+    sub.add_argument("--victims", type=int, default=0, metavar="N", help="clients attacked, at random (default: all)")
+    sub.add_argument("--workers", type=int, metavar="N", help="processes (default: as the run's study says)")
+
+    text = (
         "Kinds: methods, models, datasets, partitions, finders (or one of its parts: scores, ...), arms, engines;\n"
         "for the laboratory also probes and mask_controls."
     )

@@ -13,6 +13,7 @@ from fedlth.data.partition_file import sha256_of
 from fedlth.errors import StudyError, wrong
 from fedlth.experiment import client_memory, effects, feasible, recipe_checks
 from fedlth.experiment.experiment import KEPT_FIRST, Experiment, open_experiment
+from fedlth.experiment.mask_defence import check_defence
 from fedlth.experiment.well_formed import method_of
 from fedlth.experiment.who_takes_part import check_newcomers, check_no_server, check_population, check_quorum
 from fedlth.kernel import kernel
@@ -122,6 +123,7 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
     kept.check(experiment.keep, study.finder, named(study.clients.capacity))
     _check_counts(experiment)
     check_newcomers(experiment)
+    notes += check_defence(experiment)
     _check_validation(experiment)
     _check_anchor(experiment)
     p = study.personalise

@@ -10,10 +10,12 @@ import numpy as np
 
 from fedlth.errors import StudyError
 from fedlth.experiment.experiment import Experiment, open_experiment
+from fedlth.experiment.mask_defence import defence_in
 from fedlth.federation.jobs import RESYNC, Job, Message, Reply
 from fedlth.federation.uplink import Uplink
 from fedlth.methods.attack import Aim, attacked
 from fedlth.methods.client_update import NEXT_MASK, THETA_G, UPDATE, Update, sends_in
+from fedlth.methods.defence import defended
 from fedlth.methods.method import KNOWN, Phase
 from fedlth.personalization.personalise import EVALUATION
 from fedlth.personalization.transfer import in_common
@@ -66,6 +68,9 @@ def client_step(job: Job) -> Reply:
             return Aim(kind, layout, inbox[THETA_G], own_mask=may_choose, name=name)
 
         update = attacked(attack, local, update, sends, aim)
+    defence = None if phase.name == TRANSFER else defence_in(experiment, phase)
+    if defence is not None:
+        update = defended(defence, local, update, phase.update.sends)
     state, outbox = _encoded(job, experiment, phase, local, inbox[THETA_G], update)
     cost = Cost()
     if experiment.study.fleet is not None:  # else nobody asks, and it would cost bytes of the transport

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedlth.experiment.experiment import Experiment
+from fedlth.experiment.mask_defence import defended_density
 from fedlth.federation.forecast_between import between, bounds, published_bytes
 from fedlth.federation.message_lengths import Lengths, later, noise, tried, up_kind
 from fedlth.methods.client_update import Shrinking, sends_in
@@ -300,6 +301,7 @@ def _tickets(experiment: Experiment) -> Mapping[float, tuple[int, int]]:
     found: dict[float, tuple[int, int]] = {}
     for client in range(experiment.study.clients.count):
         density = 1.0 if _may_stop(experiment.study) else keep.allowed(task.capacity(client))[0]
+        density = defended_density(experiment, density)
         clients, more = found.get(density, (0, 0))
         found[density] = clients + 1, more + visits[client]
     return found

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fedlth.experiment.experiment import Experiment
+from fedlth.experiment.mask_defence import defence_in
 from fedlth.federation import ledger_rows
 from fedlth.federation.answered import Answered
 from fedlth.federation.door import Accepted, Asked, accept
@@ -277,13 +278,18 @@ class Replies:
         kind = self.experiment.method.space.kind if self.phase in self.experiment.federated_phases else "values"
         return sends_in(self.phase.update, self.round)[:1] == ((UPDATE, kind),) and kind != "scores"
 
+    @cached_property
+    def _defended(self) -> bool:
+        """Say whether clients change their masks before they send them: no row then names what comes."""
+        return defence_in(self.experiment, self.phase) is not None
+
     def _asked(self, client: int) -> Asked:
         """Return what the server knows of a client's answer before it comes."""
         task = self.experiment.task_of(client)
         return replace(
             self._asked_of_all, split=task.splits.clients[client], unseen=client in task.splits.unseen,
             layers=frozenset(e.name for e in task.layout.prunable), tier=task.capacity(client), judged=task.judged,
-            named=self.experiment.layout.num_prunable == task.layout.num_prunable,
+            named=self.experiment.layout.num_prunable == task.layout.num_prunable and not self._defended,
         )  # fmt: skip
 
     @cached_property

@@ -31,6 +31,7 @@ from fedlth.storage.server_state import ServerState
 
 log = logging.getLogger(__name__)
 
+STEP_2 = "step-2"  # the checkpoint of the model that tickets grew from, kept where rounds inside them move it on
 Committed = Callable[[int, RoundRow, Sequence[CurveRow]], None]  # who is told of each commit, counted from 1
 
 
@@ -262,6 +263,9 @@ class Federation:
             self.folder.save_state(progress.theta, self.state)
         if target in targets and step.phase.name == self.experiment.method.phases[-1].name:
             self.folder.save_params(target, self.theta)
+        kept = [STEP_2] if self.experiment.study.refine.rounds else []
+        if kept and step.phase.name == "personalise" and not self.folder.has_params(STEP_2):
+            self.folder.save_state(STEP_2, self.state)
         lengths = {
             "ledger": self.folder.append("ledger", [*replies.rows, *replies.rows_of_late(self.engine.late())]),
             "rounds": self.folder.append("rounds", [summary]),
@@ -284,7 +288,7 @@ class Federation:
         self.folder.commit(self.progress)
         Answered(self.folder.root / "answered").clear()
         best = self.progress.best.theta if self.progress.best else ""
-        self.folder.drop_params([self.progress.theta, self.progress.good or "", best, *targets])
+        self.folder.drop_params([self.progress.theta, self.progress.good or "", best, *targets, *kept])
         self.folder.clients.tidy(_owners(versions))
         self.folder.mirrors.tidy(_owners(mirrors))
         self.folder.published.tidy(_owners(published))

@@ -18,6 +18,7 @@ from fedlth.data.split import label_counts
 from fedlth.errors import NothingUsable, StudyError
 from fedlth.experiment import saved_ticket
 from fedlth.experiment.experiment import Experiment
+from fedlth.experiment.mask_defence import defence_of, told
 from fedlth.federation.downloads import broadcast
 from fedlth.federation.jobs import Engine
 from fedlth.federation.missing import missing
@@ -216,6 +217,7 @@ def _write_header(folder: RunFolder, experiment: Experiment, engine: Engine, end
             for p in experiment.phases
         ],
         attack="" if study.attack is None else _told(study.attack),
+        defence=told(defence_of(study)),
         hostile=sorted(experiment.population.hostile),
         joiners={str(client): round for client, round in sorted(experiment.population.arrivals.items())},
         tasks=_tasks(task),

@@ -25,6 +25,7 @@ from fedlth.report.fleet import fleet_text, tiers_table
 from fedlth.report.headline import against, done, honest_notes, numbers, overlapping, reached
 from fedlth.report.known_arms import arm_of
 from fedlth.report.newcomers import newcomers_table
+from fedlth.report.privacy import privacy_card
 from fedlth.report.results import Results, results_of
 from fedlth.report.sparsity import sparsity_table
 from fedlth.report.sparsity import told as sparsity_told
@@ -194,6 +195,7 @@ def page(results: Results, *, tables: Mapping[str, Table], figures: Sequence[Dra
         arms=arms,
         runs=[_provenance(facts) for facts in group],
         fleet_text=fleet_text(results),
+        privacy=privacy_card(group),
         sparsity_text=sparsity_told(group),
         **{name: tables.get(name) for name in TABLES},
     )

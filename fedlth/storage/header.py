@@ -80,9 +80,10 @@ class Header:
     network, of which each client has what is shared.
     `test` says whence test parts are: the data set's split, or each client's own examples. `label_noise` says in words
     what is wrong with the labels of the clients `noisy`; "" for nothing. `attack` says in words what the clients
-    `hostile` do, `joiners` from which round of step 1 on a late joiner is there. `num_exchanged` counts the numbers of
-    the global state, `num_shared` those of the model that no client has alone (None: an earlier version did not say):
-    they differ where thresholds or scores take the place of weights.
+    `hostile` do, `defence` what clients do to their masks before these leave, `joiners` from which round of step 1 on a
+    late joiner is there. `num_exchanged` counts the numbers of the global state, `num_shared` those of the model that
+    no client has alone (None: an earlier version did not say): they differ where thresholds or scores take the place
+    of weights.
     """
 
     OPTIONAL: ClassVar[frozenset[str]] = frozenset(
@@ -95,6 +96,7 @@ class Header:
             "label_noise",
             "noisy",
             "attack",
+            "defence",
             "hostile",
             "joiners",
             "num_shared",
@@ -119,6 +121,7 @@ class Header:
     label_noise: str = ""
     noisy: list[int] = field(default_factory=list)
     attack: str = ""
+    defence: str = ""
     hostile: list[int] = field(default_factory=list)
     joiners: dict[str, Any] = field(default_factory=dict)
     num_classes: int

@@ -22,6 +22,7 @@ from fedlth.study.sections import (
     Node,
     Personalise,
     Positive,
+    Privacy,
     Ray,
     Refine,
     Spec,
@@ -57,6 +58,7 @@ class Study(Node):
     personalise: Personalise = Personalise()
     refine: Refine = Refine()
     attack: Spec | None = None
+    privacy: Privacy = Privacy()
     fleet: Fleet | None = None
     tune: Tune = Tune()
     wire: Literal["raw", "lossless", "bf16", "f16", "step", "sign"] = "lossless"
