@@ -49,7 +49,7 @@ class Reply:
 
     `work` says what its trainings cost this machine, for times.jsonl: nothing that decides a result. `flops` and
     `alive_flops` are what it trained, counted dense and by what is alive, told where the study has a fleet: they decide
-    who is late.
+    who is late. `injected` names the fault that the study's chaos put into it.
     """
 
     round: int
@@ -64,6 +64,7 @@ class Reply:
     alive_flops: float = 0.0
     framed_down_bytes: int | None = None
     framed_up_bytes: int | None = None
+    injected: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,7 @@ class Failure:
     worker: str = ""
     framed_down_bytes: int | None = None
     framed_up_bytes: int | None = None
+    injected: str = ""
 
 
 Again = Callable[[Job, Reply], Job | None]

@@ -18,6 +18,7 @@ from fedlth.data.split import label_counts
 from fedlth.errors import NothingUsable, StudyError
 from fedlth.experiment import saved_ticket
 from fedlth.experiment.experiment import Experiment
+from fedlth.federation.chaotic import chaotic
 from fedlth.federation.downloads import broadcast
 from fedlth.federation.jobs import Engine
 from fedlth.federation.rounds import Federation, missing
@@ -84,6 +85,7 @@ def resume(out: Path, engine: Engine) -> RunFolder:
 
 def _go(experiment: Experiment, folder: RunFolder, engine: Engine, *, revisit: bool = False) -> RunFolder:
     folder.recover()
+    engine = chaotic(engine, experiment)
     tracking = Tracking(folder.root, experiment.study)
     federation = Federation(experiment, folder, engine, tracking.committed)
     try:

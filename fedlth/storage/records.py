@@ -103,6 +103,14 @@ class FarMask:
     distance: float
 
 
+@dataclass(frozen=True)
+class Injected:
+    """A fault that the study's `chaos` put into a client's visit."""
+
+    client: int
+    fault: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class RoundRow:
     """One round as the server saw it; `val_accuracy` is None where no visit reported one.
@@ -110,11 +118,12 @@ class RoundRow:
     `val_metric` is the study's metric where that is not accuracy. `rolled_back_to` says which global model took the
     place of one that no client could use ("" for none), `kept_best` with which one step 2 begins where the evaluations
     chose it (it is on the row of the last evaluation), `simulated_s` what the round takes on the study's fleet (None
-    without one), `mask_outliers` whose masks lay far from all others (where the study asks: federate.mask_outliers).
+    without one), `mask_outliers` whose masks lay far from all others (where the study asks: federate.mask_outliers),
+    `injected` which faults were put into whose visits (where the study asks: chaos), had they an effect or not.
     """
 
     OPTIONAL: ClassVar[frozenset[str]] = frozenset(
-        {"rolled_back_to", "kept_best", "simulated_s", "val_metric", "mask_outliers"}
+        {"rolled_back_to", "kept_best", "simulated_s", "val_metric", "mask_outliers", "injected"}
     )
 
     round: int
@@ -130,6 +139,7 @@ class RoundRow:
     simulated_s: float | None = None
     val_metric: float | None = None
     mask_outliers: list[FarMask] = field(default_factory=list)
+    injected: list[Injected] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
