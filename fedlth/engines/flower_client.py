@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedlth.engines.flower_record import Order, Records, View, of_answer, to_order
+from fedlth.engines.flower_record import Order, OtherVersion, Records, View, of_answer, to_order
 from fedlth.engines.inprocess import attempt, one_line
 from fedlth.errors import StudyError
 from fedlth.federation.client_step import client_step
@@ -58,8 +58,13 @@ class Place:
 
 def serve(records: View, place: Place, *, step: Step = client_step) -> Records:
     """Answer one message. Whatever goes wrong in here is an answer too, except the death of the process."""
-    order = to_order(records)
-    answer = _serve(order, place, step)
+    answer: Reply | Failure
+    try:
+        answer = _serve(to_order(records), place, step)
+    except OtherVersion as error:  # said to the server, where somebody reads it
+        round, client = (error.head.get(name) for name in ("round", "client"))
+        named = [one if isinstance(one, int) else 0 for one in (round, client)]
+        answer = Failure(round=named[0], client=named[1], kind="raised", reason=str(error))
     return of_answer(replace(answer, worker=f"pid {os.getpid()}"))
 
 

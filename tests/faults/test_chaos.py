@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from fedlth.federation.rounds import missing
 from fedlth.report.facts import read_run
 from fedlth.report.headline import honest_notes
 from fedlth.report.results import results_of
-from fedlth.storage.run_folder import RunFolder
+from fedlth.storage.run_folder import Progress, RunFolder
 from fedlth.study import schema
 from fedlth.study.sections import Faults
 from tests import tiny
@@ -119,6 +120,28 @@ def test_every_codec_can_say_what_is_wrong(tmp_path: Path, wire: str) -> None:
     met = ({fault_of(seeded(s), "federate", r, bad) for r in (1, 2, 3)} for s in range(100))
     tiny.run(seeded(next(s for s, one in enumerate(met) if one == set(faults))), tmp_path / "r")
     assert [(client, kind) for *_, client, kind, _ in failed(tmp_path / "r")] == [(bad, "refused")] * 3
+
+
+def noting(commit: Callable[[RunFolder, Progress], None], seen: list[str]) -> Callable[[RunFolder, Progress], None]:
+    def noted(self: RunFolder, progress: Progress) -> None:
+        seen.append(progress.theta)
+        commit(self, progress)
+
+    return noted
+
+
+def test_a_round_that_all_clients_fail_keeps_the_model(tmp_path: Path) -> None:
+    """Where all answers are refused, the model may be why, and the one before it takes its place."""
+    for fault, theta in (("drop", "theta-0"), ("nan", "theta-1")):
+        made = study({"faults": {fault: 1.0}, "rounds": [2], "phases": ["federate"]}, method="fedavg")
+        seen: list[str] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RunFolder, "commit", noting(RunFolder.commit, seen))
+            tiny.run(made, tmp_path / fault)
+        assert seen[:3] == ["theta-0", theta, "theta-2"]
+        told = [row.get("rolled_back_to") for row in tiny.rows(tmp_path / fault, "rounds")]
+        assert told[1] == (None if fault == "drop" else "the initial one")
+        assert {row["client"] for row in tiny.rows(tmp_path / fault, "metrics")} == {0, 1, 2, 3}, "it ends well"
 
 
 ALL = {"seed": 7, "faults": dict.fromkeys(FAULTS, 0.07)}
