@@ -12,6 +12,7 @@ import torch
 
 from fedlth.data.ragged import named
 from fedlth.engines.choose import check_engine, without_effect
+from fedlth.experiment.chaos import foreseen_faults
 from fedlth.experiment.experiment import Experiment
 from fedlth.experiment.resolve import resolve
 from fedlth.federation.forecast_bytes import forecast_bytes
@@ -180,6 +181,7 @@ def foreseen(study: Study) -> Foreseen:
         f"step 1 and {1e3 * step_s[1]:.2f} of step 2 about {minutes:,.1f} min on one core",
         *_evaluation_lines(experiment),
         *_server_lines(experiment),
+        *foreseen_faults(experiment),
         f"memory: about {_memory_mb(experiment):,.0f} MB a worker; disk about {_disk_mb(experiment):,.0f} MB",
     ]
     memory, disk = _memory_mb(experiment), _disk_mb(experiment)

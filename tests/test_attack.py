@@ -15,7 +15,7 @@ from fedlth.data.examples import Examples
 from fedlth.engines.forked import Forked
 from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
-from fedlth.experiment.resolve import resolve
+from fedlth.experiment.resolve import read, resolve
 from fedlth.federation import session
 from fedlth.federation.jobs import Failure, Job, Reply
 from fedlth.forecast import forecast
@@ -364,3 +364,10 @@ class Loud:
 
     def __call__(self, local: LocalClient, content: Content, aim: Aim, /) -> Content:
         return content
+
+
+def test_an_attack_that_nothing_bears_is_said_before_the_run() -> None:
+    def said(attack: Any, join: Any) -> bool:
+        return any("attack: nothing bears it" in note for note in read(study(attack, join))[1])
+
+    assert said(FLIP, None) and not said(FLIP, "median") and not said(None, None)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from fedlth.cli.grammar import parser
 from fedlth.errors import StudyError
@@ -17,9 +20,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0 done, 1 differs or a fault, 2 bad input, 3 disk, 130 interrupted."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        return _main(argv)
+        with stoppable():
+            return _main(argv)
     finally:
         settle()
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Let SIGTERM, which a scheduler or a container sends, end a command as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _main(argv: Sequence[str] | None) -> int:

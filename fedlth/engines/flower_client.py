@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlth.engines import flower_counts
-from fedlth.engines.flower_record import BODY, HEAD, Order, Records, View, of_answer, to_order
+from fedlth.engines.flower_record import BODY, HEAD, Order, OtherVersion, Records, View, of_answer, to_order
 from fedlth.engines.inprocess import attempt, one_line
 from fedlth.errors import StudyError
 from fedlth.federation.client_step import client_step
@@ -83,9 +83,14 @@ def roll_call(records: View, node_config: Mapping[str, Any]) -> int | str:
 
 def serve(records: View, place: Place, *, step: Step = client_step) -> Records:
     """Answer one message. Whatever goes wrong in here is an answer too, except the death of the process."""
-    order = to_order(records)
+    answer: Reply | Failure
     flower_counts.settle(place.partition, place.data_dir)
-    answer = _serve(order, place, step)
+    try:
+        answer = _serve(to_order(records), place, step)
+    except OtherVersion as error:  # said to the server, where somebody reads it
+        round, client = (error.head.get(name) for name in ("round", "client"))
+        named = [one if isinstance(one, int) else 0 for one in (round, client)]
+        answer = Failure(round=named[0], client=named[1], kind="raised", reason=str(error))
     return of_answer(replace(answer, worker=f"pid {os.getpid()}"))
 
 

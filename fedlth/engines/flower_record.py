@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedlth import __version__
 from fedlth.federation.jobs import Failure, Job, Message, Reply
+from fedlth.wire.payload import VERSION
 
 # A record of records, as a Flower message carries it. Where a payload lies (benchmarks/flower_framing.py measures it):
 # - one client's own in the head's record, which costs 12 to 18 B;
@@ -22,6 +24,16 @@ HEAD, BODY, OWN, CHUNKED = "head", "b", "p", "a"
 CHUNKED_ABOVE = 1_000_000
 LONGEST_HEAD, MOST_MESSAGES, LONGEST_NAME = 1 << 19, 1000, 100  # a client has at most so many neighbours
 KINDS = ("raised", "died", "hung", "memory", "lost")
+SPEAKS = f"{__version__}, wire {VERSION}"  # what both ends must have: of other code nobody promises equal results
+
+
+class OtherVersion(ValueError):
+    """A message of another version; `head` is what it says of itself, none of which has been checked."""
+
+    def __init__(self, head: Mapping[str, Any]) -> None:
+        said = head.get("fedlth", "an earlier one")
+        super().__init__(f"this end has fedlth {SPEAKS}; the other end has {_line(str(said), 40)}")
+        self.head = head
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,7 @@ def to_answer(records: View, job: Job) -> Reply | Failure:
 
 def _pack(head: Mapping[str, Any], messages: Sequence[Message]) -> Records:
     parts = [[m.kind, m.name, m.broadcast] for m in messages]
-    records: Records = {HEAD: {BODY: json.dumps({**head, "messages": parts}, sort_keys=True)}}
+    records: Records = {HEAD: {BODY: json.dumps({**head, "fedlth": SPEAKS, "messages": parts}, sort_keys=True)}}
     for i, message in enumerate(messages):
         record, key = _place(i, message)
         records.setdefault(record, {})[key] = message.payload
@@ -107,6 +119,8 @@ def _unpack(records: View) -> tuple[dict[str, Any], tuple[Message, ...]]:
         if len(text) > LONGEST_HEAD:
             raise ValueError(f"a head of {len(text)} characters, at most {LONGEST_HEAD} are read")
         head = dict(json.loads(text))
+        if head.get("fedlth") != SPEAKS:
+            raise OtherVersion(head)
         parts = _field(head, "messages", list)
         if len(parts) > MOST_MESSAGES:
             raise ValueError(f"{len(parts)} payloads, at most {MOST_MESSAGES} are read")
@@ -123,6 +137,8 @@ def _unpack(records: View) -> tuple[dict[str, Any], tuple[Message, ...]]:
         if left or not all(records.values()):
             raise ValueError("contains what the head does not name")
         return head, tuple(messages)
+    except OtherVersion:
+        raise
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"not a fedlth message: {type(error).__name__}: {error}") from error
 

@@ -87,18 +87,23 @@ def refuse_several(study: schema.Study, place: str) -> None:
 
 @contextmanager
 def interruptible(stop: threading.Event) -> Iterator[None]:
-    """Let Ctrl-C set `stop`: Flower's simulation waits for its ServerApp, so only that may end a run."""
+    """Let Ctrl-C and SIGTERM set `stop`: Flower's simulation waits for its ServerApp, so only that may end a run."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGINT)
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
     def ask(*_: object) -> None:
         stop.set()
-        signal.signal(signal.SIGINT, before)  # a second Ctrl-C does what it did before
+        restore()  # a second Ctrl-C does what it did before
 
-    signal.signal(signal.SIGINT, ask)
+    for one in before:
+        signal.signal(one, ask)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()

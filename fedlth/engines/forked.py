@@ -36,6 +36,7 @@ class Forked:
 
     name = "inprocess"
     holds_state = False
+    processes = True  # jobs run in processes of their own, which may end
 
     def __init__(self, workers: int, *, job_timeout_s: float | None = None) -> None:
         self.workers, self.limits = workers, Limits(START_S, job_timeout_s)

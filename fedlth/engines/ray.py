@@ -34,6 +34,7 @@ class RayEngine:
 
     name = "ray"
     holds_state = False
+    processes = True  # jobs run in processes of their own, which may end
 
     def __init__(
         self,

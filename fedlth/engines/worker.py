@@ -72,10 +72,15 @@ class Worker:
         """Do one cohort's jobs."""
         from fedlth.engines.cohort import side_by_side
         from fedlth.engines.inprocess import attempt
+        from fedlth.federation.chaotic import die_if_killed
         from fedlth.federation.client_step import client_step
 
+        def one(job: Job) -> Reply:
+            die_if_killed(job)
+            return client_step(job)
+
         same = [self._same(i, p) for i, p in enumerate(payloads)]
-        return side_by_side([partial(attempt, client_step, parcel.whole(study, same)) for parcel in parcels])
+        return side_by_side([partial(attempt, one, parcel.whole(study, same)) for parcel in parcels])
 
     def _same(self, at: int, payload: bytes) -> bytes:
         """Return the object that came last time where it is equal: its hash is known, so its decoding is found."""

@@ -84,6 +84,10 @@ def notes(study: Study, experiment: Experiment) -> list[str]:
     for why, places in idle.items():
         made.append(f"{', '.join(places)}: {'has' if len(places) == 1 else 'have'} no effect, {why}")
     made += _idle_columns(study, method)
+    if study.attack is not None and study.federate.join is None and _federates(study, method):
+        made.append(
+            "attack: nothing bears it, since federate.join is not given: the method's own mean counts every client"
+        )
     only = ", ".join(a for a in arms if a not in UNTRAINED | {"own_tuned"})
     rates = [p for p in ("train.lr", *(f"train.{key}" for key in STEP_KEYS)) if study.given(p)]
     if not method.space.trains_weights and not study.refine.rounds and only and rates:

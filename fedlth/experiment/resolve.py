@@ -12,6 +12,7 @@ from fedlth.data.capacity import named
 from fedlth.data.partition_file import sha256_of
 from fedlth.errors import StudyError, wrong
 from fedlth.experiment import client_memory, effects, feasible, recipe_checks
+from fedlth.experiment.chaos import check_chaos
 from fedlth.experiment.experiment import KEPT_FIRST, Experiment, open_experiment
 from fedlth.experiment.mask_defence import check_defence
 from fedlth.experiment.well_formed import method_of
@@ -177,9 +178,10 @@ def _checked(experiment: Experiment) -> list[str]:
     for phase in (phase for phase in experiment.phases if phase.topology is not None):
         for client in experiment.clients(phase, 1):
             experiment.senders(phase, 1, client)  # says what is wrong with a topology of the user's
+    faults = check_chaos(experiment)
     _check_first_masks(experiment)
     recipe_checks.check_rounds(experiment)
-    notes = _own_recipes(experiment)
+    notes = [*faults, *_own_recipes(experiment)]
     for task in experiment.task.each:
         try:
             found = _checked_task(experiment, task, arms)

@@ -14,7 +14,7 @@ from fedlth.federation.jobs import Job, Message, Reply
 from fedlth.storage import store
 
 WORTH_S = 1.0  # a client step that took less is sooner done again than read
-PLAIN = ("round", "client", "seconds", "worker", "device", "flops", "alive_flops")
+PLAIN = ("round", "client", "seconds", "worker", "device", "flops", "alive_flops", "injected")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Answered:
             arrays, told = store.unpack(path.read_bytes())
         except ValueError:  # damaged: the job is done again
             return None
-        if told["job"] != _name(job):
+        if told["job"] != _name(job) or not told.keys() >= set(PLAIN):  # another job's, or an earlier version's
             return None
         sent = enumerate(told["outbox"])
         outbox = tuple(Message(kind, name, arrays[f"message.{i}"].tobytes(), one) for i, (kind, name, one) in sent)

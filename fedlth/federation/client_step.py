@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from fedlth.errors import StudyError
+from fedlth.experiment.chaos import fault_of
 from fedlth.experiment.experiment import Experiment, open_experiment
 from fedlth.experiment.mask_defence import defence_in
+from fedlth.federation.chaotic import NUMBERS, spoilt
 from fedlth.federation.jobs import RESYNC, Job, Message, Reply
 from fedlth.federation.uplink import Uplink
 from fedlth.methods.attack import Aim, attacked
@@ -72,6 +75,8 @@ def client_step(job: Job) -> Reply:
     if defence is not None:
         update = defended(defence, local, update, phase.update.sends)
     state, outbox = _encoded(job, experiment, phase, local, inbox[THETA_G], update)
+    if (fault := fault_of(experiment.study, job.phase, job.round, job.client)) in NUMBERS:
+        outbox = spoilt(fault, outbox, update.contents, partial(experiment.message_layout, phase), experiment.codec)
     cost = Cost()
     if experiment.study.fleet is not None:  # else nobody asks, and it would cost bytes of the transport
         cost = sum(local.log, Cost()) if update.cost is None else update.cost

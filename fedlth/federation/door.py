@@ -159,6 +159,7 @@ def _rows(record: Mapping[str, Any], content: Content | None, reply: Reply, aske
         _check_scores(row, asked)
         met.add((row.arm, row.target_density))
     _check_choice(parsed, content, asked)
+    _check_density(parsed, content, asked)
     if content is not None and asked.named and _name(content.mask) not in {row.ticket for row in parsed}:
         raise ValueError("ticket must name the mask that came with the rows, in one of them")
     return tuple(rows)
@@ -226,6 +227,16 @@ def _check_choice(rows: Sequence[MetricRow], content: Content | None, asked: Ask
             raise ValueError(f"chosen must be the ticket to keep, got {row.arm} at {row.target_density}")
         if content is not None and asked.named and _name(content.mask) != row.ticket:
             raise ValueError("ticket must name the mask that came with the rows, in the chosen row")
+
+
+def _check_density(rows: Sequence[MetricRow], content: Content | None, asked: Asked) -> None:
+    """Raise ValueError where a row says another density than the mask that came under its name has."""
+    if content is None or not asked.named or content.mask.all():
+        return
+    name, held = _name(content.mask), int(np.count_nonzero(content.mask)) / content.mask.size
+    for row in rows:
+        if row.ticket == name and abs(row.density - held) > 1e-9:
+            raise ValueError(f"density must be that of the mask that came, {held:.6g}, got {row.density:.6g}")
 
 
 def _name(mask: np.ndarray) -> str:

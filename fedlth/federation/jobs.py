@@ -51,7 +51,7 @@ class Reply:
 
     `work` says what its trainings cost this machine, for times.jsonl: nothing that decides a result. `flops` and
     `alive_flops` are what it trained, counted dense and by what is alive, told where the study has a fleet: they decide
-    who is late.
+    who is late. `injected` names the fault that the study's chaos put into it.
     """
 
     round: int
@@ -66,6 +66,7 @@ class Reply:
     alive_flops: float = 0.0
     framed_down_bytes: int | None = None
     framed_up_bytes: int | None = None
+    injected: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,7 @@ class Failure:
     framed_down_bytes: int | None = None
     framed_up_bytes: int | None = None
     sent: bool = True
+    injected: str = ""
 
 
 Enough = Callable[[frozenset[int]], bool]

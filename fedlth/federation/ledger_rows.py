@@ -77,9 +77,10 @@ def up(
     rows = []
     for i, m in enumerate(reply.outbox):
         held = masks.get(m.name) if m.kind != "metrics" else None
+        told = status if status == "ok" else _told(status, reply)  # what had no effect is in the round's row alone
         row = LedgerRow(
             round=round, phase=phase, sender=party(reply.client), receiver=party(None), kind=m.kind, name=m.name,
-            payload_bytes=len(m.payload), framed_bytes=reply.framed_up_bytes if i == 0 else None, status=status,
+            payload_bytes=len(m.payload), framed_bytes=reply.framed_up_bytes if i == 0 else None, status=told,
             density=_density(held), ticket=_ticket(held),
         )  # fmt: skip
         if held is not None:
@@ -96,8 +97,13 @@ def failed(round: int, phase: str, failure: Failure) -> LedgerRow:
     """Return the row of an answer that never came; a message may say so, and has a frame."""
     return LedgerRow(
         round=round, phase=phase, sender=party(failure.client), receiver=party(None), kind="none", name="",
-        payload_bytes=0, framed_bytes=failure.framed_up_bytes, status=f"failed: {failure.kind}",
+        payload_bytes=0, framed_bytes=failure.framed_up_bytes, status=_told(f"failed: {failure.kind}", failure),
     )  # fmt: skip
+
+
+def _told(status: str, answer: Reply | Failure) -> str:
+    """Return a status with the fault that was injected, if one was."""
+    return f"{status} (chaos: {answer.injected})" if answer.injected else status
 
 
 def _density(mask: np.ndarray | None) -> float:

@@ -14,7 +14,8 @@ def missing(folder: RunFolder) -> list[int]:
     """
     lost: dict[int, bool] = {}
     for row in last_waves(folder):
-        kinds = {f.client: f.kind for f in row.failed}
+        injected = {i.client for i in row.injected}  # on purpose, so that a resume ends as a run without a stop
+        kinds = {f.client: f.kind for f in row.failed if f.client not in injected}
         lost |= {client: kinds.get(client) in MACHINES for client in row.clients}
     return sorted(client for client, is_lost in lost.items() if is_lost)
 

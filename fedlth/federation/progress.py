@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fedlth.experiment.chaos import fault_of
 from fedlth.federation.replies import Replies
 from fedlth.methods.mask_outliers import outliers
-from fedlth.storage.records import Diverged, Failed, FarMask, RoundRow
+from fedlth.storage.records import Diverged, Failed, FarMask, Injected, RoundRow
 from fedlth.training.metrics import Metric
 
 CLIENTS_SHOWN, REASON_SHOWN = 5, 100  # of failures on a line
@@ -28,7 +29,15 @@ def summary_of(replies: Replies) -> RoundRow:
         diverged=[Diverged(r["client"], r["arm"], r["target_density"]) for r in replies.metrics if r.get("diverged")],
         simulated_s=replies.clock.whole(replies.came_s, replies.gone_s),
         mask_outliers=[FarMask(client, distance) for client, distance in outliers(replies.shared).items()],
+        injected=_injected(replies),
     )
+
+
+def _injected(replies: Replies) -> list[Injected]:
+    """Return the faults of this round; who dropped out by the fleet's clock was not asked at all."""
+    study, phase, round = replies.experiment.study, replies.phase.name, replies.round
+    met = {c: fault_of(study, phase, round, c) for c in replies.clients if c not in replies.dropped}
+    return [Injected(client, fault) for client, fault in met.items() if fault]
 
 
 def _mean(seen: Sequence[float], replies: Replies) -> float | None:

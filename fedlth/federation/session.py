@@ -19,6 +19,7 @@ from fedlth.errors import NothingUsable, StudyError
 from fedlth.experiment import saved_ticket
 from fedlth.experiment.experiment import Experiment
 from fedlth.experiment.mask_defence import defence_of, told
+from fedlth.federation.chaotic import chaotic
 from fedlth.federation.downloads import broadcast
 from fedlth.federation.jobs import Engine
 from fedlth.federation.missing import missing
@@ -90,6 +91,7 @@ def _load_kernel(experiment: Experiment, engine: Engine) -> None:
 
 def _go(experiment: Experiment, folder: RunFolder, engine: Engine, *, revisit: bool = False) -> RunFolder:
     folder.recover()
+    engine = chaotic(engine, experiment)
     tracking = Tracking(folder.root, experiment.study)
     federation = Federation(experiment, folder, engine, tracking.committed)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from textwrap import fill
@@ -238,6 +239,10 @@ def honest_notes(results: Results) -> tuple[str, ...]:
             shown = "; ".join(told[:3]) + ("; ..." if len(told) > 3 else "")
             messages = _plural(moved.refused.messages, "message")
             notes.append(f"{seed}{messages} refused or failed ({shown}); bytes counted")
+        met = Counter(one.fault for row in facts.rounds for one in row.injected)
+        if met:
+            told = ", ".join(f"{fault} {count}" for fault, count in sorted(met.items()))
+            notes.append(f"{seed}faults were put into {_plural(met.total(), 'visit')} on purpose (chaos): {told}")
         notes += [
             f"{seed}round {row.round} of {row.phase}: no client could use the global model; rolled back to "
             f"{row.rolled_back_to}"

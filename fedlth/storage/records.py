@@ -103,6 +103,14 @@ class FarMask:
     distance: float
 
 
+@dataclass(frozen=True)
+class Injected:
+    """A fault that the study's `chaos` put into a client's visit."""
+
+    client: int
+    fault: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class RoundRow:
     """One round as the server saw it; `val_accuracy` is None where no visit reported one.
@@ -110,13 +118,14 @@ class RoundRow:
     `val_metric` is the study's metric where that is not accuracy. `rolled_back_to` says which global model took the
     place of one that no client could use ("" for none), `kept_best` with which one step 2 begins where the evaluations
     chose it (it is on the row of the last evaluation), `simulated_s` what the round takes on the study's fleet (None
-    without one), `mask_outliers` whose masks lay far from all others (where the study asks: federate.mask_outliers).
+    without one), `mask_outliers` whose masks lay far from all others (where the study asks: federate.mask_outliers),
+    `injected` which faults were put into whose visits (where the study asks: chaos), had they an effect or not.
     `void` says that too few replies were usable for the round to count, so that everything stayed as it was; `absent`
     which clients could not be reached when it began, where the engine knows.
     """
 
     OPTIONAL: ClassVar[frozenset[str]] = frozenset(
-        {"rolled_back_to", "kept_best", "simulated_s", "val_metric", "mask_outliers", "void", "absent"}
+        {"rolled_back_to", "kept_best", "simulated_s", "val_metric", "mask_outliers", "void", "absent", "injected"}
     )
 
     round: int
@@ -134,6 +143,7 @@ class RoundRow:
     mask_outliers: list[FarMask] = field(default_factory=list)
     void: bool = False
     absent: list[int] = field(default_factory=list)
+    injected: list[Injected] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

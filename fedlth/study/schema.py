@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from fedlth.errors import StudyError
 from fedlth.study.sections import (
+    Chaos,
     Clients,
     Count,
     Data,
@@ -60,6 +61,7 @@ class Study(Node):
     attack: Spec | None = None
     privacy: Privacy = Privacy()
     fleet: Fleet | None = None
+    chaos: Chaos | None = None
     tune: Tune = Tune()
     wire: Literal["raw", "lossless", "bf16", "f16", "step", "sign"] = "lossless"
     compute: Literal["auto", "reference", "tuned", "sparse"] = "reference"
@@ -104,6 +106,8 @@ class Study(Node):
             "tune",
             "study",
         }
+        if self.chaos is None:  # most studies have none: theirs stay the same text, and cross as the same bytes
+            outside.add("chaos")
         return json.dumps(self.model_dump(mode="json", exclude=outside), sort_keys=True)
 
     def given(self, place: str) -> bool:

@@ -304,6 +304,52 @@ class Fleet(Node):
     drop: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
+Rate = Annotated[float, Field(ge=0, le=1)]
+
+
+class Faults(Node):
+    """The rate of each fault, among all visits that `chaos` names. A new one goes last: the draws of others stay."""
+
+    drop: Rate = 0.0
+    delay: Rate = 0.0
+    duplicate: Rate = 0.0
+    corrupt: Rate = 0.0
+    nan: Rate = 0.0
+    wrong_shape: Rate = 0.0
+    lie_about_counts: Rate = 0.0
+    huge: Rate = 0.0
+    kill: Rate = 0.0
+    disk_full: Rate = 0.0
+    stale: Rate = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_clocks(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "clock_skew" in given:
+            raise ValueError(
+                "has no clock_skew: nothing here compares the clocks of two machines, so that a wrong one has no effect"
+            )
+        return given
+
+    @model_validator(mode="after")
+    def _one_a_visit(self) -> Faults:
+        if sum(rate for _, rate in self) > 1 + 1e-9:
+            raise ValueError("must sum up to at most 1, since a visit meets one fault at most")
+        return self
+
+
+class Chaos(Node):
+    """Faults that are injected on purpose: at what rates, and in which rounds, clients and phases (None: in all)."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    faults: Faults
+    rounds: Annotated[tuple[Count, ...], BeforeValidator(as_tuple), Field(min_length=1)] | None = None
+    clients: (
+        Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(as_tuple), Field(min_length=1)] | None
+    ) = None
+    phases: Annotated[tuple[str, ...], BeforeValidator(as_tuple), Field(min_length=1)] | None = None
+
+
 class Tune(Node):
     """Learning rates to try before the run; validation accuracy after `rounds` rounds chooses."""
 

@@ -1,0 +1,203 @@
+"""Devices that are late, repeat themselves, are wiped or have another version: each costs at most itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedlth.engines.flower_client import Place, serve
+from fedlth.engines.flower_engine import Back, Sent
+from fedlth.engines.flower_record import SPEAKS, Order, Records, of_answer, of_order, to_answer
+from fedlth.errors import StudyError
+from fedlth.federation.jobs import Failure, Job
+from tests import tiny
+from tests.engines.test_flower_engine import NODES, Loopback, echo, engine_over
+
+ROUNDS: dict[str, Any] = {"federate": {"rounds": 4, "clients_per_round": 3}}
+
+
+def victim(made: Any) -> int:
+    return min(set(range(4)) - set(tiny.open_task(made.science()).splits.unseen))
+
+
+class Late(Loopback):
+    """A transport that holds one client's first answers back, and brings them while the next round is collected."""
+
+    def __init__(self, *given: Any, client: int) -> None:
+        super().__init__(*given)
+        self.client, self.kept, self.came = client, list[Back](), 0
+
+    def send(self, records: Records, *, node: int, kind: str) -> Sent:
+        if kind == "train":  # the server waits for a moment only; a step, which is done in here, may take its time
+            head = json.loads(str(records["head"]["b"])) | {"timeout_s": 60.0}
+            records = {**records, "head": {**records["head"], "b": json.dumps(head)}}
+        sent = super().send(records, node=node, kind=kind)
+        if kind == "train" and self.partitions[node] == self.client and not self.came:
+            self.came, self.kept = 1, [self._backs.pop(0)[1]]
+        return sent
+
+    def collect(self, ids: Iterable[str]) -> list[Back]:
+        found = super().collect(ids)
+        if self.kept and self._sent > 12:  # another round's messages are on their way
+            found, self.kept = [*self.kept, *found], []
+        return found
+
+
+def test_a_late_answer_is_not_joined_in_the_round_in_which_it_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedlth.engines.flower_engine.GRACE_S", 0.2)
+    made = tiny.of_method("fedavg", **ROUNDS, job_timeout_s=0.1)
+    out = tmp_path / "late"
+    late = Late(out, NODES, client=victim(made))
+    tiny.run(made, out, engine=engine_over(late, made))
+    assert late.came and not late.kept, "it came, in a later round"
+    failed = [(r["phase"], r["round"], f["client"], f["kind"]) for r in tiny.rows(out, "rounds") for f in r["failed"]]
+    assert failed == [("federate", 1, late.client, "lost")]
+
+    class Silent(Late):
+        def collect(self, ids: Iterable[str]) -> list[Back]:
+            return Loopback.collect(self, ids)
+
+    never = tmp_path / "never"
+    tiny.run(made, never, engine=engine_over(Silent(never, NODES, client=late.client), made))
+    assert tiny.digests(out) == tiny.digests(never), "as if it had never come"
+
+
+class Repeating(Loopback):
+    """A transport that brings every message twice, and in later rounds also what came first."""
+
+    first: Back | None = None
+
+    def collect(self, ids: Iterable[str]) -> list[Back]:
+        found = super().collect(ids)
+        self.first = self.first or next(iter(found), None)
+        return [one for one in found for _ in range(2)] + ([self.first] if self.first else [])
+
+
+def test_a_message_that_comes_twice_counts_once(tmp_path: Path) -> None:
+    made = tiny.of_method("fedavg", **ROUNDS)
+    tiny.run(made, tmp_path / "once")
+    out = tmp_path / "twice"
+    tiny.run(made, out, engine=engine_over(Repeating(out, NODES), made))
+    assert tiny.digests(out) == tiny.digests(tmp_path / "once")
+    assert not any(row["failed"] for row in tiny.rows(out, "rounds"))
+    names = ("sender", "receiver", "payload_bytes", "status", "round", "name")
+    rows = [[{n: row[n] for n in names} for row in tiny.rows(tmp_path / run, "ledger")] for run in ("once", "twice")]
+    assert rows[0] == rows[1], "and its bytes once"
+
+
+def test_an_answer_replayed_under_another_rounds_message_is_refused(tmp_path: Path) -> None:
+    class Replaying(Loopback):
+        old: Back | None = None
+
+        def send(self, records: Records, *, node: int, kind: str) -> Sent:
+            sent = super().send(records, node=node, kind=kind)
+            if kind == "train" and self.partitions[node] == bad:
+                if self.old is not None:
+                    self._backs[0] = (2, replace(self.old, id=sent.id))
+                else:
+                    self.old = self._backs[0][1]
+            return sent
+
+    made = tiny.of_method("fedavg", **ROUNDS)
+    bad, out = victim(made), tmp_path / "r"
+    tiny.run(made, out, engine=engine_over(Replaying(out, NODES), made))
+    failed = [f for r in tiny.rows(out, "rounds") for f in r["failed"]]
+    assert failed and {f["client"] for f in failed} == {bad}
+    rounds = [f for r in tiny.rows(out, "rounds") for f in r["failed"] if r["phase"] == "federate"]
+    assert rounds and all("answers another job than round" in f["reason"] for f in rounds)
+    # A wave of the same number is told by what it asks for.
+    assert {f["kind"] for f in failed if f not in rounds} <= {"refused"}
+
+
+def test_an_order_that_comes_twice_is_answered_alike(tmp_path: Path) -> None:
+    place = Place.of({"partition-id": 2, "state-dir": str(tmp_path)}, "")
+    made = tiny.of_method("fedavg")
+    order = of_order(Order(Job(study=made.science(), phase="federate", round=1, client=2, inbox=()), "0" * 16, 60.0))
+    answers = [serve(order, place) for _ in range(2)]
+    (one, other) = ({k: v for k, v in a["head"].items() if k != "b"} for a in answers)
+    assert one and one == other
+
+
+@pytest.mark.parametrize("method", ["lotteryfl", "fedselect"])
+def test_a_device_that_is_wiped_gets_what_it_needs_again(tmp_path: Path, method: str) -> None:
+    """Its mask comes back from the server's copy; what was its alone, and nobody else has, begins anew."""
+
+    class Wiped(Loopback):
+        def send(self, records: Records, *, node: int, kind: str) -> Sent:
+            if kind == "train" and self.partitions[node] == bad and json.loads(records["head"]["b"])["round"] == 3:
+                shutil.rmtree(self.out / "devices" / f"{bad:06d}", ignore_errors=True)
+            return super().send(records, node=node, kind=kind)
+
+    made = tiny.of_method(method, **ROUNDS)
+    bad, out = victim(made), tmp_path / "wiped"
+    tiny.run(made, out, engine=engine_over(Wiped(out, NODES), made))
+    assert not any(row["failed"] for row in tiny.rows(out, "rounds"))
+    again = [r for r in tiny.rows(out, "ledger") if r["kind"] == "resync"]
+    assert {r["receiver"] for r in again} == {f"client:{bad}"}, "and the ledger says so"
+    assert bad in {row["client"] for row in tiny.rows(out, "metrics")}
+    if method == "lotteryfl":  # which keeps nothing but its mask
+        tiny.run(made, tmp_path / "whole")
+        assert tiny.digests(out) == tiny.digests(tmp_path / "whole")
+
+
+def other(records: Records, version: str | None) -> Records:
+    """Return a message as another version of this package would send it."""
+    head = json.loads(str(records["head"]["b"]))
+    del head["fedlth"]
+    if version is not None:
+        head["fedlth"] = version
+    return {**records, "head": {**records["head"], "b": json.dumps(head)}}
+
+
+JOB = Job(study="{}", phase="federate", round=3, client=2, inbox=())
+
+
+@pytest.mark.parametrize(("version", "said"), [("9.1.0, wire 7", "9.1.0, wire 7"), (None, "an earlier one")])
+def test_other_versions_are_refused_at_both_ends_and_both_are_named(
+    tmp_path: Path, version: str | None, said: str
+) -> None:
+    told = f"this end has fedlth {SPEAKS}; the other end has {said}"
+    with pytest.raises(ValueError, match=told.replace("(", r"\(")):
+        to_answer(other(of_answer(echo(JOB)), version), JOB)
+    place = Place.of({"partition-id": 2, "state-dir": str(tmp_path)}, "")
+    answer = to_answer(serve(other(of_order(Order(JOB, "0" * 16, 60.0)), version), place, step=echo), JOB)
+    assert isinstance(answer, Failure) and answer.reason == told
+    assert not list(tmp_path.iterdir()), "nothing was done for it"
+
+
+def test_a_run_with_one_device_of_another_version_says_so_and_goes_on(tmp_path: Path) -> None:
+    class Old(Loopback):
+        def send(self, records: Records, *, node: int, kind: str) -> Sent:
+            sent = super().send(records, node=node, kind=kind)
+            if kind == "train" and self.partitions[node] == bad:
+                late, back = self._backs[0]
+                assert back.records is not None
+                self._backs[0] = late, replace(back, records=other(dict(back.records), "0.0.9, wire 1"))  # type: ignore[arg-type]
+            return sent
+
+    made = tiny.of_method("fedavg", **ROUNDS)
+    bad, out = victim(made), tmp_path / "r"
+    tiny.run(made, out, engine=engine_over(Old(out, NODES), made))
+    failed = [f for r in tiny.rows(out, "rounds") for f in r["failed"]]
+    assert failed and {f["client"] for f in failed} == {bad}
+    assert all(SPEAKS in f["reason"] and "0.0.9, wire 1" in f["reason"] for f in failed)
+
+
+def test_where_all_are_of_another_version_the_run_ends_and_says_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class AllOld(Loopback):
+        def send(self, records: Records, *, node: int, kind: str) -> Sent:
+            return super().send(other(records, "0.0.9, wire 1") if kind == "train" else records, node=node, kind=kind)
+
+    made = tiny.of_method("fedavg", federate={"rounds": 3})
+    with pytest.raises(StudyError, match="3 rounds without one usable reply; last: this end has .*0.0.9, wire 1"):
+        tiny.run(made, tmp_path / "r", engine=engine_over(AllOld(tmp_path / "r", NODES), made))
