@@ -14,9 +14,12 @@ from fedlth.engines import flower_counts
 from fedlth.engines.flower_record import BODY, HEAD, Order, OtherVersion, Records, View, of_answer, to_order
 from fedlth.engines.inprocess import attempt, one_line
 from fedlth.errors import StudyError
+from fedlth.experiment import device_ticket
+from fedlth.experiment.experiment import open_experiment
 from fedlth.federation.client_step import client_step
 from fedlth.federation.jobs import Failure, Job, Reply
 from fedlth.kernel import kernel
+from fedlth.storage.client_state import ClientState
 from fedlth.storage.store import Store
 from fedlth.training.task import forget_tasks
 
@@ -110,6 +113,9 @@ def _serve(order: Order, place: Place, step: Step) -> Reply | Failure:
     if isinstance(answer, Reply) and answer.state is not None:
         try:
             store.put(job.client, f"{job.phase}-{job.round}", answer.state)
+            if place.state_dir is not None:  # a device predicts with its own ticket, run or no run
+                experiment, kept = open_experiment(job.study), ClientState.from_bytes(answer.state)
+                device_ticket.keep(experiment, job.client, job.phase, kept, store.root)
         except OSError as error:
             return Failure(round=job.round, client=job.client, kind="raised", reason=one_line(error))
     return answer

@@ -23,7 +23,8 @@ from fedlth.models.layout import Layout, Params, layout_of, read
 from fedlth.storage import ticket_file
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.run_folder import RunFolder
-from fedlth.study.schema import Study
+from fedlth.study.sections import Model
+from fedlth.study.validate import validated
 from fedlth.training.client_tasks import own_study
 from fedlth.training.model_context import initial_module
 from fedlth.training.task import Task
@@ -43,6 +44,30 @@ def inputs(task: Task) -> dict[str, Any]:
     if isinstance(shape, dict):
         return told | {"input_shape": json.dumps(shape), "input_dtype": json.dumps(dtypes)}
     return told | {"input_shape": list(shape), "input_dtype": dtypes["x"]}
+
+
+def origin(experiment: Experiment, client: int, arm: str) -> dict[str, Any]:
+    """Return what a ticket's metadata says of where it is from."""
+    study = experiment.study
+    return {"study": study.study, "method": experiment.method.name, "seed": study.seed, "client": client, "arm": arm}
+
+
+def about(task: Task) -> dict[str, Any]:
+    """Describe a ticket's network: what builds it, what goes in and comes out; with it a file needs no run."""
+    study, data = task.study, task.dataset
+    told: dict[str, Any] = {"model": study.model.name, "options": study.model.options, "seed": study.seed}
+    told |= inputs(task) | {"targets": data.targets}
+    if data.mean:
+        told |= {"scale": "x / 255, then (x - mean) / std, by channel", "mean": data.mean, "std": data.std}
+    names = study.data.options.get("labels")
+    if isinstance(names, (list, tuple)) and len(names) == data.num_classes:
+        told["classes"] = list(names)
+    return told
+
+
+def metadata(about: Mapping[str, Any]) -> dict[str, str]:
+    """Return a description as a file's metadata: text as it is, all else as JSON."""
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
 
 
 def kept_ticket(task: Task, state: ClientState) -> tuple[Params, np.ndarray]:
@@ -94,48 +119,63 @@ def mask_bytes(task: Task, mask: np.ndarray) -> dict[str, int]:
     return {"mask_bytes": len(sent)}
 
 
-def load_ticket(run: str | Path, client: int) -> nn.Module:
+def load_ticket(run: str | Path, client: int | None = None) -> nn.Module:
     """Return a client's own model from a finished run, in evaluation mode, on the CPU.
 
-    Needs the run's folder and the code of a user's model, no data. The caller's torch threads and the generators of
+    `run` is its folder; or, without a client, a file that describes itself, as a device keeps its own
+    (STATE-DIR/RUN/client-NNNN.safetensors) and as `export_ticket` writes for `compact`.
+    Needs the code of a user's model, no data. The caller's torch threads and the generators of
     torch, numpy and random stay as they are.
     Raises StudyError where the run kept no ticket for this client, and where the model's code no longer has exactly
     the ticket's tensors: names, shapes, which are whole numbers, which are one tensor under two names.
     """
-    path = Path(run) / "tickets" / f"client-{client:04d}.safetensors"
-    if not path.is_file():
-        raise StudyError(f"{path}: no ticket of client {client} in this run{_why_none(Path(run), client)}")
-    tensors, metadata = ticket_file.read(path)
+    if client is None:
+        path = Path(run)
+        if not path.is_file():
+            raise StudyError(f"{path}: must be a ticket's file where no client is named")
+    else:
+        path = ticket_file.path_of(Path(run) / "tickets", client)
+        if not path.is_file():
+            raise StudyError(f"{path}: no ticket of client {client} in this run{_why_none(Path(run), client)}")
+    tensors, told = ticket_file.read(path)
     try:
-        arrays = ticket_file.opened(tensors, metadata)
+        arrays = ticket_file.opened(tensors, told)
     except (KeyError, ValueError) as error:
         raise StudyError(f"{path}: expected a ticket, got {error}") from error
     with undisturbed():
-        return _filled(path, Path(run), arrays, metadata)
+        return _filled(path, None if client is None else Path(run), arrays, told)
 
 
-def network_of(path: Path, run: Path, metadata: Mapping[str, str]) -> tuple[Study, nn.Module]:
-    """Return the study of a ticket's client, and its network as the run began with it; most tickets need no data."""
+def network_of(path: Path, run: Path | None, metadata: Mapping[str, str]) -> tuple[Model, nn.Module]:
+    """Return a ticket's model and its network as the run began with it; most tickets need no data."""
+    if run is None:
+        if not metadata.keys() >= {"model", "options", "input_shape", "num_classes"}:
+            raise StudyError(f"{path}: does not describe its network; load_ticket(RUN, CLIENT) takes that from the run")
+        given = {"name": metadata["model"], "options": json.loads(metadata["options"])}
+        spec = validated(Model, given, f"{path}: model")
+        return spec, initial_module(spec, int(metadata["num_classes"]), _shape(metadata), int(metadata["seed"]))
     study = RunFolder(run).study()
     if name := metadata.get("task"):
         if name not in study.tasks:
             raise StudyError(f"{path}: is of task {name}, which the run's study does not have")
         study = own_study(study, study.tasks[name])
-    shape: Shape
     if "input_shape" in metadata:
-        told = json.loads(metadata["input_shape"])
-        shape = {n: tuple(own) for n, own in told.items()} if isinstance(told, dict) else tuple(told)
-        num_classes = int(metadata["num_classes"])
+        shape, num_classes = _shape(metadata), int(metadata["num_classes"])
     else:  # files of version 0.1 do not say what goes in: the data set does
         dataset = load(study.data.name, root=study.data.root, options=study.data.options)
         num_classes, shape = dataset.num_classes, dataset.input_shape
-    return study, initial_module(study.model, num_classes, shape, study.seed)
+    return study.model, initial_module(study.model, num_classes, shape, study.seed)
 
 
-def _filled(path: Path, run: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> nn.Module:
+def _shape(metadata: Mapping[str, str]) -> Shape:
+    told = json.loads(metadata["input_shape"])
+    return {n: tuple(own) for n, own in told.items()} if isinstance(told, dict) else tuple(told)
+
+
+def _filled(path: Path, run: Path | None, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> nn.Module:
     """Build the run's network and copy the ticket into it; every tensor of both is checked."""
-    study, module = network_of(path, run, metadata)
-    layout, place = layout_of(module, ()), f"{path}: {study.model.name}"
+    spec, module = network_of(path, run, metadata)
+    layout, place = layout_of(module, ()), f"{path}: {spec.name}"
     own = read(module, layout)
     if "frozen" in metadata:
         arrays = _with_frozen(arrays, metadata, layout, own)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import nn
 from fedlth.data.examples import Examples, Inputs
 from fedlth.errors import StudyError
 from fedlth.experiment.experiment import Experiment
-from fedlth.experiment.saved_ticket import inputs, load_ticket
+from fedlth.experiment.saved_ticket import about, load_ticket, metadata
 from fedlth.models.layout import Layout, Params, layout_of, read
 from fedlth.storage import ticket_file
 from fedlth.storage.header import read_header
@@ -48,7 +47,7 @@ class Source:
     @property
     def metadata(self) -> dict[str, str]:
         """What describes the ticket, as a file's metadata: text as it is, all else as JSON."""
-        return {name: value if isinstance(value, str) else json.dumps(value) for name, value in self.about.items()}
+        return metadata(self.about)
 
 
 def opened(run: Path, client: int) -> Source:
@@ -71,14 +70,8 @@ def opened(run: Path, client: int) -> Source:
 
 def _about(run: Path, client: int, task: Task, meta: Mapping[str, str], mask: np.ndarray) -> dict[str, Any]:
     """Describe a ticket: what makes its network, what goes in and comes out, where it is from."""
-    study, data = task.study, task.dataset
-    told: dict[str, Any] = {"model": study.model.name, "options": study.model.options, "seed": study.seed}
-    told |= inputs(task) | {"targets": data.targets}
-    if data.mean:
-        told |= {"scale": "x / 255, then (x - mean) / std, by channel", "mean": data.mean, "std": data.std}
-    names, counts = study.data.options.get("labels"), read_header(run).client_labels
-    if isinstance(names, (list, tuple)) and len(names) == data.num_classes:
-        told["classes"] = list(names)
+    study, data, told = task.study, task.dataset, about(task)
+    counts = read_header(run).client_labels
     if data.targets == "classes" and client < len(counts):
         told["client_classes"] = [label for label, count in enumerate(counts[client]) if count]
     told |= {"study": study.study, "data": data.name, "client": client, "arm": meta.get("arm", "ticket")}

@@ -146,10 +146,7 @@ def _finish(federation: Federation) -> Digests:
         state, task = ClientState.from_bytes(states.get(client, version)), experiment.task_of(client)
         if "ticket" not in state.masks:
             continue
-        meta = {
-            "study": study.study, "method": experiment.method.name, "seed": study.seed, "client": client, "arm": arm,
-            **saved_ticket.inputs(task),
-        }  # fmt: skip
+        meta = saved_ticket.origin(experiment, client, arm) | saved_ticket.inputs(task)
         params, mask = saved_ticket.kept_ticket(task, state)
         meta |= saved_ticket.mask_bytes(task, mask)
         if task.name not in frozen:

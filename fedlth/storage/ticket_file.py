@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from fedlth.models.layout import Layout, Params
 
 
+def path_of(folder: Path, client: int) -> Path:
+    """Return where a client's ticket lies."""
+    return folder / f"client-{client:04d}.safetensors"
+
+
 def save(
     folder: Path, form: str, layout: Layout, params: Params, mask: np.ndarray, meta: Mapping[str, Any], *,
     frozen: Mapping[str, str] | None = None,
@@ -26,7 +31,7 @@ def save(
     `frozen` names what nothing trains where the model's own code gives it: a compact file then has that in place of
     the values.
     """
-    path = folder / f"client-{int(meta['client']):04d}.safetensors"
+    path = path_of(folder, int(meta["client"]))
     if form == "dense":
         return write(path, layout, params, mask, meta)
     if frozen:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fedlth.data.divided import opened
 from fedlth.data.own import Here, become, here
@@ -22,6 +23,7 @@ from fedlth.engines.flower_record import BODY, HEAD, Records
 from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
 from fedlth.experiment.resolve import resolve
+from fedlth.experiment.saved_ticket import load_ticket
 from fedlth.federation import session
 from fedlth.output import lines_to
 from fedlth.study import schema
@@ -151,6 +153,10 @@ def test_devices_equal_the_simulation(tmp_path: Path, more: dict[str, Any]) -> N
     lines = federated(away, Devices(tmp_path / "data", tmp_path / "states"), tmp_path / "apart")
     assert numbers(tmp_path / "all") == numbers(tmp_path / "apart")
     assert any(line.startswith("data of 3 devices: ") for line in lines)
+    for client in range(3):  # its own file, which needs neither run nor data
+        (file,) = (tmp_path / "states" / str(client)).glob(f"*/client-{client:04d}.safetensors")
+        own, simulated = load_ticket(file).state_dict(), load_ticket(tmp_path / "all", client).state_dict()
+        assert own.keys() == simulated.keys() and all(torch.equal(own[name], simulated[name]) for name in own)
     header = json.loads((tmp_path / "apart" / "header.json").read_text())
     assert header["client_labels"] == [[], [], []]
     written = b"".join(file.read_bytes() for file in (tmp_path / "apart").rglob("*") if file.is_file())
