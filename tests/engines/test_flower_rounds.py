@@ -22,6 +22,9 @@ from fedlth.federation.client_step import client_step
 from fedlth.federation.jobs import Failure, Job, Reply
 from fedlth.federation.missing import missing
 from fedlth.output import lines_to
+from fedlth.report.facts import read_run
+from fedlth.report.headline import summary_text
+from fedlth.report.results import results_of
 from fedlth.storage.run_folder import RunFolder
 from tests import tiny
 from tests.engines.test_flower_engine import NODES, Loopback, bare, echo, jobs
@@ -376,6 +379,8 @@ def test_void_rounds_in_a_row_end_the_run_and_a_resume_continues(tmp_path: Path)
     with lines_to(lambda line: None):
         session.resume(out, tiny.Lists())
     assert [bool(r.get("void")) for r in tiny.rows(out, "rounds")][:5] == [False, True, True, True, False]
+    text = " ".join(summary_text(results_of((read_run(out),))).split())
+    assert "in which everything stayed as it was: federate 2, federate 3, federate 4" in text
 
 
 def _drawn(made: Any, job: Job) -> int:
