@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import secrets
 import threading
@@ -19,7 +20,17 @@ from fedlth.engines.cohort import answered
 from fedlth.engines.flower_keys import anybody
 from fedlth.engines.flower_late import Late
 from fedlth.engines.flower_nodes import Roll
-from fedlth.engines.flower_record import BODY, HEAD, MOST_MESSAGES, Order, Records, View, of_order, to_answer
+from fedlth.engines.flower_record import (
+    BODY,
+    HEAD,
+    MOST_MESSAGES,
+    Order,
+    Records,
+    View,
+    of_order,
+    plain_line,
+    to_answer,
+)
 from fedlth.engines.inprocess import one_line
 from fedlth.errors import StudyError
 from fedlth.federation.jobs import Again, Answers, Enough, Failure, Job, Reply, never
@@ -95,6 +106,7 @@ class FlowerEngine:
         )  # fmt: skip
         self._late = Late(self._timeout_s + GRACE_S)
         self._came_late: list[tuple[Job, Reply | Failure]] = []
+        self._gathered = -math.inf
 
     def map(self, jobs: Iterable[Job], /, *, again: Again = never) -> Answers:
         source, began = iter(jobs), time.monotonic()
@@ -132,6 +144,7 @@ class FlowerEngine:
             self._pause()
 
     def late(self) -> list[tuple[Job, Reply | Failure]]:
+        self._gathered = -math.inf
         self._gather()
         came, self._came_late = self._came_late, []
         return came
@@ -145,8 +158,10 @@ class FlowerEngine:
         return nodes
 
     def _gather(self) -> None:
-        """Take the answers to closed rounds that have come."""
-        ids = self._late.ids()
+        """Take the answers to closed rounds that have come; each costs a request, so not at every turn."""
+        if time.monotonic() - self._gathered < LOOKED_EVERY_S:
+            return
+        self._gathered, ids = time.monotonic(), self._late.ids()
         for back in self._transport.collect(ids) if ids else ():
             if (job := self._late.came(back.id)) is not None:
                 answer, up = self._read(job, back)
@@ -157,7 +172,8 @@ class FlowerEngine:
     ) -> Sent | Failure:  # fmt: skip
         if job.client not in nodes:
             return _failure(job, "lost", "no SuperNode serves this client now", sent=False)
-        if (before := busy.get(job.client)) is not None:  # or its queue would grow, and it be late for ever
+        # A queue of rounds with limits would grow, and the device be late for ever; what has none can wait its turn.
+        if (before := busy.get(job.client)) is not None and ends is not None:
             return _failure(job, LATE, f"its device is still at work on {before.phase} {before.round}", sent=False)
         if ends is not None and time.monotonic() >= ends:
             return _failure(job, LATE, "the time of the round was over before its turn", sent=False)
@@ -247,8 +263,11 @@ class FlowerEngine:
 def _partition(back: Back) -> int | str:
     if back.records is None:
         return f"Flower error {back.code}: {back.reason[-200:]}"
-    said = back.records.get(HEAD, {}).get(BODY)
-    return said if isinstance(said, int) and not isinstance(said, bool) else str(said)
+    head = back.records.get(HEAD)
+    said = head.get(BODY) if isinstance(head, Mapping) else None
+    if isinstance(said, int) and not isinstance(said, bool):
+        return said
+    return plain_line(said, REASON) if isinstance(said, str) else "an odd answer to the roll call"
 
 
 def _failure(job: Job, kind: str, reason: str, *, sent: bool = True) -> Failure:

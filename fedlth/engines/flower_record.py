@@ -83,17 +83,17 @@ def to_answer(records: View, job: Job) -> Reply | Failure:
     named = _field(head, "round", int), _field(head, "client", int)
     if named != (job.round, job.client):
         raise ValueError(f"answers another job than round {job.round} of client {job.client}")
-    worker = _line(_field(head, "worker", str), 100)
+    worker = plain_line(_field(head, "worker", str), 100)
     if "kind" in head:
         kind = _field(head, "kind", str)
         if kind not in KINDS:
-            raise ValueError(f"failure kind must be one of {', '.join(KINDS)}, got {_line(kind, 40)!r}")
-        reason = _line(_field(head, "reason", str), 300)
+            raise ValueError(f"failure kind must be one of {', '.join(KINDS)}, got {plain_line(kind, 40)!r}")
+        reason = plain_line(_field(head, "reason", str), 300)
         return Failure(round=job.round, client=job.client, kind=kind, reason=reason, worker=worker)
     flops, alive_flops = _flops(head)
     return Reply(
         round=job.round, client=job.client, outbox=outbox, worker=worker, seconds=_seconds(head, "seconds"),
-        device=_line(_field(head, "device", str), 100), flops=flops, alive_flops=alive_flops,
+        device=plain_line(_field(head, "device", str), 100), flops=flops, alive_flops=alive_flops,
     )  # fmt: skip
 
 
@@ -172,6 +172,6 @@ def _flops(head: Mapping[str, Any]) -> tuple[float, float]:
     return dense, alive
 
 
-def _line(text: str, longest: int) -> str:
+def plain_line(text: str, longest: int) -> str:
     """Return one line that a terminal or a file takes: no control characters, no half of a surrogate pair."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(text[: 4 * longest].split()))[:longest]

@@ -86,6 +86,10 @@ class Federation:
         lost, size = missing(self.folder), self.experiment.study.personalise.clients_per_wave
         if not lost:
             return
+        if self.engine.holds_state:
+            log.info(
+                f"note: {len(lost)} clients have no result of step 2; those that are there in time are visited now"
+            )
         away = absent(self.experiment, self.engine.present(until=frozenset(lost).issubset))
         lost = [client for client in lost if client not in away]
         phase, done = (

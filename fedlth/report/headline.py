@@ -249,6 +249,13 @@ def honest_notes(results: Results) -> tuple[str, ...]:
             for row in facts.rounds
             if row.rolled_back_to
         ]
+        if void := [f"{row.phase} {row.round}" for row in facts.rounds if row.void]:
+            shown = ", ".join(void[:5]) + (", ..." if len(void) > 5 else "")
+            notes.append(f"{seed}rounds with too few usable replies, in which everything stayed as it was: {shown}")
+        if away := sum(bool(row.absent) for row in facts.rounds):
+            notes.append(
+                f"{seed}not every client could be reached in {_plural(away, 'round')} (absent in rounds.jsonl)"
+            )
         if facts.curve and not results.one_metric:
             notes.append(f"{seed}the curve is in curve.jsonl alone: tasks have different metrics, which have no mean")
         if lost := lost_evaluations(facts):

@@ -22,6 +22,9 @@ from fedlth.federation.client_step import client_step
 from fedlth.federation.jobs import Failure, Job, Reply
 from fedlth.federation.missing import missing
 from fedlth.output import lines_to
+from fedlth.report.facts import read_run
+from fedlth.report.headline import summary_text
+from fedlth.report.results import results_of
 from fedlth.storage.run_folder import RunFolder
 from tests import tiny
 from tests.engines.test_flower_engine import NODES, Loopback, bare, echo, jobs
@@ -177,6 +180,7 @@ def test_what_comes_after_the_deadline_is_counted_once_and_never_used(folder: Pa
     _, again = tiny.answers(engine, limited(7.5, [0, 1]))
     assert isinstance(again, Failure) and again.kind == "late" and "still at work on federate 1" in again.reason
     assert transport.trained.count(1) == 1 and not again.sent
+    assert engine.present() == {0, 2, 3}
     transport.held.clear()
     transport.release(times=2)
     ((job, reply),) = engine.late()
@@ -213,6 +217,32 @@ def test_a_device_that_lost_its_job_gets_another_and_a_slow_one_no_queue(folder:
         assert (1 in engine.present()) is there
     transport.release()
     assert [job.client for job, _ in engine.late()] == [1, 1] and transport.trained.count(1) == 2
+
+
+def test_step_2_asks_a_device_that_is_still_at_work_too(folder: Path, clock: Clock) -> None:
+    """Its wave waits for it: else a device that was late in the last round would end without a ticket."""
+    transport = Slow(folder, NODES, echo)
+    engine = engine_over(transport, study(), clock)
+    engine.ready()
+    transport.held = {1}
+    tiny.answers(engine, limited(10.0))
+    assert engine.present() == {0, 2, 3}
+    transport.held.clear()
+    assert kinds(tiny.answers(engine, jobs())) == ["ok"] * 4 and transport.trained.count(1) == 2
+
+
+@pytest.mark.parametrize("odd", [{"head": 7}, {}, {"head": {"b": True}}, {"head": {"b": "x\n" * 999}}])
+def test_an_odd_answer_to_the_roll_call_is_one_line(folder: Path, clock: Clock, odd: Any) -> None:
+    class Odd(Slow):
+        def send(self, records: Records, *, node: int, kind: str) -> Sent:
+            sent = super().send(records, node=node, kind=kind)
+            if kind == "query" and node == 13:
+                self._backs = [(0, Back(sent.id, records=odd)) if b.id == sent.id else (n, b) for n, b in self._backs]
+            return sent
+
+    with pytest.raises(StudyError, match=r"no \[1\]; node 13: ") as raised:
+        engine_over(Odd(folder, NODES, echo), study(), clock).ready()
+    assert str(raised.value).isprintable() and len(str(raised.value)) < 400 and clock.now < 10
 
 
 def test_a_part_whose_round_is_over_is_not_sent(folder: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,8 +304,8 @@ def test_a_round_draws_who_is_there_and_who_returns_gets_its_ticket(tmp_path: Pa
         ("personalise", [1], None),
     ]  # fmt: skip
     assert missing(RunFolder(out)) == [] and {r["client"] for r in tiny.rows(out, "metrics")} == {0, 1, 2, 3}
-    first = [r for r in tiny.rows(out, "ledger") if r["receiver"] == "client:1" and r["round"] == 1]
-    assert not [r for r in first if r["phase"] == "personalise"], "what could not be sent has not crossed"
+    first = [r for r in tiny.rows(out, "ledger") if (r["phase"], r["round"]) == ("personalise", 1)]
+    assert len(first) == 6 and "client:1" not in {p for r in first for p in (r["sender"], r["receiver"])}, "not sent"
 
 
 class OneSlow(Slow):
@@ -349,6 +379,8 @@ def test_void_rounds_in_a_row_end_the_run_and_a_resume_continues(tmp_path: Path)
     with lines_to(lambda line: None):
         session.resume(out, tiny.Lists())
     assert [bool(r.get("void")) for r in tiny.rows(out, "rounds")][:5] == [False, True, True, True, False]
+    text = " ".join(summary_text(results_of((read_run(out),))).split())
+    assert "in which everything stayed as it was: federate 2, federate 3, federate 4" in text
 
 
 def _drawn(made: Any, job: Job) -> int:
