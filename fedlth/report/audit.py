@@ -80,7 +80,8 @@ def values_table(audit: Audit) -> Table:
     header = ("what", "of", "attack", "value", "low", "high", "chance")
 
     def row(what: str, of: str, attack: str, value: float | None, ends: Interval | None, chance: float | None) -> Any:
-        told = (value, ends and ends.low, ends and ends.high, chance)
+        low, high = (None, None) if ends is None else (ends.low, ends.high)
+        told = (value, low, high, chance)
         return what, of, attack, *("" if v is None or math.isnan(v) else repr(float(v)) for v in told)
 
     def rows() -> Iterator[Any]:
@@ -117,6 +118,8 @@ class Bars:
                 if not isinstance(score, Score):
                     continue
                 at = place + (0.16 if side == 2 else -0.16 if one[2] is not None else 0.0)
+                if one[2] is None:  # an attack that looks at other bits
+                    colour, label = theme.ink, "the bits or labels named"
                 if not math.isnan(score.interval.low):
                     axes.plot([score.interval.low, score.interval.high], [at, at], color=colour, lw=1.6, alpha=0.7)
                 axes.plot([score.mean], [at], marker, color=colour, ms=6, ls="none", label=label)
