@@ -24,15 +24,15 @@ HEAD, BODY, OWN, CHUNKED = "head", "b", "p", "a"
 CHUNKED_ABOVE = 1_000_000
 LONGEST_HEAD, MOST_MESSAGES, LONGEST_NAME = 1 << 19, 1000, 100  # a client has at most so many neighbours
 KINDS = ("raised", "died", "hung", "memory", "lost")
-SPEAKS = f"{__version__}, wire {VERSION}"  # what both ends must have: of other code nobody promises equal results
+SPEAKS = f"{__version__}/{VERSION}"  # what both ends must have: of other code nobody promises equal results
 
 
 class OtherVersion(ValueError):
     """A message of another version; `head` is what it says of itself, none of which has been checked."""
 
     def __init__(self, head: Mapping[str, Any]) -> None:
-        said = head.get("fedlth", "an earlier one")
-        super().__init__(f"this end has fedlth {SPEAKS}; the other end has {_line(str(said), 40)}")
+        said = _line(str(head.get("v", "an earlier one")), 40)
+        super().__init__(f"this end has fedlth {SPEAKS} (its version, the wire format's), the other end {said}")
         self.head = head
 
 
@@ -99,7 +99,7 @@ def to_answer(records: View, job: Job) -> Reply | Failure:
 
 def _pack(head: Mapping[str, Any], messages: Sequence[Message]) -> Records:
     parts = [[m.kind, m.name, m.broadcast] for m in messages]
-    records: Records = {HEAD: {BODY: json.dumps({**head, "fedlth": SPEAKS, "messages": parts}, sort_keys=True)}}
+    records: Records = {HEAD: {BODY: json.dumps({**head, "v": SPEAKS, "messages": parts}, sort_keys=True)}}
     for i, message in enumerate(messages):
         record, key = _place(i, message)
         records.setdefault(record, {})[key] = message.payload
@@ -119,7 +119,7 @@ def _unpack(records: View) -> tuple[dict[str, Any], tuple[Message, ...]]:
         if len(text) > LONGEST_HEAD:
             raise ValueError(f"a head of {len(text)} characters, at most {LONGEST_HEAD} are read")
         head = dict(json.loads(text))
-        if head.get("fedlth") != SPEAKS:
+        if head.get("v") != SPEAKS:
             raise OtherVersion(head)
         parts = _field(head, "messages", list)
         if len(parts) > MOST_MESSAGES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import replace
@@ -151,21 +152,21 @@ def test_a_device_that_is_wiped_gets_what_it_needs_again(tmp_path: Path, method:
 def other(records: Records, version: str | None) -> Records:
     """Return a message as another version of this package would send it."""
     head = json.loads(str(records["head"]["b"]))
-    del head["fedlth"]
+    del head["v"]
     if version is not None:
-        head["fedlth"] = version
+        head["v"] = version
     return {**records, "head": {**records["head"], "b": json.dumps(head)}}
 
 
 JOB = Job(study="{}", phase="federate", round=3, client=2, inbox=())
 
 
-@pytest.mark.parametrize(("version", "said"), [("9.1.0, wire 7", "9.1.0, wire 7"), (None, "an earlier one")])
+@pytest.mark.parametrize(("version", "said"), [("9.1.0/7", "9.1.0/7"), (None, "an earlier one")])
 def test_other_versions_are_refused_at_both_ends_and_both_are_named(
     tmp_path: Path, version: str | None, said: str
 ) -> None:
-    told = f"this end has fedlth {SPEAKS}; the other end has {said}"
-    with pytest.raises(ValueError, match=told.replace("(", r"\(")):
+    told = f"this end has fedlth {SPEAKS} (its version, the wire format's), the other end {said}"
+    with pytest.raises(ValueError, match=re.escape(told)):
         to_answer(other(of_answer(echo(JOB)), version), JOB)
     place = Place.of({"partition-id": 2, "state-dir": str(tmp_path)}, "")
     answer = to_answer(serve(other(of_order(Order(JOB, "0" * 16, 60.0)), version), place, step=echo), JOB)
@@ -180,7 +181,7 @@ def test_a_run_with_one_device_of_another_version_says_so_and_goes_on(tmp_path: 
             if kind == "train" and self.partitions[node] == bad:
                 late, back = self._backs[0]
                 assert back.records is not None
-                self._backs[0] = late, replace(back, records=other(dict(back.records), "0.0.9, wire 1"))  # type: ignore[arg-type]
+                self._backs[0] = late, replace(back, records=other(dict(back.records), "0.0.9/1"))  # type: ignore[arg-type]
             return sent
 
     made = tiny.of_method("fedavg", **ROUNDS)
@@ -188,7 +189,7 @@ def test_a_run_with_one_device_of_another_version_says_so_and_goes_on(tmp_path: 
     tiny.run(made, out, engine=engine_over(Old(out, NODES), made))
     failed = [f for r in tiny.rows(out, "rounds") for f in r["failed"]]
     assert failed and {f["client"] for f in failed} == {bad}
-    assert all(SPEAKS in f["reason"] and "0.0.9, wire 1" in f["reason"] for f in failed)
+    assert all(SPEAKS in f["reason"] and "0.0.9/1" in f["reason"] for f in failed)
 
 
 def test_where_all_are_of_another_version_the_run_ends_and_says_which(
@@ -196,8 +197,8 @@ def test_where_all_are_of_another_version_the_run_ends_and_says_which(
 ) -> None:
     class AllOld(Loopback):
         def send(self, records: Records, *, node: int, kind: str) -> Sent:
-            return super().send(other(records, "0.0.9, wire 1") if kind == "train" else records, node=node, kind=kind)
+            return super().send(other(records, "0.0.9/1") if kind == "train" else records, node=node, kind=kind)
 
     made = tiny.of_method("fedavg", federate={"rounds": 3})
-    with pytest.raises(StudyError, match="3 rounds without one usable reply; last: this end has .*0.0.9, wire 1"):
+    with pytest.raises(StudyError, match="3 rounds without one usable reply; last: this end has .*0.0.9/1"):
         tiny.run(made, tmp_path / "r", engine=engine_over(AllOld(tmp_path / "r", NODES), made))

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.fuzz_targets import JOB, handmade, read_flower, read_metrics, target
 from benchmarks.wire_fuzz import MB, mutant
-from fedlth.engines.flower_record import LONGEST_HEAD, to_answer
+from fedlth.engines.flower_record import LONGEST_HEAD, SPEAKS, to_answer
 from fedlth.wire import metrics, payload
 from fedlth.wire.codec import CODECS, Codec
 from fedlth.wire.payload import Content
@@ -44,7 +44,7 @@ def test_honest_inputs_are_read_and_the_corpus_is_harmless(name: str) -> None:
 def test_the_densest_text_that_is_read_stays_small(part: str) -> None:
     """JSON of a few bytes an object becomes many times as much in memory: the cap on its length is what bounds that."""
     longest = max(metrics.LONGEST, LONGEST_HEAD)
-    text = '{"messages":[' + (part + ",") * ((longest - 20) // (len(part) + 1)) + part + "]}"
+    text = f'{{"v":"{SPEAKS}","messages":[' + (part + ",") * ((longest - 40) // (len(part) + 1)) + part + "]}"
     tracemalloc.start()
     try:
         assert read_metrics(text.encode())
