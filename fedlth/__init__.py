@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fedlth.version import __version__
+
 if TYPE_CHECKING:
     from fedlth.api import check, export_ticket, load, load_small, load_ticket, resume, run
     from fedlth.data.dataset import Dataset
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from fedlth.study.schema import Study
     from fedlth.tickets.evidence import Evidence
 
-__version__ = "0.1.0"
 
 _HOMES = {
     "check": "api", "export_ticket": "api", "load": "api", "load_small": "api", "load_ticket": "api", "resume": "api",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fedlth import __version__
 from fedlth.cli import commands
+from fedlth.version import __version__
 
 
 def parser() -> argparse.ArgumentParser:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedlth import __version__
 from fedlth.federation.jobs import Failure, Job, Message, Reply
+from fedlth.version import __version__
 from fedlth.wire.payload import VERSION
 
 # A record of records, as a Flower message carries it. Where a payload lies (benchmarks/flower_framing.py measures it):
@@ -31,7 +31,7 @@ class OtherVersion(ValueError):
     """A message of another version; `head` is what it says of itself, none of which has been checked."""
 
     def __init__(self, head: Mapping[str, Any]) -> None:
-        said = _line(str(head.get("v", "an earlier one")), 40)
+        said = plain_line(str(head.get("v", "an earlier one")), 40)
         super().__init__(f"this end has fedlth {SPEAKS} (its version, the wire format's), the other end {said}")
         self.head = head
 

@@ -142,14 +142,19 @@ ROWS = (
         number=13, fault="a straggler", lost=ITS_VISIT,
         tests=(
             *_chaos("delay"),
-            *_of("faults/test_devices", "test_a_late_answer_is_not_joined_in_the_round_in_which_it_comes"),
+            *_of("engines/test_flower_rounds", "test_what_comes_after_the_deadline_is_counted_once_and_never_used"),
+            *_of("engines/test_flower_rounds", "test_a_late_answer_is_a_row_of_its_own_round"),
             *_of("test_fleet", "test_a_reply_after_the_deadline_is_not_joined_and_costs_only_itself"),
             *_of("engines/test_flower_client", "test_a_step_that_hangs_is_given_up"),
         ),
     ),
     Row(
         number=14, fault="devices that never come", ends=REFUSED, lost="nothing: no run has begun",
-        tests=_of("engines/test_flower_engine", "test_too_few_nodes_are_named"),
+        tests=(
+            *_of("engines/test_flower_engine", "test_too_few_nodes_are_named"),
+            *_of("engines/test_flower_rounds", "test_fewer_than_the_quorum_are_named"),
+            *_of("engines/test_flower_rounds", "test_a_silent_node_costs_nothing_after_the_first_time"),
+        ),
     ),
     Row(
         number=15, fault="a device is wiped", lost="what was that client's alone; its mask is sent again, and counted",
@@ -193,9 +198,10 @@ ROWS = (
             *_of("faults/test_devices", "test_an_answer_replayed_under_another_rounds_message_is_refused"),
             *_of("faults/test_devices", "test_an_order_that_comes_twice_is_answered_alike"),
             *_of("engines/test_flower_engine", "test_partitions_must_be_served_once_each"),
+            *_of("engines/test_flower_keys", "test_a_node_serves_the_client_of_its_key_alone"),
             *_of("faults/test_chaos", "test_what_cannot_be_written_is_refused"),
         ),
-        gap="nothing compares clocks, so none is skewed; keys of devices are Flower's, and not tried here",
+        gap="nothing of ours compares clocks, so none is skewed; a device's signature is checked by Flower, not here",
     ),
     Row(
         number=21, fault="a thin link with losses and resets",

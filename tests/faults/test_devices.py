@@ -27,50 +27,6 @@ def victim(made: Any) -> int:
     return min(set(range(4)) - set(tiny.open_task(made.science()).splits.unseen))
 
 
-class Late(Loopback):
-    """A transport that holds one client's first answers back, and brings them while the next round is collected."""
-
-    def __init__(self, *given: Any, client: int) -> None:
-        super().__init__(*given)
-        self.client, self.kept, self.came = client, list[Back](), 0
-
-    def send(self, records: Records, *, node: int, kind: str) -> Sent:
-        if kind == "train":  # the server waits for a moment only; a step, which is done in here, may take its time
-            head = json.loads(str(records["head"]["b"])) | {"timeout_s": 60.0}
-            records = {**records, "head": {**records["head"], "b": json.dumps(head)}}
-        sent = super().send(records, node=node, kind=kind)
-        if kind == "train" and self.partitions[node] == self.client and not self.came:
-            self.came, self.kept = 1, [self._backs.pop(0)[1]]
-        return sent
-
-    def collect(self, ids: Iterable[str]) -> list[Back]:
-        found = super().collect(ids)
-        if self.kept and self._sent > 12:  # another round's messages are on their way
-            found, self.kept = [*self.kept, *found], []
-        return found
-
-
-def test_a_late_answer_is_not_joined_in_the_round_in_which_it_comes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fedlth.engines.flower_engine.GRACE_S", 0.2)
-    made = tiny.of_method("fedavg", **ROUNDS, job_timeout_s=0.1)
-    out = tmp_path / "late"
-    late = Late(out, NODES, client=victim(made))
-    tiny.run(made, out, engine=engine_over(late, made))
-    assert late.came and not late.kept, "it came, in a later round"
-    failed = [(r["phase"], r["round"], f["client"], f["kind"]) for r in tiny.rows(out, "rounds") for f in r["failed"]]
-    assert failed == [("federate", 1, late.client, "lost")]
-
-    class Silent(Late):
-        def collect(self, ids: Iterable[str]) -> list[Back]:
-            return Loopback.collect(self, ids)
-
-    never = tmp_path / "never"
-    tiny.run(made, never, engine=engine_over(Silent(never, NODES, client=late.client), made))
-    assert tiny.digests(out) == tiny.digests(never), "as if it had never come"
-
-
 class Repeating(Loopback):
     """A transport that brings every message twice, and in later rounds also what came first."""
 
