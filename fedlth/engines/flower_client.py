@@ -113,7 +113,7 @@ def _serve(order: Order, place: Place, step: Step) -> Reply | Failure:
     if isinstance(answer, Reply) and answer.state is not None:
         try:
             store.put(job.client, f"{job.phase}-{job.round}", answer.state)
-            if place.state_dir is not None:  # a device predicts with its own ticket, run or no run
+            if place.state_dir is not None and step is client_step:  # it predicts with its own ticket, run or no run
                 experiment, kept = open_experiment(job.study), ClientState.from_bytes(answer.state)
                 device_ticket.keep(experiment, job.client, job.phase, kept, store.root)
         except OSError as error:
