@@ -129,7 +129,7 @@ def _write_device(folder: Folder, settings: Settings, number: int, authority: by
     private, public = new_device_key()
     place = folder.device(number)
     folder.write(folder.device_key(number), private)
-    folder.write(folder.device_public(number), public)
+    folder.write(folder.device_public(number), public + b"\n")
     folder.write(place / "ca.crt", authority)
     folder.write(folder.device_node(number), filled("node.toml", device=number))
     start = filled(
