@@ -141,7 +141,7 @@ def _write_device(folder: Folder, settings: Settings, number: int, authority: by
     private, public = new_device_key()
     place = folder.device(number)
     folder.write(folder.device_key(number), private)
-    folder.write(folder.device_public(number), public)
+    folder.write(folder.device_public(number), public + b"\n")
     folder.write(place / "ca.crt", authority)
     data_dir = f'{DATA_DIR} = "data"\n' if own_data else ""
     folder.write(folder.device_node(number), filled("node.toml", device=number) + data_dir)
