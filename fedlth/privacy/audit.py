@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -10,6 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import torch
@@ -43,6 +46,8 @@ def audit(run: Path, *, num_shadows: int = 200, num_victims: int = 0, workers: i
     torch.set_num_threads(1)
     root = str(run.resolve())
     with RunFolder(run).locked(".audit.lock"):
+        subject_of.cache_clear()  # the folder may hold another run than it did before
+        shadows_of.cache_clear()
         subject = subject_of(root)
         victims = chosen(subject, num_victims)
         asked = [("victim", client) for client in victims] + [("shadow", i) for i in range(num_shadows)]
@@ -97,6 +102,18 @@ def _told(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
+def _begin(parent: int) -> None:
+    """Leave Ctrl-C to the parent, and end with it, however it ends."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(2)
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=watch, daemon=True).start()
+
+
 Mapped = Callable[[Callable[[str, int], Arrays], Names], Iterator[Arrays]]
 
 
@@ -106,7 +123,7 @@ def _map(workers: int) -> Iterator[Mapped]:
     if workers == 1:
         yield lambda measure, names: (measure(*one) for one in names)
         return
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("fork"))
+    pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=_begin, initargs=(os.getpid(),))
 
     def run_all(measure: Callable[[str, int], Arrays], names: Names) -> Iterator[Arrays]:
         futures: list[Future[Arrays]] = [pool.submit(measure, *one) for one in names]

@@ -65,8 +65,8 @@ def _unprotected(facts: Facts) -> Iterator[str]:
         "against the receiver, and no noise on values, losses or scores."
     )
     yield (
-        f"Defence of masks: {header.defence}. Accuracies, layer densities and the hash of the undefended mask still "
-        "leave the client."
+        f"Defence of masks: {header.defence}; bits are many and depend on each other, so a whole mask has no such "
+        "small epsilon. Accuracies, layer densities and the hash of the undefended mask still leave the client."
         if header.defence
         else "Defence of masks: none (privacy.mask)."
     )
