@@ -59,15 +59,16 @@ def counted(
     its key is another client's (`objection`).
     """
     question, wanted = question_of(study), study.clients.count
-    sent: dict[str, int] = {}
+    waiting: dict[str, int] = {}  # Flower gives an answer once; asked for again, it is an error
+    asked: set[int] = set()
     found: dict[int, tuple[int, tuple[int, int, int]]] = {}
     began = said = time.monotonic()
     while len(found) < wanted:
-        asked = set(sent.values())
         for node in sorted(set(transport.online()) - asked):
-            sent[transport.send({HEAD: {BODY: ""}, COUNT: {BODY: question}}, node=node, kind="query").id] = node
-        for back in transport.collect(sorted(sent)):
-            node = sent[back.id]
+            asked.add(node)
+            waiting[transport.send({HEAD: {BODY: ""}, COUNT: {BODY: question}}, node=node, kind="query").id] = node
+        for back in transport.collect(sorted(waiting)):
+            node = waiting.pop(back.id)
             client, counts = _read(back, node, wanted)
             if wrong := objection(node, client):
                 raise StudyError(f"flower: node {node} {wrong}")

@@ -11,6 +11,7 @@ from fedlth.storage.json_lines import read_lines, read_object
 
 # What may differ between equal runs: where they ran, on what, and how the transport framed a message.
 APART = {"header.json": {"engine", "versions", "commit"}, "ledger.jsonl": {"framed_bytes"}}
+DATA = {"client_labels", "data_digest", "partition_digest"}  # what a server of data that live with the clients lacks
 ROWS = ("ledger.jsonl", "rounds.jsonl", "metrics.jsonl", "curve.jsonl")
 OBJECTS = ("header.json", "digests.json")
 SHOWN = 3
@@ -73,6 +74,17 @@ def away(run: Path, other: Path) -> set[str]:
     return _saved(other).keys() - _saved(run).keys()
 
 
+def _counts_alone(run: Path) -> bool:
+    """Say whether a run's server knew no class of an example (data.own on devices)."""
+    header = read_object(run / "header.json")
+    return header.get("engine") == "flower" and not any(header.get("client_labels", [[0]]))
+
+
+def _other_data(one: Path, two: Path) -> set[str]:
+    """Return what of two headers says nothing, since one server has data that the other has not."""
+    return DATA if _counts_alone(one) != _counts_alone(two) else set()
+
+
 def notes(run_a: Path, run_b: Path) -> list[str]:
     """Return what `diff` could not compare, and why."""
     found = []
@@ -80,6 +92,9 @@ def notes(run_a: Path, run_b: Path) -> list[str]:
         for run, gone in ((one, away(one, two)), (two, away(two, one))):
             if gone:
                 found.append(f"{run}: {len(gone)} tickets stay on their devices; compared were their masks' names")
+        if _other_data(one, two):
+            run = one if _counts_alone(one) else two
+            found.append(f"{run}: the server knows how many examples each client has, not which")
         for run in (one, two):
             if _kept_none(run):
                 found.append(f"{run}: keeps no ticket files (tickets: none); compared were their digests")
@@ -149,8 +164,8 @@ def diff(run_a: Path, run_b: Path) -> list[str]:
 
     Compared: header but engine, versions and commit; ledger but framed_bytes; rounds; metrics; curve; the tensors and
     metadata of every ticket that both have; digests.json (final parameters). Apart: times.jsonl, config.yaml, the
-    report, and tickets that stay on devices (`notes` says which). Raises StudyError where a folder is not a run or a
-    file is corrupt.
+    report, tickets that stay on devices, and what says which data one of the servers did not have (`notes` tells).
+    Raises StudyError where a folder is not a run or a file is corrupt.
     """
     seeds = _seeds(run_a, run_b)
     if seeds:
@@ -168,7 +183,8 @@ def diff(run_a: Path, run_b: Path) -> list[str]:
         if name == "digests.json":
             gone = away(run_a, run_b) | away(run_b, run_a)
             ours, theirs = (_without(one, gone) for one in (ours, theirs))
-        found += _shortened(_fields(name, ours, theirs, apart=APART.get(name, set())), name)
+        apart = APART.get(name, set()) | (_other_data(run_a, run_b) if name == "header.json" else set())
+        found += _shortened(_fields(name, ours, theirs, apart=apart), name)
     for name in ROWS:
         found += _shortened(_rows(name, run_a, run_b), name)
     return found + _shortened(_tickets(run_a, run_b), "tickets")
