@@ -14,6 +14,8 @@ from fedlth.engines.forked import Forked
 from fedlth.errors import StudyError
 from fedlth.federation.rounds import STEP_2
 from fedlth.methods.defence import SECRET, RandomisedResponse
+from fedlth.report.facts import read_group
+from fedlth.report.privacy import privacy_card
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.header import read_header
 from fedlth.storage.run_folder import RunFolder
@@ -73,6 +75,9 @@ def test_the_ledger_says_what_crossed(run: Path) -> None:
     ups = [r for r in tiny.rows(run, "ledger") if r["phase"] == "refine" and r["kind"] == "values"]
     up = [row for row in ups if row["sender"] != "server"]
     assert up and all(row["ticket"] in {one["ticket"] for one in sent} for row in up)
+    card = " ".join(privacy_card(read_group(run)))
+    assert "masks on their own, without values (in personalise)" in card and "epsilon 2.20 for one bit alone" in card
+    assert "a client's personal mask is seen by whoever receives it" in card
     assert read_header(run).defence == "RandomisedResponse(flip=0.1), epsilon 2.20 for one bit alone"
 
 
