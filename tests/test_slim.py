@@ -15,8 +15,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fedlth"
-# The packages of the extras `sim` and `fast`, and what they or others bring along.
-EXTRAS = ["ray", "scipy", "matplotlib", "jinja2", "flwr.simulation", "pandas", "pyarrow", "numba", "llvmlite"]
+# The packages of the extras `sim`, `fast` and `onnx`, and what they or others bring along.
+EXTRAS = ["ray", "scipy", "matplotlib", "jinja2", "flwr.simulation", "pandas", "pyarrow", "numba", "llvmlite",
+          "onnx", "onnxscript", "onnxruntime"]  # fmt: skip
 INSTALL = "pip install 'fedlth[sim]'"
 
 SCRIPT = """
@@ -71,6 +72,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "lottery": ["lottery", "configs/lottery_quick.yaml", absent],
         "compare": ["compare", run, run],
         "overlap": ["tickets", "overlap", run],
+        "export": ["tickets", "export", run, "0", "--to", "compact"],
+        "onnx": ["tickets", "export", run, "0", "--to", "onnx"],
     }
     given = json.dumps([EXTRAS, commands, run])
     done = subprocess.run([sys.executable, "-c", SCRIPT, given], capture_output=True, text=True, cwd=ROOT)
@@ -87,7 +90,7 @@ def test_a_device_needs_no_extra(answers: dict[str, Any]) -> None:
     assert answers["loaded"] == []
 
 
-@pytest.mark.parametrize("name", ["check", "run", "bytes", "ls", "probes"])
+@pytest.mark.parametrize("name", ["check", "run", "bytes", "ls", "probes", "export"])
 def test_commands_that_the_core_has(answers: dict[str, Any], name: str) -> None:
     code, out, err = answers[name]
     assert code == 0 and out and "Traceback" not in err
@@ -103,6 +106,12 @@ def test_what_needs_an_extra_says_so_in_one_line(answers: dict[str, Any], name: 
     code, out, err = answers[name]
     assert (code, out) == (2, "")
     assert err.startswith("fedlth: ") and err.count("\n") == 1 and INSTALL in err
+
+
+def test_onnx_names_its_own_extra_and_leaves_nothing(answers: dict[str, Any]) -> None:
+    code, out, err = answers["onnx"]
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "pip install 'fedlth[onnx]'" in err
+    assert "fedlth's kernel, which skips them, was not measured: the fast kernel needs numba" in answers["export"][1]
 
 
 def test_the_core_is_what_every_start_imports() -> None:

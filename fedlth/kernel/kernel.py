@@ -38,7 +38,7 @@ class Outcome:
 
 def warm() -> None:
     """Load the compiled kernel before workers that would each do so; compile it first, and say so, where it must be."""
-    with _told_of_compiling():
+    with told_of_compiling():
         op = Op(kind=col.LINEAR, source=0, out=1, weight=0, bias=9)
         table = LayerTable(
             ops=(op,), shapes=((3, 1, 1), (3, 1, 1)), output=1, num_floats=12, num_params=12, num_prunable=9
@@ -51,7 +51,7 @@ def warm() -> None:
 
 
 @contextmanager
-def _told_of_compiling() -> Iterator[None]:
+def told_of_compiling() -> Iterator[None]:
     """Say once when numba begins to compile; what it loads from its disk cache, however slowly, is no compilation."""
     from numba.core import event
 

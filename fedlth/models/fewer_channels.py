@@ -131,7 +131,7 @@ def fit(module: nn.Module, fits: Mapping[str, Fit], state: Mapping[str, Tensor])
         if own.chosen:
             empty = torch.zeros(0, dtype=torch.int64)
             module.set_submodule(name, Chosen(module.get_submodule(name), empty, empty, torch.zeros(0)))
-    left, made = set(state), dict[int, nn.Parameter]()
+    left, made = set(state), dict[nn.Parameter, nn.Parameter]()
     for name, part in module.named_modules():
         inside = f"{name}." if name else ""
         for key, old in list(part._parameters.items()):
@@ -141,11 +141,12 @@ def fit(module: nn.Module, fits: Mapping[str, Fit], state: Mapping[str, Tensor])
             if new is not None:
                 grad = old is None or old.requires_grad
                 fresh = nn.Parameter(new.clone(), requires_grad=grad)
-                part._parameters[key] = fresh if old is None else made.setdefault(id(old), fresh)
+                part._parameters[key] = fresh if old is None else made.setdefault(old, fresh)
         for key, there in list(part._buffers.items()):
             if inside + key in state and there is not None:
                 part._buffers[key] = state[inside + key].to(there.dtype).clone()
-        left -= {inside + key for key in (*part._parameters, *part._buffers)}
+    for name, part in module.named_modules(remove_duplicate=False):
+        left -= {f"{name}.{key}".removeprefix(".") for key in (*part._parameters, *part._buffers)}
     if left:
         raise ValueError(f"no layer has the tensor {min(left)}")
     for name, own in fits.items():

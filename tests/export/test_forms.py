@@ -115,7 +115,7 @@ def test_a_damaged_folder_is_refused(run: Path, tmp_path: Path) -> None:
     folder = fedlth.export_ticket(run, 1, to="small", out=tmp_path / "s").folder
     file = folder / "model.safetensors"
     tensors = load_file(file)
-    save_file({**tensors, "head.bias": tensors["head.bias"] + 1}, file)
+    save_file({**tensors, "norm.bias": tensors["norm.bias"] + 1}, file)
     with pytest.raises(StudyError, match="model.safetensors has other tensors than were written"):
         fedlth.load_small(folder)
     with pytest.raises(StudyError, match="must hold a model's config.json"):
