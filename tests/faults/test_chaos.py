@@ -92,7 +92,8 @@ def test_a_fault_costs_its_client_alone_in_its_round(tmp_path: Path, without: di
         ("fedpm", "nan"), ("ssfl", "huge"),
         *(pytest.param(*one, marks=pytest.mark.long) for one in (
             ("fedpm", "huge"), ("fedpm", "wrong_shape"), ("fedpm", "lie_about_counts"), ("ssfl", "nan"),
-            ("ssfl", "wrong_shape"), ("spafl", "huge"), ("dispfl", "nan"), ("scaffold", "huge"), ("fedtiny", "nan"), ("heterofl", "wrong_shape"),
+            ("ssfl", "wrong_shape"), ("spafl", "huge"), ("dispfl", "nan"), ("scaffold", "huge"), ("fedtiny", "nan"),
+            ("heterofl", "wrong_shape"),
         )),
     ],
 )  # fmt: skip
