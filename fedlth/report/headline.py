@@ -241,8 +241,8 @@ def honest_notes(results: Results) -> tuple[str, ...]:
             notes.append(f"{seed}{messages} refused or failed ({shown}); bytes counted")
         met = Counter(one.fault for row in facts.rounds for one in row.injected)
         if met:
-            told = ", ".join(f"{fault} {count}" for fault, count in sorted(met.items()))
-            notes.append(f"{seed}faults were put into {_plural(met.total(), 'visit')} on purpose (chaos): {told}")
+            counted = ", ".join(f"{fault} {count}" for fault, count in sorted(met.items()))
+            notes.append(f"{seed}faults were put into {_plural(met.total(), 'visit')} on purpose (chaos): {counted}")
         notes += [
             f"{seed}round {row.round} of {row.phase}: no client could use the global model; rolled back to "
             f"{row.rolled_back_to}"

@@ -83,7 +83,7 @@ def test_an_order_that_comes_twice_is_answered_alike(tmp_path: Path) -> None:
     assert one and one == other
 
 
-@pytest.mark.parametrize("method", ["lotteryfl", "fedselect"])
+@pytest.mark.parametrize("method", ["lotteryfl", pytest.param("fedselect", marks=pytest.mark.long)])
 def test_a_device_that_is_wiped_gets_what_it_needs_again(tmp_path: Path, method: str) -> None:
     """Its mask comes back from the server's copy; what was its alone, and nobody else has, begins anew."""
 

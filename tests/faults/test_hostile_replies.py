@@ -30,7 +30,7 @@ from tests import tiny
 from tests.engines.test_flower_engine import NODES, Loopback, engine_over
 
 MB = 2**20
-BOUND = 24 * MB  # the largest of the messages has 3 MB, and whoever makes it holds it too
+BOUND = 8 * MB  # the largest of the messages has 3 MB, which the test itself makes
 MADE = tiny.of_method("fedavg", federate={"rounds": 2, "clients_per_round": 3})
 BOMB = numbers.compress(np.zeros(4 * MB, np.float32))
 Make = Callable[[np.random.Generator, Reply, Layout], Any]
@@ -141,7 +141,7 @@ KINDS: dict[str, Make] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=[pytest.mark.long, pytest.mark.timeout(3600)])])
 def test_hostile_replies_move_nothing_and_take_little_memory(
     tmp_path: Path, count: int, record_property: Callable[[str, object], None]
 ) -> None:
@@ -173,7 +173,7 @@ def test_hostile_replies_move_nothing_and_take_little_memory(
         states, masks = (stack.enter_context(one.writing(replies.version)) for one in (folder.clients, folder.mirrors))
         tracemalloc.start()
         stack.callback(tracemalloc.stop)
-        began = time.perf_counter()
+        began = time.process_time()
         for i in range(count):
             kind = list(KINDS)[i % len(KINDS)]
             made = KINDS[kind](draw, honest, run.experiment.layout)
@@ -187,12 +187,12 @@ def test_hostile_replies_move_nothing_and_take_little_memory(
             met[kind] = failed.reason
             for told in (replies.failed, replies.rows, replies.times):  # what a round says of each grows with them
                 told.clear()
-        seconds, peak = time.perf_counter() - began, tracemalloc.get_traced_memory()[1]
+        seconds, peak = time.process_time() - began, tracemalloc.get_traced_memory()[1]
         del transport.faults[job.client]
         for sent, answer in engine.map(jobs):
             for contribution in replies.judged(sent, answer, states, masks):
                 rule.add(accumulator, contribution)
-    told = f"{count} hostile replies of {len(met)} kinds: {seconds:.1f} s, peak {peak / MB:.1f} MB"
+    told = f"{count} hostile replies of {len(met)} kinds: {seconds:.1f} CPU s, peak {peak / MB:.1f} MB"
     print(told)
     record_property("told", told)
     assert met.keys() == KINDS.keys() and peak < BOUND, told
