@@ -19,13 +19,17 @@ import torch
 
 from fedlth.engines.forked import usable_cpus
 from fedlth.errors import StudyError, wrong
+from fedlth.methods.client_update import THETA_G
+from fedlth.methods.defence import Defence
 from fedlth.privacy.defended import common_mask, defences
-from fedlth.privacy.label_inference import all_guesses, masks_of, matches
+from fedlth.privacy.label_inference import all_guesses, masks_of, matches, treated
 from fedlth.privacy.measure import AGAIN, Arrays, measured, shadows_of
 from fedlth.privacy.subject import Subject, subject_of
 from fedlth.rng import stream
 from fedlth.storage.audit_records import COARSE, COMMON, NONE, PRIVATE, Audit, Membership, Price, Records
 from fedlth.storage.run_folder import RunFolder
+from fedlth.wire import payload
+from fedlth.wire.payload import Content
 
 log = logging.getLogger(__name__)
 
@@ -152,20 +156,32 @@ def _judged(
     return Audit(
         study=header.study, method=header.method, seed=header.seed, density=subject.density, num_shadows=num_shadows,
         victims=tuple(victims), guesses=tuple(told),
-        prices=tuple(_prices(own, {name: getattr(one, "epsilon", None) for name, one in table.items()})),
+        prices=tuple(_prices(subject, own, table)),
         matches=tuple(matches(plain, masks_of(own, AGAIN, layout.num_prunable))), members=tuple(_members(own)),
         applied=subject.applied, notes=tuple(_notes(subject, own, made)),
     )  # fmt: skip
 
 
-def _prices(victims: Mapping[int, Arrays], epsilons: Mapping[str, float | None]) -> Iterator[Price]:
-    for name in (NONE, *epsilons, COARSE, COMMON, PRIVATE):
+def _prices(subject: Subject, victims: Mapping[int, Arrays], table: Mapping[str, Defence]) -> Iterator[Price]:
+    """Yield what each defence costs each victim; a mask is coded as the run sends it, beside the theta_g that came."""
+    layout, codec, seed = subject.task.layout, subject.experiment.codec, subject.header.seed
+    known = subject.inbox[THETA_G].reference if codec.refers else None
+    plain = masks_of(victims, NONE, layout.num_prunable)
+    for name in (NONE, *table, COARSE, COMMON, PRIVATE):
+        masks = masks_of(victims, name, layout.num_prunable)
+        if name in table:
+            masks = treated(plain, table[name], name, seed, "victim")
+        bits, epsilon = dict(zip(masks.clients, masks.bits, strict=True)), getattr(table.get(name), "epsilon", None)
         for client, arrays in victims.items():
-            if f"price {name}" in arrays:
-                density, size, accuracy = map(float, arrays[f"price {name}"])
-                size = 0.0 if name == COMMON else size  # who has theta_g makes this mask
-                found = None if np.isnan(accuracy) else accuracy
-                yield Price(name, client, density, int(size), found, epsilons.get(name))
+            if f"price {name}" not in arrays:
+                continue
+            found, size = arrays[f"price {name}"], 0
+            if name != COMMON:  # which everybody makes who has theta_g
+                shared = None if name == PRIVATE else known
+                mask = Content(bits[client], None, None)
+                size = len(payload.encode("mask", layout, mask, codec=codec, reference=shared))
+            accuracy = None if np.isnan(found[-1]) else float(found[-1])
+            yield Price(name, client, float(found[0]), size, accuracy, epsilon)
 
 
 def _members(victims: Mapping[int, Arrays]) -> Iterator[Membership]:

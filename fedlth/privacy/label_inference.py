@@ -114,9 +114,9 @@ def all_guesses(
     shuffled = [plain.present[draw.permutation(len(plain.clients))] for _ in range(SHUFFLES)]
     yield from guesses(NONE, SHUFFLED, plain, own, seen[ALL], labels=shuffled)
     for name, defence in table.items():
-        treated = _flipped(plain, defence, name, seed, "shadow"), _flipped(own, defence, name, seed, "victim")
+        pair = treated(plain, defence, name, seed, "shadow"), treated(own, defence, name, seed, "victim")
         for attack, where in both.items():
-            yield from guesses(name, attack, *treated, where)
+            yield from guesses(name, attack, *pair, where)
     for name in (COARSE, PRIVATE):
         pair = masks_of(shadows, name, size), masks_of(victims, name, size)
         for attack, where in both.items():
@@ -125,7 +125,8 @@ def all_guesses(
         yield from guesses(COMMON, attack, _same(plain, common), _same(own, common), where)
 
 
-def _flipped(masks: Masks, defence: Defence, name: str, seed: int, kind: str) -> Masks:
+def treated(masks: Masks, defence: Defence, name: str, seed: int, kind: str) -> Masks:
+    """Return masks as a defence leaves them, each in its client's own stream."""
     bits = [
         flipped(defence, name, row, seed, kind, client) for client, row in zip(masks.clients, masks.bits, strict=True)
     ]

@@ -25,8 +25,6 @@ from fedlth.training.flat_model import FlatModel
 from fedlth.training.loss import CrossEntropy
 from fedlth.training.metrics import METRICS
 from fedlth.training.task import Task
-from fedlth.wire import payload
-from fedlth.wire.payload import Content
 
 Arrays = dict[str, np.ndarray]
 PRESENT, AGAIN = "present", "second search"
@@ -103,14 +101,13 @@ def _private_mask(subject: Subject, task: Task, client: int, stage: str) -> np.n
 
 
 def _price(subject: Subject, step: Step2, mask: np.ndarray) -> np.ndarray:
-    """Return density, bytes of the coded mask, and test accuracy (NaN where the training diverged), (3,) float64."""
+    """Return density, and test accuracy (NaN where the training diverged), (2,) float64."""
     result, local = subject.under(step, mask), step.local
     accuracy = math.nan
     if not result.diverged:
         part = local.task.part(local.client, "test")
         accuracy = local.evaluate(result.params, part, (METRICS["accuracy"],)).metrics["accuracy"]
-    sent = payload.encode("mask", local.task.layout, Content(mask, None, None), codec=subject.experiment.codec)
-    return np.array([np.count_nonzero(mask) / mask.size, len(sent), accuracy])
+    return np.array([np.count_nonzero(mask) / mask.size, accuracy])
 
 
 def _losses(subject: Subject, step: Step2, client: int) -> Arrays:
