@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fedlth.version import VERSION
+
 if TYPE_CHECKING:
     from fedlth.api import check, load, load_small, load_ticket, resume, run, save_small
     from fedlth.data.dataset import Dataset
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from fedlth.study.schema import Study
     from fedlth.tickets.evidence import Evidence
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _HOMES = {
     "check": "api", "load": "api", "load_small": "api", "load_ticket": "api", "resume": "api", "run": "api",

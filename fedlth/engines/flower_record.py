@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedlth import __version__
+from fedlth import version
 from fedlth.federation.jobs import Failure, Job, Message, Reply
 from fedlth.wire.payload import VERSION
 
@@ -24,7 +24,7 @@ HEAD, BODY, OWN, CHUNKED = "head", "b", "p", "a"
 CHUNKED_ABOVE = 1_000_000
 LONGEST_HEAD, MOST_MESSAGES, LONGEST_NAME = 1 << 19, 1000, 100  # a client has at most so many neighbours
 KINDS = ("raised", "died", "hung", "memory", "lost")
-SPEAKS = f"{__version__}/{VERSION}"  # what both ends must have: of other code nobody promises equal results
+SPEAKS = f"{version.VERSION}/{VERSION}"  # what both ends must have: of other code nobody promises equal results
 
 
 class OtherVersion(ValueError):
