@@ -154,15 +154,16 @@ def fit(module: nn.Module, fits: Mapping[str, Fit], state: Mapping[str, Tensor])
         _resize(part.layer if isinstance(part, Chosen) else part, own)
 
 
-def _resize(part: Any, own: Fit) -> None:
+def _resize(layer: nn.Module, own: Fit) -> None:
     """Let a layer know its sizes."""
-    if isinstance(part, nn.Linear):
+    part: Any = layer  # attributes that their types say are numbers, of a file that may say otherwise
+    if isinstance(layer, nn.Linear):
         part.in_features, part.out_features = own.inputs, own.outputs
-    elif isinstance(part, nn.Embedding):
+    elif isinstance(layer, nn.Embedding):
         part.embedding_dim = own.outputs
-    elif isinstance(part, CHANNEL_NORMS):
+    elif isinstance(layer, CHANNEL_NORMS):
         part.num_features = own.outputs
-    elif isinstance(part, nn.GroupNorm):
+    elif isinstance(layer, nn.GroupNorm):
         part.num_channels, part.num_groups = own.outputs, own.groups
     elif own.inputs is None:  # each channel alone
         part.in_channels = part.out_channels = part.groups = own.outputs

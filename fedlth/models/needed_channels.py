@@ -106,8 +106,7 @@ def _pads(part: Any) -> bool:
 
 def _blocks(values: np.ndarray, count: int) -> np.ndarray:
     """Return whether any of each of `count` equal blocks is True."""
-    found: np.ndarray = values.reshape(count, -1).any(1)
-    return found
+    return np.asarray(values.reshape(count, -1).any(1))
 
 
 def _spread(values: np.ndarray, size: int) -> np.ndarray:
@@ -199,7 +198,7 @@ class _Needs(Reader):
             reads = matrix(part)
             if reads is not None:
                 return np.asarray(reads[wanted].any(0))
-            return wanted & (part.weight.detach().flatten(1) != 0).any(1).numpy()
+            return np.asarray(wanted & (part.weight.detach().flatten(1) != 0).any(1).numpy())
         if isinstance(part, nn.GroupNorm):  # statistics of a group are of all its channels
             return _spread(_blocks(wanted, part.num_groups), size)
         if isinstance(part, nn.LayerNorm):
@@ -246,10 +245,10 @@ class _Needs(Reader):
         least = np.min(values, axis=0)
         best = int(np.argmax(np.where(soft, least, 0)))
         if not least[best] > 0:
-            return soft
+            return np.asarray(soft)
         for own in rims:
             own.into = best
-        return np.arange(kept.size) == best
+        return np.asarray(np.arange(kept.size) == best)
 
     def _settled(self, own: _Reads, stay: Mapping[int, np.ndarray]) -> Weighted:
         reads, level = self._over(own.source, stay), self.level[own.source]
@@ -308,14 +307,14 @@ def _of_layer(part: Any, fixed: np.ndarray, zero: np.ndarray) -> np.ndarray:
     if isinstance(part, WEIGHTED):
         plain, reads = zero if _pads(part) else fixed, matrix(part)
         if reads is None:
-            return plain | (part.weight.detach().flatten(1) == 0).all(1).numpy()
+            return np.asarray(plain | (part.weight.detach().flatten(1) == 0).all(1).numpy())
         return np.asarray(~reads[:, ~plain].any(1))
     if isinstance(part, (nn.Embedding, nn.LayerNorm)):
         return np.zeros(1, bool)
     if isinstance(part, (*CHANNEL_NORMS, nn.GroupNorm)):
         groups = part.num_groups if isinstance(part, nn.GroupNorm) else fixed.size
-        still = _spread(fixed.reshape(groups, -1).all(1), fixed.size)
-        return still if part.weight is None else still | (part.weight.detach() == 0).numpy()
+        still = _spread(np.asarray(fixed.reshape(groups, -1).all(1)), fixed.size)
+        return still if part.weight is None else np.asarray(still | (part.weight.detach() == 0).numpy())
     if isinstance(part, AVERAGES) and any(np.ravel(part.padding)):
         return zero
     return fixed
