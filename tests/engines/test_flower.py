@@ -262,6 +262,7 @@ def test_flwr_run_equals_the_in_process_run(tmp_path: Path, flwr_home: dict[str,
     assert_equal(tmp_path / "inprocess", tmp_path / "flwr")
 
 
+@pytest.mark.long
 def test_a_meter_under_flwr_run_equals_the_ledger(tmp_path: Path, flwr_home: dict[str, str]) -> None:
     """The documented command: an app around fedlth's that serialises every message itself."""
     app = ROOT / "benchmarks" / "meter"

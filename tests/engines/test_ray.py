@@ -171,6 +171,7 @@ class TestOnOneRay:
         here = run(study_of(**settings), tmp_path / "here")
         assert [f for f in EQUAL if (here / f).read_bytes() != (tmp_path / "there" / f).read_bytes()] == []
 
+    @pytest.mark.long
     def test_a_cluster_that_others_hold_is_said_at_once(self) -> None:
         """Rows 41 and 42: what is taken, and how many workers have a place at all."""
         import ray
