@@ -14,15 +14,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedlth import cli
 from fedlth.deploy.check import check
 from fedlth.deploy.folder import Folder
 from fedlth.deploy.live import ask
 from fedlth.deploy.settings import Settings, read_settings
+from fedlth.experiment.saved_ticket import load_ticket
 from fedlth.report.diff import diff, notes
 from fedlth.study import schema
 from tests import tiny
+from tests.engines import test_own_data
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3000)]
 ROOT = Path(__file__).parents[2]
@@ -91,12 +94,14 @@ def started_under(root: Path) -> list[int]:
     return found
 
 
-def test_a_federation_on_loopback_equals_the_in_process_run(tmp_path: Path) -> None:
+def federated(tmp_path: Path, words: list[str], prepare: Callable[[int, Path], None] = lambda *_: None) -> Path:
+    """Make a federation, run its study on three devices, end everything; return the run's folder.
+
+    `prepare` puts into a device's folder, by its number, what only that device has.
+    """
     folder = Folder(tmp_path / "fed")
     port = str(free_ports())
-    study = str(ROOT / "configs" / "smoke.yaml")
-    words = ["--study", study, "--devices", str(DEVICES), "--port", port, *STUDY.split()]
-    assert cli.main(["deploy", "init", str(folder.root), *words]) == 0
+    assert cli.main(["deploy", "init", str(folder.root), "--devices", str(DEVICES), "--port", port, *words]) == 0
     settings = read_settings(folder.root)
     programs: list[subprocess.Popen[bytes]] = []
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
@@ -122,6 +127,7 @@ def test_a_federation_on_loopback_equals_the_in_process_run(tmp_path: Path) -> N
         said(folder.root / "register.sh")
         for number in range(DEVICES):  # as if to another machine: nothing in it may depend on where it lies
             shutil.move(folder.device(number), tmp_path / f"moved-{number}")
+            prepare(number, tmp_path / f"moved-{number}")
             start(tmp_path / f"moved-{number}" / "start.sh")
         for device_port in settings.device_ports:
             wait_for("SuperNode", lambda port=device_port: not free(port), programs)
@@ -133,11 +139,33 @@ def test_a_federation_on_loopback_equals_the_in_process_run(tmp_path: Path) -> N
         pids = {name: int((folder.root / f"{name}.pid").read_text()) for name in ("superlink", "gate")}
         assert list(pids.values()) == [program.pid for program in programs[:2]]
     assert not started_under(tmp_path)
-    tiny.run(schema.load(folder.study), tmp_path / "inprocess")
+    return out
+
+
+def test_a_federation_on_loopback_equals_the_in_process_run(tmp_path: Path) -> None:
+    out = federated(tmp_path, ["--study", str(ROOT / "configs" / "smoke.yaml"), *STUDY.split()])
+    tiny.run(schema.load(tmp_path / "fed" / "app" / "study.yaml"), tmp_path / "inprocess")
     assert diff(tmp_path / "inprocess", out) == []
     assert [note for note in notes(tmp_path / "inprocess", out) if f"{DEVICES} tickets stay on their devices" in note]
     for number in range(DEVICES):
         assert list((tmp_path / f"moved-{number}" / "state").rglob("personalise-*"))
+
+
+def test_devices_with_data_that_nobody_else_has_equal_the_simulation(tmp_path: Path) -> None:
+    """Each device's ticket is a file of its own that predicts as the simulation's does."""
+    study = test_own_data.study(test_own_data.devices(tmp_path / "data"), federate={"rounds": 1})
+    (tmp_path / "study.yaml").write_text(schema.dump(study))
+    tiny.run(study, tmp_path / "simulation")
+    away = (tmp_path / "data").rename(tmp_path / "away")
+    out = federated(
+        tmp_path, ["--study", str(tmp_path / "study.yaml")],
+        lambda number, folder: None if shutil.copytree(away / str(number), folder / "data") else None,
+    )  # fmt: skip
+    assert diff(tmp_path / "simulation", out) == []
+    for number in range(DEVICES):
+        (file,) = (tmp_path / f"moved-{number}" / "state").glob(f"*/client-{number:04d}.safetensors")
+        own, simulated = load_ticket(file).state_dict(), load_ticket(tmp_path / "simulation", number).state_dict()
+        assert all(torch.equal(own[name], simulated[name]) for name in simulated)
 
 
 def refused_at_the_gate(folder: Folder, settings: Settings, env: dict[str, str]) -> None:
