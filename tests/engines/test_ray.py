@@ -158,6 +158,7 @@ class TestOnOneRay:
         assert {row["client"] for row in rows(out, "metrics")} == {0, 1}
         assert all(row["worker"] for row in rows(out, "times") if row["client"] is not None)
 
+    @pytest.mark.long
     def test_work_lost_with_its_worker_is_done_again_and_equals_in_process(self, tmp_path: Path) -> None:
         """Row 40: kill -9 of the worker's process."""
         marker = tmp_path / "killed"

@@ -31,6 +31,7 @@ def test_an_address_without_ray_is_said(address: str, said: str) -> None:
         map_one(study_of(engine="ray", ray={"address": address}))
 
 
+@pytest.mark.long
 def test_a_driver_that_ends_leaves_no_process(tmp_path: Path) -> None:
     """Both while a worker hangs, since one that does not answer is the hardest to end."""
     # Ctrl-C in a terminal goes to the whole group; kill -9 to one process.

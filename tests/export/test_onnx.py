@@ -124,9 +124,7 @@ def test_no_model_of_the_registry_is_left_out() -> None:
     assert set(MODELS) <= {name.partition(",")[0] for name in CASES}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name == "outside" else pytest.mark.long) for name in CASES]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) for name in CASES])
 def test_onnxruntime_predicts_what_torch_does(name: str, tmp_path: Path) -> None:
     given = CASES[name]()
     written = onnx(given, tmp_path)

@@ -87,7 +87,7 @@ def test_random_networks_are_arranged_inside(seed: int) -> None:
         check_bounds(lay_out(table, lanes), lanes, table.num_params)
 
 
-@pytest.mark.parametrize("density", [None, 0.3])
+@pytest.mark.parametrize("density", [pytest.param(None, marks=pytest.mark.long), 0.3])
 def test_nothing_is_written_between_the_maps(density: float | None) -> None:
     torch.manual_seed(0)
     first = nn.Sequential(nn.AvgPool2d(2), nn.ReLU(), nn.GroupNorm(1, 1, affine=False), nn.Conv2d(1, 4, 3, padding=1))

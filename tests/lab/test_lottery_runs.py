@@ -43,6 +43,7 @@ def test_twice_gives_the_same_bytes_and_another_seed_does_not(tmp_path: Path) ->
     assert one == tiny.run(tmp_path / "one", **sections)  # and a finished run is left as it is
 
 
+@pytest.mark.long
 def test_two_workers_give_what_one_gives(tmp_path: Path) -> None:
     one = tiny.run(tmp_path / "one", arms={"reinit": ARMS["reinit"]}, seeds=[0, 1])
     two = tiny.run(tmp_path / "two", arms={"reinit": ARMS["reinit"]}, seeds=[0, 1], workers=2)
