@@ -148,7 +148,10 @@ def test_the_command_writes_what_it_says(
     card = " ".join(privacy_card(read_group(folder)))
     assert "Audit of seed 0: from the bits of a ticket's mask alone an attacker names 100.0 % of the client's" in card
     assert "Personal masks, where a client finds a ticket at the end, stay with it" in card
-    assert "header.json holds every client's label counts" in card and "Defence of masks: none" in card
+    assert (
+        "metrics.jsonl holds every client's results, header.json its label counts, state/" in card
+        and "Defence of masks: none" in card
+    )
     assert "Not audited" in " ".join(privacy_card(read_group(copied(run, tmp_path / "other"))))
 
 

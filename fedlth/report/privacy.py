@@ -70,10 +70,15 @@ def _unprotected(facts: Facts) -> Iterator[str]:
         if header.defence
         else "Defence of masks: none (privacy.mask)."
     )
-    yield (
-        "Who reads this run's folder reads more: header.json holds every client's label counts, metrics.jsonl its "
-        "results, state/ and tickets/ its mask and values."
+    held = ["metrics.jsonl holds every client's results"]
+    if any(header.client_labels):  # of data that live with the clients (data.own) a server has none
+        held.append("header.json its label counts")
+    held.append(
+        "devices/ its mask and values, where it was on this machine"
+        if header.engine == "flower"
+        else "state/ and tickets/ its mask and values"
     )
+    yield f"Who reads this run's folder reads more: {', '.join(held)}."
 
 
 def _audited(facts: Facts) -> Iterator[str]:
