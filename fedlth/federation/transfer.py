@@ -109,7 +109,7 @@ class Matrix:
         self.experiment = Experiment.of(folder.study().model_copy(update={"cohort": 1}))
         self.folder, self.progress = folder, folder.progress()
         self.header = _checked(folder, self.experiment)
-        self.states = _states(folder, self.header)
+        self.states = ticket_states(folder, self.header)
         self.targets = tuple(sorted(set(clients))) or tuple(self.states)
         missing = [client for client in self.targets if client not in self.states]
         if missing or not self.targets:
@@ -239,7 +239,7 @@ def _checked(folder: RunFolder, experiment: Experiment) -> Header:
     return header
 
 
-def _states(folder: RunFolder, header: Header) -> dict[int, ClientState]:
+def ticket_states(folder: RunFolder, header: Header) -> dict[int, ClientState]:
     """Return the states of the clients that have a ticket; hostile ones are left out, as of a report."""
     store, versions = folder.devices if header.engine == "flower" else folder.clients, folder.progress().versions
     found = {}

@@ -18,7 +18,7 @@ from fedlth.experiment.experiment import Experiment
 from fedlth.experiment.mask_defence import defence_of
 from fedlth.federation.downloads import broadcast
 from fedlth.federation.rounds import STEP_2
-from fedlth.federation.transfer import KNOWN_STARTS
+from fedlth.federation.transfer import KNOWN_STARTS, ticket_states
 from fedlth.kernel import kernel
 from fedlth.methods.client_update import THETA_G, Inbox
 from fedlth.models.layout import Params
@@ -224,15 +224,8 @@ def _checked(folder: RunFolder, experiment: Experiment) -> Header:
 
 
 def _states(folder: RunFolder, header: Header) -> dict[int, ClientState]:
-    """Return the states of the clients that have a ticket; hostile ones are left out, as of a report."""
-    store, versions = folder.devices if header.engine == "flower" else folder.clients, folder.progress().versions
-    found = {}
-    for client in range(header.num_clients):
-        version = versions.get(str(client), "")
-        if version and client not in header.hostile and store.has(client, version):
-            state = ClientState.from_bytes(store.get(client, version) or b"")
-            if "ticket" in state.masks:
-                found[client] = state
+    """Return the states of the clients that have a ticket; two at least, since one cannot be told from others."""
+    found = ticket_states(folder, header)
     if len(found) < 2:
         raise StudyError(f"{folder.root}: must have tickets of two clients at least, got {len(found)}")
     return found
