@@ -11,6 +11,7 @@ import numpy as np
 
 from fedlth.data.split import ClientSplit
 from fedlth.federation.jobs import Reply
+from fedlth.federation.ranges import Range, check_range
 from fedlth.methods.aggregate import Contribution
 from fedlth.methods.client_update import NEXT_MASK, UPDATE
 from fedlth.models.layout import Layout
@@ -31,14 +32,18 @@ from fedlth.wire.reference import Reference
 class Accepted:
     """A reply that passed every check: an update's contribution, a visit's numbers, rows of step 2 as sent.
 
-    `masks` are those of each message with a mask, by name.
+    `contents` are its messages but the metrics, by name.
     """
 
     contribution: Contribution | None = None
-    masks: Mapping[str, np.ndarray] = field(default_factory=dict)
+    contents: Mapping[str, Content] = field(default_factory=dict)
     visit: VisitRecord | None = None
     rows: tuple[dict[str, Any], ...] = ()
     curve: tuple[CurveRow, ...] = ()
+
+    @property
+    def masks(self) -> Mapping[str, np.ndarray]:
+        return {name: content.mask for name, content in self.contents.items()}
 
     @property
     def mask(self) -> np.ndarray | None:
@@ -59,8 +64,8 @@ class Asked:
     """What a reply must fit.
 
     The client's own parts of the data; in step 2, the arms and their target densities, and what tensors are prunable;
-    the messages that its phase's update sends, by name: kind and layout. `named`: the mask that comes up is that of a
-    model in the rows. `own_mask`: values may lie under another mask than what was sent. `curve`: the rows are those of
+    the messages that its phase's update sends, by name: kind and layout. `ranges`: what their numbers may be, by name, where
+    not anything. `named`: the mask that comes up is that of a model in the rows. `own_mask`: values may lie under another mask than what was sent. `curve`: the rows are those of
     an evaluation between rounds. `keep` is the rule that says which ticket a client of this `tier` keeps, of a task
     `judged` so.
     """
@@ -72,6 +77,7 @@ class Asked:
     arms: frozenset[str] = frozenset()
     targets: frozenset[float] = frozenset()
     layers: frozenset[str] = frozenset()
+    ranges: Mapping[str, Range] = field(default_factory=dict)
     named: bool = True
     curve: bool = False
     keep: Keep | None = None
@@ -107,19 +113,22 @@ def accept(reply: Reply, *, codec: Codec, held: Held, asked: Asked) -> Accepted:
         if name not in contents:
             raise PayloadError(f"no {kind} came")
         _check_content(contents[name], kind, held, asked)
+        if name in asked.ranges:
+            check_range(name, contents[name], asked.ranges[name], asked.sends[name][1])
     contents = {name: contents[name] for name in asked.sends}  # in our order, whatever the sender's
-    masks = {name: content.mask for name, content in contents.items()}
     first = next(iter(contents.values()), None)
     try:
         if asked.arms:
             if asked.curve:
                 return Accepted(curve=_curve(record, reply, asked))
-            return Accepted(masks=masks, rows=_rows(record, first, reply, asked))
+            return Accepted(contents=contents, rows=_rows(record, first, reply, asked))
         visit = visit_record(record)
         if visit.num_examples != len(asked.split.train):
             raise ValueError(f"num_examples must be {len(asked.split.train)}, got {visit.num_examples}")
         if visit.val_accuracy is not None and not asked.judged.has_accuracy:
             raise ValueError("val_accuracy was not asked for: the targets are real numbers")
+        if visit.val_metric is not None:
+            _check_metrics("val_metric", {asked.judged.main.name: visit.val_metric}, asked.judged)
         if visit.val_metric is not None and asked.judged.main.name == "accuracy":
             raise ValueError("val_metric was not asked for: the study is judged by accuracy")
     except ValueError as error:
@@ -127,7 +136,7 @@ def accept(reply: Reply, *, codec: Codec, held: Held, asked: Asked) -> Accepted:
     if first is None:
         return Accepted(visit=visit)
     others = {name: content for name, content in contents.items() if content is not first}
-    return Accepted(Contribution(reply.client, visit.num_examples, first, others), masks, visit)
+    return Accepted(Contribution(reply.client, visit.num_examples, first, others), contents, visit)
 
 
 def _check_content(content: Content, kind: str, held: Held, asked: Asked) -> None:
@@ -206,6 +215,15 @@ def _check_scores(row: MetricRow | CurveRow, asked: Asked) -> None:
         names = asked.judged.named if size else ()
         if others.keys() != set(names):
             raise ValueError(f"{part}_metrics must name {', '.join(names) or 'nothing'}, got {_short(others)}")
+        _check_metrics(f"{part}_metrics", others, asked.judged)
+
+
+def _check_metrics(place: str, values: Mapping[str, float], judged: Judged) -> None:
+    """Raise ValueError at a value that its metric cannot have: balanced accuracy 5.0 would be shown as 500 %."""
+    for metric in judged.all:
+        least, most = metric.range
+        if metric.name in values and not least <= values[metric.name] <= most:
+            raise ValueError(f"{place}: {metric.name} must be in [{least:g}, {most:g}], got {values[metric.name]:.6g}")
 
 
 def _check_choice(rows: Sequence[MetricRow], content: Content | None, asked: Asked) -> None:

@@ -19,7 +19,8 @@ from fedlth.federation.door import Accepted, Asked, accept
 from fedlth.federation.downloads import Downloads
 from fedlth.federation.fleet import Clock
 from fedlth.federation.jobs import RESYNC, Answers, Failure, Job, Message, Reply
-from fedlth.federation.update_norms import Distances, UpdateNorms
+from fedlth.federation.ranges import ranges_of
+from fedlth.federation.update_norms import Sizes, UpdateNorms
 from fedlth.methods.aggregate import Contribution
 from fedlth.methods.client_update import UPDATE, sends_in
 from fedlth.methods.method import Phase
@@ -44,7 +45,7 @@ class Arrived:
     answer: Reply | Failure
     kind: str
     got: Accepted | PayloadError | None
-    distances: Distances | None = None
+    sizes: Sizes | None = None
     seconds: float | None = None
     late: str = ""
 
@@ -175,13 +176,13 @@ class Replies:
         """Check an answer, and yield what may be joined; the first updates of a phase wait for a majority."""
         self._waiting.append(self._opened(job, answer))
         # A first majority must be there before anyone is held against it: two updates wait for a third.
-        updates = [one.distances for one in self._waiting if one.distances is not None]
+        updates = [one.sizes for one in self._waiting if one.sizes is not None]
         if not updates or self.norms.known(updates):
             yield from self.rest(states, masks)
 
     def rest(self, states: Writer, masks: Writer) -> Iterator[Contribution]:
         """Yield what still waits, in client order: ledger rows of each answer, and what was accepted."""
-        updates = [one.distances for one in self._waiting if one.distances is not None]
+        updates = [one.sizes for one in self._waiting if one.sizes is not None]
         while self._waiting:
             one = self._waiting.pop(0)
             job, answer, got = one.job, one.answer, one.got
@@ -197,9 +198,9 @@ class Replies:
             if isinstance(answer, Failure):
                 self.rows.append(ledger_rows.failed(self.round, self.phase.name, answer))
                 continue
-            if isinstance(got, Accepted) and one.distances is not None:
+            if isinstance(got, Accepted) and one.sizes is not None:
                 try:
-                    self.norms.check(one.distances, updates)
+                    self.norms.check(one.sizes, updates)
                 except PayloadError as error:
                     got = error
             if not isinstance(got, Accepted):
@@ -214,9 +215,9 @@ class Replies:
             self._keep(answer, got, states, masks)
             if self.experiment.population.looks_for_outliers(self.phase) and got.mask is not None:
                 self.shared[job.client] = got.mask
-            if one.distances is not None:
-                self.norms.accept(one.distances)
-                updates.remove(one.distances)
+            if one.sizes is not None:
+                self.norms.accept(one.sizes)
+                updates.remove(one.sizes)
             if got.contribution:
                 yield got.contribution
 
@@ -256,10 +257,10 @@ class Replies:
                 raise PayloadError(f"client {answer.client} answered for client {job.client}")
             held = self.downloads.held(job.client, job.inbox)
             got = accept(answer, codec=self.experiment.codec, held=held, asked=self._asked(job.client))
-            late = self.clock.late(seconds)
-            update = got.contribution.content if got.contribution and self._sends_state and not late else None
-            distances = self.norms.distances(update) if update else None
-            return Arrived(job, answer, kind, got, distances, seconds, late)
+            late, numbers = self.clock.late(seconds), any(c.floats is not None for c in got.contents.values())
+            joins = got.contribution is not None and numbers and not late
+            sizes = self.norms.sizes(got.contents, moves_state=self._sends_state) if joins else None
+            return Arrived(job, answer, kind, got, sizes, seconds, late)
         except PayloadError as error:
             return Arrived(job, replace(answer, client=job.client), kind, error, seconds=seconds)
 
@@ -305,7 +306,7 @@ class Replies:
         return Asked(
             split=experiment.task.splits.clients[0], unseen=False, own_mask=phase.own_mask,
             sends={name: (kind, experiment.message_layout(phase, name, kind)) for name, kind in sends},
-            arms=frozenset(arms),
+            ranges=ranges_of(experiment, phase, self.round), arms=frozenset(arms),
             targets=frozenset((1.0, *experiment.study.finder.densities)),
             keep=None if phase.name == HANDED else experiment.keep, curve=phase.evaluates,
         )  # fmt: skip

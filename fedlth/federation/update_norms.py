@@ -1,11 +1,18 @@
-"""How far an update may lie from the state it began with, held against those accepted before it.
+"""How large the numbers of an answer may be, held against those accepted before it.
 
-A guard against damage, not against skill: one client whose numbers are finite but absurd costs only itself. An update
-is refused when its L2 distance from the global state is above both FACTOR times the median of the accepted ones and
-OF_STATE times the norm of the global state itself. Parameters and buffers are held apart: running statistics are on
-the scale of the data. What honest clients differ by stays far within: steps in one visit (each adds at most the rate
-times a gradient), how far each has converged (which makes the median small; hence the second bound), and rewinds,
-whose distance is at most a few norms of the model. docs/decisions.md has what was measured.
+A guard against damage, not against skill: one client whose numbers are finite but absurd costs only itself.
+
+The new state that an update holds is judged by its L2 distance from the global state: refused when that is above both
+FACTOR times the median of the accepted ones and OF_STATE times the norm of the global state itself. Parameters and
+buffers are held apart: running statistics are on the scale of the data. What honest clients differ by stays far within:
+steps in one visit (each adds at most the rate times a gradient), how far each has converged (which makes the median
+small; hence the second bound), and rewinds, whose distance is at most a few norms of the model.
+
+All else that is summed or ranked (changes of a control variate, scores, statistics) is judged by its own L2 norm, each
+message by those of its name. Clients differ by far more there, squared gradients by how far each has converged; hence
+the wider bounds. docs/decisions.md has what was measured.
+
+No majority is believed at any size: what all clients of a first round send may be absurd too.
 """
 
 from __future__ import annotations
@@ -17,6 +24,7 @@ from functools import cached_property
 
 import numpy as np
 
+from fedlth.methods.client_update import UPDATE
 from fedlth.models.layout import Layout, Params
 from fedlth.wire.errors import PayloadError
 from fedlth.wire.payload import Content
@@ -25,6 +33,9 @@ FACTOR = 100.0
 OF_STATE = 10.0
 ENOUGH = 3  # with fewer distances known there is no majority to be held against
 ALONE = 1e4  # times the state's norm: all that can then be said
+TOGETHER = 1e6  # times the state's norm: whatever the others sent
+STATISTICS = 1e12  # times the norm of a state's buffers, alone and together: of unscaled data they may be large
+OTHERS, FREE, MOST = 1e6, 1e6, 1e12  # of all else: times the median; a mean size below which all passes; one never
 WINDOW = 101  # how many of the last accepted distances make the median
 MOST_COUNTED = 2**40  # how far one visit may move a counter (num_batches_tracked)
 GROUPS = ("parameters", "buffers")
@@ -32,13 +43,36 @@ GROUPS = ("parameters", "buffers")
 Distances = Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What is judged of one answer: by group (GROUPS, or a message's name) its norm; of messages, how many numbers."""
+
+    norms: Distances
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
 @dataclass
 class UpdateNorms:
-    """The distances that were accepted in this phase, oldest first, by group, and the state that this round sent."""
+    """The norms that were accepted in this phase, oldest first, by group, and the state that this round sent."""
 
     theta: Params
     layout: Layout
     accepted: dict[str, list[float]] = field(default_factory=dict)
+
+    def sizes(self, contents: Mapping[str, Content], *, moves_state: bool) -> Sizes:
+        """Return the norms of an answer's messages that have numbers; `moves_state`: UPDATE is the state, moved.
+
+        Raises PayloadError where a counter moved further than any visit counts.
+        """
+        norms, counts = dict[str, float](), dict[str, int]()
+        for name, content in contents.items():
+            if content.floats is None:
+                continue
+            if name == UPDATE and moves_state:
+                norms |= self.distances(content)
+            else:
+                norms[name], counts[name] = _norm(content.floats), content.floats.size
+        return Sizes(norms, counts)
 
     def distances(self, content: Content) -> Distances:
         """Return the L2 distances of an update from the state, over the coordinates that it carries.
@@ -53,33 +87,42 @@ class UpdateNorms:
             away[: content.mask.size] *= content.mask
         return self._norms(away)
 
-    def known(self, more: Sequence[Distances] = ()) -> bool:
-        """Say whether there are enough distances for a median, `more` counted in."""
-        return len(self.accepted.get(GROUPS[0], ())) + len(more) >= ENOUGH
+    def known(self, more: Sequence[Sizes] = ()) -> bool:
+        """Say whether there are enough norms for a median in every group that `more` have, these counted in."""
+        groups = {group for one in more for group in one.norms} or {GROUPS[0]}
+        return all(len(self._of(group, more)) >= ENOUGH for group in groups)
 
-    def check(self, distances: Distances, more: Sequence[Distances] = ()) -> None:
-        """Raise PayloadError at an absurd update; `more` are those that wait with it for a first majority."""
-        for group, distance in distances.items():
-            state, size = self._state[group], math.sqrt(self.layout.num_params)
-            if self.known(more):
-                median = float(np.median([*self.accepted.get(group, ()), *(m[group] for m in more)]))
-                most = max(FACTOR * median, OF_STATE * max(state, 0.01 * size))
-                why = (
-                    f"{FACTOR:g} times the median {median:.2g} of others, or {OF_STATE:g} times the model's {state:.2g}"
-                )
-            elif group == "parameters":
-                most, why = ALONE * max(state, size), "with few others to compare"
+    def check(self, sizes: Sizes, more: Sequence[Sizes] = ()) -> None:
+        """Raise PayloadError at absurd numbers; `more` are those that wait with them for a first majority."""
+        for group, norm in sizes.norms.items():
+            others = self._of(group, more)
+            median = float(np.median(others)) if len(others) >= ENOUGH else None
+            if group in GROUPS:
+                self._check_state(group, norm, median)
             else:
-                continue  # statistics of unscaled data may be anything
-            if not distance <= most:
-                raise PayloadError(
-                    f"update: its {group} must be within {most:.2g} of what was sent ({why}), got {distance:.2g}"
-                )
+                _check_other(group, norm, sizes.counts[group], median)
 
-    def accept(self, distances: Distances) -> None:
-        """Keep the distances of an update that was accepted."""
-        for group, distance in distances.items():
-            self.accepted[group] = [*self.accepted.get(group, ()), distance][-WINDOW:]
+    def _check_state(self, group: str, distance: float, median: float | None) -> None:
+        state, size = self._state[group], math.sqrt(self.layout.num_params)
+        alone, together = (ALONE, TOGETHER) if group == "parameters" else (STATISTICS, STATISTICS)
+        most, why = alone * max(state, size), "with few others to compare"
+        if median is not None:
+            most = max(FACTOR * median, OF_STATE * max(state, 0.01 * size))
+            why = f"{FACTOR:g} times the median {median:.2g} of others, or {OF_STATE:g} times the model's {state:.2g}"
+            if most > together * max(state, size):
+                most, why = together * max(state, size), "whatever others send"
+        if not distance <= most:
+            raise PayloadError(
+                f"update: its {group} must be within {most:.2g} of what was sent ({why}), got {distance:.2g}"
+            )
+
+    def accept(self, sizes: Sizes) -> None:
+        """Keep the norms of an answer that was accepted."""
+        for group, norm in sizes.norms.items():
+            self.accepted[group] = [*self.accepted.get(group, ()), norm][-WINDOW:]
+
+    def _of(self, group: str, more: Sequence[Sizes]) -> list[float]:
+        return [*self.accepted.get(group, ()), *(one.norms[group] for one in more if group in one.norms)]
 
     @cached_property
     def _state(self) -> Distances:
@@ -87,6 +130,18 @@ class UpdateNorms:
 
     def _norms(self, floats: np.ndarray) -> dict[str, float]:
         cut = self.layout.num_params
-        with np.errstate(over="ignore"):  # beyond float32 is beyond any limit
-            parts = [float(np.dot(part, part)) for part in (floats[:cut], floats[cut:])]
-        return {group: math.sqrt(part) for group, part in zip(GROUPS, parts, strict=True)}
+        return {group: _norm(part) for group, part in zip(GROUPS, (floats[:cut], floats[cut:]), strict=True)}
+
+
+def _check_other(name: str, norm: float, count: int, median: float | None) -> None:
+    size = math.sqrt(count)
+    most, why = MOST * size, "with few others to compare" if median is None else "whatever others send"
+    if median is not None and (fits := max(OTHERS * median, FREE * size)) < most:
+        most, why = fits, f"{OTHERS:g} times the median {median:.2g} of others"
+    if not norm <= most:
+        raise PayloadError(f"{name}: its norm must be within {most:.2g} ({why}), got {norm:.2g}")
+
+
+def _norm(floats: np.ndarray) -> float:
+    with np.errstate(over="ignore"):  # beyond float32 is beyond any limit
+        return math.sqrt(float(np.dot(floats, floats)))

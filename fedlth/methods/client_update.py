@@ -41,8 +41,9 @@ class Update:
 class ClientUpdate(Protocol):
     """A phase's client side; a frozen value. `sends` are (name, kind) of what it sends up.
 
-    Two more methods may say more: `skips(round)` names what of it is not sent in a round, never all of it;
-    `layout(name, task)` is the layout of a message of kind statistics, which no kind decides.
+    Three more methods may say more: `skips(round)` names what of it is not sent in a round, never all of it;
+    `layout(name, task)` is the layout of a message of kind statistics, which no kind decides; `range(name, task)` the
+    least and the most that each number of a message can honestly be, None where it can be anything.
     """
 
     @property

@@ -96,6 +96,11 @@ class Measure:
     def layout(self, name: str, task: Task, /) -> Layout:
         return numbers_layout(name, self.pool.count * _statistics(task))
 
+    def range(self, name: str, task: Task, /) -> tuple[np.ndarray, float]:
+        """Return what statistics may be: variances are at least 0."""
+        least = np.where(task.exchange.variances[_buffers(task.exchange)], 0.0, -np.inf)
+        return np.tile(least, self.pool.count), np.inf
+
     def passes(self, task: Task, visits: int, /) -> int:
         return 0
 

@@ -64,6 +64,9 @@ class FindDensities:
     def layout(self, name: str, task: Task, /) -> Layout:
         return numbers_layout(name, len(task.exchange.prunable))
 
+    def range(self, name: str, task: Task, /) -> tuple[float, float]:
+        return 0.0, 1.0
+
     def passes(self, task: Task, visits: int, /) -> int:
         return self.times
 

@@ -143,6 +143,9 @@ class GainUpdate(MaskedUpdate):
     def skips(self, round: int) -> Sequence[str]:
         return () if round % self.every == 0 else (GAIN,)
 
+    def range(self, name: str, task: Task, /) -> tuple[float, float] | None:
+        return (0.0, np.inf) if name == GAIN else None
+
     def also(self, local: LocalClient, params: Params, mask: np.ndarray, /) -> Mapping[str, Content]:
         if self.skips(local.round):
             return {}

@@ -25,6 +25,7 @@ from fedlth.methods.method import FederatedMethod, Phase, Seen
 from fedlth.methods.options import at_least, averaged, check, density_of
 from fedlth.storage.client_state import ClientState
 from fedlth.training.local_client import LocalClient
+from fedlth.training.task import Task
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Saliency:
     batches: int = 0
     signed: bool = False
     sends: tuple[tuple[str, str], ...] = (("saliency", "scores"),)
+
+    def range(self, name: str, task: Task, /) -> tuple[float, float]:
+        return 0.0, np.inf
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         whole = merged(local, inbox, state)

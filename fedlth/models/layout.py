@@ -16,6 +16,7 @@ from torch import nn
 
 from fedlth.errors import StudyError
 
+VARIANCE = "running_var"  # what torch calls it (nn.modules.batchnorm)
 HEAD = "@head"  # among glob patterns of tensors: those of the network's last layer, whatever their names
 
 
@@ -130,6 +131,15 @@ class Layout:
         for e in self.floats:
             if e.role == "param":
                 found[e.slice] = e.trainable
+        return found
+
+    @cached_property
+    def variances(self) -> np.ndarray:
+        """Which floats are running variances, (num_floats,) bool: a negative one is NaN in the next forward pass."""
+        found = np.zeros(self.num_floats, bool)
+        for e in self.floats:
+            if e.role == "buffer" and e.norm:
+                found[e.slice] = any(n.rpartition(".")[2] == VARIANCE for n in (e.name, *e.aliases))
         return found
 
     @property

@@ -30,6 +30,7 @@ from fedlth.tickets.finder import Finder
 from fedlth.tickets.select import keep_top
 from fedlth.training.budget import Budget
 from fedlth.training.local_client import LocalClient
+from fedlth.training.task import Task
 from fedlth.wire.payload import Content
 
 WHO, LABELS, SIGNATURE = "introduced", "labels", "signature"  # names of messages, and in the server's memory
@@ -147,6 +148,9 @@ class TellLabels:
     """Send which share of the training examples (or positions) each class is, (num_classes,)."""
 
     sends: tuple[tuple[str, str], ...] = ((LABELS, "statistics"),)
+
+    def range(self, name: str, task: Task, /) -> tuple[float, float]:
+        return 0.0, 1.0
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         y = local.train_part.y.cpu().numpy().reshape(-1)

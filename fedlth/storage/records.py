@@ -25,9 +25,9 @@ from fedlth.storage.typed_record import (
     Shares,
     Target,
     Text,
+    has_mean,
     read,
 )  # fmt: skip
-from fedlth.study.parts import is_number
 
 T = TypeVar("T")
 
@@ -294,7 +294,7 @@ def visit_record(record: Mapping[str, Any]) -> VisitRecord:
     """Return a visit's record, of which a method's own numbers are only checked; raise ValueError naming the field."""
     known = {spec.name for spec in fields(VisitRecord)}
     for name, value in record.items():
-        if name not in known and not (Text(100)(name) and is_number(value)):
+        if name not in known and not (Text(100)(name) and has_mean(value)):
             told = f"{reprlib.repr(name)}: {reprlib.repr(value)}"
             raise ValueError(f"a method's own metric must be a finite number under a printable name, got {told}")
         if name in known and value is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import reprlib
-import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
@@ -13,6 +12,12 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 from fedlth.study.parts import is_number
 
 T = TypeVar("T")
+LARGEST = 1e39  # more than float32 holds, which losses come in; sums and squares of such numbers are finite
+
+
+def has_mean(value: Any) -> bool:
+    """Say whether a value is a number of which a million have a finite sum, as the largest float64s have not."""
+    return is_number(value) and abs(value) <= LARGEST
 
 
 @dataclass(frozen=True)
@@ -54,19 +59,19 @@ class Shares:
 
 @dataclass(frozen=True)
 class Numbers:
-    """A mapping of printable names to finite numbers."""
+    """A mapping of printable names to numbers that have a mean."""
 
     words: str = "a mapping of printable names to finite numbers"
 
     def __call__(self, value: Any) -> bool:
-        return all(isinstance(k, str) and Text(100)(k) and is_number(v) for k, v in value.items())
+        return all(isinstance(k, str) and Text(100)(k) and has_mean(v) for k, v in value.items())
 
 
 Share = Annotated[float, Range(0, 1, "a number in [0, 1]")]
 Target = Annotated[float, Range(math.ulp(0.0), 1, "a number in (0, 1]")]
 Count = Annotated[int, Range(0, 2**53, "a whole number of at least 0")]
 Amount = Annotated[float, Range(0, 1e30, "a number in [0, 1e30]")]
-Number = Annotated[float, Range(-sys.float_info.max, sys.float_info.max, "a finite number")]
+Number = Annotated[float, Range(-LARGEST, LARGEST, "a finite number")]
 Name = Annotated[str, Text(100)]
 Label = Annotated[str, Text(100, empty=True)]
 

@@ -22,6 +22,7 @@ class Accuracy:
     name: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
     percent: ClassVar[bool] = True
+    range: ClassVar[tuple[float, float]] = (0.0, 1.0)
     fits: ClassVar[frozenset[str]] = CLASSES
 
     def add(self, state: tuple[int, int] | None, outputs: Tensor, y: Tensor, /) -> tuple[int, int]:
@@ -42,6 +43,7 @@ class BalancedAccuracy:
     name: ClassVar[str] = "balanced_accuracy"
     higher_is_better: ClassVar[bool] = True
     percent: ClassVar[bool] = True
+    range: ClassVar[tuple[float, float]] = (0.0, 1.0)
     fits: ClassVar[frozenset[str]] = CLASSES
 
     def add(self, state: Tensor | None, outputs: Tensor, y: Tensor, /) -> Tensor:
@@ -62,6 +64,7 @@ class MacroF1:
     name: ClassVar[str] = "macro_f1"
     higher_is_better: ClassVar[bool] = True
     percent: ClassVar[bool] = True
+    range: ClassVar[tuple[float, float]] = (0.0, 1.0)
     fits: ClassVar[frozenset[str]] = CLASSES
 
     def add(self, state: Tensor | None, outputs: Tensor, y: Tensor, /) -> Tensor:
@@ -83,6 +86,7 @@ class Majority:
     name: ClassVar[str] = "majority"
     higher_is_better: ClassVar[bool] = True
     percent: ClassVar[bool] = True
+    range: ClassVar[tuple[float, float]] = (0.0, 1.0)
     fits: ClassVar[frozenset[str]] = CLASSES
 
     def add(self, state: Tensor | None, outputs: Tensor, y: Tensor, /) -> Tensor:
@@ -113,6 +117,7 @@ class Perplexity:
     name: ClassVar[str] = "perplexity"
     higher_is_better: ClassVar[bool] = False
     percent: ClassVar[bool] = False
+    range: ClassVar[tuple[float, float]] = (1.0, LARGEST)
     fits: ClassVar[frozenset[str]] = CLASSES
 
     def add(self, state: tuple[float, int] | None, outputs: Tensor, y: Tensor, /) -> tuple[float, int]:

@@ -34,6 +34,11 @@ class Metric(Protocol):
         ...
 
     @property
+    def range(self) -> tuple[float, float]:
+        """The least and the most that it can be: what a client reports outside is refused."""
+        ...
+
+    @property
     def fits(self) -> frozenset[str]:
         """Return which targets it can judge: "classes", "positions", "numbers"."""
         ...
@@ -56,6 +61,7 @@ class MeanLoss:
     name: ClassVar[str] = "loss"
     higher_is_better: ClassVar[bool] = False
     percent: ClassVar[bool] = False
+    range: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
     fits: ClassVar[frozenset[str]] = CLASSES | NUMBERS
 
     def add(self, state: None, outputs: Tensor, y: Tensor, /) -> None:
@@ -76,6 +82,7 @@ class OfAll:
     function: Callable[[Tensor, Tensor], Any]
     higher_is_better: bool
     percent: bool
+    range: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
     fits: ClassVar[frozenset[str]] = CLASSES | NUMBERS
 
     def add(

@@ -22,6 +22,7 @@ class MeanError:
     root: bool = False
     higher_is_better: ClassVar[bool] = False
     percent: ClassVar[bool] = False
+    range: ClassVar[tuple[float, float]] = (0.0, LARGEST)
     fits: ClassVar[frozenset[str]] = NUMBERS
 
     def add(self, state: tuple[float, int] | None, outputs: Tensor, y: Tensor, /) -> tuple[float, int]:
@@ -46,6 +47,7 @@ class Determination:
     name: ClassVar[str] = "r2"
     higher_is_better: ClassVar[bool] = True
     percent: ClassVar[bool] = False
+    range: ClassVar[tuple[float, float]] = (-LARGEST, 1.0)
     fits: ClassVar[frozenset[str]] = NUMBERS
 
     def add(self, state: _Moments | None, outputs: Tensor, y: Tensor, /) -> _Moments:
@@ -68,6 +70,7 @@ class Pearson:
     name: ClassVar[str] = "pearson"
     higher_is_better: ClassVar[bool] = True
     percent: ClassVar[bool] = False
+    range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
     fits: ClassVar[frozenset[str]] = NUMBERS
 
     def add(self, state: _Moments | None, outputs: Tensor, y: Tensor, /) -> _Moments:

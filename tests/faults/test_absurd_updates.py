@@ -16,7 +16,7 @@ from fedlth.engines.inprocess import InProcess
 from fedlth.federation import session
 from fedlth.federation.jobs import Failure, Job, Reply
 from fedlth.federation.rounds import Federation
-from fedlth.federation.update_norms import UpdateNorms
+from fedlth.federation.update_norms import Sizes, UpdateNorms
 from fedlth.models.layout import Params
 from fedlth.report.facts import read_run
 from fedlth.report.headline import summary_text
@@ -223,11 +223,11 @@ def test_what_is_known_is_a_window_of_the_phase(tmp_path: Path) -> None:
     theta = Params(np.ones(layout.num_floats, np.float32), np.zeros(layout.num_ints, np.int64))
     norms = UpdateNorms(theta, layout)
     for i in range(300):
-        norms.accept({"parameters": float(i), "buffers": 0.0})
+        norms.accept(Sizes({"parameters": float(i), "buffers": 0.0}))
     assert norms.accepted["parameters"] == [float(i) for i in range(199, 300)]
-    norms.check({"parameters": 100 * 249.0, "buffers": 0.0})
+    norms.check(Sizes({"parameters": 100 * 249.0, "buffers": 0.0}))
     with pytest.raises(PayloadError, match=r"its parameters must be within 2.5e\+04 .* got 2.5e\+04"):
-        norms.check({"parameters": 100 * 249.5, "buffers": 0.0})
+        norms.check(Sizes({"parameters": 100 * 249.5, "buffers": 0.0}))
     mask = np.zeros(layout.num_prunable, bool)
     sliced = norms.distances(Content(mask, np.zeros_like(theta.floats), theta.ints))
     assert sliced["parameters"] == pytest.approx((layout.num_params - layout.num_prunable) ** 0.5), "what it carries"
