@@ -15,6 +15,7 @@ from fedlth.experiment.experiment import Experiment, open_experiment
 from fedlth.experiment.mask_defence import defence_in
 from fedlth.federation.chaotic import NUMBERS, spoilt
 from fedlth.federation.jobs import RESYNC, Job, Message, Reply
+from fedlth.federation.ranges import ranges_of
 from fedlth.federation.uplink import Uplink
 from fedlth.methods.attack import Aim, attacked
 from fedlth.methods.client_update import NEXT_MASK, THETA_G, UPDATE, Update, sends_in
@@ -63,12 +64,12 @@ def client_step(job: Job) -> Reply:
     )  # fmt: skip
     update = phase.update(local, inbox, state)
     if attack is not None:
-        sends = sends_in(phase.update, job.round)
+        sends, ranges = sends_in(phase.update, job.round), ranges_of(experiment, phase, job.round)
 
         def aim(name: str, kind: str) -> Aim:
             may_choose = phase.own_mask or kind != "values"  # what the door holds against the download are values
             layout = experiment.message_layout(phase, name, kind)
-            return Aim(kind, layout, inbox[THETA_G], own_mask=may_choose, name=name)
+            return Aim(kind, layout, inbox[THETA_G], own_mask=may_choose, name=name, range=ranges.get(name))
 
         update = attacked(attack, local, update, sends, aim)
     defence = None if phase.name == TRANSFER else defence_in(experiment, phase)

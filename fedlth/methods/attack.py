@@ -26,7 +26,8 @@ from fedlth.wire.payload import Content
 class Aim:
     """What an attack knows beside the client: the message's kind and layout, and what came down as the global state.
 
-    `own_mask`: a client may send other weights than it was sent. `name` is the message's.
+    `own_mask`: a client may send other weights than it was sent. `name` is the message's. `range`: the least and the
+    most that each number of it may be, else it is refused; None for anything.
     """
 
     kind: str
@@ -34,6 +35,7 @@ class Aim:
     received: Content
     own_mask: bool = False
     name: str = UPDATE
+    range: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def moves_state(self) -> bool:
@@ -179,6 +181,18 @@ def attacked(
     attack: Any, local: LocalClient, update: Update, sends: tuple[tuple[str, str], ...], aim: Callable[[str, str], Aim]
 ) -> Update:
     """Return an update as a hostile client sends it: each of its messages, whose (name, kind) `aim` is asked for."""
-    made = update.contents
-    sent = {name: attack(local, made[name], aim(name, kind)) for name, kind in sends if name in made}
+    made, sent = update.contents, dict[str, Content]()
+    for name, kind in sends:
+        if name in made:
+            aimed = aim(name, kind)
+            sent[name] = _within(attack(local, made[name], aimed), aimed)
     return replace(update, contents={**made, **sent})
+
+
+def _within(content: Content, aim: Aim) -> Content:
+    """Return the content with its numbers drawn into their range: what lies outside would cost the attacker alone."""
+    if content.floats is None or aim.range is None:
+        return content
+    floats = np.clip(content.floats, *aim.range).astype(np.float32)
+    floats[: content.mask.size] *= content.mask
+    return replace(content, floats=floats)
