@@ -64,10 +64,10 @@ class Asked:
     """What a reply must fit.
 
     The client's own parts of the data; in step 2, the arms and their target densities, and what tensors are prunable;
-    the messages that its phase's update sends, by name: kind and layout. `ranges`: what their numbers may be, by name, where
-    not anything. `named`: the mask that comes up is that of a model in the rows. `own_mask`: values may lie under another mask than what was sent. `curve`: the rows are those of
-    an evaluation between rounds. `keep` is the rule that says which ticket a client of this `tier` keeps, of a task
-    `judged` so.
+    the messages that its phase's update sends, by name: kind and layout; `ranges`: what their numbers may be, by name,
+    where not anything. `named`: the mask that comes up is that of a model in the rows. `own_mask`: values may lie under
+    another mask than what was sent. `curve`: the rows are those of an evaluation between rounds. `keep` is the rule
+    that says which ticket a client of this `tier` keeps, of a task `judged` so.
     """
 
     split: ClientSplit

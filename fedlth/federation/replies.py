@@ -12,21 +12,19 @@ from typing import Any
 import numpy as np
 
 from fedlth.experiment.experiment import Experiment
-from fedlth.experiment.mask_defence import defence_in
 from fedlth.federation import ledger_rows
 from fedlth.federation.answered import Answered
-from fedlth.federation.door import Accepted, Asked, accept
+from fedlth.federation.asking import Asking
+from fedlth.federation.door import Accepted, accept
 from fedlth.federation.downloads import Downloads
 from fedlth.federation.fleet import Clock
 from fedlth.federation.jobs import RESYNC, Answers, Failure, Job, Message, Reply
-from fedlth.federation.ranges import ranges_of
 from fedlth.federation.update_norms import Sizes, UpdateNorms
 from fedlth.methods.aggregate import Contribution
 from fedlth.methods.client_update import UPDATE, sends_in
 from fedlth.methods.method import Phase
-from fedlth.personalization.arms import row_name
 from fedlth.personalization.personalise import EVALUATION
-from fedlth.storage.records import DROPPED, HANDED, LATE, CurveRow, Failed, LedgerRow, TimeRow, Work, client_of
+from fedlth.storage.records import DROPPED, LATE, CurveRow, Failed, LedgerRow, TimeRow, VisitRecord, Work, client_of
 from fedlth.storage.run_folder import Progress, RunFolder
 from fedlth.storage.state_archive import Writer
 from fedlth.wire.errors import PayloadError
@@ -74,6 +72,7 @@ class Replies:
     curve: list[CurveRow] = field(default_factory=list)
     seen: list[float] = field(default_factory=list)
     seen_metric: list[float] = field(default_factory=list)
+    visits: list[tuple[int, VisitRecord]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     mirrors: dict[str, str | None] = field(default_factory=dict)
     holds: dict[str, str] = field(default_factory=dict)
@@ -256,7 +255,7 @@ class Replies:
             if (answer.client, answer.round) != (job.client, job.round):
                 raise PayloadError(f"client {answer.client} answered for client {job.client}")
             held = self.downloads.held(job.client, job.inbox)
-            got = accept(answer, codec=self.experiment.codec, held=held, asked=self._asked(job.client))
+            got = accept(answer, codec=self.experiment.codec, held=held, asked=self._asked.of(job.client))
             late, numbers = self.clock.late(seconds), any(c.floats is not None for c in got.contents.values())
             joins = got.contribution is not None and numbers and not late
             sizes = self.norms.sizes(got.contents, moves_state=self._sends_state) if joins else None
@@ -280,36 +279,8 @@ class Replies:
         return sends_in(self.phase.update, self.round)[:1] == ((UPDATE, kind),) and kind != "scores"
 
     @cached_property
-    def _defended(self) -> bool:
-        """Say whether clients change their masks before they send them: no row then names what comes."""
-        return defence_in(self.experiment, self.phase) is not None
-
-    def _asked(self, client: int) -> Asked:
-        """Return what the server knows of a client's answer before it comes."""
-        task = self.experiment.task_of(client)
-        return replace(
-            self._asked_of_all, split=task.splits.clients[client], unseen=client in task.splits.unseen,
-            layers=frozenset(e.name for e in task.layout.prunable), tier=task.capacity(client), judged=task.judged,
-            named=self.experiment.layout.num_prunable == task.layout.num_prunable and not self._defended,
-        )  # fmt: skip
-
-    @cached_property
-    def _asked_of_all(self) -> Asked:
-        experiment, phase = self.experiment, self.phase
-        sends = sends_in(phase.update, self.round)
-        arms: tuple[str, ...] = ()
-        if phase.in_waves:
-            alone = {"refined": ("refined",), HANDED: (HANDED,)}  # phases of one arm
-            arms = alone.get(phase.name) or tuple(map(row_name, experiment.arms))
-        if phase.evaluates:
-            arms = experiment.curve_arms
-        return Asked(
-            split=experiment.task.splits.clients[0], unseen=False, own_mask=phase.own_mask,
-            sends={name: (kind, experiment.message_layout(phase, name, kind)) for name, kind in sends},
-            ranges=ranges_of(experiment, phase, self.round), arms=frozenset(arms),
-            targets=frozenset((1.0, *experiment.study.finder.densities)),
-            keep=None if phase.name == HANDED else experiment.keep, curve=phase.evaluates,
-        )  # fmt: skip
+    def _asked(self) -> Asking:
+        return Asking(self.experiment, self.phase, self.round)
 
     def _keep(self, answer: Reply, got: Accepted, states: Writer, masks: Writer) -> None:
         client = str(answer.client)
@@ -335,6 +306,7 @@ class Replies:
             self.published[client] = self.version
         self.metrics += got.rows
         if got.visit is not None:
+            self.visits.append((answer.client, got.visit))
             self._see(got.visit.val_accuracy, got.visit.val_metric)
 
     def _see(self, accuracy: float | None, metric: float | None) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from fedlth.experiment.experiment import Experiment
 from fedlth.federation.answered import Answered
+from fedlth.federation.collapse import collapsed, followed, health_of
 from fedlth.federation.downloads import Downloads
 from fedlth.federation.jobs import Engine
 from fedlth.federation.missing import last_phase, last_waves, missing
@@ -20,13 +21,13 @@ from fedlth.federation.presence import absent, drawn, enough
 from fedlth.federation.progress import line, summary_of
 from fedlth.federation.published import Published
 from fedlth.federation.replies import Replies
-from fedlth.federation.update_norms import UpdateNorms
+from fedlth.federation.update_norms import UpdateNorms, without_last
 from fedlth.federation.void import VOID_ROUNDS_ALLOWED, at_fault, too_many
 from fedlth.methods.aggregate import Aggregate
 from fedlth.methods.method import Phase
 from fedlth.models.layout import Params
 from fedlth.storage.records import DROPPED, CurveRow, RoundRow, TimeRow
-from fedlth.storage.run_folder import Best, Progress, RunFolder
+from fedlth.storage.run_folder import Best, Health, Progress, RunFolder
 from fedlth.storage.server_state import ServerState
 
 log = logging.getLogger(__name__)
@@ -126,11 +127,13 @@ class Federation:
             for contribution in replies.rest(states, masks):
                 joined += _add(rule, accumulator, contribution)
         void, worked = rule is not None and joined < self.experiment.study.federate.min_clients, bool(replies.versions)
-        if void:  # the old state stays, and so must everything that goes with a newer one
+        health = health_of(self.experiment, phase, replies.visits, self.progress.versions.keys())
+        undone = "" if void or rule is None or publishes else self._collapsed(health)
+        if void or undone:  # the old state stays, or an older one: so must everything that goes with a newer one
             replies.forget()
         published = {**self.progress.published, **replies.published}
         progress = self.progress
-        if rule:
+        if rule and not undone:
             if not void:
                 new = rule.result(accumulator)
                 if publishes:  # of all that is published, by whoever was not here too
@@ -139,25 +142,27 @@ class Federation:
             against = void and at_fault(replies, ever=self.progress.good is not None)
             progress = replace(progress, empty_rounds=progress.empty_rounds + against if void else 0)
             if norms.accepted and not void:
-                progress = replace(progress, norms={**progress.norms, phase.name: norms.accepted})
+                known = {**progress.norms, phase.name: norms.accepted}
+                progress = replace(progress, norms=known, fresh=norms.fresh)
         if replies.resyncs:
             told = f"note: {replies.resyncs} clients had lost what they held; their download was sent again in full"
             log.info(told)
         summary = replace(summary_of(replies), void=void, absent=list(step.absent))
         if phase.evaluates:
             progress, summary = self._judged(step, progress, replies, summary)
-        elif worked:
-            progress = replace(progress, good=self.progress.theta)
-        elif phase.changes_state and not publishes and self._broken(replies):
-            summary = replace(summary, rolled_back_to=self._roll_back())
-            progress = replace(progress, good=f"theta-{step.place}")
+        elif worked and not undone:
+            progress = replace(progress, good=self.progress.theta, health=followed(progress.health, health))
+        elif undone or (phase.changes_state and not publishes and self._broken(replies)):
+            summary = replace(summary, rolled_back_to=self._roll_back(), undone=undone)
+            progress = replace(progress, good=f"theta-{step.place}", norms=self._norms_of_good(), fresh={})
         self._commit(step, progress, sent, replies, summary, began)
         told = line(summary, step.place + 1, step.total, time.perf_counter() - began, self.experiment.judged.main)
         log.info(told)
         if summary.kept_best:
             log.info(f"note: step 2 begins with the global model of {summary.kept_best}, the best on validation data")
         if summary.rolled_back_to:
-            log.info(f"note: no client could use this global model; it is rolled back to {summary.rolled_back_to}")
+            why = f"undone: {undone}" if undone else "no client could use this global model"
+            log.info(f"note: {why}; it is rolled back to {summary.rolled_back_to}")
         if phase.join and self.progress.empty_rounds >= VOID_ROUNDS_ALLOWED:
             raise too_many(replies, joined, self.engine.present())
 
@@ -236,6 +241,24 @@ class Federation:
         several = len(failed) > 1 or self.progress.empty_rounds > 0
         better = self.progress.good not in (None, self.progress.theta)
         return self.experiment.federated and bool(failed) and answered and several and better
+
+    def _collapsed(self, health: Health | None) -> str:
+        """Say which round's model has collapsed and why, "" for none, or where there is no better one."""
+        if self.progress.good in (None, self.progress.theta):
+            return ""
+        why = collapsed(self.experiment, self.progress.health, health)
+        phase, round = self._made()
+        return why and f"{phase.name} {round}: {why}"
+
+    def _made(self) -> tuple[Phase, int]:
+        """Return the phase and round that made the current state, which some round has made."""
+        return self.experiment.steps[int(self.progress.theta.removeprefix("theta-"))]
+
+    def _norms_of_good(self) -> dict[str, dict[str, list[float]]]:
+        """Return what is known of updates without those of the round that is undone: they are no measure of others."""
+        name = self._made()[0].name
+        known = self.progress.norms
+        return {**known, name: without_last(known.get(name, {}), self.progress.fresh)}
 
     def _roll_back(self) -> str:
         """Return to the last state that a client could work with, rewind targets too; say which one it is."""

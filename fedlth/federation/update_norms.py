@@ -53,11 +53,15 @@ class Sizes:
 
 @dataclass
 class UpdateNorms:
-    """The norms that were accepted in this phase, oldest first, by group, and the state that this round sent."""
+    """The norms that were accepted in this phase, oldest first, by group, and the state that this round sent.
+
+    `fresh` counts those of this round.
+    """
 
     theta: Params
     layout: Layout
     accepted: dict[str, list[float]] = field(default_factory=dict)
+    fresh: dict[str, int] = field(default_factory=dict)
 
     def sizes(self, contents: Mapping[str, Content], *, moves_state: bool) -> Sizes:
         """Return the norms of an answer's messages that have numbers; `moves_state`: UPDATE is the state, moved.
@@ -120,6 +124,7 @@ class UpdateNorms:
         """Keep the norms of an answer that was accepted."""
         for group, norm in sizes.norms.items():
             self.accepted[group] = [*self.accepted.get(group, ()), norm][-WINDOW:]
+            self.fresh[group] = self.fresh.get(group, 0) + 1
 
     def _of(self, group: str, more: Sequence[Sizes]) -> list[float]:
         return [*self.accepted.get(group, ()), *(one.norms[group] for one in more if group in one.norms)]
@@ -131,6 +136,11 @@ class UpdateNorms:
     def _norms(self, floats: np.ndarray) -> dict[str, float]:
         cut = self.layout.num_params
         return {group: _norm(part) for group, part in zip(GROUPS, (floats[:cut], floats[cut:]), strict=True)}
+
+
+def without_last(accepted: Mapping[str, Sequence[float]], fresh: Mapping[str, int]) -> dict[str, list[float]]:
+    """Return the norms without the last ones of each group, whose round has been undone."""
+    return {group: list(held[: max(0, len(held) - fresh.get(group, 0))]) for group, held in accepted.items()}
 
 
 def _check_other(name: str, norm: float, count: int, median: float | None) -> None:

@@ -244,7 +244,8 @@ def honest_notes(results: Results) -> tuple[str, ...]:
             counted = ", ".join(f"{fault} {count}" for fault, count in sorted(met.items()))
             notes.append(f"{seed}faults were put into {_plural(met.total(), 'visit')} on purpose (chaos): {counted}")
         notes += [
-            f"{seed}round {row.round} of {row.phase}: no client could use the global model; rolled back to "
+            f"{seed}round {row.round} of {row.phase}: "
+            f"{f'undone: {row.undone}' if row.undone else 'no client could use the global model'}; rolled back to "
             f"{row.rolled_back_to}"
             for row in facts.rounds
             if row.rolled_back_to

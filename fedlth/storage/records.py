@@ -120,12 +120,23 @@ class RoundRow:
     chose it (it is on the row of the last evaluation), `simulated_s` what the round takes on the study's fleet (None
     without one), `mask_outliers` whose masks lay far from all others (where the study asks: federate.mask_outliers),
     `injected` which faults were put into whose visits (where the study asks: chaos), had they an effect or not.
+    `undone` says which round's model had collapsed, and why; what this round made of it is undone with it.
     `void` says that too few replies were usable for the round to count, so that everything stayed as it was; `absent`
     which clients could not be reached when it began, where the engine knows.
     """
 
     OPTIONAL: ClassVar[frozenset[str]] = frozenset(
-        {"rolled_back_to", "kept_best", "simulated_s", "val_metric", "mask_outliers", "void", "absent", "injected"}
+        {
+            "rolled_back_to",
+            "undone",
+            "kept_best",
+            "simulated_s",
+            "val_metric",
+            "mask_outliers",
+            "void",
+            "absent",
+            "injected",
+        }  # fmt: skip
     )
 
     round: int
@@ -137,6 +148,7 @@ class RoundRow:
     failed: list[Failed] = field(default_factory=list)
     diverged: list[Diverged] = field(default_factory=list)
     rolled_back_to: str = ""
+    undone: str = ""
     kept_best: str = ""
     simulated_s: float | None = None
     val_metric: float | None = None

@@ -44,14 +44,26 @@ class Best:
 
 
 @dataclass(frozen=True)
+class Health:
+    """What clients saw in a round of a phase: medians of the score (more is better) and of the training's loss."""
+
+    phase: str
+    score: float
+    loss: float
+    clients: int
+
+
+@dataclass(frozen=True)
 class Progress:
     """Where a run stands: the next step, whose state is current, and how long each log is.
 
     `versions` name each client's state, `mirrors` the server's copy of its mask, `published` what it last sent others.
     `theta` names the checkpoint of the server's state, "" for the initial one. `good` names the last one that a client
     could work with, None while there is none. `holds` names everyone's mask as each client was last sent it ("" for
-    everything). `norms` are the distances of accepted updates by phase and group. `best`
-    is what the evaluations have chosen so far.
+    everything). `norms` are those of accepted updates by phase and group, `fresh` how many of them are of the round
+    that made `theta`. `health` is what clients saw
+    of the last good states. `best` is what the evaluations have chosen so
+    far.
     """
 
     step: int = 0
@@ -64,6 +76,8 @@ class Progress:
     empty_rounds: int = 0
     good: str | None = None
     norms: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    fresh: dict[str, int] = field(default_factory=dict)
+    health: tuple[Health, ...] = ()
     best: Best | None = None
 
 
@@ -115,8 +129,12 @@ class RunFolder:
             return Progress()
         try:
             record = _checked(json.loads(file.read_bytes()))
-            best = record.pop("best", None)
-            return Progress(**record, best=best and Best(**{**best, "rank": tuple(best["rank"])}))
+            best, health = record.pop("best", None), record.pop("health", ())
+            return Progress(
+                **record,
+                best=best and Best(**{**best, "rank": tuple(best["rank"])}),
+                health=tuple(Health(**one) for one in health),
+            )
         except (ValueError, TypeError, KeyError) as error:
             raise StudyError(f"{file}: damaged: {error}") from error
 

@@ -212,12 +212,14 @@ class Federate(Node):
     """Step 1: rounds over sampled clients; `join` takes the place of the method's own mean.
 
     Of the rounds and of those inside the tickets: `min_clients` usable replies make one count. On devices `quorum`
-    clients must be there to begin, and rounds are drawn among those that are; `deadline_s` closes a round.
+    clients must be there to begin, and rounds are drawn among those that are; `deadline_s` closes a round. `roll_back`:
+    what must be left of a model's lead over guessing, 0 for never to look.
     """
 
     rounds: Annotated[int, Field(ge=0)] = 10
     clients_per_round: CountOrShare = 5
     min_clients: Count = 1
+    roll_back: Annotated[float, Field(ge=0, lt=1)] = 0.1
     quorum: CountOrShare | None = None
     deadline_s: Positive | None = None
     join: Spec | None = None

@@ -167,9 +167,7 @@ def test_the_sweep_has_all_that_crosses_beside_the_state() -> None:
     assert found == BESIDE
 
 
-CASES = [
-    pytest.param(*case, marks=[] if case[0] == "salientgrads" else [pytest.mark.long]) for case in sorted(BESIDE)
-]
+CASES = [pytest.param(*case, marks=[] if case[0] == "salientgrads" else [pytest.mark.long]) for case in sorted(BESIDE)]
 
 
 @pytest.mark.parametrize(("method", "phase", "name"), CASES)
@@ -193,7 +191,6 @@ def test_absurd_numbers_of_one_client_cost_it_alone(tmp_path: Path, method: str,
 def sent(made: Any, job: Job) -> set[str]:
     experiment = open_experiment(job.study)
     return {name for name, _ in sends_in(experiment.phase(job.phase).update, job.round)}
-
 
 
 @pytest.mark.parametrize(
