@@ -24,7 +24,7 @@ from fedlth.methods.client_update import MaskedUpdate
 from fedlth.methods.method import FederatedMethod, Phase
 from fedlth.report.facts import read_run
 from fedlth.report.traffic import traffic
-from fedlth.storage import run_folder
+from fedlth.storage import checkpoint
 from fedlth.storage.run_folder import RunFolder
 from fedlth.study.schema import Study
 from fedlth.wire import metrics
@@ -215,7 +215,7 @@ def test_a_checkpoint_from_before_there_was_a_curve_still_resumes(tmp_path: Path
     record = json.loads((out / "checkpoint.json").read_bytes())
     assert "curve" not in record["lengths"]
     rest = {k: v for k, v in record.items() if k not in ("digest", "best")}
-    (out / "checkpoint.json").write_text(json.dumps({**rest, "digest": run_folder._digest(rest)}))
+    (out / "checkpoint.json").write_text(json.dumps({**rest, "digest": checkpoint.digest_of(rest)}))
     session.resume(out, InProcess())
     tiny.run(tiny.of_method("fedavg"), tmp_path / "whole")
     assert tiny.facts(out) == tiny.facts(tmp_path / "whole")

@@ -25,8 +25,8 @@ from statistics import median_high, median_low
 
 from fedlth.experiment.experiment import Experiment
 from fedlth.methods.method import Phase
+from fedlth.storage.checkpoint import Health
 from fedlth.storage.records import VisitRecord
-from fedlth.storage.run_folder import Health
 from fedlth.training.loss import CrossEntropy
 
 LEAD = 0.1  # of what can be gained over guessing: less is no lead that could be lost

@@ -24,8 +24,9 @@ from fedlth.methods.aggregate import Contribution
 from fedlth.methods.client_update import UPDATE, sends_in
 from fedlth.methods.method import Phase
 from fedlth.personalization.personalise import EVALUATION
+from fedlth.storage.checkpoint import Progress
 from fedlth.storage.records import DROPPED, LATE, CurveRow, Failed, LedgerRow, TimeRow, VisitRecord, Work, client_of
-from fedlth.storage.run_folder import Progress, RunFolder
+from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.state_archive import Writer
 from fedlth.wire.errors import PayloadError
 

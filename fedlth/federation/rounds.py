@@ -26,8 +26,9 @@ from fedlth.federation.void import VOID_ROUNDS_ALLOWED, at_fault, too_many
 from fedlth.methods.aggregate import Aggregate
 from fedlth.methods.method import Phase
 from fedlth.models.layout import Params
+from fedlth.storage.checkpoint import Best, Health, Progress
 from fedlth.storage.records import DROPPED, CurveRow, RoundRow, TimeRow
-from fedlth.storage.run_folder import Best, Health, Progress, RunFolder
+from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.server_state import ServerState
 
 log = logging.getLogger(__name__)
@@ -293,20 +294,25 @@ class Federation:
         kept = [STEP_2] if self.experiment.study.refine.rounds else []
         if kept and step.phase.name == "personalise" and not self.folder.has_params(STEP_2):
             self.folder.save_state(STEP_2, self.state)
-        lengths = {
-            "ledger": self.folder.append("ledger", [*replies.rows, *replies.rows_of_late(self.engine.late())]),
-            "rounds": self.folder.append("rounds", [summary]),
-            "metrics": self.folder.append("metrics", replies.metrics),
-            "times": self.folder.append("times", [*replies.times, whole]),
-        }
+        logs: dict[str, Sequence[Any]] = {
+            "ledger": [*replies.rows, *replies.rows_of_late(self.engine.late())], "rounds": [summary],
+            "metrics": replies.metrics, "times": [*replies.times, whole],
+        }  # fmt: skip
         curve = self._curve(step, replies)
         if any(phase.evaluates for phase in self.experiment.phases):
-            lengths["curve"] = self.folder.append("curve", curve)
+            logs["curve"] = curve
+        lengths, checks = dict[str, int](), dict[str, int]()
+        for name, rows in logs.items():
+            check = progress.checks.get(name, None if progress.lengths.get(name) else 0)  # an earlier version has none
+            lengths[name], now = self.folder.append(name, rows, check)
+            checks |= {} if now is None else {name: now}
         published = {**progress.published, **replies.published}
+        before = self.progress  # stays whole on disk, to fall back on
         self.progress = replace(
             progress,
             step=step.place + 1,
             lengths=lengths,
+            checks=checks,
             versions=versions,
             mirrors=mirrors,
             holds=holds,
@@ -314,11 +320,10 @@ class Federation:
         )
         self.folder.commit(self.progress)
         Answered(self.folder.root / "answered").clear()
-        best = self.progress.best.theta if self.progress.best else ""
-        self.folder.drop_params([self.progress.theta, self.progress.good or "", best, *targets, *kept])
-        self.folder.clients.tidy(_owners(versions))
-        self.folder.mirrors.tidy(_owners(mirrors))
-        self.folder.published.tidy(_owners(published))
+        self.folder.drop_params([*self.progress.states, *before.states, *targets, *kept])
+        self.folder.clients.tidy(_owners(versions, before.versions))
+        self.folder.mirrors.tidy(_owners(mirrors, before.mirrors))
+        self.folder.published.tidy(_owners(published, before.published))
         if self.committed:
             self.committed(self.progress.step, summary, curve)
 
@@ -331,9 +336,9 @@ def _add(rule: Aggregate | None, accumulator: Any, contribution: Any) -> int:
     return 1
 
 
-def _owners(versions: Mapping[str, str]) -> dict[str, set[int]]:
-    """Return the clients whose current version each version is."""
+def _owners(*commits: Mapping[str, str]) -> dict[str, set[int]]:
+    """Return the clients whose version each version is in any of the commits."""
     found: dict[str, set[int]] = {}
-    for client, version in versions.items():
+    for client, version in (pair for versions in commits for pair in versions.items()):
         found.setdefault(version, set()).add(int(client))
     return found

@@ -90,7 +90,7 @@ def _load_kernel(experiment: Experiment, engine: Engine) -> None:
 
 
 def _go(experiment: Experiment, folder: RunFolder, engine: Engine, *, revisit: bool = False) -> RunFolder:
-    folder.recover()
+    folder.recover(states=not engine.holds_state)
     engine = chaotic(engine, experiment)
     tracking = Tracking(folder.root, experiment.study)
     federation = Federation(experiment, folder, engine, tracking.committed)

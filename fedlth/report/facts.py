@@ -12,6 +12,7 @@ from fedlth.errors import StudyError
 from fedlth.storage import ticket_file
 from fedlth.storage.header import Header, read_header
 from fedlth.storage.records import EVALUATE, CurveRow, LedgerRow, MetricRow, RoundRow, TimeRow, read_log
+from fedlth.storage.run_folder import RunFolder
 from fedlth.study.yaml_text import parse
 
 T = TypeVar("T")
@@ -101,6 +102,7 @@ def read_run(path: Path) -> Facts:
             "of the others, bytes of all"
         )
 
+    notes += RunFolder(path).changed_logs()
     config = path / "config.yaml"
     ledger = rows(LedgerRow, needed=True)
     metrics = tuple(row for row in rows(MetricRow, needed=True) if row.client not in hostile)

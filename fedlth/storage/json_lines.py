@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fedlth.errors import StudyError
 from fedlth.storage.typed_record import as_record
+
+PART = 1 << 20  # bytes that are read at once
 
 
 def lines(rows: Iterable[Any]) -> bytes:
@@ -26,6 +29,20 @@ def append(path: Path, data: bytes) -> int:
         file.flush()
         os.fsync(file.fileno())
         return file.tell()
+
+
+def check(path: Path, length: int, crc32: int | None) -> None:
+    """Raise StudyError where the first `length` bytes are not there, or are not those of this crc32 (None: any)."""
+    there = path.stat().st_size if path.exists() else 0
+    if there < length:
+        raise StudyError(f"{path}: must hold the {length} bytes that are committed, got {there}")
+    found, left = 0, length if crc32 is not None else 0
+    if left:
+        with path.open("rb") as file:
+            while left and (data := file.read(min(left, PART))):
+                found, left = zlib.crc32(data, found), left - len(data)
+        if found != crc32:
+            raise StudyError(f"{path}: damaged: its {length} committed bytes are not those that were written")
 
 
 def truncate(path: Path, length: int) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
+import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -18,67 +19,20 @@ import numpy as np
 from fedlth.errors import StudyError
 from fedlth.models.layout import Params
 from fedlth.storage import json_lines, store
+from fedlth.storage.checkpoint import Progress, decode, encode
 from fedlth.storage.header import Header, read_header
-from fedlth.storage.records import LOGS, Digests, read_log
+from fedlth.storage.records import Digests, read_log
 from fedlth.storage.server_state import ServerState
 from fedlth.storage.state_archive import Packs
 from fedlth.storage.typed_record import as_record
 from fedlth.study import schema
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 PATIENCE_S = 1.0
+CHECKPOINT, BEFORE = "checkpoint.json", "checkpoint.before.json"
 MEMORY = "memory/"  # what an aggregation rule remembers, beside the state's own arrays
-
-
-@dataclass(frozen=True)
-class Best:
-    """The global model that was best on validation data, as `theta` names it, the round that made it, and its rank.
-
-    `rank` is (how many clients of the federation answered, their mean): a round that some did not answer comes after.
-    """
-
-    theta: str
-    phase: str
-    round: int
-    rank: tuple[int, float]
-
-
-@dataclass(frozen=True)
-class Health:
-    """What clients saw in a round of a phase: medians of the score (more is better) and of the training's loss."""
-
-    phase: str
-    score: float
-    loss: float
-    clients: int
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands: the next step, whose state is current, and how long each log is.
-
-    `versions` name each client's state, `mirrors` the server's copy of its mask, `published` what it last sent others.
-    `theta` names the checkpoint of the server's state, "" for the initial one. `good` names the last one that a client
-    could work with, None while there is none. `holds` names everyone's mask as each client was last sent it ("" for
-    everything). `norms` are those of accepted updates by phase and group, `fresh` how many of them are of the round
-    that made `theta`. `health` is what clients saw
-    of the last good states. `best` is what the evaluations have chosen so
-    far.
-    """
-
-    step: int = 0
-    theta: str = ""
-    versions: dict[str, str] = field(default_factory=dict)
-    mirrors: dict[str, str] = field(default_factory=dict)
-    published: dict[str, str] = field(default_factory=dict)
-    holds: dict[str, str] = field(default_factory=dict)
-    lengths: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LOGS, 0))
-    empty_rounds: int = 0
-    good: str | None = None
-    norms: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    fresh: dict[str, int] = field(default_factory=dict)
-    health: tuple[Health, ...] = ()
-    best: Best | None = None
 
 
 @dataclass(frozen=True)
@@ -124,32 +78,74 @@ class RunFolder:
 
     def progress(self) -> Progress:
         """Return the last commit; nothing is changed. Raises StudyError where the checkpoint is damaged."""
-        file = self.root / "checkpoint.json"
+        file, before = self.root / CHECKPOINT, self.root / BEFORE
         if not file.exists():
+            if before.exists():
+                raise StudyError(f"{file}: is not there any more")
             return Progress()
-        try:
-            record = _checked(json.loads(file.read_bytes()))
-            best, health = record.pop("best", None), record.pop("health", ())
-            return Progress(
-                **record,
-                best=best and Best(**{**best, "rank": tuple(best["rank"])}),
-                health=tuple(Health(**one) for one in health),
-            )
-        except (ValueError, TypeError, KeyError) as error:
-            raise StudyError(f"{file}: damaged: {error}") from error
+        return _read(file)
 
-    def recover(self) -> None:
-        """Cut the logs back to the last commit. Only for who holds the lock: another process may be writing them."""
-        for name, length in self.progress().lengths.items():
+    def recover(self, *, states: bool = True) -> None:
+        """Cut the logs back to the last commit that is whole: the last one, or the one before it.
+
+        Raises StudyError naming what is damaged, where both are. `states`: the clients' states are here, too. Only for
+        who holds the lock: another process may be writing.
+        """
+        try:
+            progress = self.progress()
+            self.check(progress, states=states)
+        except StudyError as error:
+            file = self.root / BEFORE
+            try:
+                progress = _read(file)
+                self.check(progress, states=states)
+            except (StudyError, OSError):
+                raise error from None
+            log.info(f"note: {error}; the run goes on from the commit before the last one")
+            store.write_atomic(self.root / CHECKPOINT, file.read_bytes())
+        for name, length in progress.lengths.items():
             json_lines.truncate(self.log(name), length)
 
-    def commit(self, progress: Progress) -> None:
-        record = asdict(progress)
-        store.write_atomic(self.root / "checkpoint.json", json.dumps(record | {"digest": _digest(record)}).encode())
+    def check(self, progress: Progress, *, states: bool) -> None:
+        """Raise StudyError naming the first file that a commit needs and that is not whole."""
+        for name, length in progress.lengths.items():
+            json_lines.check(self.log(name), length, progress.checks.get(name))
+        anchors = (p.stem for p in sorted((self.root / "checkpoints").glob("*.safetensors")) if p.stem[:6] != "theta-")
+        for name in (*progress.states, *anchors):
+            self.load_state(name)
+        held = [(self.mirrors, progress.mirrors), (self.published, progress.published)]
+        for packs, versions in [(self.clients, progress.versions), *held] if states else held:
+            for client, version in versions.items():
+                packs.get(int(client), version)
 
-    def append(self, name: str, rows: Iterable[Any]) -> int:
-        """Write rows of the kind that LOGS names (or records of it, as a client sent them); return the new length."""
-        return json_lines.append(self.log(name), json_lines.lines(rows))
+    def changed_logs(self) -> list[str]:
+        """Return a line for each log whose committed rows are not those that were written, for who only reads them."""
+        try:
+            progress = self.progress()
+        except StudyError as error:
+            return [str(error).removeprefix(f"{self.root}/")]
+        found = []
+        for name, length in progress.lengths.items():
+            try:
+                json_lines.check(self.log(name), length, progress.checks.get(name))
+            except StudyError as error:
+                found.append(str(error).removeprefix(f"{self.root}/"))
+        return found
+
+    def commit(self, progress: Progress) -> None:
+        """Make a commit the last one; the last one so far is kept as the one before it."""
+        file = self.root / CHECKPOINT
+        if file.exists():
+            store.write_atomic(self.root / BEFORE, file.read_bytes())
+        store.write_atomic(file, encode(progress))
+
+    def append(self, name: str, rows: Iterable[Any], check: int | None = 0) -> tuple[int, int | None]:
+        """Write rows of the kind that LOGS names (or records of it, as a client sent them).
+
+        Returns the new length and crc32 of the file; `check` is the latter before, None where it is not known.
+        """
+        data = json_lines.lines(rows)
+        return json_lines.append(self.log(name), data), None if check is None else zlib.crc32(data, check)
 
     def rows(self, kind: type[T]) -> tuple[T, ...]:
         """Return all rows of a kind in LOGS, none where there is no such file yet."""
@@ -234,13 +230,8 @@ def _got(file: IO[str]) -> bool:
             time.sleep(0.01)
 
 
-def _digest(record: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _checked(record: Any) -> dict[str, Any]:
-    """Return a checkpoint without its digest; raise ValueError where they do not belong together."""
-    rest = {k: v for k, v in record.items() if k != "digest"} if isinstance(record, dict) else {}
-    if not rest or record["digest"] != _digest(rest):
-        raise ValueError("its digest does not match its content")
-    return rest
+def _read(file: Path) -> Progress:
+    try:
+        return decode(file.read_bytes())
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise StudyError(f"{file}: damaged: {error}") from error

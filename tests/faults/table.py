@@ -77,14 +77,15 @@ ROWS = (
         ),
     ),
     Row(
-        number=5, fault="a checkpoint, state or ticket is cut or flipped", ends=REFUSED, lost="the run, or that ticket",
+        number=5, fault="a checkpoint, state, row or ticket is cut or flipped", lost="the last round, or that ticket",
         tests=(
-            *_of("faults/test_resume", "test_damage_is_told_with_the_files_name"),
-            *_of("faults/test_resume", "test_committed_rows_must_be_there"),
+            *_of("faults/test_resume", "test_damage_of_the_last_commit_costs_its_round"),
+            *_of("faults/test_resume", "test_damage_of_both_commits_is_told_with_the_files_name"),
+            *_of("faults/test_resume", "test_a_digit_that_changed_on_disk_is_seen"),
             *_of("test_tickets_file", "test_a_damaged_file_is_refused"),
             *_of("test_store", "test_every_flipped_bit_is_seen"), *_of("test_packs", "test_every_flipped_bit_is_seen"),
         ),
-        gap="the file is named and nothing is cut, but there is no fall back: one commit is kept, not two",
+        gap="two commits are kept: what both need, and a ticket of a run that has ended, is refused by its name alone",
     ),
     Row(
         number=6, fault="an update of NaN or infinity", ends=REFUSED, lost=ITS_VISIT,

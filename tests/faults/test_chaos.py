@@ -20,7 +20,8 @@ from fedlth.federation.rounds import missing
 from fedlth.report.facts import read_run
 from fedlth.report.headline import honest_notes
 from fedlth.report.results import results_of
-from fedlth.storage.run_folder import Progress, RunFolder
+from fedlth.storage.checkpoint import Progress
+from fedlth.storage.run_folder import RunFolder
 from fedlth.study import schema
 from fedlth.study.sections import Faults
 from tests import tiny

@@ -19,8 +19,9 @@ from fedlth.federation.update_norms import without_last
 from fedlth.report.facts import read_run
 from fedlth.report.headline import summary_text
 from fedlth.report.results import results_of
+from fedlth.storage.checkpoint import Health
 from fedlth.storage.records import VisitRecord
-from fedlth.storage.run_folder import Health, RunFolder
+from fedlth.storage.run_folder import RunFolder
 from fedlth.wire import metrics
 from tests import tiny
 from tests.faults.test_absurd_updates import poisoned, run, scatter, study

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -30,7 +31,8 @@ from fedlth.federation import session
 from fedlth.federation.jobs import Failure, Job, Reply
 from fedlth.federation.rounds import Federation
 from fedlth.output import lines_to
-from fedlth.storage import json_lines, state_archive, store
+from fedlth.report.facts import read_run
+from fedlth.storage import json_lines, store
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.state_archive import Packs, Writer
 from fedlth.training.task import Task
@@ -238,24 +240,12 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(bytes(data))
 
 
-@pytest.mark.parametrize(
-    "what", ["checkpoint.json", "checkpoints/theta-*.safetensors", "state/*.pack", "server/*.pack"]
-)
-@pytest.mark.parametrize("damage", ["cut", "flip early", "flip middle", "flip late", "empty", "gone"])
-def test_damage_is_told_with_the_files_name(tmp_path: Path, what: str, damage: str) -> None:
-    out = tmp_path / "run"
-    stopped(out, after=2)
-    loop = tiny.opened(RunFolder(out), InProcess())
-    clients = loop.experiment.clients(*loop.experiment.steps[loop.progress.step])
-    found = sorted(out.glob(what))
-    file, size = found[-1], found[-1].stat().st_size
-    if file.suffix == ".pack":  # the one that the next step reads first
-        owned = loop.progress.versions if what.startswith("state") else loop.progress.mirrors
-        file = next(file.with_stem(owned[str(c)]) for c in clients if str(c) in owned)
-        size = min(place[1] for place in state_archive._read_index(file).values())
+SHORT = (("checkpoint.json", "flip middle"), ("checkpoints/theta-*.safetensors", "gone"), ("state/*.pack", "cut"))
+DAMAGES = ("cut", "flip early", "flip middle", "flip late", "empty", "gone")
+
+
+def damaged(file: Path, damage: str, size: int) -> None:
     if damage == "gone":
-        if what == "checkpoint.json":
-            return  # without it the run begins anew, see below
         file.unlink()
     elif damage == "cut":
         file.write_bytes(file.read_bytes()[: size // 2])
@@ -263,26 +253,90 @@ def test_damage_is_told_with_the_files_name(tmp_path: Path, what: str, damage: s
         file.write_bytes(b"")
     else:
         flip(file, {"flip early": 3, "flip middle": size // 2, "flip late": size - 2}[damage])
-    before = {p: p.read_bytes() for p in out.glob("*.jsonl")}
-    with pytest.raises(StudyError) as caught:
+
+
+@pytest.mark.parametrize(
+    ("what", "damage"),
+    [
+        pytest.param(what, damage, marks=[] if (what, damage) in SHORT else [pytest.mark.long])
+        for what in ("checkpoint.json", "checkpoints/theta-*.safetensors", "state/*.pack", "server/*.pack")
+        for damage in DAMAGES
+    ] + [("ledger.jsonl", "flip late"), pytest.param("rounds.jsonl", "flip late", marks=pytest.mark.long)],
+)  # fmt: skip
+def test_damage_of_the_last_commit_costs_its_round(
+    tmp_path: Path, reference: Callable[[str], dict[str, bytes]], what: str, damage: str
+) -> None:
+    """It ended the run: only one commit was kept. The one before it is whole, so its round is done again."""
+    out = tmp_path / "run"
+    stopped(out, after=2)
+    file = max(out.glob(what), key=made_last)
+    damaged(file, damage, file.stat().st_size)
+    said: list[str] = []
+    with lines_to(said.append):
         session.resume(out, InProcess())
-    assert str(caught.value).startswith(str(file)) and "\n" not in str(caught.value)
-    assert {p: p.read_bytes() for p in out.glob("*.jsonl")} == before, "nothing was cut"
+    assert any("the run goes on from the commit before the last one" in line for line in said), said
+    assert tiny.facts(out) == reference("refined")
 
 
-def test_committed_rows_must_be_there(tmp_path: Path) -> None:
+def made_last(file: Path) -> int:
+    number: str = file.stem.rpartition("-")[2]
+    return int(number) if number.isdecimal() else 0
+
+
+@pytest.mark.parametrize("damage", ["flip middle", *(pytest.param(d, marks=pytest.mark.long) for d in DAMAGES[:2])])
+@pytest.mark.parametrize("what", ["checkpoint*.json", "checkpoints/theta-*.safetensors", "state/*.pack", "*.jsonl"])
+def test_damage_of_both_commits_is_told_with_the_files_name(tmp_path: Path, what: str, damage: str) -> None:
+    out = tmp_path / "run"
+    stopped(out, after=3)
+    for file in out.glob(what):
+        damaged(file, damage, file.stat().st_size)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"}
+    with pytest.raises(StudyError, match=r"(damaged|cannot be read|missing)") as caught:
+        session.resume(out, InProcess())
+    assert str(caught.value).startswith(str(out)) and "\n" not in str(caught.value)
+    assert {p: p.read_bytes() for p in before} == before, "nothing was cut"
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics", *(pytest.param(name, marks=pytest.mark.long) for name in ("ledger", "rounds", "times"))]
+)
+def test_a_digit_that_changed_on_disk_is_seen(tmp_path: Path, name: str) -> None:
+    """States and tickets had digests, rows had none: a metric that had changed was reported as the run's."""
+    out = tmp_path / "run"
+    tiny.run(tiny.of_method("fedavg"), out)
+    folder = RunFolder(out)
+    folder.check(folder.progress(), states=True)
+    assert not read_run(out).notes
+    file = out / f"{name}.jsonl"
+    text = file.read_text()
+    at = re.search(r'"(?:val_loss|payload_bytes|up_bytes|seconds)": [\d.]*?([1-8])', text)
+    assert at is not None
+    file.write_text(f"{text[: at.start(1)]}{int(at[1]) + 1}{text[at.end(1) :]}")
+    with pytest.raises(StudyError, match=rf"{name}\.jsonl: damaged: its \d+ committed bytes are not those that were"):
+        folder.check(folder.progress(), states=True)
+    (note,) = read_run(out).notes
+    assert note == f"{name}.jsonl: damaged: its {len(text)} committed bytes are not those that were written"
+
+
+def test_committed_rows_that_are_gone_cost_their_round(
+    tmp_path: Path, reference: Callable[[str], dict[str, bytes]]
+) -> None:
     out = tmp_path / "run"
     stopped(out)
     file = out / "ledger.jsonl"
     file.write_bytes(file.read_bytes()[:-20])
+    session.resume(out, InProcess())
+    assert tiny.facts(out) == reference("refined")
     with pytest.raises(StudyError, match=r"ledger\.jsonl: must hold the \d+ bytes that are committed"):
-        session.resume(out, InProcess())
+        file.write_bytes(b"")
+        RunFolder(out).recover()
 
 
 def test_without_a_checkpoint_the_run_begins_anew(tmp_path: Path, reference: Callable[[str], dict[str, bytes]]) -> None:
     out = tmp_path / "run"
     stopped(out)
-    (out / "checkpoint.json").unlink()
+    for file in out.glob("checkpoint*.json"):
+        file.unlink()
     session.resume(out, InProcess())
     assert tiny.facts(out) == reference("refined")
 
