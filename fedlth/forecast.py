@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from fedlth.data.ragged import named
-from fedlth.engines.choose import check_engine, without_effect
+from fedlth.engines.choose import answers_at_once, check_engine, without_effect
 from fedlth.experiment.chaos import foreseen_faults
 from fedlth.experiment.experiment import Experiment
 from fedlth.experiment.resolve import resolve
+from fedlth.federation.answer_bytes import said_at_start
 from fedlth.federation.forecast_bytes import forecast_bytes
 from fedlth.federation.forecast_time import Visit, forecast_time
 from fedlth.methods.fedselect import SelectUpdate
@@ -180,6 +181,7 @@ def foreseen(study: Study) -> Foreseen:
         f"training: {sum(steps):,.0f} steps, {flop / 1e12:,.2f} TFLOP (dense), at {1e3 * step_s[0]:.2f} ms a step of "
         f"step 1 and {1e3 * step_s[1]:.2f} of step 2 about {minutes:,.1f} min on one core",
         *_evaluation_lines(experiment),
+        f"server: {said_at_start(experiment, answers_at_once(study))}",
         *_server_lines(experiment),
         *foreseen_faults(experiment),
         f"memory: about {_memory_mb(experiment):,.0f} MB a worker; disk about {_disk_mb(experiment):,.0f} MB",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlth.errors import StudyError, wrong
+from fedlth.wire.payload import VERSION
 
 FILE = "federation.json"
 # Flower cuts arrays into chunks of 5 MiB, and fedlth puts at most 1 MB a payload elsewhere: no request is longer.
@@ -98,7 +99,8 @@ def _settings(tree: dict[str, Any]) -> Settings:
 def versions_here() -> dict[str, str]:
     """Return the versions on which both ends must agree, as they are here."""
     python = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    return {"fedlth": version("fedlth"), "flwr": version("flwr"), "python": python}
+    found = {name: version(name).partition("+")[0] for name in ("fedlth", "flwr", "torch")}  # "+cpu" is no version
+    return found | {"python": python, "wire": str(VERSION)}
 
 
 def is_loopback(host: str) -> bool:

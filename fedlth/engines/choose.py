@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedlth.engines.flower_engine import AT_ONCE
 from fedlth.engines.forked import Forked, usable_cpus
 from fedlth.engines.inprocess import InProcess
+from fedlth.engines.pool import AHEAD
 from fedlth.errors import StudyError, require
 from fedlth.experiment.experiment import Experiment
 from fedlth.federation import session
+from fedlth.federation.answer_bytes import said_at_start
 from fedlth.federation.jobs import Engine
+from fedlth.federation.update_norms import ENOUGH
 from fedlth.study.schema import Study
+
+log = logging.getLogger(__name__)
 
 
 def check_engine(study: Study) -> None:
@@ -38,6 +45,7 @@ def drive(experiment: Experiment, out: Path, *, again: bool, notes: Sequence[str
 
         run_under_flower(experiment, out, resume=again, notes=notes)
         return
+    log.info(f"note: {said_at_start(experiment, answers_at_once(study))}")
     engine = engine_of(study)
     if again:
         session.resume(out, engine)
@@ -53,6 +61,18 @@ def engine_of(study: Study) -> Engine:
         return RayEngine(study.ray, job_timeout_s=study.job_timeout_s, device=study.device)
     size = _workers(study)
     return InProcess() if size == 1 else Forked(size, job_timeout_s=study.job_timeout_s)
+
+
+def answers_at_once(study: Study) -> int:
+    """Return how many answers a study's engine reads before the first of them is joined.
+
+    Cohorts come together, workers run ahead, and the first two updates of a phase wait for a third.
+    """
+    if study.engine == "flower":
+        return AT_ONCE
+    workers = study.ray.workers if study.engine == "ray" else _workers(study)
+    ahead = 1 if study.engine == "inprocess" and workers == 1 else AHEAD * workers
+    return ahead * int(study.cohort) + ENOUGH - 1
 
 
 def _workers(study: Study) -> int:

@@ -39,7 +39,7 @@ from fedlth.engines.flower_client import Step  # noqa: E402
 from fedlth.engines.flower_counts import counted  # noqa: E402
 from fedlth.engines.flower_engine import UNREADABLE, Back, FlowerEngine, Sent  # noqa: E402
 from fedlth.engines.flower_keys import Identity, anybody, owners_in  # noqa: E402
-from fedlth.engines.flower_record import BODY, CHUNKED, HEAD, View  # noqa: E402
+from fedlth.engines.flower_record import CHUNKED, View  # noqa: E402
 from fedlth.engines.flower_session import FlowerRun, interruptible, run_of  # noqa: E402
 from fedlth.engines.inprocess import one_line  # noqa: E402
 from fedlth.errors import StudyError  # noqa: E402
@@ -142,8 +142,8 @@ def make_client_app(out: str = "", *, restarts: bool = False, step: Step = clien
 
     @app.query()
     def query(message: Message, context: Context) -> Message:
-        said = flower_client.roll_call(_records(message), context.node_config)
-        return Message(_content({HEAD: {BODY: said}}), reply_to=message)
+        answer = flower_client.answer_roll_call(_records(message), context.node_config)
+        return Message(_content(answer), reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:

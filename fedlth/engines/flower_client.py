@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedlth.engines import flower_counts
+from fedlth.engines import flower_counts, flower_versions
 from fedlth.engines.flower_record import BODY, HEAD, Order, OtherVersion, Records, View, of_answer, to_order
 from fedlth.engines.inprocess import attempt, one_line
 from fedlth.errors import StudyError
@@ -66,14 +66,26 @@ class Place:
         )
 
 
+def answer_roll_call(records: View, node_config: Mapping[str, Any]) -> Records:
+    """Return the records of the answer to the roll call, with what else the server's log should say of this device."""
+    said: Any = roll_call(records, node_config)
+    answer: Records = {HEAD: {BODY: said}}
+    if isinstance(said, int) and (remark := flower_versions.compared(records)[1]):
+        answer[flower_versions.REMARK] = {BODY: remark}
+    return answer
+
+
 def roll_call(records: View, node_config: Mapping[str, Any]) -> int | str:
     """Answer the roll call: the partition that this node serves, or one line about why it cannot take part.
 
-    The query names the study's compute backend, so that a device without its packages is known before round 1; where
-    it asks for the numbers of examples that live here alone, these are the answer.
+    The query names the server's versions and the study's compute backend, so that a device of others, or without its
+    packages, is known before round 1; where it asks for the numbers of examples that live here alone, these are the
+    answer.
     """
     try:
         place = Place.of(node_config, "")
+        if lacks := flower_versions.compared(records)[0]:
+            return f"{PARTITION} {place.partition}: has {lacks}"
         if question := records.get(flower_counts.COUNT, {}).get(BODY):
             flower_counts.settle(place.partition, place.data_dir)
             return flower_counts.told(str(question))

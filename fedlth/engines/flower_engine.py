@@ -31,6 +31,7 @@ from fedlth.engines.flower_record import (
     plain_line,
     to_answer,
 )
+from fedlth.engines.flower_versions import REMARK, VERSIONS, asked
 from fedlth.engines.inprocess import one_line
 from fedlth.errors import StudyError
 from fedlth.federation.jobs import Again, Answers, Enough, Failure, Job, Reply, never
@@ -236,13 +237,15 @@ class FlowerEngine:
 
     def _ask(self, node: int) -> str:
         """Ask a node whom it serves; it also hears what it will need (flower_client.roll_call)."""
-        return self._transport.send({HEAD: {BODY: self._compute}}, node=node, kind="query").id
+        return self._transport.send({HEAD: {BODY: self._compute}, VERSIONS: asked()}, node=node, kind="query").id
 
     def _heard(self, ids: Iterable[str]) -> dict[str, int | str]:
         asked, found = set(ids), dict[str, int | str]()
         for back in self._transport.collect(sorted(asked)):
             if back.id in asked:
                 found.setdefault(back.id, _partition(back))  # of two answers the first counts
+                if (remark := _remark(back)) and isinstance(found[back.id], int):
+                    log.info(f"note: the device of client {found[back.id]} has {remark}: equal bits are not promised")
         return found
 
     def _pause(self, ends: float | None = None) -> None:
@@ -268,6 +271,12 @@ def _partition(back: Back) -> int | str:
     if isinstance(said, int) and not isinstance(said, bool):
         return said
     return plain_line(said, REASON) if isinstance(said, str) else "an odd answer to the roll call"
+
+
+def _remark(back: Back) -> str:
+    record = (back.records or {}).get(REMARK)
+    said = record.get(BODY) if isinstance(record, Mapping) else None
+    return plain_line(said, REASON) if isinstance(said, str) else ""
 
 
 def _failure(job: Job, kind: str, reason: str, *, sent: bool = True) -> Failure:

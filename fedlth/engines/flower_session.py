@@ -18,7 +18,7 @@ from fedlth.errors import StudyError
 from fedlth.experiment.experiment import Experiment
 from fedlth.experiment.resolve import resolve
 from fedlth.federation import session
-from fedlth.federation.answer_bytes import most_at_once
+from fedlth.federation.answer_bytes import said_at_start
 from fedlth.federation.missing import missing
 from fedlth.storage.run_folder import RunFolder
 from fedlth.study import schema
@@ -38,8 +38,7 @@ class FlowerRun:
 
     def run(self, engine: FlowerEngine) -> None:
         engine.ready()  # before anything is written
-        size, count = most_at_once(self.experiment, AT_ONCE)
-        log.info(f"note: the answers of {count} clients are read at once, {1e-6 * size:.0f} MB at most")
+        log.info(f"note: {said_at_start(self.experiment, AT_ONCE)}")
         if self.resume:
             session.resume(self.out, engine)
         else:

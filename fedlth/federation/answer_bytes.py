@@ -25,3 +25,9 @@ def most_at_once(experiment: Experiment, at_once: int) -> tuple[int, int]:
         count = min(at_once, len(experiment.clients(phase, phase.rounds)))
         found.append((count * most_of_one(experiment, phase), count))
     return max(found)
+
+
+def said_at_start(experiment: Experiment, at_once: int) -> str:
+    """Say how much memory the answers can take that an engine reads at once; a run says it before it begins."""
+    size, count = most_at_once(experiment, at_once)
+    return f"the answers of {count} clients are read at once, {1e-6 * size:.1f} MB at most"

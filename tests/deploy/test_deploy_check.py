@@ -107,6 +107,8 @@ MUTATIONS: dict[str, tuple[Callable[[Folder], object], str, str]] = {
         "flower/config.toml: ", "root-certificates is ",
     ),
     "version": (lambda f: settings(f, versions={"flwr": "1.0"}), f"{FILE}: ", "made with flwr 1.0, here is "),
+    "torch": (lambda f: settings(f, versions={"torch": "1.0"}), f"{FILE}: ", "made with torch 1.0, here is "),
+    "wire": (lambda f: settings(f, versions={"wire": "1"}), f"{FILE}: ", "made with wire 1, here is "),
     "count": (
         lambda f: settings(f, device_ports=[8445, 8446]), "app/study.yaml: ", "must be the number of devices, 2, got 3",
     ),

@@ -12,15 +12,19 @@ from typing import Any
 
 import pytest
 
+from fedlth.engines.choose import answers_at_once, drive
 from fedlth.engines.flower_client import roll_call
 from fedlth.engines.flower_engine import Back, FlowerEngine, Sent
 from fedlth.engines.flower_record import Records, View, of_answer, to_order
+from fedlth.engines.flower_versions import VERSIONS, asked
 from fedlth.errors import NothingUsable, StudyError
+from fedlth.experiment.resolve import resolve
 from fedlth.federation import session
-from fedlth.federation.answer_bytes import most_at_once, most_of_one
+from fedlth.federation.answer_bytes import most_at_once, most_of_one, said_at_start
 from fedlth.federation.client_step import client_step
 from fedlth.federation.jobs import Failure, Job, Reply
 from fedlth.federation.missing import missing
+from fedlth.forecast import forecast
 from fedlth.output import lines_to
 from fedlth.report.facts import read_run
 from fedlth.report.headline import summary_text
@@ -156,12 +160,12 @@ def test_fewer_than_the_quorum_are_named(folder: Path, clock: Clock) -> None:
 
 
 def test_a_device_without_the_kernel_is_refused_at_the_roll_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    query: View = {"head": {"b": "sparse"}}
+    query: View = {"head": {"b": "sparse"}, VERSIONS: asked()}
     monkeypatch.setattr("fedlth.kernel.kernel.available", lambda: "the fast kernel needs numba")
     assert (
         roll_call(query, {"partition-id": 1}) == "partition-id 1: compute: sparse, but here the fast kernel needs numba"
     )
-    assert roll_call({"head": {"b": "reference"}}, {"partition-id": 1}) == 1
+    assert roll_call({**query, "head": {"b": "reference"}}, {"partition-id": 1}) == 1
     assert "partition-id must be a whole number" in str(roll_call(query, {}))
 
 
@@ -420,6 +424,35 @@ def test_a_deadline_of_devices_is_refused_elsewhere_and_a_quorum_is_noted() -> N
         check_engine(tiny.study(federate={"deadline_s": 60.0}))
     says = "federate.quorum: has no effect, on engine ray every client is there"
     assert without_effect(tiny.study(federate={"quorum": 2}, engine="ray")) == [says]
+
+
+@pytest.mark.parametrize(
+    ("sections", "count"),
+    [
+        ({"workers": 1}, 3), ({"workers": 1, "cohort": 4}, 6), ({"workers": 2}, 18), ({"engine": "flower"}, 256),
+        ({"engine": "ray", "ray": {"workers": 3}, "cohort": 2}, 50),
+    ],
+)  # fmt: skip
+def test_every_engine_says_how_much_memory_answers_can_take(sections: dict[str, Any], count: int) -> None:
+    """Only Flower did: nobody else knew what a round may bring before it came."""
+    made = tiny.study(clients={"count": 110, "unseen": 0.0}, federate={"clients_per_round": 110}, **sections)
+    assert answers_at_once(made) == count
+    experiment = tiny.experiment(made)
+    count = min(count, 110)  # of a round's clients
+    size = count * most_of_one(experiment, experiment.phase("federate"))
+    assert said_at_start(experiment, count) == (
+        f"the answers of {count} clients are read at once, {1e-6 * size:.1f} MB at most"
+    )
+
+
+def test_a_run_says_it_at_its_start_and_a_check_before(tmp_path: Path) -> None:
+    made = tiny.study(workers=1, federate={"rounds": 1}, personalise={"arms": ["global"], "clients_per_wave": 4})
+    says = "the answers of 3 clients are read at once, 1.6 MB at most"  # of their four in step 2
+    told: list[str] = []
+    with lines_to(told.append):
+        drive(resolve(made)[0], tmp_path / "r", again=False)
+    assert told[0] == f"note: {says}"
+    assert f"server: {says}" in forecast(made)
 
 
 def test_the_most_that_answers_can_bring_is_a_bound(tmp_path: Path) -> None:

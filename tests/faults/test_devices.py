@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
-from fedlth.engines.flower_client import Place, serve
+from fedlth.engines.flower_client import Place, answer_roll_call, roll_call, serve
 from fedlth.engines.flower_engine import Back, Sent
 from fedlth.engines.flower_record import SPEAKS, Order, Records, of_answer, of_order, to_answer
+from fedlth.engines.flower_versions import VERSIONS, asked, here
 from fedlth.errors import StudyError
 from fedlth.federation.jobs import Failure, Job
+from fedlth.output import lines_to
 from tests import tiny
 from tests.engines.test_flower_engine import NODES, Loopback, echo, engine_over
 
@@ -146,6 +148,58 @@ def test_a_run_with_one_device_of_another_version_says_so_and_goes_on(tmp_path: 
     failed = [f for r in tiny.rows(out, "rounds") for f in r["failed"]]
     assert failed and {f["client"] for f in failed} == {bad}
     assert all(SPEAKS in f["reason"] and "0.0.9/1" in f["reason"] for f in failed)
+
+
+@pytest.mark.parametrize(
+    ("name", "version"), [("fedlth", "0.0.9/2"), ("fedlth", "0.1.0/1"), ("flwr", "1.20.0"), ("", "")]
+)
+def test_another_version_is_told_at_the_roll_call(tmp_path: Path, name: str, version: str) -> None:
+    """It was told by the first order: the device had been drawn, sent a model, and lost its round."""
+
+    class Old(Loopback):
+        def send(self, records: Records, *, node: int, kind: str) -> Sent:
+            sent = super().send(records, node=node, kind=kind)
+            assert kind == "query" or self.partitions[node] != 2, "it is never asked to train"
+            if kind == "query" and self.partitions[node] == 2:
+                theirs = json.loads(str(records[VERSIONS]["b"])) | {name: version}
+                question = {**records, VERSIONS: {"b": json.dumps(theirs)}} if name else {"head": records["head"]}
+                self._backs[0] = 2, Back(sent.id, records=answer_roll_call(question, {"partition-id": 2}))
+            return sent
+
+    made = tiny.study(federate={"quorum": 3}, engine="flower")
+    told: list[str] = []
+    with lines_to(told.append):
+        engine = engine_over(Old(tmp_path, NODES), made)
+        engine.ready()
+    assert engine.present() == {0, 1, 3}
+    said = f"{name or 'fedlth'} {here()[name or 'fedlth']} (the server: {version or 'an earlier one'})"
+    assert any(f"partition-id 2: has {said}" in line for line in told), told
+
+
+def test_a_version_that_may_change_bits_is_said_and_costs_nothing(tmp_path: Path) -> None:
+    class Newer(Loopback):
+        def send(self, records: Records, *, node: int, kind: str) -> Sent:
+            sent = super().send(records, node=node, kind=kind)
+            if kind == "query" and self.partitions[node] == 2:
+                theirs = json.loads(str(records[VERSIONS]["b"])) | {"torch": "2.99.0"}
+                question = {**records, VERSIONS: {"b": json.dumps(theirs)}}
+                self._backs[0] = 2, Back(sent.id, records=answer_roll_call(question, {"partition-id": 2}))
+            return sent
+
+    told: list[str] = []
+    with lines_to(told.append):
+        engine = engine_over(Newer(tmp_path, NODES), tiny.study())
+        engine.ready()
+    assert engine.present() == {0, 1, 2, 3}
+    says = f"note: the device of client 2 has torch {here()['torch']} (the server: 2.99.0): equal bits are not promised"
+    assert told.count(says) == 1, told
+    assert "remark" not in answer_roll_call({"head": {"b": ""}, VERSIONS: asked()}, {"partition-id": 2})
+
+
+@pytest.mark.parametrize("odd", [{}, {"b": 3}, {"b": "["}, {"b": "[" * 100_000}, {"b": "3"}, {"b": "{}"}])
+def test_an_odd_question_is_one_of_another_version(odd: dict[str, Any]) -> None:
+    said = roll_call({"head": {"b": ""}, VERSIONS: odd}, {"partition-id": 1})
+    assert str(said).startswith("partition-id 1: has fedlth ") and len(str(said)) < 300
 
 
 def test_where_all_are_of_another_version_the_run_ends_and_says_which(
