@@ -13,7 +13,7 @@ from fedlth.data.divided import opened
 from fedlth.data.own import Here, become, counts_of, here
 from fedlth.engines.flower_engine import Back, Transport
 from fedlth.engines.flower_keys import anybody
-from fedlth.engines.flower_record import BODY, HEAD
+from fedlth.engines.flower_record import BODY, HEAD, Records
 from fedlth.engines.flower_versions import VERSIONS
 from fedlth.engines.flower_versions import asked as versions
 from fedlth.errors import StudyError
@@ -68,11 +68,8 @@ def counted(
     while len(found) < wanted:
         for node in sorted(set(transport.online()) - asked):
             asked.add(node)
-            waiting[
-                transport.send(
-                    {HEAD: {BODY: ""}, COUNT: {BODY: question}, VERSIONS: versions()}, node=node, kind="query"
-                ).id
-            ] = node
+            query: Records = {HEAD: {BODY: ""}, COUNT: {BODY: question}, VERSIONS: versions()}
+            waiting[transport.send(query, node=node, kind="query").id] = node
         for back in transport.collect(sorted(waiting)):
             node = waiting.pop(back.id)
             client, counts = _read(back, node, wanted)

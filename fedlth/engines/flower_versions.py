@@ -1,4 +1,4 @@
-"""Versions at the roll call: the server says what it has, and a device of others says so before it is asked to train."""
+"""Versions at the roll call: the server says what it has; a device of others says so before it is asked to train."""
 
 from __future__ import annotations
 

@@ -93,6 +93,8 @@ ROWS = (
             *_chaos("nan", "huge"),
             *_of("faults/test_resume", "test_a_bad_reply_is_refused_recorded_and_costs_only_itself"),
             *_of("faults/test_hostile_replies", "test_hostile_replies_move_nothing_and_take_little_memory"),
+            *_of("faults/test_absurd_numbers", "test_absurd_numbers_of_one_client_cost_it_alone"),
+            *_of("faults/test_absurd_numbers", "test_the_first_round_of_a_hostile_federation_is_not_joined"),
         ),
     ),
     Row(
@@ -136,6 +138,7 @@ ROWS = (
             *_of("faults/test_chaos", "test_a_round_that_all_clients_fail_keeps_the_model"),
             *_of("faults/test_resume", "test_three_rounds_without_an_answer_end_the_run_with_its_reason"),
             *_of("faults/test_absurd_updates", "test_a_global_model_that_nobody_can_train_is_rolled_back"),
+            *_of("faults/test_collapse", "test_an_attack_by_all_clients_is_undone"),
         ),
         gap="where all answers are refused the model before it takes the round's place, although it may not be why",
     ),
@@ -218,14 +221,15 @@ ROWS = (
         gap="without a rule the run warns of an attack that the study plays; a real one is seen where it is absurd",
     ),
     Row(
-        number=23, fault="client and server of different versions", ends=REFUSED, lost=ITS_VISIT,
+        number=23, fault="client and server of different versions", ends=REFUSED, lost="that client, until it is mended",
         tests=(
+            *_of("faults/test_devices", "test_another_version_is_told_at_the_roll_call"),
             *_of("faults/test_devices", "test_other_versions_are_refused_at_both_ends_and_both_are_named"),
             *_of("faults/test_devices", "test_a_run_with_one_device_of_another_version_says_so_and_goes_on"),
             *_of("faults/test_devices", "test_where_all_are_of_another_version_the_run_ends_and_says_which"),
             *_of("wire/test_payload", "test_refused[version]"),
         ),
-        gap="told by the first message of a round, not when a device comes",
+        gap="a device from before the roll call told versions is found out by its first order",
     ),
     Row(
         number=24, fault="two runs in one folder", ends=REFUSED, lost="nothing",
