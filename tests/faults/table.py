@@ -221,7 +221,7 @@ ROWS = (
         gap="without a rule the run warns of an attack that the study plays; a real one is seen where it is absurd",
     ),
     Row(
-        number=23, fault="client and server of different versions", ends=REFUSED, lost="that client, until it is mended",
+        number=23, fault="client and server of different versions", ends=REFUSED, lost="that client, until mended",
         tests=(
             *_of("faults/test_devices", "test_another_version_is_told_at_the_roll_call"),
             *_of("faults/test_devices", "test_other_versions_are_refused_at_both_ends_and_both_are_named"),
