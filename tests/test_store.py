@@ -88,3 +88,18 @@ def test_logs_grow_and_are_cut_back(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
     with pytest.raises(ValueError, match="not JSON compliant"):
         json_lines.lines([{"x": float("nan")}])
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """Whichever file the disk is full at: a run's own test meets it at the first that a commit writes."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    file = tmp_path / "checkpoint.json"
+    store.write_atomic(file, b"old")
+    monkeypatch.setattr(store.os, call, full)
+    with pytest.raises(OSError, match="No space left"):
+        store.write_atomic(file, b"a new one, longer")
+    assert file.read_bytes() == b"old"

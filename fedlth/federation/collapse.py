@@ -8,7 +8,7 @@ Collapsed means, by the medians of a round's clients (of two middle ones the one
 two clients both must say so), with share = `federate.roll_back`:
 
 1. of the lead over guessing that the last three good rounds had at least, at most this share is left, and the training
-   loss is hardly better than guessing and above all that it was in those rounds; or
+   loss is hardly better than guessing, and no lower than in any of them; or
 2. the training loss is at least 1 / share times that of guessing, and the score no better than in the last good round.
 
 Both ask for a loss that no training in order has, the first for a lead that was steady, too. An accuracy alone falls to

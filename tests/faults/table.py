@@ -73,6 +73,7 @@ ROWS = (
         number=4, fault="disk full, folder not writable", lost="the round in hand; of a client, its visit",
         tests=(
             *_of("faults/test_resume", "test_a_full_disk_leaves_the_last_commit"),
+            *_of("test_store", "test_a_write_that_fails_leaves_the_old_file"),
             *_of("faults/test_resume", "test_a_folder_that_cannot_be_written_is_one_line"), *_chaos("disk_full"),
         ),
     ),
