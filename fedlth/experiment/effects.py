@@ -164,9 +164,11 @@ def _idle(study: Study, method: FederatedMethod, arms: set[str], product: str | 
         yield "model.buffers", f"{said} sends nothing"
         yield "model.personal", f"{said} sends nothing"
     elif not federates:
-        yield "federate.clients_per_round", none
+        yield from ((f"federate.{key}", none) for key in ("clients_per_round", "roll_back"))
     elif all(phase.rounds for phase in method.phases):
         yield from ((place, f"each phase of {said} has its own rounds") for place in ("federate.rounds", "tune.rounds"))
+    if method.topology is not None:
+        yield "federate.roll_back", f"clients of {said} are sent no server's model"
     if not rounds:
         yield "attack", none
         yield "clients.joiners", none

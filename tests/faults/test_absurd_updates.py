@@ -176,7 +176,7 @@ def test_a_global_model_that_nobody_can_train_is_rolled_back(tmp_path: Path) -> 
     assert rows[-1]["val_accuracy"] > rows[2]["val_accuracy"]
     text = summary_text(results_of((read_run(tmp_path / "r"),)))
     assert "round 2 of federate: no client could use the global model" in " ".join(text.split())
-    assert len(list((tmp_path / "r" / "checkpoints").iterdir())) <= 2
+    assert len(list((tmp_path / "r" / "checkpoints").iterdir())) <= 4, "of two commits, each with a good one"
 
 
 @pytest.mark.parametrize("after", [1, 2, 3])

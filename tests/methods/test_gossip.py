@@ -403,7 +403,8 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     assert kills
     session.resume(out, InProcess())
     assert tiny.facts(out) == tiny.facts(tmp_path / "whole")
-    live = set(json.loads((out / "checkpoint.json").read_text())["published"].values())
+    commits = [json.loads((out / name).read_text()) for name in ("checkpoint.json", "checkpoint.before.json")]
+    live = {version for commit in commits for version in commit["published"].values()}
     assert {path.stem for path in (out / "published").iterdir()} == live, "what nobody hears any more is gone"
 
 
