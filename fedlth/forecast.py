@@ -265,7 +265,7 @@ def _evaluation_lines(experiment: Experiment) -> list[str]:
 
 def _tried(local: LocalClient, recipe: TrainingRecipe) -> TrainingRequest:
     """Return a training by a recipe, of a few batches and next to no rate."""
-    few = local.train_part.batch(slice(recipe.batch_size * TIMED_STEPS))
+    few = local.task.part(local.client, "train").batch(slice(recipe.batch_size * TIMED_STEPS))
     short = replace(recipe, budget=Budget(epochs=1), lr=1e-6)
     return drawn_request(local.task.theta_0, few, short, order=local.rng("order"), torch_seed=0)
 

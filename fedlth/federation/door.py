@@ -11,11 +11,12 @@ import numpy as np
 
 from fedlth.data.split import ClientSplit
 from fedlth.federation.jobs import Reply
+from fedlth.federation.noisy_steps import split_off
 from fedlth.methods.aggregate import Contribution
 from fedlth.methods.client_update import NEXT_MASK, UPDATE
 from fedlth.models.layout import Layout
 from fedlth.personalization.kept import Keep
-from fedlth.storage.records import CurveRow, MetricRow, VisitRecord, visit_record
+from fedlth.storage.records import CurveRow, MetricRow, NoisySteps, VisitRecord, visit_record
 from fedlth.storage.typed_record import read
 from fedlth.study.sections import Tier
 from fedlth.training.metrics import Judged, judged
@@ -31,7 +32,7 @@ from fedlth.wire.reference import Reference
 class Accepted:
     """A reply that passed every check: an update's contribution, a visit's numbers, rows of step 2 as sent.
 
-    `masks` are those of each message with a mask, by name.
+    `masks` are those of each message with a mask, by name; `noisy` the noisy steps of the visit.
     """
 
     contribution: Contribution | None = None
@@ -39,6 +40,7 @@ class Accepted:
     visit: VisitRecord | None = None
     rows: tuple[dict[str, Any], ...] = ()
     curve: tuple[CurveRow, ...] = ()
+    noisy: tuple[NoisySteps, ...] = ()
 
     @property
     def mask(self) -> np.ndarray | None:
@@ -61,8 +63,8 @@ class Asked:
     The client's own parts of the data; in step 2, the arms and their target densities, and what tensors are prunable;
     the messages that its phase's update sends, by name: kind and layout. `named`: the mask that comes up is that of a
     model in the rows. `own_mask`: values may lie under another mask than what was sent. `curve`: the rows are those of
-    an evaluation between rounds. `keep` is the rule that says which ticket a client of this `tier` keeps, of a task
-    `judged` so.
+    an evaluation between rounds. `noisy`: noisy steps must be told. `keep` is the rule that says which ticket a client
+    of this `tier` keeps, of a task `judged` so.
     """
 
     split: ClientSplit
@@ -74,6 +76,7 @@ class Asked:
     layers: frozenset[str] = frozenset()
     named: bool = True
     curve: bool = False
+    noisy: bool = False
     keep: Keep | None = None
     tier: Tier = field(default_factory=Tier)
     judged: Judged = field(default_factory=lambda: judged(None, (), "classes"))
@@ -110,11 +113,14 @@ def accept(reply: Reply, *, codec: Codec, held: Held, asked: Asked) -> Accepted:
     contents = {name: contents[name] for name in asked.sends}  # in our order, whatever the sender's
     masks = {name: content.mask for name, content in contents.items()}
     first = next(iter(contents.values()), None)
+    noisy: tuple[NoisySteps, ...] = ()
     try:
+        if asked.noisy:
+            record, noisy = split_off(record, reply.client)
         if asked.arms:
             if asked.curve:
                 return Accepted(curve=_curve(record, reply, asked))
-            return Accepted(masks=masks, rows=_rows(record, first, reply, asked))
+            return Accepted(masks=masks, rows=_rows(record, first, reply, asked), noisy=noisy)
         visit = visit_record(record)
         if visit.num_examples != len(asked.split.train):
             raise ValueError(f"num_examples must be {len(asked.split.train)}, got {visit.num_examples}")
@@ -125,9 +131,9 @@ def accept(reply: Reply, *, codec: Codec, held: Held, asked: Asked) -> Accepted:
     except ValueError as error:
         raise PayloadError(f"metrics: {error}") from error
     if first is None:
-        return Accepted(visit=visit)
+        return Accepted(visit=visit, noisy=noisy)
     others = {name: content for name, content in contents.items() if content is not first}
-    return Accepted(Contribution(reply.client, visit.num_examples, first, others), masks, visit)
+    return Accepted(Contribution(reply.client, visit.num_examples, first, others), masks, visit, noisy=noisy)
 
 
 def _check_content(content: Content, kind: str, held: Held, asked: Asked) -> None:

@@ -25,6 +25,7 @@ from fedlth.methods.client_update import UPDATE, sends_in
 from fedlth.methods.method import Phase
 from fedlth.personalization.arms import row_name
 from fedlth.personalization.personalise import EVALUATION
+from fedlth.storage import records
 from fedlth.storage.records import DROPPED, HANDED, LATE, CurveRow, Failed, LedgerRow, TimeRow, Work, client_of
 from fedlth.storage.run_folder import Progress, RunFolder
 from fedlth.storage.state_archive import Writer
@@ -69,6 +70,7 @@ class Replies:
     rows: list[LedgerRow] = field(default_factory=list)
     failed: list[Failed] = field(default_factory=list)
     times: list[TimeRow] = field(default_factory=list)
+    noisy: list[records.NoisySteps] = field(default_factory=list)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     curve: list[CurveRow] = field(default_factory=list)
     seen: list[float] = field(default_factory=list)
@@ -206,6 +208,7 @@ class Replies:
                 self.failed.append(Failed(job.client, "refused", str(got)))
                 self.rows += self._rows_up(answer, {}, f"refused: {got}")
                 continue
+            self.noisy += got.noisy  # of one that is late too: whoever receives it has it
             if one.late:
                 self.failed.append(Failed(job.client, LATE, one.late))
                 self.rows += self._rows_up(answer, got.masks, LATE)
@@ -308,6 +311,7 @@ class Replies:
             arms=frozenset(arms),
             targets=frozenset((1.0, *experiment.study.finder.densities)),
             keep=None if phase.name == HANDED else experiment.keep, curve=phase.evaluates,
+            noisy=experiment.study.privacy.dp is not None and not phase.evaluates,
         )  # fmt: skip
 
     def _keep(self, answer: Reply, got: Accepted, states: Writer, masks: Writer) -> None:
