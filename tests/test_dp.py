@@ -40,7 +40,7 @@ from tests import tiny
 pytest.importorskip("opacus", reason="needs the extra: pip install 'fedlth[privacy]'")
 
 DP = {"noise_multiplier": 0.8, "max_grad_norm": 1.0, "delta": 1e-3}
-QUIET = DpSgd(noise_multiplier=1e-9, max_grad_norm=1e6, delta=1e-3)  # what is left is the training without noise
+QUIET = DpSgd(noise_multiplier=1e-12, max_grad_norm=1e6, delta=1e-3)  # what is left is the training without noise
 
 
 def noisy(**sections: Any) -> Any:
@@ -194,8 +194,10 @@ def test_every_step_is_told_and_counted(run: Path) -> None:
     # By hand: 48 training examples are 3 steps an epoch; a visit is one, a search for one ticket is two trainings.
     visits = [row["clients"] for row in tiny.rows(run, "rounds") if row["phase"] == "federate"]
     for one in found.clients:
-        assert one.steps == steps[one.client] == 3 * (2 + sum(one.client in clients for clients in visits)) * (
-            one.examples / 48
+        assert (
+            one.steps
+            == steps[one.client]
+            == 3 * (2 + sum(one.client in clients for clients in visits)) * (one.examples / 48)
         )
         assert one.assumed == 0 and one.epsilon == epsilon(DpSgd(**DP), one.examples, {16: one.steps})
     assert all("loss" not in str(row.get("metrics")) for row in tiny.rows(run, "rounds"))
