@@ -47,10 +47,10 @@ def _seen(facts: Facts) -> Iterator[str]:
         yield "So a client's personal mask is seen by whoever receives it."
     else:
         yield "Personal masks, where a client finds a ticket at the end, stay with it."
-    told = "number of examples and its" if facts.spent else "number of examples, its loss and its"
+    counted = "number of examples and its" if facts.spent else "number of examples, its loss and its"
     yield (
         "In step 2 each client reports its accuracies and losses, the size of its parts, the densities of its layers "
-        f"and a hash of every mask; in a round its {told} validation score."
+        f"and a hash of every mask; in a round its {counted} validation score."
     )
 
 
@@ -93,8 +93,8 @@ def _spent(spent: SpentPrivacy | None) -> Iterator[str]:
     assumed = sum(one.assumed for one in spent.clients)
     yield (
         f"Noise in local training (privacy.dp): each example's gradient has a norm of at most {spent.max_grad_norm:g}, "
-        f"and the sum of a batch noise of {spent.noise_multiplier:g} times that. Over all noisy steps of this run, those "
-        f"of controls included, a client's training examples have epsilon at most {found[-1]:.2f} at delta "
+        f"and the sum of a batch noise of {spent.noise_multiplier:g} times that. Over all noisy steps of this run, "
+        f"those of controls included, a client's training examples have epsilon at most {found[-1]:.2f} at delta "
         f"{spent.delta:g} (the least {found[0]:.2f}; accountant {spent.accountant}, {spent.sampling} batches"
         + (f"; {assumed} steps of visits without a usable answer are assumed" if assumed else "")
         + "). Masks and values that are made of such weights have no other; validation and test scores are not covered."

@@ -76,7 +76,7 @@ class FlatModel:
 
     def in_memory_order(self, e: Entry, samples: Tensor) -> Tensor:
         """Return an entry's values of B examples, (B, *shape), as (B, size) in the order of the module's memory."""
-        return (samples.permute(0, 2, 3, 1) if self._moved(e) else samples).reshape(len(samples), -1)
+        return (samples.permute(0, 1, 3, 4, 2) if self._moved(e) else samples).reshape(len(samples), -1)
 
     def in_order(self, values: Tensor) -> np.ndarray:
         """Return a copy of a prefix of a flat tensor in the layout's order: the inverse of `arranged`."""
