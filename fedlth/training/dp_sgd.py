@@ -113,7 +113,9 @@ def sampled(model: FlatModel) -> Iterator[None]:
     require("privacy.dp", "opacus", extra=EXTRA)
     from opacus.grad_sample import GradSampleHooks
 
-    hooks = GradSampleHooks(model.module, loss_reduction="sum")
+    # Its own rule for convolutions reads images as if channels lay first in memory (as_strided).
+    last = model.forward.channels_last
+    hooks = GradSampleHooks(model.module, loss_reduction="sum", force_functorch=last)
     try:
         with warnings.catch_warnings():
             # Of the first layer, whose inputs need no gradient.
