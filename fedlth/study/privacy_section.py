@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fedlth.study.sections import Node, Positive, Spec
 
@@ -22,3 +22,13 @@ class Privacy(Node):
 
     mask: Spec | None = None
     dp: Dp | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_secure_sums(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "secure_aggregation" in given:
+            raise ValueError(
+                "has no secure_aggregation: of masks that differ a sum shows what one client alone keeps, and Flower's "
+                "SecAgg+ is not for the API that runs here; `fedlth audit` says what it would cost"
+            )
+        return given
