@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,11 @@ from fedlth.training.request import TrainingResult, drawn_request
 from fedlth.training.train import train
 from tests import tiny
 
-pytest.importorskip("opacus", reason="needs the extra: pip install 'fedlth[privacy]'")
+# Looked for, not imported: that takes seconds, which only the process that runs these tests should spend.
+pytestmark = pytest.mark.skipif(find_spec("opacus") is None, reason="needs the extra: pip install 'fedlth[privacy]'")
 
 DP = {"noise_multiplier": 0.8, "max_grad_norm": 1.0, "delta": 1e-3}
-QUIET = DpSgd(noise_multiplier=1e-12, max_grad_norm=1e6, delta=1e-3)  # what is left is the training without noise
+QUIET = DpSgd(noise_multiplier=1e-30, max_grad_norm=1e6, delta=1e-3)  # what is left is the training without noise
 
 
 def noisy(**sections: Any) -> Any:
@@ -69,8 +71,8 @@ def net() -> tuple[FlatModel, Params]:
 
 def data(size: int = 12) -> Examples:
     rng = np.random.default_rng(0)
-    x = torch.from_numpy(rng.standard_normal((size, 1, 8, 8), np.float32))
-    return Examples(x, torch.from_numpy(rng.integers(0, tiny.NUM_CLASSES, size)))
+    x, y = rng.standard_normal((12, 1, 8, 8), np.float32), rng.integers(0, tiny.NUM_CLASSES, 12)
+    return Examples(torch.from_numpy(x[:size]), torch.from_numpy(y[:size]))
 
 
 def trained(dp: DpSgd | None, *, batch_size: int = 12, size: int = 12, noise_seed: int = 1, **more: Any) -> Any:
@@ -82,7 +84,7 @@ def trained(dp: DpSgd | None, *, batch_size: int = 12, size: int = 12, noise_see
     return model, train(model, request)
 
 
-@pytest.mark.parametrize("parts", [{}, {"optimizer": Adam()}], ids=["sgd", "adam"])
+@pytest.mark.parametrize("parts", [{}, {"optimizer": Adam(eps=0.1)}], ids=["sgd", "adam"])
 def test_without_clipping_or_noise_it_is_the_training_that_it_was(parts: dict[str, Any]) -> None:
     """A batch of all examples: then Poisson sampling takes them all, too."""
     mask = np.random.default_rng(1).random(net()[0].layout.num_prunable) < 0.5
@@ -225,8 +227,8 @@ def test_the_card_and_the_check_say_what_it_comes_to(run: Path) -> None:
     worst = max(one.epsilon for one in read_spent(run).clients)  # type: ignore[union-attr]
     assert f"epsilon at most {worst:.2f} at delta 0.001" in card and "no noise on values" not in card
     assert "its number of examples and its validation score" in card
-    told = forecast.foreseen(noisy(compute="sparse", cohort=2)).text
-    assert "because the kernel has no privacy.dp; a cohort has no privacy.dp" in told
+    told = forecast.foreseen(noisy(cohort=2)).text
+    assert "because a cohort has no privacy.dp" in told
     assert f"epsilon about {worst:.1f} at most" in told
 
 

@@ -79,8 +79,6 @@ def _unfit(experiment: Experiment) -> Iterator[tuple[str, str]]:
     regrow = getattr(finder.schedule, "regrow", None)
     if regrow is not None and regrow.by == "gradient":
         yield "finder.schedule.by: must be random", "weights come back by a gradient without noise"
-    if study.tune.lr:
-        yield "tune.lr: must be left out", "every rate that is tried trains on the same examples, and is not counted"
     if isinstance(experiment.newcomer, LabelHistogram):
         yield "clients.newcomer: must be another", LABELS
     for place, recipe in zip(("train", "personalise"), recipes(study), strict=True):

@@ -49,6 +49,8 @@ def resolve(study: Study) -> tuple[Experiment, list[str]]:
     experiment = open_experiment(resolved.science())
     if study.tune.lr and not experiment.one_metric:
         raise StudyError("tune.lr: must not be given where tasks have different metrics: no mean of them decides")
+    if study.tune.lr and study.privacy.dp is not None:
+        raise StudyError("tune.lr: must be left out with privacy.dp: trainings at rates that are tried are not counted")
     notes += why + _checked(experiment) + feasible.check(study, experiment) + client_memory.notes(experiment)
     _check_rules(experiment)
     if resolved.device == "auto" and resolved.engine == "inprocess":  # elsewhere each worker's machine decides

@@ -112,7 +112,8 @@ def notes(audit: Audit) -> tuple[str, ...]:
         told.append(
             "There is no secure aggregation here: the last table says what it would cost. A sum hides who sent what "
             "only where several clients send the same position; masked integers (16 bits, and what a sum needs) "
-            "cannot be coded shorter. The union must be known to all, which tells of every mask; a common mask tells of none."
+            "cannot be coded shorter. The union must be known to all, which tells of every mask; a common mask tells "
+            "of none."
         )
     others = min((one.others for one in membership(audit)), default=0)
     if audit.members:
