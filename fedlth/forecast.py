@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +30,7 @@ from fedlth.tickets.schedule import OneShot
 from fedlth.training import batch_requests, kernel_backend
 from fedlth.training.batches import steps_an_epoch
 from fedlth.training.budget import Budget
+from fedlth.training.dp_accountant import epsilon
 from fedlth.training.evaluation import evaluate
 from fedlth.training.local_client import LocalClient
 from fedlth.training.recipe import TrainingRecipe
@@ -83,26 +85,48 @@ def own_epochs(experiment: Experiment) -> tuple[float, float]:
 
     A client's visits are those that the server will sample: a method may train more than once an epoch after some.
     """
-    study, task, trained = experiment.study, experiment.task, 0.0
-    visits = dict.fromkeys(range(study.clients.count), 0)
-    refined = study.refine.rounds * experiment.per_round(study.refine)
+    first, second = (
+        budget_of(train).in_epochs(_mean_steps(experiment.task, train.batch_size))
+        for train in (experiment.study.train, personal(experiment.study))
+    )
+    trained, tuned = map(sum, zip(*_own_trainings(experiment).values(), strict=True))
+    return float(trained * first), float(tuned * second)
+
+
+def _own_trainings(experiment: Experiment) -> dict[int, tuple[float, float]]:
+    """Return each client's trainings of the method's own: in rounds, those inside tickets included, and in step 2."""
+    study, task = experiment.study, experiment.task
+    visits, trained = dict.fromkeys(range(study.clients.count), 0), dict.fromkeys(range(study.clients.count), 0.0)
     for phase, round in experiment.steps:
-        if phase in experiment.federated_phases:
+        if phase.name == "refine":
+            for client in experiment.clients(phase, round):
+                trained[client] += 1
+        elif phase in experiment.federated_phases:
             passes = getattr(phase.update, "passes", _once)
             for client in experiment.clients(phase, round):
-                trained += passes(task.of(client), visits[client])
+                trained[client] += passes(task.of(client), visits[client])
                 visits[client] += 1
     own = experiment.method.own
     passes = getattr(own, "tune_passes", getattr(own, "passes", _once))
-    tuned = (
-        sum(passes(task.of(client), count) for client, count in visits.items()) if "own_tuned" in experiment.arms else 0
-    )
-    if study.refine.rounds:
-        tuned += len(visits)
-    first, second = (
-        budget_of(train).in_epochs(_mean_steps(task, train.batch_size)) for train in (study.train, personal(study))
-    )
-    return float((trained + refined) * first), float(tuned * second)
+    tunes, refined = "own_tuned" in experiment.arms, study.refine.rounds > 0
+    return {
+        client: (trained[client], (passes(task.of(client), count) if tunes else 0) + refined)
+        for client, count in visits.items()
+    }
+
+
+def _epsilon_lines(experiment: Experiment) -> list[str]:
+    """Say what privacy.dp comes to for the client that it protects least, where every search goes to its end."""
+    task, (first, second) = experiment.task, recipes(experiment.study)
+    if first.dp is None:
+        return []
+    worst, step_2 = 0.0, step2_epochs(experiment)
+    for client, (rounds, tuned) in _own_trainings(experiment).items():
+        size, steps = len(task.splits.clients[client].train), Counter[int]()
+        steps[first.batch_size] += round(rounds * first.steps(size))
+        steps[second.batch_size] += round(tuned * second.steps(size) + step_2 * steps_an_epoch(size, second.batch_size))
+        worst = max(worst, epsilon(first.dp, size, steps))
+    return [f"privacy.dp: epsilon about {worst:.1f} at most, at delta {first.dp.delta:g}, over all of a client's steps"]
 
 
 def _mean_steps(task: Task, batch_size: int) -> float:
@@ -175,6 +199,7 @@ def foreseen(study: Study) -> Foreseen:
         *(line for one in (task, *(one for one in task.each if one is not task)) for line in _model_lines(one)),
         *_compute_lines(next((t for t in task.each if isinstance(t.table, str)), task.each[0])),
         *_recipe_lines(experiment, local),
+        *_epsilon_lines(experiment),
         f"cohort: {study.cohort} clients train as one" if study.cohort != 1 else "cohort: 1, clients train one by one",
         str(moved),
         *forecast_time(experiment, Visit(*moved.visit, epochs=_kept_epochs(experiment))),
@@ -267,7 +292,7 @@ def _evaluation_lines(experiment: Experiment) -> list[str]:
 
 def _tried(local: LocalClient, recipe: TrainingRecipe) -> TrainingRequest:
     """Return a training by a recipe, of a few batches and next to no rate."""
-    few = local.train_part.batch(slice(recipe.batch_size * TIMED_STEPS))
+    few = local.task.part(local.client, "train").batch(slice(recipe.batch_size * TIMED_STEPS))
     short = replace(recipe, budget=Budget(epochs=1), lr=1e-6)
     return drawn_request(local.task.theta_0, few, short, order=local.rng("order"), torch_seed=0)
 

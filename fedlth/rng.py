@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 
 import numpy as np
+
+SECRET = "FEDLTH_MASK_SECRET"  # a device's own: who knows the study draws all other streams
 
 
 def entropy(seed: int, what: str, round: int = 0, client: int = -1) -> int:
@@ -24,3 +27,9 @@ def stream(seed: int, what: str, round: int = 0, client: int = -1) -> np.random.
 def torch_seed(seed: int, what: str, round: int = 0, client: int = -1) -> int:
     """Return a 63-bit seed for torch's process-global generator (dropout, weight init) of one named stream."""
     return entropy(seed, what, round, client) & (2**63 - 1)
+
+
+def secretly(what: str) -> str:
+    """Return the name of a stream that nobody else can draw, where this device has a secret; else the same name."""
+    secret = os.environ.get(SECRET, "")
+    return f"{what} {secret}" if secret else what

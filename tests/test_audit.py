@@ -17,6 +17,7 @@ from fedlth.privacy import audit as audits
 from fedlth.privacy.label_inference import output_layer
 from fedlth.privacy.measure import matched
 from fedlth.privacy.ridge import counts, fitted, hits
+from fedlth.privacy.secure_sum import coverage
 from fedlth.privacy.shadows import present, shadow_task
 from fedlth.privacy.subject import subject_of
 from fedlth.report.audit import audit_text
@@ -217,3 +218,21 @@ def test_the_output_layer_has_a_row_a_class(run: Path) -> None:
     layout = subject_of(str(run.resolve())).task.layout
     found = output_layer(layout, 8)
     assert found is not None and found.shape == (8, 16) and output_layer(layout, 9) is None
+
+
+def test_what_a_secure_sum_would_cost(found: Audit) -> None:
+    """On four weights by hand, and for the cohorts of the run: twelve clients a round, tickets of a density of .3."""
+    masks = [np.array(bits, bool) for bits in ([1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 0])]
+    one = coverage("refine", 2, masks, rest=3)
+    assert (one.clients, one.density, one.union, one.alone, one.few) == (3, 0.5, 0.75, 1 / 3, 2 / 3)
+    assert (one.common_bytes, one.union_bytes, one.dense_bytes) == (12, 14, 16)  # of 18 bits: 5, 6 and 7 numbers
+    assert [(c.phase, c.round, c.clients) for c in found.coverages] == [("federate", 1, 12)]
+    told = found.coverages[0]
+    assert told.density == pytest.approx(0.3, abs=0.01) and told.density < told.union < 1 and 0 < told.alone < told.few
+    assert told.common_bytes < told.union_bytes < told.dense_bytes
+    assert "What a secure sum over tickets would cost" in audit_text(found)
+
+
+def test_secure_aggregation_is_refused_and_says_why() -> None:
+    with pytest.raises(StudyError, match="has no secure_aggregation: of masks that differ a sum shows what one client"):
+        tiny.study(privacy={"secure_aggregation": True})

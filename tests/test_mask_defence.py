@@ -13,9 +13,10 @@ from fedlth import api, forecast
 from fedlth.engines.forked import Forked
 from fedlth.errors import StudyError
 from fedlth.federation.rounds import STEP_2
-from fedlth.methods.defence import SECRET, RandomisedResponse
+from fedlth.methods.defence import RandomisedResponse
 from fedlth.report.facts import read_group
 from fedlth.report.privacy import privacy_card
+from fedlth.rng import SECRET
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.header import read_header
 from fedlth.storage.run_folder import RunFolder

@@ -13,6 +13,7 @@ from fedlth.data.partition_file import sha256_of
 from fedlth.errors import StudyError, wrong
 from fedlth.experiment import client_memory, effects, feasible, recipe_checks
 from fedlth.experiment.chaos import check_chaos
+from fedlth.experiment.dp_checks import check_dp
 from fedlth.experiment.experiment import KEPT_FIRST, Experiment, open_experiment
 from fedlth.experiment.mask_defence import check_defence
 from fedlth.experiment.well_formed import method_of
@@ -48,6 +49,8 @@ def resolve(study: Study) -> tuple[Experiment, list[str]]:
     experiment = open_experiment(resolved.science())
     if study.tune.lr and not experiment.one_metric:
         raise StudyError("tune.lr: must not be given where tasks have different metrics: no mean of them decides")
+    if study.tune.lr and study.privacy.dp is not None:
+        raise StudyError("tune.lr: must be left out with privacy.dp: trainings at rates that are tried are not counted")
     notes += why + _checked(experiment) + feasible.check(study, experiment) + client_memory.notes(experiment)
     _check_rules(experiment)
     if resolved.device == "auto" and resolved.engine == "inprocess":  # elsewhere each worker's machine decides
@@ -181,7 +184,7 @@ def _checked(experiment: Experiment) -> list[str]:
     faults = check_chaos(experiment)
     _check_first_masks(experiment)
     recipe_checks.check_rounds(experiment)
-    notes = [*faults, *_own_recipes(experiment)]
+    notes = [*faults, *check_dp(experiment), *_own_recipes(experiment)]
     for task in experiment.task.each:
         try:
             found = _checked_task(experiment, task, arms)

@@ -52,4 +52,5 @@ class Asking:
             ranges=ranges_of(experiment, phase, self.round), arms=frozenset(arms),
             targets=frozenset((1.0, *experiment.study.finder.densities)),
             keep=None if phase.name == HANDED else experiment.keep, curve=phase.evaluates,
+            noisy=experiment.study.privacy.dp is not None and not phase.evaluates,
         )  # fmt: skip

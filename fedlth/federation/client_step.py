@@ -15,6 +15,7 @@ from fedlth.experiment.experiment import Experiment, open_experiment
 from fedlth.experiment.mask_defence import defence_in
 from fedlth.federation.chaotic import NUMBERS, spoilt
 from fedlth.federation.jobs import RESYNC, Job, Message, Reply
+from fedlth.federation.noisy_steps import noisy_steps
 from fedlth.federation.ranges import ranges_of
 from fedlth.federation.uplink import Uplink
 from fedlth.methods.attack import Aim, attacked
@@ -206,8 +207,11 @@ def _encoded(
         if (i == 0 or name == NEXT_MASK) and experiment.chooses(phase):
             dense = content.mask.all() and experiment.first_mask(job.client) is None
             state = state.without("shared") if dense else state.with_(masks={"shared": content.mask})
+    noisy = noisy_steps(local) if experiment.study.privacy.dp is not None and not phase.evaluates else {}
     if phase.in_waves:
-        record = Message("metrics", "arms", metrics.encode({"rows": list(update.rows)}))
+        record = Message("metrics", "arms", metrics.encode({"rows": list(update.rows), **noisy}))
         return state, (record, *sent)
-    numbers: dict[str, Any] = {"num_examples": local.num_train, **update.metrics}
+    numbers: dict[str, Any] = {"num_examples": local.num_train, **update.metrics, **noisy}
+    if noisy:
+        numbers.pop("loss", None)  # of the training examples, and without noise
     return state, (*sent, Message("metrics", "visit", metrics.encode(numbers)))

@@ -11,12 +11,13 @@ import numpy as np
 
 from fedlth.data.split import ClientSplit
 from fedlth.federation.jobs import Reply
+from fedlth.federation.noisy_steps import split_off
 from fedlth.federation.ranges import Range, check_range
 from fedlth.methods.aggregate import Contribution
 from fedlth.methods.client_update import NEXT_MASK, UPDATE
 from fedlth.models.layout import Layout
 from fedlth.personalization.kept import Keep
-from fedlth.storage.records import CurveRow, MetricRow, VisitRecord, visit_record
+from fedlth.storage.records import CurveRow, MetricRow, NoisySteps, VisitRecord, visit_record
 from fedlth.storage.typed_record import read
 from fedlth.study.sections import Tier
 from fedlth.training.metrics import Judged, judged
@@ -32,7 +33,7 @@ from fedlth.wire.reference import Reference
 class Accepted:
     """A reply that passed every check: an update's contribution, a visit's numbers, rows of step 2 as sent.
 
-    `contents` are its messages but the metrics, by name.
+    `contents` are its messages but the metrics, by name; `noisy` the noisy steps of the visit.
     """
 
     contribution: Contribution | None = None
@@ -40,6 +41,7 @@ class Accepted:
     visit: VisitRecord | None = None
     rows: tuple[dict[str, Any], ...] = ()
     curve: tuple[CurveRow, ...] = ()
+    noisy: tuple[NoisySteps, ...] = ()
 
     @property
     def masks(self) -> Mapping[str, np.ndarray]:
@@ -66,8 +68,8 @@ class Asked:
     The client's own parts of the data; in step 2, the arms and their target densities, and what tensors are prunable;
     the messages that its phase's update sends, by name: kind and layout; `ranges`: what their numbers may be, by name,
     where not anything. `named`: the mask that comes up is that of a model in the rows. `own_mask`: values may lie under
-    another mask than what was sent. `curve`: the rows are those of an evaluation between rounds. `keep` is the rule
-    that says which ticket a client of this `tier` keeps, of a task `judged` so.
+    another mask than what was sent. `curve`: the rows are those of an evaluation between rounds. `noisy`: noisy steps
+    must be told. `keep` is the rule that says which ticket a client of this `tier` keeps, of a task `judged` so.
     """
 
     split: ClientSplit
@@ -80,6 +82,7 @@ class Asked:
     ranges: Mapping[str, Range] = field(default_factory=dict)
     named: bool = True
     curve: bool = False
+    noisy: bool = False
     keep: Keep | None = None
     tier: Tier = field(default_factory=Tier)
     judged: Judged = field(default_factory=lambda: judged(None, (), "classes"))
@@ -117,11 +120,14 @@ def accept(reply: Reply, *, codec: Codec, held: Held, asked: Asked) -> Accepted:
             check_range(name, contents[name], asked.ranges[name], asked.sends[name][1])
     contents = {name: contents[name] for name in asked.sends}  # in our order, whatever the sender's
     first = next(iter(contents.values()), None)
+    noisy: tuple[NoisySteps, ...] = ()
     try:
+        if asked.noisy:
+            record, noisy = split_off(record, reply.client)
         if asked.arms:
             if asked.curve:
                 return Accepted(curve=_curve(record, reply, asked))
-            return Accepted(contents=contents, rows=_rows(record, first, reply, asked))
+            return Accepted(contents=contents, rows=_rows(record, first, reply, asked), noisy=noisy)
         visit = visit_record(record)
         if visit.num_examples != len(asked.split.train):
             raise ValueError(f"num_examples must be {len(asked.split.train)}, got {visit.num_examples}")
@@ -134,9 +140,9 @@ def accept(reply: Reply, *, codec: Codec, held: Held, asked: Asked) -> Accepted:
     except ValueError as error:
         raise PayloadError(f"metrics: {error}") from error
     if first is None:
-        return Accepted(visit=visit)
+        return Accepted(visit=visit, noisy=noisy)
     others = {name: content for name, content in contents.items() if content is not first}
-    return Accepted(Contribution(reply.client, visit.num_examples, first, others), contents, visit)
+    return Accepted(Contribution(reply.client, visit.num_examples, first, others), contents, visit, noisy=noisy)
 
 
 def _check_content(content: Content, kind: str, held: Held, asked: Asked) -> None:

@@ -30,6 +30,7 @@ def summary_of(replies: Replies) -> RoundRow:
         simulated_s=replies.clock.whole(replies.came_s, replies.gone_s),
         mask_outliers=[FarMask(client, distance) for client, distance in outliers(replies.shared).items()],
         injected=_injected(replies),
+        noisy=list(replies.noisy),
     )
 
 

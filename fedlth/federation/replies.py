@@ -24,6 +24,7 @@ from fedlth.methods.aggregate import Contribution
 from fedlth.methods.client_update import UPDATE, sends_in
 from fedlth.methods.method import Phase
 from fedlth.personalization.personalise import EVALUATION
+from fedlth.storage import records
 from fedlth.storage.checkpoint import Progress
 from fedlth.storage.records import DROPPED, LATE, CurveRow, Failed, LedgerRow, TimeRow, VisitRecord, Work, client_of
 from fedlth.storage.run_folder import RunFolder
@@ -69,6 +70,7 @@ class Replies:
     rows: list[LedgerRow] = field(default_factory=list)
     failed: list[Failed] = field(default_factory=list)
     times: list[TimeRow] = field(default_factory=list)
+    noisy: list[records.NoisySteps] = field(default_factory=list)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     curve: list[CurveRow] = field(default_factory=list)
     seen: list[float] = field(default_factory=list)
@@ -207,6 +209,7 @@ class Replies:
                 self.failed.append(Failed(job.client, "refused", str(got)))
                 self.rows += self._rows_up(answer, {}, f"refused: {got}")
                 continue
+            self.noisy += got.noisy  # of one that is late too: whoever receives it has it
             if one.late:
                 self.failed.append(Failed(job.client, LATE, one.late))
                 self.rows += self._rows_up(answer, got.masks, LATE)

@@ -24,12 +24,14 @@ from fedlth.federation.downloads import broadcast
 from fedlth.federation.jobs import Engine
 from fedlth.federation.missing import missing
 from fedlth.federation.rounds import Federation
+from fedlth.federation.spent import spent_by
 from fedlth.kernel import kernel
 from fedlth.storage import ticket_file
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.header import Header, Layer, Measure, Phase, TaskFacts
 from fedlth.storage.records import Digests, MetricRow, RoundRow
 from fedlth.storage.run_folder import RunFolder
+from fedlth.storage.spent_privacy import write_spent
 from fedlth.storage.trackers import Tracking
 from fedlth.study.schema import Study
 from fedlth.training.task import Task
@@ -158,6 +160,8 @@ def _finish(federation: Federation) -> Digests:
         log.info(f"note: {len(made)} tickets stay with their clients; only their masks' names are here")
     found = Digests(federation.theta.digest(), digests)
     folder.write(found)
+    if (spent := spent_by(experiment, folder.rows(RoundRow))) is not None:
+        write_spent(folder.root, spent)
     return found
 
 

@@ -222,6 +222,8 @@ def _checked(folder: RunFolder, experiment: Experiment) -> Header:
         raise StudyError(f"{folder.root}: must have the data that it was run with, got other data")
     if experiment.kept_arm != "ticket" or experiment.method.space.kind != "values":
         raise StudyError(f"{folder.root}: must be a run with the arm ticket, got method {header.method} without")
+    if experiment.study.privacy.dp is not None:
+        raise StudyError(f"{folder.root}: must be a run without privacy.dp: its epsilon is that of the run alone")
     if finder.dead.holds or not getattr(finder.rewind, "trains", True):
         raise StudyError(
             f"{folder.root}: must have tickets that train among zeros, got {finder.dead} and {finder.rewind}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -12,9 +11,8 @@ import numpy as np
 
 from fedlth.errors import wrong
 from fedlth.methods.client_update import Update
+from fedlth.rng import secretly
 from fedlth.training.local_client import LocalClient
-
-SECRET = "FEDLTH_MASK_SECRET"  # a device's own: who knows the study draws all other streams
 
 
 class Defence(Protocol):
@@ -63,11 +61,11 @@ def defended(defence: Defence, local: LocalClient, update: Update, sends: tuple[
     That stream follows from the study, so that a simulation can be repeated. A device sets FEDLTH_MASK_SECRET, which
     nobody else knows, or else who knows the study takes the flips back.
     """
-    secret, sent = os.environ.get(SECRET, ""), dict(update.contents)
+    sent = dict(update.contents)
     for name, kind in sends:
         if kind == "mask":
             own = sent[name].mask
-            mask = defence(own, local.rng(f"defence of {name}{secret and f' {secret}'}"))
+            mask = defence(own, local.rng(secretly(f"defence of {name}")))
             if mask.dtype != bool or mask.shape != own.shape:
                 raise ValueError(f"privacy.mask must return {own.size} truth values, got {mask.shape} {mask.dtype}")
             sent[name] = replace(sent[name], mask=mask)

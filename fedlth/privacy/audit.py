@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,6 +25,7 @@ from fedlth.methods.defence import Defence
 from fedlth.privacy.defended import common_mask, defences
 from fedlth.privacy.label_inference import all_guesses, masks_of, matches, treated
 from fedlth.privacy.measure import AGAIN, Arrays, measured, shadows_of
+from fedlth.privacy.secure_sum import coverages
 from fedlth.privacy.subject import Subject, subject_of
 from fedlth.rng import stream
 from fedlth.storage.audit_records import COARSE, COMMON, NONE, PRIVATE, Audit, Membership, Price, Records
@@ -56,7 +58,7 @@ def audit(run: Path, *, num_shadows: int = 200, num_victims: int = 0, workers: i
         victims = chosen(subject, num_victims)
         asked = [("victim", client) for client in victims] + [("shadow", i) for i in range(num_shadows)]
         files = _measured(run, subject, asked, partial(measured, root, num_shadows), _workers(subject, workers, asked))
-    return _judged(subject, victims, num_shadows, files)
+    return replace(_judged(subject, victims, num_shadows, files), coverages=tuple(coverages(subject, RunFolder(run))))
 
 
 def chosen(subject: Subject, count: int) -> tuple[int, ...]:

@@ -112,9 +112,9 @@ def _price(subject: Subject, step: Step2, mask: np.ndarray) -> np.ndarray:
 
 def _losses(subject: Subject, step: Step2, client: int) -> Arrays:
     """Return each example's loss under the kept ticket, its dense twin and the global model: members and others."""
-    task, local = subject.task, step.local
+    task = subject.task
     member, other = matched(task, client, subject.header.seed)
-    parts = {"member": local.train_part.batch(torch.from_numpy(member))}
+    parts = {"member": task.part(client, "train").batch(torch.from_numpy(member))}
     parts["other"] = task.part(client, "test").batch(torch.from_numpy(other))
     if not len(member):
         return {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,7 @@ def record(audit: Audit) -> dict[str, Any]:
             "share": link.share, **_ends(link.interval), "chance": link.chance, "jaccard_own": link.own,
             "jaccard_best_other": link.best_other, "masks": link.victims,
         },
+        "secure_sum": [asdict(one) for one in audit.coverages],
         "guesses": [
             [one.defence, one.attack, one.victim, one.hits, one.num_true, one.num_classes] for one in audit.guesses
         ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedlth.report.audit_statistics import FALSE_ALARMS, Score, defended, linked, membership, scores
 from fedlth.report.tables import Table
 from fedlth.report.units import NOTHING, bounds, percent, scaled
-from fedlth.storage.audit_records import ALL, HIDDEN, NONE, PRIVATE, Audit
+from fedlth.storage.audit_records import ALL, FEW, HIDDEN, NONE, PRIVATE, Audit
 
 UNLINKED = "a second search on the same data, with other streams"
 
@@ -69,11 +69,25 @@ def linked_table(audit: Audit) -> Table:
     return Table("Recognising a client by its mask", header, rows)
 
 
+def coverage_table(audit: Audit) -> Table:
+    """Return what each round's tickets cover together, and what a secure sum over them would cost one client."""
+    header = ("round", "clients", "one mask", "union", "kept by one alone, % of it", f"by fewer than {FEW}, %",
+              "up, one common mask", "up, union", "up, all weights")  # fmt: skip
+    rows = tuple(
+        (
+            f"{one.phase} {one.round}", str(one.clients), f"{one.density:.3f}", f"{one.union:.3f}", percent(one.alone),
+            percent(one.few), scaled(one.common_bytes, "B"), scaled(one.union_bytes, "B"), scaled(one.dense_bytes, "B"),
+        )
+        for one in audit.coverages
+    )  # fmt: skip
+    return Table("What a secure sum over tickets would cost", header, rows)
+
+
 def tables(audit: Audit) -> dict[str, Table]:
     """Return the tables that have rows, by name."""
     found = {
         "attacks": attacks_table(audit), "defences": defences_table(audit), "membership": membership_table(audit),
-        "linked": linked_table(audit),
+        "linked": linked_table(audit), "coverage": coverage_table(audit),
     }  # fmt: skip
     return {name: table for name, table in found.items() if table.rows}
 
@@ -94,6 +108,13 @@ def notes(audit: Audit) -> tuple[str, ...]:
     ]
     if audit.applied:
         told.append(f"The run itself defends its masks: {audit.applied}. The row without defence is what it would say.")
+    if audit.coverages:
+        told.append(
+            "There is no secure aggregation here: the last table says what it would cost. A sum hides who sent what "
+            "only where several clients send the same position; masked integers (16 bits, and what a sum needs) "
+            "cannot be coded shorter. The union must be known to all, which tells of every mask; a common mask tells "
+            "of none."
+        )
     others = min((one.others for one in membership(audit)), default=0)
     if audit.members:
         few = others < 1 / FALSE_ALARMS

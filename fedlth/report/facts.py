@@ -13,6 +13,7 @@ from fedlth.storage import ticket_file
 from fedlth.storage.header import Header, read_header
 from fedlth.storage.records import EVALUATE, CurveRow, LedgerRow, MetricRow, RoundRow, TimeRow, read_log
 from fedlth.storage.run_folder import RunFolder
+from fedlth.storage.spent_privacy import SpentPrivacy, read_spent
 from fedlth.study.yaml_text import parse
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ class Facts:
 
     `evaluation` are the ledger's rows of the evaluations between rounds, which `ledger` is without: they serve the
     curve alone, and no total holds them. `chosen` is the target density of each client's kept ticket, where every
-    client has one of its own.
+    client has one of its own; `spent` is what noise in training left of the clients' privacy, None without any.
     """
 
     path: Path
@@ -53,6 +54,7 @@ class Facts:
     evaluation: tuple[LedgerRow, ...] = ()
     curve: tuple[CurveRow, ...] = ()
     chosen: Mapping[int, float] = field(default_factory=dict)
+    spent: SpentPrivacy | None = None
 
     @cached_property
     def main_density(self) -> float | None:
@@ -125,6 +127,7 @@ def read_run(path: Path) -> Facts:
         evaluation=tuple(row for row in ledger if row.phase == EVALUATE),
         curve=tuple(row for row in rows(CurveRow, needed=False) if row.client not in hostile),
         chosen={row.client: row.target_density for row in metrics if row.chosen},
+        spent=read_spent(path),
     )
 
 

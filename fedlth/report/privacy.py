@@ -10,6 +10,7 @@ from fedlth.report.units import NOTHING, percent
 from fedlth.storage.audit_records import ALL, AUDIT, HIDDEN, NONE, SHUFFLED
 from fedlth.storage.json_lines import read_object
 from fedlth.storage.records import LedgerRow, client_of
+from fedlth.storage.spent_privacy import SpentPrivacy
 
 SENT = {
     "values": "trained values",
@@ -46,9 +47,10 @@ def _seen(facts: Facts) -> Iterator[str]:
         yield "So a client's personal mask is seen by whoever receives it."
     else:
         yield "Personal masks, where a client finds a ticket at the end, stay with it."
+    counted = "number of examples and its" if facts.spent else "number of examples, its loss and its"
     yield (
         "In step 2 each client reports its accuracies and losses, the size of its parts, the densities of its layers "
-        "and a hash of every mask; in a round its number of examples, its loss and its validation score."
+        f"and a hash of every mask; in a round its {counted} validation score."
     )
 
 
@@ -59,11 +61,12 @@ def _personal(rows: Iterable[LedgerRow]) -> bool:
 
 
 def _unprotected(facts: Facts) -> Iterator[str]:
-    header = facts.header
+    header, noise = facts.header, "losses or scores" if facts.spent else "values, losses or scores"
     yield (
         "Not protected: whoever receives a message reads it in plain. There is no secure aggregation, no encryption "
-        "against the receiver, and no noise on values, losses or scores."
+        f"against the receiver, and no noise on {noise}."
     )
+    yield from _spent(facts.spent)
     yield (
         f"Defence of masks: {header.defence}; bits are many and depend on each other, so a whole mask has no such "
         "small epsilon. Accuracies, layer densities and the hash of the undefended mask still leave the client."
@@ -79,6 +82,23 @@ def _unprotected(facts: Facts) -> Iterator[str]:
         else "state/ and tickets/ its mask and values"
     )
     yield f"Who reads this run's folder reads more: {', '.join(held)}."
+
+
+def _spent(spent: SpentPrivacy | None) -> Iterator[str]:
+    """Yield what noise there was in training (privacy.dp), and what it comes to."""
+    if spent is None:
+        yield "Noise in local training: none (privacy.dp)."
+        return
+    found = sorted(one.epsilon for one in spent.clients)
+    assumed = sum(one.assumed for one in spent.clients)
+    yield (
+        f"Noise in local training (privacy.dp): each example's gradient has a norm of at most {spent.max_grad_norm:g}, "
+        f"and the sum of a batch noise of {spent.noise_multiplier:g} times that. Over all noisy steps of this run, "
+        f"those of controls included, a client's training examples have epsilon at most {found[-1]:.2f} at delta "
+        f"{spent.delta:g} (the least {found[0]:.2f}; accountant {spent.accountant}, {spent.sampling} batches"
+        + (f"; {assumed} steps of visits without a usable answer are assumed" if assumed else "")
+        + "). Masks and values that are made of such weights have no other; validation and test scores are not covered."
+    )
 
 
 def _audited(facts: Facts) -> Iterator[str]:

@@ -11,6 +11,7 @@ import numpy as np
 from fedlth.storage import store
 
 AUDIT = "audit"  # the folder
+FEW = 3  # a position that fewer clients keep tells of them, even in a sum
 ALL, HIDDEN, OUTPUT, NO_AUXILIARY = "all bits", "hidden layers", "output layer", "no auxiliary data"
 TENTH, SHUFFLED = "a tenth of the shadows", "shuffled labels (control)"
 NONE, PRIVATE, COMMON, COARSE = "none", "private init (control)", "common mask", "coarse mask"
@@ -75,6 +76,27 @@ class Membership:
     other_global: np.ndarray
 
 
+@dataclass(frozen=True, kw_only=True)
+class Coverage:
+    """What the tickets of one round's clients cover together, and the bytes of one client's part of a secure sum.
+
+    `density` is the mean of theirs, `union` the share of the weights that any keeps, `alone` the share of the union
+    that one client alone keeps, `few` that fewer than FEW do. Bytes are those of integers, under one mask for all (of
+    that density), for the union, and for all weights.
+    """
+
+    phase: str
+    round: int
+    clients: int
+    density: float
+    union: float
+    alone: float
+    few: float
+    common_bytes: int
+    union_bytes: int
+    dense_bytes: int
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Audit:
     """All facts of an audit. `notes` say what was left out or differs, `applied` which defence the run itself has."""
@@ -89,6 +111,7 @@ class Audit:
     prices: tuple[Price, ...]
     matches: tuple[Match, ...]
     members: tuple[Membership, ...]
+    coverages: tuple[Coverage, ...] = ()
     applied: str = ""
     notes: tuple[str, ...] = ()
 

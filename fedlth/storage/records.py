@@ -111,6 +111,15 @@ class Injected:
     fault: str
 
 
+@dataclass(frozen=True)
+class NoisySteps:
+    """The noisy steps (privacy.dp) that a client took in a visit with Poisson batches of this mean size."""
+
+    client: int
+    batch_size: int
+    steps: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class RoundRow:
     """One round as the server saw it; `val_accuracy` is None where no visit reported one.
@@ -122,7 +131,8 @@ class RoundRow:
     `injected` which faults were put into whose visits (where the study asks: chaos), had they an effect or not.
     `undone` says which round's model had collapsed, and why; what this round made of it is undone with it.
     `void` says that too few replies were usable for the round to count, so that everything stayed as it was; `absent`
-    which clients could not be reached when it began, where the engine knows.
+    which clients could not be reached when it began, where the engine knows. `noisy` are the steps that each client
+    told of where training is noisy (privacy.dp); of a client whose answer was not used they may be missing.
     """
 
     OPTIONAL: ClassVar[frozenset[str]] = frozenset(
@@ -136,6 +146,7 @@ class RoundRow:
             "void",
             "absent",
             "injected",
+            "noisy",
         }  # fmt: skip
     )
 
@@ -156,6 +167,7 @@ class RoundRow:
     void: bool = False
     absent: list[int] = field(default_factory=list)
     injected: list[Injected] = field(default_factory=list)
+    noisy: list[NoisySteps] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

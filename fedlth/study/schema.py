@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from fedlth.errors import StudyError
+from fedlth.study.privacy_section import Privacy
 from fedlth.study.sections import (
     Chaos,
     Clients,
@@ -23,7 +24,6 @@ from fedlth.study.sections import (
     Node,
     Personalise,
     Positive,
-    Privacy,
     Ray,
     Refine,
     Spec,
@@ -108,7 +108,10 @@ class Study(Node):
         }
         if self.chaos is None:  # most studies have none: theirs stay the same text, and cross as the same bytes
             outside.add("chaos")
-        return json.dumps(self.model_dump(mode="json", exclude=outside), sort_keys=True)
+        told = self.model_dump(mode="json", exclude=outside)
+        if self.privacy.dp is None:
+            del told["privacy"]["dp"]
+        return json.dumps(told, sort_keys=True)
 
     def given(self, place: str) -> bool:
         """Say whether the user wrote this section, or `section.key`: never true of a default."""

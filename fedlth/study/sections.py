@@ -276,12 +276,6 @@ class Refine(Node):
     clients_per_round: CountOrShare = 5
 
 
-class Privacy(Node):
-    """What clients do to what they disclose: `mask` changes a personal mask before it leaves its client."""
-
-    mask: Spec | None = None
-
-
 class TaskSpec(Node):
     """What clients of one natural key train; what is not given is the study's, `targets` what the data hold."""
 

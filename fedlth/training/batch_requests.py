@@ -87,6 +87,8 @@ def lacks(request: TrainingRequest) -> str:
     for part, known in ((recipe.optimizer, OPTIMIZERS), (recipe.loss, LOSSES), (recipe.pull, pulls)):
         if type(part) not in known:
             return f"a cohort has no {type(part).__name__}"
+    if recipe.dp is not None:
+        return "a cohort has no privacy.dp"
     if recipe.views:
         return f"a cohort has no view {type(recipe.view).__name__}"
     if request.data.lengths:

@@ -74,6 +74,10 @@ class FlatModel:
                     self._view(out, e).copy_(given[e.slice].view(e.shape))
         return out.to(self.device)
 
+    def in_memory_order(self, e: Entry, samples: Tensor) -> Tensor:
+        """Return an entry's values of B examples, (B, *shape), as (B, size) in the order of the module's memory."""
+        return (samples.permute(0, 1, 3, 4, 2) if self._moved(e) else samples).reshape(len(samples), -1)
+
     def in_order(self, values: Tensor) -> np.ndarray:
         """Return a copy of a prefix of a flat tensor in the layout's order: the inverse of `arranged`."""
         out: np.ndarray = values.cpu().numpy().copy()

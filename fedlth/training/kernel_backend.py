@@ -45,7 +45,7 @@ def lacks(recipe: TrainingRecipe) -> str:
         ("clip_norm", recipe.clip_norm is not None),
         (f"pull {type(recipe.pull).__name__}", recipe.pulls and type(recipe.pull) not in _PULLS),
         (f"view {type(recipe.view).__name__}", recipe.views), ("dropout", recipe.dropout is not None),
-        (recipe.precision, recipe.precision != "float32"),
+        (recipe.precision, recipe.precision != "float32"), ("privacy.dp", recipe.dp is not None),
     )  # fmt: skip
     return next((name for name, given in checks if given), "")
 

@@ -57,7 +57,8 @@ class LocalClient:
 
     `log` holds the cost of every training done here, one that diverged included; `work` is told to times.jsonl.
     `poison` is what a hostile client makes of its training examples, of so many classes. `rounds` is how many the
-    phase has, which a schedule over the rounds asks.
+    phase has, which a schedule over the rounds asks. `noisy` holds (batch size, steps) of every training with noise,
+    one that diverged included.
     """
 
     task: Task
@@ -66,13 +67,20 @@ class LocalClient:
     stage: str
     work: list[dict[str, Any]] = field(default_factory=list, compare=False)
     log: list[Cost] = field(default_factory=list, compare=False)
+    noisy: list[tuple[int, int]] = field(default_factory=list, compare=False)
     poison: Callable[[Examples, int], Examples] | None = None
     rounds: int = 0
 
     @cached_property
-    def train_part(self) -> Examples:
+    def _train_part(self) -> Examples:
         own = self.task.part(self.client, "train")
         return own if self.poison is None else self.poison(own, self.task.dataset.num_classes)
+
+    @property
+    def train_part(self) -> Examples:
+        """The training examples as they are; StudyError where all that looks at them must be noisy."""
+        self._refuse_without_noise("what is made of them here")
+        return self._train_part
 
     @cached_property
     def val_part(self) -> Examples:
@@ -112,7 +120,7 @@ class LocalClient:
     def _recipes(self) -> tuple[TrainingRecipe, TrainingRecipe]:
         num_classes = self.task.dataset.num_classes
         first, second = recipes(self.task.study, num_classes, self.task.dataset.targets)
-        y = self.train_part.y
+        y = self._train_part.y
         return (
             replace(first, loss=owned(first.loss, y, num_classes)),
             replace(second, loss=owned(second.loss, y, num_classes)),
@@ -145,11 +153,16 @@ class LocalClient:
         """Train on this client's data, and note what it cost; masks and anchor as in `TrainingRequest`."""
         # Of a piece of a run its own: else each piece would drop the same units.
         dropped = f"dropout from {recipe.first_step}" if recipe.first_step else "dropout"
+        order, noise = "order", "noise"
+        if recipe.dp is not None:  # of each training its own: the difference of two with one noise has none
+            order, noise = (rng.secretly(f"{what} of noisy training {len(self.noisy)}") for what in (order, noise))
         request = drawn_request(
-            start, self.train_part, recipe, order=self.rng("order"), torch_seed=self.torch_seed(dropped),
+            start, self._train_part, recipe, order=self.rng(order), torch_seed=self.torch_seed(dropped),
             active=active, trainable=trainable, snapshots=snapshots, anchor=anchor,
-            examples_seed=self.torch_seed("examples"),
+            examples_seed=self.torch_seed("examples"), noise_seed=self.torch_seed(noise),
         )  # fmt: skip
+        if recipe.dp is not None:
+            self.noisy.append((recipe.batch_size, len(request.rates)))
         alive = self.full if active is None else active
         if active is None and trainable is not None:
             alive = trainable[: alive.size] | (start.floats[: alive.size] != 0)
@@ -161,8 +174,9 @@ class LocalClient:
         self, start: Params, personal: Params, share: float, *, recipe: TrainingRecipe, active: np.ndarray, adapts: bool
     ) -> tuple[TrainingResult, Params, float]:
         """Train a shared model and, mixed with it, a personal one, in plain torch; see `mixture.train_mixed`."""
+        self._refuse_without_noise("mixing two models")
         request = drawn_request(
-            start, self.train_part, recipe, order=self.rng("order"), torch_seed=self.torch_seed("dropout"),
+            start, self._train_part, recipe, order=self.rng("order"), torch_seed=self.torch_seed("dropout"),
             active=active, examples_seed=self.torch_seed("examples"),
         )  # fmt: skip
         with self._counting(active, 2 * len(request.rates), recipe.batch_size, ((active, 2 * request.num_examples),)):
@@ -175,7 +189,8 @@ class LocalClient:
         self, frozen: Params, scores: np.ndarray, lesson: Lesson, *, batch_size: int | None = None
     ) -> tuple[np.ndarray, float]:
         """Train scores of masks over frozen weights, in step 1's batches unless told; see `supermask.learn`."""
-        data, batch_size = self.train_part, batch_size or self.recipe.batch_size
+        self._refuse_without_noise("learning a mask")
+        data, batch_size = self._train_part, batch_size or self.recipe.batch_size
         with self._learning(lesson, batch_size):
             return supermask.learn(
                 self.task.flat_model, frozen, scores, data=data, lesson=lesson, batch_size=batch_size,
@@ -192,8 +207,9 @@ class LocalClient:
         self, start: Params, masking: Masking, extra: np.ndarray, *, recipe: TrainingRecipe, pace: float = 1.0
     ) -> Masked:
         """Train weights and what makes their mask together, and note what it cost; see `masked_training.train`."""
+        self._refuse_without_noise("training weights with their mask")
         request = drawn_request(
-            start, self.train_part, recipe, order=self.rng("order"), torch_seed=self.torch_seed("dropout"),
+            start, self._train_part, recipe, order=self.rng("order"), torch_seed=self.torch_seed("dropout"),
             examples_seed=self.torch_seed("examples"),
         )  # fmt: skip
         passes = ((self.full, request.num_examples),)
@@ -238,6 +254,11 @@ class LocalClient:
             self.work.append({"density": _share(alive), "epochs": plain_number(epochs), **amounts})
             self.log.append(cost)
 
+    def _refuse_without_noise(self, what: str) -> None:
+        """Raise StudyError where all that looks at training examples must be noisy, and this is not."""
+        if self.task.study.privacy.dp is not None:
+            raise StudyError(f"privacy.dp: {what} looks at training examples without noise")
+
     def gradients(self, at: Params, *, count: int = 0) -> Iterator[np.ndarray]:
         """Yield the gradient of the mean loss on each of `count` minibatches, (num_prunable,) float32; 0: of one pass.
 
@@ -245,12 +266,13 @@ class LocalClient:
         method, so that it is counted as a training of the prunable weights is: 3 forwards an example where all is
         trained. Of a model with zeros the gradient of the weights, a third of it, is dense all the same.
         """
+        self._refuse_without_noise("a gradient")
         drawn = batches(self.num_train, self.recipe.batch_size, self.rng("gradients"))[: count or None]
         alive = at.floats[: self.full.size] != 0
         dense, sparse = self.flops(alive, sum(map(len, drawn)), masks=True)
         with self._counted(alive, len(drawn), self.recipe.batch_size, lambda _: (dense, (2 * sparse + dense) / 3)):
             for part in drawn:
-                yield evaluation.gradient(self.task.flat_model, at, self.train_part.batch(torch.from_numpy(part)))
+                yield evaluation.gradient(self.task.flat_model, at, self._train_part.batch(torch.from_numpy(part)))
 
     def normalised(self, params: Params, mask: np.ndarray) -> Params:
         """Return params with the running statistics of norms as one pass over the client's data has them.
@@ -260,13 +282,14 @@ class LocalClient:
         model = self.task.flat_model
         if not statistics.has_any(model):
             return params
+        self._refuse_without_noise("running statistics")
         drawn = batches(self.num_train, self.recipe.batch_size, self.rng("statistics"))
         dense, sparse = self._flops(self.task.model.flops, mask)
         scale = 3.0 * self.num_train
         with self._counted(
             mask, len(drawn), self.recipe.batch_size, lambda _: (dense * scale / 3, sparse * scale / 3)
         ):  # fmt: skip
-            return statistics.normalised(model, params, self.train_part, drawn)
+            return statistics.normalised(model, params, self._train_part, drawn)
 
     def flops(self, alive: np.ndarray, examples: int, *, masks: bool = False) -> tuple[float, float]:
         """Return training FLOPs (dense, by what is alive) of so many examples: 3 forwards each, as is usual.
@@ -322,17 +345,17 @@ class LocalClient:
 
     def guess(self, part: Examples, metrics: Sequence[Metric]) -> Scores:
         """Return what a model that diverged counts as: uniform among classes, the training mean of real numbers."""
-        dataset, y = self.task.dataset, self.train_part.y
+        dataset, y = self.task.dataset, self._train_part.y
         mean = y.mean(0) if dataset.targets == "numbers" else None
         return guessed(part, metrics, dataset.num_classes, mean, self.task.loss)
 
     def network(self, at: Params) -> LossProbe:
         """Return the network at `at` over the client's training data, as scores ask it; a mask it learns is counted."""
         return LossProbe(
-            model=self.task.flat_model, params=at, data=self.train_part, layer_flops=lambda: self.task.model.flops,
+            model=self.task.flat_model, params=at, data=self._train_part, layer_flops=lambda: self.task.model.flops,
             order=lambda: self.rng("mask order"), torch_seed=self.torch_seed("mask bits"),
             batch_size=self.recipe.batch_size,
-            learning=lambda lesson: self._learning(lesson, self.recipe.batch_size),
+            learning=lambda lesson: self._learning(lesson, self.recipe.batch_size), refuse=self._refuse_without_noise,
         )  # fmt: skip
 
     def evidence(self, *, start: Params, now: Params, mask: np.ndarray, density: float) -> Evidence:

@@ -32,7 +32,8 @@ class LossProbe:
 
     Curvature and flow are computed in float64. `layer_flops` are forward FLOPs an example by tensor name; `order` and
     `torch_seed` give the batches and dice of learned masks, `batch_size` their batches; `learning`, given such a
-    training, is entered around it, since it is a cost.
+    training, is entered around it, since it is a cost. `refuse`, given what looks at the examples, raises StudyError
+    where nothing may.
     """
 
     model: FlatModel
@@ -43,15 +44,18 @@ class LossProbe:
     torch_seed: int
     batch_size: int
     learning: Callable[[Lesson], AbstractContextManager[object]] = lambda lesson: nullcontext()
+    refuse: Callable[[str], None] = lambda what: None
 
     @property
     def layout(self) -> Layout:
         return self.model.layout
 
     def gradient(self, weights: np.ndarray, /) -> np.ndarray:
+        self.refuse("a gradient")
         return gradient(self.model, self._at(weights), self.data)
 
     def hessian_gradient(self, weights: np.ndarray, /, *, temperature: float) -> np.ndarray:
+        self.refuse("curvature")
         fixed, flat = self._doubles(weights)
         flat.requires_grad_()
         first = torch.zeros_like(flat)
@@ -65,6 +69,7 @@ class LossProbe:
         return product.cpu().numpy()
 
     def squared_gradient(self, weights: np.ndarray, /) -> np.ndarray:
+        self.refuse("a gradient of single examples")
         fixed, flat = self._doubles(weights)
 
         def one(flat: Tensor, x: Inputs, y: Tensor) -> Tensor:
@@ -116,6 +121,7 @@ class LossProbe:
         return out
 
     def learn(self, weights: np.ndarray, lesson: Lesson, /) -> np.ndarray:
+        self.refuse("learning a mask")
         first = self.order().uniform(-1, 1, weights.size).astype(np.float32)
         if lesson.rule != "bernoulli":  # whose scores are log-odds; these have the scale that edge-popup gives weights
             for e in self.layout.prunable:

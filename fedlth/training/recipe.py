@@ -8,6 +8,7 @@ from typing import Any
 
 from fedlth.training.augment import Augment, Crop, Flip
 from fedlth.training.budget import Budget
+from fedlth.training.dp_sgd import DpSgd
 from fedlth.training.loss import CrossEntropy, Loss, MaskedLm, MeanSquaredError
 from fedlth.training.optimizer import Adam, AdamW, Optimizer, Sgd
 from fedlth.training.pull import L1, NO_PULL, Proximal, Pull
@@ -32,7 +33,7 @@ class TrainingRecipe:
     `clip_norm` bounds the norm of the gradient (of loss and pull, over what may move). `dropout` is the rate of every
     dropout module, None for the model's own. `precision` "bf16": the forward pass in torch's autocast.
     `group_by_length`: batches of examples of about one length. `view` says what the network sees of the weights that
-    are trained; it is a method's, no study names it.
+    are trained; it is a method's, no study names it. With `dp` steps are noisy, and batches Poisson samples.
     """
 
     budget: Budget
@@ -51,6 +52,7 @@ class TrainingRecipe:
     replay_lr: bool = True
     first_step: int = 0
     last_step: int | None = None
+    dp: DpSgd | None = None
 
     def rate(self, step: int, steps: int) -> float:
         """Return the learning rate of step `step` of `steps`."""

@@ -12,6 +12,7 @@ from fedlth.errors import StudyError
 from fedlth.models.layout import Layout, Params
 from fedlth.rng import stream
 from fedlth.training.batches import window
+from fedlth.training.dp_sgd import poisson
 from fedlth.training.recipe import TrainingRecipe
 
 
@@ -24,6 +25,7 @@ class TrainingRequest:
     after every step, and have no momentum. trainable (num_params,) bool: all others, biases and norms too, keep
     their value. snapshots: after which epochs, the first is 1, the weights are wanted. anchor: where the recipe's pull
     draws to, None for `start`. examples_seed: for what is drawn of the examples (augmentation, hidden tokens).
+    noise_seed: for the noise of the recipe's `dp`.
     """
 
     start: Params
@@ -37,6 +39,7 @@ class TrainingRequest:
     snapshots: tuple[int, ...] = ()
     anchor: Params | None = None
     examples_seed: int = 0
+    noise_seed: int = 0
 
     @property
     def draws_examples(self) -> bool:
@@ -87,6 +90,7 @@ def drawn_request(
     snapshots: tuple[int, ...] = (),
     anchor: Params | None = None,
     examples_seed: int = 0,
+    noise_seed: int = 0,
 ) -> TrainingRequest:
     """Return the request of a recipe on data, its batches drawn from `order`.
 
@@ -94,6 +98,8 @@ def drawn_request(
     """
     epochs = recipe.budget(len(data), recipe.batch_size, order, data.longest if recipe.group_by_length else None)
     steps = sum(map(len, epochs))
+    if recipe.dp is not None:
+        epochs = [[poisson(len(data), recipe.batch_size, order) for _ in parts] for parts in epochs]
     inside = window(epochs, recipe.first_step, recipe.last_step)
     if not inside:
         raise StudyError(f"finder.rewind.step: must lie inside a training's {steps} steps, got {recipe.first_step}")
@@ -103,7 +109,7 @@ def drawn_request(
     return TrainingRequest(
         start=start, data=data, recipe=recipe, batches=inside,
         rates=rates, torch_seed=torch_seed, active=active, trainable=trainable, snapshots=snapshots, anchor=anchor,
-        examples_seed=examples_seed,
+        examples_seed=examples_seed, noise_seed=noise_seed,
     )  # fmt: skip
 
 

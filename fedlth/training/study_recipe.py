@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from fedlth.errors import StudyError
 from fedlth.study import schema, sections
 from fedlth.study.parts import imported, make, options_given, options_of
 from fedlth.training.budget import Budget
+from fedlth.training.dp_sgd import DpSgd
 from fedlth.training.loss import CrossEntropy, Loss, MeanSquaredError, OfBatch, examined, plain
 from fedlth.training.pull import NO_PULL
 from fedlth.training.rate_schedule import RateSchedule
@@ -74,9 +75,15 @@ def recipes(
             raise StudyError(f"personalise.{key}: is an option of sgd; give {name} its own under personalise.optimizer")
     schema.check_optimizer(second, "personalise")
     own = any(getattr(study.personalise, key, None) is not None for key in HAS)
-    return recipe_of(study.train, num_classes, targets), recipe_of(
-        second, num_classes, targets, "personalise" if own else "train"
+    found = (
+        recipe_of(study.train, num_classes, targets),
+        recipe_of(second, num_classes, targets, "personalise" if own else "train"),
     )
+    dp = study.privacy.dp
+    if dp is None:
+        return found
+    noisy = DpSgd(noise_multiplier=dp.noise_multiplier, max_grad_norm=dp.max_grad_norm, delta=dp.delta)
+    return replace(found[0], dp=noisy), replace(found[1], dp=noisy)
 
 
 def round_factor(train: sections.Train, round: int, rounds: int) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedlth.data.examples import Examples
 from fedlth.models.seed import seed_torch
+from fedlth.training.dp_sgd import NoisyPass, opened
 from fedlth.training.dropout import at_rate
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.loss import Loss
@@ -29,12 +30,17 @@ def train(model: FlatModel, request: TrainingRequest) -> TrainingResult:
     """Do what a request asks; seeds torch's generator and uses the module, so that others must wait for both."""
     with model.lock, at_rate(model.module, request.recipe.dropout):
         seed_torch(request.torch_seed)
-        with request.recipe.view.opened(model, request) as gradient:
-            return _train(model, request, gradient)
+        with request.recipe.view.opened(model, request) as gradient, opened(model, request) as noisy:
+            return _train(model, request, gradient, noisy)
 
 
-def _train(model: FlatModel, request: TrainingRequest, gradient: Gradient | None) -> TrainingResult:
-    """Train; `gradient` is that of the recipe's view, None where the network sees the weights themselves."""
+def _train(
+    model: FlatModel, request: TrainingRequest, gradient: Gradient | None, noisy: NoisyPass | None
+) -> TrainingResult:
+    """Train; `gradient` is that of the recipe's view, None where the network sees the weights themselves.
+
+    `noisy` is the pass of a training with noise, None for a plain one.
+    """
     recipe, layout, snapshots = request.recipe, model.layout, dict[int, np.ndarray]()
     data = model.forward.images(request.data)
     # What nothing trains lies at the ends, and costs no step anything; a view may look at it.
@@ -54,7 +60,9 @@ def _train(model: FlatModel, request: TrainingRequest, gradient: Gradient | None
         loss_sum = 0.0
         for places in parts:
             batch = request.shown(step, data.batch(torch.from_numpy(places).to(model.device)))
-            if gradient is None:
+            if noisy is not None:
+                loss_sum += noisy(step, batch)
+            elif gradient is None:
                 loss = _pass(model, recipe, recipe.loss, batch)[1]
                 loss_sum += float(loss) * len(places)
             else:
@@ -71,7 +79,7 @@ def _train(model: FlatModel, request: TrainingRequest, gradient: Gradient | None
             snapshots[epoch] = model.in_order(model.flat)
     if gradient is not None:
         _put(model, weights)
-    return TrainingResult(model.save(), loss_sum / sum(map(len, request.batches[-1])), snapshots)
+    return TrainingResult(model.save(), loss_sum / max(1, sum(map(len, request.batches[-1]))), snapshots)
 
 
 def _pass(model: FlatModel, recipe: TrainingRecipe, loss: Loss, batch: Examples) -> tuple[Tensor, Tensor]:

@@ -12,13 +12,18 @@ from fedlth.training.request import TrainingRequest, TrainingResult
 
 
 def train(model: FlatModel, request: TrainingRequest) -> TrainingResult:
-    """Do what a request asks; a loss or a weight that is not finite at the end raises FloatingPointError."""
+    """Do what a request asks; a loss or a weight that is not finite at the end raises FloatingPointError.
+
+    Of a noisy training the weights alone decide, and the loss is not told: it is of the examples, and has no noise.
+    """
     if not kernel_backend.obstacle(model, request):
         result = kernel_backend.train(model, request)
     elif not batch_requests.obstacle(request):
         result = batch_requests.train(model, request)
     else:
         result = torch_backend.train(model, request)
-    if not (math.isfinite(result.loss) and np.isfinite(result.params.floats).all()):
-        raise FloatingPointError(f"training diverged: loss {result.loss} at learning rate {request.recipe.lr}")
+    noisy = request.recipe.dp is not None
+    if not ((noisy or math.isfinite(result.loss)) and np.isfinite(result.params.floats).all()):
+        told = "" if noisy else f": loss {result.loss}"
+        raise FloatingPointError(f"training diverged{told} at learning rate {request.recipe.lr}")
     return result
