@@ -1,4 +1,7 @@
-"""A federation of two devices, the first behind a thin link: what a study then takes, in seconds and in bytes."""
+"""A federation of two devices, the first behind a thin link: what a study then takes, in seconds and in bytes.
+
+As root: `python -m tests.deploy.behind_link OUT` runs a study of tickets and its dense twin, and prints both.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +22,12 @@ from fedlth.deploy.live import ask
 from fedlth.deploy.settings import read_settings
 from tests.deploy.metered_gate import PULL, PUSH, Request, requests_in
 from tests.deploy.test_federation import free_ports, running, wait_for
-from tests.deploy.thin_link import FAR, NEAR, Crossed, Link
+from tests.deploy.thin_link import FAR, NEAR, Crossed, Link, thin_link
 
 ROOT = Path(__file__).parents[2]
 DEVICES = 2
+BITS_S, LOSS = 64_000, 0.05
+IDLE = ("/v1/fleet/pull-messages", "/v1/fleet/send-node-heartbeat")
 RETRIED = "Connection attempt failed, retrying"  # what Flower's client says whenever it sends a request again
 
 
@@ -53,14 +59,21 @@ class Ran:
         """Return the bytes of the largest object that crossed by one path."""
         return max(one.content_bytes for one in self.requests if one.path == path)
 
-    def framed(self) -> dict[str, int]:
-        """Return the bytes of client 0's messages as the ledger has them, `up` and `down`."""
-        total = {"up": 0, "down": 0}
+    def longest(self) -> dict[str, int]:
+        """Return the bytes of the longest payload of client 0, `up` and `down`."""
+        return {way: max(rows) for way, rows in self._rows("payload_bytes").items()}
+
+    def ledger(self, column: str) -> dict[str, int]:
+        """Return the sums of a column of the ledger over client 0's messages, `up` and `down`."""
+        return {way: sum(rows) for way, rows in self._rows(column).items()}
+
+    def _rows(self, column: str) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {"up": [], "down": []}
         for line in (self.out / "ledger.jsonl").read_text().splitlines():
             row = json.loads(line)
-            if row["client"] == 0:
-                total[row["direction"]] += row["framed_bytes"] or 0
-        return total
+            if "client:0" in (row["sender"], row["receiver"]):
+                found["up" if row["receiver"] == "server" else "down"].append(row[column] or 0)
+        return found
 
 
 def ran_behind(link: Link, root: Path, words: list[str]) -> Ran:
@@ -101,3 +114,52 @@ def ran_behind(link: Link, root: Path, words: list[str]) -> Ran:
         tuple(one for one in requests_in(root / "requests.jsonl") if one.who == FAR),
         (root / "device-0.log").read_text().count(RETRIED),
     )  # fmt: skip
+
+
+# The study in small, with a model of 0.41 MB: of its dense updates each is longer than what 64 kbit/s carry in 30 s.
+COMMON = (
+    f"clients.count={DEVICES} clients.unseen=0.0 federate.clients_per_round={DEVICES} personalise.epochs=1 "
+    "model.name=mlp model.options.hidden=[128]"
+)
+TICKETS = f"{COMMON} federate.rounds=1 personalise.arms=[ticket] refine.rounds=2 refine.clients_per_round={DEVICES}"
+DENSE = f"{COMMON} federate.rounds=3 personalise.arms=[dense]"  # the same number of visits, each with a dense model
+
+
+def table(rans: dict[str, Ran]) -> Iterator[str]:
+    """Yield what each run took, by client 0 and its link."""
+    yield f"{'':<40}" + "".join(f"{name:>12}" for name in rans)
+    lines = {
+        "seconds, from run.sh to its end": lambda ran: f"{ran.seconds:.0f}",
+        "kB of payload down, by the ledger": lambda ran: _kb(ran.ledger("payload_bytes")["down"]),
+        "kB of payload up": lambda ran: _kb(ran.ledger("payload_bytes")["up"]),
+        "kB of messages down (framed)": lambda ran: _kb(ran.ledger("framed_bytes")["down"]),
+        "kB of messages up (framed)": lambda ran: _kb(ran.ledger("framed_bytes")["up"]),
+        "kB over the link down": lambda ran: _kb(ran.link.down_bytes),
+        "kB over the link up": lambda ran: _kb(ran.link.up_bytes),
+        "requests of the device": lambda ran: str(len(ran.requests)),
+        "of them polls and heartbeats": lambda ran: str(sum(one.path in IDLE for one in ran.requests)),
+        "TCP segments of the device": lambda ran: str(ran.link.segments),
+        "of them sent again": lambda ran: str(ran.link.sent_again),
+        "requests sent again": lambda ran: str(ran.retried),
+        "objects that crossed twice": lambda ran: str(len(ran.twice())),
+    }  # fmt: skip
+    for what, of in lines.items():
+        yield f"{what:<40}" + "".join(f"{of(ran):>12}" for ran in rans.values())
+
+
+def _kb(size: float) -> str:
+    return f"{1e-3 * size:,.1f}"
+
+
+def main(out: Path) -> None:
+    out.mkdir(parents=True)
+    rans = {}
+    for name, words in (("tickets", TICKETS), ("dense", DENSE)):
+        with thin_link(bits_s=BITS_S, loss=LOSS) as link:
+            rans[name] = ran_behind(link, out / name, ["--study", str(ROOT / "configs" / "smoke.yaml"), *words.split()])
+    print(f"client 0 behind a link of {BITS_S // 1000} kbit/s each way that loses {LOSS:.0%} of its packets")
+    print("\n".join(table(rans)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve())

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse, PushObjectRequest
 from google.protobuf.message import DecodeError
 
 from fedlth.deploy.folder import Folder
@@ -76,6 +75,8 @@ class Metered:
 
 def _object(path: str, up: bytes, down: bytes) -> tuple[str, int]:
     """Return the id of the object that a request carries or asks for, and its bytes; of half a request neither."""
+    from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse, PushObjectRequest
+
     try:
         if path == PUSH:
             pushed = PushObjectRequest.FromString(up)
