@@ -50,7 +50,7 @@ def faults(experiment: Experiment) -> Iterator[tuple[str, str]]:
         both_s = crossing_s(size, down) + crossing_s(size, up)
         if deadline_s is not None and deadline_s < both_s:
             yield (
-                f"{name}: federate.deadline_s is {deadline_s:g}, and a dense model takes about {both_s:.0f} s both ways",
+                f"{name}: federate.deadline_s is {deadline_s:g}, a dense model takes about {both_s:.0f} s both ways",
                 "a deadline of at least that and a training, or a smaller model",
             )
 

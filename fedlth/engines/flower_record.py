@@ -15,11 +15,11 @@ from fedlth.wire.payload import VERSION
 
 # A record of records, as a Flower message carries it. Where a payload lies (benchmarks/flower_framing.py measures it):
 # - one client's own in the head's record, which costs 12 to 18 B;
-# - a broadcast in a record of its own ("p0.0"), 240 B: Flower stores equal objects once, so that it is on the SuperLink
-#   once for all clients, and from two clients and 500 B on that is less;
-# - what is longer than a piece in records of a piece each ("p0.0", "p0.1", ...), 250 B for each. Flower 1.41 sends every
-#   record in a request of its own, two at a time, and waits 30 s for the answer; on a link that takes longer it sends
-#   the record again, and again. At 64 kbit/s two pieces take 17 s.
+# - a broadcast in a record of its own ("p0.0"), 240 B: Flower stores equal objects once, so that it lies once on the
+#   SuperLink for all clients, and from two clients and 500 B on that is less;
+# - what is longer than a piece in records of a piece each ("p0.0", "p0.1", ...), 250 B for each. Flower 1.41 sends
+#   each record in a request of its own, two at a time, waits 30 s for the answer, and then sends it again; and the
+#   SuperLink gives up what has not come 180 s after the record before. At 64 kbit/s two pieces take 17 s.
 Records = dict[str, dict[str, str | bytes]]
 View = Mapping[str, Mapping[str, Any]]
 HEAD, BODY, APART = "head", "b", "p"

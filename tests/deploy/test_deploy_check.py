@@ -233,10 +233,10 @@ def test_the_links_that_a_study_states(tmp_path: Path) -> None:
     folder = make.init(tmp_path / "fed", path, [], devices=3, hosts=(HOST,), port=8443)
     faults, notes = check(folder.root, live=nothing_runs)
     assert [str(fault).partition("; ")[0] for fault in faults] == [
-        "app/study.yaml: meter: federate.deadline_s is 2, and a dense model takes about 9 s both ways",
+        "app/study.yaml: meter: federate.deadline_s is 2, a dense model takes about 9 s both ways",
         "app/study.yaml: buoy: a link of 8 kbit/s: Flower's client sends a piece again, and again, that does not cross "
         "within 30 s",
-        "app/study.yaml: buoy: federate.deadline_s is 2, and a dense model takes about 40 s both ways",
+        "app/study.yaml: buoy: federate.deadline_s is 2, a dense model takes about 40 s both ways",
     ]
     assert notes[:2] == [
         "app/study.yaml: meter: a dense model of 0.0285 MB takes about 4 s down at 64 kbit/s, 4 s up at 64",

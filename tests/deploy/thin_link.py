@@ -1,7 +1,7 @@
 """A thin link with losses: a network namespace behind a pair of interfaces, each shaped, each losing packets.
 
 What is lost is a packet that has taken its time on the link, so that TCP sends it again over the same link, as it does
-on a real one. `tc` alone makes it: a token bucket (tbf) at either end, and a filter of classic BPF, which draws a random
+on a real one. `tc` alone makes it: a token bucket (tbf) at either end, and a filter of classic BPF that draws a random
 number for each packet that comes in. netem would do both, and is not in every kernel.
 """
 

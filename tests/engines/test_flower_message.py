@@ -62,7 +62,7 @@ def crossed(message: FlowerMessage) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("broadcast", [False, True])
 @pytest.mark.parametrize("size", [0, 1, PIECE_BYTES, PIECE_BYTES + 1, len(LARGE)])
-def test_a_payload_of_any_size_crosses_in_pieces_that_a_thin_link_carries(size: int, broadcast: bool) -> None:
+def test_a_payload_of_any_size_crosses_in_pieces_for_thin_links(size: int, broadcast: bool) -> None:
     inbox = (Message("values", "theta_g", LARGE[:size], broadcast), Message("mask", "m", b"small"))
     order = Order(Job(study="{}", phase="federate", round=3, client=2, inbox=inbox), "0" * 16, 60.0)
     message = sent(of_order(order))

@@ -25,7 +25,7 @@ def test_an_order_comes_back_equal() -> None:
 
 
 def test_a_payload_lies_where_it_costs_least(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client's own in the head, a broadcast apart, and what is longer than a piece, but not what is one, in pieces."""
+    """A client's own in the head, a broadcast apart, what is longer than a piece, but not as long, in pieces."""
     monkeypatch.setattr(flower_record, "PIECE_BYTES", 4)
     inbox = (
         Message("values", "own", b"1234"), Message("values", "all", b"1234", True),
