@@ -2,7 +2,8 @@
 
 What is lost is a packet that has taken its time on the link, so that TCP sends it again over the same link, as it does
 on a real one. `tc` alone makes it: a token bucket (tbf) at either end, and a filter of classic BPF that draws a random
-number for each packet that comes in. netem would do both, and is not in every kernel.
+number for each packet that comes in. netem would do both, and is not in every kernel. Without root, where the kernel
+lets users have namespaces: `unshare -rnm sh -c 'mount -t tmpfs none /run; ip link set lo up; COMMAND'`.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ LOSE = "4,32 0 0 4294963256,53 1 0 {threshold},6 0 0 2,6 0 0 0"
 
 @dataclass(frozen=True)
 class Crossed:
-    """What went over the link since it was made: bytes of Ethernet frames, those that were lost then included.
+    """What went over the link since it was made, in Ethernet frames, those that were lost then included.
 
-    `sent_again` are the TCP segments that the far end sent again, of all `segments` that it sent.
+    `sent_again` of the packets up are TCP segments that the far end sent again.
     """
 
     up_bytes: int
     down_bytes: int
-    segments: int
+    up_packets: int
+    down_packets: int
     sent_again: int
 
     def less(self, earlier: Crossed) -> Crossed:
@@ -56,11 +58,11 @@ class Link:
     def crossed(self) -> Crossed:
         """Return what has crossed so far."""
         counts = Path("/sys/class/net") / self.device / "statistics"
-        up, down = (int((counts / name).read_text()) for name in ("rx_bytes", "tx_bytes"))
+        names = ("rx_bytes", "tx_bytes", "rx_packets", "tx_packets")
+        frames = [int((counts / name).read_text()) for name in names]
         lines = _said(*self.behind("cat", "/proc/net/snmp")).splitlines()
-        names, values = (line.split() for line in lines if line.startswith("Tcp:"))
-        tcp = dict(zip(names[1:], map(int, values[1:]), strict=True))
-        return Crossed(up, down, tcp["OutSegs"], tcp["RetransSegs"])
+        named, values = (line.split() for line in lines if line.startswith("Tcp:"))
+        return Crossed(*frames, int(dict(zip(named, values, strict=True))["RetransSegs"]))
 
 
 def impossible() -> str:
@@ -68,7 +70,7 @@ def impossible() -> str:
     if missing := [name for name in ("ip", "tc") if shutil.which(name) is None]:
         return f"no {' and no '.join(missing)} (iproute2)"
     if not hasattr(os, "geteuid") or os.geteuid():
-        return "a network namespace and tc need root"
+        return "a network namespace and tc need root, or what the first lines of tests/deploy/thin_link.py say"
     try:
         with thin_link(bits_s=64_000, loss=0.05):
             return ""
