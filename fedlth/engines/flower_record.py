@@ -19,11 +19,12 @@ from fedlth.wire.payload import VERSION
 #   SuperLink for all clients, and from two clients and 500 B on that is less;
 # - what is longer than a piece in records of a piece each ("p0.0", "p0.1", ...), 250 B for each. Flower 1.41 sends
 #   each record in a request of its own, two at a time, waits 30 s for the answer, and then sends it again; and the
-#   SuperLink gives up what has not come 180 s after the record before. At 64 kbit/s two pieces take 17 s.
+#   SuperLink gives up what has not come 180 s after the record before. At 64 kbit/s two pieces take 9 s; where packets
+#   are lost one connection starves the other, and the slower of them took up to 15 s (twice that with 64 KiB).
 Records = dict[str, dict[str, str | bytes]]
 View = Mapping[str, Mapping[str, Any]]
 HEAD, BODY, APART = "head", "b", "p"
-PIECE_BYTES = 1 << 16
+PIECE_BYTES = 1 << 15
 LONGEST_HEAD, MOST_MESSAGES, LONGEST_NAME = 1 << 19, 1000, 100  # a client has at most so many neighbours
 KINDS = ("raised", "died", "hung", "memory", "lost")
 SPEAKS = f"{__version__}/{VERSION}"  # what both ends must have: of other code nobody promises equal results

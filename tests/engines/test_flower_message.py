@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fedlth.engines.flower_link import THINNEST_BYTES_S, crossing_s
+from fedlth.engines.flower_link import THINNEST_BYTES_S, UNEVEN, crossing_s
 from fedlth.engines.flower_record import PIECE_BYTES, Order, of_answer, of_order, to_answer, to_order
 from fedlth.errors import StudyError
 from fedlth.experiment.resolve import resolve
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # typer, which Flower imports, against a newer click.
 pytestmark = pytest.mark.filterwarnings("ignore:'click.utils:DeprecationWarning")
 JOB = Job(study="{}", phase="federate", round=3, client=2, inbox=())
-LARGE = bytes(range(251)) * 800  # 200,800 B, four pieces
+LARGE = bytes(range(251)) * 800  # 200,800 B, seven pieces
 
 
 @pytest.fixture(autouse=True)
@@ -85,8 +85,8 @@ def test_the_pieces_that_are_under_way_at_once_cross_the_thinnest_link_before_fl
     from flwr.supercore.protobuf.client import ProtobufClient
 
     answer_s = signature(ProtobufClient).parameters["timeout"].default
-    assert crossing_s(FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES * PIECE_BYTES) == pytest.approx(answer_s)
-    assert THINNEST_BYTES_S < 8_000, "64 kbit/s"
+    assert UNEVEN * crossing_s(FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES * PIECE_BYTES) == pytest.approx(answer_s)
+    assert 1.5 * THINNEST_BYTES_S < 8_000, "64 kbit/s, with a margin"
     assert crossing_s(10_000_000, 8_000.0) == 1_562.5
 
 
