@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from fedlth.engines import flower  # first: it sets Flower's environment
+from fedlth.engines.flower_record import PIECE_BYTES
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict  # isort: skip
 from flwr.common.serde import message_to_proto
@@ -29,17 +30,20 @@ SIZES = (1_000, 10_000, 100_000, 300_000, 600_000, 1_000_000, 2_000_000, 5_000_0
 RECEIVERS = (1, 2, 10, 100)
 MB = 1e6
 HEAD = '{"client": %3d, "messages": [["values", "update", false]], "phase": "federate", "round": 3}' + 2000 * " "
-PLACES = ("head", "own", "array")
+PLACES = ("head", "own", "array", "pieces")
 
 
 def message(place: str, payload: bytes | None, node: int = 1) -> Message:
-    """Return a message with its head, and `payload` in the head, in a record of its own, or as a chunked array."""
+    """Return a message with its head, and `payload` in the head, in a record of its own, as an array, or in pieces."""
     head = ConfigRecord({"b": HEAD % node})  # each client's own
     content = RecordDict({"head": head})
     if payload is not None and place == "head":
         head["0"] = payload
     elif payload is not None and place == "own":
         content["p0"] = ConfigRecord({"b": payload})
+    elif payload is not None and place == "pieces":
+        for start in range(0, len(payload), PIECE_BYTES):
+            content[f"p0.{start // PIECE_BYTES}"] = ConfigRecord({"b": payload[start : start + PIECE_BYTES]})
     elif payload is not None:
         content["p0"] = ArrayRecord({"b": Array("uint8", (len(payload),), "fedlth.1", payload)})
     made = Message(content, node, "train")

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from fedlth.deploy import links
 from fedlth.deploy.certificates import certificate_faults, device_public, utc_now
 from fedlth.deploy.folder import Folder
 from fedlth.deploy.live import Live, live_faults
-from fedlth.deploy.make import check_study
+from fedlth.deploy.make import check_study, supposed
 from fedlth.deploy.settings import FILE, Settings, read_settings, versions_here
 from fedlth.engines.flower_client import DATA_DIR, PARTITION, STATE_DIR
 from fedlth.errors import StudyError
@@ -40,18 +41,20 @@ def check(root: Path, *, now: datetime | None = None, live: Live | None = None) 
     settings = read_settings(folder.root)
     here = [k for k in range(len(settings.device_ports)) if folder.device(k).exists()]
     gone = sorted(set(range(len(settings.device_ports))) - set(here))
+    of_study, notes = _study(folder, settings)
     faults = [
         *_versions(settings),
         *_private(folder),
         *_certificates(folder, settings, now or utc_now()),
         *_keys(folder, settings, here),
         *_partitions(folder, here, own_data=_own_data(folder)),
-        *_study(folder, settings),
+        *of_study,
         *_ports(settings),
         *_connection(folder, settings),
     ]
-    seen, notes = live_faults(folder, settings, live)
+    seen, not_seen = live_faults(folder, settings, live)
     faults += [Fault(*one) for one in seen]
+    notes += not_seen
     if gone:
         notes.append(f"device {', '.join(map(str, gone))}: not in this folder any more, so not checked")
     return faults, notes
@@ -167,14 +170,18 @@ def _own_data(folder: Folder) -> bool:
         return False
 
 
-def _study(folder: Folder, settings: Settings) -> Iterator[Fault]:
-    place = _name(folder, folder.study)
+def _study(folder: Folder, settings: Settings) -> tuple[list[Fault], list[str]]:
+    """Return what does not fit in the study or on the links that it states, and what a model takes on these."""
+    place, devices = _name(folder, folder.study), len(settings.device_ports)
     try:
-        check_study(schema.load(folder.study), str(folder.study), len(settings.device_ports))
+        study = schema.load(folder.study)
+        experiment = check_study(study, str(folder.study), devices)
     except StudyError as error:
-        yield Fault(
-            place, str(error).removeprefix(f"{folder.study}: "), "mend the study there, or make a new federation"
-        )
+        what = str(error).removeprefix(f"{folder.study}: ")
+        return [Fault(place, what, "mend the study there, or make a new federation")], []
+    with supposed(study, devices):
+        faults = [Fault(place, what, remedy) for what, remedy in links.faults(experiment)]
+        return faults, [f"{place}: {note}" for note in links.notes(experiment)]
 
 
 def _ports(settings: Settings) -> Iterator[Fault]:

@@ -44,6 +44,9 @@ NOT_PASSED_BACK = re.compile(rb"connection|keep-alive|proxy-.*|te|trailer|transf
 # The SuperLink (uvicorn) closes a connection that is idle for 5 s; one that is taken up just then would be an error.
 IDLE_S = 2.0
 ANSWER_S = 60.0
+# A SuperNode takes up a connection that was idle for up to 5 s (httpx). Were it closed after 5 s here too, then a
+# request that a thin link delays would meet the closing, fail, and cross again.
+KEPT_S = 75
 SAID_EVERY_S = 10.0
 
 Scope = MutableMapping[str, Any]
@@ -194,6 +197,7 @@ def server_of(gate: Gate, folder: Folder) -> uvicorn.Server:
             gate, lifespan="off", ws="none", log_level="warning", access_log=False, proxy_headers=False,
             server_header=False, date_header=False,  # the SuperLink's own pass
             ssl_keyfile=folder.server_key, ssl_certfile=folder.server_certificate, timeout_graceful_shutdown=5,
+            timeout_keep_alive=KEPT_S,
         )
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from fedlth.deploy.settings import FILE, Settings, read_settings
 from fedlth.engines.flower_client import DATA_DIR
 from fedlth.engines.flower_session import refuse_several
 from fedlth.errors import StudyError
+from fedlth.experiment.experiment import Experiment
 from fedlth.experiment.resolve import resolve
 from fedlth.study import schema
 from fedlth.study.yaml_text import text_of
@@ -82,8 +83,8 @@ def certify(root: Path, hosts: Sequence[str]) -> Settings:
     return settings
 
 
-def check_study(study: schema.Study, place: str, devices: int) -> None:
-    """Raise StudyError where a study cannot run on so many devices; reads its data and builds its model to know.
+def check_study(study: schema.Study, place: str, devices: int) -> Experiment:
+    """Return a study's experiment; raise StudyError where it cannot run on so many devices. Reads data, builds a model.
 
     Data that live with the devices (data.own) are not here to be read.
     """
@@ -93,9 +94,16 @@ def check_study(study: schema.Study, place: str, devices: int) -> None:
             f"{place}: clients.count must be the number of devices, {devices}, got {study.clients.count}; "
             f"a study for them: clients.count={devices}"
         )
-    # Of data that live with the devices nobody here knows how many there are; the run asks.
-    with as_server([SUPPOSED] * devices) if study.data.own is not None else nullcontext():
-        resolve(study)
+    with supposed(study, devices):
+        return resolve(study)[0]
+
+
+def supposed(study: schema.Study, devices: int) -> AbstractContextManager[None]:
+    """Give a context in which an experiment's task can be opened here.
+
+    Of data that live with the devices nobody here knows how many there are; the run asks.
+    """
+    return as_server([SUPPOSED] * devices) if study.data.own is not None else nullcontext()
 
 
 def next_steps(folder: Folder, settings: Settings) -> str:

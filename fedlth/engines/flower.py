@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ for _name, _value in (
 ):
     os.environ.setdefault(_name, _value)
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict  # noqa: E402
+from flwr.app import ConfigRecord, Context, Message, RecordDict  # noqa: E402
 from flwr.clientapp import ClientApp  # noqa: E402
 from flwr.serverapp import Grid, ServerApp  # noqa: E402
 from flwr.supercore.inflatable.inflatable_object import (  # noqa: E402
@@ -39,11 +39,13 @@ from fedlth.engines.flower_client import Step  # noqa: E402
 from fedlth.engines.flower_counts import counted  # noqa: E402
 from fedlth.engines.flower_engine import UNREADABLE, Back, FlowerEngine, Sent  # noqa: E402
 from fedlth.engines.flower_keys import Identity, anybody, owners_in  # noqa: E402
-from fedlth.engines.flower_record import CHUNKED, View  # noqa: E402
+from fedlth.engines.flower_link import crossing_s, no_link  # noqa: E402
+from fedlth.engines.flower_record import View  # noqa: E402
 from fedlth.engines.flower_session import FlowerRun, interruptible, run_of  # noqa: E402
 from fedlth.engines.inprocess import one_line  # noqa: E402
 from fedlth.errors import StudyError  # noqa: E402
 from fedlth.experiment.experiment import Experiment  # noqa: E402
+from fedlth.federation.answer_bytes import most_at_once  # noqa: E402
 from fedlth.federation.client_step import client_step  # noqa: E402
 from fedlth.kernel import kernel  # noqa: E402
 from fedlth.output import lines_to  # noqa: E402
@@ -105,31 +107,13 @@ def _framed_bytes(message: Message) -> int:
         return sum(len(part.deflate()) for part in get_all_nested_objects(message).values())
 
 
-STYPE = "fedlth.1"  # no strategy of Flower's reads it, so that none takes a payload for weights
-
-
 def _content(records: View) -> RecordDict:
-    return RecordDict({name: _record(name, record) for name, record in records.items()})
-
-
-def _record(name: str, record: Mapping[str, Any]) -> ConfigRecord | ArrayRecord:
-    if not name.startswith(CHUNKED):
-        return ConfigRecord(dict(record))
-    return ArrayRecord({key: Array("uint8", (len(data),), STYPE, data) for key, data in record.items()})
+    return RecordDict({name: ConfigRecord(dict(record)) for name, record in records.items()})
 
 
 def _records(message: Message) -> dict[str, dict[str, Any]]:
-    """Return what a message holds as plain values; None stands where an array is none of ours."""
-    return {
-        name: {key: _plain(value) for key, value in dict(record).items()} for name, record in message.content.items()
-    }
-
-
-def _plain(value: Any) -> Any:
-    if not isinstance(value, Array):
-        return value
-    ours = (value.dtype, tuple(value.shape), value.stype) == ("uint8", (len(value.data),), STYPE)
-    return value.data if ours else None
+    """Return what a message holds. Records of other kinds have values of other types, which flower_record refuses."""
+    return {name: dict(record) for name, record in message.content.items()}
 
 
 def make_client_app(out: str = "", *, restarts: bool = False, step: Step = client_step) -> ClientApp:
@@ -208,9 +192,11 @@ def _run(
 ) -> None:  # fmt: skip
     if transport.simulated and run.experiment.study.compute == "sparse":
         kernel.warm()  # its workers are on this machine, and find what is compiled here; devices do not
+    up = most_at_once(run.experiment, 1)[0]
     engine = FlowerEngine(
         transport, study=run.experiment.study, out=run.out, stop=stop,
         wait_s=SIMULATED_WAIT_S if transport.simulated else wait_s, objection=objection,
+        link_s=no_link if transport.simulated else lambda down: crossing_s(down + up),
     )  # fmt: skip
     run.run(engine)
 

@@ -19,6 +19,7 @@ from fedlth.data.split import num_sampled
 from fedlth.engines.cohort import answered
 from fedlth.engines.flower_keys import anybody
 from fedlth.engines.flower_late import Late
+from fedlth.engines.flower_link import no_link
 from fedlth.engines.flower_nodes import Roll
 from fedlth.engines.flower_record import (
     BODY,
@@ -87,16 +88,19 @@ class Transport(Protocol):
 
 
 class FlowerEngine:
-    """Clients keep their own state; `framed_down_bytes` and `framed_up_bytes` are those of whole Flower messages."""
+    """Clients keep their own state; `framed_down_bytes` and `framed_up_bytes` are those of whole Flower messages.
+
+    `link_s` says how long a message of so many bytes and its answer may be on their way.
+    """
 
     name = "flower"
     holds_state = True
 
     def __init__(
         self, transport: Transport, *, study: Study, out: Path, wait_s: float, stop: threading.Event,
-        objection: Callable[[int, int], str] = anybody,
+        objection: Callable[[int, int], str] = anybody, link_s: Callable[[int], float] = no_link,
     ) -> None:  # fmt: skip
-        self._transport, self._out, self._stop = transport, out, stop
+        self._transport, self._out, self._stop, self._link_s = transport, out, stop, link_s
         self._timeout_s = study.job_timeout_s or DEFAULT_TIMEOUT_S
         self._wait_s, self._count, self._compute = wait_s, study.clients.count, study.compute
         wanted = study.federate.quorum
@@ -120,10 +124,12 @@ class FlowerEngine:
         nodes, run = self._nodes(), self._run_name()
         busy = self._late.busy(nodes)
         sent = [self._send(job, nodes, busy, run, ends) for job in jobs]
-        backs = self._exchange([s for s in sent if isinstance(s, Sent)], self._timeout_s + GRACE_S, ends)
-        over = ends is not None and time.monotonic() >= ends
+        out = [s for s in sent if isinstance(s, Sent)]
+        limit_s = self._timeout_s + GRACE_S + self._link_s(max((s.framed_bytes for s in out), default=0))
+        backs = self._exchange(out, limit_s, ends)
+        waited = "" if ends is not None and time.monotonic() >= ends else f"{limit_s:g} s"
         return [
-            s if isinstance(s, Failure) else self._answer(j, s, backs.get(s.id), nodes[j.client], over=over)
+            s if isinstance(s, Failure) else self._answer(j, s, backs.get(s.id), nodes[j.client], waited)
             for j, s in zip(jobs, sent, strict=True)
         ]
 
@@ -186,15 +192,16 @@ class FlowerEngine:
         order = of_order(Order(job, run, self._timeout_s))
         return self._transport.send(order, node=nodes[job.client], kind="train")
 
-    def _answer(self, job: Job, sent: Sent, back: Back | None, node: int, *, over: bool) -> Reply | Failure:
+    def _answer(self, job: Job, sent: Sent, back: Back | None, node: int, waited: str) -> Reply | Failure:
+        """Return the answer to a job; `waited` says how long for one that is missing, "" until the round's end."""
         answer: Reply | Failure
         up = None
         if back is not None:
             answer, up = self._read(job, back)
         else:
             self._late.add(sent.id, job, node)
-            why = f"federate.deadline_s = {job.limit_s:g} s" if over else f"{self._timeout_s + GRACE_S:g} s"
-            answer = _failure(job, LATE if over else "lost", f"no answer {'within' if over else 'for'} {why}")
+            why = f"for {waited}" if waited else f"within federate.deadline_s = {job.limit_s:g} s"
+            answer = _failure(job, "lost" if waited else LATE, f"no answer {why}")
         return replace(answer, framed_down_bytes=sent.framed_bytes, framed_up_bytes=up)
 
     def _read(self, job: Job, back: Back) -> tuple[Reply | Failure, int | None]:
@@ -207,7 +214,7 @@ class FlowerEngine:
             return _failure(job, "raised", f"unreadable answer: {one_line(error)}"), back.framed_bytes
 
     def _exchange(self, sent: Sequence[Sent], limit_s: float, ends: float | None) -> dict[str, Back]:
-        """Collect until all have answered, or none has for `limit_s`, the time that one step may take, or it `ends`.
+        """Collect until all have answered, or none has for `limit_s`, the time that one visit may take, or it `ends`.
 
         Every client bounds its own step, so that even a long queue on one worker shows progress within that time. Of
         two answers to one message the first counts; what answers no message of these is left alone.

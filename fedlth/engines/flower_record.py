@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count, takewhile
 from typing import Any
 
 from fedlth.federation.jobs import Failure, Job, Message, Reply
@@ -14,14 +15,16 @@ from fedlth.wire.payload import VERSION
 
 # A record of records, as a Flower message carries it. Where a payload lies (benchmarks/flower_framing.py measures it):
 # - one client's own in the head's record, which costs 12 to 18 B;
-# - a broadcast in a record of its own ("p0"), 240 B: Flower stores equal objects once, so that it lies on the SuperLink
-#   once for all clients, and from two clients and 500 B on that is less;
-# - a large one as an array ("a0"), 670 B, which Flower cuts into chunks of 5 MiB: a record of that size is encoded in
-#   2 to 10 times the CPU, and takes 6 times its size in memory.
+# - a broadcast in a record of its own ("p0.0"), 240 B: Flower stores equal objects once, so that it lies once on the
+#   SuperLink for all clients, and from two clients and 500 B on that is less;
+# - what is longer than a piece in records of a piece each ("p0.0", "p0.1", ...), 250 B for each. Flower 1.41 sends
+#   each record in a request of its own, two at a time, waits 30 s for the answer, and then sends it again; and the
+#   SuperLink gives up what has not come 180 s after the record before. At 64 kbit/s two pieces take 9 s; where packets
+#   are lost one connection starves the other, and the slower of them took up to 15 s (twice that with 64 KiB).
 Records = dict[str, dict[str, str | bytes]]
 View = Mapping[str, Mapping[str, Any]]
-HEAD, BODY, OWN, CHUNKED = "head", "b", "p", "a"
-CHUNKED_ABOVE = 1_000_000
+HEAD, BODY, APART = "head", "b", "p"
+PIECE_BYTES = 1 << 15
 LONGEST_HEAD, MOST_MESSAGES, LONGEST_NAME = 1 << 19, 1000, 100  # a client has at most so many neighbours
 KINDS = ("raised", "died", "hung", "memory", "lost")
 SPEAKS = f"{__version__}/{VERSION}"  # what both ends must have: of other code nobody promises equal results
@@ -99,21 +102,26 @@ def to_answer(records: View, job: Job) -> Reply | Failure:
 
 def _pack(head: Mapping[str, Any], messages: Sequence[Message]) -> Records:
     parts = [[m.kind, m.name, m.broadcast] for m in messages]
-    records: Records = {HEAD: {BODY: json.dumps({**head, "v": SPEAKS, "messages": parts}, sort_keys=True)}}
+    own: dict[str, str | bytes] = {BODY: json.dumps({**head, "v": SPEAKS, "messages": parts}, sort_keys=True)}
+    records: Records = {HEAD: own}
+    room = PIECE_BYTES  # of the head's record, for all the payloads in it
     for i, message in enumerate(messages):
-        record, key = _place(i, message)
-        records.setdefault(record, {})[key] = message.payload
+        payload = message.payload
+        if not message.broadcast and len(payload) <= room:
+            own[str(i)] = payload
+            room -= len(payload)
+            continue
+        for number, start in enumerate(range(0, max(len(payload), 1), PIECE_BYTES)):
+            records[_piece(i, number)] = {BODY: payload[start : start + PIECE_BYTES]}
     return records
 
 
-def _place(i: int, message: Message) -> tuple[str, str]:
-    if len(message.payload) > CHUNKED_ABOVE:
-        return f"{CHUNKED}{i}", BODY
-    return (f"{OWN}{i}", BODY) if message.broadcast else (HEAD, str(i))
+def _piece(i: int, number: int) -> str:
+    return f"{APART}{i}.{number}"
 
 
 def _unpack(records: View) -> tuple[dict[str, Any], tuple[Message, ...]]:
-    """Return the head and the messages; each payload must lie in one place, and nothing else may come along."""
+    """Return the head and the messages; each payload must lie in one way, and nothing else may come along."""
     try:
         text = _field(records[HEAD], BODY, str)
         if len(text) > LONGEST_HEAD:
@@ -131,9 +139,13 @@ def _unpack(records: View) -> tuple[dict[str, Any], tuple[Message, ...]]:
                 raise TypeError("a message's kind and name must be text")
             if max(len(kind), len(name)) > LONGEST_NAME or not (kind + name).isprintable():
                 raise ValueError("a message's kind or name is no name")
-            (at,) = left & {(HEAD, str(i)), (f"{OWN}{i}", BODY), (f"{CHUNKED}{i}", BODY)}
-            left.remove(at)
-            messages.append(Message(kind, name, _field(records[at[0]], at[1], bytes), broadcast))
+            apart = takewhile(left.__contains__, ((_piece(i, number), BODY) for number in count()))
+            places = [(HEAD, str(i))] if (HEAD, str(i)) in left else list(apart)
+            if not places:
+                raise ValueError("a payload is missing")
+            left.difference_update(places)
+            payload = b"".join(_field(records[record], key, bytes) for record, key in places)
+            messages.append(Message(kind, name, payload, broadcast))
         if left or not all(records.values()):
             raise ValueError("contains what the head does not name")
         return head, tuple(messages)

@@ -156,7 +156,7 @@ LIVE: dict[str, tuple[Live, str]] = {
 
 @pytest.mark.parametrize("name", LIVE)
 def test_what_runs_is_asked(name: str, sound: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checking, "check_study", lambda *_: None)
+    monkeypatch.setattr(checking, "_study", lambda *_: ([], []))
     live, wanted = LIVE[name]
     (fault,) = found(sound, live)
     assert fault.startswith(wanted)
@@ -177,7 +177,7 @@ def test_a_sound_folder_has_no_fault_and_a_device_that_is_away_is_a_note(folder:
 def test_the_command_prints_faults_and_its_exit_code_says_so(
     folder: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(checking, "check_study", lambda *_: None)
+    monkeypatch.setattr(checking, "_study", lambda *_: ([], []))
     monkeypatch.setattr("fedlth.deploy.live.ask", nothing_runs)
     assert cli.main(["deploy", "check", str(folder.root)]) == 0
     assert capsys.readouterr().out.endswith("everything fits\n")
@@ -220,3 +220,27 @@ def test_data_that_live_with_the_devices(tmp_path: Path) -> None:
     assert (
         fault == 'device-1/node.toml: data-dir is missing: the study\'s data live with the devices; data-dir = "data"'
     )
+
+
+def test_the_links_that_a_study_states(tmp_path: Path) -> None:
+    """What a dense model takes on each is a note; one that is too thin, or a deadline that it cannot keep, a fault."""
+    path = tmp_path / "study.yaml"
+    thin = {"name": "meter", "clients": [0], "down_bytes_s": 8_000, "up_bytes_s": 8_000}
+    thinner = {"name": "buoy", "clients": [1], "down_bytes_s": 8_000, "up_bytes_s": 1_000}
+    tree = tiny.tree(
+        clients={"count": 3, "unseen": 0.0, "capacity": [thin, thinner]}, federate={"deadline_s": 2, "rounds": 1},
+        model={"options": {"hidden": [100]}},
+    )  # fmt: skip
+    path.write_text(yaml.safe_dump(tree))
+    folder = make.init(tmp_path / "fed", path, [], devices=3, hosts=(HOST,), port=8443)
+    faults, notes = check(folder.root, live=nothing_runs)
+    assert [str(fault).partition("; ")[0] for fault in faults] == [
+        "app/study.yaml: meter: federate.deadline_s is 2, a dense model takes about 9 s both ways",
+        "app/study.yaml: buoy: a link of 8 kbit/s: Flower's client sends a piece again, and again, that does not cross "
+        "within 30 s",
+        "app/study.yaml: buoy: federate.deadline_s is 2, a dense model takes about 40 s both ways",
+    ]
+    assert notes[:2] == [
+        "app/study.yaml: meter: a dense model of 0.0285 MB takes about 4 s down at 64 kbit/s, 4 s up at 64",
+        "app/study.yaml: buoy: a dense model of 0.0285 MB takes about 4 s down at 64 kbit/s, 36 s up at 8",
+    ]

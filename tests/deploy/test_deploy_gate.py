@@ -61,12 +61,12 @@ def certified(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
 
 @contextmanager
-def upstream(folder: Folder) -> Iterator[int]:
+def upstream(folder: Folder, handler: type[http.server.BaseHTTPRequestHandler] = Upstream) -> Iterator[int]:
     """Serve a tiny SuperLink over TLS; give its port."""
     Upstream.seen.clear()
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(folder.server_certificate, folder.server_key)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Upstream) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.daemon_threads = True
         server.block_on_close = False
         server.socket = tls.wrap_socket(server.socket, server_side=True)
@@ -80,9 +80,9 @@ def upstream(folder: Folder) -> Iterator[int]:
 
 
 @contextmanager
-def gate(folder: Folder, superlink_port: int) -> Iterator[httpx.Client]:
+def gate(folder: Folder, superlink_port: int, most: int = MOST) -> Iterator[httpx.Client]:
     """Serve the gate over TLS before a port; give a client of it."""
-    settings = Settings(("127.0.0.1",), "127.0.0.1", 0, superlink_port, (), MOST, {})
+    settings = Settings(("127.0.0.1",), "127.0.0.1", 0, superlink_port, (), most, {})
     with listening(settings) as listener:
         servers: list[Any] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -225,3 +226,22 @@ def test_a_stop_ends_the_wait(folder: Path) -> None:
     stop.set()
     with pytest.raises(KeyboardInterrupt):
         tiny.answers(engine, jobs())
+
+
+def test_the_wait_for_an_answer_counts_with_what_a_link_takes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a large model on a thin link would be lost on its way, each time, however well the device works."""
+    monkeypatch.setattr("fedlth.engines.flower_engine.GRACE_S", 0.05)
+    transport, asked = Loopback(folder, NODES, echo), list[int]()
+    transport.poll_s, transport.faults[1] = 0.01, None
+
+    def link_s(size: int) -> float:
+        asked.append(size)
+        return 0.2
+
+    engine = FlowerEngine(
+        transport, study=tiny.study(job_timeout_s=0.05), out=folder, wait_s=1.0, stop=threading.Event(), link_s=link_s
+    )
+    began = time.monotonic()
+    lost = tiny.answers(engine, jobs())[1]
+    assert isinstance(lost, Failure) and (lost.kind, lost.reason) == ("lost", "no answer for 0.3 s")
+    assert asked == [7] and time.monotonic() - began >= 0.3

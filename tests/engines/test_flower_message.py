@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fedlth.engines.flower_record import CHUNKED_ABOVE, Order, of_answer, of_order, to_answer, to_order
+from fedlth.engines.flower_link import THINNEST_BYTES_S, UNEVEN, crossing_s
+from fedlth.engines.flower_record import PIECE_BYTES, Order, of_answer, of_order, to_answer, to_order
 from fedlth.errors import StudyError
 from fedlth.experiment.resolve import resolve
 from fedlth.federation.jobs import Job, Message, Reply
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 # typer, which Flower imports, against a newer click.
 pytestmark = pytest.mark.filterwarnings("ignore:'click.utils:DeprecationWarning")
 JOB = Job(study="{}", phase="federate", round=3, client=2, inbox=())
-LARGE = bytes(range(251)) * 25_000  # 6.3 MB, two chunks
+LARGE = bytes(range(251)) * 800  # 200,800 B, seven pieces
 
 
 @pytest.fixture(autouse=True)
@@ -59,14 +61,33 @@ def crossed(message: FlowerMessage) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("broadcast", [False, True])
-@pytest.mark.parametrize("size", [0, 1, CHUNKED_ABOVE, CHUNKED_ABOVE + 1, len(LARGE)])
-def test_a_payload_of_any_size_crosses(size: int, broadcast: bool) -> None:
+@pytest.mark.parametrize("size", [0, 1, PIECE_BYTES, PIECE_BYTES + 1, len(LARGE)])
+def test_a_payload_of_any_size_crosses_in_pieces_for_thin_links(size: int, broadcast: bool) -> None:
     inbox = (Message("values", "theta_g", LARGE[:size], broadcast), Message("mask", "m", b"small"))
     order = Order(Job(study="{}", phase="federate", round=3, client=2, inbox=inbox), "0" * 16, 60.0)
     message = sent(of_order(order))
     assert to_order(crossed(message)) == order
-    chunked = [data for data in objects(message).values() if data.startswith(b"ArrayChunk")]
-    assert len(chunked) == (0 if size <= CHUNKED_ABOVE else 1 + (size > 5 * 2**20))
+    assert max(map(len, objects(message).values())) < PIECE_BYTES + 500, "Flower sends each in a request with a limit"
+    apart = [name for name in message.content if name.startswith("p0.")]
+    assert len(apart) == (max(1, -(-size // PIECE_BYTES)) if broadcast or size > PIECE_BYTES else 0)
+
+
+def test_many_payloads_together_are_no_longer_than_a_piece() -> None:
+    inbox = tuple(Message("values", f"of {i}", LARGE[i : i + PIECE_BYTES // 3]) for i in range(7))
+    order = Order(Job(study="{}", phase="federate", round=3, client=2, inbox=inbox), "0" * 16, 60.0)
+    message = sent(of_order(order))
+    assert to_order(crossed(message)) == order
+    assert max(map(len, objects(message).values())) < PIECE_BYTES + 1_000
+
+
+def test_the_pieces_that_are_under_way_at_once_cross_the_thinnest_link_before_flower_sends_them_again() -> None:
+    from flwr.supercore.constant import FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES
+    from flwr.supercore.protobuf.client import ProtobufClient
+
+    answer_s = signature(ProtobufClient).parameters["timeout"].default
+    assert UNEVEN * crossing_s(FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES * PIECE_BYTES) == pytest.approx(answer_s)
+    assert 1.5 * THINNEST_BYTES_S < 8_000, "64 kbit/s, with a margin"
+    assert crossing_s(10_000_000, 8_000.0) == 1_562.5
 
 
 def framed(*outbox: Message) -> int:
@@ -75,7 +96,7 @@ def framed(*outbox: Message) -> int:
     return _framed_bytes(sent(of_answer(Reply(round=3, client=2, outbox=outbox))))
 
 
-@pytest.mark.parametrize("size", [1, 100, 1_000, 100_000, CHUNKED_ABOVE])
+@pytest.mark.parametrize("size", [1, 100, 1_000, PIECE_BYTES])
 def test_embedding_costs_at_most_21_bytes_while_small(size: int) -> None:
     described = len('["values", "u", false]')
     assert framed(Message("values", "u", LARGE[:size])) - framed() - described - size <= 21
@@ -91,15 +112,12 @@ def test_a_broadcast_is_one_object_for_all_clients() -> None:
         assert size < sum(map(len, held.values())) < size + 10 * 2_000
 
 
-@pytest.mark.parametrize("changes", [{"stype": "numpy.ndarray"}, {"dtype": "float32"}, {"shape": (2,)}])
-def test_an_array_that_is_none_of_ours_is_refused(changes: dict[str, Any]) -> None:
+def test_an_array_is_none_of_ours() -> None:
     from flwr.app import Array, ArrayRecord
 
-    outbox = (Message("values", "u", LARGE[: CHUNKED_ABOVE + 1]),)
-    message = sent(of_answer(Reply(round=3, client=2, outbox=outbox)))
+    message = sent(of_answer(Reply(round=3, client=2, outbox=(Message("values", "u", LARGE),))))
     assert isinstance(to_answer(crossed(message), JOB), Reply)
-    given = {"dtype": "uint8", "shape": (CHUNKED_ABOVE + 1,), "stype": "fedlth.1", **changes}
-    message.content["a0"] = ArrayRecord({"b": Array(data=outbox[0].payload, **given)})
+    message.content["p0.3"] = ArrayRecord({"b": Array("uint8", (1,), "numpy.ndarray", b"1")})
     with pytest.raises(ValueError, match="not a fedlth message"):
         to_answer(crossed(message), JOB)
 

@@ -25,18 +25,23 @@ def test_an_order_comes_back_equal() -> None:
 
 
 def test_a_payload_lies_where_it_costs_least(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client's own in the head, a broadcast apart, and what is above the change-over, but not at it, as chunks."""
-    monkeypatch.setattr(flower_record, "CHUNKED_ABOVE", 4)
+    """A client's own in the head, a broadcast apart, what is longer than a piece, but not as long, in pieces."""
+    monkeypatch.setattr(flower_record, "PIECE_BYTES", 4)
     inbox = (
         Message("values", "own", b"1234"), Message("values", "all", b"1234", True),
-        Message("values", "own", b"12345"), Message("values", "all", b"54321", True),
+        Message("values", "own", b"12345"), Message("values", "all", b"987654321", True), Message("values", "", b""),
+        Message("values", "own", b"1"),
     )  # fmt: skip
     order = Order(replace(JOB, inbox=inbox), "0" * 16, 60.0)
     records = of_order(order)
-    assert records["head"]["0"] == b"1234" and {k: v for k, v in records.items() if k != "head"} == {
-        "p1": {"b": b"1234"}, "a2": {"b": b"12345"}, "a3": {"b": b"54321"}
+    assert {k: v for k, v in records["head"].items() if k != "b"} == {"0": b"1234", "4": b""}
+    assert {name: record["b"] for name, record in records.items() if name != "head"} == {
+        "p1.0": b"1234", "p2.0": b"1234", "p2.1": b"5", "p3.0": b"9876", "p3.1": b"5432", "p3.2": b"1", "p5.0": b"1",
     }  # fmt: skip
     assert to_order(records) == order
+    for missing in ("p2.0", "p3.1"):
+        with pytest.raises(ValueError, match="not a fedlth message"):
+            to_order({name: record for name, record in records.items() if name != missing})
 
 
 def test_state_never_crosses() -> None:
@@ -68,8 +73,10 @@ def _head(**changes: Any) -> dict[str, dict[str, Any]]:
         {"head": {"b": of_answer(REPLY)["head"]["b"]}},
         {"head": {**of_answer(REPLY)["head"], "0": "text"}},
         {"head": {**of_answer(REPLY)["head"], "1": b"more"}},
-        {**of_answer(REPLY), "p0": {"b": b"up"}},  # twice
-        {**of_answer(REPLY), "p1": {"b": b"more"}},
+        {**of_answer(REPLY), "p0.0": {"b": b"up"}},  # twice
+        {**of_answer(REPLY), "p0.1": {"b": b"up"}},
+        {**of_answer(REPLY), "p1.0": {"b": b"more"}},
+        {**of_answer(REPLY), "p0": {"b": b"more"}},
         {**of_answer(REPLY), "x": {}},
         {"head": {"b": "[" * 100_000}},
         {"head": {"b": " " * (1 << 20) + str(of_answer(REPLY)["head"]["b"]), "0": b"up"}},

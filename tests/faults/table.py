@@ -209,8 +209,14 @@ ROWS = (
         gap="nothing of ours compares clocks, so none is skewed; a device's signature is checked by Flower, not here",
     ),
     Row(
-        number=21, fault="a thin link with losses and resets",
-        gap="not covered: it needs a real SuperLink and SuperNodes behind a proxy that loses packets",
+        number=21, fault="a thin link with losses and resets", lost="nothing; what broke off crosses again",
+        tests=(
+            *_of("deploy/test_thin_link", "test_a_link_that_is_reset_in_mid_message_costs_a_piece"),
+            *_of("deploy/test_thin_link", "test_a_study_of_tickets_over_a_thin_link_that_loses_packets"),
+            *_of("engines/test_flower_message", "test_a_payload_of_any_size_crosses_in_pieces_for_thin_links"),
+            *_of("engines/test_flower_engine", "test_the_wait_for_an_answer_counts_with_what_a_link_takes"),
+        ),
+        gap="the study over a link that really loses packets needs root, a network namespace and tc, and --all",
     ),
     Row(
         number=22, fault="Byzantine clients", lost="little with a rule that bears them",

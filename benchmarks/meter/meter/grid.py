@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from flwr.app import ConfigRecord, Message
+from flwr.app import Message
 from flwr.supercore.inflatable.inflatable_object import InflatableObject
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
@@ -116,15 +116,16 @@ def serialised(message: Message) -> tuple[str, dict[str, bytes]]:
 
 
 def contents(message: Message) -> tuple[list[int], dict[str, Any]]:
-    """Return the sizes of all byte strings and arrays in a message, and its head where it is an order."""
-    sizes: list[int] = []
+    """Return the sizes of all payloads in a message, and its head where it is an order.
+
+    A payload is a byte string, or those of the records that are named alike but for a number behind a dot.
+    """
+    sizes: Counter[tuple[str, str]] = Counter()
     head: dict[str, Any] = {}
-    for record in message.content.values():
-        for value in record.values():
-            if isinstance(record, ConfigRecord) and isinstance(value, bytes):
-                sizes.append(len(value))
-            elif not isinstance(record, ConfigRecord):
-                sizes.append(len(value.data))
+    for name, record in message.content.items():
+        for key, value in record.items():
+            if isinstance(value, bytes):
+                sizes[name.partition(".")[0], key] += len(value)
             elif isinstance(value, str) and value.startswith("{"):
                 head = json.loads(value)
-    return sizes, head if "phase" in head else {}
+    return list(sizes.values()), head if "phase" in head else {}
