@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from fedlth.deploy import resume as on_devices
 from fedlth.engines.choose import check_engine, drive, engine_of, without_effect
 from fedlth.errors import StudyError
 from fedlth.experiment.experiment import Experiment
@@ -64,10 +65,16 @@ def run(study: Study) -> Path:
 
 
 def resume(run: Path | str) -> Path:
-    """Go on with what was stopped: one run, or the seeds and trials of a study, begun or not."""
+    """Go on with what was stopped: one run, or the seeds and trials of a study, begun or not.
+
+    A run on devices is continued by its federation's run.sh. Raises StudyError where that cannot be found.
+    """
     out = Path(run)
     if not _begun(out):
         raise StudyError(f"{out}: no run here (config.yaml is missing)")
+    if on_devices.by_flower(RunFolder(out)):
+        on_devices.resume(RunFolder(out))
+        return out
     with _held(out):
         if not (out / ASKED).exists():
             _all(RunFolder(out).study(), out, [])
