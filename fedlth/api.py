@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fedlth.deploy import resume as on_devices
 from fedlth.engines.choose import check_engine, drive, engine_of, without_effect
+from fedlth.engines.flower_engine import RUN_NAME
 from fedlth.errors import StudyError
 from fedlth.experiment.experiment import Experiment
 from fedlth.experiment.other_ticket import OtherTicket, other_ticket
@@ -212,7 +213,7 @@ def _held(out: Path) -> Iterator[None]:
 def _leave(out: Path) -> None:
     """Give back a folder in which nothing has begun."""
     with suppress(OSError):
-        for name in (WHOLE, ".lock", "config.yaml.part", f"{ASKED}.part"):
+        for name in (WHOLE, ".lock", RUN_NAME, "config.yaml.part", f"{ASKED}.part"):
             (out / name).unlink(missing_ok=True)
         out.rmdir()
 
