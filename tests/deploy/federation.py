@@ -150,8 +150,8 @@ def federation(
 
 
 def free_ports() -> int:
-    """Return a port with free ones behind it, as many as a federation needs."""
-    for first in range(20_000 + os.getpid() % 10_000, 60_000, 10):
+    """Return a port with free ones behind it, as many as a federation needs; two processes of tests try others."""
+    for first in range(20_000 + 10 * (os.getpid() % 1000), 60_000, 10):
         if all(free(port) for port in range(first, first + 2 + DEVICES)):
             return first
     raise AssertionError("no free ports")
