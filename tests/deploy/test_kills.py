@@ -74,7 +74,7 @@ def test_serverapp_and_superlink_killed(tmp_path: Path, undisturbed: Path) -> No
         in_mid_round(fed, out, 1)
         (server_app,) = fed.processes(SERVER_APP, fed.folder.root)
         os.kill(server_app, signal.SIGKILL)
-        fed.programs.pop("run").kill()  # it prints what comes of a run that is no more
+        fed.kill("run")  # it prints what comes of a run that is no more
         fed.begin("resume", *FEDLTH, "resume", out)
         in_mid_round(fed, out, 2)
         fed.kill("superlink")
