@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse, PushMessagesRequest, PushMessagesResponse
-from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
-from flwr.proto.node_pb2 import Node
 
 from fedlth.deploy.check import check
 from fedlth.experiment.saved_ticket import load_ticket
@@ -24,7 +21,11 @@ from tests import tiny
 from tests.deploy.federation import DEVICES, ROOT, Federation, federation
 from tests.engines import test_own_data
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(3000)]
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.timeout(3000),
+    pytest.mark.filterwarnings("ignore:'click:DeprecationWarning"),  # typer's, which Flower imports
+]
 STUDY = (
     "clients.count=3 clients.unseen=0.0 federate.rounds=2 federate.clients_per_round=2 personalise.arms=[dense,ticket]"
 )
@@ -91,6 +92,10 @@ def envelope(direction: str, *, objects: int) -> int:
     Down they are the answer to a pull (metadata, the objects' ids) and to a push (which objects are wanted); up they
     are the two questions.
     """
+    from flwr.proto import fleet_pb2 as fleet
+    from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
+    from flwr.proto.node_pb2 import Node
+
     node, id = Node(node_id=1 << 63), 64 * "f"
     about = Metadata(
         run_id=1 << 63, message_id=id, src_node_id=1, dst_node_id=1 << 63, ttl=1.0, message_type="train", created_at=1.0
@@ -100,14 +105,16 @@ def envelope(direction: str, *, objects: int) -> int:
     for _ in range(objects - 1):
         tree = ObjectTree(object_id=id, children=[tree])
     if direction == "down":
-        pushed = PushMessagesResponse(results={id: 0}, objects_to_push=[id] * OBJECTS["up"][0], session_id=32 * "f")
-        pulled = PullMessagesResponse(messages_list=[message], message_object_trees=[tree])
+        pushed = fleet.PushMessagesResponse(
+            results={id: 0}, objects_to_push=[id] * OBJECTS["up"][0], session_id=32 * "f"
+        )
+        pulled = fleet.PullMessagesResponse(messages_list=[message], message_object_trees=[tree])
         return int(pulled.ByteSize() + pushed.ByteSize())
     message.metadata.reply_to_message_id = id
-    pushes = PushMessagesRequest(
+    pushes = fleet.PushMessagesRequest(
         node=node, messages_list=[message], message_object_trees=[tree], clientapp_runtime_list=[1.0]
     )  # fmt: skip
-    return int(PullMessagesRequest(node=node).ByteSize() + pushes.ByteSize())
+    return int(fleet.PullMessagesRequest(node=node).ByteSize() + pushes.ByteSize())
 
 
 def test_devices_with_data_that_nobody_else_has_equal_the_simulation(tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_partitions_must_be_served_once_each(folder: Path, partitions: dict[int,
 
 def test_nodes_are_asked_once_and_one_that_comes_back_takes_over(folder: Path) -> None:
     transport = Loopback(folder, NODES, echo)
-    engine = engine_over(transport)
+    engine = engine_over(transport, tiny.study(federate={"quorum": 3}))
     tiny.answers(engine, jobs())
     assert sorted(transport.asked) == sorted(NODES)
     del transport.partitions[13]
