@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from fedlth.deploy import resume as on_devices
 from fedlth.engines.choose import check_engine, drive, engine_of, without_effect
+from fedlth.engines.flower_engine import RUN_NAME
 from fedlth.errors import StudyError
 from fedlth.experiment.experiment import Experiment
 from fedlth.experiment.other_ticket import OtherTicket, other_ticket
@@ -64,10 +66,16 @@ def run(study: Study) -> Path:
 
 
 def resume(run: Path | str) -> Path:
-    """Go on with what was stopped: one run, or the seeds and trials of a study, begun or not."""
+    """Go on with what was stopped: one run, or the seeds and trials of a study, begun or not.
+
+    A run on devices is continued by its federation's run.sh. Raises StudyError where that cannot be found.
+    """
     out = Path(run)
     if not _begun(out):
         raise StudyError(f"{out}: no run here (config.yaml is missing)")
+    if on_devices.by_flower(RunFolder(out)):
+        on_devices.resume(RunFolder(out))
+        return out
     with _held(out):
         if not (out / ASKED).exists():
             _all(RunFolder(out).study(), out, [])
@@ -205,7 +213,7 @@ def _held(out: Path) -> Iterator[None]:
 def _leave(out: Path) -> None:
     """Give back a folder in which nothing has begun."""
     with suppress(OSError):
-        for name in (WHOLE, ".lock", "config.yaml.part", f"{ASKED}.part"):
+        for name in (WHOLE, ".lock", RUN_NAME, "config.yaml.part", f"{ASKED}.part"):
             (out / name).unlink(missing_ok=True)
         out.rmdir()
 

@@ -34,7 +34,8 @@ def parser() -> argparse.ArgumentParser:
 
     text = (
         "Continues after the last committed round, whatever stopped the run, and ends as if it had never stopped.\n"
-        "Then, even if the run has ended, visits clients whose machine was lost in the last phase."
+        "Then, even if the run has ended, visits clients whose machine was lost in the last phase.\n"
+        "A run on devices is continued by the run.sh beside it (docs/deploy.md)."
     )
     sub = command("resume", commands.resume, "continue a run that was stopped", text)
     sub.add_argument("run", type=Path, metavar="RUN")

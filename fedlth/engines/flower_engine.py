@@ -32,6 +32,7 @@ from fedlth.engines.flower_record import (
     plain_line,
     to_answer,
 )
+from fedlth.engines.flower_returns import Returns
 from fedlth.engines.flower_versions import REMARK, VERSIONS, asked
 from fedlth.engines.inprocess import one_line
 from fedlth.errors import StudyError
@@ -49,6 +50,7 @@ AT_ONCE = 256  # nodes answer at their own pace: a part ends with its slowest
 # Flower's codes (flwr.common.constant.ErrorCode) by what they mean here; code 0 is any exception of its backend.
 UNREADABLE = -1  # ours: Flower could not unpack what came, so that its size is not known either
 RAISED, CRASHED = (UNREADABLE, 1, 2, 6, 7), 8
+GONE = (3, 4, 5)  # the node went away before it answered, or in the middle of its answer
 TOLD_EVERY_S, LOOKED_EVERY_S = 60.0, 10.0
 REASON = 300
 RAY_DEATH = re.compile("ActorDied|ActorUnavailable|WorkerCrashed")
@@ -112,6 +114,9 @@ class FlowerEngine:
         self._late = Late(self._timeout_s + GRACE_S)
         self._came_late: list[tuple[Job, Reply | Failure]] = []
         self._gathered = -math.inf
+        self._returns = Returns(
+            wait_s=wait_s if wanted is None else 0.0, nodes=self._nodes, pause=self._pause
+        )  # fmt: skip
 
     def map(self, jobs: Iterable[Job], /, *, again: Again = never) -> Answers:
         source, began = iter(jobs), time.monotonic()
@@ -121,6 +126,17 @@ class FlowerEngine:
     def _part(self, began: float, jobs: Sequence[Job]) -> list[Reply | Failure]:
         limits = [job.limit_s for job in jobs if job.limit_s is not None]
         ends = began + min(limits) if limits else None
+        answers, gone = self._once(jobs, ends)
+        back = self._returns({jobs[i].client for i in gone}, ends)
+        if again := [i for i in gone if jobs[i].client in back]:
+            # A client step depends on its job and its committed state alone: done again it is the same.
+            second, _ = self._once([jobs[i] for i in again], ends)
+            for i, answer in zip(again, second, strict=True):
+                answers[i] = _of_both(answers[i], answer)
+        return answers
+
+    def _once(self, jobs: Sequence[Job], ends: float | None) -> tuple[list[Reply | Failure], list[int]]:
+        """Send each job and return its answer; also the places of those whose SuperNode was not there or went away."""
         nodes, run = self._nodes(), self._run_name()
         busy = self._late.busy(nodes)
         sent = [self._send(job, nodes, busy, run, ends) for job in jobs]
@@ -128,14 +144,21 @@ class FlowerEngine:
         limit_s = self._timeout_s + GRACE_S + self._link_s(max((s.framed_bytes for s in out), default=0))
         backs = self._exchange(out, limit_s, ends)
         waited = "" if ends is not None and time.monotonic() >= ends else f"{limit_s:g} s"
-        return [
+        answers = [
             s if isinstance(s, Failure) else self._answer(j, s, backs.get(s.id), nodes[j.client], waited)
             for j, s in zip(jobs, sent, strict=True)
         ]
+        lost = {s.id for s in out if s.id in backs and backs[s.id].code in GONE}
+        gone = [
+            i for i, s in enumerate(sent) if (s.id in lost if isinstance(s, Sent) else jobs[i].client not in nodes)
+        ]  # fmt: skip
+        return answers, gone
 
     def ready(self) -> None:
         """Wait until the clients that a run begins with have a SuperNode; raise StudyError where they do not come."""
         self._roll.nodes()
+        self._out.mkdir(parents=True, exist_ok=True)
+        self._run_name()  # from its first file on, the folder says that its run is Flower's
 
     def present(self, *, until: Enough | None = None) -> frozenset[int]:
         began = told = time.monotonic()
@@ -290,6 +313,14 @@ def _failure(job: Job, kind: str, reason: str, *, sent: bool = True) -> Failure:
     if len(reason) > REASON:  # Ray's begin with what ran, and end with what it raised
         reason = f"{reason[:100]} ... {reason[105 - REASON :]}"
     return Failure(round=job.round, client=job.client, kind=kind, reason=reason, sent=sent)
+
+
+def _of_both(first: Reply | Failure, second: Reply | Failure) -> Reply | Failure:
+    """Return the second answer, with what has crossed in both tries."""
+    if isinstance(second, Failure) and not second.sent:
+        return first
+    down = [one.framed_down_bytes for one in (first, second) if one.framed_down_bytes is not None]
+    return replace(second, framed_down_bytes=sum(down) if down else None)
 
 
 def _kind(code: int, reason: str) -> str:

@@ -133,7 +133,8 @@ def test_a_fault_costs_only_its_own_job(
     assert [type(a) for a in answers] == [Reply, Failure, Reply, Reply]
     assert isinstance(answers[1], Failure) and answers[1].kind == kind
     came = back is not None and back.records is not None  # else nothing but what was sent has crossed
-    assert (answers[1].framed_down_bytes, answers[1].framed_up_bytes) == (7, 9 if came else None)
+    tries = 2 if back is not None and back.code == 5 else 1  # a node that went away and is there is sent its job again
+    assert (answers[1].framed_down_bytes, answers[1].framed_up_bytes) == (7 * tries, 9 if came else None)
 
 
 @pytest.mark.parametrize("back", [Back("", code=UNREADABLE, reason="TypeError: odd"), Back("", records={"head": 7})])  # type: ignore[dict-item]
@@ -198,7 +199,7 @@ def test_partitions_must_be_served_once_each(folder: Path, partitions: dict[int,
 
 def test_nodes_are_asked_once_and_one_that_comes_back_takes_over(folder: Path) -> None:
     transport = Loopback(folder, NODES, echo)
-    engine = engine_over(transport)
+    engine = engine_over(transport, tiny.study(federate={"quorum": 3}))
     tiny.answers(engine, jobs())
     assert sorted(transport.asked) == sorted(NODES)
     del transport.partitions[13]

@@ -77,7 +77,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for file in ("flower_engine", "flower_late", "flower_nodes"):
+    for file in ("flower_engine", "flower_late", "flower_nodes", "flower_returns"):
         monkeypatch.setattr(f"fedlth.engines.{file}.time", clock)
     return clock
 
