@@ -112,7 +112,10 @@ def measured(root: Path, port: int, rounds: int, *, standing: bool) -> None:
             if not standing:
                 flowers_own(script)
             pids.append(start(script))
-        time.sleep(40)  # until everything is imported, and polls alone are left
+        spent = -1.0
+        while (now := sum(map(cpu_s, pids))) - spent > 1.0:  # until everything is imported, and polls alone are left
+            spent = now
+            time.sleep(10)
         idle, before, at = max(map(pss_mb, pids)), sum(map(cpu_s, pids)), time.monotonic()
         time.sleep(20)
         polls = (sum(map(cpu_s, pids)) - before) / (time.monotonic() - at) / DEVICES

@@ -202,7 +202,7 @@ class Server(uvicorn.Server):
         assert tls is not None
 
         def make() -> asyncio.Protocol:
-            made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg, assignment]
+            made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
                 config=self.config, server_state=self.server_state, app_state={}
             )
             return made

@@ -38,7 +38,9 @@ class Limits:
                 raise ValueError(f"gate.{name} is none of {', '.join(whole)}")
             fits = isinstance(value, int if whole[name] else (int, float)) and not isinstance(value, bool)
             if not fits or not 0 < value < math.inf:
-                raise ValueError(f"gate.{name} must be a positive {'whole ' if whole[name] else ''}number, got {value!r}")
+                raise ValueError(
+                    f"gate.{name} must be a positive {'whole ' if whole[name] else ''}number, got {value!r}"
+                )
         return Limits(**given)
 
     def held_of_one(self, most_body_bytes: int) -> int:

@@ -1,4 +1,4 @@
-"""Flower's side of the standing process: what flower-superexec does, for one SuperNode, without a start for each message.
+"""Flower's side of the standing process: what flower-superexec does, without a start of Python for each message.
 
 Flower's own way to have processes outside of a SuperNode is `--isolation process`: whoever holds the secret asks the
 SuperNode's Runtime API for tasks, and answers each with the token that comes with it (flwr 1.41, run_superexec.py).
@@ -11,24 +11,21 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import fedlth.engines.flower_app  # noqa: F401  what every message needs; it also sets Flower's switches
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.auth import load_superexec_auth_secret
 from flwr.supercore.constant import TASK_TYPE_TO_COMMAND, TaskType
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import run_clientapp
-from httpx import HTTPError, TransportError
 
-from fedlth.engines.standing import LoadedFiles, Standing, freeze
+import fedlth.engines.flower_app  # noqa: F401  what every message needs; it also sets Flower's switches
+from fedlth.engines.standing import LoadedFiles, Standing, alive, freeze, patient
 
 log = logging.getLogger(__name__)
 
 POLL_S = 1.0  # flower-superexec's own
-MOST_REFUSALS = 30
 
 
 def serve_messages(address: str, supernode: int, secret: Path) -> None:
@@ -79,34 +76,3 @@ def _asked(address: str, token: str, supernode: int) -> dict[str, object]:
         "runtime_api_address": address, "token": token, "insecure": True, "certificates": None,
         "parent_pid": supernode, "runtime_dependency_install": False,
     }  # fmt: skip
-
-
-def patient(token: Callable[[], str | None]) -> Callable[[], str | None]:
-    """Return what asks as `token` does, and bears a SuperNode that is not up yet, or that refuses now and then."""
-    refused = 0
-
-    def asked() -> str | None:
-        nonlocal refused
-        try:
-            found = token()
-            refused = 0
-            return found
-        except TransportError:
-            return None
-        except HTTPError as error:  # of a secret that is not its own, or of a clock that has jumped
-            refused += 1
-            log.info(f"standing: the SuperNode refuses: {error}")
-            if refused == MOST_REFUSALS:
-                raise
-            return None
-
-    return asked
-
-
-def alive(pid: int) -> bool:
-    """Say whether a process of this user is there."""
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return False
-    return True

@@ -14,10 +14,13 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from httpx import HTTPError, TransportError
+
 from fedlth.output import settle
 
 log = logging.getLogger(__name__)
 
+MOST_REFUSALS = 30
 Stamp = tuple[int, int, int]
 
 
@@ -125,3 +128,34 @@ def freeze() -> None:
     """Let no collection touch what is there, or every child copies the pages of what it shares."""
     gc.collect()
     gc.freeze()
+
+
+def patient(token: Callable[[], str | None]) -> Callable[[], str | None]:
+    """Return what asks as `token` does, and bears a SuperNode that is not up yet, or that refuses now and then."""
+    refused = 0
+
+    def asked() -> str | None:
+        nonlocal refused
+        try:
+            found = token()
+            refused = 0
+            return found
+        except TransportError:
+            return None
+        except HTTPError as error:  # of a secret that is not its own, or of a clock that has jumped
+            refused += 1
+            log.info(f"standing: the SuperNode refuses: {error}")
+            if refused == MOST_REFUSALS:
+                raise
+            return None
+
+    return asked
+
+
+def alive(pid: int) -> bool:
+    """Say whether a process of this user is there."""
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True

@@ -20,6 +20,7 @@ from fedlth.deploy.settings import FILE, Settings
 from fedlth.errors import StudyError
 from tests.deploy.served_gate import FLEET, MOST, Upstream, certificates, gate, upstream
 
+
 @pytest.fixture(scope="module")
 def certified(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     return certificates(tmp_path_factory.mktemp("gate"))

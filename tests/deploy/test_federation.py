@@ -94,18 +94,22 @@ def started_under(root: Path) -> list[int]:
     return found
 
 
-def federated(tmp_path: Path, words: list[str], prepare: Callable[[int, Path], None] = lambda *_: None) -> Path:
+def federated(
+    tmp_path: Path, words: list[str], prepare: Callable[[int, Path], None] = lambda *_: None,
+    meanwhile: Callable[[subprocess.Popen[bytes]], None] = lambda _: None, path: tuple[Path, ...] = (ROOT,),
+) -> Path:  # fmt: skip
     """Make a federation, run its study on three devices, end everything; return the run's folder.
 
-    `prepare` puts into a device's folder, by its number, what only that device has.
+    `prepare` puts into a device's folder, by its number, what only that device has; `meanwhile` is called while the
+    study runs, and may wait for its end; `path` is where every program finds modules.
     """
     folder = Folder(tmp_path / "fed")
     port = str(free_ports())
     assert cli.main(["deploy", "init", str(folder.root), "--devices", str(DEVICES), "--port", port, *words]) == 0
     settings = read_settings(folder.root)
     programs: list[subprocess.Popen[bytes]] = []
-    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-    env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+    places = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    env = {**os.environ, "PATH": places, "PYTHONPATH": os.pathsep.join(map(str, path))}
 
     def start(script: Path) -> None:
         with (tmp_path / f"{script.parent.name}-{script.name}.log").open("wb") as log:
@@ -135,7 +139,10 @@ def federated(tmp_path: Path, words: list[str], prepare: Callable[[int, Path], N
         assert not faults and len(seen) == 1 and "not in this folder any more" in seen[0]
         refused_at_the_gate(folder, settings, env)
         out = tmp_path / "devices"
-        assert "fedlth: done" in said(folder.root / "run.sh", out)
+        told = tmp_path / "run.log"
+        with told.open("wb") as log, subprocess.Popen([folder.root / "run.sh", out], env=env, stdout=log) as run:
+            meanwhile(run)
+        assert "fedlth: done" in told.read_text(), told.read_text()
         pids = {name: int((folder.root / f"{name}.pid").read_text()) for name in ("superlink", "gate")}
         assert list(pids.values()) == [program.pid for program in programs[:2]]
     assert not started_under(tmp_path)
@@ -166,6 +173,48 @@ def test_devices_with_data_that_nobody_else_has_equal_the_simulation(tmp_path: P
         (file,) = (tmp_path / f"moved-{number}" / "state").glob(f"*/client-{number:04d}.safetensors")
         own, simulated = load_ticket(file).state_dict(), load_ticket(tmp_path / "simulation", number).state_dict()
         assert all(torch.equal(own[name], simulated[name]) for name in simulated)
+
+
+def test_a_standing_process_that_is_killed_or_outdated_costs_no_answer(tmp_path: Path) -> None:
+    """Device 0's is killed, then a file that all have imported is replaced: the run equals the in-process one."""
+    extra = tmp_path / "extra"
+    extra.mkdir()
+    (extra / "sitecustomize.py").write_text("value = 1\n")
+
+    def log(number: int) -> str:
+        return (tmp_path / f"moved-{number}-start.sh.log").read_text()
+
+    def serving(number: int) -> int:
+        """Return the process that waits for the messages of a device: the eldest one of the command."""
+        found = [pid for pid in started_under(tmp_path / f"moved-{number}") if b"serve" in command_of(pid)]
+        return min(found, default=0)
+
+    def meanwhile(run: subprocess.Popen[bytes]) -> None:
+        wait_for("a message", lambda: "standing: a message took" in log(0), [run])
+        killed = serving(0)
+        os.kill(killed, signal.SIGKILL)
+        (extra / "sitecustomize.py").write_text("value = 20\n")
+        assert run.wait(LONGEST_S) == 0
+        assert "another follows" in log(0) and serving(0) not in (0, killed)
+        for number in (1, 2):
+            assert "sitecustomize.py has changed: this message has a fresh process" in log(number)
+            assert log(number).count("standing: one process for the messages") == 2
+        os.kill(int((tmp_path / "moved-2" / "supernode.pid").read_text()), signal.SIGKILL)
+        wait_for("the end of what served it", lambda: not serving(2), [])
+
+    out = federated(
+        tmp_path, ["--study", str(ROOT / "configs" / "smoke.yaml"), *STUDY.replace("rounds=1", "rounds=3").split()],
+        meanwhile=meanwhile, path=(ROOT, extra),
+    )  # fmt: skip
+    tiny.run(schema.load(tmp_path / "fed" / "app" / "study.yaml"), tmp_path / "inprocess")
+    assert diff(tmp_path / "inprocess", out) == []
+
+
+def command_of(pid: int) -> bytes:
+    try:
+        return (Path("/proc") / str(pid) / "cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def refused_at_the_gate(folder: Folder, settings: Settings, env: dict[str, str]) -> None:
