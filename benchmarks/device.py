@@ -112,7 +112,7 @@ def measured(root: Path, port: int, rounds: int, *, standing: bool) -> None:
             if not standing:
                 flowers_own(script)
             pids.append(start(script))
-        spent = -1.0
+        spent = -9.0
         while (now := sum(map(cpu_s, pids))) - spent > 1.0:  # until everything is imported, and polls alone are left
             spent = now
             time.sleep(10)

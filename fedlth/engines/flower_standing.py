@@ -20,8 +20,9 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExec
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import run_clientapp
 
-import fedlth.engines.flower_app  # noqa: F401  what every message needs; it also sets Flower's switches
+import fedlth.engines.flower_app  # noqa: F401  what every message needs
 from fedlth.engines.standing import LoadedFiles, Standing, alive, freeze, patient
+from fedlth.errors import StudyError
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ def serve_messages(address: str, supernode: int, secret: Path) -> None:
     `secret` is the file that the SuperNode was given as --superexec-auth-secret-file. When a file that is imported
     here has changed, this process begins anew, in its place. Raises where this Flower is not the one that is known.
     """
+    if not sys.platform.startswith("linux"):
+        raise StudyError("deploy serve: only Linux tells of other processes and of threads what must be known here")
     inspect.signature(run_clientapp).bind(**_asked(address, "", supernode))  # another Flower's: now, not in each child
     client = RuntimeHttpClient.from_server_address(
         address, True, None,

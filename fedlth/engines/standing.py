@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from httpx import HTTPError, TransportError
 
@@ -153,9 +154,8 @@ def patient(token: Callable[[], str | None]) -> Callable[[], str | None]:
 
 
 def alive(pid: int) -> bool:
-    """Say whether a process of this user is there."""
+    """Say whether a process runs; one that has ended, and that nobody has asked about yet (a zombie), does not."""
     try:
-        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
-    return True

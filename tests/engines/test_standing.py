@@ -127,7 +127,8 @@ def test_a_supernode_that_is_away_or_refuses_is_borne_for_a_while() -> None:
         asked()
     assert alive(os.getpid())
     with subprocess.Popen(["true"]) as done:
-        done.wait()
+        os.waitid(os.P_PID, done.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is still there to be asked about
+        assert not alive(done.pid)
     assert not alive(done.pid)
 
 
