@@ -26,6 +26,7 @@ from fedlth.errors import StudyError
 
 log = logging.getLogger(__name__)
 
+WAITING = "FEDLTH_WAITING_MESSAGE"  # how a message's token reaches the process that is begun anew for it
 POLL_S = 1.0  # flower-superexec's own
 
 
@@ -65,9 +66,12 @@ def serve_messages(address: str, supernode: int, secret: Path) -> None:
     )  # fmt: skip
     freeze()
     log.info(f"standing: one process for the messages of SuperNode {supernode} at {address}")
+    if waiting := os.environ.pop(WAITING, ""):
+        standing.answer(waiting)
     while alive(supernode):
-        if not standing.turn():
+        if waiting := standing.turn():
             log.info("standing: begins anew")
+            os.environ[WAITING] = waiting
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
         time.sleep(POLL_S)
     log.info("standing: its SuperNode has ended")

@@ -68,24 +68,31 @@ class Standing:
     loaded: LoadedFiles
     begun: dict[int, float] = field(default_factory=dict)
 
-    def turn(self) -> bool:
-        """Look once for a message and for children that have ended; False: what is imported here is not current.
+    def turn(self) -> str:
+        """Look once for a message and for children that have ended.
 
-        Even then the message that was taken is answered, by a fresh process.
+        Returns the token of a message that came and has no answer, since what is imported here is not current: this
+        process is to begin anew, and to answer it then. Empty otherwise.
         """
         self.reap()
         token = self.acquire()
         if token is None:
-            return True
-        changed = self.loaded.changed()
-        if why := f"{changed} has changed" if changed else _unforkable():
+            return ""
+        if changed := self.loaded.changed():
+            log.info(f"standing: {changed} has changed")
+            return token
+        self.answer(token)
+        return ""
+
+    def answer(self, token: str) -> None:
+        """Give a message its process."""
+        if why := _unforkable():
             log.info(f"standing: {why}: this message has a fresh process")
             command = list(self.fresh(token))
             pid = os.posix_spawnp(command[0], command, os.environ)
         else:
             pid = self._forked(token)
         self.begun[pid] = time.monotonic()
-        return not changed
 
     def reap(self) -> None:
         """Say of each child that has ended what it took."""
