@@ -152,10 +152,11 @@ def parser() -> argparse.ArgumentParser:
         "init     write DIR: certificates, a key for each device, scripts and units, and the study that they run\n"
         "check    say what in DIR or around it does not fit; exit code 1 where something does not\n"
         "gate     pass the devices' part of the SuperLink's port, and nothing else, on the public address\n"
-        "certify  give the server a new certificate, for other --host or a further two years"
+        "certify  give the server a new certificate, for other --host or a further two years\n"
+        "serve    on a device, as its start.sh does: answer a SuperNode's messages from one process that stays up"
     )
     verbs = command("deploy", commands.deploy, "a federation of real devices: keys, scripts, check, gate", text)
-    acts = verbs.add_subparsers(dest="what", required=True, metavar="init|check|gate|certify")
+    acts = verbs.add_subparsers(dest="what", required=True, metavar="init|check|gate|certify|serve")
     sub = acts.add_parser("init", help="write everything that a federation of devices needs into DIR")
     sub.add_argument("dir", type=Path, metavar="DIR")
     sub.add_argument("override", nargs="*", metavar="key=value")
@@ -173,6 +174,11 @@ def parser() -> argparse.ArgumentParser:
         sub = acts.add_parser(name, help=help)
         sub.add_argument("dir", type=Path, metavar="DIR")
     sub.add_argument("--host", action="append", metavar="NAME", help="in place of those that DIR was made with")
+    sub = acts.add_parser("serve", help="answer a SuperNode's messages from one process that stays up")
+    sub.add_argument("address", metavar="HOST:PORT", help="of the SuperNode's Runtime API, on this machine")
+    sub.add_argument("--supernode", type=int, required=True, metavar="PID", help="with whose end this one ends")
+    secret = "the file that the SuperNode was given as --superexec-auth-secret-file"
+    sub.add_argument("--secret", type=Path, required=True, metavar="FILE", help=secret)
 
     text = (
         "FILE.yaml names a base study, methods with options, partitions and seeds (docs/bench.md); key=value changes\n"

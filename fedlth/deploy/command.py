@@ -14,6 +14,8 @@ def deploy(args: argparse.Namespace) -> int:
     """Run one verb; return the exit code."""
     if args.what == "gate":
         return _gate(args.dir)
+    if args.what == "serve":
+        return _serve(args.address, args.supernode, args.secret)
     if args.what == "check":
         return _check(args.dir)
     from fedlth.deploy import make
@@ -48,4 +50,11 @@ def _gate(root: Path) -> int:
     from fedlth.deploy.settings import read_settings
 
     serve(Folder(root.resolve()), read_settings(root))
+    return 0
+
+
+def _serve(address: str, supernode: int, secret: Path) -> int:
+    from fedlth.engines.flower_standing import serve_messages
+
+    serve_messages(address, supernode, secret)
     return 0

@@ -11,24 +11,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import resource
 import signal
 import socket
 import ssl
 import sys
-import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
+import uvicorn
 
 from fedlth.deploy.folder import Folder
+from fedlth.deploy.gate_connections import Connections, Server, Tally, owner
+from fedlth.deploy.gate_limits import Limits, Pace
 from fedlth.deploy.settings import Settings
 from fedlth.errors import StudyError
-
-if TYPE_CHECKING:
-    import uvicorn
 
 log = logging.getLogger(__name__)
 
@@ -44,34 +45,16 @@ NOT_PASSED_BACK = re.compile(rb"connection|keep-alive|proxy-.*|te|trailer|transf
 # The SuperLink (uvicorn) closes a connection that is idle for 5 s; one that is taken up just then would be an error.
 IDLE_S = 2.0
 ANSWER_S = 60.0
-# A SuperNode takes up a connection that was idle for up to 5 s (httpx). Were it closed after 5 s here too, then a
-# request that a thin link delays would meet the closing, fail, and cross again.
-KEPT_S = 75
-SAID_EVERY_S = 10.0
+MOST_HEAD_BYTES = 16 << 10
+SPARE_FILES = 64
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
-@dataclass
-class Tally:
-    """Counts, and says so at most once in SAID_EVERY_S: who floods the gate must not fill its disk."""
-
-    what: str
-    clock: Callable[[], float] = time.monotonic
-    count: int = 0
-    _said: float | None = None
-
-    def add(self, why: str, scope: Scope) -> None:
-        self.count += 1
-        now = self.clock()
-        if self._said is not None and now - self._said < SAID_EVERY_S:
-            return
-        self._said = now
-        who = (scope.get("client") or ("?",))[0]
-        asked = f"{scope['method']} {scope['path']}"[:100]
-        log.info(f"gate: {self.what}: {self.count} so far; the last, of {who}: {asked!r}: {why}")
+class Gone(Exception):
+    """A sender who is shown out in the middle of an answer."""
 
 
 class Refused(Exception):
@@ -88,21 +71,52 @@ class Gate:
 
     superlink: httpx.AsyncClient
     most_bytes: int
+    connections: Connections
+    held: Counter[str] = field(default_factory=Counter)  # bytes of bodies that are here, by whose they are
     refused: Tally = field(default_factory=lambda: Tally("refused"))
     unanswered: Tally = field(default_factory=lambda: Tally("not answered by the SuperLink"))
+
+    @property
+    def limits(self) -> Limits:
+        return self.connections.limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
+        self.connections.mark(scope.get("client"), "")
+        try:
+            await self._answer(scope, receive, self._paced(scope, send))
+        except Gone:
+            await asyncio.sleep(0.1)  # until uvicorn knows of the end too, or it complains of half an answer
+        finally:
+            self.connections.mark(scope.get("client"), "idle")
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        whose, body = owner((scope.get("client") or ("?",))[0]), bytearray()
         try:
             self._check(scope)
-            body = await self._body(scope, receive)
+            if await self._fill(body, whose, receive):
+                await self._pass(scope, bytes(body), send)
         except Refused as refused:
-            self.refused.add(str(refused), scope)
+            self.refused.add(_who(scope), f"{_asked(scope)}: {refused}")
             await _answer(send, refused.status, str(refused))
-            return
-        if body is not None:
-            await self._pass(scope, body, send)
+        finally:
+            self.held[whose] -= len(body)
+            self.held += Counter()  # names without a count take memory
+
+    def _paced(self, scope: Scope, send: Send) -> Send:
+        """Return what sends an answer's parts; a reader who does not take one in time is gone."""
+
+        async def paced(part: MutableMapping[str, Any]) -> None:
+            patience = self.limits.stall_s + len(part.get("body", b"")) / self.limits.bytes_per_s
+            try:
+                async with asyncio.timeout(patience):
+                    await send(part)
+            except TimeoutError:
+                self.connections.cut(scope.get("client"), "takes an answer too slowly")
+                raise Gone from None
+
+        return paced
 
     def _check(self, scope: Scope) -> None:
         method, path = scope["method"], scope.get("raw_path", b"")
@@ -116,18 +130,31 @@ class Gate:
             if len(value) > 18 or int(value) > self.most_bytes:
                 raise Refused(413, f"longer than {self.most_bytes} bytes")
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """Return the whole body, so that the SuperLink never sees half a request; None where the sender has gone."""
-        body = bytearray()
+    async def _fill(self, body: bytearray, whose: str, receive: Receive) -> bool:
+        """Read a body whole, so that the SuperLink never sees half a request; False where the sender has gone."""
+        clock = self.connections.clock
+        pace = Pace(self.limits, clock())
         while True:
-            part = await receive()
+            now = clock()
+            try:
+                async with asyncio.timeout(pace.deadline(now) - now):
+                    part = await receive()
+            except TimeoutError:
+                raise Refused(408, f"sent too slowly: {len(body)} bytes in {clock() - pace.begun:.0f} s") from None
             if part["type"] == "http.disconnect":
-                return None
-            if len(body) + len(part.get("body", b"")) > self.most_bytes:
+                return False
+            more = part.get("body", b"")
+            if len(body) + len(more) > self.most_bytes:
                 raise Refused(413, f"longer than {self.most_bytes} bytes")
-            body += part.get("body", b"")
+            if self.held.total() + len(more) > max(self.limits.held_bytes, self.most_bytes):
+                raise Refused(503, "too much is sent at once")  # which SuperNodes try again
+            if self.held[whose] + len(more) > self.limits.held_of_one(self.most_bytes):
+                raise Refused(503, "too much is sent at once from one address")
+            body += more
+            self.held[whose] += len(more)
+            pace.received += len(more)
             if not part.get("more_body", False):
-                return bytes(body)
+                return True
 
     async def _pass(self, scope: Scope, body: bytes, send: Send) -> None:
         headers = [(name, value) for name, value in scope["headers"] if not NOT_PASSED_ON.fullmatch(name.lower())]
@@ -146,9 +173,17 @@ class Gate:
             finally:
                 await answer.aclose()
         except httpx.HTTPError as error:
-            self.unanswered.add(f"{type(error).__name__}: {error}", scope)
+            self.unanswered.add(_who(scope), f"{_asked(scope)}: {type(error).__name__}: {error}")
             if not begun:  # SuperNodes try again after 503; a broken answer ends with its connection
                 await _answer(send, 503, "the SuperLink does not answer")
+
+
+def _who(scope: Scope) -> str:
+    return str((scope.get("client") or ("?",))[0])
+
+
+def _asked(scope: Scope) -> str:
+    return repr(f"{scope['method']} {scope['path']}"[:100])
 
 
 def _values(scope: Scope, name: bytes) -> Iterable[bytes]:
@@ -174,7 +209,7 @@ async def gate_before(folder: Folder, settings: Settings) -> AsyncIterator[Gate]
         base_url=f"https://127.0.0.1:{settings.superlink_port}", verify=trusted, trust_env=False,
         timeout=ANSWER_S, limits=httpx.Limits(keepalive_expiry=IDLE_S),
     ) as superlink:  # fmt: skip
-        yield Gate(superlink, settings.most_body_bytes)
+        yield Gate(superlink, settings.most_body_bytes, Connections(settings.limits))
 
 
 def listening(settings: Settings) -> socket.socket:
@@ -188,18 +223,17 @@ def listening(settings: Settings) -> socket.socket:
         raise StudyError(f"deploy gate: {settings.bind} port {settings.port}: {error.strerror}") from error
 
 
-def server_of(gate: Gate, folder: Folder) -> uvicorn.Server:
+def server_of(gate: Gate, folder: Folder) -> Server:
     """Return the HTTP server that ends TLS with the federation's certificate before a gate."""
-    import uvicorn
-
-    return uvicorn.Server(
-        uvicorn.Config(
-            gate, lifespan="off", ws="none", log_level="warning", access_log=False, proxy_headers=False,
-            server_header=False, date_header=False,  # the SuperLink's own pass
-            ssl_keyfile=folder.server_key, ssl_certfile=folder.server_certificate, timeout_graceful_shutdown=5,
-            timeout_keep_alive=KEPT_S,
-        )
+    config = uvicorn.Config(
+        gate, lifespan="off", ws="none", access_log=False, proxy_headers=False,
+        log_level="error",  # it warns of every request that is none, which would fill a disk
+        server_header=False, date_header=False,  # the SuperLink's own pass
+        ssl_keyfile=folder.server_key, ssl_certfile=folder.server_certificate, timeout_graceful_shutdown=5,
+        http=gate.connections.protocol(), h11_max_incomplete_event_size=MOST_HEAD_BYTES,
+        timeout_keep_alive=gate.limits.idle_s,
     )  # fmt: skip
+    return Server(config, gate.connections)
 
 
 def serve(folder: Folder, settings: Settings) -> None:
@@ -212,11 +246,26 @@ def serve(folder: Folder, settings: Settings) -> None:
                 "fleet API and health only"
             )
             try:
-                await server_of(gate, folder).serve(sockets=[listener])
+                await server_of(gate, folder).serve_on(listener)
             finally:
-                log.info(f"gate: ended; refused {gate.refused.count} requests")
+                met = gate.connections
+                log.info(
+                    f"gate: ended; refused {gate.refused.count} requests, {met.full.count + met.crowded.count} "
+                    f"connections; closed {met.late.count} that were too slow"
+                )
 
+    allow_files(2 * settings.limits.connections + SPARE_FILES)  # a connection here, and one to the SuperLink
     with listening(settings) as listener:
         # uvicorn ends well and then raises the signal again, which would end the process before the last line is said.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         asyncio.run(main())
+
+
+def allow_files(count: int) -> None:
+    """Let this process have so many open files, as far as the system allows; without them nobody could be refused."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        if wanted < count:
+            log.info(f"gate: {wanted} files may be open here, {count} were wanted for all connections (ulimit -n)")

@@ -11,6 +11,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
+from fedlth.deploy.gate_limits import Limits
 from fedlth.errors import StudyError, wrong
 from fedlth.wire.payload import VERSION
 
@@ -29,7 +30,7 @@ class Settings:
 
     `hosts` are the names or addresses by which devices reach the gate, the first one used; `bind` is the address that
     the gate listens on. `port` is the gate's, `superlink_port` that of the SuperLink on 127.0.0.1, and
-    `device_ports[k]` that of device k's SuperNode, on the device's own 127.0.0.1.
+    `device_ports[k]` that of device k's SuperNode, on the device's own 127.0.0.1. `limits` are the gate's.
     """
 
     hosts: tuple[str, ...]
@@ -39,6 +40,7 @@ class Settings:
     device_ports: tuple[int, ...]
     most_body_bytes: int
     versions: dict[str, str]
+    limits: Limits = Limits()
 
     @staticmethod
     def of(hosts: tuple[str, ...], port: int, devices: int) -> Settings:
@@ -62,7 +64,8 @@ class Settings:
         return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
 
     def text(self) -> str:
-        return json.dumps(asdict(self), indent=1) + "\n"
+        tree = asdict(self)
+        return json.dumps(tree | {"gate": tree.pop("limits")}, indent=1) + "\n"
 
 
 def read_settings(root: Path) -> Settings:
@@ -93,6 +96,7 @@ def _settings(tree: dict[str, Any]) -> Settings:
     return Settings(
         hosts=hosts, bind=str(tree["bind"]), port=ports[0], superlink_port=ports[1], device_ports=tuple(ports[2:]),
         most_body_bytes=most, versions={str(k): str(v) for k, v in dict(tree["versions"]).items()},
+        limits=Limits.of(tree.get("gate", {})),  # folders of before there were limits have none
     )  # fmt: skip
 
 

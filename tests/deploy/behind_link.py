@@ -7,9 +7,7 @@ without loss, and prints what each took (20 minutes).
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -21,11 +19,10 @@ from fedlth import cli
 from fedlth.deploy.folder import Folder
 from fedlth.deploy.live import ask
 from fedlth.deploy.settings import read_settings
+from tests.deploy.federation import ROOT, Federation, free_ports, running
 from tests.deploy.metered_gate import PULL, PUSH, Request, requests_in
-from tests.deploy.test_federation import free_ports, running, wait_for
 from tests.deploy.thin_link import FAR, NEAR, Crossed, Link, thin_link
 
-ROOT = Path(__file__).parents[2]
 DEVICES = 2
 BITS_S, LOSS = 64_000, 0.05
 IDLE = ("/v1/fleet/pull-messages", "/v1/fleet/send-node-heartbeat")
@@ -81,37 +78,24 @@ def ran_behind(link: Link, root: Path, words: list[str]) -> Ran:
     """Run a study on two devices, the first behind the link, with a gate that counts; `root` is a folder to fill."""
     root.mkdir()
     folder, port = Folder(root / "fed"), str(free_ports())
-    made = ["deploy", "init", str(folder.root), "--host", NEAR, "--port", port, "--devices", str(DEVICES), *words]
-    assert cli.main(made) == 0
-    settings = read_settings(folder.root)
-    programs: list[subprocess.Popen[bytes]] = []
-    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-    env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
-
-    def start(name: str, *command: object) -> None:
-        with (root / f"{name}.log").open("wb") as log:
-            words = [str(word) for word in command]
-            programs.append(subprocess.Popen(words, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL))
-
-    def healthy(port: int, host: str) -> bool:
-        return ask("GET", f"https://{host}:{port}/health", str(folder.authority)).status == 200
-
-    with running(programs, root):
-        start("superlink", folder.root / "superlink.sh")
-        wait_for("SuperLink", lambda: healthy(settings.superlink_port, "127.0.0.1"), programs)
-        start("gate", sys.executable, "-m", "tests.deploy.metered_gate", folder.root, root / "requests.jsonl")
-        wait_for("gate", lambda: healthy(settings.port, NEAR), programs)
-        subprocess.run([folder.root / "register.sh"], env=env, check=True, capture_output=True)
+    words = ["deploy", "init", str(folder.root), "--host", NEAR, "--port", port, "--devices", str(DEVICES), *words]
+    assert cli.main(words) == 0
+    made = Federation(root, folder, read_settings(folder.root))
+    with running(made.programs, root):
+        made.start("superlink")
+        made.begin("gate", sys.executable, "-m", "tests.deploy.metered_gate", folder.root, root / "requests.jsonl")
+        health, trusted = f"https://{NEAR}:{made.settings.port}/health", str(folder.authority)
+        made.wait_for("gate", lambda: ask("GET", health, trusted).status == 200)
+        made.said(folder.root / "register.sh")
         for number in range(DEVICES):
-            shutil.move(folder.device(number), root / f"device-{number}")
-            script = str(root / f"device-{number}" / "start.sh")
-            start(f"device-{number}", *(link.behind(script) if number == 0 else [script]))
+            shutil.move(folder.device(number), made.device(number))
+            script = str(made.device(number) / "start.sh")
+            made.begin(f"device-{number}", *(link.behind(script) if number == 0 else [script]))
         began, before = time.monotonic(), link.crossed()
-        done = subprocess.run([folder.root / "run.sh", root / "run"], env=env, capture_output=True, text=True)
+        assert "fedlth: done" in made.said(folder.root / "run.sh", root / "run")
         seconds, after = time.monotonic() - began, link.crossed()
-        assert "fedlth: done" in done.stdout, done.stdout + done.stderr
         requests = [one for one in requests_in(root / "requests.jsonl") if one.who == FAR]
-        retried = (root / "device-0.log").read_text().count(RETRIED)  # before the gate ends under it
+        retried = made.log("device-0").read_text().count(RETRIED)  # before the gate ends under it
     return Ran(root / "run", seconds, after.less(before), tuple(requests), retried)
 
 

@@ -29,7 +29,7 @@ DEVICES = 3
 HOST = "192.0.2.7"  # an address of no machine (RFC 5737)
 ROOT = Path(__file__).parents[2]
 LONGEST_S = 600.0
-CLIENT_APP, SERVER_APP = "flwr-clientapp", "flwr-serverapp"
+SERVE, SERVER_APP = "deploy serve", "flwr-serverapp"
 
 
 def made(root: Path, *, port: int = 8443, hosts: tuple[str, ...] = (HOST, "fed.example.org")) -> Folder:
@@ -50,17 +50,21 @@ def copied(folder: Folder, to: Path) -> Folder:
 
 @dataclass
 class Federation:
-    """A federation that runs: each program by its name, "superlink", "gate", "device-0" and so on."""
+    """A federation that runs: each program by its name, "superlink", "gate", "device-0" and so on.
+
+    `path` is where every program finds further modules.
+    """
 
     root: Path
     folder: Folder
     settings: Settings
+    path: tuple[Path, ...] = ()
     programs: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
     def env(self) -> dict[str, str]:
         path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-        modules = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        modules = os.pathsep.join(filter(None, (str(ROOT), *map(str, self.path), os.environ.get("PYTHONPATH"))))
         return {**os.environ, "PATH": path, "PYTHONPATH": modules}
 
     def device(self, number: int) -> Path:
@@ -112,7 +116,11 @@ class Federation:
 
     def at_work(self, number: int) -> bool:
         """Say whether a device's client is at work on a message."""
-        return bool(self.processes(CLIENT_APP, self.device(number)))
+        return len(self.processes(SERVE, self.device(number))) > 1  # beside the one that stays up
+
+    def serving(self, number: int) -> int:
+        """Return the process that waits for a device's messages, the eldest of the command; 0 where none does."""
+        return min(self.processes(SERVE, self.device(number)), default=0)
 
     def processes(self, program: str, under: Path) -> list[int]:
         """Return the processes of one of Flower's programs whose Flower home lies in a folder."""
@@ -127,16 +135,17 @@ class Federation:
 
 @contextmanager
 def federation(
-    root: Path, words: list[str], prepare: Callable[[int, Path], object] = lambda *_: None
+    root: Path, words: list[str], prepare: Callable[[int, Path], object] = lambda *_: None, path: tuple[Path, ...] = ()
 ) -> Iterator[Federation]:  # fmt: skip
     """Make a federation with keys and TLS, start all its programs, end everything; no process of it may be left.
 
-    `prepare` puts into a device's folder, by its number, what only that device has.
+    `prepare` puts into a device's folder, by its number, what only that device has; `path` is where every program finds
+    further modules.
     """
     folder = Folder(root / "fed")
     port = str(free_ports())
     assert cli.main(["deploy", "init", str(folder.root), "--devices", str(DEVICES), "--port", port, *words]) == 0
-    made = Federation(root, folder, read_settings(folder.root))
+    made = Federation(root, folder, read_settings(folder.root), path)
     with running(made.programs, root):
         made.start("superlink")
         made.start("gate")

@@ -99,7 +99,7 @@ async def _serve(folder: Folder, file: IO[str]) -> None:
         async with gate_before(folder, settings) as gate:
             server = server_of(gate, folder)
             server.config.app = Metered(gate, file)
-            await server.serve(sockets=[listener])
+            await server.serve_on(listener)
 
 
 if __name__ == "__main__":

@@ -3,108 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import http.server
 import socket
 import ssl
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import pytest
 
-from fedlth.deploy.certificates import new_authority, new_server, utc_now
 from fedlth.deploy.folder import Folder
-from fedlth.deploy.gate import SAID_EVERY_S, Gate, Tally, gate_before, listening, server_of
+from fedlth.deploy.gate import Gate, listening
+from fedlth.deploy.gate_connections import SAID_EVERY_S, Connections, Tally
+from fedlth.deploy.gate_limits import Limits
 from fedlth.deploy.settings import FILE, Settings
 from fedlth.errors import StudyError
-
-MOST = 1000
-FLEET = "/v1/fleet/pull-messages"
-
-
-class Upstream(http.server.BaseHTTPRequestHandler):
-    """A tiny SuperLink: answers with what it was sent, and remembers it."""
-
-    protocol_version = "HTTP/1.1"
-    seen: list[tuple[str, str, dict[str, str], bytes]] = []
-
-    def answer(self) -> None:
-        body = self.rfile.read(int(self.headers.get("content-length", 0)))
-        self.seen.append((self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, body))
-        self.send_response(418 if body == b"teapot" else 200)
-        self.send_header("content-length", str(len(body)))
-        self.send_header("flwr-said", "yes")
-        self.end_headers()
-        self.wfile.write(body)
-
-    do_GET = do_HEAD = do_POST = answer
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
+from tests.deploy.served_gate import FLEET, MOST, Upstream, certificates, gate, upstream
 
 
 @pytest.fixture(scope="module")
 def certified(tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    folder = Folder(tmp_path_factory.mktemp("gate") / "fed")
-    key, authority = new_authority("fed", utc_now())
-    server_key, certificate = new_server(key, authority, ("127.0.0.1",), utc_now())
-    for path, data in (
-        (folder.trusted, authority), (folder.server_key, server_key),
-        (folder.server_certificate, certificate),
-    ):  # fmt: skip
-        folder.write(path, data)
-    return folder
-
-
-@contextmanager
-def upstream(folder: Folder, handler: type[http.server.BaseHTTPRequestHandler] = Upstream) -> Iterator[int]:
-    """Serve a tiny SuperLink over TLS; give its port."""
-    Upstream.seen.clear()
-    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    tls.load_cert_chain(folder.server_certificate, folder.server_key)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.daemon_threads = True
-        server.block_on_close = False
-        server.socket = tls.wrap_socket(server.socket, server_side=True)
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield server.server_address[1]
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-@contextmanager
-def gate(folder: Folder, superlink_port: int, most: int = MOST) -> Iterator[httpx.Client]:
-    """Serve the gate over TLS before a port; give a client of it."""
-    settings = Settings(("127.0.0.1",), "127.0.0.1", 0, superlink_port, (), most, {})
-    with listening(settings) as listener:
-        servers: list[Any] = []
-
-        async def main() -> None:
-            async with gate_before(folder, settings) as made:
-                servers.append(server_of(made, folder))
-                await servers[0].serve(sockets=[listener])
-
-        thread = threading.Thread(target=asyncio.run, args=(main(),))
-        thread.start()
-        trusted = ssl.create_default_context(cafile=str(folder.trusted))
-        base = f"https://127.0.0.1:{listener.getsockname()[1]}"
-        try:
-            with httpx.Client(base_url=base, verify=trusted, trust_env=False) as client:
-                yield client
-        finally:
-            servers[0].should_exit = True
-            thread.join()
+    return certificates(tmp_path_factory.mktemp("gate"))
 
 
 def test_over_tls_fleet_and_health_pass_and_nothing_else(certified: Folder) -> None:
-    with upstream(certified) as port, gate(certified, port) as client:
+    with upstream(certified) as port, gate(certified, port) as served:
+        client = served.client
         signed = {"flwr-signature": "c2ln", "flwr-timestamp": "now", "content-type": "application/x-protobuf"}
         answer = client.post(FLEET, content=b"x" * MOST, headers=signed | {"x-forwarded-for": "10.9.9.9"})
         assert (answer.status_code, answer.content, answer.headers["flwr-said"]) == (200, b"x" * MOST, "yes")
@@ -127,7 +51,8 @@ def test_over_tls_fleet_and_health_pass_and_nothing_else(certified: Folder) -> N
 def test_a_superlink_that_is_away_is_503_which_supernodes_try_again(certified: Folder) -> None:
     with upstream(certified) as port:
         pass
-    with gate(certified, port) as client:
+    with gate(certified, port) as served:
+        client = served.client
         assert client.post(FLEET, content=b"x").status_code == client.get("/health").status_code == 503
 
 
@@ -158,7 +83,7 @@ def asked(method: str, path: bytes, body: tuple[bytes, ...] = (b"",), query: byt
                 "query_string": query, "headers": [(k.replace("_", "-").encode(), v) for k, v in headers.items()],
                 "client": ("10.0.0.1", 1),
             }  # fmt: skip
-            await Gate(client, MOST)(scope, receive, send)
+            await Gate(client, MOST, Connections(Limits()))(scope, receive, send)
             status = sent[0]["status"] if sent else 0
             assert bool(passed) == (status == 200)
             if passed:
@@ -199,15 +124,18 @@ def test_a_sender_who_leaves_is_nobodys_request() -> None:
 def test_refusals_are_counted_and_said_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
     now = [0.0]
     tally = Tally("refused", clock=lambda: now[0])
-    scope = {"method": "POST", "path": "/v1/control/\x1b[2J" + "x" * 500, "client": ("10.0.0.1", 5)}
     with caplog.at_level("INFO", "fedlth"):
         for _ in range(3):
-            tally.add("not of the fleet API", scope)
+            tally.add("10.0.0.1", "not of the fleet API")
         now[0] = SAID_EVERY_S
-        tally.add("not of the fleet API", scope)
+        tally.add("10.0.0.1", "not of the fleet API")
     first, second = caplog.messages
     assert "refused: 1 so far" in first and "refused: 4 so far" in second and tally.count == 4
-    assert "of 10.0.0.1" in first and first.isprintable() and len(first) < 200
+    assert "of 10.0.0.1" in first
+    caplog.clear()
+    with caplog.at_level("INFO", "fedlth"):
+        assert asked("POST", b"/v1/control/\x1b[2J" + b"x" * 500) == 404
+    assert caplog.messages[0].isprintable() and len(caplog.messages[0]) < 250
 
 
 def test_the_command_listens_until_sigterm_and_says_how_many_it_refused(certified: Folder) -> None:
@@ -221,7 +149,9 @@ def test_the_command_listens_until_sigterm_and_says_how_many_it_refused(certifie
         url = f"https://127.0.0.1:{port}/v1/control/list-runs"
         assert httpx.post(url, verify=trusted, trust_env=False, timeout=60).status_code == 404
         gate.terminate()
-        assert gate.stderr.read().endswith("gate: ended; refused 1 requests\n")
+        assert gate.stderr.read().endswith(
+            "gate: ended; refused 1 requests, 0 connections; closed 0 that were too slow\n"
+        )
     assert gate.returncode == 0
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,7 @@ from fedlth.storage.records import LedgerRow
 from fedlth.storage.run_folder import RunFolder
 from fedlth.study import schema
 from tests import tiny
-from tests.deploy.federation import DEVICES, ROOT, Federation, federation
+from tests.deploy.federation import DEVICES, LONGEST_S, ROOT, Federation, federation
 from tests.engines import test_own_data
 
 pytestmark = [
@@ -132,6 +134,31 @@ def test_devices_with_data_that_nobody_else_has_equal_the_simulation(tmp_path: P
         (file,) = (tmp_path / f"moved-{number}" / "state").glob(f"*/client-{number:04d}.safetensors")
         own, simulated = load_ticket(file).state_dict(), load_ticket(tmp_path / "simulation", number).state_dict()
         assert all(torch.equal(own[name], simulated[name]) for name in simulated)
+
+
+def test_a_standing_process_that_is_killed_or_outdated_costs_no_answer(tmp_path: Path) -> None:
+    """Device 0's is killed, then a file that all have imported is replaced: the run equals the in-process one."""
+    extra = tmp_path / "extra"
+    extra.mkdir()
+    (extra / "sitecustomize.py").write_text("value = 1\n")
+    words = ["--study", str(ROOT / "configs" / "smoke.yaml"), *STUDY.split()]
+    with federation(tmp_path, words, path=(extra,)) as fed:
+        out = tmp_path / "devices"
+        fed.begin("run", fed.folder.root / "run.sh", out)
+        fed.wait_for("a round", lambda: "federate 1:" in fed.log("run").read_text())
+        killed = fed.serving(0)
+        os.kill(killed, signal.SIGKILL)
+        (extra / "sitecustomize.py").write_text("value = 20\n")
+        assert fed.programs.pop("run").wait(LONGEST_S) == 0
+        assert "another follows" in fed.log("device-0").read_text() and fed.serving(0) not in (0, killed)
+        for number in (1, 2):
+            told = fed.log(f"device-{number}").read_text()
+            assert "sitecustomize.py has changed" in told
+            assert told.count("standing: one process for the messages") == 2
+        fed.kill("device-2")
+        fed.wait_for("the end of what served it", lambda: not fed.serving(2))
+    tiny.run(schema.load(tmp_path / "fed" / "app" / "study.yaml"), tmp_path / "inprocess")
+    assert diff(tmp_path / "inprocess", out) == []
 
 
 def refused_at_the_gate(fed: Federation) -> None:

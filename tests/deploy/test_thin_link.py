@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from fedlth.deploy.folder import Folder
 from fedlth.engines.flower_link import ANSWER_S
 from fedlth.engines.flower_record import PIECE_BYTES
 from fedlth.report.diff import diff
@@ -22,10 +21,9 @@ from fedlth.study import schema
 from tests import tiny
 from tests.deploy.behind_link import BITS_S, LOSS, TICKETS, ran_behind
 from tests.deploy.metered_gate import PULL, PUSH
-from tests.deploy.test_deploy_gate import certified, gate, upstream
+from tests.deploy.served_gate import certificates, gate, upstream
 from tests.deploy.thin_link import impossible, probe, thin_link
 
-__all__ = ["certified"]  # a fixture
 # typer, which Flower imports, against a newer click.
 pytestmark = pytest.mark.filterwarnings("ignore:'click.utils:DeprecationWarning")
 ROOT = Path(__file__).parents[2]
@@ -139,13 +137,14 @@ def cutting(port: int, up: list[int], down: list[int]) -> Iterator[int]:
         loop.close()
 
 
-def test_a_link_that_is_reset_in_mid_message_costs_a_piece(certified: Folder) -> None:
+def test_a_link_that_is_reset_in_mid_message_costs_a_piece(tmp_path: Path) -> None:
     """Flower's own client over the gate: a piece that broke off crosses again, and no other; nothing is lost."""
     from flwr.proto.message_pb2 import PullObjectRequest, PushObjectRequest
     from flwr.supercore.inflatable.inflatable_utils import pull_objects, push_object_contents_from_iterable
     from flwr.supercore.retry import make_simple_http_retry_invoker
     from flwr.supernode.fleet_http_client import FleetHttpClient
 
+    certified = certificates(tmp_path)
     Objects.pushed.clear()
     pieces = {f"{i:064x}": bytes([i]) * PIECE_BYTES for i in range(4)}
     again = make_simple_http_retry_invoker()
@@ -153,8 +152,8 @@ def test_a_link_that_is_reset_in_mid_message_costs_a_piece(certified: Folder) ->
     # The first connection breaks in the second piece up, the second in the first piece down, a third lives.
     with (
         upstream(certified, Objects) as port,
-        gate(certified, port, PIECE_BYTES + 1_000) as way,
-        cutting(way.base_url.port or 0, [PIECE_BYTES * 3 // 2], [0, PIECE_BYTES // 2]) as cut,
+        gate(certified, port, most=PIECE_BYTES + 1_000) as way,
+        cutting(way.port, [PIECE_BYTES * 3 // 2], [0, PIECE_BYTES // 2]) as cut,
         FleetHttpClient.from_server_address(
             f"127.0.0.1:{cut}", False, certified.trusted.read_bytes(), [], retry_invoker=again
         ) as client,
