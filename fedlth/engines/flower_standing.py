@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.auth import load_superexec_auth_secret
@@ -44,7 +45,7 @@ def serve_messages(address: str, supernode: int, secret: Path) -> None:
         [
             RuntimeVersionHttpInterceptor(component_name="SuperExec"),
             SuperExecAuthHttpInterceptor(
-                master_secret=load_superexec_auth_secret(secret_file=secret),
+                master_secret=load_superexec_auth_secret(str(secret)) or b"",
                 protected_methods={"/flwr.proto.Runtime/AcquireTask"},
             ),
         ],
@@ -77,7 +78,7 @@ def serve_messages(address: str, supernode: int, secret: Path) -> None:
     log.info("standing: its SuperNode has ended")
 
 
-def _asked(address: str, token: str, supernode: int) -> dict[str, object]:
+def _asked(address: str, token: str, supernode: int) -> dict[str, Any]:
     # The child ends with its SuperNode, as it would under flower-superexec. Its Runtime API is on this machine alone.
     return {
         "runtime_api_address": address, "token": token, "insecure": True, "certificates": None,
