@@ -256,11 +256,11 @@ def test_looking_at_progress_changes_nothing(tmp_path: Path, monkeypatch: pytest
     held: list[bool] = []
     recover = RunFolder.recover
 
-    def spied(self: RunFolder) -> None:
+    def spied(self: RunFolder, *, states: bool) -> None:
         with pytest.raises(StudyError, match="another process"), self.locked():
             pass
         held.append(True)
-        recover(self)
+        recover(self, states=states)
 
     monkeypatch.setattr(RunFolder, "recover", spied)
     session.resume(tmp_path / "r", InProcess())

@@ -18,6 +18,7 @@ from fedlth.methods.space import frozen_weights
 from fedlth.models.layout import Params
 from fedlth.personalization.arms import ARMS
 from fedlth.personalization.step2 import Result, Step2
+from fedlth.storage.checkpoint import BEFORE, CHECKPOINT, read_commit
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.server_state import ServerState
@@ -486,8 +487,9 @@ def test_refinement_with_and_without_failures(tmp_path: Path, name: str, lose: s
         state = ClientState.from_bytes(folder.clients.get(client, version))
         mirror = folder.mirror(client, mirrors[str(client)], state.masks["shared"].size)
         np.testing.assert_array_equal(mirror, state.masks["shared"])
-    current = set(folder.progress().versions.values())
-    assert {p.stem for p in folder.clients.root.iterdir()} == current, "what is no longer current is gone"
+    two = [read_commit(folder.root / name) for name in (CHECKPOINT, BEFORE)]
+    needed = {version for commit in two for version in commit.versions.values()}
+    assert {p.stem for p in folder.clients.root.iterdir()} == needed, "what neither commit needs is gone"
 
 
 def test_a_ticket_that_is_dense_replaces_an_older_mask(tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ def drive(experiment: Experiment, out: Path, *, again: bool, notes: Sequence[str
 
         run_under_flower(experiment, out, resume=again, notes=notes)
         return
-    log.info(f"note: {said_at_start(experiment, answers_at_once(study))}")
+    if study.engine == "ray":  # answers come from other machines
+        log.info(f"note: {said_at_start(experiment, answers_at_once(study))}")
     engine = engine_of(study)
     if again:
         session.resume(out, engine)

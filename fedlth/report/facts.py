@@ -10,9 +10,9 @@ from typing import TypeVar
 
 from fedlth.errors import StudyError
 from fedlth.storage import ticket_file
+from fedlth.storage.checkpoint import changed_logs
 from fedlth.storage.header import Header, read_header
 from fedlth.storage.records import EVALUATE, CurveRow, LedgerRow, MetricRow, RoundRow, TimeRow, read_log
-from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.spent_privacy import SpentPrivacy, read_spent
 from fedlth.study.yaml_text import parse
 
@@ -104,7 +104,7 @@ def read_run(path: Path) -> Facts:
             "of the others, bytes of all"
         )
 
-    notes += RunFolder(path).changed_logs()
+    notes += changed_logs(path)
     config = path / "config.yaml"
     ledger = rows(LedgerRow, needed=True)
     metrics = tuple(row for row in rows(MetricRow, needed=True) if row.client not in hostile)

@@ -6,9 +6,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from fedlth.errors import StudyError
+from fedlth.storage import json_lines
 from fedlth.storage.records import LOGS
+
+CHECKPOINT, BEFORE = "checkpoint.json", "checkpoint.before.json"
 
 
 @dataclass(frozen=True)
@@ -93,3 +98,35 @@ def _checked(record: Any) -> dict[str, Any]:
     if not rest or record["digest"] != digest_of(rest):
         raise ValueError("its digest does not match its content")
     return rest
+
+
+def last_commit(run: Path) -> Progress:
+    """Return a run's last commit; raise StudyError where it is damaged, or gone."""
+    file = run / CHECKPOINT
+    if not file.exists():
+        if (run / BEFORE).exists():
+            raise StudyError(f"{file}: is not there any more")
+        return Progress()
+    return read_commit(file)
+
+
+def read_commit(file: Path) -> Progress:
+    try:
+        return decode(file.read_bytes())
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise StudyError(f"{file}: damaged: {error}") from error
+
+
+def changed_logs(run: Path) -> list[str]:
+    """Return a line for each log whose committed rows are not those that were written, for who only reads them."""
+    try:
+        progress = last_commit(run)
+    except StudyError as error:
+        return [str(error).removeprefix(f"{run}/")]
+    found = []
+    for name, length in progress.lengths.items():
+        try:
+            json_lines.check(run / f"{name}.jsonl", length, progress.checks.get(name))
+        except StudyError as error:
+            found.append(str(error).removeprefix(f"{run}/"))
+    return found

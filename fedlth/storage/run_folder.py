@@ -19,7 +19,7 @@ import numpy as np
 from fedlth.errors import StudyError
 from fedlth.models.layout import Params
 from fedlth.storage import json_lines, store
-from fedlth.storage.checkpoint import Progress, decode, encode
+from fedlth.storage.checkpoint import BEFORE, CHECKPOINT, Progress, encode, last_commit, read_commit
 from fedlth.storage.header import Header, read_header
 from fedlth.storage.records import Digests, read_log
 from fedlth.storage.server_state import ServerState
@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 PATIENCE_S = 1.0
-CHECKPOINT, BEFORE = "checkpoint.json", "checkpoint.before.json"
 MEMORY = "memory/"  # what an aggregation rule remembers, beside the state's own arrays
 
 
@@ -78,12 +77,7 @@ class RunFolder:
 
     def progress(self) -> Progress:
         """Return the last commit; nothing is changed. Raises StudyError where the checkpoint is damaged."""
-        file, before = self.root / CHECKPOINT, self.root / BEFORE
-        if not file.exists():
-            if before.exists():
-                raise StudyError(f"{file}: is not there any more")
-            return Progress()
-        return _read(file)
+        return last_commit(self.root)
 
     def recover(self, *, states: bool = True) -> None:
         """Cut the logs back to the last commit that is whole: the last one, or the one before it.
@@ -97,7 +91,7 @@ class RunFolder:
         except StudyError as error:
             file = self.root / BEFORE
             try:
-                progress = _read(file)
+                progress = read_commit(file)
                 self.check(progress, states=states)
             except (StudyError, OSError):
                 raise error from None
@@ -117,20 +111,6 @@ class RunFolder:
         for packs, versions in [(self.clients, progress.versions), *held] if states else held:
             for client, version in versions.items():
                 packs.get(int(client), version)
-
-    def changed_logs(self) -> list[str]:
-        """Return a line for each log whose committed rows are not those that were written, for who only reads them."""
-        try:
-            progress = self.progress()
-        except StudyError as error:
-            return [str(error).removeprefix(f"{self.root}/")]
-        found = []
-        for name, length in progress.lengths.items():
-            try:
-                json_lines.check(self.log(name), length, progress.checks.get(name))
-            except StudyError as error:
-                found.append(str(error).removeprefix(f"{self.root}/"))
-        return found
 
     def commit(self, progress: Progress) -> None:
         """Make a commit the last one; the last one so far is kept as the one before it."""
@@ -228,10 +208,3 @@ def _got(file: IO[str]) -> bool:
             if time.monotonic() > until:
                 return False
             time.sleep(0.01)
-
-
-def _read(file: Path) -> Progress:
-    try:
-        return decode(file.read_bytes())
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise StudyError(f"{file}: damaged: {error}") from error

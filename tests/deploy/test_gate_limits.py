@@ -183,7 +183,7 @@ def test_limits_are_settings(certified: Folder) -> None:
     file = certified.root / "federation.json"
     file.write_text(settings.text())
     assert read_settings(certified.root) == settings
-    file.write_text(settings.text().replace('"idle_s": 15', '"idle_s": -1'))
+    file.write_text(settings.text().replace('"idle_s": 75', '"idle_s": -1'))
     with pytest.raises(StudyError, match=r"federation\.json.*gate\.idle_s must be a positive whole number, got -1"):
         read_settings(certified.root)
 

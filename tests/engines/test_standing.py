@@ -57,6 +57,8 @@ def test_each_message_has_a_child_and_what_it_does_stays_in_it(
             raise RuntimeError("said")
 
     one = serving(["first", "second", "third"], serve, tmp_path)
+    one.reap()  # children of earlier tests
+    caplog.clear()
     assert [one.turn() for _ in range(4)] == [""] * 4
     ended(one)
     assert here == []

@@ -1,0 +1,1 @@
+"""A package, since opacus installs one of this name."""
