@@ -1,6 +1,8 @@
 """Thread-CPU milliseconds a training step of our backends against raw torch, one thread, interleaved.
 
-python benchmarks/kernel.py              ratios beside their limits, ok or MISSED (--quick: fewer repeats)
+Rows that compute the whole network also say what share of the core's peak that is (core_peak.py); layers.py says where.
+
+python benchmarks/kernel.py [MODEL ...]  ratios beside their limits, ok or MISSED (--quick: fewer repeats)
 python benchmarks/kernel.py --crossover  dense and sparse by density and kind of layer: whence compact.SPARSE_BELOW
 python benchmarks/kernel.py --structured tickets of whole rows or channels beside narrow networks and single weights
 python benchmarks/kernel.py --threads    one thread against two that train two clients at once
@@ -17,6 +19,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from core_peak import core_peak, training_flop
 from torch import nn
 from torch.nn import functional as F
 
@@ -70,6 +73,12 @@ class Work:
     @property
     def steps(self) -> int:
         return -(-len(self.x) // BATCH)
+
+    @property
+    def flop(self) -> int:
+        """Return the operations of a dense epoch; 0 for a network that the kernel cannot read."""
+        table = compile_layers(self.module, layout_of(self.module, prunable_names(self.module, None)), self.shape)
+        return training_flop(table) * len(self.x) if isinstance(table, LayerTable) else 0
 
     def raw(self) -> Callable[[], object]:
         """Plain torch: no framework, no flat buffers, torch.optim.SGD."""
@@ -175,21 +184,28 @@ def interleaved(runs: dict[float | str, Callable[[], object]], repeats: int) -> 
     return best
 
 
-def ratios(name: str, repeats: int) -> bool:
+def share(flop: float, seconds: float, peak: float) -> str:
+    """Return what of the core's peak (GFLOP/s) work reaches, as words to add; nothing where its size is not known."""
+    return f", {flop / seconds / 1e9:.0f} GFLOP/s, {flop / seconds / 1e9 / peak:.0%} of peak" if flop else ""
+
+
+def ratios(name: str, repeats: int, peak: float) -> bool:
     """Print one line a backend; return whether all are within their limits."""
     given = work(name)
+    flop = given.flop
     runs: dict[float | str, Callable[[], object]] = {"raw": given.raw()}
     for key in LIMITS[name]:
         runs[key] = given.kernel(key) if isinstance(key, float) else given.tuned()
     best, good = interleaved(runs, repeats), True
-    print(f"{name}: raw torch {best['raw'] / given.steps * 1e3:.2f} ms a step")
+    print(f"{name}: raw torch {best['raw'] / given.steps * 1e3:.2f} ms a step{share(flop, best['raw'], peak)}")
     for key, limit in LIMITS[name].items():
         ratio = best[key] / best["raw"]
         good &= ratio <= limit
         what = f"density {key}" if isinstance(key, float) else "torch, tuned"
         verdict = "ok" if ratio <= limit else "MISSED"
         ms = best[key] / given.steps * 1e3
-        print(f"  {what:12} {ms:8.2f} ms, {ratio:.3f} of raw torch (limit {limit:.2f}) {verdict}", flush=True)
+        told = share(flop, best[key], peak) if key in (1.0, "tuned") else ""
+        print(f"  {what:12} {ms:8.2f} ms, {ratio:.3f} of raw torch (limit {limit:.2f}) {verdict}{told}", flush=True)
     return good
 
 
@@ -285,6 +301,8 @@ if __name__ == "__main__":
     elif "--threads" in sys.argv:
         threads()
     else:
-        few = "--quick" in sys.argv
-        met = [ratios(name, 3 if few or name in ("resnet9", "conv2") else 7) for name in LIMITS]
+        few, peaks = "--quick" in sys.argv, core_peak()
+        print(", ".join(f"{gflops:.0f} GFLOP/s in vectors of {width}" for width, gflops in peaks.items()))
+        names = [name for name in LIMITS if name in sys.argv] or LIMITS
+        met = [ratios(name, 3 if few or name in ("resnet9", "conv2") else 7, max(peaks.values())) for name in names]
         sys.exit(0 if all(met) else 1)

@@ -9,10 +9,12 @@ an epoch. Rows with personalised evaluation keep 100 and train on 500, as does t
 Rows with a density are `refine` rounds: after one federated round every client has drawn a random ticket of exactly
 that density in every layer and trained in it, and is then visited with its own slice. So that they need not be made
 for clients who never come, these rows have as many clients as two rounds visit, at most 100.
+Dense rows say what share of the cores' peak (core_peak.py) their training reaches, if all their CPU time were training.
 Peers, with --peers, run the dense work of W1 and W2 on the 599 examples too (benchmarks/peers), their own way to use
 two cores. Between their turns they are stopped; one that fails, hangs or trains other work is left out, in one line.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import argparse
@@ -26,7 +28,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+from core_peak import core_peak, training_flop
 from yardsticks.child import Child, Gone, child
 from yardsticks.tree import cpu_seconds
 
@@ -71,7 +74,21 @@ def study(work: str, density: float, evaluated: bool, wire: str, args: argparse.
     return tree
 
 
-def row(one: Child, base: Child, limit: tuple[float, float] | None) -> str:
+def round_gflop(work: str, args: argparse.Namespace, examples: int) -> float:
+    """Return the work of a dense round's training; 0 for a model that the kernel cannot read."""
+    from fedlth.kernel.graph import compile_layers
+    from fedlth.kernel.table import LayerTable
+    from fedlth.models.layout import layout_of
+    from fedlth.models.prunable import prunable_names
+    from fedlth.models.registry import build
+
+    model, epochs, _ = WORKS[work]
+    module = build(model, num_classes=10, input_shape=(1, 28, 28), options={})
+    table = compile_layers(module, layout_of(module, prunable_names(module, None)), (1, 28, 28))
+    return 1e-9 * training_flop(table) * examples * epochs * args.k if isinstance(table, LayerTable) else 0.0
+
+
+def row(one: Child, base: Child, limit: tuple[float, float] | None, gflop: float, peak: float) -> str:
     wall, cpu = (statistics.median(v) for v in (one.walls, one.cpus))
     ratio = statistics.median(a / b for a, b in zip(one.walls, base.walls, strict=True))
     by_cpu = cpu / statistics.median(base.cpus)
@@ -81,7 +98,9 @@ def row(one: Child, base: Child, limit: tuple[float, float] | None) -> str:
         verdict += f" (by CPU {'ok' if by_cpu <= limit[0] else 'MISSED'})"
     steps = "/".join(map(str, sorted(one.steps)))
     memory = f"{one.memory['Pss']:.0f}/{one.memory['Rss']:.0f}"
-    return f"| {one.name} | {steps} | {wall:.2f} | {ratio:.2f} | {cpu:.2f} | {by_cpu:.2f} | {memory} | {verdict} |"
+    share = f"{gflop / cpu / peak:.0%}" if gflop and one.density == 1 else ""
+    cells = one.name, steps, f"{wall:.2f}", f"{ratio:.2f}", f"{cpu:.2f}", f"{by_cpu:.2f}", share, memory, verdict
+    return f"| {' | '.join(cells)} |"
 
 
 def measure(work: str, args: argparse.Namespace, folder: str) -> None:
@@ -118,13 +137,16 @@ def measure(work: str, args: argparse.Namespace, folder: str) -> None:
             for one in systems:
                 one.end()
         print(f"\n**{work}**, {args.k} clients a round{', with personalised evaluation' if evaluated else ''}, "
-              f"{args.rounds} rounds each, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs\n")  # fmt: skip
-        print("| system | client-steps | s | ratio | CPU s | CPU ratio | MB PSS/RSS | must / ambitious |")
-        print("|---|---|---|---|---|---|---|---|")
+              f"{args.rounds} rounds each, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs")  # fmt: skip
+        peaks, gflop = core_peak(), round_gflop(work, args, examples)
+        told = ", ".join(f"{gflops:.0f} GFLOP/s in vectors of {width}" for width, gflops in peaks.items())
+        print(f"One core's peak: {told}\n")
+        print("| system | client-steps | s | ratio | CPU s | CPU ratio | of peak | MB PSS/RSS | must / ambitious |")
+        print("|---|---|---|---|---|---|---|---|---|")
         for one in systems:
             judged = one.name.startswith("fedlth") and one.name.endswith("raw") and args.k == 10
             limit = LIMITS.get((work, one.density)) if judged else None
-            print(row(one, systems[0], limit), flush=True)
+            print(row(one, systems[0], limit, gflop, max(peaks.values())), flush=True)
 
 
 def take_turns(systems: list[Child], work: dict[str, Any]) -> None:

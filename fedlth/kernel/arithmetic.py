@@ -99,9 +99,11 @@ def keep_equal(typing, a, b, g):  # type: ignore[no-untyped-def]
     return _pairwise(_keep("=="))(a, b, g)
 
 
-def _filled(rows: int, width: int, value: float = 0.0) -> Any:
+def filled(rows: int, width: int, value: float = 0.0) -> Any:
+    """Return the intrinsic of the tile of `rows` vectors of `width` equal values."""
+
     @intrinsic
-    def filled(typing):  # type: ignore[no-untyped-def]
+    def constant(typing):  # type: ignore[no-untyped-def]
         tile = Tile(rows, width)
 
         def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -110,10 +112,9 @@ def _filled(rows: int, width: int, value: float = 0.0) -> Any:
 
         return tile(), code
 
-    return filled
+    return constant
 
 
-zeros_6x16, zeros_4x16, zeros_2x16, zeros_1x16 = (_filled(rows, 16) for rows in (6, 4, 2, 1))
-zeros_3x32, zeros_2x32, zeros_1x32 = (_filled(rows, 32) for rows in (3, 2, 1))
-zeros_10x8, zeros_8x8, zeros_5x8 = (_filled(rows, 8) for rows in (10, 8, 5))
-ones_1x16 = _filled(1, 16, 1.0)
+zeros_4x16, zeros_2x16, zeros_1x16 = (filled(rows, 16) for rows in (4, 2, 1))
+zeros_10x8, zeros_8x8, zeros_5x8 = (filled(rows, 8) for rows in (10, 8, 5))
+ones_1x16 = filled(1, 16, 1.0)

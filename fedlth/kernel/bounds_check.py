@@ -75,7 +75,7 @@ def check_bounds(plan: MemoryLayout, lanes: int, num_params: int) -> None:
         layer = _Layer(plan, at, lanes)
         row = layer.row
         weighted = row[col.KIND] in (col.CONVOLUTION, col.LINEAR)
-        layer.want(row[col.GROUPS] > 0 and 16 * lanes <= plan.scratch, "sizes")
+        layer.want(row[col.GROUPS] > 0 and 32 * lanes <= plan.scratch, "sizes")
         layer.want(row[col.PACK] >= 16 and row[col.PACK] + plan.scratch <= plan.work_size, "scratch")
         layer.map(col.Y, col.OUT_CHANNELS)
         if row[col.DY] or weighted:  # a layer that no weight comes before has no gradient, and the loop leaves it out

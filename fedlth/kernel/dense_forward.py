@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from fedlth.kernel.arithmetic import relu, zeros_1x16, zeros_1x32, zeros_2x16, zeros_2x32, zeros_4x16, zeros_6x16
+from fedlth.kernel.arithmetic import filled, relu
+from fedlth.kernel.fitting import fitting
 from fedlth.kernel.jit import inlined, part
+from fedlth.kernel.tile_choice import TILES
 from fedlth.kernel.vectors import collect, number, outer, scatter, spread
 
 
@@ -48,12 +50,16 @@ class TapSum(NamedTuple):
 _CHUNK = 128  # taps of a linear layer at a time, whose inputs then stay in the first-level cache
 
 
+_HEIGHTS = tuple(height for height, _ in TILES.taps)
+
+
 @inlined
-def _height(left: int, most: int) -> int:
-    """Return how many output channels the next tile takes."""
-    if left >= most:
-        return most
-    return 4 if left >= 4 else 2 if left >= 2 else 1
+def _height(left: int) -> int:
+    """Return how many output channels the next tile of a convolution takes."""
+    for height in _HEIGHTS:
+        if left >= height:
+            return height
+    return 1
 
 
 @inlined
@@ -63,7 +69,7 @@ def _pack(work: Any, index: Any, w: Any, job: TapSum) -> None:
     for group in range(job.groups):
         c = 0
         while c < job.channels:
-            height = _height(job.channels - c, 6)
+            height = _height(job.channels - c)
             first = job.weight + group * job.weight_group + c * job.weight_channel
             for k in range(taps):
                 at = first + number(index, job.tap_weights + k)
@@ -91,77 +97,118 @@ def _end(tile: Any, work: Any, index: Any, channel: int, place: int, last: bool,
 
 
 @inlined
-def _stretch(
+def _spot(
     zero: Any,
     height: int,
-    width: int,
     work: Any,
     index: Any,
     w: Any,
     q: int,
     channel: int,
-    source: int,
-    row: int,
+    place: int,
+    start: int,
+    window: Any,
     first: int,
     job: TapSum,
 ) -> None:
-    """Add a chunk's taps for `height` channels of an output row; the tile stays in registers meanwhile."""
+    """Add a chunk's taps to one tile, which stays in registers meanwhile."""
+    top, bottom, left, right = window
     count = min(job.chunk, job.inputs - first)
-    taps = first * job.window_y * job.window_x
-    top, bottom = number(index, job.top + 2 * row), number(index, job.top + 2 * row + 1)
-    for pixel in range(job.pixels):
-        left, right = number(index, job.left + 2 * pixel), number(index, job.left + 2 * pixel + 1)
-        for p in range(0, job.lanes, width):
-            place = job.out + row * job.out_row + pixel * job.lanes + p
-            start = source + pixel * job.source_step + p
-            tile = _begin(zero, work, index, w, channel, place, first == 0, job)
-            for y in range(top, bottom):
-                line = taps + y * job.window_x * count
-                for k in range(line + left * count, line + right * count):
-                    tile = outer(tile, work, q + k * height, 1, work, start + number(index, job.tap_places + k))
-            _end(tile, work, index, channel, place, first + count == job.inputs, job)
+    tile = _begin(zero, work, index, w, channel, place, first == 0, job)
+    for y in range(top, bottom):
+        line = (first * job.window_y + y * count) * job.window_x
+        for k in range(line + left * count, line + right * count):
+            tile = outer(tile, work, q + k * height, 1, work, start + number(index, job.tap_places + k))
+    _end(tile, work, index, channel, place, first + count == job.inputs, job)
+
+
+def _stretch(height: int, width: int) -> Any:
+    """Return the sum of a chunk's taps for `height` channels of an output row, `width` values at a time."""
+    zero, narrow = filled(height, width), filled(height, 16)
+
+    @part
+    def stretch(
+        work: Any, index: Any, w: Any, q: int, channel: int, source: int, row: int, first: int, job: TapSum
+    ) -> None:
+        top, bottom = number(index, job.top + 2 * row), number(index, job.top + 2 * row + 1)
+        pixel = 0
+        while pixel < job.pixels:
+            left, right = number(index, job.left + 2 * pixel), number(index, job.left + 2 * pixel + 1)
+            window = top, bottom, left, right
+            place, start = job.out + row * job.out_row + pixel * job.lanes, source + pixel * job.source_step
+            values = job.lanes
+            pixel += 1
+            # Neighbours that see the same columns of the kernel lie side by side: one stretch of values.
+            while (
+                job.lanes % width
+                and job.source_step == job.lanes
+                and pixel < job.pixels
+                and number(index, job.left + 2 * pixel) == left
+                and number(index, job.left + 2 * pixel + 1) == right
+            ):
+                values += job.lanes
+                pixel += 1
+            p = 0
+            while p + width <= values:
+                _spot(zero(), height, work, index, w, q, channel, place + p, start + p, window, first, job)
+                p += width
+            while width > 16 and p < values:
+                _spot(narrow(), height, work, index, w, q, channel, place + p, start + p, window, first, job)
+                p += 16
+
+    return stretch
+
+
+_next_stretch = fitting([(height, _stretch(height, width)) for height, width in TILES.taps])
 
 
 @part
 def sum_taps(work: Any, index: Any, w: Any, job: TapSum) -> None:
     """Run a job of many rows."""
     _pack(work, index, w, job)
-    wide, taps = job.lanes % 32 == 0, job.inputs * job.window_y * job.window_x
+    taps = job.inputs * job.window_y * job.window_x
     for row in range(job.rows):
         for group in range(job.groups):
             source = job.source + row * job.source_row + group * job.source_group
             for first in range(0, job.inputs, job.chunk):
                 q, c = job.pack + group * job.channels * taps, 0
                 while c < job.channels:
-                    height = _height(job.channels - c, 6)
                     at = group * job.channels + c
-                    if height == 6:
-                        _stretch(zeros_6x16(), 6, 16, work, index, w, q, at, source, row, first, job)
-                    elif height == 4:
-                        _stretch(zeros_4x16(), 4, 16, work, index, w, q, at, source, row, first, job)
-                    elif height == 2 and wide:
-                        _stretch(zeros_2x32(), 2, 32, work, index, w, q, at, source, row, first, job)
-                    elif height == 2:
-                        _stretch(zeros_2x16(), 2, 16, work, index, w, q, at, source, row, first, job)
-                    elif wide:
-                        _stretch(zeros_1x32(), 1, 32, work, index, w, q, at, source, row, first, job)
-                    else:
-                        _stretch(zeros_1x16(), 1, 16, work, index, w, q, at, source, row, first, job)
+                    height = _next_stretch(job.channels - c, work, index, w, q, at, source, row, first, job)
                     q += height * taps
                     c += height
 
 
 @inlined
-def _column(
+def _line(
     zero: Any, work: Any, index: Any, w: Any, channel: int, p: int, first: int, last: int, step: int, job: TapSum
 ) -> None:
-    """The same for the one pixel of a linear layer, whose weights are read where they are, `step` apart by tap."""
     tile = _begin(zero, work, index, w, channel, job.out + p, first == 0, job)
     weight, source = job.weight + channel * job.weight_channel, job.source + p
     for k in range(first, last):
         place = number(index, job.tap_places + k)
         tile = outer(tile, w, weight + k * step, job.weight_channel, work, source + place)
     _end(tile, work, index, channel, job.out + p, last == job.inputs, job)
+
+
+def _column(height: int, width: int) -> Any:
+    """Return the same for the one pixel of a linear layer; weights are read where they are, `step` apart by tap."""
+    zero, narrow = filled(height, width), filled(height, 16)
+
+    @part
+    def column(work: Any, index: Any, w: Any, channel: int, first: int, last: int, step: int, job: TapSum) -> None:
+        p = 0
+        while p + width <= job.lanes:
+            _line(zero(), work, index, w, channel, p, first, last, step, job)
+            p += width
+        while width > 16 and p < job.lanes:
+            _line(narrow(), work, index, w, channel, p, first, last, step, job)
+            p += 16
+
+    return column
+
+
+_next_column = fitting([(height, _column(height, width)) for height, width in TILES.line])
 
 
 @part
@@ -178,14 +225,4 @@ def sum_taps_of_vector(work: Any, index: Any, w: Any, job: TapSum) -> None:
         last = min(first + chunk, taps)
         c = 0
         while c < job.channels:
-            height = _height(job.channels - c, 6)
-            for p in range(0, job.lanes, 16):
-                if height == 6:
-                    _column(zeros_6x16(), work, index, w, c, p, first, last, step, job)
-                elif height == 4:
-                    _column(zeros_4x16(), work, index, w, c, p, first, last, step, job)
-                elif height == 2:
-                    _column(zeros_2x16(), work, index, w, c, p, first, last, step, job)
-                else:
-                    _column(zeros_1x16(), work, index, w, c, p, first, last, step, job)
-            c += height
+            c += _next_column(job.channels - c, work, index, w, c, first, last, step, job)

@@ -26,6 +26,7 @@ _COMPILED = (
     "columns",
     "constants",
     "dense_forward",
+    "fitting",
     "jit",
     "loop",
     "norm",
@@ -33,6 +34,7 @@ _COMPILED = (
     "pools",
     "reduce",
     "sparse",
+    "tiles",
     "vectors",
     "weights",
 )
@@ -53,16 +55,30 @@ def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
     return cast(Callable[..., Any], numba.extending.intrinsic(function))
 
 
-def source_stamp() -> int:
-    """Return a number that changes with any source file that is compiled.
+def probe(function: _Function) -> _Function:
+    """Compile a function that is only timed, in memory."""
+    return cast(_Function, njit(**_OPTIONS)(function))
+
+
+def source_stamp(tiles: str = "") -> int:
+    """Return a number that changes with any source file that is compiled, and with the variant of tiles.
 
     Numba's disk cache looks only at the file of the cached function, not at the files of the functions it calls.
     An entry point that holds this number in a closure cell is recompiled when any of them changes.
     """
-    digest = hashlib.blake2b(digest_size=7)
+    digest = hashlib.blake2b(tiles.encode(), digest_size=7)
     for name in _COMPILED:
         digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
     return int.from_bytes(digest.digest(), "big")
+
+
+def cache_folder() -> Path | None:
+    """Return where numba keeps the machine code of this folder's functions; None where no place is writable."""
+    try:
+        place = njit(cache=True)(source_stamp).stats.cache_path
+    except RuntimeError:
+        return None
+    return Path(place) if place else None
 
 
 def entry(function: Callable[..., Any]) -> Callable[..., Any]:

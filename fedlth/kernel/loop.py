@@ -11,10 +11,12 @@ from typing import Any
 from fedlth.kernel import columns as col
 from fedlth.kernel import constants, dense_forward, norm, pointwise, pools, sparse, weights
 from fedlth.kernel.jit import entry, inlined, part, source_stamp
+from fedlth.kernel.tile_choice import CHOSEN
 
 
 @inlined
-def _forward_job(row: Any, lanes: int) -> dense_forward.TapSum:
+def forward_job(row: Any, lanes: int) -> dense_forward.TapSum:
+    """Return a layer's sum over taps forward."""
     return dense_forward.TapSum(
         row[col.X],
         row[col.TAP_ROW],
@@ -47,7 +49,8 @@ def _forward_job(row: Any, lanes: int) -> dense_forward.TapSum:
 
 
 @inlined
-def _backward_job(row: Any, lanes: int) -> dense_forward.TapSum:
+def backward_job(row: Any, lanes: int) -> dense_forward.TapSum:
+    """Return the sum over taps of its input's gradient."""
     return dense_forward.TapSum(
         row[col.SPREAD],
         row[col.SPREAD_ROW],
@@ -96,7 +99,7 @@ def forward(rows: Any, index: Any, lists: Any, scales: Any, work: Any, w: Any, l
             if row[col.SPARSE]:
                 sparse.forward(work, index, lists, w, row, lanes)
             else:
-                _sum_taps(work, index, w, _forward_job(row, lanes), kind)
+                _sum_taps(work, index, w, forward_job(row, lanes), kind)
         elif kind == col.MAX_POOL:
             pools.max_pool(work, row, lanes)
         elif kind == col.AVERAGE_POOL:
@@ -129,7 +132,7 @@ def backward(rows: Any, index: Any, lists: Any, scales: Any, work: Any, w: Any, 
                 elif row[col.SPARSE]:
                     sparse.input_gradient(work, index, lists, w, row, lanes)
                 else:
-                    _sum_taps(work, index, w, _backward_job(row, lanes), kind)
+                    _sum_taps(work, index, w, backward_job(row, lanes), kind)
             if row[col.BIAS] >= 0:
                 weights.biases(work, grad, row, lanes)
             if row[col.SPARSE] and kind == col.LINEAR:
@@ -306,4 +309,4 @@ def _make_entries(stamp: int) -> tuple[Any, Any, Any]:
     return entry(list_layers), entry(train), entry(predict)
 
 
-list_layers, train, predict = _make_entries(source_stamp())
+list_layers, train, predict = _make_entries(source_stamp(CHOSEN))

@@ -107,7 +107,7 @@ def lay_out(table: LayerTable, lanes: int) -> MemoryLayout:
         elif op.kind == col.GROUP_NORM:
             row[col.STATS] = plan.buffer((2 * op.groups, 1, 1)).place
     packed = (int(r[col.OUT_CHANNELS] * r[col.TAPS]) for r in rows if r[col.KIND] == col.CONVOLUTION)
-    scratch = max((16 * lanes, *packed))
+    scratch = max((32 * lanes, *packed))
     plan.size = -(-plan.size // _ALIGNED) * _ALIGNED
     rows[:, col.PACK] = plan.size
     plan.size += scratch + _ALIGNED

@@ -23,17 +23,18 @@ def _halves(c: Code, vector: Any) -> Any:
     return vector
 
 
+def _total(c: Code, vector: Any) -> Any:
+    four = _halves(c, vector)
+    parts = [c.builder.extract_element(four, ir.Constant(INT, k)) for k in range(4)]
+    return c.builder.fadd(c.builder.fadd(parts[0], parts[1]), c.builder.fadd(parts[2], parts[3]))
+
+
 @intrinsic
 def sums(typing, tile):  # type: ignore[no-untyped-def]
     """Return the tuple of each row's sum, added in a fixed order."""
 
     def body(c: Code) -> Any:
-        values = []
-        for row in c.rows(0):
-            four = _halves(c, row)
-            parts = [c.builder.extract_element(four, ir.Constant(INT, k)) for k in range(4)]
-            pairs = c.builder.fadd(parts[0], parts[1]), c.builder.fadd(parts[2], parts[3])
-            values.append(c.builder.fadd(*pairs))
+        values = [_total(c, row) for row in c.rows(0)]
         kind = types.UniTuple(types.float32, len(values))  # type: ignore[no-untyped-call]
         return c.context.make_tuple(c.builder, kind, values)
 
@@ -41,6 +42,25 @@ def sums(typing, tile):  # type: ignore[no-untyped-def]
         return types.UniTuple(types.float32, given[0].rows)  # type: ignore[no-untyped-call]
 
     return made(body, result)(tile)
+
+
+@intrinsic
+def add_paired_sums(typing, tile, out, at, step, places):  # type: ignore[no-untyped-def]
+    """Add a tile of `paired_dots` over its lanes, in the order of `sums`, to out[at + j * step + k]; k: of places."""
+
+    def body(c: Code) -> Any:
+        count, at, rows = c.types[4].count, c.args[2], c.rows(0)
+        half = c.types[0].width // 2
+        for first in range(0, len(rows), count):
+            for low in (0, half):
+                kind = ir.Constant(ir.VectorType(INT, half), list(range(low, low + half)))
+                for k, row in enumerate(rows[first : first + count]):
+                    total = _total(c, c.builder.shuffle_vector(row, ir.Constant(row.type, ir.Undefined), kind))
+                    place = c.at(1, c.plus(at, k))
+                    c.builder.store(c.builder.fadd(c.builder.load(place), total), place)
+                at = c.builder.add(at, c.args[3])
+
+    return made(body, nothing)(tile, out, at, step, places)
 
 
 @intrinsic

@@ -5,18 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from fedlth.kernel import columns as col
-from fedlth.kernel.arithmetic import (
-    multiply_add,
-    relu,
-    zeros_1x16,
-    zeros_1x32,
-    zeros_2x16,
-    zeros_3x32,
-    zeros_4x16,
-    zeros_8x8,
-)
+from fedlth.kernel.arithmetic import filled, multiply_add, relu, zeros_1x16, zeros_2x16, zeros_4x16, zeros_8x8
+from fedlth.kernel.fitting import fitting
 from fedlth.kernel.jit import inlined, part
 from fedlth.kernel.reduce import add_eight, add_sums, sums
+from fedlth.kernel.tile_choice import TILES
 from fedlth.kernel.vectors import along, dots, load, number, spread, store
 from fedlth.kernel.weights import correlate
 
@@ -100,44 +93,46 @@ class Kept(NamedTuple):
     accumulate: bool
 
 
-@inlined
-def _sum(
-    zero: Any, work: Any, lists: Any, values: Any, w: Any, channel: int, chunk: int, start: int, out: int, job: Kept
-) -> None:
-    """Add one chunk's taps to one channel of a few pixels."""
-    at = job.starts + channel * job.chunks + chunk
-    first, last = number(lists, at), number(lists, at + 1)
-    tile = zero
-    if chunk > 0 or job.accumulate:
-        tile = load(zero, work, out, 32)
-    elif job.bias >= 0:
-        tile = spread(zero, w, job.bias + channel, 0)
-    for k in range(first, last):
-        tile = along(tile, values, job.weight + k, work, start + number(lists, job.places + k))
-    if job.relu and chunk == job.chunks - 1:
-        tile = relu(tile)
-    store(tile, work, out, 32)
+def _span(values: int) -> Any:
+    """Return the sum of one chunk's taps for all channels of `values` values that lie side by side."""
+    width = 32 if values % 32 == 0 else 16
+    zero = filled(values // width, width)
+
+    @part
+    def span(
+        work: Any, index: Any, lists: Any, weights: Any, w: Any, chunk: int, start: int, to: int, job: Kept
+    ) -> None:
+        for c in range(job.channels):
+            at, out = job.starts + c * job.chunks + chunk, to + number(index, job.out_places + c)
+            tile = zero()
+            if chunk > 0 or job.accumulate:
+                tile = load(tile, work, out, width)
+            elif job.bias >= 0:
+                tile = spread(tile, w, job.bias + c, 0)
+            for k in range(number(lists, at), number(lists, at + 1)):
+                tile = along(tile, weights, job.weight + k, work, start + number(lists, job.places + k))
+            if job.relu and chunk == job.chunks - 1:
+                tile = relu(tile)
+            store(tile, work, out, width)
+
+    return span
+
+
+_next_span = fitting([(values, _span(values)) for values in TILES.spans])
 
 
 @part
-def run(work: Any, index: Any, lists: Any, values: Any, w: Any, job: Kept) -> None:
-    """Run a job, three vectors of 32 values at a time; `values` holds the weights, `w` the biases."""
+def run(work: Any, index: Any, lists: Any, weights: Any, w: Any, job: Kept) -> None:
+    """Run a job, as many values of a row at a time as a tile holds; `weights` are the kept ones, `w` has the biases."""
     for y in range(job.rows):
         for pixel in range(job.pixels):
             p = 0
             while p < job.span:
                 start = job.source + y * job.source_row + pixel * job.source_step + p
                 to = job.out + y * job.out_row + pixel * job.lanes + p
-                width = 96 if p + 96 <= job.span else 32 if p + 32 <= job.span else 16
+                width = 0
                 for chunk in range(job.chunks):
-                    for c in range(job.channels):
-                        out = to + number(index, job.out_places + c)
-                        if width == 96:
-                            _sum(zeros_3x32(), work, lists, values, w, c, chunk, start, out, job)
-                        elif width == 32:
-                            _sum(zeros_1x32(), work, lists, values, w, c, chunk, start, out, job)
-                        else:
-                            _sum(zeros_1x16(), work, lists, values, w, c, chunk, start, out, job)
+                    width = _next_span(job.span - p, work, index, lists, weights, w, chunk, start, to, job)
                 p += width
 
 
@@ -232,12 +227,14 @@ def weights(work: Any, lists: Any, grad: Any, row: Any, lanes: int) -> None:
 @inlined
 def _share(zero: Any, chunk: int, p: int, work: Any, lists: Any, w: Any, row: Any) -> None:
     """Add what a chunk's kept weights pass back to the lanes from `p` on."""
+    # Read once: to the compiler, every store to `work` may have changed the row.
+    starts, chunks, slopes, plane = row[col.KEPT_STARTS] + chunk, row[col.CHUNKS], row[col.DY] + p, row[col.DY_PLANE]
+    places, weights, to = row[col.BACK_KEPT_PLACES], row[col.WEIGHT], row[col.DX] + p
     for o in range(row[col.OUT_CHANNELS]):
-        at = row[col.KEPT_STARTS] + o * row[col.CHUNKS] + chunk
-        slope = load(zero, work, row[col.DY] + o * row[col.DY_PLANE] + p, 16)
-        for k in range(number(lists, at), number(lists, at + 1)):
-            place = row[col.DX] + number(lists, row[col.BACK_KEPT_PLACES] + k) + p
-            weight = spread(slope, w, row[col.WEIGHT] + k, 0)
+        slope = load(zero, work, slopes + o * plane, 16)
+        for k in range(number(lists, starts + o * chunks), number(lists, starts + o * chunks + 1)):
+            place = to + number(lists, places + k)
+            weight = spread(slope, w, weights + k, 0)
             store(multiply_add(weight, slope, load(slope, work, place, 16)), work, place, 16)
 
 
@@ -257,33 +254,38 @@ def linear_input_gradient(work: Any, index: Any, lists: Any, w: Any, row: Any, l
                 _share(zeros_1x16(), chunk, p, work, lists, w, row)
 
 
+@inlined
+def _eight(lists: Any, listed: int, most: int, x: int, start: Any, work: Any, lanes: int) -> Any:
+    """Return the tile of the sums for eight kept weights, whose places are listed from `listed` to `most`."""
+    places = (
+        number(lists, listed),
+        number(lists, min(listed + 1, most)),
+        number(lists, min(listed + 2, most)),
+        number(lists, min(listed + 3, most)),
+        number(lists, min(listed + 4, most)),
+        number(lists, min(listed + 5, most)),
+        number(lists, min(listed + 6, most)),
+        number(lists, min(listed + 7, most)),
+    )
+    eight = zeros_8x8()
+    for p in range(0, lanes, 8):
+        eight = dots(eight, work, start, p, work, places, x + p)
+    return eight
+
+
 @part
 def linear_weights(work: Any, lists: Any, grad: Any, row: Any, lanes: int) -> None:
     """Add the gradient of a linear layer's kept weights, eight at a time."""
-    for chunk in range(row[col.CHUNKS]):
+    listed, x, weight, chunks = row[col.KEPT_PLACES], row[col.X], row[col.WEIGHT], row[col.CHUNKS]
+    for chunk in range(chunks):
         for o in range(row[col.OUT_CHANNELS]):
-            at = row[col.KEPT_STARTS] + o * row[col.CHUNKS] + chunk
+            at = row[col.KEPT_STARTS] + o * chunks + chunk
             k, last = number(lists, at), number(lists, at + 1)
             start = (row[col.DY] + o * row[col.DY_PLANE],)
-            while k < last:
-                t, most = row[col.KEPT_PLACES], last - 1
-                places = (
-                    number(lists, t + k),
-                    number(lists, t + min(k + 1, most)),
-                    number(lists, t + min(k + 2, most)),
-                    number(lists, t + min(k + 3, most)),
-                    number(lists, t + min(k + 4, most)),
-                    number(lists, t + min(k + 5, most)),
-                    number(lists, t + min(k + 6, most)),
-                    number(lists, t + min(k + 7, most)),
-                )
-                eight = zeros_8x8()
-                for p in range(0, lanes, 8):
-                    eight = dots(eight, work, start, p, work, places, row[col.X] + p)
-                if k + 8 <= last:
-                    add_eight(eight, grad, row[col.WEIGHT] + k)
-                else:
-                    rest = sums(eight)
-                    for j in range(last - k):
-                        grad[row[col.WEIGHT] + k + j] += rest[j]
+            while k + 8 <= last:
+                add_eight(_eight(lists, listed + k, listed + k + 7, x, start, work, lanes), grad, weight + k)
                 k += 8
+            if k < last:
+                rest = sums(_eight(lists, listed + k, listed + last - 1, x, start, work, lanes))
+                for j in range(last - k):
+                    grad[weight + k + j] += rest[j]

@@ -163,6 +163,33 @@ def dots(typing, tile, g, starts, start, x, places, place):  # type: ignore[no-u
 
 
 @intrinsic
+def paired_dots(typing, tile, g, start, plane, x, places, place):  # type: ignore[no-untyped-def]
+    """As `dots` of vectors half as wide, for the starts `start + 0, 1, 2, ... * plane`, two of them to a row.
+
+    The halves of row i * b + k are tile rows 2 * i * b + k and (2 * i + 1) * b + k of `dots`, summed in the same order.
+    """
+
+    def body(c: Code) -> Any:
+        half, count = c.types[0].width // 2, c.types[5].count
+        both = ir.Constant(ir.VectorType(INT, 2 * half), list(range(2 * half)))
+
+        def beside(a: Any, b: Any) -> Any:
+            return c.builder.shuffle_vector(a, b, both)
+
+        lefts, at = [], c.args[2]
+        for _ in range(2 * c.types[0].rows // count):
+            lefts.append(c.load(1, at, half))
+            at = c.builder.add(at, c.args[3])
+        pairs = [beside(a, b) for a, b in zip(lefts[::2], lefts[1::2], strict=True)]
+        found = (c.builder.extract_value(c.args[5], k) for k in range(count))
+        rights = [c.load(4, c.builder.add(one, c.args[6]), half) for one in found]
+        rights, rows = [beside(one, one) for one in rights], c.rows(0)
+        return c.tile([c.fma(a, b, rows[i * count + k]) for i, a in enumerate(pairs) for k, b in enumerate(rights)])
+
+    return made(body, same)(tile, g, start, plane, x, places, place)
+
+
+@intrinsic
 def spread(typing, tile, w, at, step):  # type: ignore[no-untyped-def]
     """Return the tile whose row j is w[at + j * step] everywhere (step 0: all rows the same)."""
 

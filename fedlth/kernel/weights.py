@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from fedlth.kernel import columns as col
-from fedlth.kernel.arithmetic import add, zeros_1x16, zeros_2x16, zeros_4x16, zeros_5x8, zeros_6x16, zeros_10x8
+from fedlth.kernel.arithmetic import add, filled, zeros_1x16, zeros_2x16, zeros_4x16, zeros_5x8, zeros_10x8
+from fedlth.kernel.fitting import fitting
 from fedlth.kernel.jit import inlined, part
-from fedlth.kernel.reduce import add_sums, sums
-from fedlth.kernel.vectors import dots, load, number, outer, store
+from fedlth.kernel.reduce import add_paired_sums, add_sums, sums
+from fedlth.kernel.tile_choice import TILES
+from fedlth.kernel.vectors import dots, load, number, outer, paired_dots, store
 
 
 @inlined
@@ -26,94 +28,152 @@ def correlate(
     return tile
 
 
+def _pairs(channels: int) -> Any:
+    """Return the sum for five taps of an even number of channels, two of which share a vector."""
+    zero = filled(5 * channels // 2, 16)
+
+    @part
+    def pairs(
+        work: Any, grad: Any, row: Any, lanes: int, start: int, weight: int, places: Any, first: int, last: int
+    ) -> None:
+        tile, plane = zero(), row[col.DY_PLANE]
+        for y in range(first, last):
+            for pixel in range(row[col.PIXELS]):
+                at = start + y * row[col.DY_ROW] + pixel * lanes
+                source = y * row[col.TAP_ROW] + pixel * row[col.TAP_STEP]
+                for p in range(0, row[col.SPAN], 8):
+                    tile = paired_dots(tile, work, at + p, plane, work, places, source + p)
+        add_paired_sums(tile, grad, weight, row[col.TAPS], places)
+
+    return pairs
+
+
+@part
+def _two(
+    work: Any, grad: Any, row: Any, lanes: int, start: int, weight: int, places: Any, first: int, last: int
+) -> None:
+    starts = start, start + row[col.DY_PLANE]
+    ten = sums(correlate(zeros_10x8(), 8, starts, places, work, row, lanes, first, last))
+    for j in range(5):
+        grad[weight + j] += ten[j]
+        grad[weight + j + row[col.TAPS]] += ten[j + 5]
+
+
+@part
+def _one(
+    work: Any, grad: Any, row: Any, lanes: int, start: int, weight: int, places: Any, first: int, last: int
+) -> None:
+    five = sums(correlate(zeros_5x8(), 8, (start,), places, work, row, lanes, first, last))
+    for j in range(5):
+        grad[weight + j] += five[j]
+
+
+_next_channels = fitting([*((count, _pairs(count)) for count in TILES.pairs), (2, _two), (1, _one)])
+
+
+@part
+def _single_tap(
+    work: Any, grad: Any, row: Any, lanes: int, start: int, weight: int, places: Any, first: int, last: int
+) -> None:
+    """Add the gradient of one tap for all channels of a group."""
+    plane, taps, channels = row[col.DY_PLANE], row[col.TAPS], row[col.OUT_CHANNELS] // row[col.GROUPS]
+    for o in range(0, channels - 1, 2):
+        at, to = start + o * plane, weight + o * taps
+        two = sums(correlate(zeros_2x16(), 16, (at, at + plane), places, work, row, lanes, first, last))
+        grad[to] += two[0]
+        grad[to + taps] += two[1]
+    if channels % 2:
+        at, to = start + (channels - 1) * plane, weight + (channels - 1) * taps
+        grad[to] += sums(correlate(zeros_1x16(), 16, (at,), places, work, row, lanes, first, last))[0]
+
+
+@inlined
+def _rows(index: Any, row: Any, k: int, count: int) -> Any:
+    """Return first and end of the output rows that any of `count` taps from k on reaches."""
+    first, last = row[col.OUT_HEIGHT], 0
+    for j in range(k, k + count):
+        reach = row[col.REACH] + 2 * (j // row[col.WINDOW_X] % row[col.WINDOW_Y])
+        first, last = min(first, number(index, reach)), max(last, number(index, reach + 1))
+    return first, last
+
+
 @part
 def convolution_weights(work: Any, index: Any, grad: Any, row: Any, lanes: int) -> None:
-    """Two output channels times five taps stay in registers while the rows that they reach stream past."""
+    """A few output channels times five taps stay in registers while the rows that they reach stream past."""
     taps, plane = row[col.TAPS], row[col.DY_PLANE]
     channels = row[col.OUT_CHANNELS] // row[col.GROUPS]
     for group in range(row[col.GROUPS]):
         source = row[col.X] + group * row[col.TAP_GROUP]
-        for o in range(0, channels, 2):
-            channel = group * channels + o
-            both = o + 1 < channels
-            start = row[col.DY] + channel * plane
-            weight = row[col.WEIGHT] + channel * taps
-            k = 0
-            while k < taps:
-                t, count = row[col.TAP_PLACES] + k, min(5, taps - k)
-                first, last = row[col.OUT_HEIGHT], 0
-                for j in range(k, k + count):
-                    reach = row[col.REACH] + 2 * (j // row[col.WINDOW_X] % row[col.WINDOW_Y])
-                    first, last = min(first, number(index, reach)), max(last, number(index, reach + 1))
-                if count == 5:
-                    places = (
-                        source + number(index, t),
-                        source + number(index, t + 1),
-                        source + number(index, t + 2),
-                        source + number(index, t + 3),
-                        source + number(index, t + 4),
-                    )
-                    if both:
-                        ten = sums(
-                            correlate(zeros_10x8(), 8, (start, start + plane), places, work, row, lanes, first, last)
-                        )
-                        for j in range(5):
-                            grad[weight + k + j] += ten[j]
-                            grad[weight + k + j + taps] += ten[j + 5]
-                    else:
-                        five = sums(correlate(zeros_5x8(), 8, (start,), places, work, row, lanes, first, last))
-                        for j in range(5):
-                            grad[weight + k + j] += five[j]
-                    k += 5
-                else:
-                    place = (source + number(index, t),)
-                    if both:
-                        two = sums(
-                            correlate(zeros_2x16(), 16, (start, start + plane), place, work, row, lanes, first, last)
-                        )
-                        grad[weight + k] += two[0]
-                        grad[weight + k + taps] += two[1]
-                    else:
-                        one = sums(correlate(zeros_1x16(), 16, (start,), place, work, row, lanes, first, last))
-                        grad[weight + k] += one[0]
-                    k += 1
+        start = row[col.DY] + group * channels * plane
+        weight = row[col.WEIGHT] + group * channels * taps
+        o = 0
+        while o < channels and taps >= 5:
+            count = 0
+            for k in range(0, taps - 4, 5):
+                t = row[col.TAP_PLACES] + k
+                first, last = _rows(index, row, k, 5)
+                places = (
+                    source + number(index, t),
+                    source + number(index, t + 1),
+                    source + number(index, t + 2),
+                    source + number(index, t + 3),
+                    source + number(index, t + 4),
+                )
+                at, to = start + o * plane, weight + o * taps + k
+                count = _next_channels(channels - o, work, grad, row, lanes, at, to, places, first, last)
+            o += count
+        for k in range(taps // 5 * 5, taps):
+            first, last = _rows(index, row, k, 1)
+            place = (source + number(index, row[col.TAP_PLACES] + k),)
+            _single_tap(work, grad, row, lanes, start, weight + k, place, first, last)
 
 
-@inlined
-def _block(zero: Any, o: int, weight: int, work: Any, grad: Any, row: Any, lanes: int) -> None:
-    """Add the gradient of 16 features for the tile's output channels; the features lie transposed in the scratch."""
-    tile = zero
-    start = row[col.DY] + o * row[col.DY_PLANE]
-    for lane in range(lanes):
-        tile = outer(tile, work, start + lane, row[col.DY_PLANE], work, row[col.PACK] + lane * 16)
-    store(add(tile, load(zero, grad, weight, row[col.TAPS])), grad, weight, row[col.TAPS])
+def _block(height: int, width: int) -> Any:
+    """Return the gradient of `width` features, which lie transposed in the scratch, for `height` output channels."""
+    zero = filled(height, width)
+
+    @part
+    def block(o: int, k: int, work: Any, grad: Any, row: Any, lanes: int) -> None:
+        tile, taps = zero(), row[col.TAPS]
+        start, weight = row[col.DY] + o * row[col.DY_PLANE], row[col.WEIGHT] + o * taps + k
+        for lane in range(lanes):
+            tile = outer(tile, work, start + lane, row[col.DY_PLANE], work, row[col.PACK] + lane * width)
+        store(add(tile, load(zero(), grad, weight, taps)), grad, weight, taps)
+
+    return block
+
+
+def _blocks(width: int) -> Any:
+    """Return the gradient of `width` features from k on for all output channels."""
+    next_block = fitting([(height, _block(height, width)) for height, _ in TILES.line])
+
+    @part
+    def blocks(k: int, work: Any, index: Any, grad: Any, row: Any, lanes: int) -> None:
+        for j in range(width):
+            source = row[col.X] + number(index, row[col.TAP_PLACES] + k + j)
+            for lane in range(lanes):
+                work[row[col.PACK] + lane * width + j] = work[source + lane]
+        o, channels = 0, row[col.OUT_CHANNELS]
+        while o < channels:
+            o += next_block(channels - o, o, k, work, grad, row, lanes)
+
+    return blocks
+
+
+_FEATURES = TILES.features
+_many_features, _sixteen_features = _blocks(_FEATURES), _blocks(16)
 
 
 @part
 def linear_weights(work: Any, index: Any, grad: Any, row: Any, lanes: int) -> None:
-    """Sixteen features at a time, batch outermost, so that no sum crosses a register."""
+    """A few features at a time, batch outermost, so that no sum crosses a register."""
     taps, channels = row[col.TAPS], row[col.OUT_CHANNELS]
-    whole = taps // 16 * 16
-    for k in range(0, whole, 16):
-        for j in range(16):
-            source = row[col.X] + number(index, row[col.TAP_PLACES] + k + j)
-            for lane in range(lanes):
-                work[row[col.PACK] + lane * 16 + j] = work[source + lane]
-        o = 0
-        while o < channels:
-            weight = row[col.WEIGHT] + o * taps + k
-            if o + 6 <= channels:
-                _block(zeros_6x16(), o, weight, work, grad, row, lanes)
-                o += 6
-            elif o + 4 <= channels:
-                _block(zeros_4x16(), o, weight, work, grad, row, lanes)
-                o += 4
-            elif o + 2 <= channels:
-                _block(zeros_2x16(), o, weight, work, grad, row, lanes)
-                o += 2
-            else:
-                _block(zeros_1x16(), o, weight, work, grad, row, lanes)
-                o += 1
+    most, whole = taps // _FEATURES * _FEATURES, taps // 16 * 16
+    for k in range(0, most, _FEATURES):
+        _many_features(k, work, index, grad, row, lanes)
+    if _FEATURES > 16:
+        for k in range(most, whole, 16):
+            _sixteen_features(k, work, index, grad, row, lanes)
     for o in range(channels):
         start, k = (row[col.DY] + o * row[col.DY_PLANE],), whole
         while k + 4 <= taps:
