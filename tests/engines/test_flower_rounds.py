@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedlth.engines.choose import answers_at_once, drive
+from fedlth.engines.choose import answers_at_once
 from fedlth.engines.flower_client import roll_call
 from fedlth.engines.flower_engine import Back, FlowerEngine, Sent
 from fedlth.engines.flower_record import Records, View, of_answer, to_order
@@ -411,7 +411,6 @@ def test_a_run_on_devices_that_stops_says_who_is_connected(tmp_path: Path, clock
     ],
 )
 def test_counts_that_no_round_can_meet_are_refused(federate: dict[str, Any], says: str) -> None:
-    from fedlth.experiment.resolve import resolve
 
     with pytest.raises(StudyError, match=says):
         resolve(tiny.study(federate={"rounds": 2, "clients_per_round": 2, **federate}))
@@ -445,13 +444,9 @@ def test_every_engine_says_how_much_memory_answers_can_take(sections: dict[str, 
     )
 
 
-def test_a_run_says_it_at_its_start_and_a_check_before(tmp_path: Path) -> None:
+def test_a_check_says_it_of_every_engine() -> None:
     made = tiny.study(workers=1, federate={"rounds": 1}, personalise={"arms": ["global"], "clients_per_wave": 4})
     says = "the answers of 3 clients are read at once, 1.6 MB at most"  # of their four in step 2
-    told: list[str] = []
-    with lines_to(told.append):
-        drive(resolve(made)[0], tmp_path / "r", again=False)
-    assert told[0] == f"note: {says}"
     assert f"server: {says}" in forecast(made)
 
 
