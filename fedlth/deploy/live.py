@@ -11,6 +11,8 @@ import httpx
 
 from fedlth.deploy.folder import Folder
 from fedlth.deploy.settings import Settings, is_loopback
+from fedlth.engines.flower_keys import owners_in
+from fedlth.errors import StudyError
 
 LONGEST_S = 5.0
 CONTROL = "/v1/control/list-runs"
@@ -26,6 +28,8 @@ class Answer:
 
 # (method, URL, the authority's certificate) -> what came back
 Live = Callable[[str, str, str], Answer]
+# (the SuperLink's address, the authority's certificate) -> the public keys (PEM) of the SuperNodes that are online
+Online = Callable[[str, str], set[bytes]]
 
 
 def ask(method: str, url: str, authority: str) -> Answer:
@@ -40,6 +44,33 @@ def ask(method: str, url: str, authority: str) -> Answer:
         return Answer(why=f"{type(error).__name__}: {error}")
 
 
+def online_keys(address: str, authority: str) -> set[bytes]:
+    """Ask the SuperLink's control API which SuperNodes are online; raise httpx.HTTPError where it does not say."""
+    from flwr.proto.control_pb2 import ListNodesRequest
+    from flwr.supercore.control import ControlHttpClient
+    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+
+    version = RuntimeVersionHttpInterceptor(component_name="flwr CLI")
+    client = ControlHttpClient.from_server_address(address, False, authority, [version])
+    try:
+        nodes = client.ListNodes(ListNodesRequest()).nodes_info
+    finally:
+        client.close()
+    return {node.public_key for node in nodes if node.status == "online"}
+
+
+def _connected(folder: Folder, settings: Settings, online: Online) -> str:
+    """Return which devices are connected, as a note: one that is away is no fault of the folder."""
+    count = len(settings.device_ports)
+    try:
+        owners = owners_in(folder.root / "keys")
+        there = {owners.get(key) for key in online(f"127.0.0.1:{settings.superlink_port}", str(folder.trusted))}
+    except (StudyError, httpx.HTTPError) as error:
+        return f"which devices are connected could not be asked: {error}"
+    missing = [f"device-{number}" for number in range(count) if number not in there]
+    return f"connected: {count - len(missing)} of {count}" + (f"; missing: {', '.join(missing)}" if missing else "")
+
+
 def _listens(url: str) -> bool:
     where = httpx.URL(url)
     try:
@@ -50,9 +81,9 @@ def _listens(url: str) -> bool:
 
 
 def live_faults(
-    folder: Folder, settings: Settings, live: Live | None = None
+    folder: Folder, settings: Settings, live: Live | None = None, online: Online | None = None
 ) -> tuple[list[tuple[str, str, str]], list[str]]:
-    """Return what is wrong with what runs, each as (place, what, remedy), and notes on what does not run."""
+    """Return what is wrong with what runs, each as (place, what, remedy), and notes on who is there and who is not."""
     live, authority = live or ask, str(folder.trusted)
     faults: list[tuple[str, str, str]] = []
     notes: list[str] = []
@@ -75,6 +106,8 @@ def live_faults(
     if gate and live("POST", f"https://{near}:{settings.port}{CONTROL}", authority).status != 404:
         what = "the control API answers there: whoever reaches it may register keys and start runs"
         faults.append((f"port {settings.port}", what, "start gate.sh there, and the SuperLink by superlink.sh"))
+    if superlink:
+        notes.append(_connected(folder, settings, online or online_keys))
     outside = settings.hosts[0]
     if superlink and not is_loopback(outside):
         host = f"[{outside}]" if ":" in outside else outside
