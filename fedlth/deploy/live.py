@@ -12,6 +12,7 @@ import httpx
 from fedlth.deploy.folder import Folder
 from fedlth.deploy.settings import Settings, is_loopback
 from fedlth.engines.flower_keys import owners_in
+from fedlth.engines.flower_online import online_keys
 from fedlth.errors import StudyError
 
 LONGEST_S = 5.0
@@ -42,21 +43,6 @@ def ask(method: str, url: str, authority: str) -> Answer:
         return Answer(why=str(error) if _listens(url) else "")
     except (httpx.HTTPError, OSError) as error:
         return Answer(why=f"{type(error).__name__}: {error}")
-
-
-def online_keys(address: str, authority: str) -> set[bytes]:
-    """Ask the SuperLink's control API which SuperNodes are online; raise httpx.HTTPError where it does not say."""
-    from flwr.proto.control_pb2 import ListNodesRequest
-    from flwr.supercore.control import ControlHttpClient
-    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-
-    version = RuntimeVersionHttpInterceptor(component_name="flwr CLI")
-    client = ControlHttpClient.from_server_address(address, False, authority, [version])
-    try:
-        nodes = client.ListNodes(ListNodesRequest()).nodes_info
-    finally:
-        client.close()
-    return {node.public_key for node in nodes if node.status == "online"}
 
 
 def _connected(folder: Folder, settings: Settings, online: Online) -> str:

@@ -1,4 +1,4 @@
-"""Flower's side of the Flower engine: messages, the two apps, the simulation. The only file that imports flwr."""
+"""Flower's side of the Flower engine: messages, the two apps, the simulation. No other file of a run imports flwr."""
 
 from __future__ import annotations
 
