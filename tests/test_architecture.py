@@ -108,7 +108,8 @@ def test_rooms_that_must_not_know_each_other() -> None:
 
 def test_ray_and_flower_live_in_their_engines() -> None:
     using = {top: {f for f in FILES if top in tops(imports(f))} for top in ("ray", "flwr")}
-    assert using["flwr"] == {"fedlth.engines.flower", "fedlth.engines.flower_standing"}, using  # two programs
+    programs = {"fedlth.engines.flower", "fedlth.engines.flower_standing", "fedlth.engines.flower_online"}
+    assert using["flwr"] == programs, using  # a run, what serves a device's messages, the check
     assert len(using["ray"]) == 1 and all(f.startswith("fedlth.engines.ray") for f in using["ray"]), using
 
 

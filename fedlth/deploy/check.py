@@ -12,7 +12,7 @@ from pathlib import Path
 from fedlth.deploy import links
 from fedlth.deploy.certificates import certificate_faults, device_public, utc_now
 from fedlth.deploy.folder import Folder
-from fedlth.deploy.live import Live, live_faults
+from fedlth.deploy.live import Live, Online, live_faults
 from fedlth.deploy.make import check_study, supposed
 from fedlth.deploy.settings import FILE, Settings, read_settings, versions_here
 from fedlth.engines.flower_client import DATA_DIR, PARTITION, STATE_DIR
@@ -32,10 +32,12 @@ class Fault:
         return f"{self.place}: {self.what}; {self.remedy}"
 
 
-def check(root: Path, *, now: datetime | None = None, live: Live | None = None) -> tuple[list[Fault], list[str]]:
+def check(
+    root: Path, *, now: datetime | None = None, live: Live | None = None, online: Online | None = None
+) -> tuple[list[Fault], list[str]]:
     """Return what does not fit in a federation's folder, and notes on what could not be seen from here.
 
-    `now` and `live` are there for tests. Raises StudyError where the folder is no federation's.
+    `now`, `live` and `online` are there for tests. Raises StudyError where the folder is no federation's.
     """
     folder = Folder(root.resolve())
     settings = read_settings(folder.root)
@@ -52,7 +54,7 @@ def check(root: Path, *, now: datetime | None = None, live: Live | None = None) 
         *_ports(settings),
         *_connection(folder, settings),
     ]
-    seen, not_seen = live_faults(folder, settings, live)
+    seen, not_seen = live_faults(folder, settings, live, online)
     faults += [Fault(*one) for one in seen]
     notes += not_seen
     if gone:

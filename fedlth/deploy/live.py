@@ -11,6 +11,9 @@ import httpx
 
 from fedlth.deploy.folder import Folder
 from fedlth.deploy.settings import Settings, is_loopback
+from fedlth.engines.flower_keys import owners_in
+from fedlth.engines.flower_online import online_keys
+from fedlth.errors import StudyError
 
 LONGEST_S = 5.0
 CONTROL = "/v1/control/list-runs"
@@ -26,6 +29,8 @@ class Answer:
 
 # (method, URL, the authority's certificate) -> what came back
 Live = Callable[[str, str, str], Answer]
+# (the SuperLink's address, the authority's certificate) -> the public keys (PEM) of the SuperNodes that are online
+Online = Callable[[str, str], set[bytes]]
 
 
 def ask(method: str, url: str, authority: str) -> Answer:
@@ -40,6 +45,18 @@ def ask(method: str, url: str, authority: str) -> Answer:
         return Answer(why=f"{type(error).__name__}: {error}")
 
 
+def _connected(folder: Folder, settings: Settings, online: Online) -> str:
+    """Return which devices are connected, as a note: one that is away is no fault of the folder."""
+    count = len(settings.device_ports)
+    try:
+        owners = owners_in(folder.root / "keys")
+        there = {owners.get(key) for key in online(f"127.0.0.1:{settings.superlink_port}", str(folder.trusted))}
+    except (StudyError, httpx.HTTPError) as error:
+        return f"which devices are connected could not be asked: {error}"
+    missing = [f"device-{number}" for number in range(count) if number not in there]
+    return f"connected: {count - len(missing)} of {count}" + (f"; missing: {', '.join(missing)}" if missing else "")
+
+
 def _listens(url: str) -> bool:
     where = httpx.URL(url)
     try:
@@ -50,9 +67,9 @@ def _listens(url: str) -> bool:
 
 
 def live_faults(
-    folder: Folder, settings: Settings, live: Live | None = None
+    folder: Folder, settings: Settings, live: Live | None = None, online: Online | None = None
 ) -> tuple[list[tuple[str, str, str]], list[str]]:
-    """Return what is wrong with what runs, each as (place, what, remedy), and notes on what does not run."""
+    """Return what is wrong with what runs, each as (place, what, remedy), and notes on who is there and who is not."""
     live, authority = live or ask, str(folder.trusted)
     faults: list[tuple[str, str, str]] = []
     notes: list[str] = []
@@ -75,6 +92,8 @@ def live_faults(
     if gate and live("POST", f"https://{near}:{settings.port}{CONTROL}", authority).status != 404:
         what = "the control API answers there: whoever reaches it may register keys and start runs"
         faults.append((f"port {settings.port}", what, "start gate.sh there, and the SuperLink by superlink.sh"))
+    if superlink:
+        notes.append(_connected(folder, settings, online or online_keys))
     outside = settings.hosts[0]
     if superlink and not is_loopback(outside):
         host = f"[{outside}]" if ":" in outside else outside

@@ -114,6 +114,7 @@ def next_steps(folder: Folder, settings: Settings) -> str:
         f"1. here, each in its own terminal (or by the units in {root.name}/units): superlink.sh, then gate.sh\n"
         f"2. here, once, when the SuperLink is up: register.sh\n"
         f"3. move device-0 ... device-{last} each to its device (key and all, over ssh), and there: start.sh\n"
+        f"   (on one machine: leave them)\n"
         f"4. here: fedlth deploy check {root}, then run.sh\n"
         f"Keep {folder.authority_key.relative_to(root)} elsewhere: who has it can be this server to every device."
     )

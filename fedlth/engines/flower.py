@@ -1,4 +1,4 @@
-"""Flower's side of the Flower engine: messages, the two apps, the simulation. The only file that imports flwr."""
+"""Flower's side of the Flower engine: messages, the two apps, the simulation. No other file of a run imports flwr."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ from fedlth.engines.flower_counts import counted  # noqa: E402
 from fedlth.engines.flower_engine import UNREADABLE, Back, FlowerEngine, Sent  # noqa: E402
 from fedlth.engines.flower_keys import Identity, anybody, owners_in  # noqa: E402
 from fedlth.engines.flower_link import crossing_s, no_link  # noqa: E402
+from fedlth.engines.flower_nodes import DEVICES  # noqa: E402
 from fedlth.engines.flower_record import View  # noqa: E402
 from fedlth.engines.flower_session import FlowerRun, interruptible, run_of  # noqa: E402
 from fedlth.engines.inprocess import one_line  # noqa: E402
@@ -192,11 +193,12 @@ def _run(
 ) -> None:  # fmt: skip
     if transport.simulated and run.experiment.study.compute == "sparse":
         kernel.warm()  # its workers are on this machine, and find what is compiled here; devices do not
-    up = most_at_once(run.experiment, 1)[0]
+    up, clients = most_at_once(run.experiment, 1)[0], run.experiment.study.clients.count
     engine = FlowerEngine(
         transport, study=run.experiment.study, out=run.out, stop=stop,
         wait_s=SIMULATED_WAIT_S if transport.simulated else wait_s, objection=objection,
         link_s=no_link if transport.simulated else lambda down: crossing_s(down + up),
+        remedy=f"flwr run ... --federation-config num-supernodes={clients}" if transport.simulated else DEVICES,
     )  # fmt: skip
     run.run(engine)
 

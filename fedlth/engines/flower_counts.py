@@ -13,6 +13,7 @@ from fedlth.data.divided import opened
 from fedlth.data.own import Here, become, counts_of, here
 from fedlth.engines.flower_engine import Back, Transport
 from fedlth.engines.flower_keys import anybody
+from fedlth.engines.flower_nodes import few
 from fedlth.engines.flower_record import BODY, HEAD, Records
 from fedlth.engines.flower_versions import VERSIONS
 from fedlth.engines.flower_versions import asked as versions
@@ -83,10 +84,11 @@ def counted(
         if missing and now - began > wait_s:
             raise StudyError(
                 f"flower: the data of every client must be counted before the run, got no answer of clients "
-                f"{', '.join(map(str, missing[:10]))} in {wait_s:g} s"
+                f"{few(missing)} in {wait_s:g} s"
             )
         if missing and now - said > TOLD_EVERY_S:
-            log.info(f"waiting for devices to count their examples: {len(found)} of {wanted}")
+            known = f"{len(found)} of {wanted}, none yet of clients {few(missing)}"
+            log.info(f"waiting for devices to count their examples: {known}")
             said = now
         if missing:
             pause()

@@ -20,7 +20,7 @@ from fedlth.engines.cohort import answered
 from fedlth.engines.flower_keys import anybody
 from fedlth.engines.flower_late import Late
 from fedlth.engines.flower_link import no_link
-from fedlth.engines.flower_nodes import Roll
+from fedlth.engines.flower_nodes import DEVICES, Roll
 from fedlth.engines.flower_record import (
     BODY,
     HEAD,
@@ -101,6 +101,7 @@ class FlowerEngine:
     def __init__(
         self, transport: Transport, *, study: Study, out: Path, wait_s: float, stop: threading.Event,
         objection: Callable[[int, int], str] = anybody, link_s: Callable[[int], float] = no_link,
+        remedy: str = DEVICES,
     ) -> None:  # fmt: skip
         self._transport, self._out, self._stop, self._link_s = transport, out, stop, link_s
         self._timeout_s = study.job_timeout_s or DEFAULT_TIMEOUT_S
@@ -109,7 +110,7 @@ class FlowerEngine:
         self._roll = Roll(
             count=self._count, quorum=self._count if wanted is None else num_sampled(wanted, self._count),
             online=transport.online, ask=self._ask, heard=self._heard, pause=self._pause, wait_s=wait_s,
-            answer_s=GRACE_S, objection=objection,
+            answer_s=GRACE_S, objection=objection, remedy=remedy,
         )  # fmt: skip
         self._late = Late(self._timeout_s + GRACE_S)
         self._came_late: list[tuple[Job, Reply | Failure]] = []

@@ -13,6 +13,8 @@ from fedlth.errors import StudyError
 log = logging.getLogger(__name__)
 
 TOLD_EVERY_S = 10.0
+MOST_NAMED = 10
+DEVICES = "start theirs (start.sh on each device), then run again"
 ASKED_AGAIN_S, SELDOM_S = 60.0, 3600.0  # doubled each time up to the latter
 
 
@@ -36,7 +38,7 @@ class Roll:
     `ask` sends a node the question and returns the message's id; `heard` returns what has come by such ids, each once:
     a partition id, or one line about why there is none. `online`, too, is the transport's; `pause` waits a little, and
     raises when the run is to stop. `quorum` clients of `count` must be there to begin. `objection` says what is wrong
-    with a node that says whom it serves: it then serves nobody.
+    with a node that says whom it serves: it then serves nobody. `remedy` is what to do where nodes are missing.
     """
 
     count: int
@@ -48,6 +50,7 @@ class Roll:
     wait_s: float
     answer_s: float
     objection: Callable[[int, int], str] = anybody
+    remedy: str = DEVICES
     _partition: dict[int, int] = field(default_factory=dict)
     _asked: dict[int, Asked] = field(default_factory=dict)
     _ready: bool = False
@@ -106,7 +109,7 @@ class Roll:
                 return here
             over = now - began > self.wait_s
             if over and len(here) < self.quorum:
-                raise self._too_few(len(here))
+                raise self._toofew(len(here), missing)
             # Who has come after the wait is not waited for, or new ones could go on coming.
             waits = any(
                 not a.said and a.first - began <= self.wait_s and now - a.first < self.answer_s
@@ -117,28 +120,35 @@ class Roll:
                 self._check(missing)
                 return here
             if now - said > TOLD_EVERY_S:
-                log.info(
-                    f"waiting for SuperNodes: {len(here)} online, {self.count - len(missing)} of {self.count} known"
-                )
+                known = f"{self.count - len(missing)} of {self.count} known"
+                log.info(f"waiting for SuperNodes: {len(here)} online, {known}, none yet of clients {few(missing)}")
                 said = now
             self.pause()
 
-    def _too_few(self, there: int) -> StudyError:
+    def _toofew(self, there: int, missing: list[int]) -> StudyError:
+        got = f"got {there} after {self.wait_s:g} s, no SuperNode of clients {few(missing)}{self._why()}; {self.remedy}"
         if self.quorum < self.count:
             wanted = f"federate.quorum: {self.quorum} of {self.count} clients must be there to begin"
-            return StudyError(f"flower: {wanted}, got {there} SuperNodes after {self.wait_s:g} s")
-        return StudyError(
-            f"flower: clients.count = {self.count} needs as many SuperNodes, got {there} after {self.wait_s:g} s; in a "
-            f"simulation: flwr run ... --federation-config num-supernodes={self.count}"
-        )
+            return StudyError(f"flower: {wanted}, {got}")
+        return StudyError(f"flower: clients.count = {self.count} needs as many SuperNodes, {got}")
+
+    def _why(self) -> str:
+        """Return what the first node said that serves nobody: one client's device is there, and yet missing."""
+        problems = [f"node {n}: {asked.said or 'no answer'}" for n, asked in sorted(self._asked.items())]
+        return f"; {problems[0]}" if problems else ""
 
     def _check(self, missing: list[int]) -> None:
         """Say without whom the run begins; raise StudyError where the quorum is not met."""
-        problems = [f"node {n}: {asked.said or 'no answer'}" for n, asked in sorted(self._asked.items())]
-        why = f"; {problems[0]}" if problems else ""
+        why = self._why()
         if self.quorum == self.count:
             raise StudyError(f"flower: SuperNodes must serve partition-id 0 to {self.count - 1}, no {missing}{why}")
         if (there := self.count - len(missing)) < self.quorum:
             wanted = f"federate.quorum: {self.quorum} of {self.count} clients must be there to begin"
             raise StudyError(f"flower: {wanted}, got {there}, no {missing}{why}")
         log.info(f"note: {there} of {self.count} clients are there to begin with, no {missing}{why}")
+
+
+def few(clients: list[int]) -> str:
+    """Return clients as a line names them: the first ten, and how many more."""
+    more = f" and {len(clients) - MOST_NAMED} more" if len(clients) > MOST_NAMED else ""
+    return f"{clients[:MOST_NAMED]}{more}"

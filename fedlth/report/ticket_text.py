@@ -24,13 +24,25 @@ def chosen(facts: Facts, clients: Sequence[int]) -> tuple[SavedTicket, ...]:
     Raises StudyError naming the clients that have none.
     """
     if not facts.tickets:
-        raise StudyError(f"{facts.path / 'tickets'}: expected saved tickets, got none (method {facts.header.method})")
+        why = _on_devices(facts) or f"(method {facts.header.method})"
+        raise StudyError(f"{facts.path / 'tickets'}: expected saved tickets, got none {why}")
     held = {saved.client: saved for saved in facts.tickets}
     missing = [client for client in clients if client not in held]
     if missing:
         known = ", ".join(map(str, held))
         raise StudyError(f"{facts.path / 'tickets'}: no ticket of client {missing[0]}; there are those of {known}")
     return tuple(held[client] for client in dict.fromkeys(clients)) or facts.tickets
+
+
+def _on_devices(facts: Facts) -> str:
+    """Return where the tickets of a run are whose clients keep them themselves, "" of any other run."""
+    simulated = (facts.path / "devices").exists()  # the states of clients on this machine
+    if facts.header.engine != "flower" or simulated or not any(row.ticket for row in facts.metrics):
+        return ""
+    name = facts.path / "flower-run"
+    run = name.read_text(encoding="utf-8").strip() if name.is_file() else "RUN"
+    place = f"each device has its own, state/{run}/client-NNNN.safetensors in its folder"
+    return f"here: {place}; from Python, load_ticket(FILE) opens one"
 
 
 def listing(facts: Facts, clients: Sequence[int]) -> str:

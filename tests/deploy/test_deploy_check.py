@@ -10,6 +10,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 
@@ -21,6 +22,7 @@ from fedlth.deploy.check import check
 from fedlth.deploy.folder import Folder
 from fedlth.deploy.live import Answer, Live, ask
 from fedlth.deploy.settings import FILE
+from fedlth.engines.flower_keys import owners_in
 from tests import tiny
 from tests.deploy.federation import HOST, copied, made
 
@@ -39,8 +41,13 @@ def nothing_runs(method: str, url: str, authority: str) -> Answer:
     return Answer()
 
 
+def nobody(address: str, authority: str) -> set[bytes]:
+    return set()
+
+
 def found(folder: Folder, live: Live = nothing_runs, days: float = 0) -> list[str]:
-    return [str(fault) for fault in check(folder.root, now=utc_now() + timedelta(days=days), live=live)[0]]
+    now = utc_now() + timedelta(days=days)
+    return [str(fault) for fault in check(folder.root, now=now, live=live, online=nobody)[0]]
 
 
 def settings(folder: Folder, **changed: object) -> None:
@@ -164,7 +171,23 @@ def test_what_runs_is_asked(name: str, sound: Folder, monkeypatch: pytest.Monkey
 
 def test_a_sound_folder_has_no_fault_and_a_device_that_is_away_is_a_note(folder: Folder) -> None:
     sound = answers((HOST, Answer()), RUNS, ("/v1/control/", Answer(404)))
-    assert check(folder.root, live=sound) == ([], [])
+    keys = {client: key for key, client in owners_in(folder.root / "keys").items()}
+
+    def notes_with(*online: bytes) -> list[str]:
+        faults, notes = check(folder.root, live=sound, online=lambda address, authority: set(online))
+        assert not faults
+        return notes
+
+    assert notes_with(*keys.values()) == ["connected: 3 of 3"]
+    assert notes_with(keys[0], keys[2], b"a stranger's") == ["connected: 2 of 3; missing: device-1"]
+    assert notes_with() == ["connected: 0 of 3; missing: device-0, device-1, device-2"]
+
+    def refused(address: str, authority: str) -> set[bytes]:
+        raise httpx.ConnectError("refused")
+
+    assert check(folder.root, live=sound, online=refused) == (
+        [], ["which devices are connected could not be asked: refused"]
+    )  # fmt: skip
     shutil.rmtree(folder.device(1))
     faults, notes = check(folder.root, live=nothing_runs)
     assert not faults and "device 1: not in this folder" in notes[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import ssl
 import stat
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedlth import cli
-from fedlth.deploy.folder import Folder
+from fedlth.deploy.folder import Folder, filled
 from fedlth.deploy.make import certify, next_steps
 from fedlth.deploy.settings import Settings, read_settings
 from fedlth.errors import StudyError
@@ -128,6 +129,37 @@ def test_scripts_and_units_say_what_they_must(folder: Folder) -> None:
     for script in folder.root.rglob("*.sh"):
         assert subprocess.run(["sh", "-n", script]).returncode == 0 and "@@" not in script.read_text()
     assert str(folder.root) in next_steps(folder, read_settings(folder.root))
+
+
+# What flwr says of a key: a new one, one that is there, one of another kind; and of the SuperLink, twice not yet there.
+FLWR = """#!/bin/sh
+case "$2 $(basename "$3")" in
+  "list fedlth") [ "$(wc -l < waits)" -eq 2 ] || { echo >> waits; echo "unavailable"; exit 1; } ;;
+  *device-0.pub) echo "SuperNode 7 registered successfully." ;;
+  *device-1.pub) echo "Error: [code: 23] Public key already in use."; exit 1 ;;
+  *) [ ! -e bad ] || { echo "Error: EC curve is not approved"; exit 1; } ;;
+esac
+"""
+
+
+def test_register_waits_and_tells_a_known_key_from_a_failure(folder: Folder, tmp_path: Path) -> None:
+    for name, text in {"flwr": FLWR, "sleep": "#!/bin/sh\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o700)
+    script = tmp_path / "register.sh"
+    script.write_text(filled("register.sh", programs=tmp_path, environment=""))
+    shutil.copytree(folder.root / "keys", tmp_path / "keys")
+    (tmp_path / "waits").touch()
+
+    def registered() -> tuple[int, str, str]:
+        done = subprocess.run(["sh", script], capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    said = "device-0: registered\ndevice-1: was registered before\n"
+    assert registered() == (0, f"{said}device-2: registered\n", "")
+    (tmp_path / "bad").touch()
+    wrong = "Error: EC curve is not approved\nregister.sh: not registered: device-2\n"
+    assert registered() == (1, said, wrong)
 
 
 def test_the_gate_listens_where_devices_can_reach_it() -> None:

@@ -37,6 +37,7 @@ def started(folder: Path, serve: str) -> list[str]:
         assert shell.wait() == 0 and shell.stderr is not None
         said = shell.stderr.read()
     assert ("killed" in said.lower()) == (serve == KILLED) and ("fresh process" in said) == (serve == CANNOT)
+    assert "exit code 305" in said, "what Flower does not say: why it could not connect"
     secret = folder / "runtime-secret"
     assert len(secret.read_text()) == 64 and secret.stat().st_mode & 0o777 == 0o600
     lines = calls.read_text().splitlines()

@@ -43,8 +43,9 @@ def federated(
     `prepare` puts into a device's folder, by its number, what only that device has.
     """
     with federation(tmp_path, words, prepare) as fed:
+        fed.wait_for("devices", lambda: f"connected: {DEVICES} of {DEVICES}" in check(fed.folder.root)[1])
         faults, seen = check(fed.folder.root)  # it asks the gate for the control API, too
-        assert not faults and len(seen) == 1 and "not in this folder any more" in seen[0]
+        assert not faults and len(seen) == 2 and "not in this folder any more" in seen[1]
         refused_at_the_gate(fed)
         out = tmp_path / "devices"
         assert "fedlth: done" in fed.said(fed.folder.root / "run.sh", out)

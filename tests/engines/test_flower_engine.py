@@ -183,9 +183,19 @@ def test_a_node_that_does_not_say_whom_it_serves_is_not_waited_for_as_for_a_trai
         engine_over(transport).ready()
 
 
-def test_too_few_nodes_are_named(folder: Path) -> None:
-    with pytest.raises(StudyError, match=r"clients.count = 4 .* got 1 .* num-supernodes=4"):
-        engine_over(Loopback(folder, {5: 0})).ready()
+def test_clients_without_a_node_are_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fedlth.engines.flower_nodes.TOLD_EVERY_S", 0.05)
+    wanted = r"clients.count = 4 .* got 2 after 0.2 s, no SuperNode of clients \[1, 2\]; start theirs"
+    with caplog.at_level("INFO"), pytest.raises(StudyError, match=wanted):
+        engine_over(Loopback(folder, {5: 0, 6: 3})).ready()
+    assert "waiting for SuperNodes: 2 online, 2 of 4 known, none yet of clients [1, 2]" in caplog.text
+    some = tiny.study(federate={"quorum": 3})
+    with pytest.raises(
+        StudyError, match=r"quorum: 3 of 4 .* got 1 after 0.2 s, no SuperNode of clients \[0, 1, 2\]; st"
+    ):
+        engine_over(Loopback(folder, {6: 3}), some).ready()
 
 
 @pytest.mark.parametrize(

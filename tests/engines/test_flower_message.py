@@ -214,5 +214,7 @@ def test_flwr_run_with_too_few_supernodes_says_how_many(
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
     with pytest.raises(StudyError):
         flower.make_server_app(Path(__file__).parents[2] / "configs")(Empty(), context)  # type: ignore[arg-type]
-    said = "fedlth: error: flower: clients.count = 3 needs as many SuperNodes, got 0"
-    assert said in capsys.readouterr().out and not (tmp_path / "r").exists()
+    told = capsys.readouterr().out
+    assert "fedlth: error: flower: clients.count = 3 needs as many SuperNodes, got 0 after 0.1 s" in told
+    assert "no SuperNode of clients [0, 1, 2]; flwr run ... --federation-config num-supernodes=3" in told
+    assert not (tmp_path / "r").exists()

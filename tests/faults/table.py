@@ -156,7 +156,7 @@ ROWS = (
     Row(
         number=14, fault="devices that never come", ends=REFUSED, lost="nothing: no run has begun",
         tests=(
-            *_of("engines/test_flower_engine", "test_too_few_nodes_are_named"),
+            *_of("engines/test_flower_engine", "test_clients_without_a_node_are_named"),
             *_of("engines/test_flower_rounds", "test_fewer_than_the_quorum_are_named"),
             *_of("engines/test_flower_rounds", "test_a_silent_node_costs_nothing_after_the_first_time"),
         ),

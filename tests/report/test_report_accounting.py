@@ -125,5 +125,14 @@ def test_a_run_without_tickets_says_so(fake: Path, tmp_path: Path, capsys: pytes
     bare = tmp_path / "bare"
     shutil.copytree(fake, bare, ignore=shutil.ignore_patterns("tickets"))
     assert cli.main(["tickets", "ls", str(bare)]) == 2
-    assert "got none" in capsys.readouterr().err
+    assert "got none (method " in capsys.readouterr().err
     assert cli.main(["bytes", str(bare)]) == 0
+    header = json.loads((bare / "header.json").read_text())
+    (bare / "header.json").write_text(json.dumps({**header, "engine": "flower"}))
+    (bare / "flower-run").write_text("0f3a")
+    for words in (["ls", str(bare)], ["show", str(bare), "3"], ["export", str(bare), "3", "--to", "compact"]):
+        assert cli.main(["tickets", *words]) == 2
+        assert "each device has its own, state/0f3a/client-NNNN.safetensors" in capsys.readouterr().err
+    (bare / "devices").mkdir()
+    assert cli.main(["tickets", "ls", str(bare)]) == 2
+    assert "got none (method " in capsys.readouterr().err
