@@ -109,7 +109,7 @@ class Roll:
                 return here
             over = now - began > self.wait_s
             if over and len(here) < self.quorum:
-                raise self._toofew(len(here), missing)
+                raise self._too_few(len(here), missing)
             # Who has come after the wait is not waited for, or new ones could go on coming.
             waits = any(
                 not a.said and a.first - began <= self.wait_s and now - a.first < self.answer_s
@@ -125,7 +125,7 @@ class Roll:
                 said = now
             self.pause()
 
-    def _toofew(self, there: int, missing: list[int]) -> StudyError:
+    def _too_few(self, there: int, missing: list[int]) -> StudyError:
         got = f"got {there} after {self.wait_s:g} s, no SuperNode of clients {few(missing)}{self._why()}; {self.remedy}"
         if self.quorum < self.count:
             wanted = f"federate.quorum: {self.quorum} of {self.count} clients must be there to begin"
