@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fedlth.engines.worker import Born, Parcel
 from fedlth.federation.jobs import Reply
 
-FAULTS = ("raise", "exit", "segfault", "hang", "stop", "memory", "killed")
+FAULTS = ("raise", "exit", "segfault", "hang", "stop", "memory", "killed", "held")
 SENTINEL = 1000.0
 EACH = 24
 
@@ -52,12 +52,17 @@ class Net(nn.Module):
 
 
 def misbehave(fault: str, marker: str) -> None:
-    """Do one of FAULTS; `marker` is a file to leave first ("" for none); once it is there nobody is killed."""
+    """Do one of FAULTS; `marker` is a file to leave first ("" for none); once it is there nobody is killed or held."""
+    if fault in ("killed", "held") and Path(marker).exists():
+        return
     if fault == "killed":
-        if Path(marker).exists():
-            return
         Path(marker).touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "held":  # until somebody ends its machine; the parent of a Ray worker is its node's raylet
+        whole = Path(f"{marker}.part")
+        whole.write_text(str(os.getppid()))
+        whole.rename(marker)
+        time.sleep(3600)
     if marker:
         Path(marker).touch()
     if fault == "raise":
