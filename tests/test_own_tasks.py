@@ -314,6 +314,8 @@ def test_a_metric_that_is_no_number_costs_its_client_and_says_so(tmp_path: Path)
     made = tiny.schema.build({**tree("mapping by keyword"), "metrics": [f"{HERE}:not_finite"]})
     with pytest.raises(StudyError, match="not_finite must be a finite number, got nan"):
         tiny.run(made, tmp_path / "r")
+    with pytest.raises(StudyError, match=r"metric, metrics: fail on the examples of client \d+: .*got nan"):
+        forecast(made)
 
 
 @pytest.mark.parametrize("partition", [{"name": "dirichlet", "alpha": 1.0}, {"name": "shards", "shard_size": 5},

@@ -185,7 +185,7 @@ def _find(name: str, place: str) -> Callable[..., object]:
 
 @contextmanager
 def _working_directory_on_path() -> Iterator[None]:
-    """Let modules beside the study be imported; the `fedlth` command, unlike `python -m`, does not see them."""
+    """Let modules of the working directory be imported; the `fedlth` command, unlike `python -m`, does not see them."""
     here = os.getcwd()
     if here in sys.path or "" in sys.path:
         yield

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from fedlth.data.factory import told
+from fedlth.errors import StudyError
 from fedlth.experiment.experiment import Experiment
 from fedlth.experiment.mask_defence import defended_density
 from fedlth.federation.forecast_between import between, bounds, published_bytes
@@ -192,7 +195,8 @@ def _evaluation(wire: Lengths, shrinking: Shrinking | None, bounds: Sequence[str
 def _curve_bytes(experiment: Experiment, task: Task) -> int:
     """Return the bytes of one client's rows of an evaluation."""
     local = LocalClient(task, task.clients[-1], 0, "forecast")
-    row = curve_row(local, Result(arm="", params=task.theta_0, mask=local.full))
+    with _judged(local):
+        row = curve_row(local, Result(arm="", params=task.theta_0, mask=local.full))
     return len(metrics.encode({"rows": [{**row, "arm": arm} for arm in experiment.curve_arms]}))
 
 
@@ -360,6 +364,15 @@ def _told_bytes(task: Task) -> int:
     return len(metrics.encode({"num_examples": examples, "loss": 0.0, **seen, "density": 1.0}))
 
 
+@contextmanager
+def _judged(local: LocalClient) -> Iterator[None]:
+    """Raise StudyError where a metric, which may be the user's, cannot judge all examples of a client."""
+    try:
+        yield
+    except Exception as error:
+        raise StudyError(f"metric, metrics: fail on the examples of client {local.client}: {told(error)}") from error
+
+
 def _arms_bytes(experiment: Experiment) -> int:
     """Return the bytes of all clients' rows of step 2; a row is as long whatever its numbers are."""
     return sum(len(task.clients) * _rows_bytes(experiment, task) for task in experiment.task.each)
@@ -368,7 +381,8 @@ def _arms_bytes(experiment: Experiment) -> int:
 def _rows_bytes(experiment: Experiment, task: Task) -> int:
     study, local = experiment.study, LocalClient(task, task.clients[-1], 0, "forecast")
     dense = DENSE if experiment.method.space.kind == "values" else {"local"}
-    row = as_record(row_of(local, Result(arm="", params=task.theta_0, mask=local.full, start="theta_g")))
+    with _judged(local):
+        row = as_record(row_of(local, Result(arm="", params=task.theta_0, mask=local.full, start="theta_g")))
     row["num_train"] = max(len(split.train) for split in task.splits.clients)
     sent = [arm for arm in experiment.arms for _ in (study.finder.densities if arm in EACH_TARGET else (1,))]
     rows = [{**row, "arm": arm, "ticket": "" if arm in dense else "0" * 16} for arm in sent]

@@ -171,14 +171,14 @@ def own_tuned(step: Step2) -> Iterator[Result]:
 
 
 def own_random(step: Step2) -> Iterator[Result]:
-    """The control of `own_tuned`: a random mask of the same layer counts on the same start weights, trained by SGD."""
+    """The control of `own_tuned`: a random mask of the same layer counts on the same start weights."""
     own_mask, searched = _tuned_mask(step)
     mask = _shuffled(step, own_mask, "own_random", granularity_of(step.method))
     yield _searched(_under(step, "own_random", mask), searched)
 
 
 def own_global_mask(step: Step2) -> Iterator[Result]:
-    """The hard control of `own_tuned`: theta_g's own largest weights, as many in each layer, trained by SGD."""
+    """The hard control of `own_tuned`: theta_g's own largest weights, as many in each layer."""
     own_mask, searched = _tuned_mask(step)
     score = np.abs(step.theta_g.floats[: own_mask.size])
     mask = recounted_mask(own_mask, score, step.local.task.layout, granularity_of(step.method))

@@ -75,9 +75,15 @@ def away(run: Path, other: Path) -> set[str]:
 
 
 def _counts_alone(run: Path) -> bool:
-    """Say whether a run's server knew no class of an example (data.own on devices)."""
+    """Say whether a run's server knew no class of an example, since they are on devices (data.own).
+
+    Real targets have no classes anywhere: that none are told is not enough.
+    """
     header = read_object(run / "header.json")
-    return header.get("engine") == "flower" and not any(header.get("client_labels", [[0]]))
+    if header.get("engine") != "flower" or any(header.get("client_labels", [[0]])):
+        return False
+    data = _study(run).get("data")
+    return isinstance(data, dict) and data.get("own") is not None
 
 
 def _other_data(one: Path, two: Path) -> set[str]:
@@ -107,10 +113,16 @@ def _files(run: Path) -> set[str]:
 
 def _kept_none(run: Path) -> bool:
     """Say whether the study asked for no ticket files (`tickets: none`); their digests are there."""
+    return _study(run).get("tickets") == "none"
+
+
+def _study(run: Path) -> dict[str, Any]:
+    """Return a run's config as it was written, empty where it is none."""
     import yaml
 
     path = run / "config.yaml"
-    return path.exists() and (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("tickets") == "none"
+    found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+    return found if isinstance(found, dict) else {}
 
 
 def _tickets(run_a: Path, run_b: Path) -> list[str]:

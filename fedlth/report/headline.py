@@ -212,17 +212,17 @@ def numbers(results: Results) -> tuple[Number, ...]:
         for one in results.traffics
     ]
     up, down, both, dense = (float(mean) for mean in np.mean(moved, axis=0))
-    small = f"dense FedAvg: {scaled(dense, 'B')} both ways" if dense else "no visit in the ledger"
-    found.append(Number(scaled(up, "B"), "payload up", small))
+    found.append(Number(scaled(up, "B"), "payload up", f"{scaled(both, 'B')} both ways"))
     found.append(Number(scaled(down, "B"), "payload down", _saved(both, dense)))
     return tuple(found)
 
 
 def _saved(total: float, dense: float) -> str:
     if not dense:
-        return ""
+        return "no visit in the ledger"
     share = 1 - total / dense
-    return f"both ways {abs(100 * share):.1f} % {'below' if share >= 0 else 'above'} dense"
+    side = "below" if share >= 0 else "above"
+    return f"both ways {abs(100 * share):.1f} % {side} dense FedAvg's {scaled(dense, 'B')}"
 
 
 def _clients(row: RoundRow) -> str:

@@ -116,6 +116,22 @@ def test_a_study_that_keeps_no_ticket_files_is_compared_by_digests(pair: tuple[P
     assert diff(*pair) == [] and "tickets: none" in notes(*pair)[0]
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_other_data_are_found_where_targets_have_no_classes(pair: tuple[Path, Path], own: bool) -> None:
+    """A server that has no labels since the targets are real numbers has data all the same, and names them."""
+    change(pair[0], "header.json", 0, lambda row: row.update(engine="flower", client_labels=[[], []] if own else [[1]]))
+    change(pair[1], "header.json", 0, lambda row: row.update(client_labels=[[1]]))
+    if not own:
+        for run in pair:
+            change(run, "header.json", 0, lambda row: row.update(client_labels=[[], []]))
+    change(pair[1], "header.json", 0, lambda row: row.update(data_digest="other"))
+    (pair[0] / "config.yaml").write_text(f"study: fake\ndata: {{name: 'ward:read'{', own: {}' if own else ''}}}\n")
+    if own:
+        assert diff(*pair) == [] and "not which" in notes(*pair)[0]
+    else:
+        assert len(diff(*pair)) == 1 and "data_digest" in diff(*pair)[0] and notes(*pair) == []
+
+
 def test_one_flipped_bit_of_a_mask_is_found(pair: tuple[Path, Path]) -> None:
     path = pair[1] / "tickets" / "client-0004.safetensors"
     tensors = load_file(path)
