@@ -396,6 +396,9 @@ def test_fields_of_unequal_lengths_in_one_example_are_told() -> None:
         data = {"name": f"{HERE}:uneven", "options": {"by": longer}}
         _, notes = resolve(tiny.schema.build({**tree("ragged mapping"), "data": data}))
         assert any(note.startswith(told) for note in notes) == bool(longer)
+    broken = {**tree("ragged mapping"), "data": data, "model": {"name": f"{HERE}:Tagger"}}
+    with pytest.raises(StudyError, match=f"fails on a batch .*; {told}"):
+        resolve(tiny.schema.build(broken))
 
 
 def test_ragged_rows_are_padded_once() -> None:

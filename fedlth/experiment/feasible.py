@@ -93,7 +93,7 @@ def _check_steps(task: Task, finder: Finder, arms: set[str]) -> None:
             )
 
 
-def _uneven(lengths: Mapping[str, np.ndarray]) -> list[str]:
+def uneven(lengths: Mapping[str, np.ndarray]) -> list[str]:
     """Say where fields of one example, the labels of positions too, are of different lengths: seldom meant."""
     names = sorted(lengths)
     found = []
@@ -123,7 +123,7 @@ def _notes(study: Study, experiment: Experiment) -> list[str]:
     if not task.dataset.lengths_train:
         asked = [f"{step}.group_by_length" for step in ("train", "personalise")]
         notes += [f"{key}: has no effect, all examples are of one length" for key in asked if study.given(key)]
-    notes += _uneven(task.dataset.lengths_train)
+    notes += uneven(task.dataset.lengths_train)
     idle = [f"tasks.{name}" for name in study.tasks if name not in task.names]
     if idle:
         notes.append(f"{', '.join(idle)}: {'has' if len(idle) == 1 else 'have'} no effect, no client has such examples")

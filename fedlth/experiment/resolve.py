@@ -227,9 +227,16 @@ def _own_recipes(experiment: Experiment) -> list[str]:
     return [f"{said} {name} of weights" for name in views]
 
 
+def _probed(task: Task) -> list[str]:
+    try:
+        return task.probe()
+    except StudyError as error:  # which a field that is too short in one example may be behind
+        raise StudyError("; ".join([str(error), *feasible.uneven(task.dataset.lengths_train)])) from error
+
+
 def _checked_task(experiment: Experiment, task: Task, arms: set[str]) -> list[str]:
     recipe_checks.check(task)
-    method, notes = experiment.method, task.probe()
+    method, notes = experiment.method, _probed(task)
     recipe_checks.try_own(task)
     if experiment.finder.rewind.anchor == "reinit" and arms & REWOUND:
         refuse(task.model.brought, "finder.rewind")
