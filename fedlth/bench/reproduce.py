@@ -14,6 +14,7 @@ import yaml
 
 from fedlth import api
 from fedlth.errors import StudyError
+from fedlth.experiment.resolve import read
 from fedlth.report.tables import Table, aligned
 from fedlth.storage.records import CurveRow, MetricRow
 from fedlth.storage.run_folder import RunFolder
@@ -122,7 +123,7 @@ def run(row: Row, seeds: int, out: Path, given: Sequence[str] = ()) -> list[Ours
 
 def _check_same(folder: Path, study: schema.Study) -> None:
     """Raise StudyError where a folder holds the run of another study: its figure would stand for this one."""
-    old = RunFolder(folder).study()
+    old, study = RunFolder(folder).study(), read(study)[0].study  # a run's config has what its method decides, too
     for part in ("method", "data", "partition", "clients", "model", "train", "federate", "evaluate", "seed"):
         if getattr(old, part) != getattr(study, part):
             raise StudyError(f"{folder}: its run has another `{part}` than is asked for now; give another --out")

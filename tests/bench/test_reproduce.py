@@ -60,6 +60,14 @@ def test_finished_seeds_are_kept_and_another_study_is_refused(tmp_path: Path) ->
         reproduce.run(TINY, 1, tmp_path, ["train.lr=0.5"])
 
 
+@pytest.mark.parametrize("method", ["fedper", "fedrep", "local"])
+def test_what_a_method_decides_of_a_study_is_no_other_study(method: str, tmp_path: Path) -> None:
+    """Its parts that stay with a client stand in a run's config, and in no row."""
+    arm = "local" if method == "local" else "global"
+    row = replace(TINY, study={**tiny.tree(method=method), "tickets": "none"}, arm=arm, selects="none")
+    assert reproduce.run(row, 1, tmp_path) == reproduce.run(row, 1, tmp_path)
+
+
 def test_what_was_changed_is_said() -> None:
     told = text(TINY, [Ours(40.0, 45.0), Ours(42.0, 47.0)], ["federate.rounds=3"])
     assert "- changed by you: federate.rounds=3" in told and "46.00 ± 1.41" in told and "-4.00" in told
