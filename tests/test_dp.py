@@ -223,6 +223,7 @@ def test_a_stop_and_other_engines_change_neither_bits_nor_epsilon(run: Path, tmp
 @pytest.mark.parametrize("engine", ["ray", "flower"])
 def test_engines_on_other_processes_change_nothing(engine: str, run: Path, tmp_path: Path) -> None:
     out = api.run(noisy(engine=engine, out=str(tmp_path / engine)))
+    assert engine == "flower" or tiny.facts(out) == tiny.facts(run)  # Flower's rows have framed bytes
     assert diff(run, out) == [] and (out / SPENT).read_bytes() == (run / SPENT).read_bytes()
     gc.collect()
 

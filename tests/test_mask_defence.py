@@ -102,6 +102,7 @@ def test_engines_and_a_stop_change_nothing(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("engine", ["ray", "flower"])
 def test_other_engines_change_nothing(engine: str, run: Path, tmp_path: Path) -> None:
     out = api.run(defended(engine=engine, out=str(tmp_path / engine)))
+    assert engine == "flower" or tiny.facts(out) == tiny.facts(run)  # Flower's rows have framed bytes
     assert diff(run, out) == []
     gc.collect()
 
