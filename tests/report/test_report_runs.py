@@ -21,8 +21,11 @@ from fedlth.report.diff import notes
 
 @pytest.fixture
 def pair(fake: Path, tmp_path: Path) -> tuple[Path, Path]:
-    shutil.copytree(fake, tmp_path / "copy")
-    return fake, tmp_path / "copy"
+    """Return two copies: what a test changes must not reach the tests after it."""
+    runs = tmp_path / "run", tmp_path / "copy"
+    for run in runs:
+        shutil.copytree(fake, run)
+    return runs
 
 
 def change(run: Path, name: str, line: int, edit: Callable[[dict[str, Any]], None]) -> None:
