@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from fedlth.bench.forecast import expect, expected_minutes, told
+from fedlth.bench.forecast import KEPT, expect, expected_minutes, told
 from fedlth.bench.headline import idle
 from fedlth.bench.leaderboard import write_leaderboard
 from fedlth.bench.matrix import Cell, Matrix, load
@@ -60,7 +60,9 @@ def _one(matrix: Matrix, cells: Sequence[Cell], wishes: Wishes) -> str:
     reason = ""
     if left and not wishes.report_only:
         log.info(f"bench {matrix.name}: forecasting {len({(c.partition, c.method) for c in left})} kinds of runs")
-        expected = expect(left)
+        if not wishes.dry_run:
+            root.mkdir(parents=True, exist_ok=True)
+        expected = expect(left, root / KEPT if root.is_dir() else None)
         reason = next(iter(expected.values())).reason if all(one.run is None for one in expected.values()) else ""
         say(told(matrix, left, expected, done=len(cells) - len(left)))
         if not wishes.dry_run:

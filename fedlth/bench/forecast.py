@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
 
 from fedlth.bench.matrix import Cell, Matrix
 from fedlth.bench.process import spawn
@@ -16,6 +20,9 @@ from fedlth.errors import StudyError
 from fedlth.forecast import Foreseen, foreseen
 from fedlth.report.tables import Table, aligned
 from fedlth.report.units import NOTHING, scaled
+from fedlth.study import schema
+
+KEPT = "forecast.jsonl"
 
 log = logging.getLogger(__name__)
 
@@ -31,19 +38,28 @@ class Expected:
     reason: str = ""
 
 
-def expect(cells: Sequence[Cell]) -> dict[Key, Expected]:
-    """Return the forecast of each cell's method and partition; a few steps of each are tried, in another process."""
-    found: dict[Key, Expected] = {}
-    total = len({(cell.partition, cell.method) for cell in cells})
+def expect(cells: Sequence[Cell], file: Path | None = None) -> dict[Key, Expected]:
+    """Return the forecast of each cell's method and partition; a few steps of each are tried, in another process.
+
+    `file` keeps one a line, named by its study: what stands there is not tried again, even after a stop in it.
+    """
+    firsts = {(cell.partition, cell.method): cell for cell in reversed(cells)}
+    known, names = _kept(file), {key: _name(cell) for key, cell in firsts.items()}
+    found = {key: known[name] for key, name in names.items() if name in known}
+    if found:
+        log.info(f"forecast {len(found)} of {len(firsts)}: from {file}")
     for partition in dict.fromkeys(cell.partition for cell in cells):
-        firsts = {cell.method: cell for cell in reversed(cells) if cell.partition == partition}
+        left = [key for key in reversed(firsts) if key[0] == partition and key not in found]
+        if not left:
+            continue
         ours, theirs = Pipe(duplex=False)
-        process = spawn(_foresee, [*firsts.values()][::-1], theirs)
+        process = spawn(_foresee, [firsts[key] for key in left], theirs)
         theirs.close()
         try:
-            for method in [*firsts][::-1]:
-                found[partition, method] = ours.recv()
-                log.info(f"forecast {len(found)} of {total}: {partition}/{method}")
+            for key in left:
+                found[key] = ours.recv()
+                _keep(file, names[key], found[key])
+                log.info(f"forecast {len(found)} of {len(firsts)}: {partition}/{key[1]}")
         except EOFError:
             raise StudyError(f"the forecast of partition {partition} ended without an answer") from None
         except KeyboardInterrupt:
@@ -51,7 +67,32 @@ def expect(cells: Sequence[Cell]) -> dict[Key, Expected]:
             raise
         finally:
             process.join()
+    return {key: found[key] for key in reversed(firsts)}
+
+
+def _name(cell: Cell) -> str:
+    """Return a digest of a cell's study but for its seed: one that has changed since is forecast anew."""
+    same = cell.study.model_copy(update={"seed": 0})
+    return hashlib.blake2b(schema.dump(same).encode(), digest_size=8).hexdigest()
+
+
+def _kept(file: Path | None) -> dict[str, Expected]:
+    """Return the forecasts in a file by their names; a line that a stop has cut is none."""
+    found: dict[str, Expected] = {}
+    for line in file.read_text().splitlines() if file is not None and file.exists() else ():
+        with suppress(ValueError, TypeError, KeyError):
+            row = json.loads(line)
+            run, one = (Foreseen(**part) if (part := row[key]) else None for key in ("run", "trial"))
+            found[row["study"]] = Expected(run, one)
     return found
+
+
+def _keep(file: Path | None, name: str, one: Expected) -> None:
+    if file is None or one.run is None:  # why it cannot run may be mended by then
+        return
+    row = {"study": name, "run": asdict(one.run), "trial": one.trial and asdict(one.trial)}
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(f"\n{json.dumps(row)}")  # the line before may be cut
 
 
 def _foresee(cells: Sequence[Cell], pipe: Connection) -> None:

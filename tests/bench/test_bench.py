@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny_bench
 
+from fedlth.bench import forecast
 from fedlth.bench.controls import kinds_of, with_controls
 from fedlth.bench.matrix import load, merged, stored
 from fedlth.bench.outcome import read_outcome
@@ -263,6 +264,33 @@ def test_a_forecast_of_nothing_is_said_once(tmp_path: Path, capsys: pytest.Captu
     told = capsys.readouterr().out
     assert told.count("natural must have") == 1 and "hours" not in told
     assert [line for line in lines if line.startswith("forecast 3 of 3: natural/")]
+
+
+def test_a_forecast_is_kept_and_made_anew_for_what_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop in the middle of it keeps what was tried; a dry run leaves no folder."""
+    cells, out = load(tiny_bench.write(tmp_path, seeds=[0, 1])).cells, tmp_path / "forecast.jsonl"
+    lines: list[str] = []
+
+    def stop(line: str) -> None:
+        lines.append(line)
+        if line.startswith("forecast 2 of 6"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), lines_to(stop):
+        forecast.expect(cells, out)
+    with out.open("a") as file:
+        file.write('\n{"study": "a line that was cut')
+    with lines_to(lines.append):
+        first = forecast.expect(cells, out)
+    assert [line.split(":")[0] for line in lines] == [f"forecast {k} of 6" for k in (1, 2, 2, 3, 4, 5, 6)]
+    monkeypatch.setattr(forecast, "spawn", None)
+    assert forecast.expect([cell for cell in cells if cell.seed == 1], out) == first, "any seed's serves"
+    monkeypatch.undo()
+    lines.clear()
+    (longer,) = load(tiny_bench.write(tmp_path, methods={}, partitions={"iid": {"federate": {"rounds": 9}}})).firsts
+    with lines_to(lines.append):
+        forecast.expect([longer], out)
+    assert lines == ["forecast 1 of 1: iid/local"]
 
 
 def test_a_local_row_of_another_name_serves(tmp_path: Path) -> None:
