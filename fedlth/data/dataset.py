@@ -26,6 +26,8 @@ class Dataset:
     mean, std: per channel, applied to uint8 images after division by 255; () leaves them in [0, 1].
     key: (N,) natural key of each example (writer, role, domain), int64 or str, or None.
     val_train: (N,) bool, the training examples that are for validation; clients without any draw some of their own.
+    overlapping: neighbours among the training examples share values, as windows over one text do; a test part drawn from
+    the client's own examples is then refused. No part of the digest.
     notes: what whoever reads `fedlth check` should know of the data; no part of them.
     """
 
@@ -42,6 +44,7 @@ class Dataset:
     lengths_train: Mapping[str, np.ndarray] = field(default_factory=dict)
     lengths_test: Mapping[str, np.ndarray] = field(default_factory=dict)
     val_train: np.ndarray | None = None
+    overlapping: bool = False
     notes: tuple[str, ...] = ()
 
     @property

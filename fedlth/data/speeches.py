@@ -15,34 +15,52 @@ from fedlth.data.limits import check_count, check_share
 from fedlth.errors import StudyError
 
 FILES = ("roles.jsonl.gz", "roles.jsonl")
+VALIDATION = 0.2  # as clients.validation has it
 
 
 def shakespeare(
-    root: str | None, length: int = 80, stride: int = 10, min_characters: int = 2000, test_share: float = 0.2
+    root: str | None,
+    length: int = 80,
+    stride: int = 10,
+    min_characters: int = 2000,
+    test_share: float = 0.2,
+    validation_share: float | None = None,
 ) -> Dataset:
     """Return windows of `length` characters (N, length) with the next one (N,) as label; the key is "play: role".
 
     root holds roles.jsonl or roles.jsonl.gz: an object {"play", "role", "lines"} a line. A window begins every
     `stride` characters of a role's lines, joined by line breaks; roles with fewer than `min_characters` are left out.
-    The last `test_share` of a role's characters are for test; no window has some of both. The alphabet is that of the
-    whole file, sorted.
+    The last `test_share` of a role's characters are for test, the last `validation_share` of the others for
+    validation; no window has some of two parts. validation_share: None is .2 where windows overlap; where they do not,
+    clients draw validation windows as usual. The alphabet is that of the whole file, sorted.
     """
     for name, value in (("length", length), ("stride", stride), ("min_characters", min_characters)):
         check_count(f"data.options.{name}", value, 1)
     check_share("data.options.test_share", test_share)
+    overlapping = stride <= length
+    if validation_share is not None:
+        check_share("data.options.validation_share", validation_share)
+    elif overlapping:
+        validation_share = VALIDATION
+    told = [] if validation_share is None else [str(validation_share)]
     roles = _read(root)
     alphabet = sorted({sign for text in roles.values() for sign in text})
     place = {sign: number for number, sign in enumerate(alphabet)}
     parts: dict[str, list[np.ndarray]] = {"train": [], "test": []}
     keys: dict[str, list[str]] = {"train": [], "test": []}
+    held: list[bool] = []
     for role, text in roles.items():
         if len(text) >= min_characters:
             tokens = np.array([place[sign] for sign in text], np.int64)
             cut = len(tokens) - round(test_share * len(tokens))
-            for part, own in (("train", tokens[:cut]), ("test", tokens[cut:])):
+            apart = cut - round((validation_share or 0) * cut)
+            for part, own in (("train", tokens[:apart]), ("validation", tokens[apart:cut]), ("test", tokens[cut:])):
                 windows = _windows(own, length + 1, stride)
-                parts[part].append(windows)
-                keys[part] += [role] * len(windows)
+                side = "test" if part == "test" else "train"
+                parts[side].append(windows)
+                keys[side] += [role] * len(windows)
+                if side == "train":
+                    held += [part == "validation"] * len(windows)
     train, test = (np.concatenate(parts[part] or [np.zeros((0, length + 1), np.int64)]) for part in ("train", "test"))
     if not len(train) or not len(test):
         raise StudyError(
@@ -50,7 +68,7 @@ def shakespeare(
             f"training and test, got {len(roles)} roles"
         )
     return Dataset(
-        name=f"shakespeare/{length}/{stride}/{min_characters}/{test_share}",
+        name="/".join(["shakespeare", *map(str, (length, stride, min_characters, test_share)), *told]),
         x_train=np.ascontiguousarray(train[:, :-1]),
         y_train=np.ascontiguousarray(train[:, -1]),
         x_test=np.ascontiguousarray(test[:, :-1]),
@@ -58,6 +76,8 @@ def shakespeare(
         num_classes=len(alphabet),
         key_train=np.array(keys["train"]),
         key_test=np.array(keys["test"]),
+        val_train=np.array(held) if validation_share is not None else None,
+        overlapping=overlapping,
     )
 
 
