@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -134,14 +135,18 @@ def _mean_steps(task: Task, batch_size: int) -> float:
     return float(np.mean([steps_an_epoch(len(c.train), batch_size) for c in task.splits.clients]))
 
 
-def _kept_epochs(experiment: Experiment) -> float:
-    """Return the epochs of step 2 that lead to the model which a client keeps: on a fleet it trains no controls."""
-    arm = experiment.kept_arm
+def _kept_epochs(experiment: Experiment, tier: Tier) -> float:
+    """Return the epochs of step 2 that lead to the model which a client of this tier keeps; it trains no controls."""
+    arm, train = experiment.kept_arm, personal(experiment.study)
     if arm is None:
         return 0.0
-    many = 1 if arm == "own_tuned" else trainings(arm, experiment)
-    learned = SEARCHES[arm](experiment.finder).learned(experiment.study.finder.densities)[1] if arm in SEARCHES else 0
-    train = personal(experiment.study)
+    many, learned = 1, 0
+    if arm in SEARCHES:
+        finder, targets = SEARCHES[arm](experiment.finder), experiment.study.finder.densities
+        kept = experiment.keep.allowed(tier)
+        many, learned = finder.trainings(targets, kept)[1], finder.learned(targets, kept)[1]
+    elif arm != "own_tuned":
+        many = trainings(arm, experiment)
     return many * budget_of(train).in_epochs(_mean_steps(experiment.task, train.batch_size)) + learned
 
 
@@ -202,7 +207,7 @@ def foreseen(study: Study) -> Foreseen:
         *_epsilon_lines(experiment),
         f"cohort: {study.cohort} clients train as one" if study.cohort != 1 else "cohort: 1, clients train one by one",
         str(moved),
-        *forecast_time(experiment, Visit(*moved.visit, epochs=_kept_epochs(experiment))),
+        *forecast_time(experiment, Visit(*moved.visit, epochs=partial(_kept_epochs, experiment))),
         f"training: {sum(steps):,.0f} steps, {flop / 1e12:,.2f} TFLOP (dense), at {1e3 * step_s[0]:.2f} ms a step of "
         f"step 1 and {1e3 * step_s[1]:.2f} of step 2 about {minutes:,.1f} min on one core",
         *_evaluation_lines(experiment),

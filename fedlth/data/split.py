@@ -107,8 +107,8 @@ def split_client(
     """Return one client's parts of what it owns; what is drawn is the client's alone, whoever else there is."""
     if own_test and dataset.overlapping:
         raise StudyError(
-            "clients.test: own would test on windows that share values with those that train; take clients.test: split, "
-            "or windows that do not overlap (data.options.stride above length)"
+            "clients.test: own would test on windows that share values with those that train; take clients.test: split,"
+            " or windows that do not overlap (data.options.stride above length)"
         )
     _check_size(client, part, validation, own_test)
     test, rest = part.test, part.train

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,17 +12,18 @@ from fedlth.data.capacity import named
 from fedlth.experiment.experiment import Experiment
 from fedlth.federation.fleet import Clock
 from fedlth.methods.method import Phase
+from fedlth.study.sections import Tier
 from fedlth.training.local_client import LocalClient
 from fedlth.training.study_recipe import budget_of, personal
 
 
 @dataclass(frozen=True)
 class Visit:
-    """A client's visit of one dense model: bytes each way, and the epochs of step 2 that its kept model takes."""
+    """A client's visit of one dense model: bytes each way, and the epochs of step 2 that a tier's kept model takes."""
 
     down_bytes: float
     up_bytes: float
-    epochs: float
+    epochs: Callable[[Tier], float]
 
 
 def forecast_time(experiment: Experiment, visit: Visit) -> list[str]:
@@ -64,7 +65,8 @@ def _seconds(clock: Clock, phase: Phase, client: int, visit: Visit) -> float:
         local = LocalClient(clock.experiment.task_of(client), client, 0, phase.name)
         train = personal(local.task.study)
         once = budget_of(train).examples(local.num_train, train.batch_size)
-        examples = round(visit.epochs * local.num_train) if phase.name == "personalise" else once
+        searched = visit.epochs(clock.experiment.task.capacity(client))
+        examples = round(searched * local.num_train) if phase.name == "personalise" else once
         flops, up = local.flops(local.full, examples)[0], 0.0
     return clock.seconds(client, down_bytes=visit.down_bytes, up_bytes=up, flops=flops) or 0.0
 

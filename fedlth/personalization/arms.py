@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -212,6 +213,7 @@ ARMS: Mapping[str, Arm] = {
     "own_global_mask": own_global_mask,
     "frozen_random": frozen_random,
 }
+AS_LONG = frozenset({"local", "dense_total"})  # arms that train as long as the whole search
 OF_TICKETS = frozenset({"shuffled_values", "reinit", "random"})  # controls that take the masks which `ticket` has found
 REWOUND = OF_TICKETS | {"ticket", "one_shot", "init_mask"}  # arms that go where the finder's rewind says
 
@@ -290,7 +292,7 @@ def _found(arm: str, finder: Finder, step: Step2) -> Iterator[Result]:
         targets=step.targets,
         layout=step.local.task.layout,
         anchors=step.anchor,
-        train=step.walk,
+        train=partial(step.walk, dense_first=finder.dense_first),
         rng=step.local.rng,
         network=step.network,
         val_accuracy=step.local.val_score,
@@ -304,19 +306,24 @@ def _found(arm: str, finder: Finder, step: Step2) -> Iterator[Result]:
             last = whole if finder.moves else step.log[-1]  # the parts of one training are one training
         if arm == "ticket":
             step.masks.append((found.target, found.mask, bool(found.diverged)))
+            step.walked.append(whole.steps)
         yield Result(
             arm=arm, params=found.params, mask=found.mask, target=found.target, start=found.start,
             epochs=plain_number(last.epochs), search_epochs=plain_number(whole.epochs - last.epochs),
             flops=(whole.flops, whole.alive_flops), held=finder.dead.holds and not found.diverged,
-            cpu_s=(whole.cpu_s, last.cpu_s), diverged=bool(found.diverged),
+            cpu_s=(whole.cpu_s, last.cpu_s), diverged=bool(found.diverged), led=tuple(step.log[began:]),
         )  # fmt: skip
         before = len(step.log)
 
 
 def _whole_budget(step: Step2) -> Budget:
-    """Return the budget of the longest search plus its last training."""
-    once, learned = step.recipe.budget, Budget(epochs=step.finder.learned(step.targets)[0])
-    return once.times(step.finder.trainings(step.targets)[0]) + learned or once
+    """Return the budget of the longest search and its last training, as it was spent where only the search tells."""
+    once, finder = step.recipe.budget, step.finder
+    if finder.open_ended and step.walked:
+        return replace(once, epochs=0, steps=max(step.walked) // once.repeats)
+    learned, trainings = Budget(epochs=finder.learned(step.targets)[0]), finder.trainings(step.targets)[0]
+    skipped = getattr(finder.rewind, "steps", 0) * (trainings - 1) if finder.dense_first else 0
+    return once.times(trainings) + learned + Budget(steps=-skipped) or once
 
 
 def _tuned_mask(step: Step2) -> tuple[np.ndarray, Cost]:

@@ -27,7 +27,10 @@ class Keep(Protocol):
     def chooses(self) -> bool: ...
 
     def allowed(self, tier: Tier, /) -> tuple[float, ...]:
-        """Return the target densities at which a client of this tier may keep its ticket, in falling order."""
+        """Return the target densities at which a client of this tier may keep its ticket, in falling order.
+
+        It finds them all: a client that needs but one of several, whatever comes out, is asked for that one.
+        """
         ...
 
     def better(self, row: MetricRow, kept: MetricRow, tier: Tier, judged: Judged, /) -> bool:

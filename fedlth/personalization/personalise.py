@@ -20,9 +20,9 @@ from fedlth.methods.client_update import (
     received_params,
 )
 from fedlth.methods.space import Space, Weights
-from fedlth.personalization.arms import OF_TICKETS, arm_of, tuned
+from fedlth.personalization.arms import AS_LONG, OF_TICKETS, arm_of, tuned
 from fedlth.personalization.kept import Keep, remembered, target_of
-from fedlth.personalization.step2 import Result, Step2
+from fedlth.personalization.step2 import Result, Step2, once
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.records import MetricRow
 from fedlth.storage.typed_record import as_record
@@ -61,7 +61,8 @@ class Personalise:
     def _results(self, local: LocalClient, inbox: Inbox, state: ClientState) -> Iterator[Result]:
         """Yield the models one at a time: each is let go, for it holds a whole model."""
         step = self.step2(local, inbox, state)
-        for name in sorted(self.arms, key=OF_TICKETS.__contains__):  # last: they take the ticket's masks
+        last = OF_TICKETS | (AS_LONG if self.finder.open_ended else frozenset())
+        for name in sorted(self.arms, key=last.__contains__):  # what takes the ticket's masks, or its search's length
             yield from arm_of(name)(step)
 
     def step2(self, local: LocalClient, inbox: Inbox, state: ClientState) -> Step2:
@@ -93,8 +94,9 @@ def _reported(
     """Evaluate each model, keep one in the state; `mask`: send its mask up, in which the client goes on."""
     rows: list[MetricRow] = []
     kept: tuple[Result, int] | None = None
-    cost, heard_at = Cost(), time.monotonic()
-    for result, spent in _costed(local, results):
+    led: dict[float, tuple[Cost, ...]] = {}  # by target density: the trainings that lead to that ticket
+    heard_at = time.monotonic()
+    for result in results:
         row = row_of(local, result)
         if time.monotonic() - heard_at >= LONG_S:
             log.info("client %d: %s at density %g is done", local.client, result.arm, result.target)
@@ -103,17 +105,17 @@ def _reported(
             times = {"cpu_s": result.cpu_s[0], "last_cpu_s": result.cpu_s[1]}
             local.work.append({"arm": result.arm, "target_density": result.target, **times})
         if result.arm == arm:
-            if main.chooses:
-                cost += spent  # who chooses has to find them all
+            led[result.target] = result.led or (Cost(*result.flops),)
             if kept is None or main.better(row, rows[kept[1]], local.capacity, local.task.judged):
                 kept = result, len(rows)
-                if not main.chooses:
-                    cost = Cost(*result.flops)
         rows.append(row)
     if kept is None:
-        return Update(state, rows=tuple(map(as_record, rows)), cost=cost)
+        return Update(state, rows=tuple(map(as_record, rows)), cost=Cost())
     found, place = kept
-    if main.chooses and found.target in main.allowed(local.capacity):
+    allowed = main.allowed(local.capacity)
+    tried = allowed if found.target in allowed else (found.target,)
+    cost = once(one for target in tried for one in led.get(target, ()))  # who chooses among several has to find them
+    if main.chooses and found.target in allowed:
         rows[place] = replace(rows[place], chosen=True)
         state = remembered(state, found.target)
     state = _with_ticket(local, state, replace(found, diverged=rows[place].diverged))
@@ -126,14 +128,6 @@ def _reported(
     if shared is not found.mask:
         state = state.with_(masks={"active": found.mask})
     return Update(state, {TICKET: Content(shared, None, None)}, rows=told, cost=cost)
-
-
-def _costed(local: LocalClient, results: Iterator[Result]) -> Iterator[tuple[Result, Cost]]:
-    """Yield each model with what was trained since the one before."""
-    at = len(local.log)
-    for result in results:
-        yield result, sum(local.log[at:], Cost())
-        at = len(local.log)
 
 
 def _with_ticket(local: LocalClient, state: ClientState, kept: Result) -> ClientState:

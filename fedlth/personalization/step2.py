@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ class Result:
     that was chosen, `search_epochs` those of the others: all as really spent. `cpu_s` are the CPU seconds of the same
     trainings, and of the last of them: a fact of this machine, never of the result. `held`: dead weights may be other
     than zero. `diverged`: there is no such model, for a training did not end in numbers; `params` are where it began.
+    `led`: a search's trainings one by one, where other models share some of them.
     """
 
     arm: str
@@ -42,6 +43,12 @@ class Result:
     held: bool = False
     cpu_s: tuple[float, float] = (0.0, 0.0)
     diverged: bool = False
+    led: tuple[Cost, ...] = ()
+
+
+def once(costs: Iterable[Cost]) -> Cost:
+    """Sum what trainings took; one that is named twice, since two models share it, counts once."""
+    return sum({id(cost): cost for cost in costs}.values(), Cost())
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,8 @@ class Step2:
     `known` remembers what every search begins with, the dense training from `theta_g` or its first steps, so that arms
     share it instead of paying twice, and nothing else: a model is as large as the number of arms and densities is not
     bounded. Its cost is told in full to each. `masks` holds what the arm `ticket` has found, as (target, mask, whether
-    it diverged), for its random control. All arms draw the same batches.
+    it diverged), for its random control, and `walked` how many steps were trained until each. All arms draw the same
+    batches.
     """
 
     local: LocalClient
@@ -67,6 +75,7 @@ class Step2:
     targets: tuple[float, ...]
     known: dict[TrainingRecipe, tuple[Walked | str, Cost]] = field(default_factory=dict)
     masks: list[tuple[float, np.ndarray, bool]] = field(default_factory=list)
+    walked: list[int] = field(default_factory=list)
 
     @property
     def recipe(self) -> TrainingRecipe:
@@ -99,8 +108,12 @@ class Step2:
         first_step: int = 0,
         last_step: int | None = None,
         budget: Budget | None = None,
+        dense_first: bool = True,
     ) -> Walked:
-        """Train as a search asks; see tickets.search.TrainFn."""
+        """Train as a search asks; see tickets.search.TrainFn.
+
+        `dense_first`: the search has the whole dense training, whose first steps need not be paid for again.
+        """
         recipe = replace(
             self.recipe, replay_lr=replay_lr, budget=budget or self.recipe.budget,
             first_step=first_step, last_step=last_step,
@@ -126,7 +139,7 @@ class Step2:
             found = walked, self.log.pop()
             if shared:
                 self.known[recipe] = found
-        if last_step is None or not mask.all():  # the first steps of the dense training are paid for there
+        if last_step is None or not mask.all() or not dense_first:
             self.log.append(found[1])
         if isinstance(found[0], str):
             raise FloatingPointError(found[0])
@@ -155,5 +168,5 @@ class Step2:
         return self.local.network(at)
 
     def spent(self, since: int) -> Cost:
-        """Sum the log from position `since`."""
-        return sum(self.log[since:], Cost())
+        """Sum the log from position `since`; a training that several prunes of a search begin with counts once."""
+        return once(self.log[since:])

@@ -81,22 +81,35 @@ class Finder:
         """Return how many earlier epochs' weights the score wants to see."""
         return int(getattr(self.score, "window", 0))
 
-    def trainings(self, targets: tuple[float, ...]) -> tuple[int, int]:
+    @property
+    def open_ended(self) -> bool:
+        """Say whether only the search itself tells how many trainings it takes."""
+        return not (isinstance(self.gate, Always) and isinstance(self.stop, AtTarget))
+
+    def trainings(self, targets: tuple[float, ...], kept: tuple[float, ...] = ()) -> tuple[int, int]:
         """Return how many trainings the longest chain takes, and how many all of them, with every gate open.
 
-        A ticket's own last training counts; the dense one counts once, as all chains begin with the same.
+        A ticket's own last training counts; the dense one counts once, as all chains begin with the same. `kept`: only
+        what leads to the tickets of these targets.
         """
-        last = int(bool(getattr(self.rewind, "trains", True)))
+        last, chains = int(bool(getattr(self.rewind, "trains", True))), self._leading(targets, kept)
         if self.moves:
-            return 1, len(self.chains(targets))
-        after = [(len(chain) - 1 if self.trains and last else 0) + last for chain in self.chains(targets)]
+            return 1, len(chains)
+        after = [(len(chain) - 1 if self.trains and last else 0) + last for chain in chains]
         return self.dense_first + max(after), self.dense_first + sum(after)
 
-    def learned(self, targets: tuple[float, ...]) -> tuple[int, int]:
+    def learned(self, targets: tuple[float, ...], kept: tuple[float, ...] = ()) -> tuple[int, int]:
         """Return how many epochs of learning masks the longest chain takes, and how many all of them."""
         epochs = int(getattr(self.score, "epochs", 0))
-        prunes = [len(chain) for chain in self.chains(targets)] if epochs else [0]
+        prunes = [len(chain) for chain in self._leading(targets, kept)] if epochs else [0]
         return epochs * max(prunes), epochs * sum(prunes)
+
+    def _leading(self, targets: tuple[float, ...], kept: tuple[float, ...]) -> list[tuple[float, ...]]:
+        """Return the chains as far as they lead to a target in `kept`; whole where it is empty."""
+        if not kept:
+            return [*self.chains(targets)]
+        places = [(chain, [k for k, density in enumerate(chain) if density in kept]) for chain in self.chains(targets)]
+        return [chain[: found[-1] + 1] for chain, found in places if found]
 
     def pick(self, score: np.ndarray, alive: np.ndarray, layout: Layout, density: float) -> np.ndarray:
         """Return the mask (num_prunable,) of what stays of `alive` at `density`, in whole groups."""
