@@ -72,6 +72,23 @@ def test_a_client_that_lost_its_mask_gets_it_back(tmp_path: Path) -> None:
     assert tiny.rows(tmp_path / "hit", "metrics") == tiny.rows(tmp_path / "whole", "metrics")
 
 
+def test_what_is_asked_for_again_takes_two_latencies_more(tmp_path: Path) -> None:
+    """On a fleet of one tier: a second message each way beside the bytes."""
+    fleet = {"flops_s": 1e6, "down_bytes_s": 1e3, "up_bytes_s": 5e2, "latency_s": 7.0}
+    for name, engine in (("hit", hit := Forgetful(how="other", round=3)), ("whole", InProcess())):
+        tiny.run(tiny.of_method("lotteryfl", fleet=fleet, **STUDY), tmp_path / name, engine=engine)
+    seconds, moved = [], []
+    for name in ("hit", "whole"):
+        rows = [row for row in tiny.rows(tmp_path / name, "ledger") if (row["phase"], row["round"]) == ("federate", 3)]
+        times = [row for row in tiny.rows(tmp_path / name, "times") if (row["phase"], row["round"]) == ("federate", 3)]
+        seconds.append({row["client"]: row["simulated_s"] for row in times if row["client"] in hit.hit})
+        moved.append({c: sum(r["payload_bytes"] / (5e2 if r["sender"] == f"client:{c}" else 1e3) for r in rows
+                             if f"client:{c}" in (r["sender"], r["receiver"])) for c in hit.hit})  # fmt: skip
+    for client in hit.hit:
+        more = moved[0][client] - moved[1][client]
+        assert seconds[0][client] - seconds[1][client] == pytest.approx(2 * 7.0 + more)
+
+
 @pytest.mark.parametrize("name", ["salientgrads", "feddst"])
 @pytest.mark.parametrize("wire", ["raw", "lossless"])
 @pytest.mark.parametrize("how", ["lost", "other"])

@@ -26,8 +26,8 @@ class Dataset:
     mean, std: per channel, applied to uint8 images after division by 255; () leaves them in [0, 1].
     key: (N,) natural key of each example (writer, role, domain), int64 or str, or None.
     val_train: (N,) bool, the training examples that are for validation; clients without any draw some of their own.
-    overlapping: neighbours among the training examples share values, as windows over one text do; a test part drawn from
-    the client's own examples is then refused. No part of the digest.
+    overlapping: neighbours among the training examples share values, as windows over one text do; a test part of the
+    clients' own examples is then refused. No part of the digest.
     notes: what whoever reads `fedlth check` should know of the data; no part of them.
     """
 
@@ -142,6 +142,10 @@ def checked(dataset: Dataset) -> Dataset:
         values = getattr(dataset, scale)
         if values and len(values) != channels:
             raise StudyError(f"{place}: {scale} must have one number for each channel ({channels}), got {values!r}")
+    if dataset.mean and not any(x.dtype == np.uint8 for x in named(dataset.x_train).values()):
+        raise StudyError(
+            f"{place}: mean and std are for uint8 images, got inputs of other types: normalise these first"
+        )
     if len(dataset.mean) != len(dataset.std) or any(not s > 0 for s in dataset.std):
         raise StudyError(f"{place}: mean and std must come together and std be above 0, got {dataset.std!r}")
     return dataset

@@ -60,14 +60,17 @@ class Clock:
             return ""
         return f"after {seconds:.3g} simulated s, fleet.deadline_s is {self.deadline_s:g}"
 
-    def seconds(self, client: int, *, down_bytes: float, up_bytes: float, flops: float) -> float | None:
-        """Return what a client's visit takes, None without a fleet."""
+    def seconds(
+        self, client: int, *, down_bytes: float, up_bytes: float, flops: float, tries: int = 1
+    ) -> float | None:  # fmt: skip
+        """Return what a client's visit takes, None without a fleet; each try is a message each way."""
         if self.fleet is None:
             return None
         fleet, tier = self.fleet, self.experiment.task.capacity(client)
         down_s = down_bytes / _own(tier.down_bytes_s, fleet.down_bytes_s)
         up_s = up_bytes / _own(tier.up_bytes_s, fleet.up_bytes_s)
-        whole = 2 * _own(tier.latency_s, fleet.latency_s) + down_s + up_s + flops / (tier.speed * fleet.flops_s)
+        latency_s = 2 * tries * _own(tier.latency_s, fleet.latency_s)
+        whole = latency_s + down_s + up_s + flops / (tier.speed * fleet.flops_s)
         if not fleet.straggle:
             return whole
         return whole * math.exp(fleet.straggle * float(self._draw("straggle", client).standard_normal()))
@@ -87,7 +90,7 @@ class Clock:
         down, up = self.moved(job.inbox) + more[0], self.moved(reply.outbox) + more[1]
         if sent_bytes is not None:
             up = sent_bytes + more[1]
-        return self.seconds(job.client, down_bytes=down, up_bytes=up, flops=flops)
+        return self.seconds(job.client, down_bytes=down, up_bytes=up, flops=flops, tries=1 + bool(tried))
 
     def of_dropped(self, job: Job, mask: np.ndarray | None) -> float | None:
         """Return what the visit of a client that dropped out would have taken.

@@ -76,6 +76,14 @@ def test_a_broken_field_is_named(field: str, value: Any, message: str) -> None:
         checked(replace(small(), **{field: value}))
 
 
+def test_what_is_never_applied_is_refused() -> None:
+    """mean and std are for images of uint8: of other inputs they would be dropped without a word."""
+    floats = {part: getattr(small(), part).astype(np.float32) for part in ("x_train", "x_test")}
+    with pytest.raises(StudyError, match="mean and std are for uint8 images"):
+        checked(replace(small(), **floats))
+    assert checked(replace(small(), **floats, mean=(), std=()))
+
+
 def test_a_sound_data_set_passes() -> None:
     data = small()
     assert checked(data) is data
