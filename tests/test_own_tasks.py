@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -412,3 +413,15 @@ def test_ragged_rows_are_padded_once() -> None:
     assert found.targets == "positions" and checked(found) is found
     numbers = user_dataset(f"{HERE}:numbers", None, {"outputs": 3})
     assert numbers.num_classes == 3 and numbers.y_train.dtype == numbers.x_train.dtype == np.float32
+
+
+def test_the_loss_of_a_training_is_a_mean_over_positions() -> None:
+    """As an evaluation's is: the rate is as good as none, so that every batch sees theta_0."""
+    task = tiny.experiment(study("positions")).task
+    local = LocalClient(task, 0, 1, "federate")
+    still = replace(local.recipe, lr=1e-30, batch_size=3)
+    batches = local.steps_of(still)
+    found = local.train(task.theta_0, recipe=still)
+    assert batches > 1 and found.loss == pytest.approx(
+        local.evaluate(task.theta_0, task.part(0, "train")).loss, rel=1e-5
+    )

@@ -20,7 +20,7 @@ from fedlth.models.call import call_with
 from fedlth.models.layout import Params
 from fedlth.training.batch_requests import Evaluation, Training
 from fedlth.training.loss import IGNORED
-from fedlth.training.metrics import Metric, Scores, counted, rows, scored
+from fedlth.training.metrics import Metric, Scores, counted, num_counted, rows, scored
 from fedlth.training.request import TrainingRequest, TrainingResult
 from fedlth.training.torch_backend import clip
 
@@ -272,7 +272,7 @@ def _anchors(requests: Sequence[TrainingRequest], stack: _Stack) -> Tensor:
 
 
 def _last_loss(request: TrainingRequest, losses: np.ndarray) -> float:
-    """Return the mean loss over the last epoch's examples."""
+    """Return the mean loss over the last epoch's targets."""
     parts, end = request.batches[-1], len(request.rates)
-    sizes = [len(part) for part in parts]
+    sizes = [num_counted(request.data.y[torch.from_numpy(part)]) for part in parts]
     return float(np.dot(losses[end - len(parts) : end], sizes) / sum(sizes))

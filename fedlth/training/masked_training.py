@@ -19,6 +19,7 @@ from fedlth.models.layout import Layout, Params
 from fedlth.models.seed import seed_torch
 from fedlth.training.dropout import at_rate
 from fedlth.training.flat_model import FlatModel
+from fedlth.training.metrics import num_counted
 from fedlth.training.request import TrainingRequest
 from fedlth.training.torch_backend import cast, descend
 
@@ -75,9 +76,9 @@ def _train(model: FlatModel, request: TrainingRequest, masking: Masking, extra: 
     keep = None if free is None else torch.from_numpy(free).to(model.device)
     anchor = weights.detach().clone() if recipe.pulls else None
     memory, often = recipe.optimizer.memory(torch.zeros_like(weights)), torch.zeros(size, device=model.device)
-    step, loss_sum = 0, 0.0
+    step, loss_sum, told = 0, 0.0, 0
     for parts in request.batches:
-        loss_sum = 0.0
+        loss_sum, told = 0.0, 0
         for part in parts:
             batch = request.shown(step, data.batch(torch.from_numpy(part).to(model.device)))
             mask = masking.mask(weights, held, batch, layout)
@@ -88,7 +89,8 @@ def _train(model: FlatModel, request: TrainingRequest, masking: Masking, extra: 
             loss = recipe.loss(outputs if recipe.precision == "float32" else outputs.float(), batch.y)
             grad, slope = torch.autograd.grad(loss + masking.penalty(held), (weights, held), allow_unused=True)
             assert grad is not None
-            loss_sum += float(loss.detach()) * len(part)
+            loss_sum += float(loss.detach()) * num_counted(batch.y)
+            told += num_counted(batch.y)
             with torch.no_grad():
                 often += mask
                 rate = request.rates[step]
@@ -100,5 +102,6 @@ def _train(model: FlatModel, request: TrainingRequest, masking: Masking, extra: 
         raise FloatingPointError(f"training diverged: loss {loss_sum}")
     saved = model.save()  # buffers that the forward passes moved
     floats = np.concatenate((weights.detach().cpu().numpy(), saved.floats[count:]))
-    mean = loss_sum / sum(map(len, request.batches[-1]))
-    return Masked(Params(floats, saved.ints), held.detach().cpu().numpy(), (often.double() / step).cpu().numpy(), mean)
+    return Masked(
+        Params(floats, saved.ints), held.detach().cpu().numpy(), (often.double() / step).cpu().numpy(), loss_sum / told
+    )

@@ -210,6 +210,11 @@ def counted(y: Tensor) -> Tensor:
     return (y != IGNORED).sum(1)
 
 
+def num_counted(y: Tensor) -> int:
+    """Return how many targets there are in all: over these a batch's loss is a mean."""
+    return len(y) if y.is_floating_point() or y.dim() == 1 else int(counted(y).sum())
+
+
 @dataclass(frozen=True)
 class Scores:
     """What an evaluation found: the mean loss, and each metric's value by name."""

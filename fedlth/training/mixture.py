@@ -12,6 +12,7 @@ from fedlth.models.layout import Params
 from fedlth.models.seed import seed_torch
 from fedlth.training.dropout import at_rate
 from fedlth.training.flat_model import FlatModel
+from fedlth.training.metrics import num_counted
 from fedlth.training.optimizer import Memory
 from fedlth.training.request import TrainingRequest, TrainingResult
 from fedlth.training.torch_backend import cast, descend
@@ -56,9 +57,9 @@ def train_mixed(
             ints = [tensor.clone() for _, tensor in model.ints]
             pair.append(_Weights(model.flat.clone(), ints, recipe.optimizer.memory(model.grad)))
         ours, theirs = pair[1], pair[0]
-        step, loss_sum = 0, 0.0
+        step, loss_sum, told = 0, 0.0, 0
         for parts in request.batches:
-            loss_sum = 0.0
+            loss_sum, told = 0.0, 0
             for part in parts:
                 batch = request.shown(step, data.batch(torch.from_numpy(part).to(model.device)))
                 seen = _Weights(ours.floats.clone(), ours.ints)
@@ -70,7 +71,8 @@ def train_mixed(
                     share = min(1.0, max(0.0, share - request.rates[0] * slope))
                 model.grad.mul_(share)
                 _take(model, request, ours, step, keep)
-                loss_sum += _gradient(model, request, theirs, batch) * len(part)
+                loss_sum += _gradient(model, request, theirs, batch) * num_counted(batch.y)
+                told += num_counted(batch.y)
                 _take(model, request, theirs, step, keep)
                 step += 1
         ended = []
@@ -78,7 +80,7 @@ def train_mixed(
             model.flat.copy_(one.floats)
             _counters(model, one)
             ended.append(model.save())
-    return TrainingResult(ended[0], loss_sum / sum(map(len, request.batches[-1]))), ended[1], share
+    return TrainingResult(ended[0], loss_sum / told), ended[1], share
 
 
 def _counters(model: FlatModel, at: _Weights) -> None:

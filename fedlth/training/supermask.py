@@ -16,6 +16,7 @@ from fedlth.tickets.evidence import Lesson
 from fedlth.training.budget import Budget
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.loss import examined
+from fedlth.training.metrics import num_counted
 
 
 def learn(
@@ -47,9 +48,9 @@ def learn(
     learned = torch.from_numpy(scores.copy()).to(model.device).requires_grad_()
     momentum = torch.zeros_like(learned)
     epochs = Budget(epochs=lesson.epochs, steps=lesson.steps)(len(data), batch_size, order)
-    steps, step, loss_sum = sum(map(len, epochs)), 0, 0.0
+    steps, step, loss_sum, told = sum(map(len, epochs)), 0, 0.0, 0
     for parts in epochs:
-        loss_sum = 0.0
+        loss_sum, told = 0.0, 0
         for part in parts:
             batch = data.batch(torch.from_numpy(part).to(model.device))
             bits = _present(learned, dice=lesson.rule == "bernoulli") if chances else _top(learned, layout, lesson)
@@ -65,12 +66,13 @@ def learn(
                 if lesson.momentum:
                     slope = momentum.mul_(lesson.momentum).add_(slope)
                 learned -= (lesson.lr if chances else _cosine(lesson.lr, step, steps)) * slope
-            loss_sum += float(loss.detach()) * len(part)
+            loss_sum += float(loss.detach()) * num_counted(batch.y)
+            told += num_counted(batch.y)
             if not math.isfinite(loss_sum):
                 raise FloatingPointError(f"training diverged: loss {loss_sum} at score learning rate {lesson.lr}")
             step += 1
     done = learned.detach() if chances else learned.detach().abs()
-    return done.cpu().numpy(), loss_sum / sum(map(len, epochs[-1]))
+    return done.cpu().numpy(), loss_sum / told
 
 
 def _cosine(lr: float, step: int, steps: int) -> float:

@@ -14,6 +14,7 @@ from fedlth.training.dp_sgd import NoisyPass, opened
 from fedlth.training.dropout import at_rate
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.loss import Loss
+from fedlth.training.metrics import num_counted
 from fedlth.training.optimizer import Adam, AdamW, Memory, Sgd
 from fedlth.training.pull import L1, Correction, Proximal
 from fedlth.training.recipe import TrainingRecipe
@@ -54,21 +55,23 @@ def _train(
     anchor = _anchor(model, request)[part] if recipe.pulls else None
     if gradient is not None:  # the module's memory is then what the network sees, and these what is trained
         weights = weights.clone()
-    memory, step, loss_sum = recipe.optimizer.memory(grad), 0, 0.0
+    memory, step, loss_sum, seen = recipe.optimizer.memory(grad), 0, 0.0, 0
     model.module.train()
     for epoch, parts in enumerate(request.batches, 1):
-        loss_sum = 0.0
+        loss_sum, seen = 0.0, 0
         for places in parts:
             batch = request.shown(step, data.batch(torch.from_numpy(places).to(model.device)))
+            count = len(places) if noisy is not None else num_counted(batch.y)
+            seen += count
             if noisy is not None:
                 loss_sum += noisy(step, batch)
             elif gradient is None:
                 loss = _pass(model, recipe, recipe.loss, batch)[1]
-                loss_sum += float(loss) * len(places)
+                loss_sum += float(loss) * count
             else:
                 found, value = gradient(weights, recipe.first_step + step, _asking(model, recipe, batch))
                 grad.copy_(found)
-                loss_sum += value * len(places)
+                loss_sum += value * count
             with torch.no_grad():
                 rate = request.rates[step]
                 descend(recipe, grad, weights, memory, step=step + 1, rate=rate, keep=keep, anchor=anchor)
@@ -79,7 +82,7 @@ def _train(
             snapshots[epoch] = model.in_order(model.flat)
     if gradient is not None:
         _put(model, weights)
-    return TrainingResult(model.save(), loss_sum / max(1, sum(map(len, request.batches[-1]))), snapshots)
+    return TrainingResult(model.save(), loss_sum / max(1, seen), snapshots)
 
 
 def _pass(model: FlatModel, recipe: TrainingRecipe, loss: Loss, batch: Examples) -> tuple[Tensor, Tensor]:
