@@ -94,6 +94,20 @@ def test_stops_and_workers_change_nothing_of_it(late: Path, tmp_path: Path) -> N
     assert tiny.facts(late) == tiny.facts(tmp_path / "forked") == tiny.facts(tmp_path / "cut")
 
 
+def test_who_is_unseen_is_drawn_for_no_round_and_gets_a_ticket_all_the_same(tmp_path: Path) -> None:
+    made = tiny.study(federate={"clients_per_round": 3}, personalise={"arms": ["global", "ticket"]})
+    experiment, out = tiny.experiment(made), tmp_path / "r"
+    (client,), (phase,) = experiment.task.splits.unseen, experiment.federated_phases
+    for present in (None, frozenset(range(4))):
+        assert not any(client in experiment.clients(phase, round, present) for round in range(1, 50))
+    tiny.run(made, out)
+    downs = ledger(out, receiver=f"client:{client}")
+    assert [(r["phase"], r["kind"]) for r in downs][:1] == [("personalise", "install")], "and nothing before"
+    rows = [r for r in tiny.rows(out, "metrics") if r["client"] == client]
+    assert {r["arm"] for r in rows} == {"global", "ticket"} and all(r["unseen"] for r in rows)
+    assert (out / "tickets" / f"client-{client:04d}.safetensors").exists()
+
+
 @pytest.mark.parametrize("rule", ["trimmed_mean", "median", "krum", "multi_krum", "without_outliers"])
 def test_drop_out_in_mid_round_goes_with_masks_robust_rules_and_late_joiners(rule: str, tmp_path: Path) -> None:
     made = tiny.study(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedlth.engines.forked import Forked, Forks
-from fedlth.engines.inprocess import InProcess
+from fedlth.engines.inprocess import InProcess, attempt
 from fedlth.engines.pool import Lost
 from fedlth.engines.worker import Worker
 from fedlth.errors import StudyError
@@ -74,6 +74,24 @@ def test_work_lost_with_its_process_is_done_again_and_equals_one_process(tmp_pat
     assert marker.exists() and len(again) == 1 and "SIGKILL); done again: client 2" in again[0]
     tiny.run(made, tmp_path / "one")
     assert tiny.facts(tmp_path / "forked") == tiny.facts(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (MemoryError("no room"), "memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"), "memory"),
+        (RuntimeError("planted"), "raised"),
+    ],
+)
+def test_a_step_without_memory_is_told_apart_from_one_that_fails(error: Exception, kind: str) -> None:
+    """The pool gives up the worker of the one, and goes on with that of the other."""
+
+    def step(job: Job) -> Reply:
+        raise error
+
+    answer = attempt(step, Job(study="", phase="federate", round=1, client=2, inbox=()))
+    assert isinstance(answer, Failure) and (answer.client, answer.kind) == (2, kind)
 
 
 @pytest.mark.parametrize(

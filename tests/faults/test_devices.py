@@ -85,9 +85,12 @@ def test_an_order_that_comes_twice_is_answered_alike(tmp_path: Path) -> None:
     assert one and one == other
 
 
-@pytest.mark.parametrize("method", ["lotteryfl", pytest.param("fedselect", marks=pytest.mark.long)])
+@pytest.mark.parametrize("method", ["lotteryfl", "fedper", pytest.param("fedselect", marks=pytest.mark.long)])
 def test_a_device_that_is_wiped_gets_what_it_needs_again(tmp_path: Path, method: str) -> None:
-    """Its mask comes back from the server's copy; what was its alone, and nobody else has, begins anew."""
+    """Its mask comes back from the server's copy; what was its alone, and nobody else has, begins anew.
+
+    Of FedPer a head was: its download refers to nothing, and yet the device must not go on as if nothing were lost.
+    """
 
     class Wiped(Loopback):
         def send(self, records: Records, *, node: int, kind: str) -> Sent:
@@ -99,8 +102,12 @@ def test_a_device_that_is_wiped_gets_what_it_needs_again(tmp_path: Path, method:
     bad, out = victim(made), tmp_path / "wiped"
     tiny.run(made, out, engine=engine_over(Wiped(out, NODES), made))
     assert not any(row["failed"] for row in tiny.rows(out, "rounds"))
-    again = [r for r in tiny.rows(out, "ledger") if r["kind"] == "resync"]
+    rows = tiny.rows(out, "ledger")
+    again, asked = ([r for r in rows if r["kind"] == kind] for kind in ("resync", "control"))
     assert {r["receiver"] for r in again} == {f"client:{bad}"}, "and the ledger says so"
+    assert {(r["sender"], r["round"], r["payload_bytes"]) for r in asked} == {(f"client:{bad}", 3, 8)}
+    downs = [r for r in rows if (r["phase"], r["round"], r["receiver"]) == ("federate", 3, f"client:{bad}")]
+    assert len(downs) == 2, "what was sent in vain has crossed too"
     assert bad in {row["client"] for row in tiny.rows(out, "metrics")}
     if method == "lotteryfl":  # which keeps nothing but its mask
         tiny.run(made, tmp_path / "whole")

@@ -188,6 +188,27 @@ def test_an_update_is_the_message_that_was_asked_for_first_whatever_came_first()
     assert list(got.masks) == ["update", "saliency"] and list(got.contribution.others) == ["saliency"]
 
 
+def test_an_update_lies_under_the_mask_of_what_was_sent() -> None:
+    """What it leaves out would count as zero, and what it has beside would move weights that nobody else holds."""
+    task = tiny.task()
+    layout, theta = task.exchange, task.shared_part(task.theta_0)
+    told = Message("metrics", "visit", metrics.encode({"num_examples": len(task.splits.clients[0].train)}))
+    sent = np.arange(layout.num_prunable) % 2 == 0
+
+    def answered(mask: np.ndarray, *, own_mask: bool) -> Accepted:
+        content = Content(mask, theta.masked(mask).floats, theta.ints)
+        update = Message("values", "update", payload.encode("values", layout, content))
+        asked = Asked(task.splits.clients[0], False, sends={"update": ("values", layout)}, own_mask=own_mask)
+        reply = Reply(round=1, client=0, outbox=(update, told))
+        return accept(reply, codec=CODECS["raw"], held=Held(sent, None), asked=asked)
+
+    assert answered(sent, own_mask=False).contribution is not None
+    for other in (~sent, np.ones_like(sent), sent & (np.arange(sent.size) > 0)):
+        with pytest.raises(PayloadError, match="expected an update of what was sent, got one under another mask"):
+            answered(other, own_mask=False)
+        assert answered(other, own_mask=True).contribution is not None, "where clients choose their masks"
+
+
 @dataclass(frozen=True)
 class Both(MaskedUpdate):
     """Send a bare mask beside the update, named in another order than promised, or under another name."""

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from torch import Tensor, nn
 
 from fedlth import cli
 from fedlth.errors import StudyError
 from tests import tiny
 
-SIZES = {0: 40, 1: 33, 2: 17, 3: 24}  # in batches of 16 a last one of one example
+SIZES = {0: 41, 1: 61, 2: 21, 3: 24}  # without what validates, all but the last have 16 n + 1 to train on
 ONE_CLASS = 3
 
 
@@ -36,6 +37,18 @@ def data(*, sizes: dict[str, int]) -> dict[str, Any]:
     return made
 
 
+class Flat(nn.Module):
+    """A batch norm over the examples alone: of a single one torch trains none."""
+
+    def __init__(self, num_classes: int, input_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.last(self.norm(self.first(x.flatten(1))).relu())
+        return logits
+
+
 def study(sizes: dict[int, int], **sections: Any) -> Any:
     named = {str(client): size for client, size in sizes.items()}
     base: dict[str, Any] = {
@@ -48,13 +61,16 @@ def study(sizes: dict[int, int], **sections: Any) -> Any:
 
 
 def test_one_class_and_a_last_batch_of_one_train_like_any_other(tmp_path: Path) -> None:
-    tiny.run(study(SIZES), tmp_path / "r")
+    made = study(SIZES, model={"name": "tests.faults.test_small_clients:Flat", "options": {}})
+    splits, size = tiny.open_task(made.science()).splits.clients, made.train.batch_size
+    assert [len(split.train) % size for split in splits][:ONE_CLASS] == [1, 1, 1], "else nothing is injected"
+    tiny.run(made, tmp_path / "r")
     assert not any(row["failed"] for row in tiny.rows(tmp_path / "r", "rounds"))
     assert {row["client"] for row in tiny.rows(tmp_path / "r", "metrics")} == set(SIZES)
 
 
 def test_a_client_of_two_examples_trains_on_one(tmp_path: Path) -> None:
-    """A batch norm over one example has no variance: even that costs nobody the round."""
+    """Its batch norm has the places of one image to look at; one over the examples alone would have a single number."""
     tiny.run(study({**SIZES, 2: 2}), tmp_path / "r")
     assert not any(row["failed"] for row in tiny.rows(tmp_path / "r", "rounds"))
     rows = {row["client"]: row for row in tiny.rows(tmp_path / "r", "metrics")}

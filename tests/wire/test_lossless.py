@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlth.models.layout import Entry, Layout
-from fedlth.wire import codec, mask_section, numbers, payload
+from fedlth.wire import codec, mask_section, numbers, payload, varint
 from fedlth.wire.codec import CODECS, LOSSLESS, LOSSY_BF16, LOSSY_F16, LOSSY_STEP
 from fedlth.wire.errors import PayloadError
 from fedlth.wire.payload import Content
@@ -140,6 +140,35 @@ def test_bytes_after_the_values_are_refused() -> None:
     for count, dtype in ((2999, np.float32), (3001, np.float32), (3000, np.int32), (0, np.float32)):
         with pytest.raises(PayloadError):
             numbers.decompress(data, count, dtype)
+
+
+def under_the_mask_of(other: bytes, data: bytes) -> bytes:
+    """Return the values of one payload under the mask of another, with lengths and a checksum that fit."""
+    parts = []
+    for one in (other, data):
+        size, at = varint.get(one, payload.HEADER.size, len(one) - 4)
+        _, at = varint.get(one, at, len(one) - 4)
+        parts.append((one[at : at + size], one[at + size : -4]))
+    section, values = parts[0][0], parts[1][1]
+    body = data[: payload.HEADER.size] + varint.put(len(section)) + varint.put(len(values)) + section + values
+    return body + struct.pack("<I", zlib.crc32(body))
+
+
+@pytest.mark.parametrize("holds", [False, True])
+@pytest.mark.parametrize("name", CODECS)
+def test_values_of_more_or_fewer_weights_than_the_mask_keeps_are_refused(name: str, holds: bool) -> None:
+    """In every value mode: of plain floats the length alone says it; signs are counted by the byte."""
+    reference, known, sent = ends(3, 0.4)
+    both = {"codec": CODECS[name], "known_mask": known, "reference": reference if holds else None}
+    data = payload.encode("values", LAYOUT, sent, **both)
+    assert under_the_mask_of(data, data) == data
+    for kept in (True, False):
+        mask = sent.mask.copy()
+        mask[np.flatnonzero(mask == kept)[: 8 if name == "sign" and holds else 1]] = not kept
+        other = payload.encode("values", LAYOUT, Content(mask, sent.floats, sent.ints), **both)
+        assert other[6] == data[6], "their masks are coded alike"
+        with pytest.raises(PayloadError):
+            payload.decode(under_the_mask_of(other, data), "values", LAYOUT, **both)
 
 
 def test_hostile_mask_sections_are_refused() -> None:
