@@ -1,4 +1,4 @@
-"""What holds for every test: no file waits for the disk."""
+"""What holds for every test: no file waits for the disk, and no property fails since the machine is busy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import gc
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,7 +23,8 @@ def attempt(step: Callable[[Job], Reply], job: Job) -> Reply | Failure:
     except MemoryError as error:
         return Failure(round=job.round, client=job.client, kind="memory", reason=one_line(error))
     except (Exception, SystemExit) as error:  # a user's model that calls sys.exit() costs only this job
-        kind = "memory" if "can't allocate memory" in str(error) else "raised"
+        full = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)  # torch's: GPU, CPU
+        kind = "memory" if full else "raised"
         return Failure(round=job.round, client=job.client, kind=kind, reason=one_line(error))
 
 

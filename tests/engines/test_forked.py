@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedlth.engines.forked import Forked, Forks
 from fedlth.engines.inprocess import InProcess, attempt
@@ -80,6 +81,7 @@ def test_work_lost_with_its_process_is_done_again_and_equals_one_process(tmp_pat
     ("error", "kind"),
     [
         (MemoryError("no room"), "memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"), "memory"),
         (RuntimeError("planted"), "raised"),
     ],

@@ -257,7 +257,7 @@ def reported(run: Path) -> str:
 
 
 @given(data=st.data())
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_passes_the_door_is_what_a_report_can_read(whole: Path, reply: Reply, data: st.DataObject) -> None:
     """Row 17: malformed rows never pass that the report then refuses."""
     rows = rows_of(reply)

@@ -113,7 +113,7 @@ def test_leaf_cnn_shrinks_and_equals_the_reference(kind: str) -> None:
     agrees(found)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     chain=st.booleans(),
     drawn=networks(),

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlth.models.layout import Entry, Layout
@@ -22,7 +22,6 @@ from tests.wire.golden_payloads import HERE, LAYOUT, SIZE, cases, encoded, pseud
 ODD = np.array([0, 1, -1, 23, 24, -24, 25, -1000, 2**30, -(2**30), 31, 0, 7, -7])
 
 
-@settings(deadline=None)  # the first example compiles
 @given(st.integers(0, 1000), st.floats(0, 1), st.floats(0, 1), st.booleans(), st.booleans())
 def test_a_mask_comes_back(seed: int, density: float, moved: float, knows: bool, holds: bool) -> None:
     draw = np.random.default_rng(seed)
@@ -42,7 +41,6 @@ def test_a_mask_comes_back(seed: int, density: float, moved: float, knows: bool,
     assert mask_bits.encode(mask, *args, 3) is None or len(data) <= 3
 
 
-@settings(deadline=None)  # the first example compiles
 @given(st.lists(st.one_of(st.integers(-40, 40), st.sampled_from(ODD.tolist())), max_size=200))
 def test_steps_come_back(numbers: list[int]) -> None:
     steps, kept = np.array(numbers, np.int64), np.zeros(LAYOUT.num_floats, bool)

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlth.models.layout import Entry, Layout
@@ -49,7 +49,6 @@ def bits(content: Content) -> tuple[bytes, bytes, bytes]:
     return content.mask.tobytes(), floats, b"" if content.ints is None else content.ints.tobytes()
 
 
-@settings(deadline=None)  # the first example compiles
 @given(st.integers(0, 1000), st.floats(0, 1), st.floats(0, 0.5), st.booleans(), st.booleans(), st.booleans())
 def test_lossless_keeps_every_bit(
     seed: int, density: float, moved: float, knows: bool, holds: bool, bare: bool
@@ -186,7 +185,6 @@ def test_hostile_mask_sections_are_refused() -> None:
             mask_section.decode(mode, bad, LAYOUT, None, reference)
 
 
-@settings(deadline=None)  # the first example compiles
 @given(
     st.lists(st.tuples(st.integers(0, len(DATA) - 5), st.integers(0, 255)), max_size=4), st.sampled_from(sorted(CODECS))
 )
