@@ -53,7 +53,8 @@ class Aggregate(Protocol):
     float64, cast once. In a round without any contribution only `init` is called.
 
     An attribute `masks` that is True says that it may give everyone a mask; a method `of_task(task)` returns the rule
-    that joins in its place, for one that asks the task (what a weight costs, the seed of the study).
+    that joins in its place, for one that asks the task (what a weight costs, the seed of the study). A mean whose
+    `weighted` is True weighs clients by their examples.
     """
 
     def init(self, state: ServerState, layout: Layout, /) -> Any:
@@ -115,6 +116,7 @@ class FedAvg:
     """
 
     uncovered: ClassVar[str] = "zero"
+    weighted: ClassVar[bool] = True
 
     def init(self, state: ServerState, layout: Layout, /) -> _Sum:
         return _Sum(state.theta, np.zeros(layout.num_floats), 0, state.theta.ints, np.empty(layout.num_floats))
