@@ -168,10 +168,7 @@ class Experiment:
         federate, who = self.study.federate, phase.who
         if isinstance(who, Sampled) and not who.count:
             who = Sampled(self.per_round(federate))
-        join = phase.join
-        if getattr(join, "num_clients", None) == 0:
-            join = replace(join, num_clients=self.taking_part)  # type: ignore[type-var]
-        return replace(phase, who=who, join=join, rounds=phase.rounds or federate.rounds)
+        return replace(phase, who=who, rounds=phase.rounds or federate.rounds)
 
     def per_round(self, section: sections.Federate | sections.Refine) -> int:
         """Return how many clients take part in a round of step 1, or in one inside the tickets."""

@@ -32,12 +32,14 @@ def check_population(experiment: Experiment) -> None:
 
 
 def check_quorum(experiment: Experiment) -> None:
-    """Refuse more usable replies than a round has clients, and a quorum with which no round could count."""
+    """Refuse more usable replies or votes than a round has clients, and a quorum with which no round could count."""
     federate, count = experiment.study.federate, experiment.study.clients.count
     rounds = [phase for phase in experiment.phases if phase.join is not None]
     for phase in rounds:  # of late joiners the first round has the fewest
         if (there := len(experiment.clients(phase, 1))) < federate.min_clients:
             raise wrong("federate.min_clients", f"at most the {there} clients of {phase.name} 1", federate.min_clients)
+        if (votes := getattr(phase.join, "min_votes", 0)) and votes >= there:
+            raise wrong("method.min_votes", f"below the {there} clients of {phase.name} 1", votes)
     if federate.quorum is None:
         return
     quorum = num_sampled(federate.quorum, count)

@@ -53,7 +53,9 @@ class Aggregate(Protocol):
     float64, cast once. In a round without any contribution only `init` is called.
 
     An attribute `masks` that is True says that it may give everyone a mask; a method `of_task(task)` returns the rule
-    that joins in its place, for one that asks the task (what a weight costs, the seed of the study).
+    that joins in its place, for one that asks the task (what a weight costs, the seed of the study). A mean whose
+    `weighted` is True weighs clients by their examples; one with a method `unsent(accumulator)` says which coordinates,
+    (num_floats,) bool, keep their old value because nobody that it believes has sent them.
     """
 
     def init(self, state: ServerState, layout: Layout, /) -> Any:
@@ -82,6 +84,12 @@ def mean_of(rule: Aggregate, accumulator: Any) -> np.ndarray:
     unrounded = getattr(rule, "unrounded", None)
     found: np.ndarray = rule.result(accumulator).theta.floats if unrounded is None else unrounded(accumulator)
     return found.astype(np.float64)
+
+
+def unsent(rule: Aggregate, accumulator: Any, layout: Layout) -> np.ndarray:
+    """Return (num_floats,) bool: the coordinates that keep their old value, as far as a rule says so."""
+    says = getattr(rule, "unsent", None)
+    return np.zeros(layout.num_floats, bool) if says is None else np.asarray(says(accumulator), bool)
 
 
 def values_of(content: Content) -> np.ndarray:
@@ -115,6 +123,7 @@ class FedAvg:
     """
 
     uncovered: ClassVar[str] = "zero"
+    weighted: ClassVar[bool] = True
 
     def init(self, state: ServerState, layout: Layout, /) -> _Sum:
         return _Sum(state.theta, np.zeros(layout.num_floats), 0, state.theta.ints, np.empty(layout.num_floats))
@@ -162,6 +171,11 @@ class CountMean:
         rest = old.astype(np.float64) if self.uncovered == "keep" else np.zeros(old.size)
         mean: np.ndarray = np.divide(so_far.total, so_far.weight, out=rest, where=so_far.weight > 0)
         return mean
+
+    def unsent(self, so_far: _Sum, /) -> np.ndarray:
+        """Return (num_floats,) bool: what keeps its old value, as nobody holds it."""
+        found: np.ndarray = (so_far.weight == 0) & (self.uncovered == "keep")
+        return found
 
     def result(self, so_far: _Sum, /) -> ServerState:
         return ServerState(Params(self.unrounded(so_far).astype(np.float32), so_far.ints))

@@ -2,7 +2,8 @@
 
 Deng, Kamani, Mahdavi. Adaptive Personalized Federated Learning. 2020, arXiv 2003.13461.
 Left open: when the mixture's share adapts; here at the first step of a visit, kept within [0, 1]. A client's own model
-begins as the first shared one that it is sent.
+begins as the first shared one that it is sent. The server weighs by examples, as in FedAvg here; the paper's mean is
+uniform.
 """
 
 from __future__ import annotations

@@ -5,10 +5,11 @@ AAAI 2022, arXiv 2112.09824.
 
 Both ends draw the first mask (Erdos-Renyi-Kernel) from the study's seed, so that it costs no bytes. In a round that
 readjusts, a client drops the smallest weights of each tensor and grows as many by |gradient|, and its upload names its
-new mask. The server weighs by examples over who holds a weight, drops what at most `min_votes` hold, and prunes each
-tensor back to its count by magnitude; what nobody holds is zero. Left open, and chosen here: the gradient is that of
-`batches` minibatches; by default clients readjust before their first local step (`after: 0`), so that what has grown
-is trained before it is judged; the share that is dropped falls to nothing at round `end` by a cosine.
+new mask. The server weighs by examples over who holds a weight, drops what at most `min_votes` hold (fewer than a round
+has clients), and prunes each tensor back to its count by magnitude; what nobody holds is zero. Left open, and chosen
+here: the gradient is that of `batches` minibatches; by default clients readjust before their first local step
+(`after: 0`), so that what has grown is trained before it is judged; the share that is dropped falls to nothing at round
+`end` by a cosine.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ Networks. ECCV 2022.
 
 What the summaries known to us leave open is chosen here: each prune's rate is `acceleration` times the one before,
 weights of all layers compete (one stays in each), and the gate is LotteryFL's. Jump-Start is `jump_start` dense rounds
-before the first prune. Momentum is on what holders of a weight average, not on buffers. A study's own `model.buffers`
-takes the place of local norms.
+before the first prune. Momentum is on what holders of a weight average, not on buffers; a weight that nobody in a round
+holds keeps its value and its velocity. A study's own `model.buffers` takes the place of local norms.
 """
 
 from __future__ import annotations

@@ -193,8 +193,9 @@ class TopMask:
 class HeldMean:
     """The mean, weighted by examples, over who holds a weight; what nobody holds is zero, and dead for everyone.
 
-    Weights that at most `min_votes` clients hold are dropped. Of what is left each tensor keeps the largest, as many
-    as before the round at the most; with `across` all tensors compete for what they had together.
+    Weights that at most `min_votes` clients hold are dropped; where no more than that reply, those that not all of them
+    hold. Of what is left each tensor keeps the largest, as many as before the round at the most; with `across` all
+    tensors compete for what they had together.
     """
 
     min_votes: int = 0
@@ -203,17 +204,19 @@ class HeldMean:
     masks: ClassVar[bool] = True
 
     def init(self, state: ServerState, layout: Layout, /) -> Any:
-        return [state, layout, self.mean.init(state, layout), np.zeros(layout.num_prunable, np.int32)]
+        return [state, layout, self.mean.init(state, layout), np.zeros(layout.num_prunable, np.int32), 0]
 
     def add(self, so_far: Any, c: Contribution, /) -> None:
         self.mean.add(so_far[2], c)
         so_far[3] += c.content.mask
+        so_far[4] += 1
 
     def result(self, so_far: Any, /) -> ServerState:
-        state, layout, mean, votes = so_far
+        state, layout, mean, votes, came = so_far
         theta = self.mean.result(mean).theta
         old = np.ones(votes.size, bool) if state.mask is None else state.mask
-        elected, size = votes > self.min_votes, np.abs(theta.floats[: votes.size])
+        # Else nothing is elected when few reply, and a model that is all zero stays so.
+        elected, size = votes > min(self.min_votes, came - 1), np.abs(theta.floats[: votes.size])
         if self.across:
             mask = keep_top(size, elected, int(old.sum()))
         else:

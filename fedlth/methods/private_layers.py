@@ -6,7 +6,8 @@ ICML 2021, arXiv 2102.07089. Left open: how its two passes fit into a budget tha
 trains by the study's (`train`), the head before it for `head_epochs`; in step 2 the head alone trains, as the paper's
 new clients do. Both passes have the rate and the momentum of the study, each from the start.
 FedBN: Li, Jiang, Zhang, Kamp, Dou. FedBN: Federated Learning on Non-IID Features via Local Batch Normalization.
-ICLR 2021, arXiv 2102.07623. All of a norm stays: weights, biases, statistics.
+ICLR 2021, arXiv 2102.07623. All of a norm stays: weights, biases, statistics. The server weighs by examples, as in
+FedAvg here; the paper's mean is uniform.
 The head is that of the network as it is exchanged, whatever its tensors are called (`model.personal: ["@head"]`);
 `model.personal: []` and `model.buffers: aggregate` share all, which is FedAvg.
 """

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fedlth.errors import StudyError, wrong
-from fedlth.methods.aggregate import Aggregate, Contribution, CountMean, FedAvg, values_of
+from fedlth.methods.aggregate import Aggregate, Contribution, CountMean, FedAvg, join, values_of
 from fedlth.methods.mask_outliers import outliers
 from fedlth.methods.method import Phase, loose_part
 from fedlth.models.layout import Layout, Params
@@ -79,6 +79,14 @@ def _by_coordinate(
     return ServerState(Params(new, _counters(held)))
 
 
+def _without(came: Sequence[Contribution], held: Held, least: int, uncovered: str) -> np.ndarray:
+    """Return (num_floats,) bool: what keeps its old value, as fewer than `least` of those that came hold it."""
+    holders = np.full(held.layout.num_floats, len(came))
+    holders[: held.layout.num_prunable] = sum(c.content.mask.astype(np.int64) for c in came)
+    found: np.ndarray = (holders < least) & ((holders > 0) | (uncovered == "keep"))
+    return found
+
+
 def _between(values: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """Return the mean of the values of rank low to high - 1, (columns,) float64; high > low."""
     rank = np.arange(len(values))[:, None]
@@ -124,6 +132,9 @@ class TrimmedMean:
     def result(self, held: Held, /) -> ServerState:
         return _by_coordinate(held, self._middle, self.few, self.uncovered)
 
+    def unsent(self, held: Held, /) -> np.ndarray:
+        return _without(held.came, held, FEW if self.few == "keep" else 1, self.uncovered)
+
     def _middle(self, values: np.ndarray, holders: np.ndarray) -> np.ndarray:
         cut = np.minimum(np.ceil(self.share * holders - 1e-9).astype(np.int64), (holders - 1) // 2)
         return _between(values, cut, holders - cut)
@@ -148,6 +159,9 @@ class Median:
 
     def result(self, held: Held, /) -> ServerState:
         return _by_coordinate(held, _median, self.few, self.uncovered)
+
+    def unsent(self, held: Held, /) -> np.ndarray:
+        return _without(held.came, held, FEW if self.few == "keep" else 1, self.uncovered)
 
 
 def _median(values: np.ndarray, holders: np.ndarray) -> np.ndarray:
@@ -188,19 +202,21 @@ class MultiKrum:
         held.came.append(c)
 
     def result(self, held: Held, /) -> ServerState:
-        count = len(held.came)
-        wanted = min(self.keep, count) if self.keep else max(1, count - num_hostile(self.share, count))
-        best = np.argsort(self._scores(held), kind="stable")[:wanted]
-        mean = CountMean(self.uncovered)
-        so_far = mean.init(held.state, held.layout)
-        for place in sorted(int(i) for i in best):
-            mean.add(so_far, held.came[place])
-        return mean.result(so_far)
+        return join(CountMean(self.uncovered), held.state, self._believed(held), held.layout)
+
+    def unsent(self, held: Held, /) -> np.ndarray:
+        return _without(self._believed(held), held, 1, self.uncovered)
 
     def doubt(self, count: int) -> str:
         """Say why `count` updates a round are too few for the paper's guarantee, "" where they are not."""
         bad = num_hostile(self.share, count)
         return "" if count > 2 * bad + 2 else f"{bad} hostile of {count} a round: Krum's guarantee needs n > 2 f + 2"
+
+    def _believed(self, held: Held) -> list[Contribution]:
+        count = len(held.came)
+        wanted = min(self.keep, count) if self.keep else max(1, count - num_hostile(self.share, count))
+        best = np.argsort(self._scores(held), kind="stable")[:wanted]
+        return [held.came[place] for place in sorted(int(i) for i in best)]
 
     def _scores(self, held: Held) -> np.ndarray:
         """Return each update's score, (clients,) float64."""
@@ -246,13 +262,14 @@ class WithoutOutliers:
         held.came.append(c)
 
     def result(self, held: Held, /) -> ServerState:
+        return join(CountMean(self.uncovered), held.state, self._believed(held), held.layout)
+
+    def unsent(self, held: Held, /) -> np.ndarray:
+        return _without(self._believed(held), held, 1, self.uncovered)
+
+    def _believed(self, held: Held) -> list[Contribution]:
         far = outliers({c.client: c.mask for c in held.came})
-        mean = CountMean(self.uncovered)
-        so_far = mean.init(held.state, held.layout)
-        for c in held.came:
-            if c.client not in far:
-                mean.add(so_far, c)
-        return mean.result(so_far)
+        return [c for c in held.came if c.client not in far]
 
 
 JOINS: Mapping[str, Callable[..., Aggregate]] = {

@@ -2,8 +2,9 @@
 
 Karimireddy, Kale, Mohri, Reddi, Stich, Suresh. SCAFFOLD: Stochastic Controlled Averaging for Federated Learning.
 ICML 2020, arXiv 1910.06378. Where the paper leaves room: clients weigh by their examples, in c too, as in FedAvg here
-(`weighted: false`: equally, as the paper's objective does); a local rate that changes, and momentum, which the paper
-has not: what a client moved is divided by how far the same steps carry a slope of one, with plain SGD at one rate K lr.
+(`weighted: false`: equally, as the paper's objective does), so that c is always the mean of all clients' c_k by the
+same weights; a local rate that changes, and momentum, which the paper has not: what a client moved is divided by how
+far the same steps carry a slope of one, with plain SGD at one rate K lr.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from fedlth.training.local_client import LocalClient
 from fedlth.training.optimizer import Sgd
 from fedlth.training.pull import Correction
 from fedlth.training.recipe import TrainingRecipe
+from fedlth.training.task import Task
 from fedlth.wire.payload import Content
 
 C, DELTA_C = (
@@ -89,14 +91,22 @@ class ControlledUpdate(MaskedUpdate):
 
 @dataclass(frozen=True)
 class ControlledMean:
-    """theta goes lr times the mean change, c goes the mean change of the c_k times the share of clients that sent one.
+    """theta goes lr times the mean change, c the mean change of the c_k times the share of clients that sent one.
 
-    Models and changes are each joined by `mean`. `num_clients` 0: as many as take part.
+    Models and changes are each joined by `mean`. Where it weighs by examples, so does the share: of `total`, the
+    examples of all that take part, else their number. 0: what came is all.
     """
 
     lr: float = 1.0
     mean: Aggregate = field(default_factory=FedAvg)
-    num_clients: int = 0
+    total: int = 0
+
+    def of_task(self, task: Task, /) -> ControlledMean:
+        sizes = [len(split.train) for k, split in enumerate(task.splits.clients) if k not in task.splits.unseen]
+        return replace(self, total=sum(map(self._weight, sizes)))
+
+    def _weight(self, num_examples: int) -> int:
+        return num_examples if getattr(self.mean, "weighted", False) else 1
 
     def init(self, state: ServerState, layout: Layout, /) -> Any:
         model = ServerOptimizer(Momentum(lr=self.lr), self.mean)
@@ -107,7 +117,7 @@ class ControlledMean:
         model, accumulator = so_far[2]
         model.add(accumulator, c)
         self.mean.add(so_far[3], replace(c, content=c.others[DELTA_C]))
-        so_far[4] += 1
+        so_far[4] += self._weight(c.num_examples)
 
     def result(self, so_far: Any, /) -> ServerState:
         state, layout, (model, accumulator), changes, came = so_far
@@ -115,7 +125,7 @@ class ControlledMean:
         change = self.mean.result(changes).theta.floats.astype(np.float64)
         moves = np.zeros(layout.num_floats, bool)
         moves[: layout.num_params] = stepped(state, layout)
-        share = came / max(came, self.num_clients)
+        share = came / max(came, self.total)
         new: ServerState = model.result(accumulator)
         return replace(new, memory={C: np.where(moves, old + share * change, 0.0).astype(np.float32)})
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fedlth.methods.aggregate import Aggregate, Contribution, FedAvg
+from fedlth.methods.aggregate import Aggregate, Contribution, FedAvg, unsent
 from fedlth.methods.method import FederatedMethod
 from fedlth.methods.options import averaged, check, positive
 from fedlth.models.layout import Layout, Params
@@ -90,7 +90,8 @@ class Yogi(Adam):
 class ServerOptimizer:
     """Step from the old state by `rule` along the change to the `mean` of what came up.
 
-    Under a mask of the state nothing moves that it leaves out, and what comes back begins anew.
+    Under a mask of the state nothing moves that it leaves out, and what comes back begins anew. What the mean keeps,
+    since nobody sent it, keeps its value and what is remembered of it.
     """
 
     rule: ServerRule
@@ -109,10 +110,13 @@ class ServerOptimizer:
         change = np.where(moves, mean.floats[:size].astype(np.float64) - state.theta.floats[:size], 0.0)
         start, held = self.rule.start, state.memory
         known = {n: np.where(moves, held.get(n, first), first).astype(np.float64) for n, first in start.items()}
+        # Without memory nothing moves what has not changed.
+        stays = unsent(self.mean, so_far[2], layout)[:size] if known else np.zeros(size, bool)
         step, memory = self.rule(change, known)
         floats: np.ndarray = mean.floats.copy()
         # From the mean, not from the old state: a step that is the change itself must give the mean to the bit.
-        floats[:size] += np.where(moves, step - change, 0.0)
+        floats[:size] += np.where(moves & ~stays, step - change, 0.0)
+        memory = {name: np.where(stays, known[name], vector) for name, vector in memory.items()}
         kept = {name: np.where(moves, vector, start[name]).astype(np.float32) for name, vector in memory.items()}
         return ServerState(Params(floats, mean.ints), kept)
 

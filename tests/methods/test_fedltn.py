@@ -28,14 +28,17 @@ def test_each_prune_cuts_more_than_the_one_before() -> None:
 
 
 def test_momentum_is_on_what_holders_average() -> None:
-    """Two hold the first, one the second, nobody the third, which the velocity of before still moves; no buffer."""
+    """Two hold the first, one the second, nobody the third, which keeps its value and its velocity; no buffer."""
     join_of = tiny.experiment(tiny.study(method={"name": "fedltn", "momentum": 0.5})).method.phases[-1].join
     assert join_of is not None
     theta = Params(np.zeros(4, np.float32), np.zeros(0, np.int64))
     state = join(join_of, ServerState(theta), [sent(1, 2, 4, 8)], FOUR)
     np.testing.assert_array_equal(state.theta.floats, [1, 2, 4, 8])
     state = join(join_of, state, [sent(1, 4, 0, 9, mask=(1, 1, 0)), sent(3, 0, 0, 9, mask=(1, 0, 0))], FOUR)
-    np.testing.assert_array_equal(state.theta.floats, [2.5, 5, 6, 9])
+    np.testing.assert_array_equal(state.theta.floats, [2.5, 5, 4, 9])
+    np.testing.assert_array_equal(state.memory["velocity"], [1.5, 3, 4])
+    state = join(join_of, state, [sent(2.5, 5, 6, 9)], FOUR)
+    np.testing.assert_array_equal(state.theta.floats, [3.25, 6.5, 8, 9])
     plain = tiny.experiment(tiny.study(method={"name": "fedltn", "momentum": 0.0})).method
     assert {phase.join for phase in plain.phases} == {CountMean()}
 

@@ -126,6 +126,25 @@ def test_held_mean_weighs_by_examples_zeroes_the_uncovered_and_prunes_back() -> 
     assert shown(few.mask) == "1000" and few.theta.floats.tolist() == [5, 0, 0, 0]
 
 
+@pytest.mark.parametrize("min_votes", [2, 3, 9])
+def test_where_no_more_reply_than_the_votes_that_drop_a_weight_what_all_hold_stays(min_votes: int) -> None:
+    """Two reply, then one: else nothing is elected, and everyone's mask is empty for good."""
+    came = [values("1100", 2, 4, 0, 0), values("1010", 6, 0, 1, 0, client=1)]
+    two = join(HeldMean(min_votes), state("1100", 1, 1, 0, 0), came, FOUR)
+    assert shown(two.mask) == "1000" and two.theta.floats.tolist() == [4, 0, 0, 0]
+    one = join(HeldMean(min_votes), state("1100", 1, 1, 0, 0), came[:1], FOUR)
+    assert shown(one.mask) == "1100" and one.theta.floats.tolist() == [2, 4, 0, 0]
+    many = [values("1100", 2, 4, 0, 0, client=k) for k in range(10)]
+    assert shown(join(HeldMean(min_votes), state("1100", 1, 1, 0, 0), many, FOUR).mask) == "1100"
+
+
+def test_more_votes_than_a_round_has_clients_are_refused() -> None:
+    shape: dict[str, Any] = {"clients": {"count": 4}, "federate": {"rounds": 1, "clients_per_round": 2}}
+    resolve(tiny.study(method={"name": "feddst", "min_votes": 1}, **shape))
+    with pytest.raises(StudyError, match=r"method.min_votes must be below the 2 clients of federate 1, got 2"):
+        resolve(tiny.study(method={"name": "feddst", "min_votes": 2}, **shape))
+
+
 def test_an_adjustment_takes_back_what_gains_most_a_second() -> None:
     weights, mask = floats(4, 3, 2, 1), bits("1111")
     same = np.ones(4)

@@ -31,6 +31,7 @@ SMALL: dict[str, Any] = {"model": {"name": "tests.tiny:Small", "options": {}}}  
 MORE = {name: SMALL for name in ("fedavg", "fedtiny", "scaffold", "hermes", "heterofl", "dispfl")}
 NONE = np.zeros(0, np.int64)
 BADLY = 1000.0
+EXAMPLES = 48  # of each client of the tiny study: SCAFFOLD's rule knows how many all have together
 
 
 def experiment(name: str, rule: str | None = None) -> Experiment:
@@ -87,7 +88,7 @@ def honest(
     return {name: content(name, kind, made.message_layout(phase, name, kind), shared, draw) for name, kind in sends}
 
 
-def came(client: int, sent: Mapping[str, Content], examples: int = 10) -> Contribution:
+def came(client: int, sent: Mapping[str, Content], examples: int = EXAMPLES) -> Contribution:
     first, *others = sent.items()
     return Contribution(client, examples, first[1], dict(others))
 
@@ -111,7 +112,7 @@ def test_of_equal_clients_every_rule_makes_what_the_methods_own_mean_makes(name:
         robust, state = experiment(name, rule), plain.start()
         for phase, sends in phases(plain):
             one = honest(plain, phase, sends, state)
-            got = [came(client, one, 10 + client) for client in range(5)]
+            got = [came(client, one, EXAMPLES + client) for client in range(5)]
             wanted, found = (joined(made, phase, state, got) for made in (plain, robust))
             assert (wanted.mask is None) == (found.mask is None) and wanted.memory.keys() == found.memory.keys()
             if wanted.mask is not None and found.mask is not None:

@@ -77,27 +77,58 @@ def test_the_servers_variate_is_the_mean_of_the_clients(tmp_path: Path) -> None:
     experiment, folder = ran({**SCAFFOLD, "weighted": False}, tmp_path / "r", **more)
     own = [state_of(folder, client).vectors[C] for client in range(3)]
     np.testing.assert_allclose(tiny.opened(folder).state.memory[C], np.mean(own, 0), atol=1e-5)
-    assert experiment.federated_phases[0].join == ControlledMean(1.0, CountMean(), 3), "it is told how many take part"
+    assert experiment.rule(experiment.federated_phases[0]) == ControlledMean(1.0, CountMean(), 3)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_numbers_on_four_elements(weighted: bool) -> None:
-    """Two of eight clients: c goes a quarter of their mean change."""
+def test_the_rule_is_told_of_all_that_take_part() -> None:
+    """Their examples where the mean weighs by examples, else their number; unseen clients never take part."""
+    clients, federate = {"count": 4, "unseen": 0.25}, {"rounds": 1, "clients_per_round": 2}
+    for options, join_by, equally in (({}, {}, False), ({"weighted": False}, {}, True), ({}, {"name": "median"}, True)):
+        more = {"federate": {**federate, **({"join": join_by} if join_by else {})}, "clients": clients}
+        made = tiny.experiment(tiny.study(method={**SCAFFOLD, **options}, **more))
+        splits = made.task.splits
+        examples = sum(len(split.train) for k, split in enumerate(splits.clients) if k not in splits.unseen)
+        rule = made.rule(made.federated_phases[0])
+        assert isinstance(rule, ControlledMean) and rule.total == (3 if equally else examples) != 4
+
+
+def changed(client: int, n: int, w: np.ndarray, change: np.ndarray) -> Contribution:
+    two = [Content(np.ones(w.size, bool), v.astype(np.float32), NO_INTS) for v in (w, change)]
+    return Contribution(client, n, two[0], {DELTA_C: two[1]})
+
+
+@pytest.mark.parametrize(("weighted", "total", "x", "c"), [(True, 16, 2.0, 1.75), (False, 8, 1.5, 1.5)])
+def test_numbers_on_four_elements(weighted: bool, total: int, x: float, c: float) -> None:
+    """Of eight clients with 16 examples two come, with 1 and 3 examples, models 1 and 5, changes 4 and 8; lr is 1/2.
+
+    Weighted: x goes (1 + 3 x 5) / 4 / 2 = 2, c goes (1 x 4 + 3 x 8) / 16 = 1.75. Equally: x goes (1 + 5) / 2 / 2 = 1.5,
+    c goes (4 + 8) / 8 = 1.5.
+    """
     old = ServerState(Params(np.zeros(4, np.float32), NO_INTS), {C: np.array([1, 0, 0, 0], np.float32)})
+    one = np.ones(4)
+    rule = ControlledMean(0.5, FedAvg() if weighted else CountMean(), total)
+    new = join(rule, old, [changed(0, 1, one, 4 * one), changed(1, 3, 5 * one, 8 * one)], FOUR)
+    np.testing.assert_array_equal(new.theta.floats, [x] * 4)
+    np.testing.assert_array_equal(new.memory[C], [1 + c, c, c, c])
 
-    def came(client: int, n: int, w: float, change: float) -> Contribution:
-        two = [Content(np.ones(4, bool), np.full(4, v, np.float32), NO_INTS) for v in (w, change)]
-        return Contribution(client, n, two[0], {DELTA_C: two[1]})
 
-    new = join(
-        ControlledMean(0.5, FedAvg() if weighted else CountMean(), 8),
-        old,
-        [came(0, 1, 1.0, 4.0), came(1, 3, 5.0, 8.0)],
-        FOUR,
-    )
-    share = (0.25, 0.75) if weighted else (0.5, 0.5)
-    np.testing.assert_allclose(new.theta.floats, [0.5 * (share[0] + 5 * share[1])] * 4)
-    np.testing.assert_allclose(new.memory[C], np.array([1, 0, 0, 0]) + (4 * share[0] + 8 * share[1]) / 4)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_the_servers_variate_stays_the_mean_of_the_clients_when_few_of_unequal_sizes_come(weighted: bool) -> None:
+    """Twenty clients of log-normal sizes, four a round, a hundred rounds: c is sum n_k c_k / n up to rounding."""
+    draw, size = np.random.default_rng(0), 4
+    sizes = np.maximum(10, draw.lognormal(4.5, 1.0, 20)).astype(int)
+    weights = sizes / sizes.sum() if weighted else np.full(20, 1 / 20)
+    own, state = np.zeros((20, size), np.float32), ServerState(Params(np.zeros(size, np.float32), NO_INTS))
+    total = int(sizes.sum()) if weighted else 20
+    rule = ControlledMean(1.0, FedAvg() if weighted else CountMean(), total)
+    for _ in range(100):
+        came = []
+        for k in sorted(int(i) for i in draw.choice(20, 4, replace=False)):
+            now = draw.normal(k % 5, 1.0, size).astype(np.float32)
+            came.append(changed(k, int(sizes[k]), np.zeros(size), now - own[k]))
+            own[k] = now
+        state = join(rule, state, came, FOUR)
+        np.testing.assert_allclose(state.memory[C], weights @ own.astype(np.float64), atol=1e-5)
 
 
 def test_how_far_a_slope_carries() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import pytest
 from fedlth.engines.inprocess import InProcess
 from fedlth.experiment.resolve import resolve
 from fedlth.federation import session
-from fedlth.methods.aggregate import Contribution, FedAvg, join
+from fedlth.methods.aggregate import Contribution, CountMean, FedAvg, join
+from fedlth.methods.robust import JOINS, Median
 from fedlth.methods.server_optimizer import Adam, Momentum, ServerOptimizer, Yogi
 from fedlth.methods.table import METHODS
 from fedlth.models.layout import Entry, Layout, Params
@@ -90,6 +91,79 @@ def test_nothing_is_stepped_or_remembered_outside_the_states_mask() -> None:
         for name, first in rule.start.items():
             assert new.memory[name][1] == np.float32(first), "what comes back begins anew"
             assert (new.memory[name][[0, 2, 3]] != np.float32(first)).all()
+
+
+@dataclass(frozen=True)
+class Silent:
+    """A mean that does not say what nobody sent."""
+
+    mean: Any
+
+    def init(self, state: ServerState, layout: Layout, /) -> Any:
+        return self.mean.init(state, layout)
+
+    def add(self, so_far: Any, c: Contribution, /) -> None:
+        self.mean.add(so_far, c)
+
+    def result(self, so_far: Any, /) -> ServerState:
+        new: ServerState = self.mean.result(so_far)
+        return new
+
+
+RULES = (Momentum(beta=0.9), Adam(lr=0.1), Yogi(lr=0.1))
+MEANS = (CountMean(), CountMean(weighted=True), *(make() for make in JOINS.values()))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize(
+    "mean", [CountMean(), CountMean(weighted=True), *(make() for make in JOINS.values())], ids=repr
+)
+def test_what_nobody_sent_keeps_its_value_and_what_is_remembered_of_it(rule: Any, mean: Any) -> None:
+    """Rounds without a holder of the last two, after one in which all four moved; then one in which they move again."""
+    optimizer = ServerOptimizer(rule, mean)
+
+    def round_of(before: ServerState, mask: list[int], by: float) -> ServerState:
+        content = Content(
+            np.array(mask, bool), (before.theta.floats + np.float32(by)) * np.array(mask, np.float32), NO_INTS
+        )
+        return join(optimizer, before, [Contribution(i, 3, content) for i in range(4)], FOUR)
+
+    first = round_of(state([0, 1, 2, 3]), [1, 1, 1, 1], 1.0)
+    now = first
+    for _ in range(5):
+        now = round_of(now, [1, 1, 0, 0], 0.5)
+    assert (now.theta.floats[:2] > first.theta.floats[:2]).all()
+    np.testing.assert_array_equal(now.theta.floats[2:], first.theta.floats[2:])
+    for name, vector in now.memory.items():
+        np.testing.assert_array_equal(vector[2:], first.memory[name][2:])
+        assert (vector[:2] != first.memory[name][:2]).all()
+    last, straight = round_of(now, [1, 1, 1, 1], 0.5), round_of(first, [1, 1, 1, 1], 0.5)
+    np.testing.assert_array_equal(last.theta.floats[2:], straight.theta.floats[2:])
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_where_everything_is_sent_what_nobody_sent_changes_no_bit(rule: Any) -> None:
+    draw, two = np.random.default_rng(0), [state([0.1, 1.2, 2.3, 3.4])] * 2
+    for _ in range(4):
+        masks = np.array([[1, 1, 0, 1], [0, 1, 1, 1], [1, 0, 1, 0]], bool)
+        came = [
+            Contribution(i, 1 + i, Content(mask, draw.normal(size=4).astype(np.float32) * mask, NO_INTS))
+            for i, mask in enumerate(masks)
+        ]
+        means: tuple[Any, Any] = CountMean(), Silent(CountMean())
+        two = [join(ServerOptimizer(rule, m), now, came, FOUR) for m, now in zip(means, two, strict=True)]
+        assert two[0].theta.digest() == two[1].theta.digest()
+        assert all(two[0].memory[n].tobytes() == v.tobytes() for n, v in two[1].memory.items())
+
+
+@pytest.mark.parametrize("few", ["mean", "keep"])
+def test_what_too_few_hold_to_be_believed_is_as_if_nobody_sent_it(few: str) -> None:
+    """Three hold the first two, two of them the others: under `few: keep` those stay where they are."""
+    rule = ServerOptimizer(Momentum(beta=0.5), Median(few=few))
+    first = joined(rule, state([0, 0, 0, 0]), *[([1.0] * 4, 1)] * 3)
+    masks = [np.array([1, 1, int(i < 2), int(i < 2)], bool) for i in range(3)]
+    came = [Contribution(i, 1, Content(m, m.astype(np.float32), NO_INTS)) for i, m in enumerate(masks)]
+    assert join(rule, first, came, FOUR).theta.floats.tolist() == [1.5, 1.5, *([1.5] * 2 if few == "mean" else [1] * 2)]
 
 
 @pytest.mark.parametrize("name", ["fedavgm", "fedadam", "fedyogi"])
