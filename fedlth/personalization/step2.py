@@ -53,7 +53,8 @@ class Step2:
     `known` remembers what every search begins with, the dense training from `theta_g` or its first steps, so that arms
     share it instead of paying twice, and nothing else: a model is as large as the number of arms and densities is not
     bounded. Its cost is told in full to each. `masks` holds what the arm `ticket` has found, as (target, mask, whether
-    it diverged), for its random control. All arms draw the same batches.
+    it diverged), for its random control. All arms draw the same batches. `made` is what it cost to make `theta_g` of
+    what came.
     """
 
     local: LocalClient
@@ -67,6 +68,7 @@ class Step2:
     targets: tuple[float, ...]
     known: dict[TrainingRecipe, tuple[Walked | str, Cost]] = field(default_factory=dict)
     masks: list[tuple[float, np.ndarray, bool]] = field(default_factory=list)
+    made: Cost = Cost()
 
     @property
     def recipe(self) -> TrainingRecipe:
