@@ -28,7 +28,7 @@ from fedlth.storage.trackers import trackers_of
 from fedlth.study.schema import Study
 from fedlth.tickets.gate import Adaptive, ValAccuracy, ValDrop
 from fedlth.tickets.rewind import ToInit
-from fedlth.training import cohort_size, kernel_backend
+from fedlth.training import cohort_size, kernel_backend, statistics
 from fedlth.training.local_client import LocalClient
 from fedlth.training.study_recipe import recipes
 from fedlth.training.task import Task, forget_tasks, open_task
@@ -254,6 +254,11 @@ def _checked_task(experiment: Experiment, task: Task, arms: set[str]) -> list[st
             raise StudyError(f"method: {method.name} {why}")
         if hasattr(update, "remark") and (said := update.remark(task)):
             notes.append(f"method: {method.name} {said}")
+    untrained = f"method {method.name}" if not method.space.trains_weights else ""
+    if not getattr(experiment.finder.rewind, "trains", True) and arms & REWOUND:
+        untrained = untrained or "finder.rewind"
+    if untrained and (layer := statistics.unknown(task.model.module())):
+        raise StudyError(statistics.REFUSED.format(layer=layer, what=f"what {untrained} never trains"))
     if method.needs_norms and not any(e.norm for e in task.layout.entries):
         raise StudyError(f"method: {method.name} needs a model with norms, {task.study.model.name} has none")
     if method.space.kind != "values" and task.exchange.num_prunable != task.layout.num_prunable:

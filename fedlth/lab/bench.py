@@ -26,6 +26,8 @@ from fedlth.lab.training import Run, packed, train, unpacked, walk
 from fedlth.models.layout import Layout, Params
 from fedlth.rng import stream, torch_seed
 from fedlth.storage import store
+from fedlth.training import statistics
+from fedlth.training.batches import batches
 from fedlth.training.evaluation import evaluate
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.loss import Loss, plain
@@ -149,9 +151,22 @@ class Bench:
         return [begun, *walk(self, begun, mask, config, data=self.parts["train"], free=False)]
 
     def untrained(self, params: Params, mask: np.ndarray, *, data: str = "") -> Run:
-        """Return the run of no iterations: the weights as they are, evaluated."""
-        nothing = TrainConfig(train=self.study.train, last=0)
+        """Return the run of no iterations: the weights as they are, evaluated; norms have statistics of their data."""
+        nothing, params = TrainConfig(train=self.study.train, last=0), self.normalised(params.masked(mask), data=data)
         return train(self, params, mask, nothing, parts=self.task(data), free=False, window=0)
+
+    def normalised(self, params: Params, *, data: str = "") -> Params:
+        """Return params with the running statistics of norms as one pass over a task's training part has them.
+
+        Raises StudyError at a norm whose statistics are not known how to take.
+        """
+        if layer := statistics.unknown(self.flat_model.module):
+            raise StudyError(statistics.REFUSED.format(layer=layer, what="a ticket that is never trained"))
+        if not statistics.has_any(self.flat_model):
+            return params
+        part = self.task(data)["train"]
+        drawn = batches(len(part), self.study.train.batch_size, self.rng("statistics"))
+        return statistics.normalised(self.flat_model, params, part, drawn)
 
     def task(self, data: str) -> dict[str, Examples]:
         """Return the train, validation and test parts of a task; "" is the whole data set."""

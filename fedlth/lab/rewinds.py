@@ -17,8 +17,9 @@ from fedlth.tickets.rewind import changed
 class Rewinds:
     """Check every round of these searches: survivors start exactly where the rewind says, the dead likewise.
 
-    A strong ticket is checked as it ends, for nothing may have trained it. `furthest` is the largest
-    |start - wanted|, which must be 0; `first_rate` the learning rate of the first step.
+    A strong ticket is checked as it ends, for nothing may have trained it; the running statistics of its norms are of
+    its data. `furthest` is the largest |start - wanted|, which must be 0; `first_rate` the learning rate of the first
+    step.
     """
 
     searches: tuple[str, ...]
@@ -42,7 +43,8 @@ class Rewinds:
                     dead, first = ~one.mask, bench.theta_0 if origin is one.before else origin
                     held = finder.dead(first.floats[: dead.size], one.before.floats[: dead.size])
                     wanted.floats[: dead.size][dead] = held[dead]
-                gap = np.abs(one.start.floats - wanted.floats).max()
+                size = wanted.floats.size if getattr(finder.rewind, "trains", True) else bench.layout.num_params
+                gap = np.abs(one.start.floats[:size] - wanted.floats[:size]).max()
                 there = replace(config, first=steps, constant_lr=not finder.rewind.replay_lr)
                 yield {
                     "search": name, "round": one.number, "rewind": str(finder.rewind), "furthest": float(gap),

@@ -130,6 +130,7 @@ def walked(
         finder, start=theta_0, start_name="theta_0", targets=targets, layout=bench.layout, anchors=anchors,
         train=trainer, rng=lambda part: bench.rng(f"{what}/{part}"), network=network,
         val_accuracy=lambda params: bench.accuracy(params, f"{data}/validation" if data else "validation"),
+        normalised=lambda params, _: bench.normalised(params, data=data),
     )  # fmt: skip
     if finder.dense_first:
         trainer(theta_0, bench.full, replay_lr=True, window=finder.window)  # kept on disk: find's own is read back

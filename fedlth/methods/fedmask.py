@@ -61,12 +61,11 @@ class PersonalMask:
 
     def own(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Own:
         mask = (received(inbox[THETA_G]) > 0) & state.masks.get(HELD, local.full)
-        return Own(self.frozen(local.task).masked(mask), mask)
+        return self.frozen.under(local, mask)
 
     def tune(self, local: LocalClient, inbox: Inbox, state: ClientState, recipe: TrainingRecipe, /) -> Own:
         scores, held, _ = self._learnt(local, inbox, state, recipe)
-        mask = (scores > 0) & held
-        return Own(self.frozen(local.task).masked(mask), mask)
+        return self.frozen.under(local, (scores > 0) & held)
 
     def _learnt(
         self, local: LocalClient, inbox: Inbox, state: ClientState, recipe: TrainingRecipe

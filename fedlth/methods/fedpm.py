@@ -52,8 +52,7 @@ class ScoreUpdate:
 
     def _likely(self, local: LocalClient, scores: np.ndarray) -> Own:
         """Return the net of the weights that are more likely there than not (no dice in an evaluation)."""
-        mask = scores > 0
-        return Own(self.frozen(local.task).masked(mask), mask)
+        return self.frozen.under(local, scores > 0)
 
     def _train(self, local: LocalClient, start: np.ndarray, recipe: TrainingRecipe) -> tuple[np.ndarray, float]:
         budget = recipe.budget

@@ -12,6 +12,7 @@ from fedlth import rng
 from fedlth.methods.client_update import Own, received_params
 from fedlth.models.layout import Layout, Params
 from fedlth.tickets.granularity import Row
+from fedlth.training.local_client import LocalClient
 from fedlth.training.task import Task
 from fedlth.wire.payload import Content
 
@@ -91,6 +92,13 @@ class Frozen:
     def __call__(self, task: Task, /) -> Params:
         own = self.which == "theta_0" or (self.which == "auto" and bool(task.model.brought))
         return task.theta_0 if own else frozen_weights(task)
+
+    def under(self, local: LocalClient, mask: np.ndarray, /) -> Own:
+        """Return the net under a mask (num_prunable,), as it is evaluated and kept.
+
+        Nothing trains it, so that the running statistics of norms are theta_0's: they are taken anew under the mask.
+        """
+        return Own(local.normalised(self(local.task).masked(mask), mask), mask)
 
 
 def frozen_weights(task: Task) -> Params:

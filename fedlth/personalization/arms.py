@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fedlth.errors import StudyError, wrong
-from fedlth.methods.client_update import ClientUpdate, Inbox
+from fedlth.methods.client_update import ClientUpdate, Inbox, Own
 from fedlth.models.layout import Params
 from fedlth.personalization.step2 import Result, Step2
 from fedlth.storage.client_state import ClientState
@@ -34,7 +34,7 @@ Arm = Callable[[Step2], Iterator[Result]]
 
 def global_model(step: Step2) -> Iterator[Result]:
     """The shared model as it came, untouched."""
-    yield Result(arm="global", params=step.theta_g, mask=step.alive, start="theta_g")
+    yield _untrained("global", Own(step.theta_g, step.alive), "theta_g", step.made)
 
 
 def local_only(step: Step2) -> Iterator[Result]:
@@ -162,8 +162,8 @@ def _best_start(step: Step2, mask: np.ndarray, target: float) -> Result:
 
 def own(step: Step2) -> Iterator[Result]:
     """The method's own personal model, as the last download leaves it."""
-    held = step.method.own(step.local, step.inbox, step.state)
-    yield Result(arm="own", params=held.params, mask=held.mask, start="own")
+    at = len(step.log)
+    yield _untrained("own", step.method.own(step.local, step.inbox, step.state), "own", step.spent(at))
 
 
 def own_tuned(step: Step2) -> Iterator[Result]:
@@ -190,8 +190,9 @@ def frozen_random(step: Step2) -> Iterator[Result]:
     """The control of learnt masks: a random mask of the same layer counts on the same frozen weights."""
     held = step.method.own(step.local, step.inbox, step.state)
     mask = _shuffled(step, held.mask, "frozen_random", granularity_of(step.method))
-    params = step.method.frozen(step.local.task).masked(mask)
-    yield Result(arm="frozen_random", params=params, mask=mask, start="frozen")
+    at = len(step.log)
+    params = step.local.normalised(step.method.frozen(step.local.task).masked(mask), mask)
+    yield _untrained("frozen_random", Own(params, mask), "frozen", step.spent(at))
 
 
 ARMS: Mapping[str, Arm] = {
@@ -250,6 +251,14 @@ def tuned(arm: str, local: LocalClient, method: Any, inbox: Inbox, state: Client
     )  # fmt: skip
 
 
+def _untrained(arm: str, held: Own, start: str, cost: Cost) -> Result:
+    """Return a model that step 2 does not train; what it cost is a pass for the statistics of norms, or nothing."""
+    return Result(
+        arm=arm, params=held.params, mask=held.mask, start=start, search_epochs=plain_number(cost.epochs),
+        flops=(cost.flops, cost.alive_flops), cpu_s=(cost.cpu_s, 0.0),
+    )  # fmt: skip
+
+
 def granularity_of(method: ClientUpdate) -> Granularity:
     """Return of what a method's masks are made: single weights, where it does not say otherwise."""
     made: Granularity = getattr(method, "granularity", Element())
@@ -296,6 +305,7 @@ def _found(arm: str, finder: Finder, step: Step2) -> Iterator[Result]:
         rng=step.local.rng,
         network=step.network,
         val_accuracy=step.local.val_score,
+        normalised=step.local.normalised,
     )
     before = began
     for found in search:

@@ -68,12 +68,17 @@ class Personalise:
     def step2(self, local: LocalClient, inbox: Inbox, state: ClientState) -> Step2:
         """Return what the arms work with."""
         task, own = local.task, private(local, state)
-        held = self.space.model(task, inbox.get(EVALUATION, inbox[THETA_G]), own)
-        anchors = {"theta_0": task.theta_0, "theta_g@0": task.theta_0, "theta_g": held.params}
+        held, at = self.space.model(task, inbox.get(EVALUATION, inbox[THETA_G]), own), len(local.log)
+        # What no round trains has the running statistics of theta_0, which are those of no data under no mask.
+        theta_g = held.params if self.space.trains_weights else local.normalised(held.params, held.mask)
+        anchors = {"theta_0": task.theta_0, "theta_g@0": task.theta_0, "theta_g": theta_g}
         for name, content in inbox.items():
             if name.startswith("theta_g@"):
                 anchors[name] = task.merge(received_params(content), own)
-        return Step2(local, self.own, inbox, state, held.params, held.mask, anchors, self.finder, self.targets)
+        return Step2(
+            local, self.own, inbox, state, theta_g, held.mask, anchors, self.finder, self.targets,
+            made=sum(local.log[at:], Cost()),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

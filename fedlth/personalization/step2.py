@@ -61,7 +61,7 @@ class Step2:
     share it instead of paying twice, and nothing else: a model is as large as the number of arms and densities is not
     bounded. Its cost is told in full to each. `masks` holds what the arm `ticket` has found, as (target, mask, whether
     it diverged), for its random control, and `walked` how many steps were trained until each. All arms draw the same
-    batches.
+    batches. `made` is what it cost to make `theta_g` of what came.
     """
 
     local: LocalClient
@@ -76,6 +76,7 @@ class Step2:
     known: dict[TrainingRecipe, tuple[Walked | str, Cost]] = field(default_factory=dict)
     masks: list[tuple[float, np.ndarray, bool]] = field(default_factory=list)
     walked: list[int] = field(default_factory=list)
+    made: Cost = Cost()
 
     @property
     def recipe(self) -> TrainingRecipe:

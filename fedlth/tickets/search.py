@@ -92,14 +92,19 @@ def find(
     rng: Callable[[str], np.random.Generator],
     network: Callable[[Params], Network | None] = lambda _: None,
     val_accuracy: Callable[[Params], float] | None = None,
+    normalised: Callable[[Params, np.ndarray], Params] = lambda params, _: params,
 ) -> Iterator[Found]:
     """Yield a ticket a target density, in the schedule's order. `train` must be a pure function.
 
     `network` gives the network with all that is no prunable weight as in given params; scores that look only at
-    weights do without. `val_accuracy` is what gates and stops may see. Raises StudyError where a part needs either
-    and there is none. A training that diverges ends its chain: what it had still to find is yielded as diverged.
+    weights do without. `val_accuracy` is what gates and stops may see. `normalised` gives params the running statistics
+    that their norms have under a mask on training data: a ticket that nothing trains has none of its own. Raises
+    StudyError where a part needs one of the first two and there is none. A training that diverges ends its chain: what
+    it had still to find is yielded as diverged.
     """
-    search = _Search(finder, layout, finder.granularity.groups(layout), anchors, train, rng, network, val_accuracy)
+    search = _Search(
+        finder, layout, finder.granularity.groups(layout), anchors, train, rng, network, val_accuracy, normalised
+    )
     for number, chain in enumerate(finder.chains(targets)):
         left = {d for d in chain if d in targets}
         try:
@@ -138,6 +143,7 @@ class _Search:
     rng: Callable[[str], np.random.Generator]
     network: Callable[[Params], Network | None]
     val_accuracy: Callable[[Params], float] | None
+    normalised: Callable[[Params, np.ndarray], Params]
 
     @property
     def _regrow(self) -> Regrow | None:
@@ -208,7 +214,7 @@ class _Search:
         del left  # a whole model, while another trains
         held = finder.dead.holds
         if not getattr(finder.rewind, "trains", True):
-            return replace(at, mask=mask, began=began, walked=Walked(began), held=held), False
+            return replace(at, mask=mask, began=began, walked=Walked(self.normalised(began, mask)), held=held), False
         first, last = getattr(finder.rewind, "steps", 0), None
         if finder.moves and self._regrow is not None:
             first, last = self._regrow.window(again)
