@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fedlth.methods.client_update import VALUES, Inbox, MaskedUpdate, Own, Update, visited
-from fedlth.methods.fedselect import crossing
+from fedlth.methods.fedselect import crossing, share_of_flops
 from fedlth.methods.method import FederatedMethod
 from fedlth.methods.options import OWN, at_least, averaged, check
 from fedlth.models.layout import HEAD
@@ -61,10 +61,22 @@ class HeadThenBody:
         )
 
     def passes(self, task: Task, visits: int) -> float:
-        return 1 + self.head_epochs / _epochs(task)
+        return 1 if _body(task).all() else 1 + self.head_epochs / _epochs(task)
 
     def tune_passes(self, task: Task, visits: int) -> float:
         return 1
+
+    def whole_passes(self, task: Task, visits: int) -> float:
+        body, heads = _body(task), self.passes(task, visits) - 1
+        return share_of_flops(task, body) + (heads * share_of_flops(task, ~body) if heads else 0)
+
+    def whole_tune_passes(self, task: Task, visits: int) -> float:
+        body = _body(task)
+        return 1 if body.all() else share_of_flops(task, ~body)
+
+
+def _body(task: Task) -> np.ndarray:
+    return crossing(task, np.ones(task.layout.num_prunable, bool))
 
 
 def _epochs(task: Task) -> float:
