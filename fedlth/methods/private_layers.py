@@ -4,7 +4,8 @@ FedPer: Arivazhagan, Aggarwal, Singh, Choudhary. Federated Learning with Persona
 FedRep: Collins, Hassani, Mokhtari, Shakkottai. Exploiting Shared Representations for Personalized Federated Learning.
 ICML 2021, arXiv 2102.07089. Left open: how its two passes fit into a budget that all methods share. Here the body
 trains by the study's (`train`), the head before it for `head_epochs`; in step 2 the head alone trains, as the paper's
-new clients do. Both passes have the rate and the momentum of the study, each from the start.
+new clients do. Both passes have the rate and the momentum of the study, each from the start, and batches in the order
+of any other training.
 FedBN: Li, Jiang, Zhang, Kamp, Dou. FedBN: Federated Learning on Non-IID Features via Local Batch Normalization.
 ICLR 2021, arXiv 2102.07623. All of a norm stays: weights, biases, statistics.
 The head is that of the network as it is exchanged, whatever its tensors are called (`model.personal: ["@head"]`);
