@@ -24,7 +24,7 @@ from fedlth.training.batches import batches, steps_an_epoch
 from fedlth.training.loss import owned
 from fedlth.training.loss_probe import LossProbe
 from fedlth.training.masked_training import Masked, Masking
-from fedlth.training.metrics import Metric, Scores, guessed
+from fedlth.training.metrics import Metric, Scores, constant_outputs, guessed
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingResult, drawn_request
 from fedlth.training.study_recipe import recipes, round_factor
@@ -351,7 +351,7 @@ class LocalClient:
     def guess(self, part: Examples, metrics: Sequence[Metric]) -> Scores:
         """Return what a model that diverged counts as: uniform among classes, the training mean of real numbers."""
         dataset, y = self.task.dataset, self._train_part.y
-        mean = y.mean(0) if dataset.targets == "numbers" else None
+        mean = constant_outputs(y, self.task.loss) if dataset.targets == "numbers" else None
         return guessed(part, metrics, dataset.num_classes, mean, self.task.loss)
 
     def network(self, at: Params) -> LossProbe:

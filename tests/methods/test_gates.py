@@ -162,7 +162,8 @@ def test_the_gate_follows_the_schedule_over_rounds(monkeypatch: pytest.MonkeyPat
 
     def moved(round: int, **more: Any) -> np.ndarray:
         experiment = tiny.experiment(gated(0.4, train={**train, **more}, personalise={"lr": 0.05}))
-        theta, update = experiment.initial(), experiment.method.own
+        theta = experiment.initial()
+        update: Any = experiment.method.own
         inbox = {THETA_G: Content(np.ones(experiment.layout.num_prunable, bool), theta.floats, theta.ints)}
         local: Any = LocalClient(experiment.task, 0, round, "federate", rounds=3)
         of_round = replace(local, round=1)  # the batches of the first
