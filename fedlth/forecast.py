@@ -20,6 +20,7 @@ from fedlth.experiment.resolve import resolve
 from fedlth.federation.answer_bytes import said_at_start
 from fedlth.federation.forecast_bytes import forecast_bytes
 from fedlth.federation.forecast_time import Visit, forecast_time
+from fedlth.methods.client_update import passes_of
 from fedlth.methods.fedselect import SelectUpdate
 from fedlth.methods.robust import holds_round
 from fedlth.personalization.arms import OF_TICKETS, at_init
@@ -81,21 +82,25 @@ def step2_epochs(experiment: Experiment) -> float:
     return (sum(trainings(arm, experiment) for arm in arms) - shared) * epochs + learned
 
 
-def own_epochs(experiment: Experiment) -> tuple[float, float]:
+def own_epochs(experiment: Experiment, *, flops: bool = False) -> tuple[float, float]:
     """Return the epochs of the method's own trainings of all clients: in the rounds of step 1, and in step 2.
 
     A client's visits are those that the server will sample: a method may train more than once an epoch after some.
+    `flops`: as many epochs of the whole network as cost as much.
     """
     first, second = (
         budget_of(train).in_epochs(_mean_steps(experiment.task, train.batch_size))
         for train in (experiment.study.train, personal(experiment.study))
     )
-    trained, tuned = map(sum, zip(*_own_trainings(experiment).values(), strict=True))
+    trained, tuned = map(sum, zip(*_own_trainings(experiment, flops=flops).values(), strict=True))
     return float(trained * first), float(tuned * second)
 
 
-def _own_trainings(experiment: Experiment) -> dict[int, tuple[float, float]]:
-    """Return each client's trainings of the method's own: in rounds, those inside tickets included, and in step 2."""
+def _own_trainings(experiment: Experiment, *, flops: bool = False) -> dict[int, tuple[float, float]]:
+    """Return each client's trainings of the method's own: in rounds, those inside tickets included, and in step 2.
+
+    `flops`: as many of the whole network as cost as much.
+    """
     study, task = experiment.study, experiment.task
     visits, trained = dict.fromkeys(range(study.clients.count), 0), dict.fromkeys(range(study.clients.count), 0.0)
     for phase, round in experiment.steps:
@@ -103,17 +108,12 @@ def _own_trainings(experiment: Experiment) -> dict[int, tuple[float, float]]:
             for client in experiment.clients(phase, round):
                 trained[client] += 1
         elif phase in experiment.federated_phases:
-            passes = getattr(phase.update, "passes", _once)
             for client in experiment.clients(phase, round):
-                trained[client] += passes(task.of(client), visits[client])
+                trained[client] += passes_of(phase.update, task.of(client), visits[client], flops=flops)
                 visits[client] += 1
-    own = experiment.method.own
-    passes = getattr(own, "tune_passes", getattr(own, "passes", _once))
-    tunes, refined = "own_tuned" in experiment.arms, study.refine.rounds > 0
-    return {
-        client: (trained[client], (passes(task.of(client), count) if tunes else 0) + refined)
-        for client, count in visits.items()
-    }
+    own, tunes, refined = experiment.method.own, "own_tuned" in experiment.arms, study.refine.rounds > 0
+    tuned = {c: passes_of(own, task.of(c), n, tunes=True, flops=flops) if tunes else 0 for c, n in visits.items()}
+    return {client: (trained[client], tuned[client] + refined) for client in visits}
 
 
 def _epsilon_lines(experiment: Experiment) -> list[str]:
@@ -140,18 +140,14 @@ def _kept_epochs(experiment: Experiment, tier: Tier) -> float:
     arm, train = experiment.kept_arm, personal(experiment.study)
     if arm is None:
         return 0.0
-    many, learned = 1, 0
+    many, learned = float(trainings(arm, experiment)), 0
     if arm in SEARCHES:
         finder, targets = SEARCHES[arm](experiment.finder), experiment.study.finder.densities
         kept = experiment.keep.allowed(tier)
         many, learned = finder.trainings(targets, kept)[1], finder.learned(targets, kept)[1]
-    elif arm != "own_tuned":
-        many = trainings(arm, experiment)
+    elif arm == "own_tuned":
+        many = passes_of(experiment.method.own, experiment.task, 0, tunes=True, flops=True)
     return many * budget_of(train).in_epochs(_mean_steps(experiment.task, train.batch_size)) + learned
-
-
-def _once(task: Task, visits: int) -> float:
-    return 1
 
 
 @dataclass(frozen=True)
@@ -186,12 +182,13 @@ def foreseen(study: Study) -> Foreseen:
     local = LocalClient(task.of(largest), largest, 0, "forecast")
     step_s = [_step_seconds(local, recipe) for recipe in (local.recipe, local.personal_recipe)]
     per_epoch = [_mean_steps(task, recipe.batch_size) for recipe in (local.recipe, local.personal_recipe)]
-    rounds, tuned = own_epochs(experiment)
-    epochs = rounds, tuned + study.clients.count * step2_epochs(experiment)
-    steps = [one * many for one, many in zip(per_epoch, epochs, strict=True)]
+    rest = study.clients.count * step2_epochs(experiment)
+    taken, paid = (own_epochs(experiment, flops=flops) for flops in (False, True))
+    steps = [one * many for one, many in zip(per_epoch, (taken[0], taken[1] + rest), strict=True)]
+    whole = [one * many for one, many in zip(per_epoch, (paid[0], paid[1] + rest), strict=True)]
     flops = float(np.mean([task.of(client).model.training_flops[""] for client in range(study.clients.count)]))
     sizes_of_batches = local.recipe.batch_size, local.personal_recipe.batch_size
-    flop = sum(flops * size * many for size, many in zip(sizes_of_batches, steps, strict=True))
+    flop = sum(flops * size * many for size, many in zip(sizes_of_batches, whole, strict=True))
     minutes = sum(one * many for one, many in zip(step_s, steps, strict=True)) / 60
     moved = forecast_bytes(experiment, step_s[0] * budget_of(study.train).in_epochs(per_epoch[0]) * per_epoch[0])
     lines = [

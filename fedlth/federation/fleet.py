@@ -16,6 +16,7 @@ import numpy as np
 from fedlth import rng
 from fedlth.experiment.experiment import Experiment
 from fedlth.federation.jobs import Job, Message, Reply
+from fedlth.methods.client_update import passes_of
 from fedlth.methods.method import Phase
 from fedlth.storage.records import LedgerRow, party
 from fedlth.study.sections import Fleet
@@ -103,12 +104,16 @@ class Clock:
         return self.seconds(job.client, down_bytes=moved, up_bytes=moved, flops=self.usual_flops(job.client, mask))
 
     def usual_flops(self, client: int, mask: np.ndarray | None = None) -> float:
-        """Return the FLOPs of a client's training of step 1, as the fleet counts them; `mask` is of what is shared."""
+        """Return the FLOPs of a client's usual visit in step 1, as the fleet counts them; `mask` is of what is shared.
+
+        A method that trains more than once an epoch does so here as at a client's first visit.
+        """
         task = self.experiment.task_of(client)
         local, train = LocalClient(task, client, self.round, self.phase.name), task.study.train
         alive = local.full if mask is None else task.whole_mask(mask, local.full)
         dense, sparse = local.flops(alive, budget_of(train).examples(local.num_train, train.batch_size))
-        return dense if self.fleet is None or self.fleet.flops == "dense" else sparse
+        passes = passes_of(self.phase.update, task, 0, flops=True)
+        return passes * (dense if self.fleet is None or self.fleet.flops == "dense" else sparse)
 
     def moved(self, messages: Iterable[Message]) -> int:
         """Return the bytes that a device would move: without what only controls and tables of step 2 need."""

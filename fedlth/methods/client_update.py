@@ -13,6 +13,7 @@ from fedlth.storage.client_state import ClientState
 from fedlth.training.local_client import Cost, LocalClient
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingResult
+from fedlth.training.task import Task
 from fedlth.wire.payload import Content
 
 THETA_G, UPDATE = "theta_g", "update"  # the names of the global state on its way down, and of what comes up for it
@@ -74,8 +75,9 @@ class PersonalUpdate(ClientUpdate, Protocol):
 
     Attributes may say more: `granularity`, of what the method's masks are made where that is not single weights;
     `passes(task, visits)`, how many trainings an epoch is to a client after so many own visits, where it is not one,
-    and `tune_passes` how many it is to `tune`, where that is another number; `own_pull`, that its objective has a pull,
-    which takes the place of the study's; `obstacle(recipe)` why it cannot train by a recipe, "" where it can;
+    and `tune_passes` how many it is to `tune`, where that is another number; `whole_passes` and `whole_tune_passes`,
+    how many of the whole network cost as many FLOPs, where some train a part of it; `own_pull`, that its objective has
+    a pull, which takes the place of the study's; `obstacle(recipe)` why it cannot train by a recipe, "" where it can;
     `unfit(task)` why it cannot train on a task's data or model, "" where it can, and `remark(task)` what it does
     otherwise than it is known for there, "" for nothing;
     `keeps`, how many vectors as long as the model it leaves in a client's state, beside what does not cross;
@@ -94,6 +96,18 @@ class PersonalUpdate(ClientUpdate, Protocol):
         `recipe` is that of every arm: its epochs, learning rate and schedule.
         """
         ...
+
+
+def passes_of(update: object, task: Task, visits: int, *, tunes: bool = False, flops: bool = False) -> float:
+    """Return how many trainings an epoch is to a client after so many own visits (`tunes`: in `tune`), usually one.
+
+    `flops`: how many of the whole network cost as much.
+    """
+    for name in ("tune_passes", "passes") if tunes else ("passes",):
+        if hasattr(update, name):
+            found = getattr(update, f"whole_{name}", None) if flops else None
+            return float((found or getattr(update, name))(task, visits))
+    return 1.0
 
 
 @dataclass(frozen=True)

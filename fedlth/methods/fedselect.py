@@ -83,10 +83,18 @@ class SelectUpdate:
 
     def passes(self, task: Task, visits: int) -> int:
         """Return how many trainings an epoch is to a client after so many own visits."""
-        sizes = [e.size for e in task.layout.prunable]
-        grows = any(min(round(self.rate * size), int(self.limit * size)) for size in sizes)
         local_norms = not crossing(task, np.ones(task.layout.num_prunable, bool)).all()
-        return 1 + (local_norms or (grows and visits >= self.every))
+        return 1 + (local_norms or self._grown(task, visits))
+
+    def whole_passes(self, task: Task, visits: int) -> float:
+        """Return how many of the whole network cost as much: local norms alone cost less, scattered weights do not."""
+        crosses, passes = crossing(task, np.ones(task.layout.num_prunable, bool)), self.passes(task, visits)
+        return passes if passes == 1 or self._grown(task, visits) else 1 + share_of_flops(task, ~crosses)
+
+    def _grown(self, task: Task, visits: int) -> bool:
+        """Say whether any weight is personal after so many own visits."""
+        sizes = [e.size for e in task.layout.prunable]
+        return visits >= self.every and any(min(round(self.rate * n), int(self.limit * n)) for n in sizes)
 
     def _alternate(
         self, local: LocalClient, params: Params, shared: np.ndarray, recipe: TrainingRecipe
@@ -125,6 +133,12 @@ def crossing(task: Task, shared: np.ndarray) -> np.ndarray:
             crosses[e.slice] = False
     crosses[: shared.size] &= shared
     return crosses
+
+
+def share_of_flops(task: Task, trainable: np.ndarray) -> float:
+    """Return what a training of some parameters, (num_params,) bool, costs of one of the whole network."""
+    model = task.model
+    return model.part_flops(trainable)[""] / (model.training_flops[""] or 1)  # of a network that counts as nothing: 0
 
 
 def _shared(local: LocalClient, inbox: Inbox) -> np.ndarray:

@@ -106,7 +106,7 @@ class Measure:
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         whole, task, rows = merged(local, inbox, state), local.task, []
-        for shared in self.pool(task):
+        for shared in self.pool(task):  # all candidates by the same batches: they are compared
             mask = task.whole_mask(shared, local.full)
             params = local.normalised(whole.masked(mask), mask)
             rows.append(task.shared_part(params).floats[_buffers(task.exchange)])

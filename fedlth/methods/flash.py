@@ -53,7 +53,8 @@ DENSITIES = "densities"
 
 @dataclass(frozen=True)
 class FindDensities:
-    """Train and readjust a mask of one's own `times` times; send the density of each shared tensor, nothing else."""
+    """Train and readjust a mask of one's own `times` times, each on batches drawn anew; send the density of each shared
+    tensor, nothing else."""
 
     density: float
     times: int
@@ -74,9 +75,11 @@ class FindDensities:
         params, layout = merged(local, inbox, state), local.task.layout
         mask = Layerwise()(local.rng("first mask").random(local.full.size), local.full, layout, self.density)
         loss = 0.0
-        for _ in range(self.times):
-            trained = local.train(params.masked(mask), recipe=local.recipe, active=mask)
-            slope = mean_gradient(local, trained.params, self.batches)
+        for i in range(self.times):
+            # Of each its own streams: else all would train in one order, and readjust by one minibatch's gradient.
+            again = replace(local, stage=f"{local.stage} {i + 1}")
+            trained = again.train(params.masked(mask), recipe=local.recipe, active=mask)
+            slope = mean_gradient(again, trained.params, self.batches)
             weights = trained.params.floats[: mask.size]
             mask = readjusted(weights, mask, slope, layout, self.rate, across=True)
             params, loss = trained.params, trained.loss

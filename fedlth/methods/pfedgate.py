@@ -105,8 +105,8 @@ class Gate:
 class GatedUpdate:
     """Train the model through the gate's mask of each batch, and the gate with it; send what was touched.
 
-    gate_lr: the gate's rate, by SGD; it follows the schedule of the weights' own. A gate that has room for everything
-    chooses nothing and is not trained.
+    gate_lr: the gate's rate, by SGD; it follows the schedules of the weights' own, that over the steps and, in step 1,
+    that over the rounds. A gate that has room for everything chooses nothing and is not trained.
     """
 
     gate: Gate
@@ -117,7 +117,8 @@ class GatedUpdate:
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         task, begin = local.task, merged(local, inbox, state)
         seen = local.visit_scores(self.own(local, inbox, state).params)
-        params, extra, touched, loss = self._train(local, begin, self._extra(local, state), local.recipe)
+        recipe, lr = local.recipe, task.study.train.lr
+        params, extra, touched, loss = self._train(local, begin, self._extra(local, state), recipe, lr)
         size = touched.size
         floats = params.floats.copy()
         floats[:size][~touched] = begin.floats[:size][~touched]  # a weight decay would have moved them too
@@ -142,7 +143,7 @@ class GatedUpdate:
         return self._of(local, merged(local, inbox, state), self._extra(local, state))
 
     def tune(self, local: LocalClient, inbox: Inbox, state: ClientState, recipe: TrainingRecipe, /) -> Own:
-        done = self._train(local, merged(local, inbox, state), self._extra(local, state), recipe)
+        done = self._train(local, merged(local, inbox, state), self._extra(local, state), recipe, recipe.lr)
         return self._of(local, done[0], done[1])
 
     def _extra(self, local: LocalClient, state: ClientState) -> np.ndarray:
@@ -159,14 +160,16 @@ class GatedUpdate:
         return Own(params.masked(mask), mask)
 
     def _train(
-        self, local: LocalClient, begin: Params, extra: np.ndarray, recipe: TrainingRecipe
+        self, local: LocalClient, begin: Params, extra: np.ndarray, recipe: TrainingRecipe, lr: float
     ) -> tuple[Params, np.ndarray, np.ndarray, float]:
-        """Return weights, gate, which weights any batch has touched, and the loss."""
+        """Return weights, gate, which weights any batch has touched, and the loss.
+
+        `lr` is the weights' rate where the gate's is gate_lr, before any schedule.
+        """
         if self.gate.density == 1:
             done = local.train(begin, recipe=recipe)
             return done.params, extra, local.full, done.loss
-        pace = self.gate_lr / recipe.lr
-        masked = local.train_masking(begin, self.gate, extra, recipe=recipe, pace=pace)
+        masked = local.train_masking(begin, self.gate, extra, recipe=recipe, pace=self.gate_lr / lr)
         return masked.params, masked.extra, masked.often > 0, masked.loss
 
 

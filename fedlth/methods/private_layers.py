@@ -4,7 +4,8 @@ FedPer: Arivazhagan, Aggarwal, Singh, Choudhary. Federated Learning with Persona
 FedRep: Collins, Hassani, Mokhtari, Shakkottai. Exploiting Shared Representations for Personalized Federated Learning.
 ICML 2021, arXiv 2102.07089. Left open: how its two passes fit into a budget that all methods share. Here the body
 trains by the study's (`train`), the head before it for `head_epochs`; in step 2 the head alone trains, as the paper's
-new clients do. Both passes have the rate and the momentum of the study, each from the start.
+new clients do. Both passes have the rate and the momentum of the study, each from the start, and batches in the order
+of any other training.
 FedBN: Li, Jiang, Zhang, Kamp, Dou. FedBN: Federated Learning on Non-IID Features via Local Batch Normalization.
 ICLR 2021, arXiv 2102.07623. All of a norm stays: weights, biases, statistics. The server weighs by examples, as in
 FedAvg here; the paper's mean is uniform.
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fedlth.methods.client_update import VALUES, Inbox, MaskedUpdate, Own, Update, visited
-from fedlth.methods.fedselect import crossing
+from fedlth.methods.fedselect import crossing, share_of_flops
 from fedlth.methods.method import FederatedMethod
 from fedlth.methods.options import OWN, at_least, averaged, check
 from fedlth.models.layout import HEAD
@@ -62,10 +63,22 @@ class HeadThenBody:
         )
 
     def passes(self, task: Task, visits: int) -> float:
-        return 1 + self.head_epochs / _epochs(task)
+        return 1 if _body(task).all() else 1 + self.head_epochs / _epochs(task)
 
     def tune_passes(self, task: Task, visits: int) -> float:
         return 1
+
+    def whole_passes(self, task: Task, visits: int) -> float:
+        body, heads = _body(task), self.passes(task, visits) - 1
+        return share_of_flops(task, body) + (heads * share_of_flops(task, ~body) if heads else 0)
+
+    def whole_tune_passes(self, task: Task, visits: int) -> float:
+        body = _body(task)
+        return 1 if body.all() else share_of_flops(task, ~body)
+
+
+def _body(task: Task) -> np.ndarray:
+    return crossing(task, np.ones(task.layout.num_prunable, bool))
 
 
 def _epochs(task: Task) -> float:

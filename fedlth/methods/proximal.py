@@ -63,7 +63,10 @@ def personal_or(local: LocalClient, state: ClientState, received: Own) -> Own:
 
 @dataclass(frozen=True)
 class DittoUpdate:
-    """Train the shared model as FedAvg does, and beside it a personal one with a pull to what was received."""
+    """Train the shared model as FedAvg does, and beside it a personal one with a pull to what was received.
+
+    Both draw the same batches: twins that the pull alone tells apart.
+    """
 
     strength: float
     shared: MaskedUpdate = field(default_factory=MaskedUpdate)

@@ -154,7 +154,8 @@ class GainUpdate(MaskedUpdate):
 
 @dataclass(frozen=True)
 class PruneFirst(MaskedUpdate):
-    """Train and adjust `times` times on the client's own data; send the model under the mask that came of it."""
+    """Train and adjust `times` times, each on batches of the client's own data drawn anew; send the model under the
+    mask that came of it."""
 
     times: int = 1
     max_dec: float = 0.3
@@ -168,10 +169,11 @@ class PruneFirst(MaskedUpdate):
         held, task = self.own(local, inbox, state), local.task
         params, mask, loss = held.params, held.mask, 0.0
         seconds = self.time.of_weights(task, task.layout)
-        for _ in range(self.times):
-            trained = local.train(params, recipe=self.recipe(local, local.recipe), active=mask)
+        for i in range(self.times):
+            again = replace(local, stage=f"{local.stage} {i + 1}")  # else all would train in one order
+            trained = again.train(params, recipe=self.recipe(local, local.recipe), active=mask)
             mask = adjusted(
-                trained.params.floats[: mask.size], mask, squared_gradients(local, trained.params), seconds,
+                trained.params.floats[: mask.size], mask, squared_gradients(again, trained.params), seconds,
                 task.layout, max_dec=self.max_dec, constant_s=self.time.constant_s,
                 most=survivors(task.layout, self.density),
             )  # fmt: skip

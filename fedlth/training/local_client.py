@@ -24,7 +24,7 @@ from fedlth.training.batches import batches, steps_an_epoch
 from fedlth.training.loss import owned
 from fedlth.training.loss_probe import LossProbe
 from fedlth.training.masked_training import Masked, Masking
-from fedlth.training.metrics import Metric, Scores, guessed
+from fedlth.training.metrics import Metric, Scores, constant_outputs, guessed
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingResult, drawn_request
 from fedlth.training.study_recipe import recipes, round_factor
@@ -167,7 +167,7 @@ class LocalClient:
         if active is None and trainable is not None:
             alive = trainable[: alive.size] | (start.floats[: alive.size] != 0)
         passes = tuple(recipe.view.used(alive, request))
-        with self._counting(alive, len(request.rates), recipe.batch_size, passes):
+        with self._counting(alive, len(request.rates), recipe.batch_size, passes, trainable=trainable):
             return train.train(self.task.flat_model, request)
 
     def train_mixed(
@@ -220,16 +220,16 @@ class LocalClient:
 
     def _counting(
         self, alive: np.ndarray, steps: int, batch_size: int, passes: Sequence[tuple[np.ndarray, int]], *,
-        masks: bool = False,
+        masks: bool = False, trainable: np.ndarray | None = None,
     ) -> AbstractContextManager[list[np.ndarray]]:  # fmt: skip
         """Count a training; `passes` are what the network sees of its weights, and for how many examples.
 
-        `masks`: it learns masks, by the gradient of all prunable weights.
+        `masks` (it learns masks) and `trainable` as in `flops`.
         """
 
         def flops(found: np.ndarray) -> tuple[float, float]:
             used = passes if found is alive else [(found, sum(examples for _, examples in passes))]
-            each = (self.flops(seen, examples, masks=masks) for seen, examples in used)
+            each = (self.flops(seen, examples, masks=masks, trainable=trainable) for seen, examples in used)
             dense, by_alive = map(sum, zip(*each, strict=True))
             return dense, by_alive
 
@@ -291,14 +291,19 @@ class LocalClient:
         ):  # fmt: skip
             return statistics.normalised(model, params, self._train_part, drawn)
 
-    def flops(self, alive: np.ndarray, examples: int, *, masks: bool = False) -> tuple[float, float]:
+    def flops(
+        self, alive: np.ndarray, examples: int, *, masks: bool = False, trainable: np.ndarray | None = None
+    ) -> tuple[float, float]:
         """Return training FLOPs (dense, by what is alive) of so many examples: 3 forwards each, as is usual.
 
         What nothing trains counts less: `models.flops.training_flops`. `masks`: prunable weights have a gradient,
-        whatever trains.
+        whatever trains. `trainable` (num_params,) bool: tensors wholly outside have none; one that is inside in part
+        counts as a whole, since the gradient of scattered weights is made dense.
         """
         model = self.task.model
         costs = model.gradient_flops if masks else model.training_flops
+        if trainable is not None:
+            costs = model.part_flops(trainable)
         # In thirds: of a network that trains as a whole these are the forward's whole numbers, and so are all sums.
         dense, alive_flops = self._flops({name: count / 3 for name, count in costs.items()}, alive)
         scale = 3.0 * examples
@@ -346,7 +351,7 @@ class LocalClient:
     def guess(self, part: Examples, metrics: Sequence[Metric]) -> Scores:
         """Return what a model that diverged counts as: uniform among classes, the training mean of real numbers."""
         dataset, y = self.task.dataset, self._train_part.y
-        mean = y.mean(0) if dataset.targets == "numbers" else None
+        mean = constant_outputs(y, self.task.loss) if dataset.targets == "numbers" else None
         return guessed(part, metrics, dataset.num_classes, mean, self.task.loss)
 
     def network(self, at: Params) -> LossProbe:

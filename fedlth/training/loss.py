@@ -217,6 +217,22 @@ class OfBatch:
         return self.function(outputs.reshape(y.shape) if spread(outputs, y) else outputs, y, **dict(self.options))
 
 
+def takes_logits(loss: Loss, y: Tensor) -> bool:
+    """Say whether a loss of real numbers y (N,) or (N, k) in [0, 1] wants them to be the sigmoid of the outputs.
+
+    It is asked, since it may be any function: for a target of 1 an output far above then costs less than 1 does, and
+    for 0 one far below less than 0.
+    """
+    if not bool(((y >= 0) & (y <= 1)).all()):
+        return False
+    ones = torch.ones_like(y[:2], device="cpu")
+    zeros = torch.zeros_like(ones)
+    try:
+        return bool(loss(10 * ones, ones) < loss(ones, ones)) and bool(loss(-10 * ones, zeros) < loss(zeros, zeros))
+    except Exception:  # a loss of probabilities refuses such outputs, and the user's code may raise anything
+        return False
+
+
 def plain(loss: Any) -> Loss:
     """Return the loss that an evaluation reports."""
     found: Loss = loss.plain() if hasattr(loss, "plain") else loss

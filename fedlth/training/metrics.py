@@ -19,7 +19,7 @@ from fedlth.data.factory import told
 from fedlth.errors import StudyError, wrong
 from fedlth.study.parts import imported
 from fedlth.training.class_metrics import CLASSES, HITS, Accuracy, BalancedAccuracy, MacroF1, Majority, Perplexity
-from fedlth.training.loss import IGNORED, Loss
+from fedlth.training.loss import IGNORED, Loss, takes_logits
 from fedlth.training.number_metrics import NUMBERS, Determination, MeanError, Pearson
 
 
@@ -233,10 +233,20 @@ def scored(states: Mapping[Metric, Any], loss: float) -> Scores:
     return Scores(loss, {m.name: loss if m.name == "loss" else m.value(state) for m, state in kept.items()})
 
 
+def constant_outputs(y: Tensor, loss: Loss) -> Tensor:
+    """Return () or (k,): the outputs of a model that knows real targets y (N,) or (N, k) by their mean alone.
+
+    Under a loss that takes logits that is the mean's log-odds, where all or none count as half an example less or more.
+    """
+    mean = y.mean(0)
+    return torch.logit(mean, eps=0.5 / len(y)) if takes_logits(loss, y) else mean
+
+
 def guessed(data: Examples, metrics: Sequence[Metric], num_classes: int, mean: Tensor | None, loss: Loss) -> Scores:
     """Return what one guess for every example reaches: equal outputs for all classes, or `mean` of real numbers.
 
-    A metric that says what chance is has that. The loss of classes is that of a uniform guess, ln of their number.
+    `mean` are outputs, logits under a loss that takes them, as metrics see any model's. A metric that says what chance
+    is has that. The loss of classes is that of a uniform guess, ln of their number.
     """
     usual = math.log(num_classes) if mean is None else float(loss(mean.expand(data.y.shape), data.y))
     found: dict[str, float] = {}

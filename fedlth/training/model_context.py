@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from fedlth.data.dataset import Dataset
-from fedlth.data.examples import Examples
+from fedlth.data.examples import Examples, Inputs
 from fedlth.data.ragged import Shape, named
 from fedlth.data.tensors import inputs
 from fedlth.errors import StudyError
@@ -21,7 +21,7 @@ from fedlth.kernel.table import LayerTable
 from fedlth.models.channels import Channels, channels_of
 from fedlth.models.flops import layer_flops, training_flops
 from fedlth.models.initial import brought, digest_of, drawn, fixed, redrawn, refuse, torch_stream
-from fedlth.models.layout import Layout, Params, layout_of, read
+from fedlth.models.layout import Entry, Layout, Params, layout_of, read
 from fedlth.models.prunable import prunable_names
 from fedlth.rng import stream, torch_seed
 
@@ -160,30 +160,50 @@ class ModelContext:
     @cached_property
     def flops(self) -> dict[str, int]:
         """Forward FLOPs an example of each parameter's layer, by torch's flop counter; "" is the whole model."""
-        return self._counted[0]
+        with torch_stream(0):
+            layers, total = layer_flops(self.module(), self._few_x)
+        return {**layers, "": total}
 
     @property
     def training_flops(self) -> dict[str, int]:
         """FLOPs of a training step an example, forward and backward, in the form of `flops`: what nothing trains, and
         what lies before all that trains, has less of a backward pass, or none."""
-        return self._counted[1]
+        return self._step_flops(self._trains)
 
     @property
     def gradient_flops(self) -> dict[str, int]:
         """The same where prunable weights have a gradient too, whatever trains: a score of masks asks for it."""
-        return self._counted[2]
+        return self._step_flops(self._trains | {e.name for e in self.layout.prunable})
+
+    def part_flops(self, trainable: np.ndarray) -> dict[str, int]:
+        """The same where only tensors train of which `trainable` (num_params,) bool has any parameter."""
+        return self._step_flops(frozenset(e.name for e in self._moving if trainable[e.slice].any()))
+
+    @property
+    def _moving(self) -> list[Entry]:
+        return [e for e in self.layout.entries if e.trainable]
 
     @cached_property
-    def _counted(self) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    def _trains(self) -> frozenset[str]:
+        return frozenset(e.name for e in self._moving)
+
+    @cached_property
+    def _few_x(self) -> Inputs:
         few = inputs(self.dataset, np.arange(min(2, len(self.dataset.y_train))), train=True)
-        trains = {e.name for e in self.layout.entries if e.trainable}
-        scored = trains | {e.name for e in self.layout.prunable}
-        with torch_stream(0):
-            module, x = self.module(), self.shown(few.batch(slice(None))).x
-            forward = layer_flops(module, x)
-            step = training_flops(module, x, forward, trains)
-            score = step if scored == trains else training_flops(module, x, forward, scored)
-        return {**forward[0], "": forward[1]}, {**step[0], "": step[1]}, {**score[0], "": score[1]}
+        return self.shown(few.batch(slice(None))).x
+
+    @cached_property
+    def _steps(self) -> dict[frozenset[str], dict[str, int]]:
+        return {}
+
+    def _step_flops(self, trains: frozenset[str]) -> dict[str, int]:
+        """Return the FLOPs of a step in which the tensors so named have a gradient; counted once a set."""
+        if trains not in self._steps:
+            forward = {name: count for name, count in self.flops.items() if name}, self.flops[""]
+            with torch_stream(0):
+                layers, total = training_flops(self.module(), self._few_x, forward, trains)
+            self._steps[trains] = {**layers, "": total}
+        return self._steps[trains]
 
 
 def initial_module(spec: ModelSpec, num_classes: int, input_shape: Shape, seed: int) -> nn.Module:

@@ -5,7 +5,8 @@ Ray and Flower run the same studies in tests/engines.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from fedlth.experiment.resolve import resolve
 from fedlth.federation import session
 from fedlth.federation.jobs import Failure, Job, Message, Reply
 from fedlth.storage.run_folder import RunFolder
+from fedlth.training import train
+from fedlth.training.flat_model import FlatModel
+from fedlth.training.request import TrainingRequest, TrainingResult
+from fedlth.training.task import Task
 from fedlth.wire import varint
 from fedlth.wire.codec import BITMAP, REUSE
 from fedlth.wire.payload import HEADER
@@ -136,32 +141,50 @@ def test_two_workers_give_the_same_bits(name: str, whole: Any, tmp_path: Path) -
 
 
 class Counter(tiny.Lists):
-    """The in-process engine; it counts the examples that the network itself sees in each federated job."""
+    """The in-process engine; it counts the examples that the network itself sees in each federated job.
+
+    Of a training in which a part alone moves it counts them by that part.
+    """
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment, self.seen = experiment, {"trained": 0, "scored": 0, "without": 0}
         self.told: list[tuple[float, float]] = []
+        self.part: np.ndarray | None = None
+        self.in_part = 0.0
 
     def run(self, jobs: list[Job]) -> list[Reply | Failure]:
         answers: list[Reply | Failure] = []
         for job in jobs:
             task = self.experiment.task_of(job.client)
-            self.seen = dict.fromkeys(self.seen, 0)
-            hook = task.flat_model.module.register_forward_pre_hook(self._count)
+            self.seen, self.in_part = dict.fromkeys(self.seen, 0), 0.0
+            hook = task.flat_model.module.register_forward_pre_hook(partial(self._count, task))
+            real = train.train
             try:
-                (answer,) = super().run([job])
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(train, "train", partial(self._train, real))
+                    (answer,) = super().run([job])
             finally:
                 hook.remove()
             assert isinstance(answer, Reply), answer
             if job.phase in {phase.name for phase in self.experiment.federated_phases}:
                 of = {"trained": task.model.training_flops, "scored": task.model.gradient_flops}
                 of["without"] = task.model.flops
-                self.told.append((answer.flops, float(sum(n * of[how][""] for how, n in self.seen.items()))))
+                whole = float(sum(n * of[how][""] for how, n in self.seen.items()))
+                self.told.append((answer.flops, self.in_part + whole))
             answers.append(answer)
         return answers
 
-    def _count(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        if torch.is_grad_enabled():
+    def _train(self, real: Callable[..., TrainingResult], model: FlatModel, request: TrainingRequest) -> TrainingResult:
+        self.part = request.trainable
+        try:
+            return real(model, request)
+        finally:
+            self.part = None
+
+    def _count(self, task: Task, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if torch.is_grad_enabled() and self.part is not None:
+            self.in_part += len(args[0]) * task.model.part_flops(self.part)[""]
+        elif torch.is_grad_enabled():
             # Weights that nothing trains have a gradient where masks over them are scored.
             all_of_them = all(tensor.requires_grad for tensor in module.parameters() if tensor.ndim > 1)
             self.seen["scored" if all_of_them else "trained"] += len(args[0])

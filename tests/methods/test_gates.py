@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fedlth.models.layout import Entry, Layout, Params
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.run_folder import RunFolder
 from fedlth.storage.server_state import ServerState
+from fedlth.training import masked_training
 from fedlth.training.local_client import LocalClient
 from fedlth.wire.payload import Content
 from tests import tiny
@@ -144,3 +146,34 @@ def test_options_are_checked_and_small_densities_have_more_blocks() -> None:
             read(tiny.study(method={"name": "pfedgate", **bad}))
     update: Any = tiny.experiment(gated(0.1)).method.own
     assert update.gate.blocks == RunsOfRows(10)
+
+
+def test_the_gate_follows_the_schedule_over_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step: what the gate moves by falls with round_decay as the weights' rate does, and in step 2 begins anew."""
+    train = {"epochs": 1, "batch_size": 1000, "lr": 0.2, "momentum": 0.0}
+    paces = list[float]()
+    real = masked_training.train
+
+    def spy(*args: Any, pace: float, **more: Any) -> Any:
+        paces.append(pace)
+        return real(*args, pace=pace, **more)
+
+    monkeypatch.setattr(masked_training, "train", spy)
+
+    def moved(round: int, **more: Any) -> np.ndarray:
+        experiment = tiny.experiment(gated(0.4, train={**train, **more}, personalise={"lr": 0.05}))
+        theta = experiment.initial()
+        update: Any = experiment.method.own
+        inbox = {THETA_G: Content(np.ones(experiment.layout.num_prunable, bool), theta.floats, theta.ints)}
+        local: Any = LocalClient(experiment.task, 0, round, "federate", rounds=3)
+        of_round = replace(local, round=1)  # the batches of the first
+        object.__setattr__(of_round, "recipe", local.recipe)
+        done: Any = update(of_round, inbox, ClientState())
+        update.tune(local, inbox, ClientState(), local.personal_recipe)
+        return np.asarray(done.state.vectors["gate"] - update.gate.first(local))
+
+    first, third = moved(1, round_decay=0.5), moved(3, round_decay=0.5)
+    assert np.abs(first).max() > 0 and third == pytest.approx(first / 4, rel=1e-3, abs=1e-7)
+    by_cosine = moved(3, round_schedule={"name": "linear", "final_at": "last", "final": 0.0})
+    assert not by_cosine.any(), "a rate of 0 moves nothing"
+    assert paces == pytest.approx([0.1 / 0.2, 0.1 / 0.05] * 3), "gate_lr where no schedule has begun"

@@ -13,7 +13,9 @@ from torch import nn
 from fedlth import forecast
 from fedlth.errors import StudyError
 from fedlth.experiment.resolve import resolve
-from fedlth.methods.client_update import THETA_G
+from fedlth.federation.fleet import Clock
+from fedlth.methods.client_update import THETA_G, passes_of
+from fedlth.methods.fedselect import crossing
 from fedlth.methods.private_layers import HeadThenBody
 from fedlth.models.layout import HEAD, Params, layout_of
 from fedlth.models.registry import MODELS
@@ -172,6 +174,41 @@ def test_the_forecast_counts_the_heads_epochs() -> None:
 
     plain, two, five = rounds("fedper"), rounds("fedrep", head_epochs=2), rounds("fedrep", head_epochs=5)
     assert two == (3 * plain[0], plain[1]) and five == (6 * plain[0], plain[1])
+
+
+def test_a_pass_of_a_part_costs_what_that_part_takes() -> None:
+    """By hand: 64 x 12 and 12 x 4 weights, two FLOPs each a forward; 48 examples, 16 a batch."""
+    body, head = 2 * 64 * 12, 2 * 12 * 4
+    experiment = tiny.experiment(tiny.of_method("fedrep"))
+    task = experiment.task
+    local = LocalClient(task, 0, 1, "federate")
+    crosses, half = crossing(task, local.full), local.full.copy()
+    half[: 32 * 12] = False  # half of the body
+    for active in (local.full, half):
+        for trainable in (~crosses, crosses):
+            local.train(task.theta_0, recipe=local.recipe, active=active, trainable=trainable)
+    scattered = np.arange(task.layout.num_params) % 2 == 0  # a part of each tensor, as FedSelect's passes have
+    local.train(task.theta_0, recipe=local.recipe, active=local.full, trainable=scattered)
+    headed, bodied = 48 * (body + 3 * head), 48 * (3 * body + 2 * head)
+    thinner = [48 * (body / 2 + 3 * head), 48 * (3 * body / 2 + 2 * head)]
+    assert [cost.flops for cost in local.log] == [headed, bodied, headed, bodied, 3 * 48 * (body + head)]
+    assert [cost.alive_flops for cost in local.log[:4]] == pytest.approx([headed, bodied, *thinner])
+    update = experiment.federated_phases[0].update  # two epochs of the head and one of the body
+    assert Clock(experiment, experiment.federated_phases[0], 1).usual_flops(0) == pytest.approx(2 * headed + bodied)
+    whole = 3 * (body + head)
+    assert passes_of(update, task, 0, flops=True) == pytest.approx((2 * headed + bodied) / 48 / whole)
+    assert passes_of(update, task, 0, tunes=True, flops=True) == pytest.approx(headed / 48 / whole)
+    shared = tiny.experiment(tiny.of_method("fedrep", model={"personal": []})).task
+    assert [passes_of(update, shared, 0, tunes=tunes, flops=True) for tunes in (False, True)] == [1, 1]
+
+
+def test_the_forecast_is_what_the_passes_cost(tmp_path: Path) -> None:
+    """Every client trains as long as the others, so that the sums are equal, but for step 2 and its metrics."""
+    made = tiny.of_method("fedrep", personalise={"arms": ["own"]}, federate={"rounds": 1, "clients_per_round": 3})
+    tiny.run(made, tmp_path / "r")
+    work = [w for row in tiny.rows(tmp_path / "r", "times") for w in row.get("work", []) if "flops" in w]
+    assert len(work) == 6
+    assert forecast.foreseen(made).flops == pytest.approx(sum(w["flops"] for w in work), rel=0.02)
 
 
 def test_fedbn_keeps_the_norms_and_refuses_a_network_without() -> None:

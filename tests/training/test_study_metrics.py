@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from fedlth.data.examples import Examples
 from fedlth.errors import StudyError
-from fedlth.training.metrics import METRICS, OfAll, counted, judged, metric_of, rows
+from fedlth.personalization.personalise import row_of
+from fedlth.personalization.step2 import Result
+from fedlth.training.local_client import LocalClient
+from fedlth.training.loss import MeanSquaredError, OfBatch, takes_logits
+from fedlth.training.metrics import METRICS, OfAll, constant_outputs, counted, guessed, judged, metric_of, rows
+from tests import tiny
 
 LOGITS = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0], [1.0, 4.0, 0.0], [0.5, 0.0, 0.2]])
 CLASSES = torch.tensor([0, 2, 0, 1])  # guessed 0, 2, 1, 0
@@ -107,3 +115,59 @@ def test_a_users_metric_sees_everything_at_once() -> None:
         state = metric.add(state, LOGITS[i : i + 1], CLASSES[i : i + 1])
     assert metric.value(state) == 2.0
     assert not metric_of("tests.own_tasks:WorstError", "metric", "numbers").higher_is_better
+
+
+def with_logits(outputs: Tensor, y: Tensor) -> Tensor:
+    """A user's own loss that says nothing of what it takes."""
+    return functional.binary_cross_entropy_with_logits(2 * outputs, y)
+
+
+def test_a_loss_is_asked_whether_it_takes_logits() -> None:
+    y = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+    logits: list[Any] = [functional.binary_cross_entropy_with_logits, with_logits]
+    others: list[Any] = [functional.binary_cross_entropy, functional.l1_loss, functional.smooth_l1_loss]
+    others += [functional.mse_loss, functional.poisson_nll_loss]
+    assert [takes_logits(OfBatch(one), y) for one in logits] == [True, True]
+    assert [takes_logits(OfBatch(one), y) for one in others] == [False] * 5
+    assert takes_logits(OfBatch(logits[0]), y[:, 0]) and not takes_logits(OfBatch(logits[0]), 2 * y)
+    assert not takes_logits(MeanSquaredError(), y[:1])
+
+
+def test_the_guess_of_several_labels_is_a_logit_where_the_loss_takes_one() -> None:
+    """By hand: labels of shares 0.01, 0.5 and none; a constant 0.01 as a logit would have cost 0.69."""
+    y = torch.zeros(100, 3)
+    y[0, 0], y[:50, 1] = 1, 1
+    positive = OfAll("positive", lambda outputs, y: float((outputs[:, 0] > 0).float().mean()), True, False)
+    loss = OfBatch(functional.binary_cross_entropy_with_logits)
+    outputs = constant_outputs(y, loss)
+    assert torch.sigmoid(outputs).tolist() == pytest.approx([0.01, 0.5, 0.005], rel=1e-5)
+    found = guessed(Examples(torch.zeros(100, 1), y), [METRICS["loss"], positive, METRICS["mse"]], 3, outputs, loss)
+    entropy = [-0.01 * math.log(0.01) - 0.99 * math.log(0.99), math.log(2), -math.log(0.995)]
+    assert entropy[0] == pytest.approx(0.056, abs=1e-4)
+    assert found.loss == found.metrics["loss"] == pytest.approx(sum(entropy) / 3, rel=1e-5)
+    assert found.metrics["positive"] == 0, "the label that one example in a hundred has is not told of all"
+    for taken in (MeanSquaredError(), OfBatch(functional.binary_cross_entropy)):
+        assert torch.equal(constant_outputs(y, taken), y.mean(0))
+
+
+def test_an_arm_that_diverged_is_charged_that_guess() -> None:
+    made = tiny.study(
+        data={"name": "tests.training.test_study_metrics:labels"}, partition={"name": "iid"}, metric="mae",
+        train={"loss": {"name": "torch.nn.functional:binary_cross_entropy_with_logits"}}, finder={"densities": [0.5]},
+    )  # fmt: skip
+    local = LocalClient(tiny.experiment(made).task, 0, 1, "personalise")
+    row = row_of(local, Result(arm="dense", params=local.task.theta_0, mask=local.full, diverged=True))
+    share = local.train_part.y.mean(0).clamp(0.5 / local.num_train, 1 - 0.5 / local.num_train)
+    test = local.task.part(0, "test").y
+    wanted = functional.binary_cross_entropy(share.expand(test.shape), test)
+    assert row.diverged and row.test_loss == pytest.approx(float(wanted), rel=1e-5)
+
+
+def labels() -> dict[str, object]:
+    """Return the tiny images with three labels each, one of them rare."""
+    made = tiny.images()
+    made.pop("num_classes")
+    draw = np.random.default_rng(0)
+    for part in ("y_train", "y_test"):
+        made[part] = (draw.random((len(made[part]), 3)) < (0.02, 0.3, 0.9)).astype(np.float32)
+    return made
