@@ -70,7 +70,7 @@ def wins_below(line: MaskLine) -> float | None:
     """Return the largest density from which on, to the sparsest measured, the whole interval is above zero."""
     found = None
     for density, _, interval in reversed(line.points):  # from the sparsest on
-        if interval.low <= 0:
+        if not interval.low > 0:  # of too few pairs it is NaN
             break
         found = density
     return found

@@ -14,7 +14,7 @@ import tiny_bench
 from matplotlib.figure import Figure
 
 from fedlth.bench.board import read_board
-from fedlth.bench.contrasts import contrast, corrected, over_seeds, paired_t
+from fedlth.bench.contrasts import NO_INTERVAL, contrast, corrected, over_seeds, paired_t
 from fedlth.bench.controls import GLOBAL, RANDOM
 from fedlth.bench.drawing import MARKS, stretch
 from fedlth.bench.headline import _seen, headline, warnings
@@ -63,6 +63,10 @@ def test_ties_share_ranks_and_lower_can_be_better() -> None:
     found = ranking(scores, higher_is_better=False)
     assert found is not None and (found.names, found.ranks) == (("a", "b", "c"), (1.25, 1.75, 3.0))
     assert found.blocks == ("1", "2")
+    thirds = {"1": 0.1 + 0.2, "2": 0.7 + 0.1}, {"1": 0.3, "2": 0.8}  # equal accuracies, summed in another order
+    assert all(thirds[0][block] != thirds[1][block] for block in "12")
+    level = ranking({"a": thirds[0], "b": thirds[1]}, higher_is_better=True)
+    assert level is not None and level.ranks == (1.5, 1.5)
     assert ranking({"a": {"1": 0.5}, "b": {"1": 0.2}}, higher_is_better=True) is None
 
 
@@ -256,6 +260,8 @@ def test_the_picture_of_masks_has_every_density(made_up: tuple[Path, Path]) -> N
     assert f"the better one in two_step from density {begins:.2g} on" in crossing([line])
     lost = replace(line, points=(*line.points, (0.01, -1.0, Interval(-2.0, 0.5))))
     assert wins_below(lost) is None and "No uncorrected" in crossing([lost])
+    unknown = replace(line, points=((0.2, 1.0, NO_INTERVAL),))  # one client of one seed
+    assert wins_below(unknown) is None and "No uncorrected" in crossing([unknown])
     found = {picture.name: picture for picture in pictures(board)}
     assert {f"{kind}_{one}" for kind in ("rows", "pareto", "tickets") for one in board.entries} <= set(found)
 
