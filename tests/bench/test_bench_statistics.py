@@ -174,6 +174,25 @@ def test_one_mask_for_all_is_not_held_against_itself(made_up: tuple[Path, Path])
     assert any(row[1] == "global model's mask: the same mask" for row in outcome_table(board, "iid").rows)
 
 
+@pytest.mark.parametrize("digest", ["a", "b"])
+def test_one_mask_for_all_is_the_global_models_where_the_digests_say_so(digest: str, tmp_path: Path) -> None:
+    """PruneFL's clients share one mask, of which the last readjustment has revived weights that are still zero."""
+    methods = {"fedavg": {}, "prunefl": {}, "local": {}}
+    file = tiny_bench.write(tmp_path, methods=methods, partitions={"iid": {}}, seeds=[0, 1, 2])
+    for method in methods:
+        for seed in range(3):
+            place = tmp_path / "tiny" / "iid" / method / str(seed)
+            run = write_run(place, seed=seed, num_clients=10, rounds=4, method=method)
+            if method == "prunefl":  # equally dense in every layer, whatever the mask
+                prune_in_rounds(run, 0.01 * seed, own_tuned="a", own_global_mask=digest, own_random="c")
+    board = read_board(load(file), tmp_path / "tiny")
+    entry = board.entries["iid"]["prunefl"]
+    assert entry.choice.arm == "own_tuned" and entry.one_mask == (digest == "a")
+    assert ("prunefl" in board.beaten("iid", GLOBAL)) == (digest == "b")
+    (told,) = (row[1] for row in outcome_table(board, "iid").rows if row[1].startswith(GLOBAL) and "seen" in row[1])
+    assert (told == f"{GLOBAL}: the same mask (seen clients)") == (digest == "a")
+
+
 @pytest.fixture(scope="module")
 def with_row(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A bench of made-up runs in which one row is the control of another: its file and its folder."""
@@ -309,8 +328,11 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return file, folder / "tiny"
 
 
-def prune_in_rounds(run: Path, more: float) -> None:
-    """Give a run a method's own masks and their controls; where there is no mask, all of them are one dense model."""
+def prune_in_rounds(run: Path, more: float, **masks: str) -> None:
+    """Give a run a method's own masks and their controls; where there is no mask, all of them are one dense model.
+
+    masks: the digest of an arm's mask, by arm.
+    """
     own = {"own_tuned": 0.8, "own_random": 0.7, "own_global_mask": 0.75, "dense": 0.78}
     told = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     kept = [row for row in told if row["arm"] == "local"]
@@ -318,7 +340,10 @@ def prune_in_rounds(run: Path, more: float) -> None:
         for arm, accuracy in own.items():
             density = 1.0 if row["unseen"] or arm == "dense" else 0.25
             value = 0.9 if row["unseen"] else accuracy + more
-            kept.append({**row, "arm": arm, "density": density, "target_density": 1.0, "test_accuracy": value})
+            ticket = masks.get(arm, "") if density < 1 else ""
+            kept.append(
+                {**row, "arm": arm, "ticket": ticket, "density": density, "target_density": 1.0, "test_accuracy": value}
+            )
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
 
 
@@ -423,6 +448,10 @@ def test_other_data_are_told(made_up: tuple[Path, Path], tmp_path: Path) -> None
         header.write_text(json.dumps({**json.loads(kept), "partition_digest": "00" * 32}))
         board = read_board(load(made_up[0]), made_up[1])
         assert any("other data" in line for line in warnings(board))
+        header.write_text(json.dumps({**json.loads(kept), "num_parameters": 44_470}))
+        usual = json.loads(kept)["num_parameters"]
+        told = f"iid: fedavg has 44,470 parameters, the others {usual:,}: another network."
+        assert told in warnings(read_board(load(made_up[0]), made_up[1]))
     finally:
         header.write_text(kept)
 
