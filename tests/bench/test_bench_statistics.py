@@ -5,15 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny_bench
 from matplotlib.figure import Figure
 
-from fedlth.bench.board import read_board
+from fedlth.bench.board import Board, read_board
 from fedlth.bench.contrasts import NO_INTERVAL, contrast, corrected, over_seeds, paired_t
 from fedlth.bench.controls import GLOBAL, RANDOM
 from fedlth.bench.drawing import MARKS, stretch
@@ -191,6 +193,54 @@ def test_one_mask_for_all_is_the_global_models_where_the_digests_say_so(digest: 
     assert ("prunefl" in board.beaten("iid", GLOBAL)) == (digest == "b")
     (told,) = (row[1] for row in outcome_table(board, "iid").rows if row[1].startswith(GLOBAL) and "seen" in row[1])
     assert (told == f"{GLOBAL}: the same mask (seen clients)") == (digest == "a")
+
+
+def rewritten(made_up: tuple[Path, Path], folder: Path, change: Callable[[str, int, dict[str, Any]], None]) -> Board:
+    """Return the made-up bench after `change(method, seed, row)` of every metric row, in a copy."""
+    shutil.copytree(made_up[1], folder / "tiny")
+    for file in sorted((folder / "tiny" / "iid").glob("*/*/metrics.jsonl")):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for row in rows:
+            change(file.parent.parent.name, int(file.parent.name), row)
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return read_board(load(made_up[0]), folder / "tiny")
+
+
+def test_who_is_worse_is_said_to_be_and_not_among_the_undecided(made_up: tuple[Path, Path], tmp_path: Path) -> None:
+    def change(method: str, seed: int, row: dict[str, Any]) -> None:
+        if (row["arm"], row["target_density"]) != ("ticket", 0.2):
+            return
+        value = row["test_accuracy"]
+        shift = {"fedavg": -0.3 - 0.001 * seed, "two_step": (0.01, -0.005, 0.02)[seed]}.get(method, 0.0)
+        row["test_accuracy"] = float(np.clip(value + shift, 0, 1))
+
+    board = rewritten(made_up, tmp_path, change)
+    said = headline(board)["iid"]
+    assert "Federation is not shown to help here" in said and "the largest gain is two_step's, +0." in said
+    assert "Worse than training alone (local) (paired t over 3 seeds, Holm, 5 %), in points: fedavg by −30." in said
+    random = board.beaten("iid", RANDOM)
+    assert random["fedavg"].behind and random["two_step"].ahead
+    (worse,) = (one for one in said.split(". ") if one.startswith("Worse than a random mask"))
+    assert worse.startswith(
+        "Worse than a random mask of the same density (paired t over 3 seeds, Holm, 5 %), in points:"
+    )
+    assert "fedavg by −" in worse and "is not shown to beat a random mask" not in said
+    (undecided,) = (one for one in said.split(". ") if "not shown to beat the global model's own mask" in one)
+    assert board.beaten("iid", GLOBAL)["fedavg"].behind and "two_step" in undecided and "fedavg" not in undecided
+
+
+def test_every_diverged_training_is_told(made_up: tuple[Path, Path], tmp_path: Path) -> None:
+    def change(method: str, seed: int, row: dict[str, Any]) -> None:
+        place = method, seed, row["arm"], row["target_density"]
+        if place in (("two_step", 0, "dense", 1), ("two_step", 1, "global_mask", 0.2), ("fedavg", 0, "ticket", 0.2)):
+            row["diverged"] = row["client"] < (2 if row["arm"] == "ticket" else 1)
+
+    told = [line for line in warnings(rewritten(made_up, tmp_path, change)) if "diverged" in line]
+    assert sorted(told) == [
+        "iid/fedavg: the training of 2 clients diverged; each is a guess.",
+        "iid/two_step, its dense twin (arm dense): the training of 1 client diverged; it is a guess.",
+        "iid/two_step, its global model's mask (arm global_mask): the training of 1 client diverged; it is a guess.",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -393,6 +443,15 @@ def test_the_words_warn_where_local_trained_less(made_up: tuple[Path, Path]) -> 
     assert (
         f"A caution: local trained for {own:.0f} epochs a client, fewer than fedavg 108: a part"
         in headline(board)["iid"]
+    )
+    # or more: that, too, is no fair race
+    board.entries["iid"]["fedavg"] = replace(entry, cost=replace(entry.cost, round_epochs=1.0, own_epochs=2.0))
+    usual = (
+        3 + board.entries["iid"]["two_step"].cost.own_epochs + board.entries["iid"]["two_step"].cost.round_epochs
+    ) / 2
+    assert (
+        f"A caution: local trained for {own:.0f} epochs a client, more than 1 of 2 federated methods "
+        f"(the median of all is {usual:.3g}): a part" in headline(board)["iid"]
     )
 
 
