@@ -26,11 +26,14 @@ from fedlth.bench.matrix import load
 from fedlth.bench.pictures import Pareto, Rows, limits, numbers, pareto, pictures
 from fedlth.bench.ranks import critical_difference, friedman, ranking
 from fedlth.bench.tables import cost_table, leaderboard_csv, outcome_table, whole_table
+from fedlth.bench.ticket_table import tickets_table
 from fedlth.bench.time_to import time_to_worst
 from fedlth.report.canvas import LIGHT
+from fedlth.report.choice import Choice
 from fedlth.report.facts import read_run
 from fedlth.report.intervals import Interval
 from fedlth.report.measure import Shown
+from fedlth.report.tables import csv_text
 from fedlth.storage.header import ACCURACY
 from tests import tiny
 from tests.report.fake_run import write_run
@@ -333,6 +336,29 @@ def test_the_picture_of_masks_has_every_density(made_up: tuple[Path, Path]) -> N
     assert wins_below(unknown) is None and "No uncorrected" in crossing([unknown])
     found = {picture.name: picture for picture in pictures(board)}
     assert {f"{kind}_{one}" for kind in ("rows", "pareto", "tickets") for one in board.entries} <= set(found)
+
+
+def test_what_masks_reach_at_every_density_is_in_a_table(made_up: tuple[Path, Path], pruned: tuple[Path, Path]) -> None:
+    board = read_board(load(made_up[0]), made_up[1])
+    rows = [row for row in csv.DictReader(csv_text(tickets_table(board)).splitlines()) if row["method"] == "two_step"]
+    assert [(row["at_density_share"], row["arm"]) for row in rows] == [
+        (f"{density:g}", arm) for density in (0.5, 0.2, 0.1, 0.05)
+        for arm in ("ticket", "random", "global_mask", "dense", "dense_total")
+    ]  # fmt: skip
+    line = next(line for line in mask_lines(board) if line.method == "two_step")
+    general = [row for row in rows if row["arm"] == "global_mask"]
+    for (density, gain, ends), row in zip(line.points, general, strict=True):
+        names = ("at_density_share", *(f"own_less_control{end}_points" for end in ("", "_low", "_high")))
+        assert [float(row[name]) for name in names] == pytest.approx([density, gain, ends.low, ends.high])
+    known = {summary.choice: summary for summary in board.entries["iid"]["two_step"].results.summaries}
+    for row in rows:
+        target = 1.0 if row["arm"].startswith("dense") else float(row["at_density_share"])
+        assert float(row["mean_percent"]) == pytest.approx(100 * known[Choice(row["arm"], target)].mean)
+        assert (row["row"] == "own result") == (not row["own_less_control_points"])
+    seen = csv.DictReader(csv_text(tickets_table(read_board(load(pruned[0]), pruned[1]))).splitlines())
+    told = {row["arm"]: (row["mean_percent"], row["clients"]) for row in seen if row["method"] == "lotteryfl"}
+    assert told == {"own_tuned": ("81", "8"), "own_random": ("71", "8"), "own_global_mask": ("76", "8"),
+                    "dense": ("79", "8")}  # fmt: skip
 
 
 def test_what_bytes_buy_has_controls_and_intervals_over_seeds(made_up: tuple[Path, Path]) -> None:
