@@ -187,6 +187,17 @@ def test_seeds_are_averaged(run: Path, tmp_path: Path) -> None:
     assert told["notes"][0].startswith("Means of 2 seeds. ")
 
 
+def test_an_equal_mean_is_dark_whatever_its_last_bit(run: Path) -> None:
+    """(.1 + .1 + .3) less (.1 + .2 + .2), seed by seed, is -9e-18 in floats."""
+    (cells,) = api.transfer(run, {})
+    own, other = (0.1, 0.2, 0.2), (0.1, 0.1, 0.3)
+    seeds = [
+        [_with(c, test_accuracy=own[seed] if c.source == c.target else other[seed]) for c in cells] for seed in range(3)
+    ]
+    grid = grid_of([read_header(run)], seeds)
+    assert np.mean([a - b for a, b in zip(other, own, strict=True)]) < 0 and grid.dark.all()
+
+
 def test_masks_that_agree_cannot_be_told_apart(run: Path) -> None:
     """Both ways: nearly equal masks are said to be no test of universality, others are not."""
     (cells,) = api.transfer(run, {})

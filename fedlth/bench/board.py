@@ -73,15 +73,14 @@ class Line:
 class Entry:
     """A method on a partition: the runs of its finished seeds, what speaks for it, and what it took.
 
-    shared: its rounds may have one mask for all clients; own_masks: clients have masks of their own; kinds: what each
-    control is called, by arm; beside: the rows of the bench that are its random controls, each with runs of its own.
+    own_masks: clients have masks of their own; kinds: what each control is called, by arm; beside: the rows of the
+    bench that are its random controls, each with runs of its own.
     """
 
     label: str
     results: Results
     choice: Choice
     cost: Spending
-    shared: bool = False
     own_masks: bool = False
     kinds: Mapping[str, str] = field(default_factory=lambda: KINDS)
     beside: Mapping[str, Entry] = field(default_factory=dict)
@@ -125,19 +124,18 @@ class Entry:
 
     @cached_property
     def one_mask(self) -> bool:
-        """Say whether the control of the global model's mask has the method's own mask: one mask for all.
+        """Say whether the control of the global model's mask has the method's own mask, for every client and seed.
 
-        It has where the method's rounds share masks and all clients keep equally many weights in every layer (masks
-        of equal weights may still differ in ties), and where no client's numbers differ in any run.
+        Rows name their masks by digest; where a sparse one has none, equal numbers alone tell. Equal densities do not:
+        who shares one mask may have revived weights in it that are still zero, which are then not the largest.
         """
         control = self.of_kind(GLOBAL)
         if control is None:
             return False
-        own = [list(rows_of(facts, self.choice).values()) for facts in self.masked]
-        if self.shared and all(row.layer_density == rows[0].layer_density for rows in own for row in rows):
-            return True
-        others = [list(rows_of(facts, control).values()) for facts in self.masked]
-        return [[_numbers(row) for row in rows] for rows in own] == [[_numbers(row) for row in rows] for rows in others]
+        runs = [(rows_of(facts, self.choice), rows_of(facts, control)) for facts in self.masked]
+        pairs = [(own[client], its[client]) for own, its in runs for client in own if client in its]
+        named = all(row.ticket or row.density == 1 for pair in pairs for row in pair)
+        return bool(pairs) and all(a.ticket == b.ticket if named else _numbers(a) == _numbers(b) for a, b in pairs)
 
     def blocks(self, control: Choice | None = None) -> dict[int, float]:
         """Return the metric's mean over clients, by seed, of the method's own row or of a control's."""
@@ -351,7 +349,7 @@ def _entry(cell: Cell, folders: Sequence[Path]) -> Entry:
         raise StudyError("no client was evaluated")
     choice = results.main
     method, spent = method_of(cell.study), mean_spending([spending(facts, choice) for facts in group])
-    return Entry(cell.method, results, choice, spent, method.masks_all, method.own_masks, kinds_of(cell.study))
+    return Entry(cell.method, results, choice, spent, method.own_masks, kinds_of(cell.study))
 
 
 def _lacking(cell: Cell, entry: Entry) -> list[str]:
@@ -375,11 +373,18 @@ def _with_controls(matrix: Matrix, held: Mapping[str, Entry], label: str) -> Ent
 
 
 def _unlike(partition: str, held: Mapping[str, Entry]) -> list[str]:
-    """Say where methods of one partition and seed do not hold the same data, so that no pairing would be fair."""
+    """Say where methods of one partition do not have the same data, so that no pairing would be fair, or network."""
     found, seen = [], dict[int, tuple[str, str]]()
     for label, entry in held.items():
         for facts in entry.group:
             digests = (facts.header.data_digest, facts.header.partition_digest)
             if seen.setdefault(facts.header.seed, digests) != digests:
                 found.append(f"{partition}/{label}, seed {facts.header.seed}: other data than the methods before it")
+    sizes = {label: entry.group[0].header.num_parameters for label, entry in held.items()}
+    usual = Counter(sizes.values()).most_common(1)[0][0] if sizes else 0
+    others = "the others" if len(set(sizes.values())) == 2 else "most others"
+    for size in sorted(set(sizes.values()) - {usual}):
+        names = [label for label in sizes if sizes[label] == size]
+        has = f"{' and '.join(names)} {'has' if len(names) == 1 else 'have'}"
+        found.append(f"{partition}: {has} {size:,} parameters, {others} {usual:,}: another network.")
     return found

@@ -66,6 +66,10 @@ class Contrast:
     def ahead(self) -> bool:
         return self.verdict.strip("()") == "ahead"
 
+    @property
+    def behind(self) -> bool:
+        return self.verdict.strip("()") == "behind"
+
 
 def gains(ours: Sequence[Facts], choice: Choice, theirs: Sequence[Facts], other: Choice) -> list[Values]:
     """Return the metric on test data of ours less theirs, one array (clients,) a seed that both have."""

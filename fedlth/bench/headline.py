@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from fedlth.bench.board import Board
+import numpy as np
+
+from fedlth.bench.board import Board, Line
 from fedlth.bench.contrasts import FEWEST, LEVEL, Contrast
 from fedlth.bench.controls import GLOBAL, RANDOM
 from fedlth.bench.matrix import LOCAL, Matrix
@@ -47,37 +49,51 @@ def _federation(board: Board, partition: str) -> str:
     if not federated:
         return ""
     ahead = {name: one for name, one in federated.items() if one.ahead}
-    behind = [name for name, one in federated.items() if one.verdict.strip("()") == "behind"]
-    sure = _sure(federated)
-    worse = f" {_list(behind)} {'is' if len(behind) == 1 else 'are'} worse than local." if behind else ""
+    sure, length = _sure(federated), _length(board, partition, list(federated))
+    worse = _worse(shown, "training alone (local)", federated)
     if not ahead:
         most = max(one.num_seeds for one in federated.values())
         whole = {name: one for name, one in federated.items() if one.num_seeds == most}
         name, best = max(whole.items(), key=lambda pair: float(shown.gain(pair[1].mean)))
         if shown.gain(best.mean) <= 0:
             none = f"none of {len(federated)} federated methods has a better mean than training alone (local)"
-            return f"Federation did not help here: {none}.{worse}{_shorter(board, partition, list(federated))}"
+            return f"Federation did not help here: {none}.{worse}{length}"
         gap = f"{shown.difference(best.mean)}{_points(shown)} {shown.bounds(best.interval, signed=True)}"
         none = f"none of {len(federated)} federated methods is clearly better than training alone (local){sure}"
-        said = f"Federation is not shown to help here: {none}; the largest difference is {name}'s, {gap}."
-        return f"{said}{worse}{_shorter(board, partition, list(federated))}"
+        said = f"Federation is not shown to help here: {none}; the largest gain is {name}'s, {gap}."
+        return f"{said}{worse}{length}"
     told = [f"{name} by {shown.difference(one.mean)}" for name, one in _ranked(ahead)]
     are, unit = "is" if len(ahead) == 1 else "are", f", in{_points(shown)}" if shown.measure.percent else ""
     many = f"{len(ahead)} of {len(federated)} federated methods"
-    said = f"Better than training alone (local) {are} {many}{sure}{unit}: {_list(told)}.{worse}"
-    return f"{said}{_shorter(board, partition, list(federated))}"
+    return f"Better than training alone (local) {are} {many}{sure}{unit}: {_list(told)}.{worse}{length}"
 
 
-def _shorter(board: Board, partition: str, names: Sequence[str]) -> str:
-    """Warn where local has trained for fewer epochs than methods that it is held against."""
+def _worse(shown: Shown, phrase: str, found: Mapping[str, Contrast]) -> str:
+    """Name who is clearly worse than what `phrase` says, the furthest first, as a sentence with a space before it."""
+    behind = {name: one for name, one in found.items() if one.behind}
+    if not behind:
+        return ""
+    told = [f"{name} by {shown.difference(one.mean)}" for name, one in _ranked(behind)]
+    unit = f", in{_points(shown)}" if shown.measure.percent else ""
+    return f" Worse than {phrase}{_sure(behind)}{unit}: {_list(told)}."
+
+
+def _length(board: Board, partition: str, names: Sequence[str]) -> str:
+    """Warn where local has trained for fewer or more epochs than methods that it is held against."""
     held, label = board.entries[partition], board.matrix.label_of(LOCAL)
     assert label is not None
     epochs = {name: held[name].cost.round_epochs + held[name].cost.own_epochs for name in (label, *names)}
-    longer = [f"{name} {count(round(epochs[name], 1))}" for name in names if epochs[name] > epochs[label] + 0.05]
-    if not longer:
+    longer = [f"{name} {_epochs(epochs[name])}" for name in names if epochs[name] > epochs[label] + 0.05]
+    shorter = [name for name in names if epochs[name] < epochs[label] - 0.05]
+    if not longer and not shorter:
         return ""
+    usual = float(np.median([epochs[name] for name in names]))
+    told = [f"fewer than {_list(longer)}"] if longer else []
+    if shorter:
+        among = f"{len(shorter)} of {len(names)} federated methods (the median of all is {_epochs(usual)})"
+        told.insert(0, f"more than {among}")
     return (
-        f" A caution: local trained for {count(round(epochs[label], 1))} epochs a client, fewer than {_list(longer)}: "
+        f" A caution: local trained for {_epochs(epochs[label])} epochs a client, {' and '.join(told)}: "
         "a part of such a difference may be the longer training."
     )
 
@@ -87,7 +103,7 @@ def _masks(board: Board, partition: str) -> list[str]:
     sentences = []
     for kind, phrase in ((RANDOM, "a random mask of the same density"), (GLOBAL, "the global model's own mask")):
         found = board.beaten(partition, kind)
-        idle = {name: one for name, one in found.items() if not one.ahead}
+        idle = {name: one for name, one in found.items() if not one.ahead and not one.behind}
         good = {name: one for name, one in found.items() if one.ahead}
         if idle:
             verb = "is not shown to beat" if len(idle) == 1 else "are not shown to beat"
@@ -96,6 +112,8 @@ def _masks(board: Board, partition: str) -> list[str]:
             sentences.append(f"The {whose} of {_list(list(idle))} {verb} {phrase}{_sure(idle)}{seen}.")
         if good:
             sentences.append(f"Better than {phrase}{_sure(good)}: {_list(list(good))}.")
+        if board.shown is not None and (worse := _worse(board.shown, phrase, found)):
+            sentences.append(worse.strip())
     return sentences
 
 
@@ -159,12 +177,16 @@ def warnings(board: Board) -> tuple[str, ...]:
         for name, entry in held.items():
             if entry.makes_masks and entry.of_kind(RANDOM) is None and not entry.beside:
                 found.append(f"{partition}/{name} makes masks, but no random mask stands beside it.")
-            for row, ran in {name: entry, **entry.beside}.items():
-                main = ran.results.summary(ran.choice)
-                if main is not None and main.diverged:
-                    many = f"{main.diverged} clients"
-                    found.append(f"{partition}/{row}: the training of {many} diverged; each is a guess.")
+        found += [_diverged(partition, line) for line in board.lines[partition] if line.summary.diverged]
     return tuple(found)
+
+
+def _diverged(partition: str, line: Line) -> str:
+    """Say of how many clients the training diverged, of a method's own row or of a control's, then by its arm."""
+    arm = f", its {line.control} (arm {line.summary.choice.arm})" if line.control and not line.row else ""
+    many = line.summary.diverged
+    told = "1 client diverged; it is a guess" if many == 1 else f"{many} clients diverged; each is a guess"
+    return f"{partition}/{line.row or line.method}{arm}: the training of {told}."
 
 
 def idle(matrix: Matrix) -> list[str]:
@@ -193,6 +215,10 @@ def needed(seeds: int, methods: int) -> float:
 
 def _seeds(number: int) -> str:
     return f"{number} seed{'' if number == 1 else 's'}"
+
+
+def _epochs(number: float) -> str:
+    return count(round(number, 1))
 
 
 def _points(shown: Shown) -> str:

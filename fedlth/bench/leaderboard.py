@@ -23,6 +23,7 @@ from fedlth.bench.tables import (
     unequal,
     whole_table,
 )
+from fedlth.bench.ticket_table import tickets_table
 from fedlth.errors import require
 from fedlth.report.build import embedded, filled_page, write_file
 from fedlth.report.canvas import drawn
@@ -30,7 +31,7 @@ from fedlth.report.tables import WIDTH, Table, aligned, csv_text, latex, markdow
 
 
 def write_leaderboard(matrix: Matrix, root: Path) -> tuple[Path, str]:
-    """Write leaderboard.html, .md, .tex and .csv, cells.csv and tuning.csv; return the page's path and its text.
+    """Write leaderboard.html, .md, .tex and .csv, and three more CSV files; return the page's path and its text.
 
     Equal runs give an equal leaderboard.csv: what a clock or this machine decides stands in cells.csv.
     """
@@ -48,6 +49,8 @@ def write_leaderboard(matrix: Matrix, root: Path) -> tuple[Path, str]:
     ]  # fmt: skip
     write_file(root / "leaderboard.csv", leaderboard_csv(board).encode())
     write_file(root / "cells.csv", csv_text(_plain_cells(board)).encode())
+    if (tickets := tickets_table(board)).rows:
+        write_file(root / "tickets.csv", csv_text(tickets).encode())
     if tuning.rows:
         write_file(root / "tuning.csv", csv_text(tuning_csv(rates, board.shown)).encode())
     write_file(root / "leaderboard.md", f"# {matrix.name}\n\n{head}\n\n{chr(10).join(tables)}".encode())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedlth.bench.board import Board, Entry, Line
-from fedlth.bench.contrasts import contrast, gains, masked
+from fedlth.bench.contrasts import Contrast, contrast, gains, masked
 from fedlth.bench.drawing import MARKS, MEGA, control_legend, stretch
 from fedlth.report.canvas import Theme, end_labels, spread
 from fedlth.report.choice import Choice
@@ -46,31 +46,42 @@ def mask_lines(board: Board) -> list[MaskLine]:
 
 
 def _points(entry: Entry, personal: str, general: str) -> list[tuple[float, float, Interval]]:
-    shown, group = entry.results.shown, masked(entry.group, personal)
+    shown = entry.results.shown
     points: list[tuple[float, float, Interval]] = []
-    choices = {summary.choice: summary for summary in entry.results.summaries}
-    for one, summary in choices.items():
-        if one.arm != personal or one.chosen or summary.density > 1 - 1e-9:
-            continue
-        other = Choice(general, one.target_density)
-        if other not in choices:
-            alone = [choice for choice in choices if choice.arm == general] if general == "own_global_mask" else []
-            if not alone:
-                continue
-            other = alone[0]
-        found = contrast(gains(group, one, group, other), better=shown.measure.higher_is_better)
+    for one, density in sparse(entry, personal):
+        other = control_at(entry, general, one.target_density)
+        found = None if other is None else less(entry, one, other)
         if found is not None:
             sign = shown.factor if shown.measure.higher_is_better else -shown.factor
             ends = sorted((sign * found.interval.low, sign * found.interval.high))
-            points.append((summary.density, sign * found.mean, Interval(*ends)))
+            points.append((density, sign * found.mean, Interval(*ends)))
     return points
+
+
+def sparse(entry: Entry, personal: str) -> list[tuple[Choice, float]]:
+    """Return the densities at which a personal mask was evaluated, with what it kept there."""
+    found = ((summary.choice, summary.density) for summary in entry.results.summaries)
+    return [(one, kept) for one, kept in found if one.arm == personal and not one.chosen and kept <= 1 - 1e-9]
+
+
+def control_at(entry: Entry, arm: str, target_density: float) -> Choice | None:
+    """Return a control at a density; one whose clients each have a density of their own is there once."""
+    known = [summary.choice for summary in entry.results.summaries if summary.choice.arm == arm]
+    alone = known[:1] if arm.startswith("own_") else []
+    return next((one for one in known if one == Choice(arm, target_density)), next(iter(alone), None))
+
+
+def less(entry: Entry, one: Choice, other: Choice) -> Contrast | None:
+    """Return a personal mask less a control, by seed and by the clients that can have such a mask."""
+    group = masked(entry.group, one.arm)
+    return contrast(gains(group, one, group, other), better=entry.results.shown.measure.higher_is_better)
 
 
 def wins_below(line: MaskLine) -> float | None:
     """Return the largest density from which on, to the sparsest measured, the whole interval is above zero."""
     found = None
     for density, _, interval in reversed(line.points):  # from the sparsest on
-        if interval.low <= 0:
+        if not interval.low > 0:  # of too few pairs it is NaN
             break
         found = density
     return found

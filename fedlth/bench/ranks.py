@@ -39,14 +39,15 @@ class Ranking:
 def ranking(scores: Mapping[str, Mapping[str, float]], *, higher_is_better: bool) -> Ranking | None:
     """Return the ranking of `scores`, method -> block -> value, over the blocks that every method has.
 
-    None for fewer than two methods or two blocks. Equal values share the mean of their ranks.
+    None for fewer than two methods or two blocks. Equal values (to 12 digits: means of equal accuracies may differ in
+    their last bit) share the mean of their ranks.
     """
     from scipy.stats import rankdata
 
     blocks = [b for b in next(iter(scores.values()), {}) if all(b in values for values in scores.values())]
     if len(scores) < 2 or len(blocks) < 2:
         return None
-    values = np.array([[scores[name][block] for block in blocks] for name in scores])
+    values = np.round([[scores[name][block] for block in blocks] for name in scores], 12)
     ranks: NDArray[np.float64] = rankdata(-values if higher_is_better else values, axis=0)
     means = ranks.mean(axis=1)
     order = np.argsort(means, kind="stable")

@@ -222,7 +222,7 @@ def tuning_csv(rates: Sequence[Tried], shown: Shown | None) -> Table:
     """Return the same for programs: numbers alone, the score in the page's unit."""
     percent, rows = shown is not None and shown.measure.percent, []
     for one in rates:
-        score = one.score if isinstance(one.score, str) else _plain(one.score * (100.0 if percent else 1.0))
+        score = one.score if isinstance(one.score, str) else plain(one.score * (100.0 if percent else 1.0))
         moved = "" if one.moved is None else str(one.moved)
         rows.append((one.partition, one.method, one.seeds, one.lr, score, str(int(one.chosen)), moved))
     score = f"validation_{shown.slug if shown else 'metric'}{'_percent' if percent else ''}"
@@ -261,11 +261,11 @@ def leaderboard_csv(board: Board) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(header or ["partition", "method"])
-    writer.writerows([[_plain(row.get(key)) for key in header] for row in rows])
+    writer.writerows([[plain(row.get(key)) for key in header] for row in rows])
     return out.getvalue()
 
 
-def _plain(value: object) -> str:
+def plain(value: object) -> str:
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return ""
     return f"{value:.8g}" if isinstance(value, float) else str(value)
@@ -329,8 +329,8 @@ def _cost(cost: Spending, line: Line) -> dict[str, object]:
         "down_once_bytes": cost.once_down_bytes,
         "up_once_bytes": cost.once_up_bytes,
         "beside_bytes": cost.beside_bytes,
-        "down_bits_per_parameter_and_round": cost.down_bits,
-        "up_bits_per_parameter_and_round": cost.up_bits,
+        "down_bits_per_number_and_visit": cost.down_bits,
+        "up_bits_per_number_and_visit": cost.up_bits,
         "training_flops": cost.flops,
         "alive_training_flops": cost.alive_flops,
         "round_epochs": cost.round_epochs,

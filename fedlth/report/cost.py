@@ -13,7 +13,8 @@ from fedlth.report.facts import Facts, grouped
 from fedlth.report.results import Results, alive_flops
 from fedlth.storage.records import Work
 
-CPU = "CPU s"
+CPU, GFLOP = "CPU s", "GFLOP"
+MEASURE = {CPU: "in CPU time, as measured", GFLOP: "in FLOPs, as counted"}
 SHORT_S = 0.05  # an epoch of fewer CPU seconds: two runs of equal bits have told 5 and 242 rounds
 
 
@@ -60,7 +61,8 @@ def cost_text(results: Results) -> str:
         short = cost.unit == CPU and cost.dense < SHORT_S
         parts.append(
             f"An epoch inside the ticket takes {cost.ticket:.3g} {cost.unit} a client, its dense twin "
-            f"{cost.dense:.3g} ({cost.ticket / cost.dense:.2f} of it); the search took {cost.search:.3g}, so {paid}."
+            f"{cost.dense:.3g} ({cost.ticket / cost.dense:.2f} of it); the search took {cost.search:.3g}: "
+            f"{MEASURE[cost.unit]}, {paid}."
             + (" Trainings as short as these are fixed costs and noise for the most part." if short else "")
         )
     return " ".join([*parts, *_evaluation(results)])
@@ -137,4 +139,4 @@ def _flops(results: Results, choice: Choice) -> Cost | None:
     if not dense or max(searches) <= 0:
         return None
     giga = 1e-9
-    return Cost("GFLOP", giga * float(np.mean(dense)), giga * float(np.mean(inside)), giga * float(np.mean(searches)))
+    return Cost(GFLOP, giga * float(np.mean(dense)), giga * float(np.mean(inside)), giga * float(np.mean(searches)))

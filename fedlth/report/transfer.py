@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from fedlth.report.build import write_file
 from fedlth.report.canvas import Picture, Theme, drawn
 from fedlth.report.measure import Shown
+from fedlth.report.sparsity import ROUNDING
 from fedlth.report.tables import Table, aligned, csv_text, markdown
 from fedlth.report.units import NOTHING
 from fedlth.storage.header import Header, read_header
@@ -112,7 +113,7 @@ def grid_of(headers: Sequence[Header], seeds: Sequence[Sequence[Cell]]) -> Grid:
         density=_mean(density),
         jaccard=_mean(overlap),
         difference=_mean(values - values[:, [row[DENSE]], :]) if DENSE in row else np.full(gap.shape, np.nan),
-        dark=gap * gain >= 0,
+        dark=gap * gain >= -ROUNDING,  # equal means over seeds may differ in their last bit
     )
 
 

@@ -56,7 +56,7 @@ def test_a_mask_stands_beside_its_controls(whole: Path) -> None:
 
 
 def test_csv_columns_carry_units_and_name_no_clock(whole: Path) -> None:
-    units = ("percent", "points", "bytes", "share", "flops", "epochs", "seconds", "_p", "_p_holm", "_and_round")
+    units = ("percent", "points", "bytes", "share", "flops", "epochs", "seconds", "_p", "_p_holm", "_and_visit")
     for name in rows(whole)[0]:
         words = ("partition", "method", "row", "arm", "metric", "seeds", "clients", "diverged_clients")
         assert name in words or name.endswith(units), name
@@ -76,7 +76,7 @@ def test_the_cost_of_a_method_is_without_what_judges_it(whole: Path) -> None:
         assert any(row["kind"] == "evaluation" for row in ledger)
     assert float(found["lotteryfl"]["down_bytes"]) == moved / 2
     assert float(found["local"]["down_bytes"]) == float(found["local"]["up_bytes"]) == 0
-    assert 25 < float(found["fedavg"]["down_bits_per_parameter_and_round"]) < 33
+    assert 25 < float(found["fedavg"]["down_bits_per_number_and_visit"]) < 33
     assert float(found["fedavg"]["training_flops"]) > 0 and found["fedavg"]["round_epochs"] == "1"
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny_bench
 from matplotlib.figure import Figure
 
-from fedlth.bench.board import read_board
-from fedlth.bench.contrasts import contrast, corrected, over_seeds, paired_t
+from fedlth.bench.board import Board, read_board
+from fedlth.bench.contrasts import NO_INTERVAL, contrast, corrected, over_seeds, paired_t
 from fedlth.bench.controls import GLOBAL, RANDOM
 from fedlth.bench.drawing import MARKS, stretch
 from fedlth.bench.headline import _seen, headline, warnings
@@ -24,11 +26,14 @@ from fedlth.bench.matrix import load
 from fedlth.bench.pictures import Pareto, Rows, limits, numbers, pareto, pictures
 from fedlth.bench.ranks import critical_difference, friedman, ranking
 from fedlth.bench.tables import cost_table, leaderboard_csv, outcome_table, whole_table
+from fedlth.bench.ticket_table import tickets_table
 from fedlth.bench.time_to import time_to_worst
 from fedlth.report.canvas import LIGHT
+from fedlth.report.choice import Choice
 from fedlth.report.facts import read_run
 from fedlth.report.intervals import Interval
 from fedlth.report.measure import Shown
+from fedlth.report.tables import csv_text
 from fedlth.storage.header import ACCURACY
 from tests import tiny
 from tests.report.fake_run import write_run
@@ -63,6 +68,10 @@ def test_ties_share_ranks_and_lower_can_be_better() -> None:
     found = ranking(scores, higher_is_better=False)
     assert found is not None and (found.names, found.ranks) == (("a", "b", "c"), (1.25, 1.75, 3.0))
     assert found.blocks == ("1", "2")
+    assert 0.1 + 0.2 > 0.3 and 0.1 + 0.7 < 0.8  # equal accuracies, summed in another order
+    one, other = {"1": 0.1 + 0.2, "2": 0.8}, {"1": 0.3, "2": 0.1 + 0.7}
+    level = ranking({"a": one, "b": other}, higher_is_better=True)
+    assert level is not None and level.ranks == (1.5, 1.5)
     assert ranking({"a": {"1": 0.5}, "b": {"1": 0.2}}, higher_is_better=True) is None
 
 
@@ -170,6 +179,73 @@ def test_one_mask_for_all_is_not_held_against_itself(made_up: tuple[Path, Path])
     assert any(row[1] == "global model's mask: the same mask" for row in outcome_table(board, "iid").rows)
 
 
+@pytest.mark.parametrize("digest", ["a", "b"])
+def test_one_mask_for_all_is_the_global_models_where_the_digests_say_so(digest: str, tmp_path: Path) -> None:
+    """PruneFL's clients share one mask, of which the last readjustment has revived weights that are still zero."""
+    methods = {"fedavg": {}, "prunefl": {}, "local": {}}
+    file = tiny_bench.write(tmp_path, methods=methods, partitions={"iid": {}}, seeds=[0, 1, 2])
+    for method in methods:
+        for seed in range(3):
+            place = tmp_path / "tiny" / "iid" / method / str(seed)
+            run = write_run(place, seed=seed, num_clients=10, rounds=4, method=method)
+            if method == "prunefl":  # equally dense in every layer, whatever the mask
+                prune_in_rounds(run, 0.01 * seed, own_tuned="a", own_global_mask=digest, own_random="c")
+    board = read_board(load(file), tmp_path / "tiny")
+    entry = board.entries["iid"]["prunefl"]
+    assert entry.choice.arm == "own_tuned" and entry.one_mask == (digest == "a")
+    assert ("prunefl" in board.beaten("iid", GLOBAL)) == (digest == "b")
+    (told,) = (row[1] for row in outcome_table(board, "iid").rows if row[1].startswith(GLOBAL) and "seen" in row[1])
+    assert (told == f"{GLOBAL}: the same mask (seen clients)") == (digest == "a")
+
+
+def rewritten(made_up: tuple[Path, Path], folder: Path, change: Callable[[str, int, dict[str, Any]], None]) -> Board:
+    """Return the made-up bench after `change(method, seed, row)` of every metric row, in a copy."""
+    shutil.copytree(made_up[1], folder / "tiny")
+    for file in sorted((folder / "tiny" / "iid").glob("*/*/metrics.jsonl")):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for row in rows:
+            change(file.parent.parent.name, int(file.parent.name), row)
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return read_board(load(made_up[0]), folder / "tiny")
+
+
+def test_who_is_worse_is_said_to_be_and_not_among_the_undecided(made_up: tuple[Path, Path], tmp_path: Path) -> None:
+    def change(method: str, seed: int, row: dict[str, Any]) -> None:
+        if (row["arm"], row["target_density"]) != ("ticket", 0.2):
+            return
+        value = row["test_accuracy"]
+        shift = {"fedavg": -0.3 - 0.001 * seed, "two_step": (0.01, -0.005, 0.02)[seed]}.get(method, 0.0)
+        row["test_accuracy"] = float(np.clip(value + shift, 0, 1))
+
+    board = rewritten(made_up, tmp_path, change)
+    said = headline(board)["iid"]
+    assert "Federation is not shown to help here" in said and "the largest gain is two_step's, +0." in said
+    assert "Worse than training alone (local) (paired t over 3 seeds, Holm, 5 %), in points: fedavg by −30." in said
+    random = board.beaten("iid", RANDOM)
+    assert random["fedavg"].behind and random["two_step"].ahead
+    (worse,) = (one for one in said.split(". ") if one.startswith("Worse than a random mask"))
+    assert worse.startswith(
+        "Worse than a random mask of the same density (paired t over 3 seeds, Holm, 5 %), in points:"
+    )
+    assert "fedavg by −" in worse and "is not shown to beat a random mask" not in said
+    (undecided,) = (one for one in said.split(". ") if "not shown to beat the global model's own mask" in one)
+    assert board.beaten("iid", GLOBAL)["fedavg"].behind and "two_step" in undecided and "fedavg" not in undecided
+
+
+def test_every_diverged_training_is_told(made_up: tuple[Path, Path], tmp_path: Path) -> None:
+    def change(method: str, seed: int, row: dict[str, Any]) -> None:
+        place = method, seed, row["arm"], row["target_density"]
+        if place in (("two_step", 0, "dense", 1), ("two_step", 1, "global_mask", 0.2), ("fedavg", 0, "ticket", 0.2)):
+            row["diverged"] = row["client"] < (2 if row["arm"] == "ticket" else 1)
+
+    told = [line for line in warnings(rewritten(made_up, tmp_path, change)) if "diverged" in line]
+    assert sorted(told) == [
+        "iid/fedavg: the training of 2 clients diverged; each is a guess.",
+        "iid/two_step, its dense twin (arm dense): the training of 1 client diverged; it is a guess.",
+        "iid/two_step, its global model's mask (arm global_mask): the training of 1 client diverged; it is a guess.",
+    ]
+
+
 @pytest.fixture(scope="module")
 def with_row(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A bench of made-up runs in which one row is the control of another: its file and its folder."""
@@ -256,8 +332,33 @@ def test_the_picture_of_masks_has_every_density(made_up: tuple[Path, Path]) -> N
     assert f"the better one in two_step from density {begins:.2g} on" in crossing([line])
     lost = replace(line, points=(*line.points, (0.01, -1.0, Interval(-2.0, 0.5))))
     assert wins_below(lost) is None and "No uncorrected" in crossing([lost])
+    unknown = replace(line, points=((0.2, 1.0, NO_INTERVAL),))  # one client of one seed
+    assert wins_below(unknown) is None and "No uncorrected" in crossing([unknown])
     found = {picture.name: picture for picture in pictures(board)}
     assert {f"{kind}_{one}" for kind in ("rows", "pareto", "tickets") for one in board.entries} <= set(found)
+
+
+def test_what_masks_reach_at_every_density_is_in_a_table(made_up: tuple[Path, Path], pruned: tuple[Path, Path]) -> None:
+    board = read_board(load(made_up[0]), made_up[1])
+    rows = [row for row in csv.DictReader(csv_text(tickets_table(board)).splitlines()) if row["method"] == "two_step"]
+    assert [(row["at_density_share"], row["arm"]) for row in rows] == [
+        (f"{density:g}", arm) for density in (0.5, 0.2, 0.1, 0.05)
+        for arm in ("ticket", "random", "global_mask", "dense", "dense_total")
+    ]  # fmt: skip
+    line = next(line for line in mask_lines(board) if line.method == "two_step")
+    general = [row for row in rows if row["arm"] == "global_mask"]
+    for (density, gain, ends), row in zip(line.points, general, strict=True):
+        names = ("at_density_share", *(f"own_less_control{end}_points" for end in ("", "_low", "_high")))
+        assert [float(row[name]) for name in names] == pytest.approx([density, gain, ends.low, ends.high])
+    known = {summary.choice: summary for summary in board.entries["iid"]["two_step"].results.summaries}
+    for row in rows:
+        target = 1.0 if row["arm"].startswith("dense") else float(row["at_density_share"])
+        assert float(row["mean_percent"]) == pytest.approx(100 * known[Choice(row["arm"], target)].mean)
+        assert (row["row"] == "own result") == (not row["own_less_control_points"])
+    seen = csv.DictReader(csv_text(tickets_table(read_board(load(pruned[0]), pruned[1]))).splitlines())
+    told = {row["arm"]: (row["mean_percent"], row["clients"]) for row in seen if row["method"] == "lotteryfl"}
+    assert told == {"own_tuned": ("81", "8"), "own_random": ("71", "8"), "own_global_mask": ("76", "8"),
+                    "dense": ("79", "8")}  # fmt: skip
 
 
 def test_what_bytes_buy_has_controls_and_intervals_over_seeds(made_up: tuple[Path, Path]) -> None:
@@ -303,8 +404,11 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return file, folder / "tiny"
 
 
-def prune_in_rounds(run: Path, more: float) -> None:
-    """Give a run a method's own masks and their controls; where there is no mask, all of them are one dense model."""
+def prune_in_rounds(run: Path, more: float, **masks: str) -> None:
+    """Give a run a method's own masks and their controls; where there is no mask, all of them are one dense model.
+
+    masks: the digest of an arm's mask, by arm.
+    """
     own = {"own_tuned": 0.8, "own_random": 0.7, "own_global_mask": 0.75, "dense": 0.78}
     told = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     kept = [row for row in told if row["arm"] == "local"]
@@ -312,7 +416,10 @@ def prune_in_rounds(run: Path, more: float) -> None:
         for arm, accuracy in own.items():
             density = 1.0 if row["unseen"] or arm == "dense" else 0.25
             value = 0.9 if row["unseen"] else accuracy + more
-            kept.append({**row, "arm": arm, "density": density, "target_density": 1.0, "test_accuracy": value})
+            ticket = masks.get(arm, "") if density < 1 else ""
+            kept.append(
+                {**row, "arm": arm, "ticket": ticket, "density": density, "target_density": 1.0, "test_accuracy": value}
+            )
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
 
 
@@ -363,6 +470,15 @@ def test_the_words_warn_where_local_trained_less(made_up: tuple[Path, Path]) -> 
         f"A caution: local trained for {own:.0f} epochs a client, fewer than fedavg 108: a part"
         in headline(board)["iid"]
     )
+    # or more: that, too, is no fair race
+    board.entries["iid"]["fedavg"] = replace(entry, cost=replace(entry.cost, round_epochs=1.0, own_epochs=2.0))
+    usual = (
+        3 + board.entries["iid"]["two_step"].cost.own_epochs + board.entries["iid"]["two_step"].cost.round_epochs
+    ) / 2
+    assert (
+        f"A caution: local trained for {own:.0f} epochs a client, more than 1 of 2 federated methods "
+        f"(the median of all is {usual:.3g}): a part" in headline(board)["iid"]
+    )
 
 
 def test_the_time_to_what_the_worst_reaches(made_up: tuple[Path, Path], tmp_path: Path) -> None:
@@ -401,7 +517,7 @@ def test_the_time_is_of_the_curve_over_all_clients_where_there_is_one(tmp_path: 
 
 
 def test_equal_runs_give_an_equal_leaderboard(made_up: tuple[Path, Path]) -> None:
-    names = ("leaderboard.csv", "leaderboard.html", "leaderboard.md", "leaderboard.tex")
+    names = ("leaderboard.csv", "leaderboard.html", "leaderboard.md", "leaderboard.tex", "tickets.csv")
     write_leaderboard(load(made_up[0]), made_up[1])
     first = {name: (made_up[1] / name).read_bytes() for name in names}
     write_leaderboard(load(made_up[0]), made_up[1])
@@ -417,6 +533,10 @@ def test_other_data_are_told(made_up: tuple[Path, Path], tmp_path: Path) -> None
         header.write_text(json.dumps({**json.loads(kept), "partition_digest": "00" * 32}))
         board = read_board(load(made_up[0]), made_up[1])
         assert any("other data" in line for line in warnings(board))
+        header.write_text(json.dumps({**json.loads(kept), "num_parameters": 44_470}))
+        usual = json.loads(kept)["num_parameters"]
+        told = f"iid: fedavg has 44,470 parameters, the others {usual:,}: another network."
+        assert told in warnings(read_board(load(made_up[0]), made_up[1]))
     finally:
         header.write_text(kept)
 

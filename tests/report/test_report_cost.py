@@ -34,6 +34,9 @@ def test_a_run_tells_what_its_tickets_cost(tmp_path: Path) -> None:
     trained = [one for one in work if one.density == 1 and one.epochs == 2]
     assert len(trained) == 4 and cpu.search == pytest.approx(sum(one.cpu_s for one in trained) / 4)
     assert "of 1 epoch." in cost_text(results) and "GFLOP" in cost_text(results)
+    # two sentences that may disagree each say by what they count
+    assert ": in CPU time, as measured, a ticket" in cost_text(results)
+    assert ": in FLOPs, as counted, a ticket has paid for its search after" in cost_text(results)
     without = tuple(replace(facts, times=()) for facts in group)
     assert [cost.unit for cost in costs(results_of(without))] == ["GFLOP"]
 
