@@ -127,7 +127,7 @@ def _serve(order: Order, place: Place, step: Step) -> Reply | Failure:
             store.put(job.client, f"{job.phase}-{job.round}", answer.state)
             if place.state_dir is not None and step is client_step:  # it predicts with its own ticket, run or no run
                 experiment, kept = open_experiment(job.study), ClientState.from_bytes(answer.state)
-                device_ticket.keep(experiment, job.client, job.phase, kept, store.root)
+                device_ticket.keep(experiment, job.client, job.phase, kept, store.root, name=order.name)
         except OSError as error:
             return Failure(round=job.round, client=job.client, kind="raised", reason=one_line(error))
     return answer

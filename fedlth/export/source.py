@@ -61,18 +61,24 @@ def opened(run: Path, client: int) -> Source:
     layout = layout_of(module, masks)
     bits = [np.unpackbits(masks[e.name], count=e.size) for e in layout.prunable]
     mask = np.concatenate(bits).astype(bool) if bits else np.zeros(0, bool)
-    task = Experiment.of(RunFolder(run).study()).task_of(client)
+    study = RunFolder(run).study()
+    task = Experiment.of(study).task_of(client)
     test = task.part(client, "test").to("cpu")
     if not len(test):
         raise StudyError(f"{place}: must have test examples, on which an export is compared with the ticket, got none")
-    return Source(place, client, module, layout, mask, task, test, _about(run, client, task, meta, mask))
+    return Source(place, client, module, layout, mask, task, test, _about(run, client, task, meta, mask, name=study.study))
 
 
-def _about(run: Path, client: int, task: Task, meta: Mapping[str, str], mask: np.ndarray) -> dict[str, Any]:
-    """Describe a ticket: what makes its network, what goes in and comes out, where it is from."""
-    study, data, told = task.study, task.dataset, about(task)
+def _about(
+    run: Path, client: int, task: Task, meta: Mapping[str, str], mask: np.ndarray, *, name: str
+) -> dict[str, Any]:
+    """Describe a ticket: what makes its network, what goes in and comes out, where it is from.
+
+    `name` is the study's, which that of a task is without.
+    """
+    data, told = task.dataset, about(task)
     counts = read_header(run).client_labels
     if data.targets == "classes" and client < len(counts):
         told["client_classes"] = [label for label, count in enumerate(counts[client]) if count]
-    told |= {"study": study.study, "data": data.name, "client": client, "arm": meta.get("arm", "ticket")}
+    told |= {"study": name, "data": data.name, "client": client, "arm": meta.get("arm", "ticket")}
     return told | {"density": float(mask.mean()) if mask.size else 1.0, "ticket": meta.get("ticket", "")}

@@ -27,6 +27,7 @@ from fedlth.experiment.saved_ticket import load_ticket
 from fedlth.federation import session
 from fedlth.output import lines_to
 from fedlth.report.diff import diff, notes
+from fedlth.storage import ticket_file
 from fedlth.study import schema
 from fedlth.training.task import forget_tasks
 from tests import tiny
@@ -163,6 +164,8 @@ def test_devices_equal_the_simulation(tmp_path: Path, more: dict[str, Any]) -> N
     assert any(line.startswith("data of 3 devices: ") for line in lines)
     for client in range(3):  # its own file, which needs neither run nor data
         (file,) = (tmp_path / "states" / str(client)).glob(f"*/client-{client:04d}.safetensors")
+        simulated_file = tmp_path / "all" / "tickets" / file.name
+        assert ticket_file.read(file)[1]["study"] == ticket_file.read(simulated_file)[1]["study"] == "tiny"
         own, simulated = load_ticket(file).state_dict(), load_ticket(tmp_path / "all", client).state_dict()
         assert own.keys() == simulated.keys() and all(torch.equal(own[name], simulated[name]) for name in own)
     header = json.loads((tmp_path / "apart" / "header.json").read_text())

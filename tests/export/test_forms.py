@@ -71,6 +71,7 @@ def test_the_dense_form_loads_strictly_without_us(run: Path) -> None:
     with safe_open(told.folder / "model.safetensors", "pt") as file:
         meta = file.metadata()
     assert meta["format"] == "pt" and meta["model"] == CONV["name"] and json.loads(meta["input_shape"]) == [1, 8, 8]
+    assert meta["study"] == "tiny"  # the run's own, which the text of a job is without
     assert json.loads(meta["mean"]) == [0.5] and meta["num_classes"] == "4" and len(meta["ticket"]) == 16
     assert set(json.loads(meta["client_classes"])) <= {0, 1, 2, 3}
 
