@@ -66,7 +66,8 @@ def opened(run: Path, client: int) -> Source:
     test = task.part(client, "test").to("cpu")
     if not len(test):
         raise StudyError(f"{place}: must have test examples, on which an export is compared with the ticket, got none")
-    return Source(place, client, module, layout, mask, task, test, _about(run, client, task, meta, mask, name=study.study))
+    described = _about(run, client, task, meta, mask, name=study.study)
+    return Source(place, client, module, layout, mask, task, test, described)
 
 
 def _about(
