@@ -238,8 +238,8 @@ def test_data_that_live_with_the_devices(tmp_path: Path) -> None:
     folder = make.init(tmp_path / "fed", path, [], devices=2, hosts=(HOST,), port=8443)
     missing = found(folder)
     assert missing[1] == (
-        f"device-1/node.toml: data-dir: {folder.device(1)}/data is not there; put this device's data there, or move its "
-        "folder to where they are"
+        f"device-1/node.toml: data-dir: {folder.device(1)}/data is not there; put this device's data there, or move "
+        "its folder to where they are"
     )
     assert len(missing) == 2 and missing[0].startswith("device-0/node.toml: data-dir: ")
     (folder.device(0) / "data").mkdir()
