@@ -24,6 +24,7 @@ from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
 from fedlth.experiment.resolve import resolve
 from fedlth.experiment.saved_ticket import load_ticket
+from fedlth.export.export import export_ticket
 from fedlth.federation import session
 from fedlth.output import lines_to
 from fedlth.report.diff import diff, notes
@@ -166,6 +167,8 @@ def test_devices_equal_the_simulation(tmp_path: Path, more: dict[str, Any]) -> N
         (file,) = (tmp_path / "states" / str(client)).glob(f"*/client-{client:04d}.safetensors")
         simulated_file = tmp_path / "all" / "tickets" / file.name
         assert ticket_file.read(file)[1]["study"] == ticket_file.read(simulated_file)[1]["study"] == "tiny"
+        exported = export_ticket(file, to="safetensors")
+        assert exported.random and exported.client == client and exported.folder.is_relative_to(file.parent / "export")
         own, simulated = load_ticket(file).state_dict(), load_ticket(tmp_path / "all", client).state_dict()
         assert own.keys() == simulated.keys() and all(torch.equal(own[name], simulated[name]) for name in own)
     header = json.loads((tmp_path / "apart" / "header.json").read_text())
