@@ -91,6 +91,15 @@ def test_files_named_in_the_docs_exist() -> None:
             assert (ROOT / name).exists(), f"{page.name}: {name}"
 
 
+def test_the_docs_say_how_a_federation_is_installed_into_the_environment_of_make_run() -> None:
+    made, page = (ROOT / "Makefile").read_text(), (DOCS / "deploy.md").read_text()
+    assert "VENV := .venv" in made and "python3 -m venv .venv" in page, "one place for both"
+    (own,) = re.findall(r'^pip install -c constraints.txt --extra-index-url \S+ "\.\[(.*)\]"$', page, re.M)
+    (added,) = re.findall(r'pip install -c constraints.txt -e "\.\[(.*)\]"$', page, re.M)
+    assert added == own and "`make run`" in page.partition(f'-e ".[{added}]"')[0]
+    assert re.search(r'-e "\.\[', made), "else the checkout would be installed as a copy in place of itself"
+
+
 CONFIGS = sorted((ROOT / "configs").glob("**/*.yaml"))
 LOTTERIES = [path for path in CONFIGS if "lottery" in schema.read_tree(path)]
 

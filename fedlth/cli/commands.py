@@ -101,11 +101,18 @@ def tickets(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     with importing():
         from fedlth.export.export import export_ticket, form_of, place_of
+        from fedlth.export.source import client_of
         from fedlth.report.export_text import exported
         from fedlth.report.facts import read_run
         from fedlth.report.ticket_text import named
 
     form = form_of(tuple(args.to))
+    if args.run.is_file():
+        if args.client:
+            raise StudyError(f"{args.run}: holds one ticket, so no client is named beside it, got {args.client[0]}")
+        place = place_of(args.run.parent, client_of(args.run), form, args.out)
+        say(exported(export_ticket(args.run, to=form, out=place)), end="")
+        return 0
     clients = [saved.client for saved in named(read_run(args.run), args.client)]
     places = [place_of(args.run, client, form, args.out) for client in clients]  # all free, before the first is written
     for client, place in zip(clients, places, strict=True):

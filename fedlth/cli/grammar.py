@@ -73,7 +73,8 @@ def parser() -> argparse.ArgumentParser:
         "overlap  Jaccard over pairs of tickets, chance, correlation with the clients' labels; all, or those named\n"
         "export   write the named clients' tickets in another form, checked on their test data (docs/export.md):\n"
         "         --to onnx, safetensors (a plain state dict), compact (kept weights alone), or small (the smaller\n"
-        "         network that a ticket of whole channels or heads is)"
+        "         network that a ticket of whole channels or heads is); in place of RUN and CLIENT also one ticket's\n"
+        "         file, such as a device's own, which is checked on random inputs"
     )
     sub = command("tickets", commands.tickets, "list, show, compare and export a run's saved tickets", text)
     sub.add_argument("what", choices=("ls", "show", "overlap", "export"))

@@ -155,13 +155,23 @@ def _partitions(folder: Folder, here: list[int], *, own_data: bool) -> Iterator[
             yield Fault(name, f"{PARTITION} is {said}: the device of another client", remedy)
         if not tree.get(STATE_DIR):
             yield Fault(name, f"{STATE_DIR} is missing: the device would have no place for its ticket", '"state"')
-        if own_data and not tree.get(DATA_DIR):
-            yield Fault(name, f"{DATA_DIR} is missing: the study's data live with the devices", f'{DATA_DIR} = "data"')
+        if own_data:
+            yield from _data(folder, number, tree.get(DATA_DIR))
     for partition, names in sorted(serves.items()):
         if len(names) > 1:
             yield Fault(", ".join(names), f"{PARTITION} {partition} is served twice", "give each device its own")
     for partition in sorted(set(here) - serves.keys()):
         yield Fault(f"device-{partition}", f"no device serves {PARTITION} {partition}", "see its node.toml")
+
+
+def _data(folder: Folder, number: int, said: object) -> Iterator[Fault]:
+    """Look whether a device whose folder is here has its folder of data, too."""
+    name = _name(folder, folder.device_node(number))
+    if not said:
+        yield Fault(name, f"{DATA_DIR} is missing: the study's data live with the devices", f'{DATA_DIR} = "data"')
+    elif not (place := folder.device(number) / str(said)).exists():
+        remedy = "put this device's data there, or move its folder to where they are"
+        yield Fault(name, f"{DATA_DIR}: {place} is not there", remedy)
 
 
 def _own_data(folder: Folder) -> bool:

@@ -28,7 +28,7 @@ import uvicorn
 from fedlth.deploy.folder import Folder
 from fedlth.deploy.gate_connections import Connections, Server, Tally, owner
 from fedlth.deploy.gate_limits import Limits, Pace
-from fedlth.deploy.settings import Settings
+from fedlth.deploy.settings import CHECKER, Settings, is_loopback
 from fedlth.errors import StudyError
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class Gate:
             if await self._fill(body, whose, receive):
                 await self._pass(scope, bytes(body), send)
         except Refused as refused:
-            self.refused.add(_who(scope), f"{_asked(scope)}: {refused}")
+            self.refused.add(_who(scope), f"{_asked(scope)}: {refused}{_of_check(scope)}")
             await _answer(send, refused.status, str(refused))
         finally:
             self.held[whose] -= len(body)
@@ -184,6 +184,13 @@ def _who(scope: Scope) -> str:
 
 def _asked(scope: Scope) -> str:
     return repr(f"{scope['method']} {scope['path']}"[:100])
+
+
+def _of_check(scope: Scope) -> str:
+    """Say of a request from this machine that it calls itself `fedlth deploy check`; it is refused and counted too."""
+    near = is_loopback(_who(scope).removeprefix("::ffff:"))  # an IPv4 address on a socket of both families
+    own = near and list(_values(scope, b"user-agent")) == [CHECKER.encode()]
+    return f" (by its User-Agent `{CHECKER}`, which tries this)" if own else ""
 
 
 def _values(scope: Scope, name: bytes) -> Iterable[bytes]:

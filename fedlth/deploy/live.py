@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import httpx
 
 from fedlth.deploy.folder import Folder
-from fedlth.deploy.settings import Settings, is_loopback
+from fedlth.deploy.settings import CHECKER, Settings, is_loopback
 from fedlth.engines.flower_keys import owners_in
 from fedlth.engines.flower_online import online_keys
 from fedlth.errors import StudyError
@@ -37,7 +37,9 @@ def ask(method: str, url: str, authority: str) -> Answer:
     """Ask over TLS, trusting one authority alone."""
     try:
         trusted = ssl.create_default_context(cafile=authority)
-        answer = httpx.request(method, url, verify=trusted, trust_env=False, timeout=LONGEST_S)
+        answer = httpx.request(
+            method, url, headers={"user-agent": CHECKER}, verify=trusted, trust_env=False, timeout=LONGEST_S
+        )
         return Answer(answer.status_code)
     except httpx.ConnectError as error:
         return Answer(why=str(error) if _listens(url) else "")

@@ -22,6 +22,7 @@ HOST_NAME = re.compile(
     r"(?=.{1,253}$)[a-zA-Z0-9]([a-zA-Z0-9-]*[a-zA-Z0-9])?(\.[a-zA-Z0-9]([a-zA-Z0-9-]*[a-zA-Z0-9])?)*"
 )
 HIGHEST_PORT = 65535
+CHECKER = "fedlth deploy check"  # the User-Agent by which its requests are told in the gate's log
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from fedlth.engines.flower_keys import Identity, anybody, owners_in  # noqa: E40
 from fedlth.engines.flower_link import crossing_s, no_link  # noqa: E402
 from fedlth.engines.flower_nodes import DEVICES  # noqa: E402
 from fedlth.engines.flower_record import View  # noqa: E402
-from fedlth.engines.flower_session import FlowerRun, interruptible, run_of  # noqa: E402
+from fedlth.engines.flower_session import FlowerRun, again, interruptible, run_of  # noqa: E402
 from fedlth.engines.inprocess import one_line  # noqa: E402
 from fedlth.errors import StudyError  # noqa: E402
 from fedlth.experiment.experiment import Experiment  # noqa: E402
@@ -165,14 +165,14 @@ def make_server_app(app_dir: Path) -> ServerApp:
                 tell(f"{context.run_config['out']}: this run has ended already")
                 return
             # Said now, since whoever reads this hears nothing more from a SuperLink that has gone.
-            tell(f"if the SuperLink ends before this run: `flwr run` again with out={run.out} continues")
+            tell(f"if the SuperLink ends before this run: {again(context.run_config)} continues")
             with lines_to(tell):
                 _run(run, transport, threading.Event(), wait_s=wait_s, objection=_identity(grid, context))
         except StudyError as error:
             tell(f"error: {error}")
             raise
         except BaseException as error:  # Flower's for a run that has ended under us is one
-            tell(f"error: {one_line(error)}; what was committed is kept: `flwr run` again with the same out continues")
+            tell(f"error: {one_line(error)}; what was committed is kept: {again(context.run_config)} continues")
             raise
         tell(f"done: {run.out}; its report: fedlth report {run.out}")
 

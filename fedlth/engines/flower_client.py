@@ -88,12 +88,20 @@ def roll_call(records: View, node_config: Mapping[str, Any]) -> int | str:
             return f"{PARTITION} {place.partition}: has {lacks}"
         if question := records.get(flower_counts.COUNT, {}).get(BODY):
             flower_counts.settle(place.partition, place.data_dir)
-            return flower_counts.told(str(question))
+            return _counts(place, str(question))
     except StudyError as error:
         return str(error)
     if records.get(HEAD, {}).get(BODY) == "sparse" and (lacks := kernel.available()):
         return f"{PARTITION} {place.partition}: compute: sparse, but here {lacks}"
     return place.partition
+
+
+def _counts(place: Place, question: str) -> str:
+    """Return this client's counts, or one line about why there are none, which says whose data these are."""
+    try:
+        return flower_counts.told(question)
+    except StudyError as error:
+        return f"{PARTITION} {place.partition}: {error}"
 
 
 def serve(records: View, place: Place, *, step: Step = client_step) -> Records:
@@ -127,7 +135,7 @@ def _serve(order: Order, place: Place, step: Step) -> Reply | Failure:
             store.put(job.client, f"{job.phase}-{job.round}", answer.state)
             if place.state_dir is not None and step is client_step:  # it predicts with its own ticket, run or no run
                 experiment, kept = open_experiment(job.study), ClientState.from_bytes(answer.state)
-                device_ticket.keep(experiment, job.client, job.phase, kept, store.root)
+                device_ticket.keep(experiment, job.client, job.phase, kept, store.root, name=order.name)
         except OSError as error:
             return Failure(round=job.round, client=job.client, kind="raised", reason=one_line(error))
     return answer

@@ -112,6 +112,6 @@ def _read(back: Back, node: int, wanted: int) -> tuple[int, tuple[int, int, int]
         fits = all(type(n) is int for n in (client, *counts)) and len(counts) == 3
         if not fits or not 0 <= client < wanted or not 1 <= counts[0] < MOST or not all(0 <= n < MOST for n in counts):
             raise ValueError
-    except (TypeError, ValueError, RecursionError) as error:
-        raise StudyError(f"flower: node {node}: {str(said)[:300]}") from error
+    except (TypeError, ValueError, RecursionError):  # not JSON: one line about why there are none
+        raise StudyError(f"flower: node {node}: {str(said)[:300]}") from None
     return client, (counts[0], counts[1], counts[2])

@@ -104,7 +104,7 @@ class FlowerEngine:
         remedy: str = DEVICES,
     ) -> None:  # fmt: skip
         self._transport, self._out, self._stop, self._link_s = transport, out, stop, link_s
-        self._timeout_s = study.job_timeout_s or DEFAULT_TIMEOUT_S
+        self._timeout_s, self._study = study.job_timeout_s or DEFAULT_TIMEOUT_S, study.study
         self._wait_s, self._count, self._compute = wait_s, study.clients.count, study.compute
         wanted = study.federate.quorum
         self._roll = Roll(
@@ -213,7 +213,7 @@ class FlowerEngine:
                 f"method.topology: engine flower carries at most {MOST_MESSAGES} messages to a client, client "
                 f"{job.client} would get {len(job.inbox)}"
             )
-        order = of_order(Order(job, run, self._timeout_s))
+        order = of_order(Order(job, run, self._timeout_s, self._study))
         return self._transport.send(order, node=nodes[job.client], kind="train")
 
     def _answer(self, job: Job, sent: Sent, back: Back | None, node: int, waited: str) -> Reply | Failure:

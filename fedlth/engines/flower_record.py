@@ -41,11 +41,16 @@ class OtherVersion(ValueError):
 
 @dataclass(frozen=True)
 class Order:
-    """A job as a client receives it. `run` names the run's folder on the device; `timeout_s` bounds the step."""
+    """A job as a client receives it.
+
+    `run` names the run's folder on the device; `timeout_s` bounds the step. `name` is the study's, which a device's
+    ticket says: the job's text of the study is without it.
+    """
 
     job: Job
     run: str
     timeout_s: float
+    name: str = "study"
 
 
 def of_order(order: Order) -> Records:
@@ -53,7 +58,7 @@ def of_order(order: Order) -> Records:
     job = order.job
     head = {
         "study": job.study, "phase": job.phase, "round": job.round, "client": job.client, "version": job.version,
-        "data": job.data, "run": order.run, "timeout_s": order.timeout_s,
+        "data": job.data, "run": order.run, "timeout_s": order.timeout_s, "name": order.name,
     }  # fmt: skip
     return _pack(head, job.inbox)
 
@@ -66,7 +71,9 @@ def to_order(records: View) -> Order:
         client=_field(head, "client", int), version=_field(head, "version", str), inbox=inbox,
         data=_field(head, "data", str),
     )  # fmt: skip
-    return Order(job, _field(head, "run", str), _seconds(head, "timeout_s"))
+    name = _field(head, "name", str)
+    name.encode()  # half of a surrogate pair, which JSON may hold and no file's metadata, is a ValueError
+    return Order(job, _field(head, "run", str), _seconds(head, "timeout_s"), name)
 
 
 def of_answer(answer: Reply | Failure) -> Records:

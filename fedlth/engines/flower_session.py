@@ -77,6 +77,15 @@ def run_of(
     return FlowerRun(there, out, resume=True)
 
 
+def again(run_config: Mapping[str, Any]) -> str:
+    """Return the command that continues a run: of a federation of `fedlth deploy init` its run.sh, beside its keys."""
+    out = str(run_config.get("out", ""))
+    script = Path(str(run_config.get("keys", ""))).parent / "run.sh"
+    if script.is_absolute() and script.is_file():
+        return f"`{shlex.join([str(script), out])}`"
+    return f"`flwr run` again with out={out}"
+
+
 def refuse_several(study: schema.Study, place: str) -> None:
     """Raise StudyError where a study is more than one run."""
     for key, given in (("seeds", study.seeds), ("tune.lr", study.tune.lr)):

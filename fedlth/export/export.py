@@ -21,7 +21,7 @@ from fedlth.export.kernel_time import kernel_pass
 from fedlth.export.measure import by_turns, memory_bytes
 from fedlth.export.onnx_file import onnx
 from fedlth.export.small_network import small
-from fedlth.export.source import Source, opened
+from fedlth.export.source import Source, client_of, opened, opened_file
 from fedlth.export.weights import dense, dense_bytes, packed
 from fedlth.export.written import Written
 from fedlth.models.call import call
@@ -56,19 +56,24 @@ def free(folder: Path) -> Path:
     return folder
 
 
-def export_ticket(run: str | Path, client: int, *, to: str, out: str | Path | None = None) -> Exported:
+def export_ticket(
+    run: str | Path, client: int | None = None, *, to: str, out: str | Path | None = None
+) -> Exported:  # fmt: skip
     """Write a client's ticket in another form into a folder, RUN/export/FORM/client-NNNN where `out` names none.
 
+    `run` is a run's folder; or, without a client, a file that describes itself, as `load_ticket` takes it.
     to: `onnx` (onnxruntime and others; extra onnx), `safetensors` (a plain state dict, and packed beside it), `compact`
     (packed alone) or `small` (the smaller network that a ticket of whole channels or heads is).
     Needs the run's data: what was written is read again and compared with the ticket on the client's whole test part,
-    outputs within 1e-5 (relative to the largest where that is above 1), predictions equal. Measures both on one batch.
+    outputs within 1e-5 (relative to the largest where that is above 1), predictions equal. Of a file alone it is
+    compared on random inputs. Measures both on one batch.
     Raises StudyError naming the place, and MissingExtra; then nothing is left in `out`.
     """
     where, form = Path(run), form_of((to,))
-    folder = place_of(where, client, form) if out is None else free(Path(out))
+    number, parent = (client_of(where), where.parent) if client is None else (client, where)
+    folder = place_of(parent, number, form) if out is None else free(Path(out))
     with undisturbed():
-        source = opened(where, client)
+        source = opened_file(where) if client is None else opened(where, client)
         with kept_when_whole(folder) as part:
             written = FORMS[form](source, part)
             told = _compared(source, form, part, folder, written)
@@ -101,7 +106,7 @@ def _compared(source: Source, form: str, part: Path, folder: Path, written: Writ
     single = source.test.batch(slice(0, 1)).x  # a batch of another size
     found = agreement(
         f"{source.place}, as {form}", lambda x: call(module, x), written.forward, [*batches, single],
-        classes=source.task.dataset.targets != "numbers",
+        classes=source.about.get("targets") != "numbers",
     )  # fmt: skip
     x = batches[0]
     asked = form != "small" and not source.mask.all()
@@ -118,7 +123,8 @@ def _compared(source: Source, form: str, part: Path, folder: Path, written: Writ
     return Exported(
         folder=folder, files=written.files, client=source.client, form=form,
         density=float(np.mean(source.mask)) if source.mask.size else 1.0, kept=written.stored / stored,
-        difference=found, examples=len(source.test), batch=tuple(tensors(x)[0].shape), threads=torch.get_num_threads(),
+        difference=found, examples=len(source.test), random=source.task is None,
+        batch=tuple(tensors(x)[0].shape), threads=torch.get_num_threads(),
         opens=written.opens, ticket=sizes[0], export=sizes[1], layers=dict(written.layers),
         kernel_ms=None if isinstance(skipping, str) else times[2],
         kernel_why=skipping if isinstance(skipping, str) else "",

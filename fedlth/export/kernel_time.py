@@ -18,6 +18,8 @@ def kernel_pass(source: Source, x: Inputs) -> Callable[[], object] | str:
     """Return what runs a batch in the kernel, or why nothing does."""
     if not isinstance(x, Tensor):
         return "its inputs are several tensors"
+    if source.task is None:
+        return "it is measured where the ticket's run is"
     model = source.task.model
     table = model.table
     if isinstance(table, str):

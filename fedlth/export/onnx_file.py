@@ -59,9 +59,7 @@ def onnx(source: Source, folder: Path) -> Written:
             data: bytes = model.SerializeToString()
         except Exception as error:  # torch's, onnxscript's and protobuf's, of every kind
             cause = error.__cause__ or error
-            raise StudyError(
-                f"{source.place}: ONNX cannot express the model {source.task.study.model.name}: {told(cause)}"
-            ) from error
+            raise StudyError(f"{source.place}: ONNX cannot express the model {source.model}: {told(cause)}") from error
     write_atomic(folder / FILE, data)
     session = _session(data)
 

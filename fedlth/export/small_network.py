@@ -70,7 +70,7 @@ def _write_transformer(source: Source, module: Transformer, folder: Path) -> tup
 
 
 def _write_network(source: Source, folder: Path) -> tuple[tuple[str, ...], dict[str, str]]:
-    name, x = source.task.study.model.name, source.batches[0]
+    name, x = source.model, source.batches[0]
     if isinstance(x, dict):
         raise StudyError(f"{source.place}: model {name} cannot leave smaller: its inputs are several tensors")
     with refused(name, "leave smaller"):

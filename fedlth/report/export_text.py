@@ -16,12 +16,13 @@ def exported(written: Exported) -> str:
     rows += [("latency of a batch", a.latency_ms, b.latency_ms, ".2f", " ms")]
     rows += [("memory of a batch", a.memory_bytes / 1e6, b.memory_bytes / 1e6, ".2f", " MB")]
     cells = [(name, f"{x:{how}}{unit}", f"{y:{how}}{unit}", f"{y / x:.3f}") for name, x, y, how, unit in rows]
+    inputs = "random inputs (no data beside a file alone)" if written.random else "test examples"
     table = aligned(Table("Export", ("", "ticket", written.form, "ratio"), tuple(cells), left=1))
     told = [
         f"{written.folder}: client {written.client}, {', '.join(written.files)}; opened by {written.opens}",
         f"  the ticket keeps {written.density:.4f} of its prunable weights, the export stores {written.kept:.4f} of "
         "all parameters",
-        f"  largest difference of outputs on {written.examples} test examples: {written.difference:.1e}; a batch is "
+        f"  largest difference of outputs on {written.examples} {inputs}: {written.difference:.1e}; a batch is "
         f"{' x '.join(map(str, written.batch))}, {written.threads} thread(s)",
         *(f"  {name}: {left}" for name, left in written.layers.items()),
     ]

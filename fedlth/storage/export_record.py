@@ -28,9 +28,9 @@ class Exported:
     `density` is the share of prunable weights that the ticket keeps, `kept` the share of parameters that the export
     stores, zeros not counted where it leaves them out. `difference` is the largest between outputs of the ticket and of
     the export, read again, relative to the largest output where that is above 1, on `examples` of the client's test
-    part. `layers`: of a smaller network, layer -> what of its channels is left, as text. `kernel_ms`: the median of a
-    forward pass of the same batch in fedlth's kernel, which skips zeros; None where `kernel_why` says that there is
-    none. `opens`: what opens the export, as text.
+    part, or that are `random`. `layers`: of a smaller network, layer -> what of its channels is left, as text.
+    `kernel_ms`: the median of a forward pass of the same batch in fedlth's kernel, which skips zeros; None where
+    `kernel_why` says that there is none. `opens`: what opens the export, as text.
     """
 
     folder: Path
@@ -41,6 +41,7 @@ class Exported:
     kept: float
     difference: float
     examples: int
+    random: bool
     batch: tuple[int, ...]
     threads: int
     opens: str

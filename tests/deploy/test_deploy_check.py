@@ -229,13 +229,25 @@ def test_a_port_is_free_or_taken_by_another(sound: Folder) -> None:
 
 
 def test_data_that_live_with_the_devices(tmp_path: Path) -> None:
-    """Neither init nor check can read them; each device's node config says where they are there."""
+    """Neither init nor check reads them; each device's node config says where they are there."""
     path = tmp_path / "study.yaml"
     own = {"input_shape": [1, 8, 8], "input_dtype": "uint8", "num_classes": 4}
     data = {"name": "nowhere.on_this_machine:read", "root": "wards/{client}", "own": own}
     tree = tiny.tree(clients={"count": 2, "unseen": 0.0}, data=data, partition={"name": "own"})
     path.write_text(yaml.safe_dump(tree))
     folder = make.init(tmp_path / "fed", path, [], devices=2, hosts=(HOST,), port=8443)
+    missing = found(folder)
+    assert missing[1] == (
+        f"device-1/node.toml: data-dir: {folder.device(1)}/data is not there; put this device's data there, or move "
+        "its folder to where they are"
+    )
+    assert len(missing) == 2 and missing[0].startswith("device-0/node.toml: data-dir: ")
+    (folder.device(0) / "data").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    node(folder, 1, f'partition-id = 1\nstate-dir = "state"\ndata-dir = "{tmp_path}/elsewhere"\n')
+    assert found(folder) == []
+    node(folder, 1, 'partition-id = 1\nstate-dir = "state"\ndata-dir = "data"\n')
+    (folder.device(1) / "data").mkdir()
     assert found(folder) == []
     assert 'data-dir = "data"' in folder.device_node(1).read_text() and "wards" not in folder.study.read_text()
     node(folder, 1, 'partition-id = 1\nstate-dir = "state"\n')

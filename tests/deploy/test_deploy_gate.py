@@ -16,7 +16,8 @@ from fedlth.deploy.folder import Folder
 from fedlth.deploy.gate import Gate, listening
 from fedlth.deploy.gate_connections import SAID_EVERY_S, Connections, Tally
 from fedlth.deploy.gate_limits import Limits
-from fedlth.deploy.settings import FILE, Settings
+from fedlth.deploy.live import CONTROL, ask
+from fedlth.deploy.settings import CHECKER, FILE, Settings
 from fedlth.errors import StudyError
 from tests.deploy.served_gate import FLEET, MOST, Upstream, certificates, gate, upstream
 
@@ -56,7 +57,10 @@ def test_a_superlink_that_is_away_is_503_which_supernodes_try_again(certified: F
         assert client.post(FLEET, content=b"x").status_code == client.get("/health").status_code == 503
 
 
-def asked(method: str, path: bytes, body: tuple[bytes, ...] = (b"",), query: bytes = b"", **headers: bytes) -> int:
+def asked(
+    method: str, path: bytes, body: tuple[bytes, ...] = (b"",), query: bytes = b"", peer: str = "10.0.0.1",
+    **headers: bytes,
+) -> int:  # fmt: skip
     """Put one request to a gate, as a server gives it; return the status, 0 where there is none."""
     passed: list[httpx.Request] = []
 
@@ -81,7 +85,7 @@ def asked(method: str, path: bytes, body: tuple[bytes, ...] = (b"",), query: byt
             scope = {
                 "type": "http", "method": method, "path": path.decode("latin1"), "raw_path": path,
                 "query_string": query, "headers": [(k.replace("_", "-").encode(), v) for k, v in headers.items()],
-                "client": ("10.0.0.1", 1),
+                "client": (peer, 1),
             }  # fmt: skip
             await Gate(client, MOST, Connections(Limits()))(scope, receive, send)
             status = sent[0]["status"] if sent else 0
@@ -136,6 +140,23 @@ def test_refusals_are_counted_and_said_now_and_then(caplog: pytest.LogCaptureFix
     with caplog.at_level("INFO", "fedlth"):
         assert asked("POST", b"/v1/control/\x1b[2J" + b"x" * 500) == 404
     assert caplog.messages[0].isprintable() and len(caplog.messages[0]) < 250
+
+
+def test_a_refusal_that_deploy_check_caused_says_so(certified: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    """Who is elsewhere cannot pass for it."""
+    marked = f"not of the fleet API (by its User-Agent `{CHECKER}`, which tries this)"
+    with caplog.at_level("INFO", "fedlth"), gate(certified, 1) as served:
+        url = f"https://127.0.0.1:{served.port}{CONTROL}"
+        assert ask("POST", url, str(certified.trusted)).status == 404
+        assert served.gate.refused.count == 1 and caplog.messages[-1].endswith(marked)
+    for peer, agent, is_own in (
+        ("::1", CHECKER, True), ("::ffff:127.0.0.1", CHECKER, True), ("10.0.0.1", CHECKER, False),
+        ("::ffff:10.0.0.1", CHECKER, False), ("127.0.0.1", "curl/8", False),
+    ):  # fmt: skip
+        caplog.clear()
+        with caplog.at_level("INFO", "fedlth"):
+            assert asked("POST", CONTROL.encode(), peer=peer, user_agent=agent.encode()) == 404
+        assert caplog.messages[-1].endswith(marked if is_own else "not of the fleet API")
 
 
 def test_the_command_listens_until_sigterm_and_says_how_many_it_refused(certified: Folder) -> None:

@@ -126,6 +126,9 @@ def test_scripts_and_units_say_what_they_must(folder: Folder) -> None:
         unit = (folder.device(number) / f"fedlth-device-{number}.service").read_text()
         (wait,) = [line.partition("=")[2] for line in unit.splitlines() if line.startswith("RestartSec=")]
         assert int(wait) > 60 and "StartLimitIntervalSec=0" in unit
+    install = "pip install -c constraints.txt ."  # as the docs have it: both ends need equal versions
+    assert f"`{install}`" in (folder.device(0) / "start.sh").read_text()
+    assert install in " ".join((Path(__file__).parents[2] / "docs" / "deploy.md").read_text().split())
     for script in folder.root.rglob("*.sh"):
         assert subprocess.run(["sh", "-n", script]).returncode == 0 and "@@" not in script.read_text()
     assert str(folder.root) in next_steps(folder, read_settings(folder.root))

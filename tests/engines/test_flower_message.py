@@ -172,10 +172,11 @@ def test_an_error_of_the_link_is_not_the_messages() -> None:
         GridTransport(Grid("m2", ConnectionError("gone"))).collect(["m1", "m2", "m3"])  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("deployed", [False, True])
 def test_a_run_that_loses_its_superlink_says_how_to_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    deployed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Row 30: `flwr run` with the same `out`, said before it can be too late and when it is."""
+    """Row 30: `flwr run` with the same `out`, or the federation's run.sh; said before it can be too late, and then."""
     from flwr.app import Context, RecordDict
     from flwr.supercore.run import RunNotRunningException
 
@@ -187,12 +188,17 @@ def test_a_run_that_loses_its_superlink_says_how_to_go_on(
 
     monkeypatch.setattr(flower, "run_of", lambda *_: FlowerRun(resolve(tiny.study())[0], tmp_path / "r", False))
     monkeypatch.setattr(flower, "_run", ended)
-    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={"wait-s": 1})
+    (tmp_path / "fed" / "keys").mkdir(parents=True)
+    (tmp_path / "fed" / "run.sh").touch()
+    given = {"wait-s": 1, "out": f"{tmp_path}/r", "keys": f"{tmp_path}/fed/keys" if deployed else ""}
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=given)
+    monkeypatch.setattr(flower, "_identity", lambda *_: None)
     with pytest.raises(RunNotRunningException):
         flower.make_server_app(tmp_path)(None, context)  # type: ignore[arg-type]
     first, last = capsys.readouterr().out.splitlines()
-    assert first == f"fedlth: if the SuperLink ends before this run: `flwr run` again with out={tmp_path}/r continues"
-    assert "RunNotRunningException" in last and last.endswith("`flwr run` again with the same out continues")
+    wanted = f"`{tmp_path}/fed/run.sh {tmp_path}/r`" if deployed else f"`flwr run` again with out={tmp_path}/r"
+    assert first == f"fedlth: if the SuperLink ends before this run: {wanted} continues"
+    assert "RunNotRunningException" in last and last.endswith(f"what was committed is kept: {wanted} continues")
 
 
 def test_flwr_run_with_too_few_supernodes_says_how_many(

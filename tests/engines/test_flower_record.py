@@ -20,8 +20,13 @@ REPLY = Reply(round=3, client=2, outbox=(Message("values", "update", b"up"),), s
 
 
 def test_an_order_comes_back_equal() -> None:
-    order = Order(JOB, "0" * 16, 60.0)
+    order = Order(JOB, "0" * 16, 60.0, "wards")
     assert to_order(of_order(order)) == order
+
+
+def test_a_name_that_no_file_can_hold_is_refused() -> None:
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        to_order(of_order(Order(JOB, "0" * 16, 60.0, "\ud800")))
 
 
 def test_a_payload_lies_where_it_costs_least(monkeypatch: pytest.MonkeyPatch) -> None:

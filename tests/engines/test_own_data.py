@@ -24,9 +24,11 @@ from fedlth.engines.inprocess import InProcess
 from fedlth.errors import StudyError
 from fedlth.experiment.resolve import resolve
 from fedlth.experiment.saved_ticket import load_ticket
+from fedlth.export.export import export_ticket
 from fedlth.federation import session
 from fedlth.output import lines_to
 from fedlth.report.diff import diff, notes
+from fedlth.storage import ticket_file
 from fedlth.study import schema
 from fedlth.training.task import forget_tasks
 from tests import tiny
@@ -163,6 +165,10 @@ def test_devices_equal_the_simulation(tmp_path: Path, more: dict[str, Any]) -> N
     assert any(line.startswith("data of 3 devices: ") for line in lines)
     for client in range(3):  # its own file, which needs neither run nor data
         (file,) = (tmp_path / "states" / str(client)).glob(f"*/client-{client:04d}.safetensors")
+        simulated_file = tmp_path / "all" / "tickets" / file.name
+        assert ticket_file.read(file)[1]["study"] == ticket_file.read(simulated_file)[1]["study"] == "tiny"
+        exported = export_ticket(file, to="safetensors")
+        assert exported.random and exported.client == client and exported.folder.is_relative_to(file.parent / "export")
         own, simulated = load_ticket(file).state_dict(), load_ticket(tmp_path / "all", client).state_dict()
         assert own.keys() == simulated.keys() and all(torch.equal(own[name], simulated[name]) for name in own)
     header = json.loads((tmp_path / "apart" / "header.json").read_text())
@@ -202,7 +208,7 @@ def test_a_run_whose_devices_have_other_data_is_not_gone_on_with(tmp_path: Path)
     [
         (
             {"input_shape": [1, 4, 8]},
-            r"node 100: data of client 0: x must be uint8 of data.own.input_shape \[1, 4, 8\]",
+            r"node 100: partition-id 0: data of client 0: x must be uint8 of data.own.input_shape \[1, 4, 8\]",
         ),
         ({"input_dtype": "float32"}, r"x must be float32 of data.own.input_shape \[1, 8, 8\], got uint8 \[1, 8, 8\]"),
         ({"num_classes": 3}, "must have the classes or outputs of data.own.num_classes, 3, got 4"),
@@ -221,7 +227,7 @@ def test_what_a_node_cannot_tell_is_refused(tmp_path: Path) -> None:
     folder = devices(tmp_path / "data")
     made, transport = study(folder), Devices(folder, tmp_path)
     transport.places[100] = replace(transport.places[100], data_dir=None)
-    with pytest.raises(StudyError, match="node 100: node config: data-dir must name this device's folder"):
+    with pytest.raises(StudyError, match="node 100: partition-id 0: node config: data-dir must name"):
         counted(made, transport, wait_s=1.0, pause=lambda: None)
     transport.places[100] = replace(transport.places[101], state_dir=None)
     with pytest.raises(StudyError, match="each SuperNode must have its own partition-id, got 1 more than once"):
@@ -232,8 +238,9 @@ def test_what_a_node_cannot_tell_is_refused(tmp_path: Path) -> None:
     shutil.rmtree(folder / "2")
     opened.cache_clear()
     transport.places = {102: Place(2, None, None, folder / "2")}
-    with pytest.raises(StudyError, match="node 102: data: "):
+    with pytest.raises(StudyError, match="node 102: partition-id 2: data: ") as raised:
         counted(made, transport, wait_s=1.0, pause=lambda: None)
+    assert raised.value.__suppress_context__, "what the device says is no JSON, and that is not why the run ends"
 
 
 NO_COUNTS = [

@@ -71,6 +71,7 @@ def test_the_dense_form_loads_strictly_without_us(run: Path) -> None:
     with safe_open(told.folder / "model.safetensors", "pt") as file:
         meta = file.metadata()
     assert meta["format"] == "pt" and meta["model"] == CONV["name"] and json.loads(meta["input_shape"]) == [1, 8, 8]
+    assert meta["study"] == "tiny"  # the run's own, which the text of a job is without
     assert json.loads(meta["mean"]) == [0.5] and meta["num_classes"] == "4" and len(meta["ticket"]) == 16
     assert set(json.loads(meta["client_classes"])) <= {0, 1, 2, 3}
 
@@ -109,6 +110,40 @@ def test_a_smaller_network_leaves(run: Path, capsys: pytest.CaptureFixture[str])
         assert torch.equal(call(small, x).argmax(1), call(ours, x).argmax(1))
     assert main(["tickets", "export", str(run), "0", "3", "--to", "small"]) == 2
     assert "client-0000: must not be there yet" in capsys.readouterr().err
+
+
+def test_a_file_alone_leaves_in_the_other_forms(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a device has its own: what is written is what the run's folder gives, compared on random inputs."""
+    file = fedlth.export_ticket(run, 3, to="compact", out=tmp_path / "own").folder / "ticket.safetensors"
+    assert main(["tickets", "export", str(file), "--to", "safetensors"]) == 0
+    assert "on 32 random inputs (no data beside a file alone): 0.0e+00" in capsys.readouterr().out
+    folder = tmp_path / "own" / "export" / "safetensors" / "client-0003"
+    with_data = fedlth.export_ticket(run, 3, to="safetensors", out=tmp_path / "with_data")
+    for name in ("model.safetensors", "sparse.safetensors"):
+        assert (folder / name).read_bytes() == (with_data.folder / name).read_bytes()
+    assert not with_data.random and json.loads((folder / "export.json").read_text())["random"]
+    small = fedlth.export_ticket(file, to="small", out=tmp_path / "small")
+    assert small.kept < 1 and small.random and isinstance(fedlth.load_small(small.folder), nn.Module)
+
+
+def test_a_file_that_cannot_be_exported_alone_is_refused(run: Path, tmp_path: Path) -> None:
+    file = run / "tickets" / "client-0000.safetensors"
+    with pytest.raises(StudyError, match="does not describe its network"):
+        fedlth.export_ticket(file, to="safetensors")
+    assert main(["tickets", "export", str(file), "0", "--to", "safetensors"]) == 2
+    with pytest.raises(StudyError, match="expected a ticket"):
+        fedlth.export_ticket(run, to="safetensors")
+    whole = fedlth.export_ticket(run, 0, to="compact", out=tmp_path / "own").folder / "ticket.safetensors"
+    with safe_open(whole, "pt") as opened:
+        about = opened.metadata()
+    for changed, says in (
+        ({"input_dtype": "int64"}, "has inputs of whole numbers"), ({"client": "x"}, "whose it is, got client 'x'"),
+        ({"mean": "["}, "expected metadata of a ticket"),
+    ):  # fmt: skip
+        save_file(load_file(whole), tmp_path / "other", metadata={**about, **changed})
+        with pytest.raises(StudyError, match=says):
+            fedlth.export_ticket(tmp_path / "other", to="safetensors")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["other", "own"]
 
 
 def test_a_damaged_folder_is_refused(run: Path, tmp_path: Path) -> None:

@@ -155,6 +155,11 @@ def test_a_run_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(
         runtime.InferenceSession(told.folder / "model.onnx").get_modelmeta().custom_metadata_map["std"]
     ) == [0.25]
+    file = fedlth.export_ticket(run, 1, to="compact").folder / "ticket.safetensors"
+    alone = fedlth.export_ticket(file, to="onnx")
+    assert alone.random and alone.difference <= 1e-5
+    own, runs = (runtime.InferenceSession(one.folder / "model.onnx").get_modelmeta() for one in (alone, told))
+    assert {**own.custom_metadata_map, "ticket": ""} == {**runs.custom_metadata_map, "ticket": ""}
 
 
 @pytest.mark.slow
