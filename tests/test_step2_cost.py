@@ -10,7 +10,7 @@ from fedlth.experiment.experiment import Experiment
 from fedlth.forecast import _kept_epochs
 from fedlth.personalization.arms import ARMS
 from fedlth.personalization.kept import keep_of
-from fedlth.personalization.personalise import AS_LONG, Personalise, _reported
+from fedlth.personalization.personalise import AS_LONG, Personalise, Refined, _reported
 from fedlth.personalization.step2 import Result, Step2
 from fedlth.study.sections import Tier
 from tests import tiny
@@ -90,3 +90,12 @@ def test_the_clock_pays_for_the_search_of_the_ticket_that_is_kept(
     update = _reported(step.local, ARMS["ticket"](step), step.state, "ticket", keep_of(made.finder), False)
     assert float(update.cost.epochs) == paid
     assert _kept_epochs(Experiment.of(made), Tier(density=tier)) == paid
+
+
+@pytest.mark.parametrize("main", [0.2, "auto", "capacity"])
+def test_the_clock_pays_for_the_training_after_refinement(main: float | str) -> None:
+    """Found: where each client has a density of its own it was free."""
+    made = tiny.study(finder={"densities": [0.5, 0.2], "main": main})
+    step = step2_of(made)
+    update = Refined(main=keep_of(made.finder))(step.local, step.inbox, step.state)
+    assert update.cost.flops == update.rows[0]["train_flops"] > 0
