@@ -126,7 +126,7 @@ def test_a_run_its_kept_tickets_and_what_is_loaded_again_agree(run: RunFolder, t
         module = load_ticket(run.root, client)
         again = read(module, layout_of(module, [e.name for e in task.layout.prunable]))
         assert again.digest() == params.digest(), "statistics are kept"
-        file = device_ticket.keep(experiment, client, "personalise", state, tmp_path)
+        file = device_ticket.keep(experiment, client, "personalise", state, tmp_path, name="norms")
         assert file is not None
         device = load_ticket(file)
         told = fedlth.export_ticket(run.root, client, to="compact", out=tmp_path / f"{client}")
