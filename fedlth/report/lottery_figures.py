@@ -108,7 +108,9 @@ class Curves:
         chosen = sorted({round(i) for i in np.linspace(0, len(cells) - 1, min(6, len(cells)))})
         for place, number in enumerate(chosen):
             cell = cells[number]
-            curves = np.array([row["curve"] for row in cell.rows])
+            curves = _together([row["curve"] for row in cell.rows])
+            if not curves.size:  # a seed diverged before it was evaluated
+                continue
             colour = theme.colour(look(place))
             x, mean = curves[0, :, 0], curves[:, :, 1].mean(0)
             axes.plot(x, mean, color=colour, linestyle=theme.style(look(place)).dashes, linewidth=1.5,
@@ -116,7 +118,14 @@ class Curves:
             axes.plot(x[mean.argmin()], mean.min(), "o", color=colour, markersize=6)
         axes.set_xlabel("iteration")
         axes.set_ylabel("validation loss")
-        axes.legend(fontsize=9, ncols=2)
+        if axes.lines:
+            axes.legend(fontsize=9, ncols=2)
+
+
+def _together(curves: Sequence[Sequence[Sequence[float]]]) -> np.ndarray:
+    """Return seeds' curves (seeds, points, 3) where all were evaluated: one that diverged is shorter."""
+    common = set.intersection(*({point[0] for point in curve} for curve in curves))
+    return np.array([[point for point in curve if point[0] in common] for curve in curves])
 
 
 @dataclass(frozen=True)

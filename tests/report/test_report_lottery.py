@@ -158,6 +158,16 @@ def test_the_page_is_whole_escaped_and_the_same_twice(tmp_path: Path) -> None:
     assert "reinit" in lottery_text(run) and "shake: instability" in lottery_text(run)
 
 
+@pytest.mark.parametrize("points", [1, 0])
+def test_a_seed_that_diverged_has_a_shorter_curve(tmp_path: Path, points: int) -> None:
+    def cut(row: dict[str, Any]) -> dict[str, Any]:
+        here = (row.get("arm"), row.get("round"), row["seed"]) == ("imp", 1, 1)
+        return row | {"curve": row["curve"][:points] or [[0, 2.3, 0.1]], "diverged": True} if here else row
+
+    write_lottery(changed(folder(tmp_path), cut))
+    assert "Diverged: imp at round 1 (1 of 2 seeds)" in lottery_text(tmp_path)
+
+
 def test_an_unfinished_study_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(CONFIG)
     with pytest.raises(StudyError, match="results.jsonl"):
