@@ -12,9 +12,11 @@ from fedlth.lab.bench import Bench
 from fedlth.lab.controls import MASKS
 from fedlth.lab.search import Round, finder_of, rounds
 from fedlth.lab.training import Run
+from fedlth.models.layout import Params
 from fedlth.study.parts import make
 from fedlth.tickets.dead import DEADS
-from fedlth.tickets.rewind import REWINDS, changed
+from fedlth.tickets.finder import Finder
+from fedlth.tickets.rewind import REWINDS, ToInit, changed
 
 Row = dict[str, Any]
 
@@ -47,24 +49,33 @@ def controlled(bench: Bench, name: str, one: Round) -> tuple[np.ndarray, Run]:
     # The streams have the round, not the arm: two arms that shuffle see the same shuffle. Groups, as a shuffle of
     # single weights would give a ticket of channels back the channels that it has lost.
     mask = groups.spread(control(groups.reduced(one.mask) > 0, groups.layout, bench.rng("mask", one.number)))
-    rewind = finder.rewind if arm.start is None else make(REWINDS, arm.start, f"{place}.start")
+    # Round 0 of a search has nothing behind it to go back to: it trains theta_0.
+    inherited = ToInit() if one.number == 0 else finder.rewind
+    rewind = inherited if arm.start is None else make(REWINDS, arm.start, f"{place}.start")
+    dice = bench.rng(f"search/{arm.of}/rewind") if arm.start is None else bench.rng("start", one.number)
     dead = finder.dead if arm.dead is None else make(DEADS, arm.dead, f"{place}.dead")
     steps = int(getattr(rewind, "steps", 0))
     if steps:
         origin = bench.trained(bench.theta_0, bench.full, replace(config, last=steps)).final
     elif rewind.anchor is None:
-        origin = one.before
-        config = replace(config, constant_lr=not rewind.replay_lr)
+        origin = left(finder, one)
+        config = replace(config, constant_lr=not rewind.replay_lr and one.number > 0)
     else:
         origin = bench.model.fresh("reinit") if rewind.anchor == "reinit" else bench.theta_0
-    start = changed(rewind, origin, mask, bench.layout, bench.rng("start", one.number)).masked(mask)
+    start = changed(rewind, origin, mask, bench.layout, dice).masked(mask)
     if dead.holds:
-        first = bench.theta_0 if origin is one.before else origin  # as a search does
+        first = origin if steps or rewind.anchor else bench.theta_0  # as a search does
         held = dead(first.floats[: mask.size], one.fallen)
         start.floats[: mask.size][~mask] = held[~mask]
     if not getattr(rewind, "trains", True):
         return mask, bench.untrained(start, mask)
     return mask, bench.trained(start, mask, replace(config, first=steps), free=dead.holds)
+
+
+def left(finder: Finder, one: Round) -> Params:
+    """Return what is there to go on from: the weights that were scored, and at zero what a moving mask brought back."""
+    moved = one.number > 0 and getattr(finder.schedule, "regrow", None) is not None
+    return one.start.masked(one.mask) if moved else one.before
 
 
 def _row(bench: Bench, arm: str, number: int, mask: np.ndarray, run: Run) -> Row:

@@ -155,13 +155,13 @@ class Bench:
         nothing, params = TrainConfig(train=self.study.train, last=0), self.normalised(params.masked(mask), data=data)
         return train(self, params, mask, nothing, parts=self.task(data), free=False, window=0)
 
-    def normalised(self, params: Params, *, data: str = "") -> Params:
+    def normalised(self, params: Params, *, data: str = "", what: str = "a ticket that is never trained") -> Params:
         """Return params with the running statistics of norms as one pass over a task's training part has them.
 
-        Raises StudyError at a norm whose statistics are not known how to take.
+        Raises StudyError at a norm whose statistics are not known how to take, for `what` has no others.
         """
         if layer := statistics.unknown(self.flat_model.module):
-            raise StudyError(statistics.REFUSED.format(layer=layer, what="a ticket that is never trained"))
+            raise StudyError(statistics.REFUSED.format(layer=layer, what=what))
         if not statistics.has_any(self.flat_model):
             return params
         part = self.task(data)["train"]
@@ -174,6 +174,17 @@ class Bench:
 
     def torch_seed(self, what: str) -> int:
         return torch_seed(self.seed, what)
+
+
+def few(examples: Examples, count: int | None) -> Examples:
+    """Return the first `count` examples (None: all), or where a class is missing among them so many evenly spaced ones.
+
+    Data may be sorted by class, as a folder an image class is.
+    """
+    first = examples.batch(slice(count))
+    if len(first) == len(examples) or len(np.unique(first.y)) == len(np.unique(examples.y)):
+        return first
+    return examples.batch(torch.arange(len(first)) * len(examples) // len(first))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedlth.lab import neq
-from fedlth.lab.bench import Bench
+from fedlth.lab.bench import Bench, few
 from fedlth.training.budget import Budget
 from fedlth.training.evaluation import evaluate
 from fedlth.training.optimizer import Sgd
@@ -34,13 +34,13 @@ class NeuronsAtEquilibrium:
     epsilon: float = 1e-3
 
     def __call__(self, bench: Bench, /) -> Iterator[dict[str, Any]]:
-        data, test = bench.parts["train"].batch(slice(self.examples)), bench.parts["test"]
+        data, test = few(bench.parts["train"], self.examples), bench.parts["test"]
         recipe = TrainingRecipe(
             budget=Budget(epochs=self.epochs), batch_size=bench.study.train.batch_size, lr=self.lr,
             optimizer=Sgd(momentum=self.momentum),
         )  # fmt: skip
         epochs = neq.train(
-            bench.flat_model, bench.theta_0, data=data, held_out=bench.parts["validation"].tensor[: self.held_out],
+            bench.flat_model, bench.theta_0, data=data, held_out=few(bench.parts["validation"], self.held_out).tensor,
             recipe=recipe, gate=neq.UpdateGate(epsilon=self.epsilon), order=bench.rng("neq"), torch_seed=0,
         )  # fmt: skip
         request = drawn_request(

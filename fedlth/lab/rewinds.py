@@ -17,9 +17,9 @@ from fedlth.tickets.rewind import changed
 class Rewinds:
     """Check every round of these searches: survivors start exactly where the rewind says, the dead likewise.
 
-    A strong ticket is checked as it ends, for nothing may have trained it; the running statistics of its norms are of
-    its data. `furthest` is the largest |start - wanted|, which must be 0; `first_rate` the learning rate of the first
-    step.
+    What a moving mask brought back begins at zero. A strong ticket is checked as it ends, for nothing may have trained
+    it; the running statistics of its norms are of its data. `furthest` is the largest |start - wanted|, which must be
+    0; `first_rate` the learning rate of the first step.
     """
 
     searches: tuple[str, ...]
@@ -28,7 +28,8 @@ class Rewinds:
         for name in self.searches:
             search = bench.study.searches[name]
             finder, config = finder_of(search, f"searches.{name}"), bench.train_config(dict(search.train))
-            steps = int(getattr(finder.rewind, "steps", 0))
+            steps, regrow = int(getattr(finder.rewind, "steps", 0)), getattr(finder.schedule, "regrow", None)
+            begin = regrow.window(regrow.rounds)[0] if regrow is not None and finder.moves else steps
             for one in rounds(bench, name):
                 if one.number == 0:
                     continue
@@ -44,9 +45,11 @@ class Rewinds:
                     held = finder.dead(first.floats[: dead.size], one.before.floats[: dead.size])
                     wanted.floats[: dead.size][dead] = held[dead]
                 size = wanted.floats.size if getattr(finder.rewind, "trains", True) else bench.layout.num_params
+                if regrow is not None and finder.rewind.anchor is None:
+                    wanted.floats[: one.mask.size][one.start.floats[: one.mask.size] == 0] = 0
                 gap = np.abs(one.start.floats[:size] - wanted.floats[:size]).max()
-                there = replace(config, first=steps, constant_lr=not finder.rewind.replay_lr)
+                there = replace(config, first=begin, constant_lr=not (finder.rewind.replay_lr or finder.moves))
                 yield {
                     "search": name, "round": one.number, "rewind": str(finder.rewind), "furthest": float(gap),
-                    "first_rate": there.rate(steps), "schedule_there": config.rate(steps),
+                    "first_rate": there.rate(begin), "schedule_there": config.rate(begin),
                 }  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedlth.lab.arms import controlled
 from fedlth.lab.attack import evaluate_attacked
-from fedlth.lab.bench import Bench
+from fedlth.lab.bench import Bench, few
 from fedlth.lab.search import rounds
 from fedlth.models.layout import Params
 
@@ -35,7 +35,7 @@ class Attack:
                 networks[self.search] = one.run.best
                 for arm in self.arms:
                     networks[arm] = controlled(bench, arm, one)[1].best
-        data = bench.parts["test"].batch(slice(self.examples))
+        data = few(bench.parts["test"], self.examples)
         for name, params in networks.items():
             for kind in ("fgsm", "pgd"):
                 for eps in self.eps:

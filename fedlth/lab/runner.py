@@ -19,7 +19,7 @@ from fedlth.errors import StudyError
 from fedlth.lab import arms, study
 from fedlth.lab.bench import Bench, open_bench
 from fedlth.lab.controls import MASKS
-from fedlth.lab.instability import Instability
+from fedlth.lab.instability import MIXED, Instability
 from fedlth.lab.probes import PROBES
 from fedlth.lab.search import finder_of
 from fedlth.lab.study import Lottery
@@ -30,6 +30,7 @@ from fedlth.storage.run_folder import RunFolder
 from fedlth.study.parts import make
 from fedlth.tickets.dead import DEADS
 from fedlth.tickets.rewind import REWINDS, Rewind
+from fedlth.training import statistics
 from fedlth.training.trial_step import try_step
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,11 @@ def check(made: Lottery) -> None:
     for name, arm in made.arms.items():
         make(MASKS, arm.mask, f"arms.{name}.mask", has="__call__(mask, layout, rng)")
         train = {**made.train.model_dump(), **made.searches[arm.of].train, **arm.train}
+        if arm.start is None and finder_of(made.searches[arm.of], f"searches.{arm.of}").moves:
+            raise StudyError(
+                f"arms.{name}.start: must be named, since the mask of {arm.of} moves inside one training; init trains "
+                "the last one from theta_0"
+            )
         start = made.searches[arm.of].rewind if arm.start is None else arm.start
         _check_rewind(bench, make(REWINDS, start, f"arms.{name}.start", has="anchor"), f"arms.{name}.start", train)
         _check_acts(train, made, f"arms.{name}")
@@ -142,8 +148,11 @@ def _check_names(made: Lottery, probe: object, place: str) -> None:
         if name not in made.arms or made.arms[name].of not in searches:
             raise StudyError(f"{place}: must name arms of {', '.join(searches)}, got {name!r}")
     if isinstance(probe, Instability):
+        train = {**made.train.model_dump(), **made.searches[probe.search].train}
+        if layer := statistics.unknown(open_bench(made.science(), made.seeds[0], None).flat_model.module):
+            raise StudyError(f"{place}: {statistics.REFUSED.format(layer=layer, what=MIXED)}")
         for step in probe.steps:
-            _check_step(step, f"{place}.steps", made.train.iterations)
+            _check_step(step, f"{place}.steps", train["iterations"])
 
 
 def run(made: Lottery, out: Path) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedlth.errors import StudyError
-from fedlth.lab.bench import Bench, open_bench
+from fedlth.lab.bench import Bench, few, open_bench
 from fedlth.lab.study import Lottery, Search
 from fedlth.lab.train_config import TrainConfig
 from fedlth.lab.training import Run
@@ -83,8 +83,9 @@ class Trainer:
 def finder_of(search: Search, place: str) -> Finder:
     """Build a search's finder; raise StudyError naming the part that is wrong."""
     specs = {part: getattr(search, part) for part in TABLES}
-    if search.rounds is not None and specs["schedule"] == {"name": "shrink"}:
-        specs["schedule"] = {"name": "shrink", "rate": search.rate}  # one prune a round, whatever the rate
+    for part, name in (("schedule", "shrink"), ("scope", "half_output")):  # one prune a round, whatever the rate
+        if search.rounds is not None and specs[part]["name"] == name:
+            specs[part] = {"rate": search.rate, **specs[part]}
     with _named(place):
         return Finder(**{part: make(table, specs[part], f"{place}.{part}") for part, table in TABLES.items()})
 
@@ -123,8 +124,8 @@ def walked(
         raise StudyError(f"finder.rewind: the laboratory has no weights called {anchor!r}")
 
     def network(at: Params) -> LossProbe:
-        few = None if hasattr(finder.score, "epochs") else EXAMPLES_A_CLASS * bench.dataset.num_classes
-        return network_of(bench, at, what, data, few)
+        most = None if hasattr(finder.score, "epochs") else EXAMPLES_A_CLASS * bench.dataset.num_classes
+        return network_of(bench, at, what, data, most)
 
     found = find(
         finder, start=theta_0, start_name="theta_0", targets=targets, layout=bench.layout, anchors=anchors,
@@ -150,10 +151,10 @@ def walked(
         yield Round(number, ticket.mask, *done, ticket.before, ticket.fallen, ticket.trainings)
 
 
-def network_of(bench: Bench, at: Params, what: str, data: str = "", few: int | None = None) -> LossProbe:
-    """Return the network at `at` over the first `few` training examples, or all, as scores ask it."""
+def network_of(bench: Bench, at: Params, what: str, data: str = "", most: int | None = None) -> LossProbe:
+    """Return the network at `at` over `most` of the training examples, or all, as scores ask it."""
     return LossProbe(
-        model=bench.flat_model, params=at, data=bench.task(data)["train"].batch(slice(few)),
+        model=bench.flat_model, params=at, data=few(bench.task(data)["train"], most),
         layer_flops=lambda: bench.model.flops, order=lambda: bench.rng(f"{what}/mask order"),
         torch_seed=bench.torch_seed(f"{what}/mask bits"),
         batch_size=bench.study.train.batch_size,
@@ -178,7 +179,7 @@ def ladder(study: Lottery) -> str:
 
 def dry(bench: Bench, finder: Finder, targets: tuple[float, ...], *, part: str = "train") -> Iterator[np.ndarray]:
     """Yield the masks of a search whose trainings leave every weight where it is; scores see ten examples a class."""
-    few = 10 * bench.dataset.num_classes
+    most = 10 * bench.dataset.num_classes
 
     def stay(start: Params, mask: np.ndarray, /, **_: Any) -> Walked:
         return Walked(start, (start.floats[: mask.size],) * finder.window)
@@ -187,6 +188,6 @@ def dry(bench: Bench, finder: Finder, targets: tuple[float, ...], *, part: str =
     for found in find(
         finder, start=bench.theta_0, start_name="theta_0", targets=targets, layout=bench.layout,
         anchors=lambda anchor: bench.theta_0, train=stay, rng=bench.rng, val_accuracy=lambda params: 1.0,
-        network=lambda at: replace(network_of(bench, at, "dry"), data=bench.parts[part].batch(slice(few))),
+        network=lambda at: replace(network_of(bench, at, "dry"), data=few(bench.parts[part], most)),
     ):  # fmt: skip
         yield found.mask

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from fedlth.data.examples import Examples
 from fedlth.errors import wrong
-from fedlth.lab.bench import Bench
+from fedlth.lab.bench import Bench, few
 from fedlth.lab.search import dry, network_of
 from fedlth.models.call import call_with
 from fedlth.models.initial import torch_stream
@@ -55,17 +55,17 @@ class Exact:
     temperature: float = 200.0
 
     def __call__(self, bench: Bench, /) -> Iterator[dict[str, Any]]:
-        whole = bench.parts["train"].batch(slice(self.examples))
-        few = Examples(functional.adaptive_avg_pool2d(whole.tensor, 2).mean(1).flatten(1), whole.y)
+        whole = few(bench.parts["train"], self.examples)
+        data = Examples(functional.adaptive_avg_pool2d(whole.tensor, 2).mean(1).flatten(1), whole.y)
         with torch_stream(bench.torch_seed("exact")):
             module = nn.Sequential(
                 nn.Linear(4, self.hidden), nn.Tanh(), nn.Linear(self.hidden, bench.dataset.num_classes)
             )
         layout = layout_of(module, ("0.weight", "2.weight"))
         params = read(module, layout)
-        weights, loss = _loss_of(module, layout, few)  # before the module's tensors become views of a FlatModel
+        weights, loss = _loss_of(module, layout, data)  # before the module's tensors become views of a FlatModel
         network = LossProbe(
-            model=FlatModel(module, layout, "cpu"), params=params, data=few, layer_flops=lambda: {},
+            model=FlatModel(module, layout, "cpu"), params=params, data=data, layer_flops=lambda: {},
             order=lambda: bench.rng("exact"), torch_seed=0, batch_size=1,
         )  # fmt: skip
         evidence = evidence_of(network, layout, bench.rng("exact"))

@@ -11,7 +11,7 @@ import torch
 
 from fedlth.errors import wrong
 from fedlth.lab import imc, subset_sum, tangent
-from fedlth.lab.bench import Bench
+from fedlth.lab.bench import Bench, few
 from fedlth.lab.controls import Shuffle
 from fedlth.lab.pooled import pooled
 from fedlth.training.budget import Budget
@@ -39,7 +39,7 @@ class TangentSpace:
         moved = bench.trained(bench.theta_0, bench.full, config).final
         size = bench.layout.num_params
         delta = torch.from_numpy(moved.floats[:size].astype(np.float64) - bench.theta_0.floats[:size])
-        x = bench.parts["test"].tensor[: self.examples].double()
+        x = few(bench.parts["test"], self.examples).tensor.double()
         path = tangent.Tangent(bench.flat_model, bench.theta_0, double=True)
         missed = tangent.remainders(path, delta, x, self.halvings)
         zero = path.remainder(torch.zeros_like(delta), x)
@@ -52,7 +52,7 @@ class TangentSpace:
             }
         recipe = TrainingRecipe(budget=Budget(epochs=1), batch_size=config.train.batch_size, lr=self.lr)
         there = tangent.Tangent(bench.flat_model, moved)
-        data, test = bench.parts["train"], bench.parts["test"].batch(slice(2000))
+        data, test = bench.parts["train"], few(bench.parts["test"], 2000)
         learned = tangent.fine_tune(there, data, recipe=recipe, order=bench.rng("tangent"))
         request = drawn_request(moved, data, recipe, order=bench.rng("tangent"), torch_seed=0)
         real = train(bench.flat_model, request).params
@@ -83,7 +83,7 @@ class SpectralGap:
         small = pooled(bench, side=self.side, hidden=self.hidden)
         config, size = small.train_config(), small.layout.num_prunable
         near = small.trained(small.theta_0, small.full, replace(config, last=self.steps)).final
-        values, vectors = imc.spectrum(small.flat_model, near, small.parts["train"].batch(slice(self.examples)))
+        values, vectors = imc.spectrum(small.flat_model, near, few(small.parts["train"], self.examples))
         cut = imc.split(values, vectors, near.floats[:size], most=self.most)
         rng = small.rng("spectral gap")
         masks = [Shuffle()(cut.mask, small.layout, rng) for _ in range(self.draws)]

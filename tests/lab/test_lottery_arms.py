@@ -147,6 +147,26 @@ def test_an_arm_that_names_nothing_is_the_ticket_whatever_its_search_does(rewind
     assert np.array_equal(mask, one.mask) and run.final.digest() == one.run.final.digest()
 
 
+@pytest.mark.parametrize(
+    "search",
+    [
+        {"densities": [0.5, 0.2], "schedule": "cubic", "rewind": "none"},
+        {"rounds": 2, "rewind": {"name": "step", "step": 7}},
+        {"rounds": 2, "rewind": {"name": "noise", "sigmas": 1.0}},
+        {"rounds": 2, "rewind": "reshuffle"},
+        {"rounds": 2, "rewind": "reinit"},
+        {"densities": [0.3], "schedule": {"name": "constant", "rounds": 3, "drop": 0.9}, "rewind": "none"},
+    ],
+)
+def test_in_every_round_it_is_the_ticket(search: dict[str, object]) -> None:
+    """With falling rates, where a training that stays at the last one hardly learns."""
+    train = {"iterations": 20, "batch_size": 16, "lr": 0.1, "evaluate_every": 5, "schedule": "cosine"}
+    bench = tiny.bench(searches={"imp": search}, arms={"arm": {"of": "imp"}}, train=train)
+    for one in rounds(bench, "imp"):
+        run = arms.controlled(bench, "arm", one)[1]
+        assert run.final.digest() == one.run.final.digest() and run.curve == one.run.curve, one.number
+
+
 def test_a_weight_is_shrunk_or_not_by_the_last_training_that_it_took_part_in() -> None:
     bench = tiny.bench(searches={"imp": {"rounds": 3}})
     found = list(rounds(bench, "imp"))

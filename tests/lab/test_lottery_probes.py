@@ -7,16 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from fedlth.lab.attack import attacked, evaluate_attacked, scale_of
+from fedlth.lab.bench import Bench, few
 from fedlth.lab.instability import barrier, between
 from fedlth.lab.masks import chance, jaccard
 from fedlth.lab.pooled import pooled
 from fedlth.lab.probes import PROBES
+from fedlth.lab.search import rounds
 from fedlth.lab.tasks import deal, distance
 from fedlth.models.layout import Entry, Layout, Params
 from fedlth.study.parts import make
 from tests.lab import tiny_lottery as tiny
+from tests.tiny import images
 
 LAYOUT = Layout((Entry("a", (10,), "param", 0, prunable=True), Entry("b", (10,), "param", 10, prunable=True)))
 
@@ -123,6 +127,75 @@ def test_rewinds_are_exact() -> None:
     assert all(r["furthest"] == 0 for r in rows)
     assert all(r["first_rate"] == r["schedule_there"] for r in rows)
     assert {r["first_rate"] < 0.1 for r in rows if r["search"] == "late"} == {True}
+
+
+def test_what_a_moving_mask_brought_back_begins_at_zero() -> None:
+    searches = {
+        name: {"densities": [0.3], "rewind": "none", "schedule": {"name": "constant", "rounds": 3, **moves}}
+        for name, moves in (("inside", {"every": 4, "drop": 0.6}), ("between", {"drop": 0.9}))
+    }
+    train = {"iterations": 20, "batch_size": 16, "lr": 0.1, "schedule": "cosine", "evaluate_every": 5}
+    rows = probed({"name": "rewinds", "searches": list(searches)}, searches=searches, train=train)
+    assert [r["furthest"] for r in rows] == [0, 0]
+    inside = next(r for r in rows if r["search"] == "inside")
+    assert inside["first_rate"] == inside["schedule_there"] < 0.1, "of the step of its last move"
+
+
+def test_two_copies_train_as_their_search_does() -> None:
+    search = {"imp": {"rounds": 1, "train": {"lr": 1e-6}}}
+    rows = probed({"name": "instability", "search": "imp", "alphas": 3}, searches=search)
+    bench = tiny.bench(searches=search)
+    assert {r["error"] for r in rows} == {1 - bench.accuracy(bench.theta_0)}, "nothing has moved"
+
+
+def normed(num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, num_classes))
+
+
+def test_between_two_copies_norms_have_their_own_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = tiny.bench(model={"name": "tests.lab.test_lottery_probes:normed"})
+    seen, real = list[Params](), Bench.accuracy
+
+    def accuracy(self: Bench, params: Params, part: str = "test") -> float:
+        seen.append(params)
+        return real(self, params, part)
+
+    monkeypatch.setattr(Bench, "accuracy", accuracy)
+    rows = list(make(PROBES, {"name": "instability", "search": "imp", "alphas": 3}, "probes.x")(bench))
+    one, middle, other = seen
+    assert rows[0]["stored_gap"] == 0
+    wanted = bench.normalised(between(one, other, 0.5))
+    mean = next(e for e in bench.layout.floats if e.name.endswith("running_mean"))
+    assert np.array_equal(middle.floats, wanted.floats)
+    assert not np.allclose(
+        middle.floats[mean.slice], (one.floats[mean.slice] + other.floats[mean.slice]) / 2, atol=1e-3
+    )
+
+
+def in_order() -> dict[str, Any]:
+    """Return the made-up images sorted by class, as a folder a class is read."""
+    found = images()
+    for part in ("train", "test"):
+        order = np.argsort(found[f"y_{part}"], kind="stable")
+        found |= {f"{name}_{part}": found[f"{name}_{part}"][order] for name in ("x", "y")}
+    return found
+
+
+def test_data_that_are_sorted_by_class_are_not_cut_to_the_first_classes() -> None:
+    sections = {"data": {"name": "tests.lab.test_lottery_probes:in_order", "validation": 60}}
+    bench = tiny.bench(**sections)
+    for name, count in (("train", 50), ("test", 20)):
+        part = bench.parts[name]
+        assert len(part.y[:count].unique()) < 4 == len(few(part, count).y.unique()) and len(few(part, count)) == count
+        assert len(few(part, None)) == len(few(part, 10**6)) == len(part)
+    plain = tiny.bench().parts["train"]
+    assert torch.equal(few(plain, 50).tensor, plain.tensor[:50]), "else they are the first"
+    spec = {"name": "attack", "search": "imp", "round": 2, "eps": [0.0], "examples": 20}
+    clean = {r["network"]: r["robust_accuracy"] for r in probed(spec, **sections)}
+    dense = next(rounds(bench, "imp")).run
+    assert abs(clean["dense"] - dense.test) < 0.15
+    rows = probed({"name": "equilibrium", "epochs": 12, "examples": 80, "held_out": 20, "lr": 0.2}, **sections)
+    assert rows[-1]["baseline"] > 0.65, "it has seen all classes"
 
 
 def test_instability_falls_and_its_ends_are_the_stored_accuracies() -> None:

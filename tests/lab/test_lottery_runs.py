@@ -19,7 +19,7 @@ from torch import nn
 from fedlth.errors import StudyError
 from fedlth.lab import bench as bench_module
 from fedlth.lab import runner, study
-from fedlth.lab.search import finder_of
+from fedlth.lab.search import finder_of, rounds
 from fedlth.report.lottery import lottery_text
 from tests.lab import tiny_lottery as tiny
 
@@ -119,6 +119,22 @@ def linear(num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
 
 
+MOVING = {"densities": [0.5], "schedule": {"name": "constant", "rounds": 1, "every": 5}, "rewind": "none"}
+
+
+class Running(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - self.running_mean
+
+
+def odd_norm(num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), Running(), nn.Linear(64, num_classes))
+
+
 class Broken:
     def __call__(self, evidence: object) -> None:
         raise KeyError("no")
@@ -195,6 +211,17 @@ def no_dataclass() -> object:
             {"searches": {"imp": {"rounds": 2, "train": {"norm_l1": 0.1}}}},
             "searches.imp.train.norm_l1: mlp has no norm",
         ),
+        (
+            {"searches": {"imp": MOVING}, "arms": {"a": {"of": "imp"}}},
+            "arms.a.start: must be named, since the mask of imp",
+        ),
+        (
+            {
+                "model": {"name": "tests.lab.test_lottery_runs:odd_norm"},
+                "probes": {"p": {"name": "instability", "search": "imp"}},
+            },
+            "probes.p: model: 1 (Running) has running statistics",
+        ),
         ({"data": {"name": "tests.tiny:images", "validation": 60, "train": 1000}}, "data: train and validation"),
         ({"data": {"name": "tests.tiny:images", "validation": 60, "test": 1000}}, "data.test: must be at most the 120"),
     ],
@@ -228,6 +255,18 @@ def test_two_probes_may_call_different_tasks_alike(tmp_path: Path) -> None:
     alone = tiny.run(tmp_path / "alone", searches={}, probes={"b": probe(100.0)})
     rows = [json.loads(line) for line in both.splitlines()]
     assert [row for row in rows if row["probe"] == "b"] == [json.loads(line) for line in alone.splitlines()]
+
+
+def test_the_output_layer_loses_half_as_much_a_round_whatever_the_rate() -> None:
+    search = {"rounds": 2, "rate": 0.5, "scope": "half_output"}
+    bench = tiny.bench(searches={"imp": search})
+    sizes = {e.name: e.size for e in bench.layout.prunable}
+    kept = [{e.name: int(one.mask[e.slice].sum()) for e in bench.layout.prunable} for one in rounds(bench, "imp")]
+    output = max(bench.layout.prunable, key=lambda e: e.place).name
+    assert [one[output] for one in kept] == [sizes[output], 0.75 * sizes[output], 0.5625 * sizes[output]]
+    assert all(
+        one[name] == size * 0.5**n for n, one in enumerate(kept) for name, size in sizes.items() if name != output
+    )
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.1])
