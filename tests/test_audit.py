@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from fedlth import api, cli
 from fedlth.errors import StudyError
 from fedlth.privacy import audit as audits
-from fedlth.privacy.label_inference import output_layer
+from fedlth.privacy.label_inference import Masks, matches, output_layer
 from fedlth.privacy.measure import matched
 from fedlth.privacy.ridge import counts, fitted, hits
 from fedlth.privacy.secure_sum import coverage
@@ -204,6 +205,14 @@ def test_measures_on_four_numbers() -> None:
     assert found_at(inside, outside, 0.01) == 0.5 and found_at(np.arange(100.0), np.arange(100.0), 0.01) == 0.01
     assert hits(np.array([0.1, 0.9, 0.9, 0.0]), np.array([False, True, False, True])) == 1
     assert hits(np.zeros(4), np.array([True, False, False, False])) == 1, "of equal scores the lower class"
+
+
+def test_chance_counts_the_masks_that_one_is_compared_with(found: Audit) -> None:
+    bits = np.eye(4, dtype=bool)
+    first = Masks((0, 1, 2, 3), bits, bits)
+    again = Masks((1, 3), bits[[1, 3]], bits[[1, 3]])  # the second searches of two have diverged
+    told = linked(replace(found, matches=tuple(matches(first, again))))
+    assert told is not None and (told.share, told.chance, told.victims) == (1.0, 0.25, 2)
 
 
 def test_members_and_others_are_of_the_same_classes(run: Path) -> None:

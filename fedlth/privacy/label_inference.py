@@ -148,4 +148,4 @@ def matches(first: Masks, again: Masks) -> Iterator[Match]:
     for row, client in zip(jaccard, again.clients, strict=True):
         if client in first.clients:
             place = first.clients.index(client)
-            yield Match(client, float(row[place]), float(np.delete(row, place).max()))
+            yield Match(client, float(row[place]), float(np.delete(row, place).max()), len(row))

@@ -104,9 +104,8 @@ def linked(audit: Audit) -> Linked | None:
         return None
     right = np.array([float(one.own > one.best_other) for one in audit.matches])
     own, other = (float(np.mean([getattr(one, name) for one in audit.matches])) for name in ("own", "best_other"))
-    return Linked(
-        float(right.mean()), interval([right], what="audit/linked"), 1 / len(audit.matches), own, other, len(right)
-    )
+    chance = float(np.mean([1 / one.among for one in audit.matches]))
+    return Linked(float(right.mean()), interval([right], what="audit/linked"), chance, own, other, len(right))
 
 
 def membership(audit: Audit) -> Iterator[Found]:

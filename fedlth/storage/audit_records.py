@@ -54,11 +54,15 @@ class Price:
 
 @dataclass(frozen=True)
 class Match:
-    """How like a victim's mask its own second search is, and how like the most similar other client's, as Jaccard."""
+    """How like a victim's mask its own second search is, and how like the most similar other client's, as Jaccard.
+
+    `among` counts the masks that it is compared with, its own included.
+    """
 
     victim: int
     own: float
     best_other: float
+    among: int
 
 
 @dataclass(frozen=True, eq=False)
