@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from fedlth.errors import wrong
 from fedlth.lab.arms import controlled
 from fedlth.lab.attack import evaluate_attacked
 from fedlth.lab.bench import Bench, few
 from fedlth.lab.search import rounds
 from fedlth.models.layout import Params
+
+DENSE = "dense"
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,15 @@ class Attack:
     eps: tuple[float, ...] = (0.0, 0.02, 0.05, 0.1)
     examples: int = 1000
 
+    def __post_init__(self) -> None:
+        if DENSE in (self.search, *self.arms):
+            raise wrong("probes.attack", f"of a search and arms that are not called {DENSE}, as round 0 is here", DENSE)
+
     def __call__(self, bench: Bench, /) -> Iterator[dict[str, Any]]:
         networks: dict[str, Params] = {}
         for one in rounds(bench, self.search):
             if one.number == 0:
-                networks["dense"] = one.run.best
+                networks[DENSE] = one.run.best
             if one.number == self.round:
                 networks[self.search] = one.run.best
                 for arm in self.arms:
@@ -44,7 +51,7 @@ class Attack:
                             bench.flat_model, bench.dataset, params, data, kind=kind, eps=eps
                         )[0]
                     }
-                    if "dense" in networks:
+                    if DENSE in networks:
                         found["from_dense"], _ = evaluate_attacked(
                             bench.flat_model,
                             bench.dataset,
@@ -52,6 +59,6 @@ class Attack:
                             data,
                             kind=kind,
                             eps=eps,
-                            crafted_on=networks["dense"],
+                            crafted_on=networks[DENSE],
                         )
                     yield {"network": name, "attack": kind, "eps": f"{eps:g}", **found}

@@ -159,6 +159,13 @@ def no_dataclass() -> object:
         ({"arms": {"a": {"of": "imp", "start": "global"}}}, "arms.a.start: the laboratory has no"),
         ({"probes": {"p": {"name": "attack", "search": "imp"}}}, "probes.p.round: required"),
         ({"probes": {"p": {"name": "attack", "search": "imp", "round": 1, "arms": ["x"]}}}, "probes.p"),
+        (
+            {
+                "arms": {"dense": {"of": "imp", "mask": "full"}},
+                "probes": {"p": {"name": "attack", "search": "imp", "round": 1, "arms": ["dense"]}},
+            },
+            "probes.attack must be of a search and arms that are not called dense",
+        ),
         ({"probes": {"p": {"name": "overlap", "searches": ["imp", "x"], "rounds": [1]}}}, "probes.p"),
         ({"seeds": []}, "seeds: must be one or more"),
         ({"train": {"milestones": [30]}}, "train.milestones.0"),
