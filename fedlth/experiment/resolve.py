@@ -19,6 +19,7 @@ from fedlth.experiment.mask_defence import check_defence
 from fedlth.experiment.well_formed import method_of
 from fedlth.experiment.who_takes_part import check_newcomers, check_no_server, check_population, check_quorum
 from fedlth.kernel import kernel
+from fedlth.kernel.tile_variable import misnamed
 from fedlth.methods.client_update import sends_in
 from fedlth.methods.rules import check_rule
 from fedlth.models.initial import refuse
@@ -147,6 +148,8 @@ def _named(study: Study, task: Task) -> Study:
 def _backend(experiment: Experiment) -> tuple[Study, list[str]]:
     """Return the study with `compute: auto` decided, and a note that says what was decided and why."""
     study = experiment.study
+    if study.compute in ("sparse", "auto") and (why := misnamed()):
+        raise StudyError(why)  # with auto too: a slip must not choose another backend
     if study.compute != "auto":
         return study, []
     tables = [task.table for task in experiment.task.each]

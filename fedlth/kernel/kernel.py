@@ -18,6 +18,7 @@ from fedlth.kernel.graph import LANES
 from fedlth.kernel.live_channels import costs
 from fedlth.kernel.memory_layout import lay_out
 from fedlth.kernel.table import LayerTable, Op
+from fedlth.kernel.tile_variable import misnamed
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +73,9 @@ def told_of_compiling() -> Iterator[None]:
 
 
 def available() -> str:
-    """Return "" where the kernel can run, else one line that says what is missing."""
+    """Return "" where the kernel can run, else one line that says what is missing, or set wrongly."""
     missing = [name for name in ("numba", "llvmlite") if importlib.util.find_spec(name) is None]
-    return f"the fast kernel needs {missing[0]} (pip install 'fedlth[fast]')" if missing else ""
+    return f"the fast kernel needs {missing[0]} (pip install 'fedlth[fast]')" if missing else misnamed()
 
 
 def train_epochs(

@@ -21,20 +21,17 @@ import numpy as np
 
 from fedlth.kernel.arithmetic import filled
 from fedlth.kernel.jit import cache_folder, probe, source_stamp
+from fedlth.kernel.tile_variable import forced
 from fedlth.kernel.tiles import VARIANTS, Tiles
 from fedlth.kernel.vectors import dots, outer, paired_dots, store
 
-VARIABLE = "FEDLTH_KERNEL_TILES"
 _TAPS, _TURNS, _RUNS = 64, 600, 30  # a run is about a tenth of a millisecond, in the nearest cache
 
 
 def _chosen() -> str:
     """Return the name of the variant to compile."""
-    forced = os.environ.get(VARIABLE, "")
-    if forced:
-        if forced not in VARIANTS:
-            raise ValueError(f"kernel: {VARIABLE} must be one of {', '.join(VARIANTS)}, got {forced!r}")
-        return forced
+    if name := forced():
+        return name
     folder = cache_folder()
     file = None if folder is None else folder / f"tiles-{_place()}.txt"
     if file is not None and file.exists() and (known := file.read_text()) in VARIANTS:

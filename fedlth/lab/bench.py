@@ -20,6 +20,7 @@ from fedlth.data.examples import Examples
 from fedlth.data.sources import load
 from fedlth.data.tensors import inputs
 from fedlth.errors import StudyError
+from fedlth.kernel.tile_variable import misnamed
 from fedlth.lab.study import Data, Lottery, build
 from fedlth.lab.train_config import TrainConfig
 from fedlth.lab.training import Run, packed, train, unpacked, walk
@@ -76,6 +77,8 @@ class Bench:
     @cached_property
     def fast_model(self) -> FlatModel:
         """The same in the compute kernel where it can run the network."""
+        if why := misnamed():
+            raise StudyError(why)
         table = self.model.table
         return FlatModel(
             self.model.module(), self.layout, "cpu", None if isinstance(table, str) else table, loss=self._loss

@@ -10,13 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("numba")
 pytestmark = pytest.mark.timeout(1800)  # a variant that is new on a machine is compiled
 
-from fedlth.kernel import tile_choice  # noqa: E402
+from fedlth import cli  # noqa: E402
+from fedlth.kernel import kernel, tile_choice  # noqa: E402
+from fedlth.kernel.tile_variable import VARIABLE  # noqa: E402
 from fedlth.kernel.tiles import VARIANTS  # noqa: E402
 from fedlth.models.registry import build  # noqa: E402
+from tests import tiny  # noqa: E402
 from tests.kernel.nets import Residual, case, small  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the folder where answers are kept, and force no variant."""
-    monkeypatch.delenv(tile_choice.VARIABLE, raising=False)
+    monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(tile_choice, "cache_folder", lambda: tmp_path)
     return tmp_path
 
@@ -60,12 +64,26 @@ def test_without_a_writable_place_it_is_measured(monkeypatch: pytest.MonkeyPatch
 
 def test_the_environment_forces_a_variant(answers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in VARIANTS:
-        monkeypatch.setenv(tile_choice.VARIABLE, name)
+        monkeypatch.setenv(VARIABLE, name)
         assert tile_choice._chosen() == name
-    monkeypatch.setenv(tile_choice.VARIABLE, "huge")
-    with pytest.raises(ValueError, match="kernel: FEDLTH_KERNEL_TILES must be one of narrow, wide, got 'huge'"):
+    monkeypatch.setenv(VARIABLE, "huge")
+    with pytest.raises(ValueError, match="FEDLTH_KERNEL_TILES must be one of narrow, wide or unset, got 'huge'"):
         tile_choice._chosen()
     assert not list(answers.iterdir())
+
+
+@pytest.mark.parametrize("compute", ["sparse", "auto"])
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_a_variant_that_does_not_exist_is_one_plain_line_before_anything_runs(
+    command: str, compute: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "s.yaml", tmp_path / "r"
+    file.write_text(yaml.safe_dump(tiny.tree(compute=compute)))
+    monkeypatch.setenv(VARIABLE, "huge")
+    assert cli.main([command, str(file), f"out={out}"]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "FEDLTH_KERNEL_TILES must be one of narrow, wide or unset, got 'huge'" in said and not out.exists()
+    assert "FEDLTH_KERNEL_TILES" in kernel.available()  # what a device answers a server that asks for the kernel
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -92,7 +110,7 @@ def trainings() -> str:
 
 
 def run(name: str, *words: str) -> str:
-    env = {**os.environ, tile_choice.VARIABLE: name, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, VARIABLE: name, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, *words], env=env, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
