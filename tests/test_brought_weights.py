@@ -169,7 +169,8 @@ def test_one_training_example_costs_its_own_client_alone(tmp_path: Path, client:
     assert {f["client"] for r in tiny.rows(tmp_path / "r", "rounds") for f in r["failed"]} == {client}
     assert {r["client"] for r in tiny.rows(tmp_path / "r", "metrics")} == {0, 1, 2, 3} - {client}
     (note,) = [line for line in lines if "batch of one example" in line]
-    assert note.endswith(f"1 of 4 clients have one and fail: {client}")
+    assert f"1 of 4 clients have one training example and fail at every visit: {client};" in note
+    assert "partition.min_samples, clients.validation" in note
     assert note.removeprefix("note: ") in forecast.forecast(made)
 
 
@@ -180,6 +181,8 @@ def test_batches_of_one_for_everyone_are_refused() -> None:
         StudyError, match=r"train.batch_size: .* cannot be trained on a batch of one example \(ValueError"
     ):
         api.check(tiny.study(model=model, train={"batch_size": 1}))
+    with pytest.raises(StudyError, match=r"personalise.batch_size: must be larger, .* a batch of one example"):
+        api.check(tiny.study(model=model, personalise={"batch_size": 1}))
     api.check(tiny.study(train={"batch_size": 1}))
     # 36 examples a client in batches of 5: the last, of one, joins the one before
     api.check(tiny.study(model=model, train={"batch_size": 5}))

@@ -204,26 +204,30 @@ class Task:
 
     def _single_batches(self, x: Inputs) -> list[str]:
         """Return a note that names the clients with a batch of one example, where the model cannot train on one."""
-        wanted = {self.study.train.batch_size, self.study.personalise.batch_size or self.study.train.batch_size}
-        sizes = {client: len(self.splits.clients[client].train) for client in self.clients}
-        shortest = {
-            c: min(len(part) for size in wanted for part in batches(count, size, stream(0, "probe")))
-            for c, count in sizes.items()
+        sizes = {"train.batch_size": self.study.train.batch_size}
+        if self.study.personalise.batch_size is not None:
+            sizes["personalise.batch_size"] = self.study.personalise.batch_size
+        counts = {client: len(self.splits.clients[client].train) for client in self.clients}
+        single = {
+            place: [c for c, n in counts.items() if min(map(len, batches(n, size, stream(0, "probe")))) == 1]
+            for place, size in sizes.items()
         }
-        single = [client for client, count in shortest.items() if count == 1]
-        if not single:
+        if not any(single.values()):
             return []
         try:
             with torch_stream(0):
                 call(self.model.module().train(), x)
         except Exception as error:  # the user's forward may raise anything
             why = f"{self.study.model.name} cannot be trained on a batch of one example ({told(error)})"
-            if len(single) == len(shortest):
-                raise StudyError(
-                    f"train.batch_size: must be larger, or clients must have more examples: {why}"
-                ) from error
-            shown = ", ".join(map(str, single[:10])) + (", ..." if len(single) > 10 else "")
-            return [f"model: {why}; {len(single)} of {len(shortest)} clients have one and fail: {shown}"]
+            place, clients = max(single.items(), key=lambda one: len(one[1]))
+            if len(clients) == len(counts):
+                raise StudyError(f"{place}: must be larger, or clients must have more examples: {why}") from error
+            shown = ", ".join(map(str, clients[:10])) + (", ..." if len(clients) > 10 else "")
+            return [
+                f"model: {why}; {len(clients)} of {len(counts)} clients have one training example and fail at every "
+                f"visit: {shown}; give them more (partition.min_samples, clients.validation), or the model a norm that "
+                "trains on one, such as GroupNorm"
+            ]
         return []
 
     def warm(self) -> None:
