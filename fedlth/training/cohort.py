@@ -117,10 +117,11 @@ def train_together(asked: Sequence[Training]) -> list[TrainingResult]:
         for row, epoch in feed.ends.get(step, ()):
             snapshots[row][epoch] = stack.flat[row].cpu().numpy().copy()
     table, floats = losses.double().cpu().numpy(), stack.flat.cpu().numpy()
-    results = [
-        TrainingResult(Params(floats[row].copy(), r.start.ints.copy()), _last_loss(r, table[:, row]), snapshots[row])
-        for row, r in enumerate(requests)
-    ]
+    asked_for = None if feed.asked_for is None else feed.asked_for.cpu().numpy()
+    results = []
+    for row, r in enumerate(requests):
+        mean = _last_loss(r, table[:, row], None if asked_for is None else asked_for[:, row])
+        results.append(TrainingResult(Params(floats[row].copy(), r.start.ints.copy()), mean, snapshots[row]))
     return [results[order.index(k)] for k in range(len(asked))]
 
 
@@ -195,9 +196,8 @@ class _Feed:
         self.data, starts = _joined(members)
         self.requests = [m.request for m in members]
         self.plans, self.drawn = plans, any(r.draws_examples for r in self.requests)
-        self.counted = not self.data.y.is_floating_point() and (
-            hasattr(self.requests[0].recipe.loss, "posed") or bool((self.data.y == IGNORED).any())
-        )
+        posed = hasattr(self.requests[0].recipe.loss, "posed")
+        self.counted = posed or (not self.data.y.is_floating_point() and bool((self.data.y == IGNORED).any()))
         shape = (self.steps, len(members), max(self.widths))
         index_SKB, real_SKB = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
         rates_SK = np.zeros(shape[:2], np.float32)
@@ -209,6 +209,8 @@ class _Feed:
             rates_SK[step, :count] = [m.request.rates[step] for m in members[:count]]
         self.index, self.real = torch.from_numpy(index_SKB).to(device), torch.from_numpy(real_SKB).to(device)
         self.rates = torch.from_numpy(rates_SK).to(device)
+        # (S, K): of how many targets each loss is the mean, where they are drawn anew at each step.
+        self.asked_for = torch.zeros(shape[:2], dtype=torch.int64, device=device) if posed else None
         self.ends: dict[int, list[tuple[int, int]]] = {}
         for row, member in enumerate(members):
             lengths = np.cumsum([len(epoch) for epoch in member.request.batches])
@@ -224,6 +226,8 @@ class _Feed:
             batch = joined([self._shown(row, step, index[row]) for row in range(count)], torch.stack)
         if self.counted:  # a mean over the positions that count, as the loss of the whole batch is
             counts = (batch.y != IGNORED).reshape(count, width, -1).sum(2) * (weight > 0)
+            if self.asked_for is not None:
+                self.asked_for[step, :count] = counts.sum(1)
             weight = counts / counts.sum(1, keepdim=True).clamp(min=1)
         return batch, weight
 
@@ -271,8 +275,12 @@ def _anchors(requests: Sequence[TrainingRequest], stack: _Stack) -> Tensor:
     return found
 
 
-def _last_loss(request: TrainingRequest, losses: np.ndarray) -> float:
-    """Return the mean loss over the last epoch's targets."""
+def _last_loss(request: TrainingRequest, losses: np.ndarray, asked_for: np.ndarray | None) -> float:
+    """Return the mean loss over the last epoch's targets; `asked_for` (steps,) counts those that were drawn."""
     parts, end = request.batches[-1], len(request.rates)
-    sizes = [num_counted(request.data.y[torch.from_numpy(part)]) for part in parts]
-    return float(np.dot(losses[end - len(parts) : end], sizes) / sum(sizes))
+    last = slice(end - len(parts), end)
+    if asked_for is None:
+        sizes = [num_counted(request.data.y[torch.from_numpy(part)]) for part in parts]
+    else:
+        sizes = asked_for[last].tolist()
+    return float(np.dot(losses[last], sizes) / max(1, sum(sizes)))

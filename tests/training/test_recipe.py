@@ -537,7 +537,9 @@ def test_a_cohort_masks_tokens_as_each_member_does_alone() -> None:
     recipe = replace(BASE, loss=MaskedLm(num_classes=TOKENS, mask_token=0))
     requests = [asked(recipe, start, (tokens(n)[0],) * 2, examples_seed=n) for n in (30, 17)]
     for request, found in zip(requests, cohort.train_together([Training(model, r) for r in requests]), strict=True):
-        np.testing.assert_allclose(found.params.floats, train(model, request).params.floats, rtol=1e-3, atol=1e-5)
+        alone = train(model, request)
+        np.testing.assert_allclose(found.params.floats, alone.params.floats, rtol=1e-3, atol=1e-5)
+        assert found.loss == pytest.approx(alone.loss, rel=1e-5), "a mean over the tokens asked for, not over examples"
 
 
 def test_the_kernel_trains_augmented_images_as_torch_does() -> None:
