@@ -49,8 +49,12 @@ class Budget:
         return -(-self.total(size, batch_size) // (steps_an_epoch(size, batch_size) * self.repeats))
 
     def examples(self, size: int, batch_size: int) -> int:
-        """Return about how many examples it sees of `size`, each as often as it is seen: a pass sees them all."""
-        return round(size * self.total(size, batch_size) / steps_an_epoch(size, batch_size))
+        """Return how many examples it sees of `size`, each as often as it is seen: a pass sees them all.
+
+        Exact but with batches grouped by length, among which the smaller last one may come at any step.
+        """
+        passes, steps = divmod(self.total(size, batch_size) // self.repeats, steps_an_epoch(size, batch_size))
+        return (passes * size + steps * batch_size) * self.repeats
 
     def in_epochs(self, steps_an_epoch: float) -> float:
         """Return it in epochs of so many steps; an int where only epochs are asked for."""

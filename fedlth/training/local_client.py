@@ -21,6 +21,7 @@ from fedlth.tickets.evidence import Evidence, Lesson
 from fedlth.training import evaluation, masked_training, mixture, statistics, supermask, train
 from fedlth.training.batch_requests import cpu_seconds
 from fedlth.training.batches import batches, steps_an_epoch
+from fedlth.training.budget import Budget
 from fedlth.training.loss import owned
 from fedlth.training.loss_probe import LossProbe
 from fedlth.training.masked_training import Masked, Masking
@@ -198,10 +199,9 @@ class LocalClient:
             )  # fmt: skip
 
     def _learning(self, lesson: Lesson, batch_size: int) -> AbstractContextManager[object]:
-        spe = steps_an_epoch(self.num_train, batch_size)
-        steps = lesson.epochs * spe + lesson.steps
-        seen = ((lesson.alive, round(self.num_train * steps / spe)),)
-        return self._counting(lesson.alive, steps, batch_size, seen, masks=True)
+        budget, size = Budget(epochs=lesson.epochs, steps=lesson.steps), self.num_train
+        seen = ((lesson.alive, budget.examples(size, batch_size)),)
+        return self._counting(lesson.alive, budget.total(size, batch_size), batch_size, seen, masks=True)
 
     def train_masking(
         self, start: Params, masking: Masking, extra: np.ndarray, *, recipe: TrainingRecipe, pace: float = 1.0

@@ -16,6 +16,7 @@ from torch.optim import lr_scheduler as torch_lr
 from fedlth.data.examples import Examples
 from fedlth.models.layout import Params, layout_of, read, views
 from fedlth.rng import stream
+from fedlth.tickets.evidence import Lesson
 from fedlth.training import batch_requests, cohort, kernel_backend, masked_training, mixture, torch_backend
 from fedlth.training.augment import Crop, Flip
 from fedlth.training.batch_requests import Training
@@ -305,6 +306,26 @@ def test_a_budget_counts_steps() -> None:
     assert [len(p) for p in parts] == [4, 2]
     for one, other in zip(sum(parts, []), sum(whole, []), strict=False):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("size", [1, 8, 30, 33, 41])
+@pytest.mark.parametrize("budget", [Budget(epochs=2), Budget(steps=1), Budget(epochs=1, steps=3), Budget(steps=7)])
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_a_budget_counts_the_examples_that_its_batches_hold(budget: Budget, size: int, repeats: int) -> None:
+    """A last batch is smaller, or one larger: a share of the pass would be another number."""
+    budget = replace(budget, repeats=repeats)
+    drawn = budget(size, 8, stream(0, "order"))
+    assert budget.examples(size, 8) == sum(len(part) for parts in drawn for part in parts)
+
+
+def test_a_learnt_mask_costs_the_examples_that_it_saw() -> None:
+    task = tiny.task(train={"epochs": None, "steps": 1, "batch_size": 20})
+    local = LocalClient(task, 0, 1, "step1", rounds=1)
+    assert local.num_train % 20, "else a share of the pass is the same number"
+    held = local.full
+    lesson = Lesson(rule="threshold", alive=held, density=1.0, epochs=0, steps=1, lr=0.1)
+    local.learn(task.theta_0, np.zeros(held.size, np.float32), lesson)
+    assert local.log[-1].flops == local.flops(held, 20, masks=True)[0]
 
 
 @pytest.mark.parametrize("size", [30, 33, 1000])
