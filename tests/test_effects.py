@@ -71,6 +71,11 @@ IDLE: list[tuple[str, dict[str, Any], str]] = [
      "finder: only decides how long local train, no arm of method fedpm searches for a ticket"),
     ("lotteryfl", {"finder": {"densities": [0.1]}},
      "finder: only decides how long local train, no arm of method lotteryfl searches for a ticket"),
+    (
+        "fedpm",
+        {"train": {"loss": {"name": "cross_entropy", "label_smoothing": 0.1}}},
+        "train.loss.label_smoothing: not for method fedpm, which learns scores by the loss that evaluations report",
+    ),
     ("fedpm", {"train": {"lr": 0.1}}, "train.lr: only for the arms local, method fedpm learns scores at its own rate"),
     ("fedpm", {"train": {"lr": 0.1}, "personalise": {"arms": ["own_tuned"]}},
      "train.lr: has no effect, no arm of method fedpm trains weights"),

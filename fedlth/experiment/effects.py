@@ -16,6 +16,8 @@ from fedlth.methods.gossip import GossipUpdate
 from fedlth.methods.method import Dense, FederatedMethod
 from fedlth.personalization.arms import OF_TICKETS, REWOUND
 from fedlth.study.schema import Study
+from fedlth.training.loss import plain
+from fedlth.training.study_recipe import recipes
 
 SEARCH = OF_TICKETS | {"ticket", "ticket_0", "one_shot"}
 CUT = SEARCH | {"global_mask", "init_mask"}  # arms that hold a mask of the finder's scope
@@ -92,6 +94,9 @@ def notes(study: Study, experiment: Experiment) -> list[str]:
     rates = [p for p in ("train.lr", *(f"train.{key}" for key in STEP_KEYS)) if study.given(p)]
     if not method.space.trains_weights and not study.refine.rounds and only and rates:
         made.append(f"{', '.join(rates)}: only for the arms {only}, method {method.name} learns scores at its own rate")
+    if not method.space.trains_weights and plain(loss := recipes(study)[0].loss) != loss:
+        keys = ", ".join(f"train.loss.{key}" for key in study.train.loss or {} if key != "name") or "train.loss"
+        made.append(f"{keys}: not for method {method.name}, which learns scores by the loss that evaluations report")
     return [*made, *idle_method(experiment)]
 
 
