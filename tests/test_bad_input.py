@@ -134,6 +134,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "row 16: a step beyond the training": (
         {"finder": {"rewind": {"name": "step", "step": 5}}, "train": {"batch_size": 32}},
         "finder.rewind: must stay inside every client's training, got step 5; client 0 has 2 steps: 48 examples"),
+    "row 16: a step beyond the training, of which only `local` is as long": (
+        {"method": "fedavgm", "finder": {"rewind": {"name": "step", "step": 5}}, "train": {"batch_size": 32}},
+        "finder.rewind: must stay inside every client's training, got step 5; client 0 has 2 steps: 48 examples"),
     "row 16: a move beyond the training": (
         {"finder": {"schedule": {"name": "constant", "every": 2, "rounds": 3}, "rewind": "none"}},
         "finder.schedule: must stay inside every client's training, got step 6; client 0 has 3 steps"),

@@ -20,6 +20,7 @@ from fedlth.federation.jobs import Failure, Job, Reply
 from fedlth.forecast import forecast
 from fedlth.report.build import read_results, write_report
 from fedlth.report.compare import compare
+from fedlth.report.facts import read_run
 from fedlth.report.fleet import curve, simulated_s, tiers_table, time_to
 from fedlth.report.traffic import traffic
 from fedlth.study.schema import Study
@@ -279,6 +280,17 @@ def test_the_forecast_knows_the_draws(tmp_path: Path) -> None:
     told = float(text.partition("fleet: about ")[2].split(" ")[0])
     assert told == pytest.approx(sum(r["simulated_s"] for r in rounds(tmp_path / "r")), rel=0.1)
     assert "fleet:" not in forecast(tiny.study())
+
+
+@pytest.mark.parametrize("method", ["fedavg_ft", "scaffold", "dfedavg"])
+def test_step_2_takes_as_long_as_forecast(tmp_path: Path, method: str) -> None:
+    """Found: SCAFFOLD's variates were counted in step 2; without a server one model was, whatever neighbours send."""
+    made = tiny.of_method(method, wire="raw", fleet=FLEET, federate={"rounds": 3})
+    text = forecast(made)
+    one, two = (float(text.partition(before)[2].split(" ")[0]) for before in ("fleet: about ", "step 1 and "))
+    facts = read_run(tiny.run(made, tmp_path / "r").root)
+    assert two == pytest.approx(simulated_s(facts, step=2) or 0.0, rel=0.02)
+    assert one == pytest.approx(simulated_s(facts, step=1) or 0.0, rel=0.2 if method == "scaffold" else 0.02)
 
 
 def test_a_forecast_of_seeds_says_that_it_is_of_one() -> None:

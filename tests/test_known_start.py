@@ -183,3 +183,17 @@ def test_a_model_that_is_drawn_as_a_whole_crosses_as_before(tmp_path: Path) -> N
 
 def test_a_forecast_of_models_that_move_is_a_bound() -> None:
     assert "coded as if theta_0 told nothing of them" in forecast.forecast(study())
+
+
+@pytest.mark.parametrize("method", ["two_step", "lotteryfl"])
+@pytest.mark.parametrize("wire", ["lossless", "step", "sign"])
+def test_a_model_of_which_no_visit_is_tried_has_moved_all_the_same(method: str, wire: str, tmp_path: Path) -> None:
+    """Found: with slow visits, as of a transformer, and under step and sign, every download was about 60 bytes."""
+    made = study(wire=wire, method={"name": method, **tiny.METHODS[method]})
+    told, out = forecast_bytes(resolve(made)[0], 60.0), tmp_path / "r"
+    tiny.run(made, out)
+    rows = tiny.rows(out, "ledger")
+    down = sum(row["payload_bytes"] for row in rows if row["sender"] == "server")
+    up = sum(row["payload_bytes"] for row in rows if row["receiver"] == "server")
+    assert told.tried == 0 and "models that have moved coded as if theta_0 told nothing of them" in told.down.bounds
+    assert down <= told.down.size < 2 * down and up <= told.up.size * 1.001

@@ -24,16 +24,16 @@ STUDY: dict[str, Any] = {"federate": {"rounds": 4, "clients_per_round": 3}}
 class Forgetful(Counting):
     """Clients whose state is gone (`lost`), or whose mask is another than the server believes (`other`), in a round."""
 
-    def __init__(self, *, how: str, round: int) -> None:
+    def __init__(self, *, how: str, round: int, phase: str = "federate") -> None:
         super().__init__()
-        self.how, self.round = how, round
+        self.how, self.round, self.phase = how, round, phase
         self.hit: set[int] = set()
 
     def run(self, jobs: list[Job]) -> list[Reply | Failure]:
         return super().run([self._struck(job) for job in jobs])
 
     def _struck(self, job: Job) -> Job:
-        if (job.phase, job.round) != ("federate", self.round) or job.client in self.hit or not job.version:
+        if (job.phase, job.round) != (self.phase, self.round) or job.client in self.hit or not job.version:
             return job
         self.hit.add(job.client)
         if self.how == "lost":
@@ -72,18 +72,23 @@ def test_a_client_that_lost_its_mask_gets_it_back(tmp_path: Path) -> None:
     assert tiny.rows(tmp_path / "hit", "metrics") == tiny.rows(tmp_path / "whole", "metrics")
 
 
-def test_what_is_asked_for_again_takes_two_latencies_more(tmp_path: Path) -> None:
-    """On a fleet of one tier: a second message each way beside the bytes."""
+@pytest.mark.parametrize(("phase", "round"), [("federate", 3), ("personalise", 1)])
+def test_what_is_asked_for_again_takes_two_latencies_more(tmp_path: Path, phase: str, round: int) -> None:
+    """On a fleet of one tier: a second message each way beside the bytes. In step 2 the whole model beside a slice, for
+    controls alone, counted in the first of the two tries."""
     fleet = {"flops_s": 1e6, "down_bytes_s": 1e3, "up_bytes_s": 5e2, "latency_s": 7.0}
-    for name, engine in (("hit", hit := Forgetful(how="other", round=3)), ("whole", InProcess())):
+    for name, engine in (("hit", hit := Forgetful(how="other", round=round, phase=phase)), ("whole", InProcess())):
         tiny.run(tiny.of_method("lotteryfl", fleet=fleet, **STUDY), tmp_path / name, engine=engine)
     seconds, moved = [], []
     for name in ("hit", "whole"):
-        rows = [row for row in tiny.rows(tmp_path / name, "ledger") if (row["phase"], row["round"]) == ("federate", 3)]
-        times = [row for row in tiny.rows(tmp_path / name, "times") if (row["phase"], row["round"]) == ("federate", 3)]
-        seconds.append({row["client"]: row["simulated_s"] for row in times if row["client"] in hit.hit})
+        rows = [row for row in tiny.rows(tmp_path / name, "ledger") if (row["phase"], row["round"]) == (phase, round)]
+        assert (phase == "personalise") == any(row["kind"] == "evaluation" for row in rows)
+        rows = [row for row in rows if phase == "federate" or row["kind"] not in ("evaluation", "metrics")]
+        times = [row for row in tiny.rows(tmp_path / name, "times") if (row["phase"], row["round"]) == (phase, round)]
+        seconds.append({row["client"]: row["simulated_s"] for row in times if row.get("client") in hit.hit})
         moved.append({c: sum(r["payload_bytes"] / (5e2 if r["sender"] == f"client:{c}" else 1e3) for r in rows
                              if f"client:{c}" in (r["sender"], r["receiver"])) for c in hit.hit})  # fmt: skip
+    assert hit.hit
     for client in hit.hit:
         more = moved[0][client] - moved[1][client]
         assert seconds[0][client] - seconds[1][client] == pytest.approx(2 * 7.0 + more)

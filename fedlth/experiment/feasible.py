@@ -78,7 +78,7 @@ def _check_steps(task: Task, finder: Finder, arms: set[str]) -> None:
         raise StudyError(f"finder.rewind: {type(finder.rewind).__name__}.steps must be a whole number, got {rewind!r}")
     moves = [regrow.window(i)[1] for i in range(regrow.rounds)] if finder.moves and regrow is not None else []
     last: Sequence[tuple[str, int]] = (
-        ("rewind", rewind if arms & FINDER["rewind"] else 0),
+        ("rewind", rewind if arms & (FINDER["rewind"] | LONG) else 0),  # what a search goes back, they train less
         ("schedule", max((m for m in moves if m is not None), default=0) if arms & FINDER["schedule"] - LONG else 0),
     )
     sizes = [len(split.train) for split in task.splits.clients]

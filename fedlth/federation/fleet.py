@@ -86,8 +86,8 @@ class Clock:
         if self.fleet is None:
             return None
         flops = reply.flops if self.fleet.flops == "dense" else reply.alive_flops
-        server = party(None)
-        more = [sum(row.payload_bytes for row in tried if (row.receiver == server) is up) for up in (False, True)]
+        server, paid = party(None), [row for row in tried if row.kind not in self._apart]
+        more = [sum(row.payload_bytes for row in paid if (row.receiver == server) is up) for up in (False, True)]
         down, up = self.moved(job.inbox) + more[0], self.moved(reply.outbox) + more[1]
         if sent_bytes is not None:
             up = sent_bytes + more[1]
@@ -117,8 +117,11 @@ class Clock:
 
     def moved(self, messages: Iterable[Message]) -> int:
         """Return the bytes that a device would move: without what only controls and tables of step 2 need."""
-        apart = ("evaluation", "metrics") if self.phase.in_waves else ()
-        return sum(len(m.payload) for m in messages if m.kind not in apart)
+        return sum(len(m.payload) for m in messages if m.kind not in self._apart)
+
+    @property
+    def _apart(self) -> tuple[str, ...]:
+        return ("evaluation", "metrics") if self.phase.in_waves else ()
 
     def whole(self, came: Sequence[float], gone: Sequence[float]) -> float | None:
         """Return what the round takes: as long as its slowest client, or the deadline where somebody did not meet it.

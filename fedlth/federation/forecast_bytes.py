@@ -66,13 +66,13 @@ class Evaluation:
 class Forecast:
     """Both directions, how many visits were tried to see how long an update is, and evaluation between the rounds.
 
-    `visit` are the bytes (down, up) of one visit with a dense model.
+    `visit` are the bytes (down, up) of one visit with a dense model, and those down of one in step 2.
     """
 
     down: Bytes
     up: Bytes
     tried: int = 0
-    visit: tuple[float, float] = (0.0, 0.0)
+    visit: tuple[float, float, float] = (0.0, 0.0, 0.0)
     evaluation: Evaluation | None = None
 
     def __str__(self) -> str:
@@ -132,7 +132,7 @@ def forecast_bytes(experiment: Experiment, visit_s: float) -> Forecast:
     ends = (down, up) if shrinking is not None and not sure else (None, None)  # of what accuracy may decide
     last = method.phases[-1]
     more = sum(wire.beside(last, name, kind) for name, kind in sends_in(last.update, 1)[1:])
-    visit = wire.model + wire.longest * len(last.also), wire.update(1.0) + more + _visit_bytes(task)
+    visit = wire.model + wire.longest * len(last.also), wire.update(1.0) + more + _visit_bytes(task), wire.model
     down_bytes = _most(wire, most[0], (*both, *scores, *also), ends[0])
     return Forecast(down_bytes, _most(wire, most[1], ups, ends[1]), len(found), visit, evaluation)
 
@@ -159,7 +159,7 @@ def _between(experiment: Experiment) -> Forecast:
         evaluated = Evaluation(
             phase.rounds, count, Bytes(heard + phase.rounds * count * wire.model, most), Bytes(heard + rows, most)
         )
-    return Forecast(Bytes(down, most), Bytes(up, most), 0, (visit, visit), evaluated)
+    return Forecast(Bytes(down, most), Bytes(up, most), 0, (visit, visit, visit), evaluated)
 
 
 def _evaluation(wire: Lengths, shrinking: Shrinking | None, bounds: Sequence[str]) -> Evaluation | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,10 +20,14 @@ from fedlth.training.study_recipe import budget_of, personal
 
 @dataclass(frozen=True)
 class Visit:
-    """A client's visit of one dense model: bytes each way, and the epochs of step 2 that a tier's kept model takes."""
+    """A client's visit of one dense model: bytes each way, and the epochs of step 2 that a tier's kept model takes.
+
+    `later_bytes` are those down in step 2, where nothing goes beside the model.
+    """
 
     down_bytes: float
     up_bytes: float
+    later_bytes: float
     epochs: Callable[[Tier], float]
 
 
@@ -33,21 +38,26 @@ def forecast_time(experiment: Experiment, visit: Visit) -> list[str]:
         return []
     step1, step2, visits, dropped, late = 0.0, 0.0, 0, 0, 0
     longest: dict[str, float] = {}
+    published: set[int] = set()
     for phase, round in experiment.steps:
         if phase.evaluates:
             continue
         clock, clients = Clock(experiment, phase, round), experiment.clients(phase, round)
-        seconds = {c: _seconds(clock, phase, c, visit) for c in clients}
-        gone = [s for c, s in seconds.items() if clock.drops(c)]
-        came = [s for c, s in seconds.items() if not clock.drops(c)]
+        there = [c for c in clients if not clock.drops(c)]
+        messages = _messages(experiment, phase, round, there, published)
+        seconds = {c: _seconds(clock, phase, c, visit, messages(c)) for c in clients}
+        # Without a server nobody sends to who is not there, and it takes no time.
+        gone = [seconds[c] for c in clients if c not in there and phase.topology is None]
+        came = [seconds[c] for c in there]
         whole = clock.whole(came, gone) or 0.0
         if phase.join is None:  # waves are commits: all clients work at once
             longest[phase.name] = max(whole, longest.get(phase.name, 0.0))
             continue
-        visits, dropped = visits + len(clients), dropped + len(gone)
+        visits, dropped = visits + len(clients), dropped + len(clients) - len(there)
         late += sum(bool(clock.late(s)) for s in came)
         if phase in experiment.federated_phases:
             step1 += whole
+            published.update(there)
         else:
             step2 += whole
     step2 += math.fsum(longest.values())
@@ -59,16 +69,33 @@ def forecast_time(experiment: Experiment, visit: Visit) -> list[str]:
     return [*lines, *_tiers(experiment, visit)]
 
 
-def _seconds(clock: Clock, phase: Phase, client: int, visit: Visit) -> float:
-    flops, up = clock.usual_flops(client), visit.up_bytes
+def _messages(
+    experiment: Experiment, phase: Phase, round: int, there: Sequence[int], published: set[int]
+) -> Callable[[int], tuple[int, int]]:  # fmt: skip
+    """Return what says how many models a client is sent in a round, and how many it sends: one up where it joins.
+
+    Without a server a client is sent what each neighbour has published, and sends what it has to each receiver.
+    """
+    if phase.topology is None:
+        return lambda client: (1, int(phase.join is not None))
+    receivers = range(experiment.study.clients.count) if phase.in_waves else there
+    heard = {c: published.intersection(experiment.senders(phase, round, c)) for c in receivers}
+    sent = Counter(sender for senders in heard.values() for sender in senders)
+    return lambda client: (len(heard.get(client, ())), sent[client])
+
+
+def _seconds(clock: Clock, phase: Phase, client: int, visit: Visit, messages: tuple[int, int]) -> float:
+    flops, down_bytes = clock.usual_flops(client), visit.down_bytes
     if phase.join is None:
+        down_bytes = visit.later_bytes
         local = LocalClient(clock.experiment.task_of(client), client, 0, phase.name)
         train = personal(local.task.study)
         once = budget_of(train).examples(local.num_train, train.batch_size)
         searched = visit.epochs(clock.experiment.task.capacity(client))
         examples = round(searched * local.num_train) if phase.name == "personalise" else once
-        flops, up = local.flops(local.full, examples)[0], 0.0
-    return clock.seconds(client, down_bytes=visit.down_bytes, up_bytes=up, flops=flops) or 0.0
+        flops = local.flops(local.full, examples)[0]
+    down, up = down_bytes * messages[0], visit.up_bytes * messages[1]
+    return clock.seconds(client, down_bytes=down, up_bytes=up, flops=flops) or 0.0
 
 
 def _tiers(experiment: Experiment, visit: Visit) -> list[str]:

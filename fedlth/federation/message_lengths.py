@@ -197,8 +197,13 @@ def noise(task: Task, codec: Codec) -> Moved:
     if not codec.feedback:
         return ()
     theta = task.shared_part(task.theta_0)
+    return ((theta, _moved(theta)),)
+
+
+def _moved(theta: Params) -> Params:
+    """Return a model that some training may have made of `theta`: no number is what it was, or zero."""
     noise = rng.stream(0, "forecast").normal(0, 0.1 * float(np.std(theta.floats)) or 1.0, theta.floats.size)
-    return ((theta, Params((theta.floats + noise).astype(np.float32), theta.ints)),)
+    return Params((theta.floats + noise).astype(np.float32), theta.ints)
 
 
 def up_kind(experiment: Experiment) -> str:
@@ -216,4 +221,7 @@ def later(experiment: Experiment, tried: Moved) -> Params:
         made = [one for _ in range(count) if (one := space.reply(first, layout, kind, draw)) is not None]
         if made:
             return join(rule, ServerState(first), (Contribution(0, 1, one) for one in made), layout).theta
-    return tried[-1][0] if tried else first
+    if tried:
+        return tried[-1][0]
+    # Else theta_0 would stand for every later model: coded as no bytes where both ends have it.
+    return _moved(first) if study.federate.rounds and experiment.shares_weights else first

@@ -22,7 +22,7 @@ from fedlth.federation.progress import line, summary_of
 from fedlth.federation.published import Published
 from fedlth.federation.replies import Replies
 from fedlth.federation.update_norms import UpdateNorms, without_last
-from fedlth.federation.void import VOID_ROUNDS_ALLOWED, at_fault, too_many
+from fedlth.federation.void import VOID_ROUNDS_ALLOWED, at_fault, none_counted, too_many
 from fedlth.methods.aggregate import Aggregate
 from fedlth.methods.method import Phase
 from fedlth.models.layout import Params
@@ -128,6 +128,8 @@ class Federation:
             for contribution in replies.rest(states, masks):
                 joined += _add(rule, accumulator, contribution)
         void, worked = rule is not None and joined < self.experiment.study.federate.min_clients, bool(replies.versions)
+        if void and self._none_counted(step):  # nothing is committed: a resume asks for this round again
+            raise none_counted(replies, joined, self.engine.present())
         health = health_of(self.experiment, phase, replies.visits, self.progress.versions.keys())
         undone = "" if void or rule is None or publishes else self._collapsed(health)
         if void or undone:  # the old state stays, or an older one: so must everything that goes with a newer one
@@ -166,6 +168,11 @@ class Federation:
             log.info(f"note: {why}; it is rolled back to {summary.rolled_back_to}")
         if phase.join and self.progress.empty_rounds >= VOID_ROUNDS_ALLOWED:
             raise too_many(replies, joined, self.engine.present())
+
+    def _none_counted(self, step: Step) -> bool:
+        """Say whether a void round is the last of a phase that must count, after none that did."""
+        last = step.phase.must_count and step.round == step.phase.rounds
+        return last and all(row.void for row in self.folder.rows(RoundRow) if row.phase == step.phase.name)
 
     def _trained(self, step: Step) -> tuple[Phase, int]:
         """Return the phase and the round whose model an evaluation looks at."""

@@ -32,9 +32,20 @@ def at_fault(replies: Replies, *, ever: bool) -> bool:
 
 def too_many(replies: Replies, joined: int, present: frozenset[int] | None) -> NothingUsable:
     """Return the error that ends a run after several void rounds in a row; `present` are the clients there now."""
+    return _ended(replies, joined, present, f"{VOID_ROUNDS_ALLOWED} rounds without")
+
+
+def none_counted(replies: Replies, joined: int, present: frozenset[int] | None) -> NothingUsable:
+    """Return the error that ends a run whose method is nothing without a phase of which no round has counted."""
+    name = replies.experiment.method.name
+    told = f"{name} needs what phase {replies.phase.name} finds, none of whose rounds had"
+    return _ended(replies, joined, present, told)
+
+
+def _ended(replies: Replies, joined: int, present: frozenset[int] | None, why: str) -> NothingUsable:
     folder, study = replies.folder, replies.experiment.study
     wanted = study.federate.min_clients
-    told = f"{folder.root}: {VOID_ROUNDS_ALLOWED} rounds without "
+    told = f"{folder.root}: {why} "
     told += "one usable reply" if wanted == 1 else f"federate.min_clients = {wanted} usable replies"
     told += f"; last: {_why_few(replies, joined) if joined else why_nothing(replies.failed)}"
     if present is not None:

@@ -269,7 +269,9 @@ def fedtiny(
         end=at_least(1, end), rate=share_of(rate), blocks=at_least(1, blocks), batches=at_least(0, batches),
     )  # fmt: skip
     candidates, plan = Pool(pool, density, spread), Blocks(blocks, every, end, rate)
-    first = Phase(name="measure", rounds=1, who=Seen(), update=Measure(candidates), join=Choose(candidates))
+    first = Phase(
+        name="measure", rounds=1, who=Seen(), update=Measure(candidates), join=Choose(candidates), must_count=True
+    )  # fmt: skip
     second = Phase(name="select", rounds=pool, who=Seen(), update=Judge(), join=Choose(candidates, judging=True))
     update = GradientsUpdate(blocks=plan, batches=batches)
     rounds = Phase(name="federate", update=update, join=GrowAndPrune())

@@ -143,7 +143,7 @@ def flash(
     )  # fmt: skip
     first = Phase(
         name="sensitivity", rounds=1, who=ShareOf(share), update=FindDensities(density, stage1, rate, batches),
-        join=DrawMask(density),
+        join=DrawMask(density), must_count=True,
     )  # fmt: skip
     rounds = averaged()
     if every:

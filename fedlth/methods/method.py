@@ -145,7 +145,8 @@ class Phase:
     look at what came, and what crosses counts as evaluation. `changes_state` False: no client has another state
     afterwards. `hand` picks the masks of those that have none of their own. `also` names vectors of the server's
     memory, (num_floats,) float32 of what is exchanged, that go down beside a broadcast state, each as a payload of its
-    own: of all that everyone keeps. One that the memory does not have yet is not sent.
+    own: of all that everyone keeps. One that the memory does not have yet is not sent. `must_count`: the run ends where
+    none of its rounds has counted, since what follows would be another method.
 
     With a `topology` clients send to one another, and `down` is "nothing": an inbox holds, under each sender's name,
     what it last published, or what both ends know of one that has not yet (theta_0 under its first mask, no bytes).
@@ -167,6 +168,7 @@ class Phase:
     known: Known = field(default_factory=Received)
     also: tuple[str, ...] = ()
     topology: Topology | None = None
+    must_count: bool = False
 
     @property
     def in_waves(self) -> bool:

@@ -55,7 +55,8 @@ class Saliency:
 def _phases(density: float, batches: int, weighted: bool, random: bool, signed: bool) -> tuple[Phase, ...]:
     check(density=density_of(density), batches=at_least(0, batches))
     join = TopMask(density, FedAvg() if weighted else CountMean(), random)
-    first = Phase(name="saliency", rounds=1, who=Seen(), update=Saliency(batches, signed), join=join)
+    update = Saliency(batches, signed)
+    first = Phase(name="saliency", rounds=1, who=Seen(), update=update, join=join, must_count=True)
     return first, averaged()
 
 

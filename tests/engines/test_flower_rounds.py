@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from fedlth.federation.client_step import client_step
 from fedlth.federation.jobs import Failure, Job, Reply
 from fedlth.federation.missing import missing
 from fedlth.forecast import forecast
+from fedlth.methods.method import FederatedMethod
+from fedlth.methods.table import METHODS
 from fedlth.output import lines_to
 from fedlth.report.facts import read_run
 from fedlth.report.headline import summary_text
@@ -386,6 +389,31 @@ def test_void_rounds_in_a_row_end_the_run_and_a_resume_continues(tmp_path: Path)
     assert [bool(r.get("void")) for r in tiny.rows(out, "rounds")][:5] == [False, True, True, True, False]
     text = " ".join(summary_text(results_of((read_run(out),))).split())
     assert "in which everything stayed as it was: federate 2, federate 3, federate 4" in text
+
+
+@pytest.mark.parametrize(("method", "phase"), [("ssfl", "saliency"), ("flash", "sensitivity"), ("fedtiny", "measure")])
+def test_a_phase_that_must_count_ends_the_run_and_a_resume_asks_again(tmp_path: Path, method: str, phase: str) -> None:
+    """Found: without its mask SSFL and FLASH trained dense to the end, and FedTiny failed in each resume, too."""
+    made, out, whole = tiny.of_method(method), tmp_path / "r", tmp_path / "whole"
+    with pytest.raises(NothingUsable, match=f"{method} needs what phase {phase} finds, none of whose rounds had one "
+                       r"usable reply; last: no cable; .* `fedlth resume .*` continues"):  # fmt: skip
+        tiny.run(made, out, engine=losing(lambda j: j.phase == phase))
+    with lines_to(lambda line: None):
+        session.resume(out, tiny.Lists())
+    tiny.run(made, whole)
+    assert tiny.facts(out) == tiny.facts(whole)
+
+
+def test_a_phase_of_which_one_round_has_counted_does_not_end_the_run(tmp_path: Path) -> None:
+    made = tiny.study(method="tests.engines.test_flower_rounds:in_two_phases")
+    tiny.run(made, tmp_path / "r", engine=losing(lambda j: (j.phase, j.round) == ("first", 2)))
+    assert [bool(r.get("void")) for r in tiny.rows(tmp_path / "r", "rounds")][:3] == [False, True, False]
+
+
+def in_two_phases() -> FederatedMethod:
+    known = METHODS["fedavg"]()
+    first = replace(known.phases[0], name="first", rounds=2, must_count=True)
+    return replace(known, name="mine", phases=(first, *known.phases))
 
 
 def _drawn(made: Any, job: Job) -> int:
