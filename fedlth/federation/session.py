@@ -179,6 +179,8 @@ def _write_header(folder: RunFolder, experiment: Experiment, engine: Engine, end
     theta = ended.theta if ended and experiment.shares_weights else task.shared_part(task.theta_0)
     start = experiment.known_start if ended and experiment.shares_weights else None
     dense = broadcast("values", "", theta, task.exchange, experiment.codec.down, start=start)
+    known, theta_0 = experiment.known_start, task.shared_part(task.theta_0)
+    first = known and broadcast("values", "", theta_0, task.exchange, experiment.codec.down, start=known)
     header = Header(
         study=study.study,
         method=method.name,
@@ -207,6 +209,7 @@ def _write_header(folder: RunFolder, experiment: Experiment, engine: Engine, end
         num_exchanged=experiment.layout.num_floats,
         num_shared=task.exchange.num_floats,
         dense_payload_bytes=len(dense.payload),
+        dense_first_bytes=len(first.payload) if first else None,
         dense_raw_bytes=4 * task.exchange.num_floats + 8 * task.exchange.num_ints,
         flops_forward_per_example=task.model.flops[""],
         random_starts=list(experiment.random_starts) if "random" in experiment.arms else [],

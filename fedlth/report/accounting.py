@@ -85,7 +85,9 @@ def account(facts: Facts) -> Account:
             iid_bytes=sum(row.iid_bytes or 0.0 for row in masked),
         ),
         codings={key: _coded(rows) for key, rows in sorted(codings.items())},
-        dense_raw=_dense(found, facts.header.dense_raw_bytes, facts.header.dense_raw_bytes),
+        dense_raw=_dense(
+            found, found.dense_ups * facts.header.dense_raw_bytes, found.dense_downs * facts.header.dense_raw_bytes
+        ),
         clients={key: _spread(found, key) for key in ("up_bytes", "down_bytes", "total_bytes")},
         claims=tuple((preset, preset(facts)) for preset in PRESETS),
     )
@@ -101,8 +103,8 @@ def _coded(rows: list[LedgerRow]) -> Coded:
     )
 
 
-def _dense(found: Traffic, up: int, down: int) -> Flow:
-    return Flow(found.dense_ups + found.dense_downs, found.dense_ups * up, found.dense_downs * down)
+def _dense(found: Traffic, up_bytes: int, down_bytes: int) -> Flow:
+    return Flow(found.dense_ups + found.dense_downs, up_bytes, down_bytes)
 
 
 def _spread(found: Traffic, key: str) -> Spread:
@@ -131,7 +133,7 @@ def account_json(found: Account) -> dict[str, Any]:
         "clients": {key: asdict(one) for key, one in found.clients.items()},
         "uploaded_masks": asdict(found.masks),
         "by_coding": {key: asdict(one) for key, one in found.codings.items()},
-        "dense_same_codec": told(_dense(wire, wire.dense_up_payload_bytes, wire.dense_payload_bytes)),
+        "dense_same_codec": told(_dense(wire, wire.dense_up_bytes, wire.dense_down_bytes)),
         "dense_raw": told(found.dense_raw),
         "busiest": {"node": wire.busiest[0]} | told(wire.busiest[1]),
         "evaluation": told(wire.evaluation),
@@ -155,7 +157,7 @@ def truth_table(found: Account) -> Table:
     rows.append(row("of all: each client's first model", found.installs))
     rows.append(row("of all: refused or failed", wire.refused))
     rows.append(row(f"the busiest node, {wire.busiest[0]}", wire.busiest[1]))
-    dense = _dense(wire, wire.dense_up_payload_bytes, wire.dense_payload_bytes)
+    dense = _dense(wire, wire.dense_up_bytes, wire.dense_down_bytes)
     rows.append(row("dense, same visits, same codec", dense, messages=False))
     rows.append(row("dense, same visits, raw float32", found.dense_raw, messages=False))
     if wire.evaluation.messages:

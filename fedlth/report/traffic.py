@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from fedlth.report.facts import Facts, grouped
-from fedlth.storage.records import DROPPED, LATE, LedgerRow, client_of, party
+from fedlth.storage.records import DROPPED, LATE, LedgerRow, RoundRow, client_of, party
 
 Key = TypeVar("Key")
 SERVER = party(None)
@@ -70,8 +70,9 @@ class Traffic:
     late: replies after a fleet's deadline. framed_bytes: as the transport sent it, None unless every frame's size was
     told. dense_bytes: what dense FedAvg would have moved for the same visits through the same codec: one dense model
     down and one dense update up for each visit in rounds that join updates (only the model down where the client
-    dropped out), one down for each other visit. A dense update is the mean of those that this run did send (dense_seen
-    of them); with none, it counts as much as a dense model down. `evaluation` is what the evaluations between the
+    dropped out), one down for each other visit; `dense_firsts` of these are theta_0, sent before a round had joined
+    anything, at `dense_first_bytes`. A dense update is the mean of those that this run did send (dense_seen of them);
+    with none, it counts as much as a dense model down. `evaluation` is what the evaluations between the
     rounds moved, every receiver counted: no other field holds any of it. `busiest` is the party that moved most, what
     only controls and tables need left aside, and its flow: the server, where there is one.
     """
@@ -87,6 +88,8 @@ class Traffic:
     by_round: tuple[RoundFlow, ...]
     dense_ups: int
     dense_downs: int
+    dense_firsts: int
+    dense_first_bytes: int
     dense_payload_bytes: int
     dense_up_payload_bytes: int
     dense_seen: int
@@ -101,7 +104,8 @@ class Traffic:
     @property
     def dense_down_bytes(self) -> int:
         """Return what dense downloads would have moved."""
-        return self.dense_downs * self.dense_payload_bytes
+        later = self.dense_downs - self.dense_firsts
+        return self.dense_firsts * self.dense_first_bytes + later * self.dense_payload_bytes
 
     @property
     def dense_bytes(self) -> int:
@@ -190,6 +194,7 @@ def traffic(facts: Facts) -> Traffic:
         cumulative += summed.total_bytes
         by_round.append(RoundFlow(inner[0].round, inner[0].phase, summed, cumulative))
     told, joining = frames(rows), facts.header.joining()
+    first, before = facts.header.dense_first_bytes, _before_any_joined(facts.rounds, joining)
     seen = [r.payload_bytes for r in rows if r.sender != SERVER and r.kind == "values" and r.coding.startswith("full ")]
     held = grouped((client, row) for row in rows for client in clients_of(row))
     by_client = {client: flow(inner, {client}) for client, inner in sorted(held.items())}
@@ -205,12 +210,24 @@ def traffic(facts: Facts) -> Traffic:
         by_round=tuple(by_round),
         dense_ups=sum(phase in joining for _, phase, _ in visits - gone),
         dense_downs=len(visits),
+        dense_firsts=sum((round, phase) in before for round, phase, _ in visits),
+        dense_first_bytes=facts.header.dense_payload_bytes if first is None else first,
         dense_payload_bytes=facts.header.dense_payload_bytes,
         dense_up_payload_bytes=round(sum(seen) / len(seen)) if seen else facts.header.dense_payload_bytes,
         dense_seen=len(seen),
         evaluation=flow(facts.evaluation),
         busiest=_busiest(row for row in rows if row.kind not in ("evaluation", "metrics")),
     )
+
+
+def _before_any_joined(rounds: Iterable[RoundRow], joining: Collection[str]) -> set[tuple[int, str]]:
+    """Return the rounds whose clients were sent what no round had moved: up to the first that joined something."""
+    found = set[tuple[int, str]]()
+    for row in rounds:
+        found.add((row.round, row.phase))
+        if row.phase in joining and not row.void:
+            break
+    return found
 
 
 def _busiest(rows: Iterable[LedgerRow]) -> tuple[str, Flow]:

@@ -83,7 +83,8 @@ class Header:
     `hostile` do, `defence` what clients do to their masks before these leave, `joiners` from which round of step 1 on a
     late joiner is there. `num_exchanged` counts the numbers of the global state, `num_shared` those of the model that
     no client has alone (None: an earlier version did not say): they differ where thresholds or scores take the place
-    of weights.
+    of weights. `dense_payload_bytes` is a dense download of the last global model, `dense_first_bytes` one of theta_0,
+    where both ends have that (None: where they have not).
     """
 
     OPTIONAL: ClassVar[frozenset[str]] = frozenset(
@@ -100,6 +101,7 @@ class Header:
             "hostile",
             "joiners",
             "num_shared",
+            "dense_first_bytes",
         }
     )
 
@@ -134,6 +136,7 @@ class Header:
     num_exchanged: int = 0
     num_shared: int | None = None
     dense_payload_bytes: int
+    dense_first_bytes: int | None = None
     dense_raw_bytes: int = 0
     flops_forward_per_example: float = 0.0
     random_starts: list[str] = field(default_factory=list)
