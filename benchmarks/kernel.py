@@ -3,7 +3,7 @@
 Rows that compute the whole network also say what share of the core's peak that is (core_peak.py); layers.py says where.
 
 python benchmarks/kernel.py [MODEL ...]  ratios beside their limits, ok or MISSED (--quick: fewer repeats)
-python benchmarks/kernel.py --crossover  dense and sparse by density and kind of layer: whence compact.SPARSE_BELOW
+python benchmarks/kernel.py --crossover  dense and sparse by density and kind of layer: whence table.SPARSE_BELOW
 python benchmarks/kernel.py --structured tickets of whole rows or channels beside narrow networks and single weights
 python benchmarks/kernel.py --threads    one thread against two that train two clients at once
 """
@@ -27,7 +27,7 @@ from fedlth.data.examples import Examples
 from fedlth.kernel import columns as col
 from fedlth.kernel import compact, kernel
 from fedlth.kernel.graph import compile_layers
-from fedlth.kernel.table import LayerTable
+from fedlth.kernel.table import SPARSE_BELOW, LayerTable
 from fedlth.models.layout import layout_of, read
 from fedlth.models.prunable import prunable_names
 from fedlth.models.registry import build
@@ -213,7 +213,7 @@ def prepared_anew(run: Callable[[], object]) -> Callable[[], object]:
     """Return the run with its lists made anew, as a client's first batch finds them."""
 
     def anew() -> object:
-        compact._last.held = None
+        compact.forget()
         return run()
 
     return anew
@@ -228,7 +228,7 @@ def crossover(densities: Iterable[float]) -> None:
         "linear 3136 -> 512": (col.LINEAR, (3136, 1, 1), nn.Linear(3136, 512)),
         "linear 400 -> 120": (col.LINEAR, (400, 1, 1), nn.Linear(400, 120)),
     }
-    before = dict(compact.SPARSE_BELOW)
+    before = dict(SPARSE_BELOW)
     for title, (kind, shape, layer) in nets.items():
         # A norm before it, so that the gradient of its input is wanted; the rest is small.
         if isinstance(layer, nn.Linear):
@@ -239,12 +239,12 @@ def crossover(densities: Iterable[float]) -> None:
         for density in densities:
             best = {}
             for below in (0.0, 2.0):
-                compact.SPARSE_BELOW[kind] = below
+                SPARSE_BELOW[kind] = below
                 run = given.kernel(density)
                 best[below] = min(cpu_seconds(prepared_anew(run)) for _ in range(3)) / given.steps * 1e3
             lines.append((density, best[0.0], best[2.0]))
             print(f"{title}: density {density:.2f}: dense {best[0.0]:7.3f} ms, sparse {best[2.0]:7.3f} ms", flush=True)
-        compact.SPARSE_BELOW.update(before)
+        SPARSE_BELOW.update(before)
         meet = [d for d, dense, sparse in lines if sparse < dense]
         print(f"{title}: sparse is faster up to density {max(meet, default=0.0):.2f}")
 

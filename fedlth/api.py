@@ -148,7 +148,7 @@ def _other(place: str, seed: int) -> OtherTicket:
 
 def _decided(study: Study, ready: Experiment) -> Study:
     """Return the study as written, with what depends on this machine decided, once for all its runs."""
-    chosen = {key: getattr(ready.study, key) for key in ("compute", "cohort", "device")}
+    chosen = {key: getattr(ready.study, key) for key in ("compute", "crossovers", "cohort", "device")}
     return study.model_copy(update={k: v for k, v in chosen.items() if v != getattr(study, k)})
 
 

@@ -12,14 +12,13 @@ from fedlth.data.capacity import named
 from fedlth.data.partition_file import sha256_of
 from fedlth.errors import StudyError, wrong
 from fedlth.experiment import client_memory, effects, feasible, recipe_checks
+from fedlth.experiment.backend import with_backend
 from fedlth.experiment.chaos import check_chaos
 from fedlth.experiment.dp_checks import check_dp
 from fedlth.experiment.experiment import KEPT_FIRST, Experiment, open_experiment
 from fedlth.experiment.mask_defence import check_defence
 from fedlth.experiment.well_formed import method_of
 from fedlth.experiment.who_takes_part import check_newcomers, check_no_server, check_population, check_quorum
-from fedlth.kernel import kernel
-from fedlth.kernel.tile_variable import misnamed
 from fedlth.methods.client_update import sends_in
 from fedlth.methods.rules import check_rule
 from fedlth.models.initial import refuse
@@ -29,7 +28,7 @@ from fedlth.storage.trackers import trackers_of
 from fedlth.study.schema import Study
 from fedlth.tickets.gate import Adaptive, ValAccuracy, ValDrop
 from fedlth.tickets.rewind import ToInit
-from fedlth.training import cohort_size, kernel_backend, statistics
+from fedlth.training import cohort_size, statistics
 from fedlth.training.local_client import LocalClient
 from fedlth.training.study_recipe import recipes
 from fedlth.training.task import Task, forget_tasks, open_task
@@ -43,7 +42,7 @@ def resolve(study: Study) -> tuple[Experiment, list[str]]:
     experiment, notes = read(study)
     for tracker in trackers_of(study).values():
         tracker.require()
-    resolved, why = _backend(experiment)
+    resolved, why = with_backend(experiment)
     resolved = _named(resolved, experiment.task)
     if resolved.science() != experiment.text:
         forget_tasks()  # what has been built is of another text, and three models large
@@ -143,32 +142,6 @@ def read(study: Study) -> tuple[Experiment, list[str]]:
 def _named(study: Study, task: Task) -> Study:
     """Return the study with the name of what both ends must have before anything crosses, where there is any."""
     return study.model_copy(update={"model": study.model.model_copy(update={"theta_0": task.model.fixed})})
-
-
-def _backend(experiment: Experiment) -> tuple[Study, list[str]]:
-    """Return the study with `compute: auto` decided, and a note that says what was decided and why."""
-    study = experiment.study
-    if study.compute in ("sparse", "auto") and (why := misnamed()):
-        raise StudyError(why)  # with auto too: a slip must not choose another backend
-    if study.compute != "auto":
-        return study, []
-    tables = [task.table for task in experiment.task.each]
-    refused = next((table for table in tables if isinstance(table, str)), None)
-    if refused is not None:
-        return study.model_copy(update={"compute": "tuned"}), [
-            f"compute: tuned, because the kernel cannot run: {refused}"
-        ]
-    lacking = [
-        kernel_backend.lacks(recipe)
-        for recipe in recipes(study, experiment.task.dataset.num_classes, experiment.task.dataset.targets)
-    ]
-    if all(lacking):
-        why = " and ".join(sorted(set(lacking)))
-        return study.model_copy(update={"compute": "tuned"}), [f"compute: tuned, because the kernel has no {why}"]
-    note = "compute: sparse, all layers run in the kernel"
-    if any(kernel.large(table) for table in tables if not isinstance(table, str)):
-        note += "; what is dense is trained in torch, which is faster for maps of this size"
-    return study.model_copy(update={"compute": "sparse"}), [note]
 
 
 def _checked(experiment: Experiment) -> list[str]:

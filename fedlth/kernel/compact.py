@@ -14,9 +14,6 @@ from fedlth.kernel.memory_layout import lay_out
 from fedlth.kernel.shrink import Shrunk, shrink
 from fedlth.kernel.table import LayerTable, Op
 
-# Below these densities the lists of kept weights beat the dense layer: `python benchmarks/kernel.py --crossover`
-# (5 x 5 and 3 x 3 convolutions .5 to .7, linear layers .4, over two or three sizes each, on several days).
-SPARSE_BELOW = {col.CONVOLUTION: 0.6, col.LINEAR: 0.4}
 _NEAR, _TAPS = 5120, 16  # floats of a chunk's inputs (20 of 32 KB), kept weights of a chunk
 
 
@@ -52,10 +49,15 @@ def prepare(table: LayerTable, lanes: int, kept: np.ndarray | None) -> Prepared:
         of, at, mask, made = _last.held
         if of is table and at == lanes and (mask is kept is None or np.array_equal(mask, kept)):  # type: ignore[arg-type]
             return made
-    small = None if kept is None else shrink(table, kept, SPARSE_BELOW)
+    small = None if kept is None else shrink(table, kept)
     made = _prepare(table, lanes, kept) if small is None else _smaller(small, lanes)
     _last.held = table, lanes, None if kept is None else kept.copy(), made
     return made
+
+
+def forget() -> None:
+    """Let this thread prepare its next network anew."""
+    _last.held = None
 
 
 def _smaller(small: Shrunk, lanes: int) -> Prepared:
@@ -76,14 +78,14 @@ def _prepare(table: LayerTable, lanes: int, kept: np.ndarray | None) -> Prepared
     work = work[start : start + plan.work_size]
     size, alive, parts = 0, np.flatnonzero(kept) if kept is not None else np.zeros(0, np.int64), {}
     for row, op in zip(rows, table.ops, strict=True):
-        if kept is None or op.kind not in SPARSE_BELOW:
+        if kept is None or not op.weighted:
             continue
         count = _count(row, op)
         if op.weight + count > len(kept):
             continue
         first, end = np.searchsorted(alive, [op.weight, op.weight + count])
         number = int(end - first)
-        if number >= SPARSE_BELOW[op.kind] * count:
+        if number >= op.sparse_below * count:
             continue
         parts[op.weight] = count, alive[first:end]
         row[col.SPARSE] = 1
@@ -133,7 +135,7 @@ def _outputs(row: np.ndarray) -> int:
 
 
 def _count(row: np.ndarray, op: Op) -> int:
-    return int(row[col.OUT_CHANNELS]) * (int(row[col.TAPS]) if op.kind in SPARSE_BELOW else 1)
+    return int(row[col.OUT_CHANNELS]) * (int(row[col.TAPS]) if op.weighted else 1)
 
 
 def _cut(row: np.ndarray, op: Op, density: float, lanes: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,11 +14,11 @@ import numpy as np
 
 from fedlth.kernel import columns as col
 from fedlth.kernel.bounds_check import stray_writes
-from fedlth.kernel.compact import SPARSE_BELOW, prepare
+from fedlth.kernel.compact import Prepared, prepare
 from fedlth.kernel.graph import LANES
 from fedlth.kernel.live_channels import costs
 from fedlth.kernel.memory_layout import lay_out
-from fedlth.kernel.table import LayerTable, Op
+from fedlth.kernel.table import SPARSE_BELOW, LayerTable, Op
 from fedlth.kernel.tile_variable import misnamed
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def train_epochs(
         raise ValueError(f"kernel: batches must be positions in [0, {len(x)}), at least one each")
     if rates.shape != (len(batches),):
         raise ValueError(f"kernel: rates must be one a step, {len(batches)}, got {rates.shape}")
-    ready = prepare(table, _lanes(table, int(np.diff(starts).max()), mask), mask)
+    ready = prepared(table, int(np.diff(starts).max()), mask)
     w, still = _compact(table, floats, ready.keep, mask)
     factor = _moves(table, moves, ready.keep, still)
     drawn = np.zeros(0, np.float32) if slope is None else _placed(slope, ready.keep, still)
@@ -186,7 +187,7 @@ def predict(table: LayerTable, floats: np.ndarray, x: np.ndarray) -> np.ndarray:
     x = _examples(table, x)
     _check(table, floats)
     kept = floats[: table.num_prunable] != 0
-    ready = prepare(table, _lanes(table, len(x), kept), kept)
+    ready = prepared(table, len(x), kept)
     w, _ = _compact(table, floats, ready.keep, None)
     logits = np.empty((len(x), table.num_classes), np.float32)
     order = np.arange(len(x))
@@ -197,6 +198,11 @@ def predict(table: LayerTable, floats: np.ndarray, x: np.ndarray) -> np.ndarray:
     return logits
 
 
+def prepared(table: LayerTable, largest: int, kept: np.ndarray | None) -> Prepared:
+    """Arrange a network for batches of at most `largest` examples inside a ticket; a thread holds its last one."""
+    return prepare(table, _lanes(table, largest, kept), kept)
+
+
 def large(table: LayerTable) -> bool:
     """Say whether the maps of 32 examples leave the last-level cache, where the kernel's layout loses its lead."""
     return 4 * lay_out(table, LANES).work_size > _LARGE_BYTES
@@ -205,18 +211,23 @@ def large(table: LayerTable) -> bool:
 def suits(table: LayerTable, kept: np.ndarray | None) -> bool:
     """Say whether the kernel is the faster backend for a training; kept: (num_prunable,) bool, or floats, 0 for dead.
 
-    Dense, a large network is as fast or faster in torch (ResNet-9 at 32 x 32: the kernel takes 1.0 to 1.2 of its time).
+    Where that was not measured: dense, a large network is as fast or faster in torch (ResNet-9 at 32 x 32: the kernel
+    takes 1.0 to 1.2 of its time).
     """
-    if not large(table):
-        return True
-    if kept is None:
-        return False
-    return costs(table, kept[: table.num_prunable] != 0, SPARSE_BELOW)[1] < _FASTER * _dense_cost(table)
+    above = table.torch_above
+    if above is None:
+        above = _FASTER if large(table) else math.inf
+    return above > 1 or (kept is not None and share(table, kept) < above)
+
+
+def share(table: LayerTable, kept: np.ndarray) -> float:
+    """Return what a ticket leaves of the dense multiply-adds; one on a list counts as more, by its layer."""
+    return costs(table, kept[: table.num_prunable] != 0)[1] / _dense_cost(table)
 
 
 @lru_cache(maxsize=4)
 def _dense_cost(table: LayerTable) -> float:
-    return costs(table, np.ones(table.num_prunable, bool), SPARSE_BELOW)[0]
+    return costs(table, np.ones(table.num_prunable, bool))[0]
 
 
 def _lanes(table: LayerTable, largest: int, kept: np.ndarray | None) -> int:
@@ -224,9 +235,10 @@ def _lanes(table: LayerTable, largest: int, kept: np.ndarray | None) -> int:
 
     Few in a large network: ResNet-9 at 32 x 32 takes 1.09 s a step with 16 (129 MB) and 1.50 s with 32 (249 MB), on
     one thread of a machine with 32 MB of last-level cache that others used too. Few in a ticket, whose maps are most
-    of what it reads: LeNet-5 and the LEAF CNN at density .05 take .85 to .95 of the time with 32.
+    of what it reads: LeNet-5 and the LEAF CNN at density .05 take .85 to .95 of the time with 32 (AVX2).
     """
-    if large(table) or (kept is not None and np.count_nonzero(kept) < SPARSE_BELOW[col.CONVOLUTION] * kept.size):
+    below = SPARSE_BELOW[col.CONVOLUTION] if table.narrow_below is None else table.narrow_below
+    if large(table) or (kept is not None and np.count_nonzero(kept) < below * kept.size):
         return 16
     return min((32, 16), key=lambda lanes: -(-largest // lanes) * lanes)
 

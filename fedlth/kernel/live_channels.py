@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +11,6 @@ import numpy as np
 from fedlth.kernel import columns as col
 from fedlth.kernel.table import LayerTable, Op
 
-WEIGHTED = col.CONVOLUTION, col.LINEAR
 _FEWER = 0.8  # of the channels at most, where choosing some costs a copy
 _COPY = 10  # multiply-adds that copying a value forward costs, at most
 
@@ -66,13 +64,11 @@ def _block(kept: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarra
     return some if len(columns) == kept.shape[1] else some[:, columns]
 
 
-def costs(
-    table: LayerTable, kept: np.ndarray, sparse_below: Mapping[int, float], layers: list[Layer] | None = None
-) -> tuple[float, float]:
+def costs(table: LayerTable, kept: np.ndarray, layers: list[Layer] | None = None) -> tuple[float, float]:
     """Return the multiply-adds of an example's forward before and after; one on a list costs more, by its kind."""
     before = after = 0.0
-    for layer in live_layers(table, kept, sparse_below) if layers is None else layers:
-        pixels, below = math.prod(table.shapes[layer.op.out][1:]), sparse_below[layer.op.kind]
+    for layer in live_layers(table, kept) if layers is None else layers:
+        pixels, below = math.prod(table.shapes[layer.op.out][1:]), layer.op.sparse_below
         before += pixels * _cost(layer.kept.size, int(np.count_nonzero(layer.kept)), below)
         after += pixels * _cost(*layer.size(), below)
         after += _COPY * pixels * (layer.gathers * layer.source.count + layer.scatters * layer.kept.shape[0])
@@ -83,14 +79,14 @@ def _cost(size: int, alive: int, below: float) -> float:
     return size if alive >= below * size else alive / below
 
 
-def live_layers(table: LayerTable, kept: np.ndarray, sparse_below: Mapping[int, float]) -> list[Layer]:
+def live_layers(table: LayerTable, kept: np.ndarray) -> list[Layer]:
     """Find what is left of every weighted layer."""
     owner, whole = owners(table)
     matrices: dict[int, tuple[np.ndarray, int]] = {}
     read = {at: np.full(table.shapes[at][0], at in whole) for at in set(owner.values())}
     alive: dict[int, np.ndarray] = {}
     for op in reversed(table.ops):
-        if op.kind not in WEIGHTED:
+        if not op.weighted:
             continue
         shape = table.shapes[op.source]
         area = math.prod(op.window if op.kind == col.CONVOLUTION else shape[1:])
@@ -114,11 +110,11 @@ def live_layers(table: LayerTable, kept: np.ndarray, sparse_below: Mapping[int, 
     readers = Counter(value for op in table.ops for value in op.reads)
     layers = []
     for op in table.ops:
-        if op.kind in WEIGHTED:
+        if op.weighted:
             ends, (matrix, area) = (channels[owner[op.source]], channels[owner[op.out]]), matrices[op.out]
             one = _one(op, matrix, area, *ends, readers[op.source] == 1)
             fixed = owner[op.source] in whole, owner[op.out] in whole
-            layers.append(_choosing(one, *fixed, sparse_below[op.kind]))
+            layers.append(_choosing(one, *fixed, op.sparse_below))
     return layers
 
 

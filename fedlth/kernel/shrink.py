@@ -13,14 +13,13 @@ convolution between such maps is a dense one over copies of the channels that it
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fedlth.kernel import columns as col
 from fedlth.kernel.bounds_check import check_folds
-from fedlth.kernel.live_channels import WEIGHTED, Layer, costs, live_layers, owners
+from fedlth.kernel.live_channels import Layer, costs, live_layers, owners
 from fedlth.kernel.table import LayerTable, Op
 
 # Of the multiply-adds at most. Arranging the smaller network takes 5 ms (LeNet-5) to 10 ms (LEAF CNN) a training, which
@@ -77,17 +76,16 @@ def _sixteens(count: int) -> int:
     return -(-count // 16) * 16
 
 
-def shrink(table: LayerTable, kept: np.ndarray, sparse_below: Mapping[int, float]) -> Shrunk | None:
+def shrink(table: LayerTable, kept: np.ndarray) -> Shrunk | None:
     """Return the smaller network, None where it would not be worth it.
 
-    kept: bool over the first parameters, the prunable ones or all; the others are kept. sparse_below: densities from
-    which a dense layer beats one of single weights, by kind.
+    kept: bool over the first parameters, the prunable ones or all; the others are kept.
     """
     places = Counter(place for op in table.ops for place in (op.weight, op.bias) if place >= 0)
     if max(places.values()) > 1:
         return None  # two layers share their weights, and may keep different channels
-    layers = live_layers(table, kept, sparse_below)
-    before, after = costs(table, kept, sparse_below, layers)
+    layers = live_layers(table, kept)
+    before, after = costs(table, kept, layers)
     return _built(table, kept, layers) if after < _WORTH * before else None
 
 
@@ -192,4 +190,4 @@ def _clipped(table: LayerTable, value: int) -> bool:
     """Return whether a value has been clipped since the layer that made its channels."""
     makers = {op.out: op for op in table.ops}
     op = makers[value]
-    return op.relu or (op.kind not in WEIGHTED and _clipped(table, op.source))
+    return op.relu or (not op.weighted and _clipped(table, op.source))

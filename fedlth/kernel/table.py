@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+
+from fedlth.kernel import columns as col
 
 Shape = tuple[int, int, int]
+
+# Below these densities the lists of kept weights beat the dense layer where nothing has been measured: `python
+# benchmarks/kernel.py --crossover` (5 x 5 and 3 x 3 convolutions .5 to .7, linear layers .4, over two or three sizes
+# each, on several days, with AVX2).
+SPARSE_BELOW = {col.CONVOLUTION: 0.6, col.LINEAR: 0.4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +21,8 @@ class Op:
     weight and bias: places in the flat vector, -1 for none; of a group normalisation they are gain and shift.
     window, stride and padding are (y, x); scale is a pool's factor or a norm's epsilon. picks: the features that a
     linear layer reads, empty for all; other layers must not read its source then. Of a choice of channels, the input
-    channel of each output channel, or -1 where it is the bias alone.
+    channel of each output channel, or -1 where it is the bias alone. measured_below: the density below which a list of
+    kept weights was measured to beat the dense layer, None where it was not measured.
     """
 
     kind: int
@@ -30,6 +38,17 @@ class Op:
     groups: int = 1
     scale: float = 1.0
     picks: tuple[int, ...] = ()
+    measured_below: float | None = field(default=None, compare=False)
+
+    @property
+    def weighted(self) -> bool:
+        """Say whether it has a matrix of weights, of which a ticket keeps some."""
+        return self.kind in SPARSE_BELOW
+
+    @property
+    def sparse_below(self) -> float:
+        """The density below which a weighted layer's kept weights are a list."""
+        return SPARSE_BELOW[self.kind] if self.measured_below is None else self.measured_below
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -40,7 +59,10 @@ class Op:
 class LayerTable:
     """A whole network. `shapes` is (C, H, W) by value; value 0 is the input, `output` the logits (C, 1, 1).
 
-    `frozen` holds the (start, end) slices of the flat vector that training must not move.
+    `frozen` holds the (start, end) slices of the flat vector that training must not move. torch_above: the share of
+    the dense multiply-adds from which on torch is the faster; narrow_below: the density below which 16 examples go side
+    by side. Both None where they were not measured. Networks that differ only in what was measured are equal, since
+    they lie alike in memory.
     """
 
     ops: tuple[Op, ...]
@@ -50,6 +72,14 @@ class LayerTable:
     num_params: int
     num_prunable: int
     frozen: tuple[tuple[int, int], ...] = ()
+    torch_above: float | None = field(default=None, compare=False)
+    narrow_below: float | None = field(default=None, compare=False)
+
+    def with_lists_below(self, densities: tuple[float, ...]) -> LayerTable:
+        """Return the network with these measured densities, one a weighted layer in their order."""
+        left = iter(densities)
+        ops = (replace(op, measured_below=next(left)) if op.weighted else op for op in self.ops)
+        return replace(self, ops=tuple(ops))
 
     @property
     def num_classes(self) -> int:
@@ -61,5 +91,7 @@ class LayerTable:
         lines = []
         for op in self.ops:
             wide, out = "x".join(map(str, self.shapes[op.source])), "x".join(map(str, self.shapes[op.out]))
-            lines.append(f"{names[op.kind]}{' + relu' if op.relu else ''}: {wide} -> {out}")
+            below = op.measured_below
+            listed = "" if below is None else f", a list of kept weights below density {below:g}"
+            lines.append(f"{names[op.kind]}{' + relu' if op.relu else ''}: {wide} -> {out}{listed}")
         return tuple(lines)

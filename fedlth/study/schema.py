@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from fedlth.errors import StudyError
+from fedlth.study.compute_section import Crossovers
 from fedlth.study.privacy_section import Privacy
 from fedlth.study.sections import (
     Chaos,
@@ -65,6 +66,7 @@ class Study(Node):
     tune: Tune = Tune()
     wire: Literal["raw", "lossless", "bf16", "f16", "step", "sign"] = "lossless"
     compute: Literal["auto", "reference", "tuned", "sparse"] = "reference"
+    crossovers: Crossovers | None = None
     cohort: Literal["auto"] | Count = 1
     device: str = "cpu"
     engine: Literal["inprocess", "ray", "flower"] = "inprocess"
@@ -108,6 +110,8 @@ class Study(Node):
         }
         if self.chaos is None:  # most studies have none: theirs stay the same text, and cross as the same bytes
             outside.add("chaos")
+        if self.crossovers is None:
+            outside.add("crossovers")
         told = self.model_dump(mode="json", exclude=outside)
         if self.privacy.dp is None:
             del told["privacy"]["dp"]

@@ -25,7 +25,7 @@ def obstacle(model: FlatModel, request: TrainingRequest) -> str:
         return f"the kernel has no {why}"
     if int(request.data.y.min()) < 0:
         return "the kernel has no labels that do not count"
-    return "" if kernel.suits(model.table, request.active) else "a large network as dense as this is faster in torch"
+    return "" if kernel.suits(model.table, request.active) else "a network as dense as this is faster in torch"
 
 
 def lacks(recipe: TrainingRecipe) -> str:

@@ -35,6 +35,7 @@ from fedlth.training.client_tasks import OWN, TaskNames, own_model, own_study
 from fedlth.training.evaluation import evaluate
 from fedlth.training.flat_model import FlatModel
 from fedlth.training.loss import Loss, examined, misread, plain, spread
+from fedlth.training.measured_table import measured_table
 from fedlth.training.metrics import Judged, OfAll, counted, judged, rows
 from fedlth.training.model_context import ModelContext
 from fedlth.training.recipe import TrainingRecipe
@@ -95,7 +96,9 @@ class Task:
         if isinstance(table, str):
             raise StudyError(f"compute: must be tuned or reference for this study, the kernel cannot run it: {table}")
         module, tuned = self.model.module().to(self.device), None
-        if self.study.compute == "tuned" or (table is not None and kernel.large(table)):
+        measured = self.study.crossovers
+        beside = table is not None and (kernel.large(table) if measured is None else measured.torch == "tuned")
+        if self.study.compute == "tuned" or beside:
             few = inputs(self.dataset, self.few[:3], train=True)
             tuned = tune(module, few.to(self.device).x)
         return FlatModel(module, self.layout, self.device, table, tuned, self.loss)
@@ -113,7 +116,9 @@ class Task:
     @cached_property
     def table(self) -> LayerTable | str:
         """Return the network as the compute kernel sees it, or one line that says why the kernel cannot run it."""
-        return self.model.table if self.device == "cpu" else f"the device is {self.device}"
+        if self.device != "cpu":
+            return f"the device is {self.device}"
+        return measured_table(self.model.table, self.layout, self.study.crossovers)
 
     def capacity(self, client: int) -> sections.Tier:
         """Return what a client can carry (clients.capacity)."""

@@ -19,7 +19,6 @@ pytestmark = pytest.mark.timeout(600)  # the first use on a machine compiles
 from fedlth.kernel import columns as col  # noqa: E402
 from fedlth.kernel import compact, kernel, shrink  # noqa: E402
 from fedlth.kernel.bounds_check import check_bounds, check_folds  # noqa: E402
-from fedlth.kernel.compact import SPARSE_BELOW  # noqa: E402
 from fedlth.kernel.graph import compile_layers  # noqa: E402
 from fedlth.kernel.live_channels import costs  # noqa: E402
 from fedlth.kernel.memory_layout import lay_out  # noqa: E402
@@ -52,7 +51,7 @@ def structured(found: Case, kind: str, density: float, seed: int = 0) -> Case:
 
 def shrunk(found: Case) -> shrink.Shrunk | None:
     assert found.mask is not None
-    return shrink.shrink(found.table, found.mask, SPARSE_BELOW)
+    return shrink.shrink(found.table, found.mask)
 
 
 def network(name: str = "lenet5", **options: float) -> Case:
@@ -242,11 +241,11 @@ def test_half_the_rows_need_far_less_than_half_the_work_of_single_weights(
 ) -> None:
     """Multiply-adds, of which the kernel does as many in the same time; unstructured tickets of the density need 1."""
     found = network(name)
-    before, after = costs(found.table, ticket(found.layout, "row", density), SPARSE_BELOW)
+    before, after = costs(found.table, ticket(found.layout, "row", density))
     assert after <= most * before
     single = np.random.default_rng(0).random(found.layout.num_prunable) < density
-    before, after = costs(found.table, single, SPARSE_BELOW)
-    assert after >= 0.95 * before and shrink.shrink(found.table, single, SPARSE_BELOW) is None
+    before, after = costs(found.table, single)
+    assert after >= 0.95 * before and shrink.shrink(found.table, single) is None
 
 
 def test_shared_weights_stay_whole() -> None:
