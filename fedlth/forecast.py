@@ -18,7 +18,7 @@ from fedlth.experiment.chaos import foreseen_faults
 from fedlth.experiment.experiment import Experiment
 from fedlth.experiment.resolve import resolve
 from fedlth.federation.answer_bytes import said_at_start
-from fedlth.federation.forecast_bytes import forecast_bytes
+from fedlth.federation.forecast_bytes import EVALUATION, forecast_bytes, trying
 from fedlth.federation.forecast_time import Visit, forecast_time
 from fedlth.methods.client_update import passes_of
 from fedlth.methods.fedselect import SelectUpdate
@@ -180,7 +180,10 @@ def foreseen(study: Study) -> Foreseen:
     sizes = [len(c.train) for c in task.splits.clients]
     largest = int(np.argmax(sizes))
     local = LocalClient(task.of(largest), largest, 0, "forecast")
-    step_s = [_step_seconds(local, recipe) for recipe in (local.recipe, local.personal_recipe)]
+    step_s = []
+    for place, recipe in (("train", local.recipe), ("personalise", local.personal_recipe)):
+        with trying(f"{place}: training fails", local):
+            step_s.append(_step_seconds(local, recipe))
     per_epoch = [_mean_steps(task, recipe.batch_size) for recipe in (local.recipe, local.personal_recipe)]
     rest = study.clients.count * step2_epochs(experiment)
     taken, paid = (own_epochs(experiment, flops=flops) for flops in (False, True))
@@ -283,7 +286,8 @@ def _evaluation_lines(experiment: Experiment) -> list[str]:
     client = int(np.argmax(parts))
     task = task.of(client)
     data = task.part(client, "train")
-    evaluate(task.flat_model, task.theta_0, data, task.judged.all)  # once: nothing is compiled while it is timed
+    with trying(EVALUATION, LocalClient(task, client, 0, "forecast")):
+        evaluate(task.flat_model, task.theta_0, data, task.judged.all)  # once: nothing is compiled while it is timed
     began = time.perf_counter()
     evaluate(task.flat_model, task.theta_0, data, task.judged.all)
     example_s = (time.perf_counter() - began) / len(data)

@@ -43,7 +43,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"finder": {"densities": []}}, "finder.densities"),
     ({"finder": {"densities": [0.2, 0.5]}}, "finder.densities: must fall"),
     ({"finder": {"densities": [0.2, 0.2]}}, "finder.densities: must fall"),
-    ({"finder": {"densities": "many"}}, "finder.densities"),
+    ({"finder": {"densities": "many"}}, "finder.densities: input should be a list, got 'many'"),
     ({"finder": {"main": 0.3}}, "finder.main: must be one of finder.densities, auto or capacity, got 0.3"),
     ({"method": {"name": 3}}, "method.name: required"),
     ({"partition": {"seed": "x"}}, "partition.seed: must be an integer of at least 0, got 'x'"),
@@ -52,7 +52,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"engine": "rya"}, "engine: .*inprocess.*ray.*flower"),
     ({"seed": -1}, "seed: "),
     ({"seeds": "all"}, "seeds: "),
-    ({"clients": 3}, "clients: "),
+    ({"clients": 3}, "clients: input should be a mapping, got 3"),
+    ({"workers": 0}, "workers: input should be 'auto', or greater than or equal to 1, got 0"),
+    ({"cohort": "all"}, "cohort: input should be 'auto', or a valid integer, got 'all'"),
+    ({"finder": {"main": "best"}}, "finder.main: input should be 'auto' or 'capacity', or a valid number, got 'best'"),
+    ({"data": {"own": {"num_classes": 2, "input_shape": 5}}}, "data.own.input_shape: input should be a list, or a map"),
+    ({"data": {"own": {"num_classes": 2, "input_shape": [4, 0]}}}, "data.own.input_shape.1: .*equal to 1, got 0"),
+    ({"data": {"own": {"num_classes": 2, "input_shape": {"a": [0]}}}}, "data.own.input_shape.a.0: .* to 1, got 0"),
 ]
 
 

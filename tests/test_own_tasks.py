@@ -244,7 +244,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         f"metrics: {HERE}:wordy must return one number: Val",
     ),
     "the metric gives a row": ({"metric": f"{HERE}:rowwise"}, f"^metric: {HERE}:rowwise must return one number: "),
-    "metrics that are text": ({"metrics": "mae"}, "metrics: input should be a valid tuple"),
+    "metrics that are text": ({"metrics": "mae"}, "metrics: input should be a list"),
 }
 
 

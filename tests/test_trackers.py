@@ -229,8 +229,8 @@ def test_an_earlier_study_asks_for_tensorboard_as_it_did(tmp_path: Path) -> None
     ("sections", "wanted"),
     [
         ({"tensorboard": "yes"}, "tensorboard: unknown key"),
-        ({"trackers": "wandb"}, "trackers: input should be a valid tuple, got 'wandb'"),
-        ({"trackers": [3]}, "trackers.0: input should be a valid dictionary, got 3"),
+        ({"trackers": "wandb"}, "trackers: input should be a list, got 'wandb'"),
+        ({"trackers": [3]}, "trackers.0: input should be a mapping, got 3"),
         (
             {"trackers": ["wandbb"]},
             "trackers[0].name: must be one of tensorboard, wandb, mlflow or package.module:Name",

@@ -12,25 +12,74 @@ import torch
 from safetensors import safe_open
 
 from fedlth.engines.inprocess import InProcess
-from fedlth.errors import StudyError
+from fedlth.errors import NothingUsable, StudyError
 from fedlth.experiment.saved_ticket import load_ticket
 from fedlth.federation import session
+from fedlth.forecast import forecast
 from fedlth.models.layout import read
 from fedlth.storage.client_state import ClientState
 from fedlth.storage.run_folder import RunFolder
 from fedlth.training.evaluation import evaluate
 from fedlth.wire import mask as bitmap
-from tests import tiny
+from tests import tiny, user_model
 
 POLICIES = ("aggregate", "local_statistics", "local_all")
 
 
 def own(buffers: str, **sections: Any) -> Any:
-    return tiny.study(
-        data={"name": "tests.user_model:sentences"},
-        model={"name": "tests.user_model:reader", "options": {"width": 6}, "buffers": buffers},
-        **{"federate": {"rounds": 3, "clients_per_round": 2}, **sections},
+    mine = {
+        "data": {"name": "tests.user_model:sentences"},
+        "model": {"name": "tests.user_model:reader", "options": {"width": 6}, "buffers": buffers},
+        "federate": {"rounds": 3, "clients_per_round": 2},
+    }
+    return tiny.study(**{**mine, **sections})
+
+
+def beyond(part: str) -> dict[str, Any]:
+    """Return sentences whose last tenth, in the training or the test part, has a word that no embedding has."""
+    data = user_model.sentences()
+    data[f"x_{part}"][-len(data[f"x_{part}"]) // 10 :, 2] = user_model.VOCABULARY
+    return data
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        ("train", r"train: training fails on the examples of client 3: IndexError: index out of range"),
+        ("test", r"model: an evaluation fails on the examples of client 3: IndexError: index out of range"),
+    ],
+)
+def test_what_fails_on_a_clients_examples_alone_is_named_by_check(part: str, says: str) -> None:
+    made = own(
+        "aggregate",
+        data={"name": f"{__name__}:beyond", "options": {"part": part}},
+        partition={"name": f"{__name__}:InOrder"},
+        clients={"count": 4, "test_samples": 90},
     )
+    with pytest.raises(StudyError, match=f"^{says}"):
+        forecast(made)
+
+
+class InOrder:
+    """A partition by position, the last client's part the largest."""
+
+    by_key = False
+
+    def __call__(self, labels: Any, keys: Any, num_clients: int, rng: Any) -> list[Any]:
+        return np.split(np.arange(len(labels)), np.cumsum([40, 40, 40]))
+
+
+def fails_where_many(outputs: torch.Tensor, y: torch.Tensor) -> float:
+    if len(y) > 20:
+        raise KeyError("many")
+    return 0.5
+
+
+def test_a_metric_that_raises_is_named(tmp_path: Path) -> None:
+    name = f"{__name__}:fails_where_many"
+    made = own("aggregate", metrics=[name], clients={"count": 4, "test_samples": 30})
+    with pytest.raises(NothingUsable, match=f"MetricFails: metric {name} fails: KeyError: 'many'"):
+        tiny.run(made, tmp_path / "r")
 
 
 @pytest.mark.parametrize("buffers", POLICIES)

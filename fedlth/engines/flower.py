@@ -44,7 +44,7 @@ from fedlth.engines.flower_nodes import DEVICES  # noqa: E402
 from fedlth.engines.flower_record import View  # noqa: E402
 from fedlth.engines.flower_session import FlowerRun, again, interruptible, run_of  # noqa: E402
 from fedlth.engines.inprocess import one_line  # noqa: E402
-from fedlth.errors import StudyError  # noqa: E402
+from fedlth.errors import NothingUsable, StudyError  # noqa: E402
 from fedlth.experiment.experiment import Experiment  # noqa: E402
 from fedlth.federation.answer_bytes import most_at_once  # noqa: E402
 from fedlth.federation.client_step import client_step  # noqa: E402
@@ -54,6 +54,7 @@ from fedlth.study.schema import Study  # noqa: E402
 
 WORKERS = 2
 SIMULATED_WAIT_S = 10.0  # a simulation registers all its nodes at once, a moment after the ServerApp has started
+SIMULATED_ANSWER_S = 300.0  # but none answers before Ray has started, which a busy machine takes minutes for, or fails
 # Flower's actor pool puts a dead actor back, and every later job that meets it fails. Ray restarts it with these, which
 # reach it because Flower hands client_resources on to `actor.options()`; `flwr run` has no such setting.
 RESTARTS = {"max_restarts": -1, "max_task_retries": 1}
@@ -197,6 +198,7 @@ def _run(
     engine = FlowerEngine(
         transport, study=run.experiment.study, out=run.out, stop=stop,
         wait_s=SIMULATED_WAIT_S if transport.simulated else wait_s, objection=objection,
+        answer_s=SIMULATED_ANSWER_S if transport.simulated else None,
         link_s=no_link if transport.simulated else lambda down: crossing_s(down + up),
         remedy=f"flwr run ... --federation-config num-supernodes={clients}" if transport.simulated else DEVICES,
     )  # fmt: skip
@@ -244,12 +246,16 @@ def run_under_flower(
                     "client_resources": {"num_cpus": 1, "num_gpus": 0.0, **RESTARTS},
                 },
             )
-    except Exception:
+    except Exception as error:
         stop.set()  # the simulation broke; its ServerApp, in a thread of its own, would wait for answers
         ended.wait(60)
-        raise
+        raise NothingUsable(f"flower: the simulation broke: {one_line(_first_cause(error))}") from error
     if raised:
         raise raised[0]
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    return error if error.__cause__ is None else _first_cause(error.__cause__)
 
 
 @contextmanager

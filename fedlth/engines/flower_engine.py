@@ -92,7 +92,8 @@ class Transport(Protocol):
 class FlowerEngine:
     """Clients keep their own state; `framed_down_bytes` and `framed_up_bytes` are those of whole Flower messages.
 
-    `link_s` says how long a message of so many bytes and its answer may be on their way.
+    `link_s` says how long a message of so many bytes and its answer may be on their way, `answer_s` how long whoever
+    is online at the start may take to say whom it serves.
     """
 
     name = "flower"
@@ -101,7 +102,7 @@ class FlowerEngine:
     def __init__(
         self, transport: Transport, *, study: Study, out: Path, wait_s: float, stop: threading.Event,
         objection: Callable[[int, int], str] = anybody, link_s: Callable[[int], float] = no_link,
-        remedy: str = DEVICES,
+        answer_s: float | None = None, remedy: str = DEVICES,
     ) -> None:  # fmt: skip
         self._transport, self._out, self._stop, self._link_s = transport, out, stop, link_s
         self._timeout_s, self._study = study.job_timeout_s or DEFAULT_TIMEOUT_S, study.study
@@ -110,7 +111,7 @@ class FlowerEngine:
         self._roll = Roll(
             count=self._count, quorum=self._count if wanted is None else num_sampled(wanted, self._count),
             online=transport.online, ask=self._ask, heard=self._heard, pause=self._pause, wait_s=wait_s,
-            answer_s=GRACE_S, objection=objection, remedy=remedy,
+            answer_s=GRACE_S if answer_s is None else answer_s, objection=objection, remedy=remedy,
         )  # fmt: skip
         self._late = Late(self._timeout_s + GRACE_S)
         self._came_late: list[tuple[Job, Reply | Failure]] = []

@@ -23,6 +23,7 @@ from fedlth.storage.records import HANDED, INTRODUCE
 from fedlth.storage.typed_record import as_record
 from fedlth.study.schema import Study
 from fedlth.training.local_client import LocalClient
+from fedlth.training.metrics import MetricFails
 from fedlth.training.task import Task
 from fedlth.wire import metrics
 from fedlth.wire.codec import DELTA, STEP
@@ -30,6 +31,7 @@ from fedlth.wire.codec import DELTA, STEP
 EACH_TARGET = REWOUND | {"ticket_0", "global_mask"}  # arms with a row for every density
 MARGIN = 0.02  # a model once trained takes more bytes than the one that is encoded here, by so much at most
 DENSE = {"global", "local", "dense", "dense_total"}
+EVALUATION = "model: an evaluation fails"
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ def _evaluation(wire: Lengths, shrinking: Shrinking | None, bounds: Sequence[str
 def _curve_bytes(experiment: Experiment, task: Task) -> int:
     """Return the bytes of one client's rows of an evaluation."""
     local = LocalClient(task, task.clients[-1], 0, "forecast")
-    with _judged(local):
+    with trying(EVALUATION, local):
         row = curve_row(local, Result(arm="", params=task.theta_0, mask=local.full))
     return len(metrics.encode({"rows": [{**row, "arm": arm} for arm in experiment.curve_arms]}))
 
@@ -365,12 +367,13 @@ def _told_bytes(task: Task) -> int:
 
 
 @contextmanager
-def _judged(local: LocalClient) -> Iterator[None]:
-    """Raise StudyError where a metric, which may be the user's, cannot judge all examples of a client."""
+def trying(what: str, local: LocalClient) -> Iterator[None]:
+    """Raise StudyError where `what`, which calls the user's code, fails on the examples of a client."""
     try:
         yield
     except Exception as error:
-        raise StudyError(f"metric, metrics: fail on the examples of client {local.client}: {told(error)}") from error
+        place = "metric, metrics: fail" if isinstance(error, MetricFails) else what
+        raise StudyError(f"{place} on the examples of client {local.client}: {told(error)}") from error
 
 
 def _arms_bytes(experiment: Experiment) -> int:
@@ -381,7 +384,7 @@ def _arms_bytes(experiment: Experiment) -> int:
 def _rows_bytes(experiment: Experiment, task: Task) -> int:
     study, local = experiment.study, LocalClient(task, task.clients[-1], 0, "forecast")
     dense = DENSE if experiment.method.space.kind == "values" else {"local"}
-    with _judged(local):
+    with trying(EVALUATION, local):
         row = as_record(row_of(local, Result(arm="", params=task.theta_0, mask=local.full, start="theta_g")))
     row["num_train"] = max(len(split.train) for split in task.splits.clients)
     sent = [arm for arm in experiment.arms for _ in (study.finder.densities if arm in EACH_TARGET else (1,))]

@@ -1,4 +1,4 @@
-"""Which clients lack the result of a run's last phase because their machine was lost or away."""
+"""Which clients lack the result of a run's last phase, and may be visited again for it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,26 @@ def missing(folder: RunFolder) -> list[int]:
 
     One that was lost in an earlier phase is not among them: the others have gone on from there without it.
     """
-    lost: dict[int, bool] = {}
+    return sorted(client for client, kind in _failed(folder).items() if kind in MACHINES)
+
+
+def unfinished(folder: RunFolder) -> list[int]:
+    """Return the clients whose visit in the run's last phase failed, if all did: they are asked once more on a resume.
+
+    What stops everybody is rather the study's own code, which may have been mended, than each client's own fault; and
+    without a result of anybody all that the rounds have made is lost.
+    """
+    return [] if folder.progress().lengths["metrics"] else sorted(c for c, kind in _failed(folder).items() if kind)
+
+
+def _failed(folder: RunFolder) -> dict[int, str]:
+    """Return for each client of the last phase how its last visit failed; "" where it did not, or on purpose."""
+    found: dict[int, str] = {}
     for row in last_waves(folder):
         injected = {i.client for i in row.injected}  # on purpose, so that a resume ends as a run without a stop
         kinds = {f.client: f.kind for f in row.failed if f.client not in injected}
-        lost |= {client: kinds.get(client) in MACHINES for client in row.clients}
-    return sorted(client for client, is_lost in lost.items() if is_lost)
+        found |= {client: kinds.get(client, "") for client in row.clients}
+    return found
 
 
 def last_waves(folder: RunFolder) -> list[RoundRow]:

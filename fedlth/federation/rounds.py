@@ -16,7 +16,7 @@ from fedlth.federation.answered import Answered
 from fedlth.federation.collapse import collapsed, followed, health_of
 from fedlth.federation.downloads import Downloads
 from fedlth.federation.jobs import Engine
-from fedlth.federation.missing import last_phase, last_waves, missing
+from fedlth.federation.missing import last_phase, last_waves, missing, unfinished
 from fedlth.federation.presence import absent, drawn, enough
 from fedlth.federation.progress import line, summary_of
 from fedlth.federation.published import Published
@@ -76,8 +76,10 @@ class Federation:
             clients = drawn(self.experiment, phase, round, present)
             self._step(Step(phase, round, clients, place, len(steps), absent(self.experiment, present)))
 
-    def revisit(self) -> None:
+    def revisit(self, *, resumed: bool) -> None:
         """Visit `missing` clients again, in waves of their own after the last step; all steps must be done.
+
+        Where a run is `resumed` that has no result of anybody, all whose visits failed (`unfinished`).
 
         Devices that are away are waited for, once and for a bounded time, and only those that are there are visited.
 
@@ -85,7 +87,8 @@ class Federation:
         phase: parameters, tickets and metrics are those of a client that was never lost. What had crossed stays in the
         ledger.
         """
-        lost, size = missing(self.folder), self.experiment.study.personalise.clients_per_wave
+        lost = (unfinished(self.folder) if resumed else []) or missing(self.folder)
+        size = self.experiment.study.personalise.clients_per_wave
         if not lost:
             return
         if self.engine.holds_state:

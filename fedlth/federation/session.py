@@ -22,7 +22,7 @@ from fedlth.experiment.mask_defence import defence_of, told
 from fedlth.federation.chaotic import chaotic
 from fedlth.federation.downloads import broadcast
 from fedlth.federation.jobs import Engine
-from fedlth.federation.missing import missing
+from fedlth.federation.missing import last_waves, missing
 from fedlth.federation.rounds import Federation
 from fedlth.federation.spent import spent_by
 from fedlth.kernel import kernel
@@ -101,7 +101,7 @@ def _go(experiment: Experiment, folder: RunFolder, engine: Engine, *, revisit: b
         try:
             federation.run()
             if revisit or engine.present() is not None:  # a device that was away may be back
-                federation.revisit()
+                federation.revisit(resumed=revisit)
         finally:
             engine.close()
         _end(federation, tracking)
@@ -109,10 +109,13 @@ def _go(experiment: Experiment, folder: RunFolder, engine: Engine, *, revisit: b
         tracking.stop()
     _write_header(folder, experiment, engine, federation)
     if lost := missing(folder):
-        how = "the same `flwr run`" if engine.holds_state else f"fedlth resume {folder.root}"
         who = f"{len(lost)} clients, whose machine was lost ({lost[:10]})"
-        log.info(f"note: no result of {who}; {how} visits them again")
+        log.info(f"note: no result of {who}; {_resume(federation)} visits them again")
     return folder
+
+
+def _resume(federation: Federation) -> str:
+    return "the same `flwr run`" if federation.engine.holds_state else f"fedlth resume {federation.folder.root}"
 
 
 def _end(federation: Federation, tracking: Tracking) -> None:
@@ -120,13 +123,16 @@ def _end(federation: Federation, tracking: Tracking) -> None:
     folder = federation.folder
     if not federation.progress.lengths["metrics"]:
         raise NothingUsable(
-            f"{folder.root}: no client finished step 2; the first failed with: {_first_failure(folder)}"
+            f"{folder.root}: no client finished step 2; the first failed with: {_first_failure(folder)}; "
+            f"what was committed is kept, and {_resume(federation)} visits them again"
         )
     tracking.end(_finish(federation))
 
 
 def _first_failure(folder: RunFolder) -> str:
-    return next((f.reason for row in folder.rows(RoundRow) for f in row.failed), "no reason is recorded")
+    """Return why the first client of the last wave failed, not of a round that may have gone on without it."""
+    waves = reversed(last_waves(folder))
+    return next((f.reason for row in waves for f in row.failed), "no reason is recorded")
 
 
 def _finish(federation: Federation) -> Digests:

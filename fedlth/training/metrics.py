@@ -74,6 +74,10 @@ class MeanLoss:
         return None
 
 
+class MetricFails(ValueError):
+    """Say which metric of a user's has raised, or has returned no number."""
+
+
 @dataclass(frozen=True)
 class OfAll:
     """A user's own function of all outputs and all targets of a part."""
@@ -104,9 +108,12 @@ class OfAll:
 
     def value(self, state: tuple[tuple[Tensor, Tensor], ...], /) -> float:
         outputs, y = (torch.cat(parts) for parts in zip(*state, strict=True))
-        found = float(self.function(outputs, y))
+        try:
+            found = float(self.function(outputs, y))
+        except Exception as error:  # the user's code may raise anything
+            raise MetricFails(f"metric {self.name} fails: {told(error)}") from error
         if not math.isfinite(found):
-            raise ValueError(f"metric {self.name} must be a finite number, got {found}")
+            raise MetricFails(f"metric {self.name} must be a finite number, got {found}")
         return found
 
     def chance(self, num_classes: int, /) -> float | None:

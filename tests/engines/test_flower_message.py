@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from inspect import signature
 from pathlib import Path
@@ -224,3 +226,45 @@ def test_flwr_run_with_too_few_supernodes_says_how_many(
     assert "fedlth: error: flower: clients.count = 3 needs as many SuperNodes, got 0 after 0.1 s" in told
     assert "no SuperNode of clients [0, 1, 2]; flwr run ... --federation-config num-supernodes=3" in told
     assert not (tmp_path / "r").exists()
+
+
+def test_a_simulation_that_breaks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower puts two errors of its own around Ray's, which says what to do about it."""
+    from fedlth.engines import flower
+
+    def broken(**_: Any) -> None:
+        try:
+            raise Exception("The current node timed out\nduring startup")
+        except Exception as error:
+            raise RuntimeError("Ending simulation.") from error
+
+    monkeypatch.setattr("flwr.simulation.run_simulation", broken)
+    monkeypatch.setattr("threading.Event.wait", lambda *_: True)  # for a ServerApp, which has not begun
+    with pytest.raises(StudyError, match="^flower: the simulation broke: Exception: The current node timed out during"):
+        flower.run_under_flower(resolve(tiny.study())[0], tmp_path / "r")
+
+
+def test_a_simulation_has_longer_to_start_than_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine starts Ray's workers in minutes; its SuperNodes are there, and none has answered."""
+    from fedlth.engines import flower
+    from fedlth.engines.flower_session import FlowerRun
+
+    class Silent:
+        pull_interval = 0.1
+        asked = 0.0
+
+        def get_node_ids(self) -> list[int]:
+            return [1, 2, 3, 4]
+
+        def push_messages(self, messages: list[Any]) -> None:
+            self.asked = self.asked or time.monotonic()
+
+        def pull_messages(self, ids: list[str]) -> list[Any]:
+            return []
+
+    monkeypatch.setattr("fedlth.engines.flower_engine.GRACE_S", 0.1)
+    monkeypatch.setattr(flower, "SIMULATED_ANSWER_S", 1.5)
+    run, grid = FlowerRun(resolve(tiny.study())[0], tmp_path / "r", False), Silent()
+    with pytest.raises(StudyError, match="no answer"):
+        flower._run(run, flower.GridTransport(grid), threading.Event(), wait_s=0.1)  # type: ignore[arg-type]
+    assert time.monotonic() - grid.asked > 1.0

@@ -31,6 +31,15 @@ def test_an_address_without_ray_is_said(address: str, said: str) -> None:
         map_one(study_of(engine="ray", ray={"address": address}))
 
 
+def test_a_ray_that_cannot_start_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")  # as Ray does where the machine is overloaded
+
+    monkeypatch.setattr("ray.init", late)
+    with pytest.raises(StudyError, match="^ray: cannot start Ray here: Exception: The current node timed out"):
+        map_one(study_of(engine="ray"))
+
+
 @pytest.mark.long
 def test_a_driver_that_ends_leaves_no_process(tmp_path: Path) -> None:
     """Both while a worker hangs, since one that does not answer is the hardest to end."""

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from fedlth.engines.inprocess import InProcess
-from fedlth.errors import StudyError
+from fedlth.errors import NothingUsable, StudyError
 from fedlth.federation import session
 from fedlth.federation.jobs import Failure, Job, Reply
 from fedlth.federation.missing import missing
@@ -165,3 +165,34 @@ def test_flower_goes_on_with_a_run_that_lost_devices(tmp_path: Path) -> None:
     assert task is not None and task.resume
     session.resume(tmp_path / "r", InProcess())
     assert run_of(asked, tmp_path) is None
+
+
+def test_a_resume_asks_everybody_once_more_where_nobody_finished(tmp_path: Path) -> None:
+    """What stops all may be the study's own code: mended, the rounds before are not lost with it."""
+    made, out = tiny.study(), tmp_path / "r"
+    tiny.run(made, tmp_path / "whole")
+    cut = losing({client: "raised" for client in range(4)}, "personalise")
+    again = rf"^{out}: no client finished step 2; .* because of raised; .* fedlth resume {out} visits them again$"
+    with pytest.raises(NothingUsable, match=again):
+        tiny.run(made, out, engine=cut)
+    with pytest.raises(NothingUsable, match=again):
+        session.resume(out, cut)
+    session.resume(out, InProcess())
+    assert {row["client"] for row in tiny.rows(out, "metrics")} == {0, 1, 2, 3}
+    done = [r for r in tiny.rows(tmp_path / "whole", "rounds") if r["phase"] == "federate"]
+    assert [r for r in tiny.rows(out, "rounds") if r["phase"] == "federate"] == done
+    waves = [len(row["failed"]) for row in tiny.rows(out, "rounds") if row["phase"] == "personalise"]
+    assert waves == [2, 2, 2, 2, 0, 0]
+
+
+def test_why_nobody_finished_is_not_told_of_a_round(tmp_path: Path) -> None:
+    def fault(job: Job) -> Failure | None:
+        early = job.phase == "federate"
+        if early and job.client != 1:
+            return None
+        reason = "of the round" if early else "of step 2"
+        return Failure(round=job.round, client=job.client, kind="raised", reason=reason)
+
+    with pytest.raises(NothingUsable, match="the first failed with: of step 2;"):
+        tiny.run(tiny.study(), tmp_path / "r", engine=Losing(fault))
+    assert "of the round" in {f["reason"] for row in tiny.rows(tmp_path / "r", "rounds") for f in row["failed"]}
