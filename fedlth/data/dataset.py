@@ -239,7 +239,11 @@ def _check_lengths(dataset: Dataset, part: str, place: str) -> None:
             raise StudyError(f"{place}: lengths_{part} must name fields with positions, got {name!r}")
         array = fields[name]
         fits = isinstance(own, np.ndarray) and own.dtype == np.int64 and own.shape == (len(array),)
-        if not fits or own.min() < 1 or own.max() > array.shape[1]:
+        if fits and (own < 1).any():
+            several = isinstance(dataset.x_train, Mapping) and name != "y"
+            rows, empty = f"x_{part}[{name!r}]" if several else f"{name}_{part}", int(np.flatnonzero(own < 1)[0])
+            raise StudyError(f"{place}: {rows}: each row must have at least one entry, row {empty} has none")
+        if not fits or (own > array.shape[1]).any():
             raise StudyError(
                 f"{place}: lengths_{part}[{name!r}] must be one int64 from 1 to {array.shape[1]} for each example"
             )
