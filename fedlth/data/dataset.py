@@ -217,7 +217,10 @@ def _check_values(dataset: Dataset, part: str, place: str) -> None:
         raise StudyError(f"{place}: num_classes must be an integer of at least {least}, got {classes!r}")
     if y.dtype == np.float32:
         if classes != least:
-            raise StudyError(f"{place}: num_classes must be the {least} outputs of real-number targets, got {classes}")
+            raise StudyError(
+                f"{place}: num_classes must be {least}, the outputs of real-number targets, as y_{part} holds, got "
+                f"{classes}; classes are whole numbers"
+            )
         return
     there = y != IGNORED if y.ndim == 2 else np.ones(len(y), bool)
     if y.size and ((y[there] < 0).any() or (y[there] >= classes).any()):
