@@ -124,7 +124,8 @@ def test_overrides(tmp_path: Path) -> None:
     assert study.model.name == "mlp" and study.model.options == {"hidden": [4]}
     for wrong, says in (
         ("train.lr", "must be key=value"), ("=3", "must be key=value"), ("clients.count.x=3", "count is not a section"),
-        ("train.lr=[", "not YAML"), ("train.lrr=3", "train.lrr: unknown key; did you mean lr"),
+        ("train.lr=[", "not YAML"), ("model.options={depth:", "; a value with spaces needs quotes in a shell$"),
+        ("train.lrr=3", "train.lrr: unknown key; did you mean lr"),
     ):  # fmt: skip
         with pytest.raises(StudyError, match=says):
             schema.load(file, [wrong])

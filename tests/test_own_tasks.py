@@ -365,10 +365,13 @@ def dataset(**changes: Any) -> Dataset:
         ({"y_train": np.array([0.5, np.nan, 1, 2], np.float32), "y_test": np.zeros(4, np.float32)}, "must be finite"),
         ({"y_train": np.zeros(4, np.float32)}, "y_train and y_test must be of one kind"),
         ({"y_train": np.zeros((4, 3), np.float32), "y_test": np.zeros((4, 3), np.float32)}, "at least 3, got 2"),
+        ({"y_train": np.zeros(4, np.float32), "y_test": np.zeros(4, np.float32)}, "got 2; classes are whole numbers"),
         ({"y_train": np.full((4, 2), -100), "y_test": np.zeros((4, 2), np.int64)}, "example 0 has none"),
         ({"y_train": np.array([0, 1, -100, 1])}, r"must lie in \[0, 2\)"),
         ({"lengths_train": {"c": np.ones(4, np.int64)}}, "must name fields with positions"),
         ({"lengths_train": {"a": np.full(4, 9)}, "lengths_test": {"a": np.ones(4, np.int64)}}, "from 1 to 3"),
+        ({f"lengths_{part}": {"a": np.array([2, 3, 0, 1])} for part in ("train", "test")},
+         r"x_train\['a'\]: each row must have at least one entry, row 2 has none"),
     ],
 )  # fmt: skip
 def test_data_that_break_the_contract_are_named(changes: dict[str, Any], said: str) -> None:

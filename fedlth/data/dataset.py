@@ -217,7 +217,10 @@ def _check_values(dataset: Dataset, part: str, place: str) -> None:
         raise StudyError(f"{place}: num_classes must be an integer of at least {least}, got {classes!r}")
     if y.dtype == np.float32:
         if classes != least:
-            raise StudyError(f"{place}: num_classes must be the {least} outputs of real-number targets, got {classes}")
+            raise StudyError(
+                f"{place}: num_classes must be {least}, the outputs of real-number targets, as y_{part} holds, got "
+                f"{classes}; classes are whole numbers"
+            )
         return
     there = y != IGNORED if y.ndim == 2 else np.ones(len(y), bool)
     if y.size and ((y[there] < 0).any() or (y[there] >= classes).any()):
@@ -239,7 +242,11 @@ def _check_lengths(dataset: Dataset, part: str, place: str) -> None:
             raise StudyError(f"{place}: lengths_{part} must name fields with positions, got {name!r}")
         array = fields[name]
         fits = isinstance(own, np.ndarray) and own.dtype == np.int64 and own.shape == (len(array),)
-        if not fits or own.min() < 1 or own.max() > array.shape[1]:
+        if fits and (own < 1).any():
+            several = isinstance(dataset.x_train, Mapping) and name != "y"
+            rows, empty = f"x_{part}[{name!r}]" if several else f"{name}_{part}", int(np.flatnonzero(own < 1)[0])
+            raise StudyError(f"{place}: {rows}: each row must have at least one entry, row {empty} has none")
+        if not fits or (own > array.shape[1]).any():
             raise StudyError(
                 f"{place}: lengths_{part}[{name!r}] must be one int64 from 1 to {array.shape[1]} for each example"
             )

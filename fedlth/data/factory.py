@@ -154,13 +154,15 @@ def _arrange(made: dict[str, Any], name: str) -> None:
                 part = next(part for part, found in rows.items() if isinstance(found, list))
                 wanted = "(N,) or (N, k), as many for every example"
                 raise StudyError(f"data: {name}: y_{part} of real numbers must be {wanted}, got ragged rows")
-            if any(part.ndim < 2 for part in rows.values() if isinstance(part, np.ndarray)):
+            if any(part.ndim < 2 for part in rows.values() if isinstance(part, np.ndarray) and len(part)):
                 part, other = sorted(rows, key=lambda part: isinstance(rows[part], np.ndarray))
                 place = f"x_{part}[{field!r}]" if inside else f"{field}_{part}"
                 raise StudyError(f"data: {name}: {place} must be an array, as that of {other} is, got ragged rows")
-            longest = max(len(row) for part in rows.values() for row in part)
-            for part, found in rows.items():
-                rows[part], lengths[part][field] = padded(found, longest, IGNORED if field == "y" else 0)
+            longest, fill = max(len(row) for part in rows.values() for row in part), IGNORED if field == "y" else 0
+            full = {part: padded(found, longest, fill) for part, found in rows.items() if len(found)}
+            like = next(iter(full.values()))  # of a part without examples, as a test split that nobody uses
+            for part in rows:
+                rows[part], lengths[part][field] = full.get(part, (like[0][:0], like[1][:0]))
         for part, found in rows.items():
             holders[part][keys[part]] = found.astype(np.int64) if field == "y" and found.dtype == np.uint8 else found  # type: ignore[union-attr]
     for part, own in lengths.items():

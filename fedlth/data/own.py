@@ -141,7 +141,10 @@ def _apart(every: tuple[ClientSplit, ...], clients: Clients, seed: int, said: st
 def _read(data: Data, folder: str, client: int) -> Dataset:
     """Return one client's data set, all of it the client's by key, padded to what the study states."""
     assert data.own is not None
-    dataset = load(data.name, root=folder, options=data.options)
+    try:
+        dataset = load(data.name, root=folder, options=data.options)
+    except StudyError as error:
+        raise StudyError(f"data of client {client}: {error}") from error
     _check(dataset, data.own, f"data of client {client}")
     dataset = _padded(dataset, data.own)
     keys = {part: np.full(len(getattr(dataset, f"y_{part}")), client) for part in ("train", "test")}

@@ -102,8 +102,9 @@ def text_of(
 
 def _positions(given: Any, place: str) -> np.ndarray:
     """Return (n,) int64 positions in sorted order; raise StudyError at anything but different whole numbers."""
-    if not isinstance(given, list) or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in given):
-        raise StudyError(f"{place}: must be a list of whole numbers of at least 0, got {str(given)[:60]}")
+    odd = [given] if not isinstance(given, list) else [n for n in given if type(n) is not int or n < 0]
+    if odd:
+        raise StudyError(f"{place}: must be a list of whole numbers of at least 0, got {odd[0]!r:.60}")
     if any(n >= 2**62 for n in given) or len(set(given)) < len(given):
         raise StudyError(f"{place}: must hold each position once, got one twice or beyond any data")
     return np.sort(np.array(given, np.int64))

@@ -198,7 +198,6 @@ def _owned(
         raise StudyError(f"partition: must return {num_clients} clients, got {len(found)}")
     size = len(dataset.y_train)
     taken = np.zeros(size, bool)
-    number = 0
     for client, part in enumerate(found):
         if part.test is not None and part.own_test != own_test:
             raise StudyError(
@@ -220,10 +219,13 @@ def _owned(
                 if np.unique(positions).size < positions.size:
                     raise StudyError(f"partition: client {client} must have each test example once, got some twice")
                 continue
-            taken[positions.astype(np.int64)] = True
-            number += len(positions)
-    if np.count_nonzero(taken) != number:
-        raise StudyError("partition: clients must not share training examples, got some twice")
+            given, times = np.unique(positions.astype(np.int64), return_counts=True)
+            if twice := [*given[taken[given]], *given[times > 1]]:
+                raise StudyError(
+                    f"partition: clients must not share training examples, got position {twice[0]} twice, "
+                    f"the second time for client {client}"
+                )
+            taken[given] = True
     return [part.as_int64() for part in found]
 
 

@@ -228,10 +228,10 @@ def latex(table: Table) -> str:
 
 
 def csv_text(table: Table) -> str:
-    """Return the table as CSV (RFC 4180 quoting, line feeds)."""
+    """Return the table as CSV (RFC 4180 quoting, line feeds); a minus is the sign that programs read as one."""
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows([table.header, *table.rows])
-    return out.getvalue()
+    return out.getvalue().replace("−", "-")
 
 
 RENDERERS = {"md": markdown, "tex": latex, "csv": csv_text}

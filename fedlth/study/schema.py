@@ -141,7 +141,11 @@ def override(tree: dict[str, Any], assignment: str) -> None:
             raise StudyError(f"override {assignment!r}: {step} is not a section")
         node[step] = child
         node = child
-    node[last] = parse(text, f"override {assignment!r}")
+    try:
+        node[last] = parse(text, f"override {assignment!r}")
+    except StudyError as error:
+        left_open = any(text.count(start) > text.count(end) for start, end in ("{}", "[]"))
+        raise StudyError(f"{error}{'; a value with spaces needs quotes in a shell' if left_open else ''}") from error
 
 
 def build(tree: Any, where: str = "study") -> Study:

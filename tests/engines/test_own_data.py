@@ -37,6 +37,7 @@ IMAGES = {"input_shape": [1, 8, 8], "input_dtype": "uint8", "num_classes": 4}
 SENTENCES = {
     "input_shape": {"ids": [9], "mask": [9]}, "input_dtype": {"ids": "int64", "mask": "float32"}, "num_classes": 4,
 }  # fmt: skip
+MASKED_MEAN = {"name": "tests.user_model:MaskedMean", "options": {}}
 
 
 def read(root: str) -> dict[str, Any]:
@@ -182,7 +183,7 @@ def test_ragged_fields_by_name(tmp_path: Path) -> None:
     for client in range(3):
         (tmp_path / "data" / str(client)).mkdir(parents=True)
     data = {"name": f"{__name__}:sentences", "root": f"{tmp_path}/data/{{client}}", "own": SENTENCES}
-    made = study(tmp_path / "data", data=data, model={"name": "tests.user_model:MaskedMean", "options": {}})
+    made = study(tmp_path / "data", data=data, model=MASKED_MEAN)
     tiny.run(made, tmp_path / "all")
     federated(made, Devices(tmp_path / "data", tmp_path / "states"), tmp_path / "apart")
     assert numbers(tmp_path / "all") == numbers(tmp_path / "apart")
@@ -238,7 +239,7 @@ def test_what_a_node_cannot_tell_is_refused(tmp_path: Path) -> None:
     shutil.rmtree(folder / "2")
     opened.cache_clear()
     transport.places = {102: Place(2, None, None, folder / "2")}
-    with pytest.raises(StudyError, match="node 102: partition-id 2: data: ") as raised:
+    with pytest.raises(StudyError, match="node 102: partition-id 2: data of client 2: data: ") as raised:
         counted(made, transport, wait_s=1.0, pause=lambda: None)
     assert raised.value.__suppress_context__, "what the device says is no JSON, and that is not why the run ends"
 
@@ -287,3 +288,30 @@ def test_what_asks_for_all_examples_in_one_place_is_refused(tmp_path: Path, more
 def test_a_simulation_needs_the_folders(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=r"data.root: must say where each client's folder is in a simulation"):
         resolve(study(tmp_path, data={"name": f"{__name__}:read", "root": "/one", "own": IMAGES}))
+
+
+def test_a_simulation_names_the_client_whose_folder_is_at_fault(tmp_path: Path) -> None:
+    folder = devices(tmp_path / "data")
+    for name in ("x_train", "y_train"):
+        np.save(folder / "1" / f"{name}.npy", np.load(folder / "1" / f"{name}.npy")[:0])
+    with pytest.raises(StudyError, match=r"^data of client 1: data set .*: x_train must be a non-empty array"):
+        resolve(study(folder))
+    shutil.rmtree(folder / "0")
+    with pytest.raises(StudyError, match="^data of client 0: data: .* must return the fields"):
+        resolve(study(folder))
+
+
+def unused(root: str) -> dict[str, Any]:
+    """Sentences of which the test part, which nobody uses, is empty."""
+    made = sentences(root)
+    made["x_test"], made["y_test"] = {name: rows[:0] for name, rows in made["x_test"].items()}, made["y_test"][:0]
+    return made
+
+
+def test_a_ragged_test_split_that_nobody_uses_may_be_empty(tmp_path: Path) -> None:
+    for client in range(3):
+        (tmp_path / str(client)).mkdir()
+    data = {"name": f"{__name__}:unused", "root": f"{tmp_path}/{{client}}", "own": SENTENCES}
+    clients = {"count": 3, "test": "own"}
+    splits = resolve(study(tmp_path, data=data, clients=clients, model=MASKED_MEAN))[0].task.splits
+    assert [len(part.test) for part in splits.clients] == [8, 8, 8]

@@ -17,6 +17,7 @@ from fedlth import errors
 from fedlth.report import read_results, summary_text, write_report
 from fedlth.report.canvas import spread
 from fedlth.report.tables import Table, csv_text, latex, markdown, summary_table
+from fedlth.report.units import signed
 
 NASTY = "<script>alert(1)</script> a_b% & \\x{y} | $z^2~#\n[1](http://x.y)"
 
@@ -86,6 +87,7 @@ def test_cells_are_escaped_in_every_form() -> None:
     text = markdown(table)
     assert text.count("\n") == 3 and r"\<script\>" in text and r"\|" in text and "](" not in text
     assert next(csv.reader([csv_text(Table("", ("a",), (('x,"y',),))).splitlines()[1]])) == ['x,"y']
+    assert float(csv_text(Table("", ("a",), ((signed(-0.25),),))).splitlines()[1]) == -0.25
 
 
 def test_inference_flops_follow_the_density_of_each_layer(fake: Path) -> None:
