@@ -198,9 +198,8 @@ class Task:
             told_of = f"outputs {tuple(outputs.shape)} and targets {tuple(few.y.shape)} {few.y.dtype}"
             raise StudyError(f"train.loss: fails on {told_of}: {told(error)}") from error
         if not found:
-            raise StudyError(
-                f"train.loss: must return one number with a gradient, got {tuple(loss.shape)} {loss.dtype}"
-            )
+            got = f"{tuple(loss.shape)} {loss.dtype}"
+            raise StudyError(f"train.loss: must return one number with a gradient, got {got}")
         if not torch.isclose(loss, flat, equal_nan=True):  # (N, 1) and (N,) were broadcast to (N, N)
             raise StudyError(
                 f"train.loss: must bring outputs {tuple(outputs.shape)} to the shape of targets {tuple(few.y.shape)}, "
