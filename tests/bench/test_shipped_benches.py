@@ -26,10 +26,10 @@ def test_fedbn_has_a_rival_on_its_own_network(file: str) -> None:
     matrix = load(ROOT / file)
     studies = {cell.method: cell.study for cell in matrix.cells}
     rival, plain = studies["fedavg_ft_bn"], studies["fedavg_ft"]
-    assert rival.model == studies["fedbn"].model != plain.model
-    assert rival.method == plain.method and rival.model_copy(update={"model": plain.model, "study": ""}) == (
-        plain.model_copy(update={"study": ""})
-    )
+    own = studies["fedbn"]
+    assert (rival.model, rival.compute) == (own.model, own.compute) and rival.model != plain.model
+    same = {"model": plain.model, "compute": plain.compute, "study": ""}
+    assert rival.method == plain.method and rival.model_copy(update=same) == plain.model_copy(update=same)
 
 
 def _count(network: torch.nn.Module) -> int:
