@@ -157,7 +157,9 @@ class Federation:
         if phase.evaluates:
             progress, summary = self._judged(step, progress, replies, summary)
         elif worked and not undone:
-            progress = replace(progress, good=self.progress.theta, health=followed(progress.health, health))
+            # What nothing that follows can be without is no model to go back behind.
+            good = f"theta-{step.place}" if phase.must_count and not void else self.progress.theta
+            progress = replace(progress, good=good, health=followed(progress.health, health))
         elif undone or (phase.changes_state and not publishes and self._broken(replies)):
             summary = replace(summary, rolled_back_to=self._roll_back(), undone=undone)
             progress = replace(progress, good=f"theta-{step.place}", norms=self._norms_of_good(), fresh={})

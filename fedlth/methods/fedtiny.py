@@ -272,7 +272,9 @@ def fedtiny(
     first = Phase(
         name="measure", rounds=1, who=Seen(), update=Measure(candidates), join=Choose(candidates), must_count=True
     )  # fmt: skip
-    second = Phase(name="select", rounds=pool, who=Seen(), update=Judge(), join=Choose(candidates, judging=True))
+    second = Phase(
+        name="select", rounds=pool, who=Seen(), update=Judge(), join=Choose(candidates, judging=True), must_count=True
+    )  # fmt: skip
     update = GradientsUpdate(blocks=plan, batches=batches)
     rounds = Phase(name="federate", update=update, join=GrowAndPrune())
     return FederatedMethod(

@@ -352,11 +352,11 @@ def test_a_late_answer_is_a_row_of_its_own_round(tmp_path: Path, clock: Clock) -
 # Rounds that do not count
 
 
-def losing(fails: Callable[[Job], bool]) -> tiny.Lists:
+def losing(fails: Callable[[Job], bool], kind: str = "lost") -> tiny.Lists:
     class Losing(tiny.Lists):
         def run(self, jobs: list[Job]) -> list[Reply | Failure]:
             return [
-                Failure(round=j.round, client=j.client, kind="lost", reason="no cable") if fails(j)
+                Failure(round=j.round, client=j.client, kind=kind, reason="no cable") if fails(j)
                 else super(Losing, self).run([j])[0] for j in jobs
             ]  # fmt: skip
 
@@ -402,6 +402,17 @@ def test_a_phase_that_must_count_ends_the_run_and_a_resume_asks_again(tmp_path: 
         session.resume(out, tiny.Lists())
     tiny.run(made, whole)
     assert tiny.facts(out) == tiny.facts(whole)
+
+
+@pytest.mark.parametrize("method", ["ssfl", "flash", "fedtiny"])
+def test_nothing_is_rolled_back_behind_a_phase_that_must_count(tmp_path: Path, method: str) -> None:
+    """Found: where all clients of the next round failed, the mask was gone again, and with it FedTiny's statistics."""
+    made, out = tiny.of_method(method, federate={"rounds": 3}), tmp_path / "r"
+    second = tiny.experiment(made).phases[1].name
+    tiny.run(made, out, engine=losing(lambda j: (j.phase, j.round) == (second, 1), kind="raised"))
+    rows = [r for r in tiny.rows(out, "rounds") if r["phase"] == second]
+    assert rows[0]["void"] and not any(r.get("rolled_back_to") for r in rows)
+    assert all(r["density"] < 1 for r in tiny.rows(out, "metrics") if r["arm"] == "global")
 
 
 def test_a_phase_of_which_one_round_has_counted_does_not_end_the_run(tmp_path: Path) -> None:
