@@ -366,7 +366,11 @@ def _disk_mb(experiment: Experiment) -> float:
     compact = ticket + density * frozen
     file = {"none": 0.0, "compact": compact, "dense": 4 * task.layout.num_floats + bits}[study.tickets]
     home = 4 * (moving if isinstance(own, SelectUpdate) else task.home).num_floats
-    each = kept * (ticket + file) + home + whole * getattr(own, "keeps", 0)
+    # What a lossy codec owes the server lies with each client, too.
+    owed = experiment.codec.feedback and experiment.shares_weights and experiment.method.topology is None
+    first = experiment.first_mask(0)
+    published = 0.0 if experiment.method.topology is None else 1.0 if first is None else float(first.mean())
+    each = kept * (ticket + file) + home + whole * (getattr(own, "keeps", 0) + owed + published)
     return float(3 * whole + study.clients.count * each) / 1e6
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -38,6 +38,7 @@ class GossipUpdate:
     after: Event = field(default_factory=Keep)
     mean: Aggregate = field(default_factory=CountMean)
     sends: tuple[tuple[str, str], ...] = VALUES
+    keeps: ClassVar[int] = 1
 
     def __call__(self, local: LocalClient, inbox: Inbox, state: ClientState, /) -> Update:
         held, task = self.own(local, inbox, state), local.task

@@ -93,6 +93,7 @@ class OverlapUpdate:
 
     before: Event = field(default_factory=Keep)
     sends: tuple[tuple[str, str], ...] = VALUES
+    keeps: ClassVar[int] = 1
 
     @property
     def granularity(self) -> Granularity:
