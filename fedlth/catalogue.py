@@ -171,7 +171,7 @@ def _metrics() -> list[str]:
     for name, metric in METRICS.items():
         of = ", ".join(sorted(metric.fits))
         way = "higher" if metric.higher_is_better else "lower"
-        lines.append(f"  {name:18} {_first_line(type(metric))} Of {of}; {way} is better")
+        lines.append(f"  {name:18} {getattr(metric, 'summary', _first_line(type(metric)))} Of {of}; {way} is better")
     return lines
 
 

@@ -227,6 +227,8 @@ def test_every_metric_is_documented_and_listed() -> None:
     text = (ROOT / "docs" / "study.md").read_text()
     for name in METRICS:
         assert f"`{name}`" in text and f"  {name} " in listing("metrics")
+    lines = [line.split(maxsplit=1)[1] for line in listing("metrics").splitlines()[1:-1]]
+    assert len(set(lines)) == len(METRICS), "each says what it alone is"
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

@@ -15,7 +15,7 @@ LARGEST = 1e30  # what stands in for an overflow: a record holds finite numbers
 
 @dataclass(frozen=True)
 class MeanError:
-    """The mean over examples and outputs of a power of the distance; `root`: its root."""
+    """The mean over examples and outputs of the error's size to the `power` 1 or 2; `root`: its root."""
 
     name: str
     power: int
@@ -24,6 +24,12 @@ class MeanError:
     percent: ClassVar[bool] = False
     range: ClassVar[tuple[float, float]] = (0.0, LARGEST)
     fits: ClassVar[frozenset[str]] = NUMBERS
+
+    @property
+    def summary(self) -> str:
+        """What this one of several is, for `fedlth list metrics`."""
+        error = "absolute" if self.power == 1 else "squared"
+        return f"The {'root of the ' * self.root}mean {error} error, over examples and outputs."
 
     def add(self, state: tuple[float, int] | None, outputs: Tensor, y: Tensor, /) -> tuple[float, int]:
         total, count = state or (0.0, 0)
