@@ -7,6 +7,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -66,7 +67,7 @@ def test_one_connection_too_many_is_refused_and_one_that_ends_makes_room(
         first, second = connected(served), connected(served)
         for _ in range(3):
             # Not over TLS: Python's ssl leaves a socket open that was reset before it was wrapped.
-            with plain(served) as refused:
+            with suppress(OSError), plain(served) as refused:  # reset at once, or a moment later
                 assert ends(refused) == b""
         assert getattr(connections, tally).count == 3 and len(connections.open) == 2
         first.close()
