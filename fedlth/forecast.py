@@ -311,19 +311,15 @@ def _recipe_lines(experiment: Experiment, local: LocalClient) -> list[str]:
     if objective != local.recipe:
         tried[f"{experiment.method.name}'s own"] = objective
     for name, recipe in tried.items():
-        request, why = _tried(local, recipe), list[str]()
+        request, why, where = _tried(local, recipe), list[str](), ""
         if study.compute == "sparse":
             why.append(kernel_backend.obstacle(local.task.flat_model, request))
-            if not why[0]:
-                lines.append(f"  {name}: dense trainings run in the kernel")
-                continue
-        if study.cohort != 1:
+            where = "" if why[0] else "dense trainings run in the kernel"
+        if not where and study.cohort != 1:
             why.append(batch_requests.lacks(request))
-            if not why[-1]:
-                lines.append(f"  {name}: trainings run in cohorts")
-                continue
+            where = "" if why[-1] else "trainings run in cohorts"
         told = f", because {'; '.join(why)}" if why else ""
-        lines.append(f"  {name}: dense trainings run in torch, client by client{told}")
+        lines.append(f"  {name}: {where or f'dense trainings run in torch, client by client{told}'}")
     return lines
 
 
