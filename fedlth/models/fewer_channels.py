@@ -103,6 +103,8 @@ def _weights(part: Any, layer: Layer, own: Weighted, named: bool) -> tuple[dict[
         gone, ratio = torch.from_numpy(own.merge.gone), torch.from_numpy(own.merge.ratio)
         weight[:, own.merge.into] += torch.tensordot(weight[:, gone], ratio, dims=([1], [0]))
     folded = weight.reshape(*weight.shape[:2], -1).sum(2) @ torch.from_numpy(own.constant)
+    if own.alone:  # what stays for others alone may hold anything
+        weight[:, torch.from_numpy(own.reads & ~own.asked)] = 0
     bias = folded if part.bias is None else part.bias.detach().double() + folded
     biased = part.bias is not None or bool((folded[torch.from_numpy(layer.makes)] != 0).any())
     rows, asked = layer.makes & own.rows, own.reads & own.asked

@@ -52,9 +52,10 @@ class Merge:
 class Weighted:
     """What a convolution or linear layer must read and make, in its own numbers of inputs and outputs.
 
-    `reads` (inputs,) bool stay. `constant` (inputs,) float64: what an input that goes holds everywhere, 0 where that is
-    of no account. `asked` (inputs,) bool: those that `rows` read. `rows` (outputs,) bool: those that must be computed;
-    every other one is `level` (outputs,) float64 everywhere, or not needed. `alone`: no other layer has its tensors.
+    `reads` (inputs,) bool stay. `constant` (inputs,) float64: what an input that is not asked for holds everywhere, 0
+    where that is of no account. `asked` (inputs,) bool: those that `rows` read. `rows` (outputs,) bool: those that must
+    be computed; every other one is `level` (outputs,) float64 everywhere, or not needed. `alone`: no other layer has
+    its tensors.
     """
 
     reads: np.ndarray
@@ -188,8 +189,19 @@ class _Needs(Reader):
                 if n.op == "output":
                     need[node][:] = True
                 elif n in need:
-                    need[node] |= self._asked(n, need[node].size, need[n] & ~self.constant[n])
+                    need[node] |= self._asked(n, need[node].size, need[n] & self._computed(n))
+                    if not _of_others(self._part(n)):  # a constant that is made of constants alone is asked of them
+                        need[node] |= self._asked(n, need[node].size, need[n]) & self.constant[node]
         return need
+
+    def _alone(self, n: fx.Node) -> bool:
+        """Say whether no other layer, and no other step, has the tensors of a step's layer."""
+        return self.uses.count(str(n.target)) == 1 and n.target not in self.tied
+
+    def _computed(self, n: fx.Node) -> np.ndarray:
+        """Return which entries of a step's result are not constant, or are by what it reads: a layer of two steps has
+        one bias for both."""
+        return ~self.constant[n] | (_of_others(self._part(n)) and not self._alone(n))
 
     def _asked(self, n: fx.Node, size: int, wanted: np.ndarray) -> np.ndarray:
         """Return which entries (size,) of its input a step reads to make those that are `wanted`."""
@@ -208,11 +220,11 @@ class _Needs(Reader):
     def _read(self, n: fx.Node, need: np.ndarray) -> _Reads:
         part: Any = self._part(n)
         name, source = str(n.target), self._given(n)[0]
-        reads, rows = matrix(part), need & ~self.constant[n]
+        reads, rows = matrix(part), need & self._computed(n)
         assert reads is not None
         asked, constant = reads[rows].any(0), self.constant[source]
         # What holds no zero is folded into this layer's bias, or, behind a rim of zeros, into another constant.
-        alone, pads = self.uses.count(name) == 1 and name not in self.tied, _pads(part)
+        alone, pads = self._alone(n), _pads(part)
         folds = constant & ((self.level[source] == 0) | alone)
         rim = asked & folds & (self.level[source] != 0) & pads
         return _Reads(n, source, name, rows, asked, asked & ~folds, rim, alone, pads)
@@ -257,7 +269,7 @@ class _Needs(Reader):
         if gone.size:
             merge = Merge(own.into, gone, level[gone] / level[own.into])
             asked[own.into] = True
-        folded = self.constant[own.source] & ~reads & own.alone & (not own.pads)
+        folded = self.constant[own.source] & ~asked & own.alone & (not own.pads)
         return Weighted(reads, np.where(folded, level, 0), asked, own.rows, self.level[own.node], own.alone, merge)
 
     def _roots(self) -> set[int]:

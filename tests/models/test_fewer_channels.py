@@ -212,3 +212,32 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         fit(copy.deepcopy(net), {}, {**state, "9.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="no tensor 1.bias"):
         fit(copy.deepcopy(net), {}, {name: tensor for name, tensor in state.items() if name != "1.bias"})
+
+
+class TwiceOverConstants(nn.Module):
+    """A layer that is used twice, on channels that are constant; `rim`: what reads it sees zeros around them."""
+
+    def __init__(self, *, rim: bool) -> None:
+        super().__init__()
+        self.stem, self.mid = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.each: Any = nn.Conv2d(4, 4, 3, padding=1, groups=4) if rim else nn.Identity()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid(F.silu(self.mid(self.stem(x))))
+        return self.head(self.each(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("rim", [False, True])
+def test_constants_of_a_layer_that_is_used_twice_are_computed(rim: bool) -> None:
+    """Found by random networks: its inputs went, as constants that nobody read, and no bias had them."""
+    torch.manual_seed(0)
+    module = TwiceOverConstants(rim=rim).eval()
+    with torch.no_grad():
+        module.stem.weight.zero_()
+        if rim:
+            module.each.weight[3] = 0  # nobody but the layer itself reads that channel
+    x = torch.randn(5, 3, 6, 6)
+    made, _ = cut(module, needed(module, layout_of(module, prunable_names(module, None)), x))
+    with torch.inference_mode():
+        torch.testing.assert_close(made(x), module(x), rtol=1e-5, atol=1e-6)
