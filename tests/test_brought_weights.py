@@ -80,6 +80,8 @@ def test_named_options_draw_every_weight_anew() -> None:
     wider = tiny.task(model={**DRAWN, "reinit_options": {"trained": False, "hidden": 9}})
     with pytest.raises(StudyError, match="reinit_options: must give a model of the same tensors"):
         _ = wider.model.brought
+    with pytest.raises(StudyError, match="^model.reinit_options: .* takes hidden, trained, got 'deeper'"):
+        tiny.task(model={**DRAWN, "reinit_options": {"deeper": True}}).model.fresh("other")
 
 
 def test_what_nothing_trains_stays_in_another_draw() -> None:

@@ -133,11 +133,24 @@ def test_batches_by_length_of_equal_lengths_are_said() -> None:
     ]
 
 
+def rooted(**given: Any) -> dict[str, Any]:
+    return tiny.images()
+
+
+def rootless() -> dict[str, Any]:
+    return tiny.images()
+
+
 def test_a_root_that_nothing_reads_is_said(tmp_path: Path) -> None:
     made = tiny.study(data={"name": "fashion_slice", "root": str(tmp_path)}, model={"name": "lenet300", "options": {}})
     assert feasible.check(made, tiny.experiment(made)) == [
         "data.root: has no effect, fashion_slice is not read from a folder"
     ]
+    told = []
+    for name in ("rooted", "rootless"):
+        made = tiny.study(data={"name": f"{__name__}:{name}", "root": str(tmp_path)})
+        told += feasible.check(made, tiny.experiment(made))
+    assert told == [f"data.root: has no effect, {__name__}:rootless has no parameter root"]
 
 
 def test_a_time_limit_in_this_process_is_said(tmp_path: Path) -> None:

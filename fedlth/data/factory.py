@@ -54,6 +54,17 @@ def call_factory(name: str, place: str, given: Mapping[str, object], options: Ma
             raise StudyError(f"{place}: {name} raised {told(error)}") from error
 
 
+def takes(name: str, argument: str) -> bool:
+    """Say whether a `package.module:callable` has a parameter of this name, or takes any."""
+    with _working_directory_on_path():
+        function = _find(name, "data")
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some builtins have no signature
+        return True
+    return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
 def accepted(
     function: Callable[..., object], place: str, name: str, given: Mapping[str, object], options: Mapping[str, object]
 ) -> dict[str, object]:

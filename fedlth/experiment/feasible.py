@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fedlth.data.factory import told
+from fedlth.data.factory import is_factory, takes, told
 from fedlth.data.sources import SOURCES
 from fedlth.data.split import absent_classes
 from fedlth.errors import StudyError
@@ -17,6 +17,7 @@ from fedlth.models.initial import refuse
 from fedlth.models.layout import Layout
 from fedlth.rng import stream
 from fedlth.study.schema import Study
+from fedlth.study.sections import Data
 from fedlth.tickets.finder import Finder
 from fedlth.training.study_recipe import budget_of, personal
 from fedlth.training.task import Task
@@ -132,7 +133,16 @@ def _notes(study: Study, experiment: Experiment) -> list[str]:
         idle = [f"clients.{key}" for key in places[part] if study.given(f"clients.{key}")]
         giver = "the data have" if part == "val" and task.dataset.val_train is not None else "the partition gives"
         notes += [f"{place}: has no effect, {giver} each client's {part} part" for place in idle]
-    source = SOURCES.get(study.data.name)
-    if study.data.root is not None and source and "root" not in inspect.signature(source).parameters:
-        notes.append(f"data.root: has no effect, {study.data.name} is not read from a folder")
-    return notes
+    return [*notes, *_idle_root(study.data)]
+
+
+def _idle_root(data: Data) -> list[str]:
+    """Say where nothing reads the folder that is given."""
+    source = SOURCES.get(data.name)
+    if data.root is None:
+        return []
+    if source and "root" not in inspect.signature(source).parameters:
+        return [f"data.root: has no effect, {data.name} is not read from a folder"]
+    if is_factory(data.name) and not takes(data.name, "root"):
+        return [f"data.root: has no effect, {data.name} has no parameter root"]
+    return []

@@ -126,10 +126,14 @@ class ModelContext:
         return digest_of(found, self.theta_0) if found else None
 
     def _drawn(self, what: str, round: int = 0, client: int = -1) -> Params:
-        module = drawn(
-            self.spec.name, num_classes=self.dataset.num_classes, input_shape=self.dataset.input_shape,
-            options={**self.spec.options, **self.spec.reinit_options}, seed=torch_seed(self.seed, what, round, client),
-        )  # fmt: skip
+        options, seed = {**self.spec.options, **self.spec.reinit_options}, torch_seed(self.seed, what, round, client)
+        try:
+            module = drawn(
+                self.spec.name, num_classes=self.dataset.num_classes, input_shape=self.dataset.input_shape,
+                options=options, seed=seed,
+            )  # fmt: skip
+        except StudyError as error:
+            raise StudyError(f"model.reinit_options: {error}") from error  # the model itself has been built without
         params = self.init(redrawn(module, self.layout), self.layout, stream(self.seed, what, round, client))
         moving = self.layout.moving
         return moving.put_into(self.theta_0, self.layout, moving.part_of(params, self.layout))
