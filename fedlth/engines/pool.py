@@ -77,7 +77,7 @@ class Limits:
 
 
 class Pool:
-    """A fixed number of places. Which of them does a job changes nothing but times."""
+    """Places for workers, which may become more between two maps. Which does a job changes nothing but times."""
 
     def __init__(
         self, seam: Seam, size: int, *, name: str, spawn: Callable[[], Any], given: Mapping[str, object],
@@ -101,6 +101,13 @@ class Pool:
             for place in self.places:
                 if place.positions:
                     self.drop(place)
+
+    def grow(self, size: int) -> None:
+        """Have `size` places at least, and try those again that were given up: there are more machines now."""
+        self.places += map(Place, range(len(self.places), size))
+        for place in self.places:
+            if place.actor is None:
+                place.failed_starts = 0
 
     def start(self, place: Place, study: Any) -> None:
         place.failed_starts += 1  # until it says that it lives

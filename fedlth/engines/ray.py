@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fedlth.engines.cohort import peeked, size_of
 from fedlth.engines.pool import Limits, Pool
-from fedlth.engines.ray_placement import count, in_use, share_of, shortage, taken
+from fedlth.engines.ray_placement import count, in_use, room, share_of, shortage, taken
 from fedlth.engines.worker import Worker
 from fedlth.federation.jobs import Again, Answers, Enough, Job, never
 from fedlth.study import sections
@@ -47,6 +47,7 @@ class RayEngine:
         self.settings, self.limits = ray, Limits(start_timeout_s, job_timeout_s)
         self.share = share_of(ray, device=device, total_memory_mb=_smallest_gpu_mb)
         self._opened: tuple[Cluster, Pool] | None = None
+        self._room = 0  # how many workers fitted when it was last looked at
 
     def map(self, jobs: Iterable[Job], /, *, again: Again = never) -> Answers:
         first, jobs = peeked(jobs)
@@ -54,6 +55,8 @@ class RayEngine:
             return
         if self._opened is None:
             self._opened = self._open()
+        else:
+            self._use_what_joined(*self._opened)
         yield from self._opened[1].map(jobs, cohort=size_of(first), again=again)
 
     def present(self, *, until: Enough | None = None) -> None:
@@ -72,6 +75,15 @@ class RayEngine:
             finally:
                 cluster.close()
 
+    def _use_what_joined(self, cluster: Cluster, pool: Pool) -> None:
+        """Make room for workers on nodes that the cluster did not have; one that left has been noticed by its loss."""
+        if cluster.alone:
+            return
+        before, self._room = self._room, room(self.share, cluster.nodes(), wanted=self.settings.workers)
+        if self._room > before:
+            log.info(f"note: ray: the cluster has grown: {self._room} workers fit, {before} before")
+            pool.grow(self._room)
+
     def _open(self) -> tuple[Cluster, Pool]:
         from fedlth.engines.ray_cluster import connect
 
@@ -79,7 +91,7 @@ class RayEngine:
         cluster = connect(settings.address, cpus=settings.workers * settings.num_cpus, gpus=settings.logical_gpus)
         try:
             nodes = cluster.nodes()
-            size = count(share, nodes, wanted=settings.workers)
+            size = self._room = count(share, nodes, wanted=settings.workers)
             said = [shortage(share, nodes, wanted=settings.workers)]
             if not cluster.alone:
                 said.append(taken(share, nodes, cluster.free(), size=size, wait_s=self.limits.start_s))
@@ -95,10 +107,10 @@ class RayEngine:
         def spawn() -> object:
             return cluster.spawn(Worker, cpus=share.cpus, gpu=share.asked_gpu, path=path)
 
-        def room() -> str:
+        def waits_for() -> str:
             return "" if cluster.alone else f"taken now: {in_use(cluster.nodes(), cluster.free())}"
 
-        return cluster, Pool(cluster, size, name="ray", spawn=spawn, given=given, limits=limits, room=room)
+        return cluster, Pool(cluster, size, name="ray", spawn=spawn, given=given, limits=limits, room=waits_for)
 
 
 def _own_path() -> list[str]:

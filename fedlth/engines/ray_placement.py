@@ -69,10 +69,15 @@ def share_of(ray: sections.Ray, *, device: str, total_memory_mb: Callable[[], in
 
 def count(share: Share, nodes: Sequence[Mapping[str, float]], *, wanted: int) -> int:
     """Return how many workers to run on these nodes: at most `wanted`; raise StudyError where not one fits."""
-    places = _places(share, nodes, wanted)
-    if not places:
+    found = room(share, nodes, wanted=wanted)
+    if not found:
         raise StudyError(f"ray: {_why(share, nodes)}")
-    return min(wanted, places)
+    return found
+
+
+def room(share: Share, nodes: Sequence[Mapping[str, float]], *, wanted: int) -> int:
+    """Return how many workers fit on these nodes, `wanted` at most."""
+    return min(wanted, _places(share, nodes, wanted))
 
 
 def shortage(share: Share, nodes: Sequence[Mapping[str, float]], *, wanted: int) -> str:

@@ -272,6 +272,23 @@ def test_one_place_that_cannot_start_leaves_the_work_to_the_other() -> None:
     assert all(isinstance(a, Reply) and a.worker == "ray:0@gpu0 machine 0:1" for a in answers)
 
 
+def test_machines_that_join_are_used_and_what_was_given_up_is_tried_again() -> None:
+    more = False
+    pool = pool_of(Played(answer, born=lambda n: Born(n, "host", "") if more or n == 1 else Lost("died", "x")))
+
+    def at_work() -> list[int]:
+        all_of(pool.map(jobs_of(9)))
+        return [place.number for place in pool.places if place.actor is not None]
+
+    assert at_work() == at_work() == [0]
+    more = True
+    assert at_work() == [0], "it was given up"
+    pool.grow(4)
+    assert at_work() == [0, 1, 2, 3]
+    pool.grow(1)
+    assert len(pool.places) == 4, "those that are there stay"
+
+
 def test_after_an_interrupt_no_old_answer_is_taken_for_a_new_one() -> None:
     def act(job: Job) -> Any:
         if not interrupted and job.client == 1:

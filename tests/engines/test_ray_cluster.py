@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray_study import EQUAL, map_one, rows, run, study_of
+from ray_study import EQUAL, engine_of, map_one, rows, run, study_of
 
 from fedlth.errors import StudyError
 from fedlth.output import lines_to
+from tests import tiny
 
 pytestmark = [
     pytest.mark.slow,
@@ -98,6 +99,27 @@ def test_three_nodes_equal_in_process_and_one_that_dies_in_mid_round_costs_its_o
     marker.touch()
     faulty = run(study_of(**MORE, fault="held", marker=str(marker)), tmp_path / "faulty")
     assert unequal(faulty, out) == []
+
+
+def test_a_node_that_joins_is_used_from_the_next_round_on(tmp_path: Path) -> None:
+    here, out, told = run(study_of(**MORE), tmp_path / "here"), tmp_path / "out", list[str]()
+    with nodes({"num_cpus": 1}) as cluster:
+        made = study_of(**MORE, engine="ray", ray={"address": cluster.address, "workers": 3})
+        engine = engine_of(made)
+
+        def join(line: str) -> None:
+            told.append(line)
+            if "] federate 1:" in line:
+                cluster.add_node(num_cpus=1)
+            if "] federate 2:" in line:  # whose jobs may all be done before the new worker has started
+                assert engine._opened is not None
+                ray, pool = engine._opened
+                assert ray.wait([pool.places[1].call], timeout_s=200)
+
+        with lines_to(join):
+            tiny.run(made, out, engine=engine)
+    assert "note: ray: the cluster has grown: 2 workers fit, 1 before" in told, told
+    assert served(out) == {"ray:0", "ray:1"} and unequal(here, out) == []
 
 
 def pids_of(node: Any) -> set[int]:
