@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -38,13 +40,22 @@ def evaluate(model: FlatModel, params: Params, data: Examples, metrics: tuple[Me
         model.load(params)
         model.module.eval()
         data, loss_sum, states = model.forward.images(data), 0.0, dict.fromkeys(metrics)
-        for at in range(0, len(data), EVALUATION_BATCH):
-            part = data.batch(slice(at, at + EVALUATION_BATCH))
+        for places in _batches(data):
+            part = data.batch(places)
             outputs = model.forward.evaluate(part.x)
             told = rows(outputs, part.y)
             states = {m: m.add(state, *told) for m, state in states.items()}
             loss_sum += float(model.loss(outputs, part.y)) * int(counted(part.y).sum())
     return scored(states, loss_sum / int(counted(data.y).sum()))
+
+
+def _batches(data: Examples) -> Sequence[torch.Tensor | slice]:
+    """Return the positions of each batch: ragged examples by length, since padding costs what a text does."""
+    parts = [slice(at, at + EVALUATION_BATCH) for at in range(0, len(data), EVALUATION_BATCH)]
+    if data.longest is None:
+        return parts
+    order = torch.from_numpy(np.argsort(data.longest, kind="stable")).to(data.y.device)
+    return [order[part] for part in parts]
 
 
 def gradient(model: FlatModel, params: Params, data: Examples) -> np.ndarray:
@@ -55,8 +66,8 @@ def gradient(model: FlatModel, params: Params, data: Examples) -> np.ndarray:
         model.module.eval()
         model.grad.zero_()
         total = int(counted(data.y).sum())
-        for at in range(0, len(data), EVALUATION_BATCH):
-            part = data.batch(slice(at, at + EVALUATION_BATCH))
+        for places in _batches(data):
+            part = data.batch(places)
             loss = model.loss(model.forward.evaluate(part.x), part.y) * (int(counted(part.y).sum()) / total)
             loss.backward()  # type: ignore[no-untyped-call]
         return model.in_order(model.grad[: model.layout.num_prunable])

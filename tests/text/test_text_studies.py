@@ -28,6 +28,7 @@ from fedlth.forecast import forecast
 from fedlth.models.call import call
 from fedlth.models.transformer import Transformer
 from fedlth.study.schema import Study
+from fedlth.training import evaluation
 from fedlth.training.evaluation import evaluate
 from fedlth.training.local_client import LocalClient
 from fedlth.training.loss import examined
@@ -49,6 +50,23 @@ MASKED = {
 
 def task_of(made: Study) -> Task:
     return open_task(made.science())
+
+
+def test_an_evaluation_pads_a_text_to_others_of_about_its_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = task_of(sentences.study(tmp_path / "data"))
+    data = inputs(task.dataset, np.arange(30), train=True)
+    one_by_one = [evaluate(task.flat_model, task.theta_0, data.batch(slice(at, at + 1))) for at in range(30)]
+    monkeypatch.setattr(evaluation, "EVALUATION_BATCH", 4)
+    seen, hook = list[tuple[int, int]](), task.flat_model.module.register_forward_pre_hook
+    with hook(lambda module, given, named: seen.append([*given, *named.values()][0].shape), with_kwargs=True):
+        found = evaluate(task.flat_model, task.theta_0, data)
+    assert data.longest is not None
+    wanted = [int(part.max()) for part in np.split(np.sort(data.longest), range(4, 30, 4))]
+    assert [width for _, width in seen] == wanted
+    assert found.accuracy == pytest.approx(np.mean([one.accuracy for one in one_by_one]))
+    assert found.loss == pytest.approx(np.mean([one.loss for one in one_by_one]), rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["fedavg", "local"])
