@@ -90,9 +90,7 @@ def _train(
                 loss_sum += value * count
             with torch.no_grad():
                 rate = request.rates[step]
-                slope, moving = (
-                    (grad, weights) if few is None else (grad.index_select(0, few), weights.index_select(0, few))
-                )
+                slope, moving = (grad, weights) if few is None else _gathered(few, grad, weights)
                 descend(recipe, slope, moving, memory, step=step + 1, rate=rate, keep=keep, anchor=anchor)
                 if few is not None:
                     weights.index_copy_(0, few, moving)
@@ -116,6 +114,10 @@ def _few_moving(model: FlatModel, recipe: TrainingRecipe, keep: Tensor | None) -
         return None
     places = torch.nonzero(keep).view(-1)
     return places if len(places) < FEW * len(keep) else None
+
+
+def _gathered(places: Tensor, grad: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    return grad.index_select(0, places), weights.index_select(0, places)
 
 
 def _pass(model: FlatModel, recipe: TrainingRecipe, loss: Loss, batch: Examples) -> tuple[Tensor, Tensor]:
