@@ -46,11 +46,12 @@ class KeptMatrix:
         self.scratch, self.products = scratch, kept_products
         self.kept = np.flatnonzero(mask).astype(np.int32)
         self.w = np.empty(len(self.kept), np.float32)
-        rank = np.zeros(mask.shape, np.int32)
-        rank[mask] = np.arange(len(self.kept))
-        turned = np.ascontiguousarray(mask.T)
-        self.lists, self.back = _listed(mask), _listed(turned)
-        self.back_weights = np.ascontiguousarray(rank.T[turned])
+        outputs, inputs = np.divmod(self.kept, np.int32(self.inputs))
+        # Of 16 bits, as far as they go: numpy sorts these by their digits.
+        order = np.argsort(inputs.astype(np.uint16) if self.inputs <= 1 << 16 else inputs, kind="stable")
+        self.lists = _listed(outputs, inputs, mask.shape)
+        self.back = _listed(inputs[order], outputs[order], mask.shape[::-1])
+        self.back_weights = order.astype(np.int32)
 
     def warm(self) -> None:
         """Load what is compiled; compile it first where it must be."""
@@ -97,16 +98,13 @@ def _padded(positions: int) -> int:
     return -(-positions // 16) * 16
 
 
-def _listed(mask: np.ndarray) -> Lists:
-    """Return the lists of a mask (outputs, inputs), in chunks whose inputs stay in the nearest cache.
+def _listed(outputs: np.ndarray, inputs: np.ndarray, shape: tuple[int, ...]) -> Lists:
+    """Return the lists of kept weights (outputs, inputs), ascending, in chunks whose inputs stay in the nearest cache.
 
     A chunk has at least _TAPS kept weights an output, since its partial sums pass through memory.
     """
-    outputs, inputs = mask.shape
-    kept = np.flatnonzero(mask)
-    density = max(len(kept) / mask.size, 1e-9)
-    chunk = min(inputs, max(_NEAR, math.ceil(_TAPS / density)))
-    chunks = -(-inputs // chunk)
-    begins = np.arange(outputs)[:, None] * inputs + np.arange(chunks) * chunk
-    starts = np.append(np.searchsorted(kept, begins.reshape(-1)), len(kept)).astype(np.int32)
-    return Lists(starts, (kept % inputs).astype(np.int32), chunks)
+    density = max(len(inputs) / math.prod(shape), 1e-9)
+    chunk = min(shape[1], max(_NEAR, math.ceil(_TAPS / density)))
+    chunks = -(-shape[1] // chunk)
+    counts = np.bincount(outputs * chunks + inputs // chunk, minlength=shape[0] * chunks)
+    return Lists(np.append(0, np.cumsum(counts)).astype(np.int32), inputs, chunks)
