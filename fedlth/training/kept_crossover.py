@@ -26,7 +26,7 @@ _REPEATS = 2
 def kept_below(model: FlatModel, batch: Examples, cpu_s: float) -> dict[str, float]:
     """Return the density of each layer that may go over its kept weights, in about `cpu_s` CPU seconds.
 
-    A layer that a batch does not pass has none, and stays as it is. Uses the module; it must train on the CPU.
+    A layer that a batch does not pass has none. Uses the module, which must train on the CPU.
     """
     forms = _forms(model, batch)
     runs = dict[tuple[Form, str], Callable[[], float]]()
