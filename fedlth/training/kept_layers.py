@@ -106,7 +106,8 @@ class KeptLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         layer = self.layer
-        if x.dtype != torch.float32 or x.numel() == 0 or torch.is_autocast_enabled("cpu"):
+        plain = x.dtype == torch.float32 and x.numel() > 0 and x.shape[-1] == layer.in_features
+        if not plain or torch.is_autocast_enabled("cpu") or torch._C._are_functorch_transforms_active():
             return F.linear(x, layer.weight, layer.bias)
         return _Product.apply(x, layer.weight, layer.bias, self.matrix)  # type: ignore[no-any-return, no-untyped-call]
 

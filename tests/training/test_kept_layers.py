@@ -124,6 +124,9 @@ def test_inputs_may_have_more_dimensions_lie_otherwise_and_want_no_gradient() ->
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert kept(x).dtype == torch.bfloat16
     assert kept(x[:0]).shape == (0, 3, 6) and kept(x.double().float()).dtype == torch.float32
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        kept(x[..., :5])  # two of which would make one input
+    torch.testing.assert_close(torch.func.vmap(kept)(x), layer(x))
     frozen = layer.requires_grad_(False)
     given = x.clone().requires_grad_()
     kept(given).sum().backward()
