@@ -34,6 +34,7 @@ from fedlth.training.batches import steps_an_epoch
 from fedlth.training.budget import Budget
 from fedlth.training.dp_accountant import epsilon
 from fedlth.training.evaluation import evaluate
+from fedlth.training.kept_layers import said
 from fedlth.training.local_client import LocalClient
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingRequest, drawn_request
@@ -376,7 +377,7 @@ def _compute_lines(task: Task) -> list[str]:
     if task.study.compute == "tuned":
         lines.append(f"  torch, {task.flat_model.forward.note}")
     if isinstance(task.table, str):
-        return [*lines, f"  the kernel cannot run this study: {task.table}"]
+        return [*lines, f"  the kernel cannot run this study: {task.table}", *said(task.flat_model.kept)]
     runs = "runs" if task.study.compute == "sparse" else "could run (compute: sparse)"
     return [*lines, f"  the kernel {runs} every layer:", *(f"    {line}" for line in task.table.describe())]
 

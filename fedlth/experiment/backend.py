@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fedlth.errors import StudyError
 from fedlth.experiment.experiment import Experiment
+from fedlth.kernel import kernel
 from fedlth.kernel.tile_variable import misnamed
 from fedlth.study.schema import Study
 from fedlth.training import kernel_backend
@@ -29,8 +30,9 @@ def with_backend(experiment: Experiment) -> tuple[Study, list[str]]:
     recipe = next((recipe for recipe, lacks in zip(tried, lacking, strict=True) if not lacks), tried[0])
     largest = max(len(client.train) for client in task.splits.clients)
     targets = study.finder.densities
+    lists = not kernel.available() and all(isinstance(one.table, str) for one in task.each)
     choice = choose(
-        task.each[0], in_kernel=not why, batch_size=min(recipe.batch_size, largest),
+        task.each[0], in_kernel=not why, lists=lists, batch_size=min(recipe.batch_size, largest),
         densities=sorted({targets[0], targets[len(targets) // 2], targets[-1]} - {1.0}),
     )  # fmt: skip
     made = study.model_copy(update={"compute": choice.compute, "crossovers": choice.crossovers})
@@ -38,6 +40,8 @@ def with_backend(experiment: Experiment) -> tuple[Study, list[str]]:
 
 
 def _reason(choice: Choice, why: str) -> str:
+    if why and choice.compute == "sparse":
+        return f"because {why}, and its linear layers are faster here over a ticket's kept weights alone"
     if why:
         return f"because {why}"
     if choice.crossovers is None:

@@ -87,7 +87,9 @@ def resume(out: Path, engine: Engine) -> RunFolder:
 
 def _load_kernel(experiment: Experiment, engine: Engine) -> None:
     """Load the compiled kernel before workers are made; clients that keep their own state train in no such worker."""
-    if experiment.study.compute == "sparse" and not engine.holds_state:
+    if experiment.study.compute != "sparse" or engine.holds_state:
+        return
+    if any(not isinstance(task.table, str) for task in experiment.task.each):
         kernel.warm()
 
 

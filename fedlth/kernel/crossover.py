@@ -18,7 +18,7 @@ from fedlth.kernel.graph import LANES
 from fedlth.kernel.step_time import TRAINING_STEPS, StepTimer, in_turns
 from fedlth.kernel.table import LayerTable, Op
 
-_THIN, _HALF = 0.25, 0.5
+THIN, HALF = 0.25, 0.5  # densities that are timed
 _FLAT = 0.02  # of the dense layer's time: where a list's changes less between the densities, it says nothing
 
 
@@ -36,21 +36,21 @@ def lists_below(table: LayerTable, examples: int, cpu_s: float) -> tuple[float, 
         dense, listed = one.with_lists_below((0.0, 0.0)), one.with_lists_below((2.0, 0.0))
         rng = np.random.Generator(np.random.PCG64(0))
         floats = rng.standard_normal(one.num_floats, np.float32) * np.float32(0.05)
-        runs[one, "dense"] = timed(dense, floats, _HALF, examples)
-        runs[one, "half"] = timed(listed, floats, _HALF, examples)
-        runs[one, "thin"] = timed(listed, floats, _THIN, examples)
+        runs[one, "dense"] = timed(dense, floats, HALF, examples)
+        runs[one, "half"] = timed(listed, floats, HALF, examples)
+        runs[one, "thin"] = timed(listed, floats, THIN, examples)
     best = in_turns(runs, cpu_s) if runs else {}
-    found = {one: _met(*(best[one, what] for what in ("dense", "half", "thin"))) for one in alone.values()}
+    found = {one: met(*(best[one, what] for what in ("dense", "half", "thin"))) for one in alone.values()}
     below = (op.sparse_below if op.out not in alone else found[alone[op.out]] for op in layers)
-    return tuple(op.sparse_below if met is None else met for op, met in zip(layers, below, strict=True))
+    return tuple(op.sparse_below if one is None else one for op, one in zip(layers, below, strict=True))
 
 
-def _met(dense: float, half: float, thin: float) -> float | None:
+def met(dense: float, half: float, thin: float) -> float | None:
     """Return where the line through a list's times meets the dense layer's; None where it is too flat to say."""
     slope = half - thin
     if slope <= _FLAT * dense:
         return None
-    return round(min(max(_THIN + (_HALF - _THIN) * (dense - thin) / slope, 0.0), 1.0), 2)
+    return round(min(max(THIN + (HALF - THIN) * (dense - thin) / slope, 0.0), 1.0), 2)
 
 
 def timed(table: LayerTable, floats: np.ndarray, density: float, examples: int) -> StepTimer:

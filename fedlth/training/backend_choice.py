@@ -2,7 +2,8 @@
 
 What is tried: torch as it is written, torch rearranged where that changes anything, and the kernel, dense and inside
 random tickets of the study's densities, with crossovers of its layers that are measured first. Which of them a training
-of the run then goes to is decided by what its ticket leaves of the dense multiply-adds.
+of the run then goes to is decided by what its ticket leaves of the dense multiply-adds. Where the kernel cannot run the
+network, torch is tried inside tickets too, as it is and with linear layers that go over their kept weights alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from fedlth.data.examples import Examples
 from fedlth.data.tensors import inputs
 from fedlth.kernel import kernel
 from fedlth.kernel.crossover import lists_below, ticket, timed
@@ -27,6 +29,8 @@ from fedlth.training import torch_backend
 from fedlth.training.answer_file import kept_answer
 from fedlth.training.budget import Budget
 from fedlth.training.flat_model import FlatModel
+from fedlth.training.kept_crossover import kept_below
+from fedlth.training.kept_layers import exchangeable
 from fedlth.training.measured_table import by_name
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingRequest, drawn_request
@@ -50,18 +54,18 @@ class Choice:
     times: str
 
 
-def choose(task: Task, *, in_kernel: bool, batch_size: int, densities: Sequence[float]) -> Choice:
+def choose(task: Task, *, in_kernel: bool, lists: bool, batch_size: int, densities: Sequence[float]) -> Choice:
     """Return the fastest backend for a task's network, as this machine has measured it before, or does now.
 
-    in_kernel: the kernel can train it. batch_size: examples of a step. densities: those of the study's tickets,
-    ascending.
+    in_kernel: the kernel can train it. lists: its layers may go over their kept weights alone in torch. batch_size:
+    examples of a step. densities: those of the study's tickets, ascending.
     """
     table = task.table if in_kernel else None
     assert not isinstance(table, str)
     asked = table or (str(task.model.module()), task.dataset.input_shape)
     return kept_answer(
-        repr((asked, batch_size, [*densities] if in_kernel else [])), _read,
-        lambda: _measured(task, table, batch_size, densities), _written,
+        repr((asked, batch_size, [*densities] if in_kernel or lists else [])), _read,
+        lambda: _measured(task, table, lists, batch_size, densities), _written,
     )  # fmt: skip
 
 
@@ -75,11 +79,12 @@ def _written(choice: Choice) -> dict[str, Any]:
     return {"compute": choice.compute, "crossovers": crossovers, "times": choice.times}
 
 
-def _measured(task: Task, table: LayerTable | None, batch_size: int, densities: Sequence[float]) -> Choice:
+def _measured(task: Task, table: LayerTable | None, lists: bool, batch_size: int, densities: Sequence[float]) -> Choice:
     with torch_stream(0):
         task.probe()  # says what is wrong with the model or the loss
         models = _in_torch(task)
-        if table is None and len(models) == 1:
+        lists = lists and bool(densities) and bool(exchangeable(task.flat_model.module, task.layout))
+        if table is None and len(models) == 1 and not lists:
             return Choice(TUNED, None, "nothing of the network in torch can be rearranged")
         if table is not None:
             kernel.warm()
@@ -91,9 +96,18 @@ def _measured(task: Task, table: LayerTable | None, batch_size: int, densities: 
             if densities:
                 runs[last, densities[0], 0] = _timer(task, models[last], examples, ticket(table, densities[0]))
             runs |= _in_kernel(table, task.theta_0.floats, examples, densities)
+        below = dict[str, float]()
+        if lists:
+            name, model = list(models.items())[-1]
+            below = kept_below(model, _batch(task, examples), _LAYERS_S)
+            most = max((torch_backend.FEW, *below.values()))  # from there on both trainings are the same
+            for density in (one for one in densities if one < most):
+                mask = stream(0, "ticket").random(task.layout.num_prunable) < density
+                runs[name, density, 0] = _timer(task, model, examples, mask)
+                runs[SPARSE, density, 0] = _timer(task, model, examples, mask, below)
         cost = in_turns(runs, _STEPS_S)
     if table is None:
-        return Choice(_form(cost), None, _told(cost, examples))
+        return _with_lists(cost, below, _told(cost, examples))
     shares = {density: kernel.share(table, ticket(table, density)) for density in densities}
     compute, above, narrow = decided(cost, shares)
     crossovers = Crossovers(
@@ -138,14 +152,32 @@ class _TimedRequest(TrainingRequest):
         return batch
 
 
-def _timer(task: Task, model: FlatModel, examples: int, mask: np.ndarray | None = None) -> StepTimer:
-    """Return the timer of a plain training in torch: what else a recipe may have costs as much in either form."""
+def _batch(task: Task, examples: int) -> Examples:
+    """Return so many of the examples that a network is tried on, as one batch."""
+    return inputs(task.dataset, np.resize(task.few, examples), train=True).batch(slice(None))
+
+
+def _timer(
+    task: Task,
+    model: FlatModel,
+    examples: int,
+    mask: np.ndarray | None = None,
+    below: Mapping[str, float] | None = None,
+) -> StepTimer:
+    """Return the timer of a plain training in torch: what else a recipe may have costs as much in either form.
+
+    below: of the layers that go over their kept weights, the density below which they do.
+    """
     recipe = TrainingRecipe(budget=Budget(steps=TRAINING_STEPS + 1), batch_size=examples, lr=1e-6, loss=task.loss)
     data = inputs(task.dataset, np.resize(task.few, examples), train=True)
     drawn = drawn_request(task.theta_0, data, recipe, order=stream(0, "backends"), torch_seed=0, active=mask)
 
     def run(step: Callable[[], None]) -> object:
-        return torch_backend.train(model, _TimedRequest(**vars(drawn), begin=step))
+        model.kept = below
+        try:
+            return torch_backend.train(model, _TimedRequest(**vars(drawn), begin=step))
+        finally:
+            model.kept = None
 
     return StepTimer(run)
 
@@ -186,6 +218,15 @@ def decided(cost: Mapping[Key, float], shares: Mapping[float, float]) -> tuple[s
     return SPARSE, round(min(1.0, max(met, low + 0.01)), 2), round(narrow_below, 2)
 
 
+def _with_lists(cost: Mapping[Key, float], below: Mapping[str, float], times: str) -> Choice:
+    """Return torch's faster form, with layers over their kept weights where that is faster at any density."""
+    form = _form(cost)
+    both = [(one, cost[SPARSE, key[1], 0]) for key, one in cost.items() if key[0] != SPARSE and key[1] < 1 and below]
+    if not any(ours <= BETTER * torch for torch, ours in both):
+        return Choice(form, None, times)
+    return Choice(SPARSE, Crossovers(torch=form, torch_above=None, narrow_below=0.0, sparse_below=dict(below)), times)
+
+
 def _form(cost: Mapping[Key, float]) -> Any:
     """Return the faster of torch's two forms."""
     tuned = cost.get((TUNED, 1.0, 0), 0.0)
@@ -201,5 +242,6 @@ def _told(cost: Mapping[Key, float], examples: int) -> str:
     parts = []
     for backend, times in found.items():
         inside = ", ".join(f"{1e3 * times[d]:.3g} at density {d:g}" for d in sorted(times, reverse=True) if d < 1)
-        parts.append(f"{backend} {1e3 * times[1.0]:.3g}{f' ({inside})' if inside else ''}")
+        dense = f" {1e3 * times[1.0]:.3g}" if 1.0 in times else ""
+        parts.append(f"{backend}{dense}{f' ({inside})' if inside else ''}")
     return f"CPU ms a step of {examples} examples: {', '.join(parts)}"

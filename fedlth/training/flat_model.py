@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -20,9 +20,10 @@ class FlatModel:
     """A module whose parameters and float buffers are views into one flat tensor, so that a step is five calls.
 
     With a `table`, training and evaluation run in the compute kernel instead; with `tuned` they take its forwards of
-    the module and its memory format. All are equal up to float32 rounding. `loss` is what evaluations and probes ask;
-    a training has its recipe's. Of one FlatModel, the kernel's training and evaluation may run in many threads at once;
-    training and evaluation in the module hold `lock`.
+    the module and its memory format; with `kept`, trainings inside a mask leave out the zeros of the layers that it
+    names, each below the density that stands there. All are equal up to float32 rounding. `loss` is what evaluations
+    and probes ask; a training has its recipe's. Of one FlatModel, the kernel's training and evaluation may run in many
+    threads at once; training and evaluation in the module hold `lock`.
     """
 
     def __init__(
@@ -33,8 +34,10 @@ class FlatModel:
         table: LayerTable | None = None,
         tuned: Tuned | None = None,
         loss: Loss = cross_entropy,
+        kept: Mapping[str, float] | None = None,
     ) -> None:
         self.loss = loss
+        self.kept = kept
         self.table = table
         self.module = module.to(device)
         self.forward = tuned or as_written(self.module)

@@ -34,6 +34,7 @@ from fedlth.training.budget import Budget
 from fedlth.training.client_tasks import OWN, TaskNames, own_model, own_study
 from fedlth.training.evaluation import evaluate
 from fedlth.training.flat_model import FlatModel
+from fedlth.training.kept_layers import lists_below
 from fedlth.training.loss import Loss, examined, misread, plain, spread
 from fedlth.training.measured_table import measured_table
 from fedlth.training.metrics import Judged, OfAll, counted, judged, rows
@@ -92,16 +93,15 @@ class Task:
     @cached_property
     def flat_model(self) -> FlatModel:
         """The one module of this process, bound to flat buffers."""
-        table = self.table if self.study.compute == "sparse" else None
-        if isinstance(table, str):
-            raise StudyError(f"compute: must be tuned or reference for this study, the kernel cannot run it: {table}")
-        module, tuned = self.model.module().to(self.device), None
-        measured = self.study.crossovers
-        beside = table is not None and (kernel.large(table) if measured is None else measured.torch == "tuned")
+        found = self.table if self.study.compute == "sparse" else None
+        module, tuned, measured = self.model.module().to(self.device), None, self.study.crossovers
+        kept = lists_below(module, self.layout, measured, found) if isinstance(found, str) else None
+        table, large = (found, kernel.large(found)) if isinstance(found, LayerTable) else (None, False)
+        beside = found is not None and (large if measured is None else measured.torch == "tuned")
         if self.study.compute == "tuned" or beside:
             few = inputs(self.dataset, self.few[:3], train=True)
             tuned = tune(module, few.to(self.device).x)
-        return FlatModel(module, self.layout, self.device, table, tuned, self.loss)
+        return FlatModel(module, self.layout, self.device, table, tuned, self.loss, kept)
 
     @cached_property
     def loss(self) -> Loss:

@@ -13,6 +13,7 @@ from fedlth.models.seed import seed_torch
 from fedlth.training.dp_sgd import NoisyPass, opened
 from fedlth.training.dropout import at_rate
 from fedlth.training.flat_model import FlatModel
+from fedlth.training.kept_layers import exchanged
 from fedlth.training.loss import Loss
 from fedlth.training.metrics import num_counted
 from fedlth.training.optimizer import Adam, AdamW, Memory, Sgd
@@ -24,6 +25,7 @@ from fedlth.training.view import Ask, Gradient, Pass
 # Optimizers that are known to leave alone what must not move, and see each number alone; a subclass is another one.
 EXACT = (Sgd, Adam, AdamW)
 PULLS = (Proximal, Correction, L1)  # of a finite weight a finite gradient
+FEW = 0.5  # of the weights move: fewer, and gathering them costs less than passing over the rest
 PIECE = 1 << 18  # numbers that a step of these works on at once: what it makes on the way then stays in the cache
 
 
@@ -31,8 +33,18 @@ def train(model: FlatModel, request: TrainingRequest) -> TrainingResult:
     """Do what a request asks; seeds torch's generator and uses the module, so that others must wait for both."""
     with model.lock, at_rate(model.module, request.recipe.dropout):
         seed_torch(request.torch_seed)
-        with request.recipe.view.opened(model, request) as gradient, opened(model, request) as noisy:
+        view = request.recipe.view
+        with view.opened(model, request) as gradient, opened(model, request) as noisy, _kept(model, request):
             return _train(model, request, gradient, noisy)
+
+
+def _kept(model: FlatModel, request: TrainingRequest) -> AbstractContextManager[None]:
+    """Return what lets layers go over their kept weights, where the network sees the trained weights themselves."""
+    recipe = request.recipe
+    dense = recipe.views or recipe.dp is not None or recipe.precision != "float32"
+    if model.kept is None or request.active is None or dense:
+        return nullcontext()
+    return exchanged(model.module, model.layout, model.kept, request.active)
 
 
 def _train(
@@ -55,7 +67,11 @@ def _train(
     anchor = _anchor(model, request)[part] if recipe.pulls else None
     if gradient is not None:  # the module's memory is then what the network sees, and these what is trained
         weights = weights.clone()
-    memory, step, loss_sum, seen = recipe.optimizer.memory(grad), 0, 0.0, 0
+    few = _few_moving(model, recipe, keep)
+    if few is not None:
+        anchor, keep = None if anchor is None else anchor[few], None
+    memory = recipe.optimizer.memory(grad if few is None else grad[few])
+    step, loss_sum, seen = 0, 0.0, 0
     model.module.train()
     for epoch, parts in enumerate(request.batches, 1):
         loss_sum, seen = 0.0, 0
@@ -74,7 +90,10 @@ def _train(
                 loss_sum += value * count
             with torch.no_grad():
                 rate = request.rates[step]
-                descend(recipe, grad, weights, memory, step=step + 1, rate=rate, keep=keep, anchor=anchor)
+                slope, moving = (grad, weights) if few is None else _gathered(few, grad, weights)
+                descend(recipe, slope, moving, memory, step=step + 1, rate=rate, keep=keep, anchor=anchor)
+                if few is not None:
+                    weights.index_copy_(0, few, moving)
             step += 1
         if epoch in request.snapshots:
             if gradient is not None:
@@ -83,6 +102,22 @@ def _train(
     if gradient is not None:
         _put(model, weights)
     return TrainingResult(model.save(), loss_sum / max(1, seen), snapshots)
+
+
+def _few_moving(model: FlatModel, recipe: TrainingRecipe, keep: Tensor | None) -> Tensor | None:
+    """Return the places of the weights that a step gathers, moves and puts back; None where it goes over all.
+
+    Only where layers go over their kept weights: the norm that clips then sums in another order.
+    """
+    known = type(recipe.optimizer) in EXACT and (not recipe.pulls or type(recipe.pull) in PULLS)
+    if model.kept is None or keep is None or not known:
+        return None
+    places = torch.nonzero(keep).view(-1)
+    return places if len(places) < FEW * len(keep) else None
+
+
+def _gathered(places: Tensor, grad: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    return grad.index_select(0, places), weights.index_select(0, places)
 
 
 def _pass(model: FlatModel, recipe: TrainingRecipe, loss: Loss, batch: Examples) -> tuple[Tensor, Tensor]:

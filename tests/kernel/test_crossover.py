@@ -32,10 +32,10 @@ def listed(found: Case) -> list[int]:
 
 
 def test_a_list_begins_where_its_line_meets_the_dense_layer() -> None:
-    assert crossover._met(dense=3.0, half=5.0, thin=3.0) == 0.25
-    assert crossover._met(dense=4.0, half=3.0, thin=2.0) == 0.75
-    assert crossover._met(dense=9.0, half=3.0, thin=2.0) == 1.0 and crossover._met(dense=1.0, half=9.0, thin=8.0) == 0.0
-    assert crossover._met(dense=4.0, half=2.01, thin=2.0) is None is crossover._met(dense=4.0, half=1.0, thin=2.0)
+    assert crossover.met(dense=3.0, half=5.0, thin=3.0) == 0.25
+    assert crossover.met(dense=4.0, half=3.0, thin=2.0) == 0.75
+    assert crossover.met(dense=9.0, half=3.0, thin=2.0) == 1.0 and crossover.met(dense=1.0, half=9.0, thin=8.0) == 0.0
+    assert crossover.met(dense=4.0, half=2.01, thin=2.0) is None is crossover.met(dense=4.0, half=1.0, thin=2.0)
 
 
 def test_every_layer_is_measured_alone_and_equal_ones_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,8 +186,12 @@ def test_tasks_share_the_encoder(tmp_path: Path) -> None:
     assert {row["client"] for row in tiny.rows(tmp_path / "r", "metrics")} == {0, 1}
 
 
-def test_workers_and_a_resume_change_nothing(tmp_path: Path) -> None:
-    made = sentences.study(tmp_path / "data", personalise={"arms": ["ticket", "dense"], "clients_per_wave": 1})
+@pytest.mark.parametrize(("compute", "density"), [("reference", 0.5), ("sparse", 0.2)])
+def test_workers_and_a_resume_change_nothing(tmp_path: Path, compute: str, density: float) -> None:
+    made = sentences.study(
+        tmp_path / "data", personalise={"arms": ["ticket", "dense"], "clients_per_wave": 1}, compute=compute,
+        finder={"densities": [density]},
+    )  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
     tiny.run(made, one, engine=InProcess())
     forked = Forked(2)

@@ -13,6 +13,7 @@ pytest.importorskip("numba")
 pytestmark = pytest.mark.timeout(600)  # the first use on a machine compiles
 
 from fedlth import api  # noqa: E402
+from fedlth.data.tensors import inputs  # noqa: E402
 from fedlth.experiment.resolve import resolve  # noqa: E402
 from fedlth.forecast import forecast  # noqa: E402
 from fedlth.kernel import kernel  # noqa: E402
@@ -21,6 +22,7 @@ from fedlth.study import schema  # noqa: E402
 from fedlth.study.compute_section import Crossovers  # noqa: E402
 from fedlth.training import answer_file, backend_choice  # noqa: E402
 from fedlth.training.backend_choice import decided  # noqa: E402
+from fedlth.training.kept_crossover import kept_below  # noqa: E402
 from tests import tiny  # noqa: E402
 
 MODEL = {"name": "tests.training.test_choice:group_norm", "options": {}}
@@ -136,6 +138,36 @@ def test_torch_alone_is_measured_where_the_kernel_cannot(folder: Path, monkeypat
     monkeypatch.setattr(backend_choice, "in_turns", lambda *_: pytest.fail("both forms are one"))
     made, notes = resolve(tiny.study(model="mlp", train={"optimizer": "adam", "momentum": 0.0}, compute="auto"))
     assert made.study.compute == "tuned" and any("nothing of the network" in note for note in notes)
+
+
+def test_lists_in_torch_are_chosen_where_a_ticket_is_faster_with_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend_choice, "kept_below", lambda *_: {"head.weight": 0.4})
+    given = {"model": NORMED, "compute": "auto", "finder": {"densities": [0.5, 0.2]}}
+    times(monkeypatch, torch=4.0, kernel=2.0)
+    made, notes = resolve(tiny.study(**given))
+    assert made.study.compute == "sparse" and made.study.crossovers is not None
+    assert made.study.crossovers.torch == "tuned" and made.study.crossovers.sparse_below == {"head.weight": 0.4}
+    assert any("linear layers are faster here over a ticket's kept weights" in note for note in notes)
+    assert any("tuned 4e+03 (4e+03 at density 0.2), sparse (200 at density 0.2)" in note for note in notes)
+    model = tiny.experiment(made.study).task.flat_model
+    assert model.kept == {"head.weight": 0.4} and model.forward.note.startswith("channels_last")
+    assert model.table is None
+    times(monkeypatch, torch=4.0, kernel=39.9)
+    for file in folder.iterdir():
+        file.unlink()
+    made, notes = resolve(tiny.study(**given))
+    assert made.study.compute == "tuned" and made.study.crossovers is None
+    assert any("sparse (3.99e+03 at density 0.2" in note for note in notes)
+
+
+def test_layers_are_measured_in_the_form_that_a_batch_gives_them() -> None:
+    task = tiny.experiment(tiny.study(model=NORMED)).task
+    few = inputs(task.dataset, task.few, train=True)
+    below = kept_below(task.flat_model, few.batch(slice(None)), 0.01)
+    assert list(below) == ["head.weight"] and 0 <= below["head.weight"] <= 1
+    assert not any(layer._forward_pre_hooks for layer in task.flat_model.module.modules())
 
 
 def test_it_measures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,14 +38,14 @@ def group_norm(num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def study(model: str, compute: str) -> Any:
-    return tiny.study(model={"name": f"tests.training.test_choice:{model}", "options": {}}, compute=compute)
+def study(model: str, compute: str, **more: Any) -> Any:
+    return tiny.study(model={"name": f"tests.training.test_choice:{model}", "options": {}}, compute=compute, **more)
 
 
 @pytest.mark.parametrize(
     ("model", "possible", "why"),
     [
-        ("batch_norm", ("reference", "tuned"), "BatchNorm2d"),
+        ("batch_norm", ("reference", "tuned", "sparse"), "BatchNorm2d"),
         ("group_norm", ("reference", "tuned", "sparse"), "CPU ms a step of"),
     ],
 )
@@ -55,9 +55,13 @@ def test_auto_is_one_of_what_can_run_and_says_why(model: str, possible: tuple[st
     assert any(f"compute: {made.study.compute}" in note and why in note for note in notes)
 
 
+def convolutions(num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, num_classes, 8), nn.BatchNorm2d(num_classes), nn.Flatten())
+
+
 def test_the_kernel_is_not_forced_on_what_it_cannot_run(tmp_path: Path) -> None:
-    with pytest.raises(StudyError, match="tuned or reference"):
-        tiny.run(study("batch_norm", "sparse"), tmp_path / "run")
+    with pytest.raises(StudyError, match="tuned or reference.*BatchNorm2d; and it has no plain linear layer"):
+        tiny.run(study("convolutions", "sparse"), tmp_path / "run")
 
 
 def test_check_says_what_runs_where() -> None:
@@ -65,14 +69,18 @@ def test_check_says_what_runs_where() -> None:
     assert "torch, channels_last" in tuned and "cannot run this study" in tuned and "BatchNorm2d" in tuned
     assert "the kernel runs every layer" in sparse and "group norm" in sparse
     assert "could run" in forecast(study("group_norm", "tuned"))
+    kept = forecast(study("batch_norm", "sparse"))
+    assert "cannot run this study" in kept and "below density 0.25: head.weight" in kept
 
 
-@pytest.mark.parametrize("backend", ["tuned", "sparse"])
-def test_a_short_study_ends_as_the_reference_does(tmp_path: Path, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "backend"), [("group_norm", "tuned"), ("group_norm", "sparse"), ("batch_norm", "sparse")]
+)
+def test_a_short_study_ends_as_the_reference_does(tmp_path: Path, model: str, backend: str) -> None:
     """Weights and evaluation; a ticket near a tie may differ in a weight, so tickets are compared by their size."""
     found = {}
     for compute in ("reference", backend):
-        tiny.run(study("group_norm", compute), tmp_path / compute)
+        tiny.run(study(model, compute, finder={"densities": [0.2]}), tmp_path / compute)
         found[compute] = tiny.rows(tmp_path / compute, "metrics")
     for one, other in zip(found["reference"], found[backend], strict=True):
         assert one.keys() == other.keys()

