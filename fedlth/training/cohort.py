@@ -104,7 +104,7 @@ def train_together(asked: Sequence[Training]) -> list[TrainingResult]:
             for e, slope in zip(stack.trained, slopes, strict=True):
                 grad[:, e.slice] = slope.reshape(count, -1)
             losses[step, :count] = loss
-            may = None if free is None else free[:count]
+            may = None if free is None else free[:count].to(weights.dtype)
             if anchors is not None:
                 recipe.pull(grad, weights, anchors[:count])
             if may is not None and (anchors is not None or recipe.clip_norm is not None):
