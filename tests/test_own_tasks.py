@@ -340,7 +340,6 @@ def test_other_partitions_take_real_numbers(partition: dict[str, Any]) -> None:
         ({"method": {"name": "lotteryfl"}}, "method.val_accuracy: must be below 0 .* left at its default 0.5"),
         ({"method": {"name": "lotteryfl", "val_accuracy": 0.4}}, "method.val_accuracy: must be below 0 .* got 0.4"),
         ({"finder": {"gate": "val_accuracy"}}, "finder.gate: must not be ValAccuracy"),
-        ({"compute": "sparse"}, "the targets are real numbers"),
         ({"model": {"name": "tests.own_tasks:Tagger"}}, "fails on a batch"),
         ({"finder": {"score": "synflow"}, "data": {"name": "tests.own_tasks:mapping"},
           "model": {"name": "tests.own_tasks:ByName"}, "metrics": []}, "synflow"),

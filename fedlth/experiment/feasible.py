@@ -143,6 +143,6 @@ def _idle_root(data: Data) -> list[str]:
         return []
     if source and "root" not in inspect.signature(source).parameters:
         return [f"data.root: has no effect, {data.name} is not read from a folder"]
-    if is_factory(data.name) and not takes(data.name, "root"):
+    if is_factory(data.name) and data.own is None and not takes(data.name, "root"):  # own: it may be on devices alone
         return [f"data.root: has no effect, {data.name} has no parameter root"]
     return []
