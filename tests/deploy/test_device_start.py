@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from fedlth.deploy.folder import filled
 
@@ -71,3 +74,13 @@ def test_one_that_is_killed_is_followed_by_another(tmp_path: Path) -> None:
 
 def test_one_that_cannot_serve_is_followed_by_flowers_own(tmp_path: Path) -> None:
     assert started(tmp_path, CANNOT) == [SERVE, FRESH]
+
+
+def test_what_stays_up_has_one_thread_whatever_the_shell_says() -> None:
+    """With a second one, as numpy's BLAS starts them, no child would answer: each message had a fresh process."""
+    pytest.importorskip("flwr")
+    asks = "import os, fedlth.engines.flower_standing; print(len(os.listdir('/proc/self/task')))"
+    env = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    script = f'here="$HOME"\n{filled("environment.sh")}\nexec "$0" -c "$1"'
+    done = subprocess.run(["sh", "-c", script, sys.executable, asks], env=env, capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr

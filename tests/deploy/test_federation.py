@@ -28,7 +28,8 @@ pytestmark = [
     pytest.mark.long,
     pytest.mark.timeout(3000),
     pytest.mark.filterwarnings("ignore:'click:DeprecationWarning"),  # typer's, which Flower imports
-    pytest.mark.filterwarnings("ignore:.verify=<str>. is deprecated:DeprecationWarning"),  # httpx's, of how Flower calls it
+    # httpx's, of how Flower calls it
+    pytest.mark.filterwarnings("ignore:.verify=<str>. is deprecated:DeprecationWarning"),
 ]
 STUDY = (
     "clients.count=3 clients.unseen=0.0 federate.rounds=2 federate.clients_per_round=2 personalise.arms=[dense,ticket] "
