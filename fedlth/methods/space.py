@@ -109,8 +109,7 @@ def frozen_weights(task: Task) -> Params:
     floats = task.theta_0.floats.copy()
     signs = rng.stream(task.study.seed, "signed constant")
     for e in task.layout.prunable:
-        fan_in = e.size // e.shape[0]
-        floats[e.slice] = np.where(signs.random(e.size) < 0.5, -1.0, 1.0) * math.sqrt(2 / fan_in)
+        floats[e.slice] = np.where(signs.random(e.size) < 0.5, -1.0, 1.0) * math.sqrt(2 / e.fan_in)
     return replace(task.theta_0, floats=floats)
 
 

@@ -44,13 +44,13 @@ class RowThresholds:
     def mask(self, weights: Tensor, extra: Tensor, batch: Examples, layout: Layout, /) -> Tensor:
         parts = []
         for e, rows in zip(layout.prunable, layout.rows.floats, strict=True):
-            size = weights[e.slice].view(rows.size, -1).abs().mean(1)
+            size = e.by_output(weights[e.slice]).abs().mean(1)
             if float((size > extra[rows.slice]).float().mean()) <= LEAST_KEPT:
                 with torch.no_grad():
                     extra[rows.slice].zero_()
             away = size - extra[rows.slice]
             alive = (away.detach() > 0).float() + (away - away.detach())
-            parts.append(alive.repeat_interleave(e.size // rows.size))
+            parts.append(e.as_stored(alive.repeat_interleave(e.fan_in)))
         return torch.cat(parts)
 
     def penalty(self, extra: Tensor, /) -> Tensor:

@@ -40,9 +40,9 @@ class Filters:
     """All that leads into one filter of a convolution; a weight of any other layer for itself."""
 
     def groups(self, layout: Layout, /) -> Groups:
-        def number(shape: tuple[int, ...]) -> np.ndarray:
-            every = np.arange(int(np.prod(shape, dtype=np.int64))).reshape(shape)
-            return np.indices(shape)[0] if len(shape) > 2 else every
+        def number(e: Entry) -> np.ndarray:
+            each = np.arange(e.size)
+            return np.asarray(e.as_stored(each // e.fan_in)) if is_convolution(e) else each
 
         return numbered(layout, number)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -45,7 +46,8 @@ class Entry:
     `role` is "param" or "buffer"; integer and bool buffers live in the int64 vector (`is_int`).
     Tied names are one entry: `name` is the smallest, the others are `aliases`. `place` is the tensor's rank in the
     module's own order, which names do not tell ("10.weight" sorts before "2.weight"). `units` are the heads or channels
-    that it holds, where the module says so.
+    that it holds, where the module says so. `transposed` is 0 where outputs lie along the first dimension, and how many
+    groups there are where inputs do: transposed convolutions, GPT-2's Conv1D.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Entry:
     aliases: tuple[str, ...] = ()
     place: int = 0
     units: Units | None = None
+    transposed: int = 0
 
     @property
     def size(self) -> int:
@@ -67,6 +70,30 @@ class Entry:
     @property
     def slice(self) -> slice:
         return slice(self.offset, self.offset + self.size)
+
+    @property
+    def outputs(self) -> int:
+        """How many output units or filters the tensor leads into."""
+        if self.transposed:
+            return self.transposed * self.shape[1]
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def fan_in(self) -> int:
+        """How many weights lead into one output."""
+        return self.size // self.outputs
+
+    def by_output(self, values: Any) -> Any:
+        """Return the tensor's values, an array or a torch tensor, as a matrix (outputs, fan-in)."""
+        if self.transposed:
+            values = values.reshape(self.transposed, -1, self.shape[1], math.prod(self.shape[2:])).swapaxes(1, 2)
+        return values.reshape(self.outputs, -1)
+
+    def as_stored(self, matrix: Any) -> Any:
+        """Return a matrix (outputs, fan-in) as the tensor holds it, flat."""
+        if self.transposed:
+            matrix = matrix.reshape(self.transposed, self.shape[1], -1, math.prod(self.shape[2:])).swapaxes(1, 2)
+        return matrix.reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -122,7 +149,8 @@ class Layout:
     @cached_property
     def rows(self) -> Layout:
         """One number for each row (output unit or filter) of every prunable tensor, in order; none is prunable."""
-        return Layout(_number([replace(e, shape=e.shape[:1], prunable=False, aliases=()) for e in self.prunable]))
+        rows = [replace(e, shape=(e.outputs,), transposed=0, prunable=False, aliases=()) for e in self.prunable]
+        return Layout(_number(rows))
 
     @cached_property
     def trainable(self) -> np.ndarray:
@@ -278,6 +306,7 @@ def layout_of(module: nn.Module, prunable: Iterable[str]) -> Layout:
     wanted = set(prunable)
     units: Mapping[str, Units] = module.units() if isinstance(module, WithUnits) else {}
     norms = {id(p) for m in module.modules() if _is_norm(m) for p in (*m.parameters(False), *m.buffers(False))}
+    transposed = {id(m.weight): groups for m in module.modules() if (groups := _transposed(m))}
     tensors: dict[int, tuple[torch.Tensor, str, list[str]]] = {}
     persistent = set(module.state_dict(keep_vars=True))
     pairs: list[tuple[str, str, torch.Tensor]] = []
@@ -303,6 +332,7 @@ def layout_of(module: nn.Module, prunable: Iterable[str]) -> Layout:
                 aliases=tuple(rest),
                 place=place,
                 units=units.get(first),
+                transposed=transposed.get(id(tensor), 0),
             )
         )
     return Layout(_number(entries))
@@ -311,6 +341,13 @@ def layout_of(module: nn.Module, prunable: Iterable[str]) -> Layout:
 def _is_norm(module: nn.Module) -> bool:
     """Say whether a module normalises; by its running statistics or its name, so that users' own count too."""
     return "norm" in type(module).__name__.lower()
+
+
+def _transposed(module: nn.Module) -> int:
+    """Return in how many groups a layer's weight has its inputs first; 0 where outputs are first, or no weight is."""
+    if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        return module.groups
+    return int(type(module).__name__ == "Conv1D")
 
 
 def read(module: nn.Module, layout: Layout) -> Params:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedlth.errors import StudyError
-from fedlth.models.layout import Layout
+from fedlth.models.layout import Entry, Layout
 from fedlth.tickets.finder import Finder
-from fedlth.tickets.granularity import Groups, HeadsAndChannels, numbered
+from fedlth.tickets.granularity import Groups, HeadsAndChannels, inputs_of, numbered, outputs_of
 from fedlth.tickets.scope import Layerwise
 
 FEW = 4  # input channels: of fewer none could be left out at the usual densities
@@ -20,10 +20,9 @@ class ChannelsOrRows:
     """Input channels, which belong to no class even in the output layer; rows of a tensor with fewer than 4 of them."""
 
     def groups(self, layout: Layout, /) -> Groups:
-        def number(shape: tuple[int, ...]) -> np.ndarray:
-            along = int(len(shape) > 1 and shape[1] >= FEW)
-            numbers: np.ndarray = np.indices(shape)[along]
-            return numbers
+        def number(e: Entry) -> np.ndarray:
+            inputs = inputs_of(e)
+            return inputs if len(e.shape) > 1 and inputs.max() >= FEW - 1 else outputs_of(e)
 
         return numbered(layout, number)
 

@@ -62,7 +62,7 @@ class Row:
     rows: ClassVar[tuple[int, ...]] = (18,)
 
     def groups(self, layout: Layout, /) -> Groups:
-        return numbered(layout, lambda shape: np.indices(shape)[0])
+        return numbered(layout, outputs_of)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Channel:
     rows: ClassVar[tuple[int, ...]] = (18,)
 
     def groups(self, layout: Layout, /) -> Groups:
-        return numbered(layout, lambda shape: np.indices(shape)[min(1, len(shape) - 1)])
+        return numbered(layout, inputs_of)
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,9 @@ class Block:
                 raise wrong(f"finder.granularity.{name}", "at least 1", value)
 
     def groups(self, layout: Layout, /) -> Groups:
-        def tile(shape: tuple[int, ...]) -> np.ndarray:
-            outputs = shape[0] if shape else 1
-            inputs = int(np.prod(shape[1:], dtype=np.int64))
-            i, j = np.indices((outputs, inputs))
-            return np.asarray(i // self.height * -(-inputs // self.width) + j // self.width)
+        def tile(e: Entry) -> np.ndarray:
+            i, j = np.indices((e.outputs, e.fan_in))
+            return np.asarray(e.as_stored(i // self.height * -(-e.fan_in // self.width) + j // self.width))
 
         return numbered(layout, tile)
 
@@ -126,7 +124,9 @@ class HeadsAndChannels:
         for name in sorted(held):
             e = held[name]
             assert e.units is not None
-            entries.append(replace(e, name=name, shape=(e.units.count,), offset=before, aliases=(), units=None))
+            entries.append(
+                replace(e, name=name, shape=(e.units.count,), offset=before, aliases=(), units=None, transposed=0)
+            )
             before += e.units.count
         first = {e.name: e.offset for e in entries}
         of = np.empty(layout.num_prunable, np.int32)
@@ -183,16 +183,27 @@ def numbered(layout: Layout, number: Numbering) -> Groups:
     of = np.zeros(layout.num_prunable, np.int64)
     before = 0
     for e in layout.prunable:
-        local = number(e.shape).reshape(-1)
+        local = number(e).reshape(-1)
         count = int(local.max()) + 1
         of[e.slice] = local + before
-        entries.append(replace(e, shape=(count,), offset=before))
+        entries.append(replace(e, shape=(count,), offset=before, transposed=0))
         before += count
     return Groups(Layout(tuple(entries)), of)
 
 
+def outputs_of(e: Entry, /) -> np.ndarray:
+    """Return which output unit or filter each weight leads into."""
+    return np.asarray(e.as_stored(np.repeat(np.arange(e.outputs), e.fan_in)))
+
+
+def inputs_of(e: Entry, /) -> np.ndarray:
+    """Return which input unit or channel each weight comes from."""
+    inputs = 0 if e.transposed else min(1, len(e.shape) - 1)
+    return np.asarray(np.indices(e.shape)[inputs])
+
+
 class Numbering(Protocol):
-    def __call__(self, shape: tuple[int, ...], /) -> np.ndarray: ...
+    def __call__(self, e: Entry, /) -> np.ndarray: ...
 
 
 GRANULARITIES = {

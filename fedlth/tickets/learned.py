@@ -26,7 +26,7 @@ def frozen_values(kind: str, init: np.ndarray, mask: np.ndarray, layout: Layout)
         return np.asarray(init)
     values = init.astype(np.float32)
     for e in layout.prunable:
-        here, constant = values[e.slice], np.sqrt(2 / (e.size // e.shape[0]))
+        here, constant = values[e.slice], np.sqrt(2 / e.fan_in)
         spread = float(here.std(dtype=np.float64))
         scaled = here * np.float32(constant / spread if spread else 1.0)
         if kind == "signed_constant":

@@ -154,11 +154,12 @@ class NOfM:
     def __call__(self, score: np.ndarray, alive: np.ndarray, layout: Layout, density: float, /) -> np.ndarray:
         place, runs = np.zeros(score.size, np.int64), 0
         for e in layout.prunable:
-            outputs, inputs = e.shape[:2] if len(e.shape) > 1 else (1, e.size)
+            outputs = e.outputs if len(e.shape) > 1 else 1
+            inputs = e.size // (outputs * math.prod(e.shape[2:]))
             inputs = inputs if inputs >= self.m else e.size // outputs
             kernel, row = e.size // (outputs * inputs), -(-inputs // self.m)
             output, channel, spot = np.unravel_index(np.arange(e.size), (outputs, inputs, kernel))
-            place[e.slice] = runs + (output * kernel + spot) * row + channel // self.m
+            place[e.slice] = runs + e.as_stored((output * kernel + spot) * row + channel // self.m)
             runs += outputs * kernel * row
         sizes = np.bincount(place, minlength=runs).astype(float)
         limits = np.bincount(place[alive], minlength=runs)

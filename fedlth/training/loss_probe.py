@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -110,7 +109,7 @@ class LossProbe:
                     "out by model.prunable"
                 )
             scale = np.abs(self.params.floats[at[behind[e.name]].slice])
-            out[e.slice] = np.repeat(scale, e.size // e.shape[0])
+            out[e.slice] = e.as_stored(np.repeat(scale, e.fan_in))
         return out
 
     def flops(self) -> np.ndarray:
@@ -125,7 +124,7 @@ class LossProbe:
         first = self.order().uniform(-1, 1, weights.size).astype(np.float32)
         if lesson.rule != "bernoulli":  # whose scores are log-odds; these have the scale that edge-popup gives weights
             for e in self.layout.prunable:
-                first[e.slice] /= np.float32(np.sqrt(e.size // e.shape[0]))
+                first[e.slice] /= np.float32(np.sqrt(e.fan_in))
         with self.learning(lesson):
             scores, _ = learn(
                 self.model, self._at(weights), first, data=self.data, lesson=lesson, batch_size=self.batch_size,
@@ -214,5 +213,4 @@ def norm_behind(module: nn.Module, layout: Layout, x: Inputs) -> dict[str, str]:
 
 
 def _units(layout: Layout, name: str) -> int:
-    entry: Any = next(e for e in layout.prunable if e.name == name)
-    return int(entry.shape[0])
+    return next(e for e in layout.prunable if e.name == name).outputs

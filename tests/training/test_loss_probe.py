@@ -290,6 +290,14 @@ def test_gammas_are_of_the_norm_right_behind() -> None:
         whole.gammas()
 
 
+def test_gammas_are_of_the_filters_of_a_transposed_convolution() -> None:
+    module = nn.Sequential(nn.ConvTranspose2d(3, 3, 2), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 3))
+    module[1].weight.data = torch.tensor([0.5, -2.0, 1.0])
+    net, _, _ = network(module, data_of((3, 3, 3)), prunable=("0.weight",))
+    assert net.gammas().reshape(3, 3, 4)[0, :, 0].tolist() == [0.5, 2.0, 1.0]
+    assert (net.gammas().reshape(3, 3, 4).std(axis=(0, 2)) == 0).all()
+
+
 # Learned masks
 
 
