@@ -6,73 +6,19 @@ compared with the extent of the map that it means to read or write.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from fedlth.kernel import columns as col
+from fedlth.kernel.kinds import KINDS
+from fedlth.kernel.reach import EXTENTS, MemoryLayout, Reach
 
-# The maps of a layer: the column of each one's place, followed by the distances of its channels and rows.
-EXTENTS = (col.X, col.Y, col.DX, col.DY, col.X2, col.DX2, col.SPREAD)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryLayout:
-    """rows (ops, NUM_COLUMNS) int64, inlet (NUM_COLUMNS,) the input's place, index int32, scales (ops,) float32.
-
-    extents (ops, 7, 2) int64: first and end of each layer's EXTENTS in the work array, rims included; (0, 0) for none.
-    """
-
-    rows: np.ndarray
-    inlet: np.ndarray
-    index: np.ndarray
-    scales: np.ndarray
-    extents: np.ndarray
-    scratch: int
-    work_size: int
-
-
-class _Layer:
-    """One layer's row, and what it can reach."""
-
-    def __init__(self, plan: MemoryLayout, at: int, lanes: int) -> None:
-        self.plan, self.at, self.lanes = plan, at, lanes
-        self.row = [int(n) for n in plan.rows[at]]
-
-    def want(self, good: bool, what: str) -> None:
-        if not good:
-            raise ValueError(f"kernel: layer {self.at} would reach outside its {what}")
-
-    def list(self, column: int, size: int) -> np.ndarray:
-        start = self.row[column]
-        self.want(start >= 0 and size >= 0 and start + size <= len(self.plan.index), f"lists ({column})")
-        return self.plan.index[start : start + size].astype(np.int64)
-
-    def numbers(self, column: int, size: int, end: int, what: str) -> None:
-        found = self.list(column, size)
-        self.want(not found.size or (found.min() >= 0 and found.max() < end), what)
-
-    def reach(self, column: int, *distances: np.ndarray | int) -> None:
-        """Want place + one of each of the distances, and a whole vector of lanes there, inside the map's extent."""
-        first, end = (int(n) for n in self.plan.extents[self.at, EXTENTS.index(column)])
-        parts = [np.minimum(np.min(d), 0) if np.ndim(d) == 0 else np.min(d) for d in distances]
-        least = self.row[column] + sum(int(n) for n in parts)
-        parts = [np.maximum(np.max(d), 0) if np.ndim(d) == 0 else np.max(d) for d in distances]
-        most = self.row[column] + sum(int(n) for n in parts) + self.lanes
-        self.want(16 <= first <= least and most <= end <= self.plan.work_size, f"map ({column})")
-
-    def map(self, column: int, shape: int) -> None:
-        """Want a whole map inside; `shape` is the first of the columns of its three sizes."""
-        channels, height, width = self.row[shape : shape + 3]
-        self.want(min(channels, height, width) > 0, "sizes")
-        plane, line = self.row[column + 1 : column + 3]
-        self.reach(column, (channels - 1) * plane, (height - 1) * line, (width - 1) * self.lanes)
+__all__ = ["EXTENTS", "MemoryLayout", "check_bounds", "check_folds", "stray_writes"]
 
 
 def check_bounds(plan: MemoryLayout, lanes: int, num_params: int) -> None:
     """Raise ValueError where a layer could reach outside its maps, its lists, the scratch or the parameters."""
     for at in range(len(plan.rows)):
-        layer = _Layer(plan, at, lanes)
+        layer = Reach(plan, at, lanes)
         row = layer.row
         weighted = row[col.KIND] in (col.CONVOLUTION, col.LINEAR)
         layer.want(row[col.GROUPS] > 0 and 32 * lanes <= plan.scratch, "sizes")
@@ -84,44 +30,28 @@ def check_bounds(plan: MemoryLayout, lanes: int, num_params: int) -> None:
             layer.map(col.X, col.CHANNELS)
             if row[col.NEEDS_DX]:
                 layer.map(col.DX, col.CHANNELS)
-        if row[col.KIND] == col.ADD:
-            layer.map(col.X2, col.CHANNELS)
-            if row[col.NEEDS_DX_2]:
-                layer.map(col.DX2, col.CHANNELS)
         if weighted:
             _check_sums(layer)
-        elif row[col.KIND] in (col.ADD, col.COPY, col.GROUP_NORM):
-            same = row[col.CHANNELS : col.WIDTH + 1] == row[col.OUT_CHANNELS : col.OUT_WIDTH + 1]
-            layer.want(same, "map")
         elif row[col.KIND] == col.CHOOSE:
             layer.want(row[col.HEIGHT : col.WIDTH + 1] == row[col.OUT_HEIGHT : col.OUT_WIDTH + 1], "map")
             chosen = layer.list(col.CHOICE, row[col.OUT_CHANNELS])
             layer.want(bool(chosen.min() >= -1 and chosen.max() < row[col.CHANNELS]), "map")
         else:
-            _check_windows(layer)
-        if row[col.KIND] == col.GROUP_NORM:
-            layer.want(row[col.CHANNELS] % row[col.GROUPS] == 0, "groups")
-            size = 2 * row[col.GROUPS] * lanes
-            layer.want(row[col.STATS] >= 16 and row[col.STATS] + size <= plan.work_size, "statistics")
+            layer.want(row[col.KIND] in KINDS, "kinds")
+            # A backward runs where there is an output's gradient, and does not ask for what.
+            wanted = row[col.NEEDS_DX] or row[col.NEEDS_DX_2] or row[col.WEIGHT] >= 0
+            layer.want(bool(wanted) or not row[col.DY], "gradients")
+            KINDS[row[col.KIND]].check(layer)
+        if row[col.STATS_COUNT]:
+            end = row[col.STATS] + row[col.STATS_COUNT] * lanes
+            layer.want(row[col.STATS] >= 16 and end <= plan.work_size, "statistics")
         size = row[col.OUT_CHANNELS] * (row[col.TAPS] if weighted else 1)
         for column, count in ((col.WEIGHT, size), (col.BIAS, row[col.OUT_CHANNELS])):
             least = 0 if weighted and column == col.WEIGHT else -1
             layer.want(least <= row[column] <= num_params - count, "parameters")
 
 
-def _check_windows(layer: _Layer) -> None:
-    """Want each window of a pool, without its padding, to see the input."""
-    for axis in (0, 1):
-        size, out = layer.row[col.HEIGHT + axis], layer.row[col.OUT_HEIGHT + axis]
-        window, step, rim = (layer.row[c + axis] for c in (col.WINDOW_Y, col.STRIDE_Y, col.PADDING_Y))
-        fits = (
-            (out - 1) * step - rim < size if layer.row[col.KIND] == col.MAX_POOL else (out - 1) * step + window <= size
-        )
-        layer.want(window > rim >= 0 and step > 0 and fits, "windows")
-    layer.want(layer.row[col.OUT_CHANNELS] == layer.row[col.CHANNELS], "channels")
-
-
-def _check_sums(layer: _Layer) -> None:
+def _check_sums(layer: Reach) -> None:
     """Want everything that a convolution or linear layer sums over inside, forward and backward."""
     row, lanes = layer.row, layer.lanes
     taps, area, groups = row[col.TAPS], row[col.KERNEL_AREA], row[col.GROUPS]
@@ -188,7 +118,7 @@ def stray_writes(plan: MemoryLayout, work: np.ndarray, lanes: int) -> int:
         if row[col.SPREAD] and row[col.SPREAD] != row[col.DY]:
             steps = [(int(row[col.OUT_HEIGHT + a]) - 1) * int(row[col.STRIDE_Y + a]) + 1 for a in (0, 1)]
             _clear(rest, row, col.SPREAD, [int(row[col.OUT_CHANNELS]), *steps], lanes)
-        rest[row[col.STATS] : row[col.STATS] + 2 * row[col.GROUPS] * lanes] &= row[col.STATS] == 0
+        rest[row[col.STATS] : row[col.STATS] + row[col.STATS_COUNT] * lanes] = False
         if row is not plan.inlet:
             rest[row[col.PACK] : row[col.PACK] + plan.scratch] = False
     return int(np.count_nonzero(rest))

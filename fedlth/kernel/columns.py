@@ -88,7 +88,8 @@ CONVOLUTION, LINEAR, MAX_POOL, AVERAGE_POOL, GLOBAL_MAX, GROUP_NORM, ADD, COPY, 
     STRIDE_X,
     PADDING_Y,
     PADDING_X,
-    STATS,  # group normalisation: place of each group's mean and inverse deviation
+    STATS,  # place of what a kind keeps from forward to backward, and how many vectors of lanes that is
+    STATS_COUNT,
     PACK,  # place of scratch
     CHOICE,  # list: the input channel of each output channel, -1 where it is a bias
     CONSTANTS,  # how many input channels are constant and folded (constants.py)
@@ -101,4 +102,4 @@ CONVOLUTION, LINEAR, MAX_POOL, AVERAGE_POOL, GLOBAL_MAX, GROUP_NORM, ADD, COPY, 
     FOLD_BIASES,
     FOLD_RELU,  # the constants are biases clipped at zero
     NUM_COLUMNS,
-) = range(93)
+) = range(94)

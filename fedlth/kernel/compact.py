@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedlth.kernel import columns as col
-from fedlth.kernel.bounds_check import MemoryLayout
 from fedlth.kernel.memory_layout import lay_out
+from fedlth.kernel.reach import MemoryLayout
 from fedlth.kernel.shrink import Shrunk, shrink
 from fedlth.kernel.table import LayerTable, Op
 

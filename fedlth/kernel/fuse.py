@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 from fedlth.kernel.columns import COPY, MAX_POOL
+from fedlth.kernel.kinds import KINDS
 from fedlth.kernel.table import Op
 
 
@@ -15,7 +16,7 @@ def fuse(ops: list[Op], output: int) -> tuple[Op, ...]:
     for relu in [op for op in ops if op.kind == COPY and op.relu]:
         made = {op.out: op for op in ops}
         before = made.get(relu.source)
-        if before is None or before.relu or _readers(ops, output)[relu.source] > 1:
+        if before is None or before.relu or not _clips(before) or _readers(ops, output)[relu.source] > 1:
             continue
         ops[ops.index(before)] = replace(before, relu=True, out=relu.out)
         ops.remove(relu)
@@ -27,6 +28,10 @@ def fuse(ops: list[Op], output: int) -> tuple[Op, ...]:
             ops[ops.index(before)] = replace(before, relu=False)
             ops[ops.index(pool)] = replace(pool, relu=True)
     return tuple(ops)
+
+
+def _clips(op: Op) -> bool:
+    return op.weighted or KINDS[op.kind].clips
 
 
 def _readers(ops: list[Op], output: int) -> Counter[int]:

@@ -10,13 +10,37 @@ from torch import Tensor, fx, nn
 
 from fedlth.kernel.forward_proof import outcomes, restored
 from fedlth.kernel.fuse import fuse
+from fedlth.kernel.kinds import KINDS
 from fedlth.kernel.memory_layout import lay_out
-from fedlth.kernel.reader import FUNCTIONS, METHODS, Reader, Unsupported, Value
+from fedlth.kernel.reader import FUNCTIONS, METHODS, MODULES, Reader, Unsupported, Value
 from fedlth.kernel.table import LayerTable
 from fedlth.models.layout import Layout
 from fedlth.models.seed import seed_torch
 
 LANES = 32  # examples side by side where a network is large
+_MODULES, _FUNCTIONS, _METHODS = dict(MODULES), dict(FUNCTIONS), dict(METHODS)
+for _kind in KINDS.values():
+    _MODULES |= _kind.modules
+    _FUNCTIONS |= _kind.functions
+    _METHODS |= _kind.methods
+
+
+def _layer(reader: Reader, name: str, part: nn.Module, x: Value) -> Value:
+    """Add the layer of a leaf module. Exact types only: a subclass may compute something else."""
+    if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+        raise Unsupported(f"{name} has hooks")
+    if type(part) not in _MODULES:
+        raise Unsupported(f"layer {name} is a {type(part).__name__}")
+    found: Value = _MODULES[type(part)](reader, name, part, x)
+    return found
+
+
+def _in_place(reader: Reader, node: fx.Node) -> bool:
+    """Say whether a call changes its first argument: a method whose name ends in _, `inplace`, or +=."""
+    if node.op == "call_module":
+        return bool(getattr(reader.module.get_submodule(str(node.target)), "inplace", False))
+    named = node.op == "call_method" and str(node.target).endswith("_")
+    return named or node.target is operator.iadd or bool(node.kwargs.get("inplace"))
 
 
 def _run(reader: Reader, graph: fx.Graph) -> Value:
@@ -33,10 +57,7 @@ def _run(reader: Reader, graph: fx.Graph) -> Value:
 
     for node in graph.nodes:
         args, kwargs = arguments(node.args), arguments(node.kwargs)
-        changes = node.target in ("relu_", "add_", operator.iadd) or kwargs.get("inplace")
-        if node.op == "call_module":
-            changes = changes or getattr(reader.module.get_submodule(node.target), "inplace", False)
-        if changes and (len(node.args[0].users) > 1 or read_later(args[0], node)):
+        if _in_place(reader, node) and (len(node.args[0].users) > 1 or read_later(args[0], node)):
             raise Unsupported(f"{node.name} changes a value in place that is read again")
         if node.op == "placeholder":
             if known:
@@ -47,11 +68,11 @@ def _run(reader: Reader, graph: fx.Graph) -> Value:
                 raise Unsupported("a forward that returns other than one tensor")
             found: Value = args[0]
         elif node.op == "call_module":
-            known[node] = reader.layer(node.target, reader.module.get_submodule(node.target), *args, **kwargs)
-        elif node.op == "call_function" and node.target in FUNCTIONS:
-            known[node] = FUNCTIONS[node.target](reader, *args, **kwargs)
-        elif node.op == "call_method" and node.target in METHODS:
-            known[node] = METHODS[node.target](reader, *args, **kwargs)
+            known[node] = _layer(reader, node.target, reader.module.get_submodule(node.target), *args, **kwargs)
+        elif node.op == "call_function" and node.target in _FUNCTIONS:
+            known[node] = _FUNCTIONS[node.target](reader, *args, **kwargs)
+        elif node.op == "call_method" and node.target in _METHODS:
+            known[node] = _METHODS[node.target](reader, *args, **kwargs)
         elif node.target is getattr and args[1] == "shape":
             known[node] = reader.size(args[0])
         elif node.target is operator.getitem and isinstance(args[0], tuple):

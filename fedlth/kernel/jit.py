@@ -21,7 +21,7 @@ _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 # A part is only called by compiled code: no wrappers for Python, and nothing that it could allocate to count.
 _PART: dict[str, Any] = {**_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "_nrt": False}
 
-_COMPILED = (
+_COMPILED = (  # and all in kinds/
     "arithmetic",
     "columns",
     "constants",
@@ -30,9 +30,7 @@ _COMPILED = (
     "jit",
     "kept_products",
     "loop",
-    "norm",
     "pointwise",
-    "pools",
     "reduce",
     "sparse",
     "tiles",
@@ -49,6 +47,11 @@ def part(function: _Function) -> _Function:
 def inlined(function: _Function) -> _Function:
     """The same, with its body put in place of each call: tiles must not pass through memory."""
     return cast(_Function, njit(forceinline=True, **_PART)(function))
+
+
+def pasted(function: _Function) -> _Function:
+    """The same in the caller's source: not compiled by itself, which each link of a long chain would cost."""
+    return cast(_Function, njit(inline="always", **_PART)(function))
 
 
 def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,8 +71,9 @@ def source_stamp(tiles: str = "") -> int:
     An entry point that holds this number in a closure cell is recompiled when any of them changes.
     """
     digest = hashlib.blake2b(tiles.encode(), digest_size=7)
-    for name in _COMPILED:
-        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
+    here = Path(__file__).parent
+    for file in [*(here / f"{name}.py" for name in _COMPILED), *sorted((here / "kinds").glob("*.py"))]:
+        digest.update(file.read_bytes())
     return int.from_bytes(digest.digest(), "big")
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedlth.kernel import columns as col
+from fedlth.kernel.kinds import KINDS
 from fedlth.kernel.table import LayerTable, Op
 
 _FEWER = 0.8  # of the channels at most, where choosing some costs a copy
@@ -101,10 +102,11 @@ def live_layers(table: LayerTable, kept: np.ndarray) -> list[Layer]:
             found = _block(matrix, rows, np.arange(taps)).any(axis=0).reshape(-1, area).any(axis=1)
             read[owner[op.source]][np.flatnonzero(found)] = True
     makers = {op.out: op for op in table.ops}
+    unfolded = {owner[op.out] for op in table.ops if not op.weighted and KINDS[op.kind].channels == "apart"}
     channels = {
         at: Channels(np.arange(len(wanted)), np.zeros(0, np.int64))
         if at in whole
-        else _live(wanted, alive[at], makers[at])
+        else _live(wanted, alive[at] | (at in unfolded), makers[at])
         for at, wanted in read.items()
     }
     readers = Counter(value for op in table.ops for value in op.reads)
@@ -139,9 +141,9 @@ def owners(table: LayerTable) -> tuple[dict[int, int], set[int]]:
     """Return for each value the one whose channels it has, and those of which all channels stay."""
     owner, whole = {0: 0}, {0}
     for op in table.ops:
-        through = op.kind in (col.MAX_POOL, col.AVERAGE_POOL, col.GLOBAL_MAX, col.COPY)
-        owner[op.out] = owner[op.source] if through else op.out
-        if op.kind in (col.ADD, col.GROUP_NORM) or op.groups > 1:
+        channels = "" if op.weighted else KINDS[op.kind].channels
+        owner[op.out] = owner[op.source] if channels in ("kept", "apart") else op.out
+        if channels == "joint" or op.groups > 1:
             whole.update(owner[value] for value in (*op.reads, op.out))
     return owner, whole | {owner[table.output]}
 

@@ -6,11 +6,14 @@ Compiled once for every network, since the layer table is data: about 45 s of CP
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from fedlth.kernel import columns as col
-from fedlth.kernel import constants, dense_forward, norm, pointwise, pools, sparse, weights
-from fedlth.kernel.jit import entry, inlined, part, source_stamp
+from fedlth.kernel import constants, dense_forward, pointwise, sparse, weights
+from fedlth.kernel.jit import entry, inlined, part, pasted, source_stamp
+from fedlth.kernel.kind import Loop
+from fedlth.kernel.kinds import KINDS
 from fedlth.kernel.tile_choice import CHOSEN
 
 
@@ -90,6 +93,33 @@ def _sum_taps(work: Any, index: Any, w: Any, job: Any, kind: int) -> None:
         dense_forward.sum_taps(work, index, w, job)
 
 
+def _by_kind(loops: Sequence[tuple[int, Loop]]) -> Loop:
+    """Return a compiled function (kind, given) that calls the loop of that kind, which must be one of them."""
+    (number, loop), *rest = loops
+    if not rest:
+
+        @pasted
+        def last(kind: int, given: Any) -> None:
+            loop(*given)
+
+        return last
+    others = _by_kind(rest)
+
+    @pasted
+    def one(kind: int, given: Any) -> None:
+        if kind == number:
+            loop(*given)
+        else:
+            others(kind, given)
+
+    return one
+
+
+_LOOPS = [(kind.number, *kind.loops()) for kind in KINDS.values()]
+_forward_of_kind = _by_kind([(number, forward) for number, forward, _ in _LOOPS])
+_backward_of_kind = _by_kind([(number, backward) for number, _, backward in _LOOPS])
+
+
 @part
 def forward(rows: Any, index: Any, lists: Any, scales: Any, work: Any, w: Any, lanes: int) -> None:
     """Run the layers in order."""
@@ -100,18 +130,10 @@ def forward(rows: Any, index: Any, lists: Any, scales: Any, work: Any, w: Any, l
                 sparse.forward(work, index, lists, w, row, lanes)
             else:
                 _sum_taps(work, index, w, forward_job(row, lanes), kind)
-        elif kind == col.MAX_POOL:
-            pools.max_pool(work, row, lanes)
-        elif kind == col.AVERAGE_POOL:
-            pools.average_pool(work, scales[at : at + 1], row, lanes)
-        elif kind == col.GLOBAL_MAX:
-            pools.global_max(work, row, lanes)
-        elif kind == col.GROUP_NORM:
-            norm.group_norm(work, w, scales[at : at + 1], row, lanes)
         elif kind == col.CHOOSE:
             pointwise.choose(work, index, w, row, lanes)
         else:
-            pointwise.combine(work, row, lanes)
+            _forward_of_kind(kind, (work, w, scales[at : at + 1], row, lanes))
 
 
 @part
@@ -143,23 +165,10 @@ def backward(rows: Any, index: Any, lists: Any, scales: Any, work: Any, w: Any, 
                 weights.linear_weights(work, index, grad, row, lanes)
             else:
                 weights.convolution_weights(work, index, grad, row, lanes)
-        elif row[col.NEEDS_DX] and kind == col.MAX_POOL:
-            pools.max_pool_gradient(work, row, lanes)
-        elif row[col.NEEDS_DX] and kind == col.AVERAGE_POOL:
-            pools.average_pool_gradient(work, scales[at : at + 1], row, lanes)
-        elif row[col.NEEDS_DX] and kind == col.GLOBAL_MAX:
-            pools.global_max_gradient(work, row, lanes)
-        elif kind == col.GROUP_NORM:
-            norm.group_norm_gradient(work, w, grad, row, lanes)
         elif kind == col.CHOOSE:
             pointwise.choose_gradient(work, index, grad, row, lanes)
-        elif kind == col.COPY or kind == col.ADD:
-            if row[col.NEEDS_DX]:
-                places = row[col.DX], row[col.DX_PLANE], row[col.DX_ROW]
-                pointwise.pass_gradient(work, row, lanes, *places, row[col.ACCUMULATE])
-            if kind == col.ADD and row[col.NEEDS_DX_2]:
-                places = row[col.DX2], row[col.DX2_PLANE], row[col.DX2_ROW]
-                pointwise.pass_gradient(work, row, lanes, *places, row[col.ACCUMULATE_2])
+        else:
+            _backward_of_kind(kind, (work, w, grad, scales[at : at + 1], row, lanes))
 
 
 @part

@@ -13,7 +13,9 @@ from functools import lru_cache
 import numpy as np
 
 from fedlth.kernel import columns as col
-from fedlth.kernel.bounds_check import EXTENTS, MemoryLayout, check_bounds
+from fedlth.kernel.bounds_check import check_bounds
+from fedlth.kernel.kinds import KINDS
+from fedlth.kernel.reach import EXTENTS, MemoryLayout
 from fedlth.kernel.table import LayerTable, Op, Shape
 
 _ALIGNED = 16  # floats: one cache line
@@ -104,8 +106,8 @@ def lay_out(table: LayerTable, lanes: int) -> MemoryLayout:
             _weighted(row, op, plan, values[op.source], gradients[op.source])
         elif op.kind == col.CHOOSE:
             row[col.CHOICE] = plan.list(np.array(op.picks))
-        elif op.kind == col.GROUP_NORM:
-            row[col.STATS] = plan.buffer((2 * op.groups, 1, 1)).place
+        elif count := KINDS[op.kind].stats(op):
+            row[col.STATS], row[col.STATS_COUNT] = plan.buffer((count, 1, 1)).place, count
     packed = (int(r[col.OUT_CHANNELS] * r[col.TAPS]) for r in rows if r[col.KIND] == col.CONVOLUTION)
     scratch = max((32 * lanes, *packed))
     plan.size = -(-plan.size // _ALIGNED) * _ALIGNED

@@ -1,4 +1,4 @@
-"""Passes over maps: addition, copies, choices of channels, and clipping a gradient where relu clipped the output."""
+"""Passes over maps that several kinds of layers share, choices of channels, and what relu clips of a gradient."""
 
 from __future__ import annotations
 
@@ -38,23 +38,6 @@ def spread_gradient(work: Any, row: Any, lanes: int) -> None:
                 for p in range(0, lanes, 16):
                     value = get(work, at + x * lanes + p)
                     store(value, work, to + x * row[col.STRIDE_X] * lanes + p, 0)
-
-
-@part
-def combine(work: Any, row: Any, lanes: int) -> None:
-    """Copy the input to the output, or add the two inputs."""
-    for c in range(row[col.CHANNELS]):
-        for y in range(row[col.HEIGHT]):
-            a = row[col.X] + c * row[col.X_PLANE] + y * row[col.X_ROW]
-            b = row[col.X2] + c * row[col.X2_PLANE] + y * row[col.X2_ROW]
-            out = row[col.Y] + c * row[col.Y_PLANE] + y * row[col.Y_ROW]
-            for p in range(0, row[col.WIDTH] * lanes, 16):
-                value = get(work, a + p)
-                if row[col.KIND] == col.ADD:
-                    value = add(value, get(work, b + p))
-                if row[col.RELU]:
-                    value = relu(value)
-                store(value, work, out + p, 0)
 
 
 @part

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from fedlth.kernel.columns import ADD, AVERAGE_POOL, CONVOLUTION, COPY, GLOBAL_MAX, GROUP_NORM, LINEAR, MAX_POOL
+from fedlth.kernel.columns import CONVOLUTION, LINEAR
+from fedlth.kernel.kind import Kind
 from fedlth.kernel.table import Op, Shape
 from fedlth.models.layout import Layout
+
+Pair = tuple[int, int]
 
 
 class Unsupported(Exception):
@@ -36,7 +37,7 @@ class _Batch:
 _BATCH = _Batch()
 
 
-def _pair(value: Any) -> tuple[int, int]:
+def pair(value: Any) -> Pair:
     return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
@@ -66,31 +67,26 @@ class Reader:
             raise Unsupported(f"parameter {name} is not in the layout")
         return self.places[name]
 
-    def layer(self, name: str, part: nn.Module, x: Value) -> Value:
-        """Add the layer of a leaf module. Exact types only: a subclass may compute something else."""
-        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
-            raise Unsupported(f"{name} has hooks")
-        if type(part) is nn.Conv2d:
-            return self.convolution(name, part, x)
-        if type(part) is nn.Linear:
-            return self.linear(name, part, x)
-        if type(part) is nn.ReLU:
-            return self.relu(x, part.inplace)
-        if type(part) is nn.MaxPool2d:
-            options = part.padding, part.dilation, part.ceil_mode, part.return_indices
-            return self.max_pool(x, part.kernel_size, part.stride, *options)
-        if type(part) is nn.AvgPool2d:
-            more = part.padding, part.ceil_mode, part.count_include_pad, part.divisor_override
-            return self.average_pool(x, part.kernel_size, part.stride, *more)
-        if type(part) in (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d):
-            return self.adaptive(x, part.output_size, AVERAGE_POOL if type(part) is nn.AdaptiveAvgPool2d else MAX_POOL)
-        if type(part) is nn.GroupNorm:
-            return self.group_norm(name, part, x)
-        if type(part) is nn.Flatten:
-            return self.flatten(x, part.start_dim, part.end_dim)
-        if type(part) is nn.Identity or (type(part) is nn.Dropout and part.p == 0):
-            return x
-        raise Unsupported(f"layer {name} is a {type(part).__name__}")
+    def layer(self, kind: Kind, x: Value, shape: Shape | None = None, **options: Any) -> Value:
+        """Add a layer whose output has a map's `shape`, without one that of its input; options: fields of its Op."""
+        out = self.value(self.shapes[x.at], x.shape) if shape is None else self.value(shape)
+        self.ops.append(Op(kind=kind.number, name=kind.name, source=x.at, out=out.at, **options))
+        return out
+
+    def windows(
+        self, kind: Kind, x: Value, window: Pair, stride: Pair, padding: Pair = (0, 0), **options: Any
+    ) -> Value:
+        """Add a layer whose outputs each see a window of the same channel."""
+        shape = self.image(x, "pooling")
+        out = (shape[0], *window_size(shape, window, stride, padding))
+        return self.layer(kind, x, out, window=window, stride=stride, padding=padding, **options)
+
+    def map_dimensions(self, x: Value, dim: Any) -> Shape:
+        """Want `dim` to be the rows and columns of a map; return its shape."""
+        shape = self.image(x, "a reduction")
+        if not isinstance(dim, (tuple, list)) or {d % 4 for d in dim} != {2, 3}:
+            raise Unsupported(f"a reduction over dimensions {dim}")
+        return shape
 
     def convolution(self, name: str, part: nn.Conv2d, x: Value) -> Value:
         shape = self.image(x, "a convolution")
@@ -98,11 +94,12 @@ class Reader:
             raise Unsupported(f"convolution {name} has dilation, or padding other than a number of zeros")
         if shape[0] != part.in_channels:
             raise Unsupported(f"convolution {name} wants {part.in_channels} channels, its input has {shape[0]}")
-        window, stride, padding = _pair(part.kernel_size), _pair(part.stride), _pair(part.padding)
-        out = self.value((part.out_channels, *_size(shape, window, stride, padding)))
+        window, stride, padding = pair(part.kernel_size), pair(part.stride), pair(part.padding)
+        out = self.value((part.out_channels, *window_size(shape, window, stride, padding)))
         self.ops.append(
             Op(
                 kind=CONVOLUTION,
+                name="convolution",
                 source=x.at,
                 out=out.at,
                 weight=self.place(f"{name}.weight", part.weight),
@@ -120,86 +117,7 @@ class Reader:
             raise Unsupported(f"linear layer {name} wants ({part.in_features},), its input is {x.shape}")
         out = self.value((part.out_features, 1, 1), (part.out_features,))
         weight, bias = self.place(f"{name}.weight", part.weight), self.place(f"{name}.bias", part.bias)
-        self.ops.append(Op(kind=LINEAR, source=x.at, out=out.at, weight=weight, bias=bias))
-        return out
-
-    def relu(self, x: Value, inplace: bool = False) -> Value:
-        out = self.value(self.shapes[x.at], x.shape)
-        self.ops.append(Op(kind=COPY, source=x.at, out=out.at, relu=True))
-        return out
-
-    def max_pool(
-        self,
-        x: Value,
-        kernel_size: Any,
-        stride: Any = None,
-        padding: Any = 0,
-        dilation: Any = 1,
-        ceil_mode: bool = False,
-        return_indices: bool = False,
-    ) -> Value:
-        if _pair(dilation) != (1, 1) or ceil_mode or return_indices:
-            raise Unsupported("max pooling with dilation, ceil_mode or indices")
-        return self.pool(MAX_POOL, x, _pair(kernel_size), _pair(stride or kernel_size), _pair(padding))
-
-    def average_pool(
-        self,
-        x: Value,
-        kernel_size: Any,
-        stride: Any = None,
-        padding: Any = 0,
-        ceil_mode: bool = False,
-        count_include_pad: bool = True,
-        divisor_override: int | None = None,
-    ) -> Value:
-        if _pair(padding) != (0, 0) or ceil_mode or divisor_override is not None:
-            raise Unsupported("average pooling with padding, ceil_mode or a divisor")
-        return self.pool(AVERAGE_POOL, x, _pair(kernel_size), _pair(stride or kernel_size), (0, 0))
-
-    def adaptive(self, x: Value, output_size: Any, kind: int = AVERAGE_POOL) -> Value:
-        shape = self.image(x, "pooling")
-        if output_size not in (1, (1, 1), [1, 1]):
-            raise Unsupported(f"adaptive pooling to {output_size}")
-        return self.pool(kind, x, shape[1:], (1, 1), (0, 0))
-
-    def whole(self, kind: int, x: Value, dim: Any, keepdim: bool = False) -> Value:
-        """Add the mean or the largest value of each map."""
-        shape = self.image(x, "a reduction")
-        if not isinstance(dim, (tuple, list)) or {d % 4 for d in dim} != {2, 3}:
-            raise Unsupported(f"a reduction over dimensions {dim}")
-        out = self.pool(kind, x, shape[1:], (1, 1), (0, 0))
-        return out if keepdim else Value(out.at, shape[:1])
-
-    def group_norm(self, name: str, part: nn.GroupNorm, x: Value) -> Value:
-        shape = x.shape if len(x.shape) == 1 else self.image(x, "group normalisation")
-        if shape[0] != part.num_channels or part.eps <= 0:
-            raise Unsupported(f"{name} wants {part.num_channels} channels and eps above 0, got {shape} and {part.eps}")
-        if len(x.shape) == 1 and self.shapes[x.at][0] != shape[0]:
-            raise Unsupported(f"group normalisation {name} of a flattened map")
-        out = self.value(self.shapes[x.at], x.shape)
-        weight, bias = self.place(f"{name}.weight", part.weight), self.place(f"{name}.bias", part.bias)
-        self.ops.append(
-            Op(
-                kind=GROUP_NORM,
-                source=x.at,
-                out=out.at,
-                weight=weight,
-                bias=bias,
-                groups=part.num_groups,
-                scale=part.eps,
-            )
-        )
-        return out
-
-    def pool(
-        self, kind: int, x: Value, window: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
-    ) -> Value:
-        shape = self.image(x, "pooling")
-        out = self.value((shape[0], *_size(shape, window, stride, padding)))
-        scale = 1.0 / (window[0] * window[1]) if kind == AVERAGE_POOL else 1.0
-        self.ops.append(
-            Op(kind=kind, source=x.at, out=out.at, window=window, stride=stride, padding=padding, scale=scale)
-        )
+        self.ops.append(Op(kind=LINEAR, name="linear", source=x.at, out=out.at, weight=weight, bias=bias))
         return out
 
     def flatten(self, x: Value, start_dim: int = 0, end_dim: int = -1) -> Value:
@@ -218,47 +136,33 @@ class Reader:
         sizes = (_BATCH, *x.shape)
         return sizes if dim is None else sizes[dim]
 
-    def add(self, x: Any, y: Any, alpha: Any = 1) -> Value:
-        same = isinstance(x, Value) and isinstance(y, Value) and x.shape == y.shape
-        if not same or self.shapes[x.at] != self.shapes[y.at] or alpha != 1:
-            raise Unsupported("an addition of other than two values of one shape")
-        out = self.value(self.shapes[x.at], x.shape)
-        self.ops.append(Op(kind=ADD, source=x.at, source_2=y.at, out=out.at))
-        return out
 
-
-def _size(shape: Shape, window: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> tuple[int, int]:
+def window_size(shape: Shape, window: Pair, stride: Pair, padding: Pair) -> Pair:
     sizes = [(n + 2 * p - k) // s + 1 for n, k, s, p in zip(shape[1:], window, stride, padding, strict=True)]
     if min(sizes) < 1:
         raise Unsupported(f"a window {window} larger than its input {shape[1:]}")
     return sizes[0], sizes[1]
 
 
-FUNCTIONS: dict[Any, Callable[..., Any]] = {
-    F.relu: Reader.relu,
-    torch.relu: Reader.relu,
-    F.max_pool2d: Reader.max_pool,
-    torch.max_pool2d: Reader.max_pool,
-    F.avg_pool2d: Reader.average_pool,
-    F.adaptive_avg_pool2d: Reader.adaptive,
-    F.adaptive_max_pool2d: lambda reader, x, size: reader.adaptive(x, size, MAX_POOL),
-    torch.amax: lambda reader, x, *args, **named: reader.whole(GLOBAL_MAX, x, *args, **named),
-    torch.mean: lambda reader, x, *args, **named: reader.whole(AVERAGE_POOL, x, *args, **named),
-    torch.flatten: Reader.flatten,
-    torch.add: Reader.add,
-    operator.add: Reader.add,
-    operator.iadd: Reader.add,
+def _identity(reader: Reader, name: str, part: nn.Module, x: Value) -> Value:
+    if isinstance(part, nn.Dropout) and part.p:
+        raise Unsupported(f"layer {name} is a Dropout")
+    return x
+
+
+# What is no Kind: layers with a matrix of weights, and what only says how a value is seen.
+MODULES: dict[type, Callable[..., Any]] = {
+    nn.Conv2d: Reader.convolution,
+    nn.Linear: Reader.linear,
+    nn.Flatten: lambda reader, name, part, x: reader.flatten(x, part.start_dim, part.end_dim),
+    nn.Identity: _identity,
+    nn.Dropout: _identity,
 }
+FUNCTIONS: dict[Any, Callable[..., Any]] = {torch.flatten: Reader.flatten}
 METHODS: dict[str, Callable[..., Any]] = {
-    "relu": Reader.relu,
-    "relu_": Reader.relu,
     "flatten": Reader.flatten,
-    "amax": lambda reader, x, *args, **named: reader.whole(GLOBAL_MAX, x, *args, **named),
-    "mean": lambda reader, x, *args, **named: reader.whole(AVERAGE_POOL, x, *args, **named),
     "view": Reader.reshape,
     "reshape": Reader.reshape,
     "size": Reader.size,
-    "add": Reader.add,
-    "add_": Reader.add,
     "contiguous": lambda reader, x: x,
 }

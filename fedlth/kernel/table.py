@@ -28,6 +28,7 @@ class Op:
     kind: int
     source: int
     out: int
+    name: str = ""
     source_2: int = -1
     relu: bool = False
     weight: int = -1
@@ -87,11 +88,10 @@ class LayerTable:
 
     def describe(self) -> tuple[str, ...]:
         """Return one line a layer: what runs in the kernel."""
-        names = "convolution", "linear", "max pool", "average pool", "global max", "group norm", "add", "copy", "choice"
         lines = []
         for op in self.ops:
             wide, out = "x".join(map(str, self.shapes[op.source])), "x".join(map(str, self.shapes[op.out]))
             below = op.measured_below
             listed = "" if below is None else f", a list of kept weights below density {below:g}"
-            lines.append(f"{names[op.kind]}{' + relu' if op.relu else ''}: {wide} -> {out}{listed}")
+            lines.append(f"{op.name}{' + relu' if op.relu else ''}: {wide} -> {out}{listed}")
         return tuple(lines)
