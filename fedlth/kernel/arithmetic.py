@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 
 from fedlth.kernel.jit import intrinsic
-from fedlth.kernel.vectors import FUSE, Code, Tile, made, same
+from fedlth.kernel.vectors import FUSE, INT, Code, Tile, made, same
 
 
 def _pairwise(combine: Callable[[Any, list[Any]], Any]) -> Any:
@@ -31,6 +32,36 @@ def _zero(vector: Any) -> Any:
 def _maximum(builder: Any, rows: list[Any]) -> Any:
     # A comparison with NaN is false, which keeps rows[1]: a diverged value passes through relu.
     return builder.select(builder.fcmp_ordered(">", rows[0], rows[1]), rows[0], rows[1])
+
+
+# Cephes' expf: a polynomial on [-ln 2 / 2, ln 2 / 2], and ln 2 in two parts, the first of few digits.
+_EXPONENTIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+_LN_2 = (0.693359375, -2.12194440e-4)
+_ROUNDS = 1.5 * 2.0**23  # what is added to it is rounded to an integer, which its low bits then are
+
+
+def _exponential(builder: Any, rows: list[Any]) -> Any:
+    (x,), kind = rows, rows[0].type
+    whole = ir.VectorType(INT, kind.count)
+
+    def constant(value: float) -> Any:
+        return ir.Constant(kind, [value] * kind.count)
+
+    def fused(a: Any, b: Any, c: Any) -> Any:
+        return builder.fadd(builder.fmul(a, b, flags=FUSE), c, flags=FUSE)
+
+    for sign, bound in ((">", constant(88.0)), ("<", constant(-87.0))):
+        x = builder.select(builder.fcmp_ordered(sign, x, bound), bound, x)
+    shifted = fused(x, constant(1.0 / math.log(2.0)), constant(_ROUNDS))
+    power = builder.fsub(shifted, constant(_ROUNDS))
+    for part in _LN_2:
+        x = fused(power, constant(-part), x)
+    total = constant(_EXPONENTIAL[0])
+    for factor in _EXPONENTIAL[1:]:
+        total = fused(total, x, constant(factor))
+    total = builder.fadd(fused(total, builder.fmul(x, x), x), constant(1.0))
+    exponent = builder.shl(builder.bitcast(shifted, whole), ir.Constant(whole, [23] * kind.count))
+    return builder.bitcast(builder.add(builder.bitcast(total, whole), exponent), kind)
 
 
 def _keep(sign: str) -> Callable[[Any, list[Any]], Any]:
@@ -74,6 +105,12 @@ def multiply(typing, a, b):  # type: ignore[no-untyped-def]
 def divide(typing, a, b):  # type: ignore[no-untyped-def]
     """Return a / b."""
     return _pairwise(lambda builder, rows: builder.fdiv(*rows))(a, b)
+
+
+@intrinsic
+def exponential(typing, a):  # type: ignore[no-untyped-def]
+    """Return e to the power of a, to two parts in ten million; beyond -87 and 88 it stays as it is there."""
+    return _pairwise(_exponential)(a)
 
 
 @intrinsic

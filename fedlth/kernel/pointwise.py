@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from fedlth.kernel import columns as col
 from fedlth.kernel.arithmetic import add, keep_positive, relu, zeros_1x16
 from fedlth.kernel.jit import inlined, part
+from fedlth.kernel.kind import Loop
 from fedlth.kernel.reduce import sums
 from fedlth.kernel.vectors import load, number, spread, store
 
@@ -38,6 +40,39 @@ def spread_gradient(work: Any, row: Any, lanes: int) -> None:
                 for p in range(0, lanes, 16):
                     value = get(work, at + x * lanes + p)
                     store(value, work, to + x * row[col.STRIDE_X] * lanes + p, 0)
+
+
+def value_by_value(value: Callable[..., Any], slope: Callable[..., Any]) -> tuple[Loop, Loop]:
+    """Return forward and backward of a kind whose every output depends on one input: an activation.
+
+    value(x, option) -> y and slope(x, dy, option) -> dx are inlined functions of vectors; option: Op.scale everywhere.
+    """
+
+    @part
+    def forward(work: Any, w: Any, scale: Any, row: Any, lanes: int) -> None:
+        option = spread(zeros_1x16(), scale, 0, 0)
+        for c in range(row[col.CHANNELS]):
+            for y in range(row[col.HEIGHT]):
+                at = row[col.X] + c * row[col.X_PLANE] + y * row[col.X_ROW]
+                out = row[col.Y] + c * row[col.Y_PLANE] + y * row[col.Y_ROW]
+                for p in range(0, row[col.WIDTH] * lanes, 16):
+                    store(value(get(work, at + p), option), work, out + p, 0)
+
+    @part
+    def backward(work: Any, w: Any, grad: Any, scale: Any, row: Any, lanes: int) -> None:
+        option = spread(zeros_1x16(), scale, 0, 0)
+        for c in range(row[col.CHANNELS]):
+            for y in range(row[col.HEIGHT]):
+                at = row[col.X] + c * row[col.X_PLANE] + y * row[col.X_ROW]
+                above = row[col.DY] + c * row[col.DY_PLANE] + y * row[col.DY_ROW]
+                to = row[col.DX] + c * row[col.DX_PLANE] + y * row[col.DX_ROW]
+                for p in range(0, row[col.WIDTH] * lanes, 16):
+                    passed = slope(get(work, at + p), get(work, above + p), option)
+                    if row[col.ACCUMULATE]:
+                        passed = add(passed, get(work, to + p))
+                    store(passed, work, to + p, 0)
+
+    return forward, backward
 
 
 @part

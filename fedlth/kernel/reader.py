@@ -41,6 +41,15 @@ def pair(value: Any) -> Pair:
     return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
+def adaptive_size(shape: Shape, output_size: Any) -> Pair:
+    """Return the rows and columns that adaptive pooling makes of a map; None is as many as it has."""
+    sizes = output_size if isinstance(output_size, (tuple, list)) else (output_size,) * 2
+    rows, columns = (n if size is None else int(size) for n, size in zip(shape[1:], sizes, strict=True))
+    if min(rows, columns) < 1:
+        raise Unsupported(f"adaptive pooling to {output_size}")
+    return rows, columns
+
+
 class Reader:
     """Walks the graph and collects layers."""
 

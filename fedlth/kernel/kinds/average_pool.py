@@ -33,13 +33,6 @@ def average_pool(
     return mean_of_windows(reader, x, pair(kernel_size), pair(stride or kernel_size))
 
 
-def adaptive(reader: Reader, x: Value, output_size: Any) -> Value:
-    shape = reader.image(x, "pooling")
-    if output_size not in (1, (1, 1), [1, 1]):
-        raise Unsupported(f"adaptive average pooling to {output_size}")
-    return mean_of_windows(reader, x, shape[1:], (1, 1))
-
-
 def mean(reader: Reader, x: Value, dim: Any, keepdim: bool = False) -> Value:
     shape = reader.map_dimensions(x, dim)
     out = mean_of_windows(reader, x, shape[1:], (1, 1))
@@ -100,11 +93,8 @@ def _module(reader: Reader, name: str, part: nn.AvgPool2d, x: Value) -> Value:
 AVERAGE_POOL = Kind(
     number=col.AVERAGE_POOL,
     name="average pool",
-    modules={
-        nn.AvgPool2d: _module,
-        nn.AdaptiveAvgPool2d: lambda reader, name, part, x: adaptive(reader, x, part.output_size),
-    },
-    functions={F.avg_pool2d: average_pool, F.adaptive_avg_pool2d: adaptive, torch.mean: mean},
+    modules={nn.AvgPool2d: _module},
+    functions={F.avg_pool2d: average_pool, torch.mean: mean},
     methods={"mean": mean},
     loops=loops,
     check=windows,

@@ -1,4 +1,7 @@
-"""Group normalisation (Wu and He, ECCV 2018, arXiv 1803.08494) over channels of a map, example by example."""
+"""Group normalisation (Wu and He, ECCV 2018, arXiv 1803.08494) over channels of a map, example by example.
+
+With a group for each channel it is instance normalisation, with one for all of them layer normalisation.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,25 @@ def group_norm(reader: Reader, name: str, part: nn.GroupNorm, x: Value) -> Value
         raise Unsupported(f"group normalisation {name} of a flattened map")
     weight, bias = reader.place(f"{name}.weight", part.weight), reader.place(f"{name}.bias", part.bias)
     return reader.layer(GROUP_NORM, x, weight=weight, bias=bias, groups=part.num_groups, scale=part.eps)
+
+
+def instance_norm(reader: Reader, name: str, part: nn.InstanceNorm2d, x: Value) -> Value:
+    """A group for each channel."""
+    shape = reader.image(x, "instance normalisation")
+    if part.track_running_stats or shape[0] != part.num_features or part.eps <= 0:
+        raise Unsupported(f"{name} has running statistics, another number of channels than {shape[0]}, or no eps")
+    weight, bias = reader.place(f"{name}.weight", part.weight), reader.place(f"{name}.bias", part.bias)
+    return reader.layer(GROUP_NORM, x, weight=weight, bias=bias, groups=shape[0], scale=part.eps)
+
+
+def layer_norm(reader: Reader, name: str, part: nn.LayerNorm, x: Value) -> Value:
+    """One group; a gain has a value for each feature, which is one for each channel in a vector alone."""
+    if part.normalized_shape != x.shape or part.eps <= 0:
+        raise Unsupported(f"{name} wants {part.normalized_shape} and eps above 0, got {x.shape} and {part.eps}")
+    if part.elementwise_affine and reader.shapes[x.at] != (*x.shape, 1, 1):
+        raise Unsupported(f"layer normalisation {name} of a map, with a gain")
+    weight, bias = reader.place(f"{name}.weight", part.weight), reader.place(f"{name}.bias", part.bias)
+    return reader.layer(GROUP_NORM, x, weight=weight, bias=bias, scale=part.eps)
 
 
 def stats(op: Op) -> int:
@@ -177,7 +199,7 @@ def loops() -> tuple[Loop, Loop]:
 GROUP_NORM = Kind(
     number=col.GROUP_NORM,
     name="group norm",
-    modules={nn.GroupNorm: group_norm},
+    modules={nn.GroupNorm: group_norm, nn.InstanceNorm2d: instance_norm, nn.LayerNorm: layer_norm},
     loops=loops,
     check=check,
     stats=stats,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fedlth.kernel import columns as col
 from fedlth.kernel.kind import Kind, Loop
 from fedlth.kernel.reach import Reach, windows
-from fedlth.kernel.reader import Reader, Unsupported, Value, pair
+from fedlth.kernel.reader import Reader, Unsupported, Value, adaptive_size, pair
 
 
 def max_pool(
@@ -29,11 +29,13 @@ def max_pool(
     return reader.windows(MAX_POOL, x, pair(kernel_size), pair(stride or kernel_size), pair(padding))
 
 
-def adaptive(reader: Reader, x: Value, output_size: Any) -> Value:
+def adaptive(reader: Reader, x: Value, output_size: Any, return_indices: bool = False) -> Value:
     shape = reader.image(x, "pooling")
-    if output_size not in (1, (1, 1), [1, 1]):
-        raise Unsupported(f"adaptive max pooling to {output_size}")
-    return reader.windows(MAX_POOL, x, shape[1:], (1, 1))
+    size = adaptive_size(shape, output_size)
+    if shape[1] % size[0] or shape[2] % size[1] or return_indices:
+        raise Unsupported(f"adaptive max pooling of {shape[1:]} to {size}, or with indices")
+    window = shape[1] // size[0], shape[2] // size[1]
+    return reader.windows(MAX_POOL, x, window, window)
 
 
 def check(layer: Reach) -> None:
@@ -145,7 +147,7 @@ MAX_POOL = Kind(
     name="max pool",
     modules={
         nn.MaxPool2d: _module,
-        nn.AdaptiveMaxPool2d: lambda reader, name, part, x: adaptive(reader, x, part.output_size),
+        nn.AdaptiveMaxPool2d: lambda reader, name, part, x: adaptive(reader, x, part.output_size, part.return_indices),
     },
     functions={F.max_pool2d: max_pool, torch.max_pool2d: max_pool, F.adaptive_max_pool2d: adaptive},
     loops=loops,
