@@ -41,7 +41,7 @@ _ROUNDS = 1.5 * 2.0**23  # what is added to it is rounded to an integer, which i
 
 
 def _exponential(builder: Any, rows: list[Any]) -> Any:
-    (x,), kind = rows, rows[0].type
+    (given,), kind = rows, rows[0].type
     whole = ir.VectorType(INT, kind.count)
 
     def constant(value: float) -> Any:
@@ -50,6 +50,7 @@ def _exponential(builder: Any, rows: list[Any]) -> Any:
     def fused(a: Any, b: Any, c: Any) -> Any:
         return builder.fadd(builder.fmul(a, b, flags=FUSE), c, flags=FUSE)
 
+    x = given
     for sign, bound in ((">", constant(88.0)), ("<", constant(-87.0))):
         x = builder.select(builder.fcmp_ordered(sign, x, bound), bound, x)
     shifted = fused(x, constant(1.0 / math.log(2.0)), constant(_ROUNDS))
@@ -61,7 +62,9 @@ def _exponential(builder: Any, rows: list[Any]) -> Any:
         total = fused(total, x, constant(factor))
     total = builder.fadd(fused(total, builder.fmul(x, x), x), constant(1.0))
     exponent = builder.shl(builder.bitcast(shifted, whole), ir.Constant(whole, [23] * kind.count))
-    return builder.bitcast(builder.add(builder.bitcast(total, whole), exponent), kind)
+    found = builder.bitcast(builder.add(builder.bitcast(total, whole), exponent), kind)
+    found = builder.select(builder.fcmp_ordered(">", given, constant(88.0)), constant(math.inf), found)
+    return builder.select(builder.fcmp_unordered("uno", given, given), given, found)  # NaN stays NaN
 
 
 def _keep(sign: str) -> Callable[[Any, list[Any]], Any]:
@@ -109,7 +112,7 @@ def divide(typing, a, b):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def exponential(typing, a):  # type: ignore[no-untyped-def]
-    """Return e to the power of a, to two parts in ten million; beyond -87 and 88 it stays as it is there."""
+    """Return e to the power of a, to two parts in ten million; above 88 infinity, below -87 what it is there."""
     return _pairwise(_exponential)(a)
 
 

@@ -1,7 +1,7 @@
 """What a kind of layer is: how it is read from torch, its loops, what they may reach, and its channels in a ticket.
 
-A kind is one file in kinds/, and its name in the table there: the rest of the kernel knows it by these fields alone.
-Convolutions and linear layers, of whose weights a ticket keeps some, are not kinds in this sense: they are the kernel.
+A kind is one file in kinds/, and its name in the table there: the other files ask its fields, and do not change. What is
+not a Kind: convolutions and linear layers, of whose weights a ticket keeps some, and choices of channels (shrink.py).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Kind:
     channels: what a ticket's dropped channels may do. "kept": a channel depends on the same one of the input, and
     equals it where that is constant, so that it is folded. "apart": it depends on it alone; constants are computed.
     "joint": it depends on others, or has parameters: all channels stay.
-    clips: the forward clips at zero where row[RELU], so that a relu behind it needs no pass of its own. Its gradient
-    is then clipped before the backward.
+    clips: the forward clips at zero where row[RELU], so that a relu behind it needs no pass of its own. The output's
+    gradient has then been clipped before the backward, but for a max pool, which does so itself.
     """
 
     number: int

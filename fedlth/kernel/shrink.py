@@ -5,9 +5,10 @@
   of ones; a layer's weights on it are the sums over the constants, which constants.py renews at every step.
 - A linear layer leaves out single features that it does not read.
 
-Channels keep their number through pools and relu. Around additions, group norms and grouped convolutions, and of the
-input and the logits, all channels stay: what is one channel there depends on others, or must keep its place. A
-convolution between such maps is a dense one over copies of the channels that it needs.
+Channels keep their number through pools and activations; behind other activations than relu a constant is another one,
+and is computed. Around additions, norms and grouped convolutions, and of the input and the logits, all channels stay:
+what is one channel there depends on others, or must keep its place. A convolution between such maps is a dense one over
+copies of the channels that it needs.
 """
 
 from __future__ import annotations

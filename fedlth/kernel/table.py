@@ -16,13 +16,14 @@ SPARSE_BELOW = {col.CONVOLUTION: 0.6, col.LINEAR: 0.4}
 
 @dataclass(frozen=True, kw_only=True)
 class Op:
-    """One layer. `source`, `source_2` and `out` number the values that it reads and writes; `kind` is in columns.py.
+    """One layer. `source`, `source_2` and `out` number the values that it reads and writes; `kind` is in columns.py, or
+    in the file of its kind, and `name` is for people.
 
-    weight and bias: places in the flat vector, -1 for none; of a group normalisation they are gain and shift.
-    window, stride and padding are (y, x); scale is a pool's factor or a norm's epsilon. picks: the features that a
-    linear layer reads, empty for all; other layers must not read its source then. Of a choice of channels, the input
-    channel of each output channel, or -1 where it is the bias alone. measured_below: the density below which a list of
-    kept weights was measured to beat the dense layer, None where it was not measured.
+    weight and bias: places in the flat vector, -1 for none; of a kind without a matrix of weights, one a channel each.
+    window, stride and padding are (y, x); scale is a number that its kind wants: a pool's factor, a norm's epsilon.
+    picks: the features that a linear layer reads, empty for all; other layers must not read its source then. Of a
+    choice of channels, the input channel of each output channel, or -1 where it is the bias alone. measured_below: the
+    density below which a list of kept weights was measured to beat the dense layer, None where it was not measured.
     """
 
     kind: int

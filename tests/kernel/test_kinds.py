@@ -17,7 +17,7 @@ pytest.importorskip("numba")
 pytestmark = pytest.mark.timeout(600)  # the first use on a machine compiles
 
 from fedlth.kernel import columns as col  # noqa: E402
-from fedlth.kernel import shrink  # noqa: E402
+from fedlth.kernel import kernel, shrink  # noqa: E402
 from fedlth.kernel.bounds_check import check_bounds  # noqa: E402
 from fedlth.kernel.graph import compile_layers  # noqa: E402
 from fedlth.kernel.kinds import ALL, KINDS  # noqa: E402
@@ -37,6 +37,7 @@ ALIKE: dict[str, Layer] = {
     "leaky relu that falls": lambda channels: nn.LeakyReLU(-0.3),
     "leaky relu in place": lambda channels: nn.LeakyReLU(0.3, inplace=True),
     "silu": lambda channels: nn.SiLU(),
+    "tanh": lambda channels: nn.Tanh(),
     "group norm": lambda channels: nn.GroupNorm(2, channels),
     "instance norm": lambda channels: nn.InstanceNorm2d(channels),
     "instance norm with a gain": lambda channels: nn.InstanceNorm2d(channels, affine=True),
@@ -226,13 +227,16 @@ def test_numbers_that_no_kind_has_are_refused() -> None:
             check_bounds(plan.__class__(**{**vars(plan), "rows": rows}), 16, table.num_params)
 
 
-@pytest.mark.parametrize("x", [-200.0, -88.0, -20.0, -1e-4, 0.0, 1e-4, 3.0, 88.0, 200.0])
-def test_silu_far_from_zero(x: float) -> None:
-    from fedlth.kernel import kernel
-
-    module = nn.Sequential(nn.Flatten(), nn.Linear(1, 1, bias=False), nn.SiLU(), nn.Linear(1, 1, bias=False))
+@pytest.mark.parametrize("name", ["leaky relu", "silu", "tanh"])
+def test_activations_far_from_zero_and_near_it(name: str) -> None:
+    layer = ALIKE[name](1)
+    module = nn.Sequential(nn.Flatten(), nn.Linear(1, 1, bias=False), layer, nn.Linear(1, 1, bias=False))
     for parameter in module.parameters():
         nn.init.ones_(parameter)
     found = case(module, (1, 1, 1))
-    logits = kernel.predict(found.table, found.start.floats, np.full((1, 1), x, np.float32))
-    assert logits[0, 0] == pytest.approx(F.silu(torch.tensor(x)).item(), rel=5e-7, abs=1e-30)
+    sizes = np.concatenate([np.logspace(-20, 1, 400), np.linspace(0, 20, 400), [80, 87, 88, 89, 200, 1e30]])
+    x = np.concatenate([-sizes, sizes]).astype(np.float32)[:, None]
+    logits = kernel.predict(found.table, found.start.floats, x)[:, 0]
+    truth = layer(torch.from_numpy(x).double()).numpy()[:, 0]
+    assert (np.abs(logits - truth) <= 3e-7 * np.abs(truth) + 1e-33).all()
+    assert np.isnan(kernel.predict(found.table, found.start.floats, np.full((1, 1), np.nan, np.float32))).all()

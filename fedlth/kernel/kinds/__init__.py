@@ -12,6 +12,7 @@ from fedlth.kernel.kinds.leaky_relu import LEAKY_RELU
 from fedlth.kernel.kinds.max_pool import MAX_POOL
 from fedlth.kernel.kinds.relu import COPY
 from fedlth.kernel.kinds.silu import SILU
+from fedlth.kernel.kinds.tanh import TANH
 
 ALL = (
     MAX_POOL,
@@ -22,6 +23,7 @@ ALL = (
     COPY,
     LEAKY_RELU,
     SILU,
+    TANH,
     ADAPTIVE_AVERAGE_POOL,
 )
 KINDS: dict[int, Kind] = {kind.number: kind for kind in ALL}
