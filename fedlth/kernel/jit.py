@@ -50,7 +50,7 @@ def inlined(function: _Function) -> _Function:
 
 
 def pasted(function: _Function) -> _Function:
-    """The same in the caller's source: not compiled by itself, which each link of a long chain would cost."""
+    """Compile a function as a part of its callers' source: else each link of a chain is compiled with all behind it."""
     return cast(_Function, njit(inline="always", **_PART)(function))
 
 

@@ -1,7 +1,7 @@
 """What a kind of layer is: how it is read from torch, its loops, what they may reach, and its channels in a ticket.
 
-A kind is one file in kinds/, and its name in the table there: the other files ask its fields, and do not change. What is
-not a Kind: convolutions and linear layers, of whose weights a ticket keeps some, and choices of channels (shrink.py).
+A kind is one file in kinds/, and its name in the table there: the other files ask its fields, and do not change. No
+Kind are convolutions and linear layers, of whose weights a ticket keeps some, and choices of channels (shrink.py).
 """
 
 from __future__ import annotations

@@ -42,6 +42,19 @@ ALIKE: dict[str, Layer] = {
     "instance norm": lambda channels: nn.InstanceNorm2d(channels),
     "instance norm with a gain": lambda channels: nn.InstanceNorm2d(channels, affine=True),
 }
+
+
+class Functions(nn.Module):
+    """A layer that is no module."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
+
+
 # Layers that may be after the first convolution, whose maps are 9 x 8.
 OTHERS: dict[str, nn.Module] = {
     "max pool": nn.MaxPool2d(3, 2, 1),
@@ -52,6 +65,8 @@ OTHERS: dict[str, nn.Module] = {
     "adaptive to more than there are": nn.AdaptiveAvgPool2d((12, 8)),
     "adaptive max pool": nn.AdaptiveMaxPool2d((3, 2)),
     "layer norm": nn.LayerNorm((6, 9, 8), elementwise_affine=False),
+    "add": Functions(lambda x: x + x),
+    "functions": Functions(lambda x: F.leaky_relu(F.silu(torch.tanh(x).tanh()), 0.2, True)),
 }
 
 
@@ -108,6 +123,27 @@ def test_other_layers_equal_torch(name: str, density: float | None) -> None:
     agrees(network(nn.SiLU(), OTHERS[name], nn.LayerNorm(10), density=density))  # type: ignore[arg-type]
 
 
+def whole_maps(**options: float) -> Case:
+    """Return a case of a network of the largest value and the mean of each map, of which some are zero throughout."""
+    torch.manual_seed(0)
+    most = Functions(lambda x: x.amax((2, 3)) + torch.amax(x, (3, 2), keepdim=True).flatten(1) + x.mean((2, 3)))
+    made = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), most, nn.Linear(6, 3))
+    nn.init.constant_(made[0].bias, -0.5)
+    return case(made, (2, 6, 5), examples=19, epochs=1, batch_size=8, lr=0.02, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("density", [None, 0.3])
+def test_reductions_of_whole_maps_equal_torch(density: float | None) -> None:
+    agrees(whole_maps(density=density))  # type: ignore[arg-type]
+
+
+def test_every_kind_is_tried_here() -> None:
+    tried = [network(make(6), make(6), make(10)) for name, make in ALIKE.items() if "norm" not in name]
+    tried += [network(nn.GroupNorm(2, 6), behind, nn.SiLU()) for behind in OTHERS.values()]
+    names = {op.name for one in [*tried, whole_maps()] for op in one.table.ops}
+    assert {kind.name for kind in ALL} <= names
+
+
 class Chain(nn.Module):
     """Convolutions and linear layers with one kind between them, so that channels may go."""
 
@@ -152,7 +188,7 @@ def compiled(module: nn.Module, shape: tuple[int, ...]) -> LayerTable | str:
 
 
 def test_functions_are_read_as_the_modules_are() -> None:
-    class Functions(nn.Module):
+    class Same(nn.Module):
         def __init__(self, functions: bool) -> None:
             super().__init__()
             self.functions = functions
@@ -170,8 +206,8 @@ def test_functions_are_read_as_the_modules_are() -> None:
             logits: torch.Tensor = self.head(x.flatten(1))
             return logits
 
-    table = compiled(Functions(False), (1, 9, 9))
-    assert isinstance(table, LayerTable) and table == compiled(Functions(True), (1, 9, 9))
+    table = compiled(Same(False), (1, 9, 9))
+    assert isinstance(table, LayerTable) and table == compiled(Same(True), (1, 9, 9))
     assert [line.partition(":")[0] for line in table.describe()] == [
         "convolution", "leaky relu", "silu", "adaptive average pool", "max pool", "linear",
     ]  # fmt: skip

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from fedlth.kernel.kind import Kind, Loop
 from fedlth.kernel.reader import Reader, Value
@@ -58,7 +57,7 @@ TANH = Kind(
     number=12,
     name="tanh",
     modules={nn.Tanh: lambda reader, name, part, x: tanh(reader, x)},
-    functions={torch.tanh: tanh, F.tanh: tanh},
+    functions={torch.tanh: tanh},
     methods={"tanh": tanh, "tanh_": tanh},
     loops=loops,
     channels="apart",
