@@ -187,6 +187,7 @@ def test_who_is_hostile_is_a_fact_and_the_report_leaves_them_out(colluded: Path)
     assert f"clients {hostile[0]}, {hostile[1]} were hostile" in page
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_their_masks_stand_out_in_the_rounds(colluded: Path) -> None:
     (facts,) = read_results(colluded).group
     seen = False

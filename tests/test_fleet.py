@@ -256,7 +256,7 @@ def test_workers_change_nothing(faulty: Path, tmp_path: Path) -> None:
     assert tiny.facts(tmp_path / "r") == tiny.facts(faulty) and times(tmp_path / "r") == times(faulty)
 
 
-def test_the_report_and_the_comparison_tell_it(faulty: Path, tmp_path: Path) -> None:
+def test_the_report_and_the_comparison_tell_it(faulty: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     page = write_report(faulty).read_text()
     assert "The fleet" in page and "What simulated time buys" in page
     assert (faulty / "tables" / "fleet.md").exists() and (faulty / "figures" / "accuracy_at_time.png").exists()
@@ -266,6 +266,7 @@ def test_the_report_and_the_comparison_tell_it(faulty: Path, tmp_path: Path) -> 
     assert [row[0] for row in rows] == ["run", "other"] and header[2] == "time to it"
     assert "Simulated time to a round of" in found.text()
     bare = tiny.run(tiny.study(**{**SLICED, "clients": {"unseen": 0.0}}), tmp_path / "bare").root
+    request.getfixturevalue("unpainted")
     assert not tiers_table(read_results(bare)).rows and "imulated" not in write_report(bare).read_text()
 
 

@@ -84,6 +84,7 @@ def test_no_validation_is_refused_where_something_decides_on_it(sections: dict[s
         read(study)
 
 
+@pytest.mark.usefixtures("unpainted")  # test_a_run_without_validation_records_none_and_reports paints
 @pytest.mark.parametrize("name", ["fedavg", "fedselect", "fedpm", "local"])
 def test_methods_that_decide_nothing_on_validation_run_without(tmp_path: Path, name: str) -> None:
     folder = tiny.run(tiny.of_method(name, clients={"validation": 0}), tmp_path / "run")

@@ -92,6 +92,7 @@ def run(command: str, shown: list[str]) -> str:
     return screen.getvalue()
 
 
+@pytest.mark.usefixtures("unpainted")
 @pytest.mark.parametrize("story", STORIES, ids=["images", "text"])
 def test_the_tutorial_does_what_it_says(folder: Path, story: str) -> None:
     blocks = BLOCK.findall(story)

@@ -148,7 +148,7 @@ def train_epochs(
             starts_now = starts[at : end + 1] - starts[at]
         else:
             x_now, y_now, order_now, starts_now = x, y, order, starts[at : end + 1]
-        loop.train(
+        loop.run(
             ready.plan.rows,
             ready.plan.inlet,
             ready.plan.index,
@@ -169,6 +169,7 @@ def train_epochs(
             rates[at:end],
             np.float32(momentum),
             np.float32(weight_decay),
+            np.empty((0, table.num_classes), np.float32),
             ready.lanes,
         )
         at = end
@@ -191,10 +192,12 @@ def predict(table: LayerTable, floats: np.ndarray, x: np.ndarray) -> np.ndarray:
     w, _ = _compact(table, floats, ready.keep, None)
     logits = np.empty((len(x), table.num_classes), np.float32)
     order = np.arange(len(x))
-    plan = ready.plan
-    loop.predict(
-        plan.rows, plan.inlet, plan.index, ready.lists, plan.scales, ready.work, w, x, order, logits, ready.lanes
-    )
+    plan, nothing = ready.plan, np.zeros(0, np.float32)
+    loop.run(
+        plan.rows, plan.inlet, plan.index, ready.lists, plan.scales, ready.work, w, nothing, nothing, nothing, nothing,
+        np.float32(0), x, np.zeros(0, np.int64), order, np.zeros(1, np.int64), np.zeros(0), nothing, np.float32(0),
+        np.float32(0), logits, ready.lanes,
+    )  # fmt: skip
     return logits
 
 

@@ -243,7 +243,7 @@ def step(w: Any, grad: Any, velocity: Any, moves: Any, rate: Any, momentum: Any,
             grad[k] = 0
 
 
-def _make_entries(stamp: int) -> tuple[Any, Any, Any]:
+def _make_entries(stamp: int) -> tuple[Any, Any]:
     def list_layers(rows: Any, index: Any, lists: Any, kept: Any) -> int:
         """Write the lists of the kept weights of the sparse layers; kept: their places, layer after layer."""
         for at in range(len(rows)):
@@ -251,7 +251,7 @@ def _make_entries(stamp: int) -> tuple[Any, Any, Any]:
                 sparse.list_kept(index, lists, kept, rows[at])
         return stamp
 
-    def train(
+    def run(
         rows: Any,
         inlet: Any,
         index: Any,
@@ -272,9 +272,14 @@ def _make_entries(stamp: int) -> tuple[Any, Any, Any]:
         rates: Any,
         momentum: Any,
         decay: Any,
+        logits: Any,
         lanes: int,
     ) -> int:
-        """Train on batches order[starts[s] : starts[s + 1]]; losses: (steps,) float64, summed over each batch."""
+        """Train on batches order[starts[s] : starts[s + 1]]; losses: (steps,) float64, summed over each batch.
+
+        Then, where logits (N, classes) has rows, write the last layer's output for each example of `order` to it. One
+        function, since each that is compiled compiles the forward pass anew.
+        """
         last = rows[len(rows) - 1]
         for s in range(len(starts) - 1):
             size, total = starts[s + 1] - starts[s], 0.0
@@ -289,33 +294,17 @@ def _make_entries(stamp: int) -> tuple[Any, Any, Any]:
             constants.unfold(rows, lists, w, grad)
             pull(w, grad, slope, strength)
             step(w, grad, velocity, moves, rates[s], momentum, decay)
+        if len(logits):
+            constants.fold(rows, lists, w)
+            for start in range(0, len(order), lanes):
+                load_batch(inlet, work, x, order, start, min(lanes, len(order) - start), lanes)
+                forward(rows, index, lists, scales, work, w, lanes)
+                for lane in range(min(lanes, len(order) - start)):
+                    for k in range(last[col.OUT_CHANNELS]):
+                        logits[start + lane, k] = work[last[col.Y] + k * last[col.Y_PLANE] + lane]
         return stamp
 
-    def predict(
-        rows: Any,
-        inlet: Any,
-        index: Any,
-        lists: Any,
-        scales: Any,
-        work: Any,
-        w: Any,
-        x: Any,
-        order: Any,
-        logits: Any,
-        lanes: int,
-    ) -> int:
-        """Write the last layer's output for every example of x to logits (N, classes)."""
-        last = rows[len(rows) - 1]
-        constants.fold(rows, lists, w)
-        for start in range(0, len(order), lanes):
-            load_batch(inlet, work, x, order, start, min(lanes, len(order) - start), lanes)
-            forward(rows, index, lists, scales, work, w, lanes)
-            for lane in range(min(lanes, len(order) - start)):
-                for k in range(last[col.OUT_CHANNELS]):
-                    logits[start + lane, k] = work[last[col.Y] + k * last[col.Y_PLANE] + lane]
-        return stamp
-
-    return entry(list_layers), entry(train), entry(predict)
+    return entry(list_layers), entry(run)
 
 
-list_layers, train, predict = _make_entries(source_stamp(CHOSEN))
+list_layers, run = _make_entries(source_stamp(CHOSEN))

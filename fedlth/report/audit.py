@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fedlth.report.audit_statistics import Score, defended, linked, membership, scores
 from fedlth.report.audit_tables import notes, tables
 from fedlth.report.build import write_file
-from fedlth.report.canvas import Picture, Theme, drawn
+from fedlth.report.canvas import Picture, Theme, drawn_png
 from fedlth.report.intervals import Interval
 from fedlth.report.tables import Table, aligned, csv_text, markdown
 from fedlth.storage.audit_records import ALL, AUDIT, HIDDEN, NONE, Audit
@@ -31,7 +31,7 @@ def write_audit(run: Path, audit: Audit) -> Path:
     folder = run / AUDIT
     write_file(folder / "audit.json", (json.dumps(record(audit), indent=1, allow_nan=False) + "\n").encode())
     write_file(folder / "audit.csv", csv_text(values_table(audit)).encode())
-    write_file(folder / "label_inference.png", drawn(picture(audit)).png)
+    write_file(folder / "label_inference.png", drawn_png(picture(audit)))
     parts = [f"## {table.title}\n\n{markdown(table)}" for table in tables(audit).values()]
     told = "\n".join(f"- {note}" for note in notes(audit))
     text = "\n".join([f"# {audit.study}: what its tickets disclose\n", *parts, f"## How to read it\n\n{told}\n"])

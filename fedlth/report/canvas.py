@@ -97,27 +97,51 @@ class Drawn:
 def drawn(picture: Picture) -> Drawn:
     """Return the picture in every form that a report needs; equal facts give equal bytes."""
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     # Written by the canvases: savefig would draw each figure a second time, unseen, to find its places again.
+    light, dark = io.BytesIO(), io.BytesIO()
     with matplotlib.rc_context(cast(Any, LIGHT.settings())):  # its stub wants literal keys
-        figure, layout = _figure(picture, LIGHT)
+        figure = _placed(picture)
         canvas: Any = FigureCanvasSVG(figure)
-        light, png, dark = io.BytesIO(), io.BytesIO(), io.BytesIO()
-        layout.execute(figure)
-        figure.set_layout_engine("none")
-        figure.dpi = DPI  # an SVG's canvas leaves its own behind
         canvas.print_svg(light, metadata={"Date": None})
-        figure.dpi = DPI
-        canvas = FigureCanvasAgg(figure)
-        canvas.print_png(png, metadata={"Software": None})
+        png = _png(figure)
     with matplotlib.rc_context(cast(Any, DARK.settings())):
         other, _ = _figure(picture, DARK)
         canvas = FigureCanvasSVG(other)
         _place(other, figure)
         canvas.print_svg(dark, metadata={"Date": None})
-    return Drawn(picture, light.getvalue(), dark.getvalue(), png.getvalue())
+    return Drawn(picture, light.getvalue(), dark.getvalue(), png)
+
+
+def drawn_png(picture: Picture) -> bytes:
+    """Return the PNG alone, with the bytes that it has beside a page; the SVGs are two thirds of the time."""
+    import matplotlib
+
+    with matplotlib.rc_context(cast(Any, LIGHT.settings())):
+        return _png(_placed(picture))
+
+
+def _placed(picture: Picture) -> Figure:
+    """Return the picture on the light ground, laid out."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    figure, layout = _figure(picture, LIGHT)
+    FigureCanvasSVG(figure)
+    layout.execute(figure)
+    figure.set_layout_engine("none")
+    figure.dpi = DPI  # an SVG's canvas leaves its own behind
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    png = io.BytesIO()
+    figure.dpi = DPI
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.print_png(png, metadata={"Software": None})
+    return png.getvalue()
 
 
 def _figure(picture: Picture, theme: Theme) -> tuple[Figure, LayoutEngine]:

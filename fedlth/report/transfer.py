@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlth.report.build import write_file
-from fedlth.report.canvas import Picture, Theme, drawn
+from fedlth.report.canvas import Picture, Theme, drawn_png
 from fedlth.report.measure import Shown
 from fedlth.report.sparsity import ROUNDING
 from fedlth.report.tables import Table, aligned, csv_text, markdown
@@ -306,5 +306,5 @@ def write_transfer(run: Path, cells: Sequence[Sequence[Cell]]) -> Path:
     write_file(folder / "transfer.csv", csv_text(cells_table(grid)).encode())
     told = "\n".join(f"- {note}" for note in notes(grid))
     write_file(folder / "transfer.md", f"# {headers[0].study}: transfer matrix\n\n{markdown(table)}\n{told}\n".encode())
-    write_file(folder / "transfer.png", drawn(picture(grid)).png)
+    write_file(folder / "transfer.png", drawn_png(picture(grid)))
     return folder / "transfer.png"

@@ -24,6 +24,9 @@ from fedlth.storage.header import read_header
 from fedlth.storage.run_folder import RunFolder
 from tests import tiny
 
+# But for the one of `whole`, which is made before.
+pytestmark = pytest.mark.usefixtures("unpainted")
+
 ROOT = Path(__file__).parents[2]
 
 

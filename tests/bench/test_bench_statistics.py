@@ -125,8 +125,13 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return file, folder / "tiny"
 
 
-def test_the_words_say_when_federation_did_not_help(made_up: tuple[Path, Path]) -> None:
-    board = read_board(load(made_up[0]), made_up[1])
+@pytest.fixture(scope="module")
+def board(made_up: tuple[Path, Path]) -> Board:
+    """The made-up bench, read once for the tests that leave it as it is."""
+    return read_board(load(made_up[0]), made_up[1])
+
+
+def test_the_words_say_when_federation_did_not_help(board: Board) -> None:
     said = headline(board)["iid"]
     # local itself is no federated method
     assert "Federation did not help here: none of 2 federated methods has a better mean than training alone" in said
@@ -317,8 +322,7 @@ def test_an_outlier_does_not_stretch_an_axis() -> None:
     assert limits([10.0, 30, 50, 70, 90]) == (10, 90) and limits([]) == (0, 1)
 
 
-def test_the_picture_of_masks_has_every_density(made_up: tuple[Path, Path]) -> None:
-    board = read_board(load(made_up[0]), made_up[1])
+def test_the_picture_of_masks_has_every_density(board: Board) -> None:
     line = next(line for line in mask_lines(board) if line.method == "two_step")
     assert [density for density, _, _ in line.points] == pytest.approx([0.5, 0.2, 0.1, 0.05])
     entry = board.entries["iid"]["two_step"]
@@ -338,8 +342,7 @@ def test_the_picture_of_masks_has_every_density(made_up: tuple[Path, Path]) -> N
     assert {f"{kind}_{one}" for kind in ("rows", "pareto", "tickets") for one in board.entries} <= set(found)
 
 
-def test_what_masks_reach_at_every_density_is_in_a_table(made_up: tuple[Path, Path], pruned: tuple[Path, Path]) -> None:
-    board = read_board(load(made_up[0]), made_up[1])
+def test_what_masks_reach_at_every_density_is_in_a_table(board: Board, pruned: Board) -> None:
     rows = [row for row in csv.DictReader(csv_text(tickets_table(board)).splitlines()) if row["method"] == "two_step"]
     assert [(row["at_density_share"], row["arm"]) for row in rows] == [
         (f"{density:g}", arm) for density in (0.5, 0.2, 0.1, 0.05)
@@ -355,14 +358,13 @@ def test_what_masks_reach_at_every_density_is_in_a_table(made_up: tuple[Path, Pa
         target = 1.0 if row["arm"].startswith("dense") else float(row["at_density_share"])
         assert float(row["mean_percent"]) == pytest.approx(100 * known[Choice(row["arm"], target)].mean)
         assert (row["row"] == "own result") == (not row["own_less_control_points"])
-    seen = csv.DictReader(csv_text(tickets_table(read_board(load(pruned[0]), pruned[1]))).splitlines())
+    seen = csv.DictReader(csv_text(tickets_table(pruned)).splitlines())
     told = {row["arm"]: (row["mean_percent"], row["clients"]) for row in seen if row["method"] == "lotteryfl"}
     assert told == {"own_tuned": ("81", "8"), "own_random": ("71", "8"), "own_global_mask": ("76", "8"),
                     "dense": ("79", "8")}  # fmt: skip
 
 
-def test_what_bytes_buy_has_controls_and_intervals_over_seeds(made_up: tuple[Path, Path]) -> None:
-    board = read_board(load(made_up[0]), made_up[1])
+def test_what_bytes_buy_has_controls_and_intervals_over_seeds(board: Board) -> None:
     figure = Figure()
     Pareto(board, "iid")(figure, LIGHT)
     (axes,) = figure.axes
@@ -389,8 +391,8 @@ def test_the_interval_over_seeds_is_students() -> None:
 
 
 @pytest.fixture(scope="module")
-def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A bench of made-up runs of a method that prunes in the rounds: its two unseen clients of ten have no mask."""
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Board:
+    """Read a bench of made-up runs of a method that prunes in the rounds: two unseen clients of ten have no mask."""
     folder = tmp_path_factory.mktemp("pruned")
     methods = {"fedavg": {}, "lotteryfl": tiny_bench.tree()["methods"]["lotteryfl"], "local": {}}
     file = tiny_bench.write(folder, methods=methods, partitions={"iid": {}}, seeds=[0, 1, 2])
@@ -401,7 +403,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
             )
             if method == "lotteryfl":
                 prune_in_rounds(run, 0.01 * seed)
-    return file, folder / "tiny"
+    return read_board(load(file), folder / "tiny")
 
 
 def prune_in_rounds(run: Path, more: float, **masks: str) -> None:
@@ -423,9 +425,8 @@ def prune_in_rounds(run: Path, more: float, **masks: str) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
 
 
-def test_a_client_without_a_mask_is_no_pair_of_it_and_its_control(pruned: tuple[Path, Path]) -> None:
-    board = read_board(load(pruned[0]), pruned[1])
-    lines = {line.control: line for line in board.lines["iid"] if line.method == "lotteryfl"}
+def test_a_client_without_a_mask_is_no_pair_of_it_and_its_control(pruned: Board) -> None:
+    lines = {line.control: line for line in pruned.lines["iid"] if line.method == "lotteryfl"}
     own, random = lines[""], lines["random mask"]
     assert own.summary.density == random.summary.density == pytest.approx(0.25)
     assert random.summary.mean == pytest.approx(0.71) and own.summary.mean == pytest.approx(0.8 * 0.81 + 0.2 * 0.9)
@@ -435,14 +436,13 @@ def test_a_client_without_a_mask_is_no_pair_of_it_and_its_control(pruned: tuple[
     assert own.against["local"].num_pairs == 30  # another method has a result for every client
     # a picture has a control as far from the method as the same clients have it
     assert own.drawn - random.drawn == pytest.approx(0.1)
-    rows = {row[1]: row for row in outcome_table(board, "iid").rows}
+    rows = {row[1]: row for row in outcome_table(pruned, "iid").rows}
     assert "random mask (seen clients)" in rows and lines["dense twin"].fewer and not own.fewer
-    ((density, gain, _),) = next(line for line in mask_lines(board) if line.method == "lotteryfl").points
+    ((density, gain, _),) = next(line for line in mask_lines(pruned) if line.method == "lotteryfl").points
     assert (density, gain) == pytest.approx((0.25, 5.0))
 
 
-def test_an_interval_is_students_everywhere_from_three_seeds_on(made_up: tuple[Path, Path]) -> None:
-    board = read_board(load(made_up[0]), made_up[1])
+def test_an_interval_is_students_everywhere_from_three_seeds_on(board: Board) -> None:
     first = board.lines["iid"][0]
     found = over_seeds(board.entries["iid"][first.method].blocks().values())
     shown = board.shown

@@ -15,12 +15,15 @@ from tests import tiny
 EQUAL = ("ledger.jsonl", "metrics.jsonl", "rounds.jsonl", "digests.json")
 
 
-def study_of(*, fault: str = "", marker: str = "", **more: Any) -> Study:
-    """Return a study of four clients, of which client 2 meets `fault`; the clients after it meet further ones."""
+def study_of(*, fault: str = "", marker: str = "", once: str = "", **more: Any) -> Study:
+    """Return a study of four clients, of which client 2 meets `fault`; the clients after it meet further ones.
+
+    `once`: what ends a worker is met once; files whose names begin so say that it was.
+    """
     count = more.get("clients", {}).get("count", 4)
     tree: dict[str, Any] = {
         "data": {"name": "faulty:data", "options": {"fault": fault, "clients": count}},
-        "model": {"name": "faulty:Net", "options": {"marker": marker}},
+        "model": {"name": "faulty:Net", "options": {"marker": marker, "once": once}},
         "partition": "natural",
         "clients": {"count": 4, "test_samples": 8},
         "method": "fedavg",

@@ -183,6 +183,7 @@ class TestInOneSimulation:
         tiny.run(everything.study(), tmp_path / "inprocess")
         assert_equal(tmp_path / "inprocess", tmp_path / "flower")
 
+    @pytest.mark.long  # Ray's engine, on which a simulation runs too, does so by default
     def test_tickets_of_a_transformer_equal_the_in_process_run(self, tmp_path: Path) -> None:
         pytest.importorskip("transformers")
         made = bert_tickets(tmp_path, **IN_ROUNDS)

@@ -296,13 +296,24 @@ def test_the_score_shown_in_the_docs_works_in_a_lottery_study(tmp_path: Path, mo
     assert one != other
 
 
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], bytes]:
+    """A study that is long enough to be stopped in its middle, and its results without a stop."""
+    sections = {"seeds": [0, 1], "workers": 2, "searches": {"imp": {"rounds": 3}}}
+    tree = tiny.tree(**sections, train={"iterations": 3000, "batch_size": 16, "lr": 0.05, "evaluate_every": 500})
+    folder = tmp_path_factory.mktemp("long") / "whole"
+    runner.run(study.build({**tree, "workers": 1}), folder)
+    return tree, (folder / "results.jsonl").read_bytes()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", ["main", "worker"])
-def test_a_stopped_command_ends_soon_says_how_to_go_on_and_does(tmp_path: Path, stop: str) -> None:
-    sections = {"seeds": [0, 1], "workers": 2, "searches": {"imp": {"rounds": 3}}}
-    long = tiny.tree(**sections, train={"iterations": 3000, "batch_size": 16, "lr": 0.05, "evaluate_every": 500})
-    whole, out, file = tmp_path / "whole", tmp_path / "out", tmp_path / "study.yaml"
-    file.write_text(json.dumps(long))
+def test_a_stopped_command_ends_soon_says_how_to_go_on_and_does(
+    tmp_path: Path, stop: str, long: tuple[dict[str, Any], bytes]
+) -> None:
+    tree, whole = long
+    out, file = tmp_path / "out", tmp_path / "study.yaml"
+    file.write_text(json.dumps(tree))
     command = [sys.executable, "-m", "fedlth", "lottery", str(file), f"out={out}"]
     # A test run in the background inherits an ignored SIGINT.
     heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
@@ -320,9 +331,8 @@ def test_a_stopped_command_ends_soon_says_how_to_go_on_and_does(tmp_path: Path, 
         assert running.wait(60) == (130 if stop == "main" else 2), told
     assert f"out={out}" in told
     assert not (out / "results.jsonl").exists()
-    for folder in (out, whole):
-        runner.run(study.build({**long, "workers": 1}), folder)
-    assert (out / "results.jsonl").read_bytes() == (whole / "results.jsonl").read_bytes()
+    runner.run(study.build({**tree, "workers": 1}), out)
+    assert (out / "results.jsonl").read_bytes() == whole
 
 
 def test_a_ticket_is_taken_out_as_the_docs_say_and_nothing_trains(

@@ -36,6 +36,7 @@ def test_the_score_in_the_docs_has_ten_lines() -> None:
     assert len(FILES["my_score.py"].strip().splitlines()) <= 10
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_it_works_in_fedlth_lottery_and_the_results_name_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lottery", "own_lottery.yaml", "out=run"]) == 0
     assert "score my_score:Grown (share 0.8)" in capsys.readouterr().out
@@ -48,6 +49,7 @@ def test_it_works_in_fedlth_lottery_and_the_results_name_it(folder: Path, capsys
     assert ends["grown"] != ends["magnitude"], "it acts"
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_it_works_in_fedlth_run_and_the_results_name_it(folder: Path) -> None:
     assert main(["run", "own_study.yaml", "out=run"]) == 0
     rows = [r for r in federated.rows(folder / "run", "metrics") if r["arm"] == "ticket"]

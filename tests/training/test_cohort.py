@@ -223,16 +223,16 @@ def test_only_one_member_runs_at_a_time_and_in_order() -> None:
 
 
 def test_an_interrupt_ends_every_member() -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
 
     def interrupted(asked: object) -> list[Any]:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         side_by_side([lambda: ASK.get()(1)] * 3, interrupted)  # type: ignore[misc]
-    for thread in [t for t in threading.enumerate() if t.daemon]:
+    for thread in set(threading.enumerate()) - before:
         thread.join(5)
-    assert threading.active_count() <= before
+    assert set(threading.enumerate()) <= before
 
 
 def test_a_faulty_member_costs_only_itself() -> None:
