@@ -28,6 +28,7 @@ _COMPILED = (
     "dense_forward",
     "fitting",
     "jit",
+    "kept_form",
     "kept_products",
     "loop",
     "norm",
