@@ -138,7 +138,7 @@ def _in_kernel(
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _TimedRequest(TrainingRequest):
+class TimedRequest(TrainingRequest):
     """A training that tells when it begins a step, which torch says by asking what the step is shown."""
 
     begin: Callable[[], None]
@@ -175,7 +175,7 @@ def _timer(
     def run(step: Callable[[], None]) -> object:
         model.kept = below
         try:
-            return torch_backend.train(model, _TimedRequest(**vars(drawn), begin=step))
+            return torch_backend.train(model, TimedRequest(**vars(drawn), begin=step))
         finally:
             model.kept = None
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from fedlth.data.examples import Examples
 from fedlth.errors import StudyError
+from fedlth.kernel.kept_form import Convolution
 from fedlth.kernel.kept_matrix import KeptMatrix, Scratch
 from fedlth.kernel.tile_choice import CHOSEN
 from fedlth.models.layout import layout_of, read
@@ -166,6 +167,14 @@ def products() -> str:
         grad = np.zeros(len(matrix.kept), np.float32)
         y, panels = matrix.forward(x, w, w[:outputs].copy())
         for part in (y, matrix.backward(slope, panels, grad, wants_dx=True), grad):
+            digest.update(part.tobytes())
+    for stride, size in ((1, (9, 5)), (2, (4, 4)), (1, (16, 16))):
+        layer = Convolution((3, 3), (stride, stride), (1, 1), groups=2)
+        matrix = KeptMatrix(rng.random((12, 20, 3, 3)) < 0.4, Scratch(), layer)
+        x, w = rng.standard_normal((35, 40 * size[0] * size[1]), np.float32), rng.standard_normal(12 * 180, np.float32)
+        grad = np.zeros(len(matrix.kept), np.float32)
+        y, panels = matrix.forward(x, w, None, size)
+        for part in (y, matrix.backward(y, panels, grad, wants_dx=True), grad):
             digest.update(part.tobytes())
     return digest.hexdigest()
 
