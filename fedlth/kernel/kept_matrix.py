@@ -110,11 +110,11 @@ class KeptMatrix:
             self._places[at] = self.lists.places(at.x.plane, at.taps), self.back.places(at.dy.plane, at.back_taps)
         places, back_places = self._places[at]
         panels = Panels(aligned(at.padded(examples) * at.x.size), at, places, back_places)
-        y = aligned(examples * len(at.y.places))
+        y = aligned(examples * len(at.dy.places))
         self.products.forward(
             x.reshape(-1), y, weight, _NONE if bias is None else bias, self.kept, self.lists.starts, places, self.w,
-            self.lists.chunks, at.x.places, at.x.rims, panels.x, at.x.size, at.y.places,
-            self.scratch.floats("y", at.row(examples) * at.y.size), at.numbers, examples, at.panel, self.outputs,
+            self.lists.chunks, at.x.places, at.x.rims, panels.x, at.x.size,
+            self.scratch.floats("y", at.row(examples) * at.y_size), at.numbers, examples, at.panel,
         )  # fmt: skip
         return y.reshape(examples, -1), panels
 
@@ -124,14 +124,14 @@ class KeptMatrix:
         dy: (N, outputs * its size), of the weights of the last `forward`.
         """
         at, examples = panels.form, len(dy)
-        dx = aligned(examples * len(at.dx.places) if wants_dx else 0)
+        dx = aligned(examples * len(at.x.places) if wants_dx else 0)
         row = at.row(examples)
         self.products.backward(
             dy.reshape(-1), dx, _NONE if grad is None else grad, self.lists.starts, panels.places, self.w,
             self.lists.chunks, panels.x, at.x.size, self.back.starts, panels.back_places, self.back_weights,
             self.back.chunks, self.scratch.floats("packed", len(self.kept)), at.dy.places, at.dy.rims,
-            self.scratch.floats("dy", row * at.dy.size), at.dx.places, self.scratch.floats("dx", row * at.dx.size),
-            at.numbers, at.back_numbers, examples, at.panel, self.inputs, self.outputs,
+            self.scratch.floats("dy", row * at.dy.size), self.scratch.floats("dx", row * at.dx_size), at.numbers,
+            at.back_numbers, examples, at.panel,
         )  # fmt: skip
         return dx.reshape(examples if wants_dx else 0, -1) if wants_dx else dx
 

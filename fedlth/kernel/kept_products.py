@@ -44,35 +44,16 @@ def _turned(typing, tile):  # type: ignore[no-untyped-def]
     return made(body, same)(tile)
 
 
-def _addresses(c: Code, tile: int, array: int) -> list[Any]:
-    """Return where in an array each row of a tile lies: the next four arguments are base, row, places and the first."""
-    base, row, first = (c.args[array + k] for k in (1, 2, 4))
-    found = []
-    for j in range(c.types[tile].rows):
-        place = c.builder.sext(c.scalar(array + 3, c.plus(first, j)), ir.IntType(64))
-        found.append(c.builder.add(base, c.builder.mul(place, row)))
-    return found
-
-
 @intrinsic
 def _put(typing, tile, out, base, row, places, first):  # type: ignore[no-untyped-def]
     """Store row j at out[base + places[first + j] * row : ...]."""
 
     def body(c: Code) -> Any:
-        for at, value in zip(_addresses(c, 0, 1), c.rows(0), strict=True):
-            c.store(1, at, value)
+        for j, value in enumerate(c.rows(0)):
+            place = c.builder.sext(c.scalar(4, c.plus(c.args[5], j)), ir.IntType(64))
+            c.store(1, c.builder.add(c.args[2], c.builder.mul(place, c.args[3])), value)
 
     return made(body, nothing)(tile, out, base, row, places, first)
-
-
-@intrinsic
-def _taken(typing, tile, source, base, row, places, first):  # type: ignore[no-untyped-def]
-    """Return the tile of rows source[base + places[first + j] * row : ...]; the argument `tile` only says the shape."""
-
-    def body(c: Code) -> Any:
-        return c.tile([c.load(1, at, c.types[0].width) for at in _addresses(c, 0, 1)])
-
-    return made(body, same)(tile, source, base, row, places, first)
 
 
 @inlined
@@ -103,25 +84,6 @@ def _to_panel(source: Any, start: int, out: Any, base: int, places: Any, rims: A
                         out[to + i] = source[at + i * size + j] if r + i < count else 0
 
 
-@part
-def _from_panel(source: Any, base: int, out: Any, start: int, places: Any, count: int, row: int) -> None:
-    """Turn a panel into `count` examples, from out[start] on."""
-    size = len(places)
-    for r in range(0, row, 16):
-        for f in range(0, size, 16):
-            at = start + r * size + f
-            if f + 16 <= size and r + 16 <= count:
-                for i in range(0, 16, _SIDE):
-                    for j in range(0, 16, _SIDE):
-                        tile = _taken(_square(), source, base + r + i, row, places, f + j)
-                        store(_turned(tile), out, at + i * size + j, size)
-            else:
-                for j in range(min(16, size - f)):
-                    to = base + number(places, f + j) * row + r
-                    for i in range(min(16, count - r)):
-                        out[at + i * size + j] = source[to + i]
-
-
 class _Sweep(NamedTuple):
     """The pixels that sums are wanted of: rows of walks, each of so many pixels that lie side by side in both maps.
 
@@ -139,12 +101,41 @@ class _Sweep(NamedTuple):
     slope_row: int
     slope_step: int
     slope_plane: int
+    lines: int  # rows of the output that are made in a panel together, before they are turned
+    channels: int  # of the output, and its pixels; channels_last: how the tensor has them
+    area: int
+    channels_last: int
 
 
 @inlined
 def _sweep(numbers: Any) -> Any:
     n = numbers
-    return _Sweep(n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10])
+    return _Sweep(n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], n[12], n[13], n[14])
+
+
+@part
+def _from_panel(panel: Any, out: Any, start: int, sweep: Any, line: int, lines: int, count: int, row: int) -> None:
+    """Turn a panel of a few rows from row `line` on, for `count` examples, which lie from out[start] on."""
+    pixels, size = lines * sweep.out_row, sweep.channels * sweep.area
+    if sweep.channels_last:
+        runs, run, apart, between = pixels, sweep.channels, sweep.out_plane * row, row
+        feature, features = line * sweep.out_row * sweep.channels, sweep.channels
+    else:
+        runs, run, apart, between = sweep.channels, pixels, row, sweep.out_plane * row
+        feature, features = line * sweep.out_row, sweep.area
+    for i in range(runs):
+        for r in range(0, row, 16):
+            for f in range(0, run, 16):
+                at, to = i * between + f * apart + r, start + r * size + feature + i * features + f
+                if f + 16 <= run and r + 16 <= count:
+                    for j in range(0, 16, _SIDE):
+                        for k in range(0, 16, _SIDE):
+                            tile = load(_square(), panel, at + k * apart + j, apart)
+                            store(_turned(tile), out, to + j * size + k, size)
+                else:
+                    for k in range(min(16, run - f)):
+                        for j in range(min(16, count - r)):
+                            out[to + j * size + k] = panel[at + k * apart + j]
 
 
 def _span(values: int) -> Any:
@@ -175,22 +166,28 @@ _next_span = fitting([(values, _span(values)) for values in TILES.spans])
 
 @part
 def _product(
-    x: Any, base: int, y: Any, starts: Any, places: Any, w: Any, bias: Any, row: int, sweep: Any, outputs: int,
-    chunks: int,
+    x: Any, base: int, panel: Any, y: Any, begin: int, starts: Any, places: Any, w: Any, bias: Any, row: int,
+    count: int, sweep: Any, chunks: int,
 ) -> None:  # fmt: skip
-    """Write a panel of the outputs, each a sum over its kept weights and its bias; bias may be empty."""
-    for line in range(sweep.rows):
-        for walk in range(sweep.walks):
-            source = base + (line * sweep.source_row + walk * sweep.source_step) * row
-            to, at = (line * sweep.out_row + walk) * row, 0
-            while at < sweep.pixels * row:
-                width = 0
-                for chunk in range(chunks):
-                    width = _next_span(
-                        sweep.pixels * row - at, x, source + at, y, to + at, row, sweep.out_plane * row, starts,
-                        places, w, bias, outputs, chunk,
-                    )  # fmt: skip
-                at += width
+    """Write `count` examples of the output, from y[begin] on, each a sum over its kept weights and its bias.
+
+    bias may be empty. A few rows of all channels are made at a time, which then are still near when they are turned.
+    """
+    for first in range(0, sweep.rows, sweep.lines):
+        lines = min(sweep.lines, sweep.rows - first)
+        for line in range(lines):
+            for walk in range(sweep.walks):
+                source = base + ((first + line) * sweep.source_row + walk * sweep.source_step) * row
+                to, at = (line * sweep.out_row + walk) * row, 0
+                while at < sweep.pixels * row:
+                    width = 0
+                    for chunk in range(chunks):
+                        width = _next_span(
+                            sweep.pixels * row - at, x, source + at, panel, to + at, row, sweep.out_plane * row,
+                            starts, places, w, bias, sweep.channels, chunk,
+                        )  # fmt: skip
+                    at += width
+        _from_panel(panel, y, begin, sweep, first, lines, count, row)
 
 
 _BLOCK = 1024  # values that a sum runs over at least where it can: fewer, and adding up its lanes costs as much
@@ -223,11 +220,12 @@ def _gradient(correlated: Any) -> Any:
 
     @part
     def gradient(
-        x: Any, base: int, dy: Any, starts: Any, places: Any, grad: Any, row: int, sweep: Any, outputs: int,
-        chunk: int, first: int, end: int,
+        x: Any, base: int, dy: Any, starts: Any, places: Any, grad: Any, row: int, sweep: Any, chunk: int, first: int,
+        end: int,
     ) -> None:  # fmt: skip
-        for o in range(outputs):
-            k, last = number(starts, chunk * outputs + o), number(starts, chunk * outputs + o + 1)
+        for o in range(sweep.channels):
+            k = number(starts, chunk * sweep.channels + o)
+            last = number(starts, chunk * sweep.channels + o + 1)
             slope = (sweep.first + o * sweep.slope_plane) * row
             while k < last:
                 most = last - 1
@@ -254,25 +252,24 @@ _gradient_of_pixels, _gradient_of_tile = _gradient(_over_pixels), _gradient(_ove
 
 @part
 def _weights(
-    x: Any, base: int, dy: Any, starts: Any, places: Any, grad: Any, row: int, sweep: Any, outputs: int, chunks: int
+    x: Any, base: int, dy: Any, starts: Any, places: Any, grad: Any, row: int, sweep: Any, chunks: int
 ) -> None:
     """Add the gradient of the kept weights, a few rows of a chunk's channels at a time."""
     if sweep.rows * sweep.walks == 1 and sweep.pixels * row == WIDEST:
         for chunk in range(chunks):
-            _gradient_of_tile(x, base, dy, starts, places, grad, row, sweep, outputs, chunk, 0, 1)
+            _gradient_of_tile(x, base, dy, starts, places, grad, row, sweep, chunk, 0, 1)
         return
     lines = 1 + _BLOCK // (sweep.walks * sweep.pixels * row)
     for chunk in range(chunks):
         for line in range(0, sweep.rows, lines):
             end = min(line + lines, sweep.rows)
-            _gradient_of_pixels(x, base, dy, starts, places, grad, row, sweep, outputs, chunk, line, end)
+            _gradient_of_pixels(x, base, dy, starts, places, grad, row, sweep, chunk, line, end)
 
 
 def _make_entries(stamp: int) -> tuple[Any, Any]:
     def forward(
         x: Any, y: Any, weight: Any, bias: Any, kept: Any, starts: Any, places: Any, w: Any, chunks: int,
-        x_places: Any, x_rims: Any, x_panels: Any, x_size: int, y_places: Any, y_panel: Any, numbers: Any,
-        examples: int, panel: int, outputs: int,
+        x_places: Any, x_rims: Any, x_panels: Any, x_size: int, y_panel: Any, numbers: Any, examples: int, panel: int,
     ) -> int:  # fmt: skip
         """Write y, the kept weights w in their order, and the panels of x for `backward`."""
         sweep = _sweep(numbers)
@@ -281,15 +278,14 @@ def _make_entries(stamp: int) -> tuple[Any, Any]:
         for p in range(0, examples, panel):
             row, count, base = _row(examples, p, panel), min(panel, examples - p), p * x_size
             _to_panel(x, p * len(x_places), x_panels, base, x_places, x_rims, count, row)
-            _product(x_panels, base, y_panel, starts, places, w, bias, row, sweep, outputs, chunks)
-            _from_panel(y_panel, 0, y, p * len(y_places), y_places, count, row)
+            begin = p * sweep.channels * sweep.area
+            _product(x_panels, base, y_panel, y, begin, starts, places, w, bias, row, count, sweep, chunks)
         return stamp
 
     def backward(
         dy: Any, dx: Any, grad: Any, starts: Any, places: Any, w: Any, chunks: int, x_panels: Any, x_size: int,
         back_starts: Any, back_places: Any, back_weights: Any, back_chunks: int, packed: Any, dy_places: Any,
-        dy_rims: Any, dy_panel: Any, dx_places: Any, dx_panel: Any, numbers: Any, back_numbers: Any,
-        examples: int, panel: int, inputs: int, outputs: int,
+        dy_rims: Any, dy_panel: Any, dx_panel: Any, numbers: Any, back_numbers: Any, examples: int, panel: int,
     ) -> int:  # fmt: skip
         """Write dx, and add the gradient of the kept weights to grad, in their order; either may be empty."""
         sweep, back = _sweep(numbers), _sweep(back_numbers)
@@ -300,12 +296,13 @@ def _make_entries(stamp: int) -> tuple[Any, Any]:
             row, count = _row(examples, p, panel), min(panel, examples - p)
             _to_panel(dy, p * len(dy_places), dy_panel, 0, dy_places, dy_rims, count, row)
             if len(dx) > 0:
+                begin = p * back.channels * back.area
                 _product(
-                    dy_panel, 0, dx_panel, back_starts, back_places, packed, packed[:0], row, back, inputs, back_chunks
-                )
-                _from_panel(dx_panel, 0, dx, p * len(dx_places), dx_places, count, row)
+                    dy_panel, 0, dx_panel, dx, begin, back_starts, back_places, packed, packed[:0], row, count, back,
+                    back_chunks,
+                )  # fmt: skip
             if len(grad) > 0:
-                _weights(x_panels, p * x_size, dy_panel, starts, places, grad, row, sweep, outputs, chunks)
+                _weights(x_panels, p * x_size, dy_panel, starts, places, grad, row, sweep, chunks)
         return stamp
 
     return entry(forward), entry(backward)
