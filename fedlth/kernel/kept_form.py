@@ -79,7 +79,7 @@ class Form:
         return min(self.panel, self.padded(examples))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def form(layer: Convolution, inputs: int, outputs: int, size: Pair, channels_last: bool) -> Form:
     """Return the form of a layer for inputs (N, inputs, *size) and outputs of the same memory format."""
     (high, wide), (above, left), (by_y, by_x) = layer.window, layer.padding, layer.dilation

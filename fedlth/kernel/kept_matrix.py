@@ -83,7 +83,7 @@ class KeptMatrix:
         self.back_weights = _order(chunks * np.int32(self.inputs) + channels)
         chunks, channels, outputs, taps = (one[self.back_weights] for one in (chunks, channels, outputs, taps))
         self.back = _listed(chunks, channels, outputs, taps, self.inputs, -(-among // back_chunk))
-        self._places = dict[Form, tuple[np.ndarray, np.ndarray]]()
+        self._forms = dict[tuple[Pair, bool], tuple[Form, np.ndarray, np.ndarray]]()
 
     def warm(self) -> None:
         """Load what is compiled; compile it first where it must be."""
@@ -105,10 +105,12 @@ class KeptMatrix:
         weight: the layer's memory, of which only the kept ones are read; bias (outputs,). All float32, contiguous.
         channels_last: of the maps of x and y.
         """
-        at, examples = form(self.layer, self.inputs, self.outputs, size, channels_last), len(x)
-        if at not in self._places:
-            self._places[at] = self.lists.places(at.x.plane, at.taps), self.back.places(at.dy.plane, at.back_taps)
-        places, back_places = self._places[at]
+        key, examples = (size, channels_last), len(x)
+        if key not in self._forms:
+            made = form(self.layer, self.inputs, self.outputs, size, channels_last)
+            back = self.back.places(made.dy.plane, made.back_taps)
+            self._forms[key] = made, self.lists.places(made.x.plane, made.taps), back
+        at, places, back_places = self._forms[key]
         panels = Panels(aligned(at.padded(examples) * at.x.size), at, places, back_places)
         y = aligned(examples * len(at.dy.places))
         self.products.forward(
@@ -133,7 +135,7 @@ class KeptMatrix:
             self.scratch.floats("dy", row * at.dy.size), self.scratch.floats("dx", row * at.dx_size), at.numbers,
             at.back_numbers, examples, at.panel,
         )  # fmt: skip
-        return dx.reshape(examples if wants_dx else 0, -1) if wants_dx else dx
+        return dx.reshape(examples, -1) if wants_dx else dx
 
 
 def _chunk(channels: int, layer: Convolution, density: float) -> int:

@@ -40,17 +40,17 @@ def kept_below(model: FlatModel, batch: Examples, cpu_s: float) -> dict[str, flo
 
     A layer that a batch does not pass has none. Uses the module, which must train on the CPU.
     """
-    forms = _forms(model, batch)
+    forms = forms_of(model, batch)
     runs = dict[tuple[Form, str], Callable[[], float]]()
     for form in sorted(set(forms.values()), key=repr):
-        runs[form, "dense"] = _timer(form, None)
-        runs[form, "half"], runs[form, "thin"] = _timer(form, HALF), _timer(form, THIN)
+        runs[form, "dense"] = timer(form, None)
+        runs[form, "half"], runs[form, "thin"] = timer(form, HALF), timer(form, THIN)
     best = in_turns(runs, cpu_s) if runs else {}
     below = {form: met(*(best[form, what] for what in ("dense", "half", "thin"))) for form in set(forms.values())}
     return {name: BELOW if (found := below[form]) is None else found for name, form in forms.items()}
 
 
-def _forms(model: FlatModel, batch: Examples) -> dict[str, Form]:
+def forms_of(model: FlatModel, batch: Examples) -> dict[str, Form]:
     """Return the form of each layer that one forward pass goes through, by the name of its weights."""
     seen, hooks = dict[str, Form](), []
     for name, layer in exchangeable(model.module, model.layout).items():
@@ -78,7 +78,7 @@ def _form(layer: Layer, x: Tensor) -> Form:
     return Form(tuple(layer.weight.shape), found, shape, last)
 
 
-def _timer(form: Form, density: float | None) -> Callable[[], float]:
+def timer(form: Form, density: float | None) -> Callable[[], float]:
     """Return what takes the CPU seconds of a layer's forward and backward pass; density None: as torch has it."""
     rng = np.random.Generator(np.random.PCG64(0))
     layer, x = _layer(form), torch.from_numpy(rng.standard_normal(form.input, np.float32))

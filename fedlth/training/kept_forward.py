@@ -64,12 +64,12 @@ class KeptForward:
         return x.dim() == 4 and x.shape[1] == self.matrix.inputs and all(n > 0 for n in self.matrix.layer.out(_size(x)))
 
 
-def kept_forward(layer: Layer, mask: np.ndarray, scratch: Scratch, *, trained: bool = True) -> KeptForward:
+def kept_forward(layer: Layer, mask: np.ndarray, scratch: Scratch) -> KeptForward:
     """Return the forward of a layer over the weights inside a mask; mask: bool, as the layer's weights."""
     form = form_of(layer)
     assert form is not None
     matrix = KeptMatrix(mask, scratch, form, moved=_moved(layer))
-    return KeptForward(layer, matrix, np.zeros(len(matrix.kept), np.float32), trained)
+    return KeptForward(layer, matrix, np.zeros(len(matrix.kept), np.float32))
 
 
 def in_memory(tensor: Tensor) -> Tensor:
@@ -79,6 +79,11 @@ def in_memory(tensor: Tensor) -> Tensor:
 
 def _moved(layer: Layer) -> bool:
     return not layer.weight.is_contiguous()
+
+
+def _channels_last(x: Tensor, weight: Tensor) -> bool:
+    """Return the format that torch's own convolution would give its result, which a view of it depends on."""
+    return not weight.is_contiguous() or (not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def _size(maps: Tensor) -> tuple[int, int]:
@@ -110,9 +115,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kept: KeptForward) -> Tensor:
         linear, matrix = isinstance(kept.layer, nn.Linear), kept.matrix
-        # The format that torch's own convolution would give, which a view of the maps depends on.
-        by_pixel = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last) if not linear else False
-        last = not linear and (by_pixel or not weight.is_contiguous())
+        last = not linear and _channels_last(x, weight)
         size = (1, 1) if linear else _size(x)
         y, panels = matrix.forward(
             _rows(x, linear, last), in_memory(weight).numpy(), None if bias is None else in_memory(bias).numpy(), size,

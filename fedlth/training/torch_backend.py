@@ -75,8 +75,9 @@ def _train(
     anchor = _anchor(model, request)[part] if recipe.pulls else None
     if gradient is not None:  # the module's memory is then what the network sees, and these what is trained
         weights = weights.clone()
-    few = _few_moving(model, recipe, keep, exchange)
-    if few is not None:
+    few = None
+    if keep is not None and model.kept is not None and _gathers(recipe, keep):
+        few = _Few(keep, grad, weights, part.start, exchange)
         anchor, keep = None if anchor is None else anchor[few.places], None
     memory = recipe.optimizer.memory(grad if few is None else few.grad)
     step, loss_sum, seen = 0, 0.0, 0
@@ -142,18 +143,13 @@ class _Few:
         self.flat.index_copy_(0, self.places, self.weights)
 
 
-def _few_moving(
-    model: FlatModel, recipe: TrainingRecipe, keep: Tensor | None, exchange: Exchange | None
-) -> _Few | None:
-    """Return the weights that a step gathers, moves and puts back; None where it goes over all.
+def _gathers(recipe: TrainingRecipe, keep: Tensor) -> bool:
+    """Say whether a step gathers the weights that move; else it goes over all.
 
     Only where layers go over their kept weights: the norm that clips then sums in another order.
     """
     known = type(recipe.optimizer) in EXACT and (not recipe.pulls or type(recipe.pull) in PULLS)
-    if model.kept is None or keep is None or not known or keep.count_nonzero() >= FEW * len(keep):
-        return None
-    part = model.layout.trained
-    return _Few(keep, model.grad[part], model.flat[part], part.start, exchange)
+    return known and int(keep.count_nonzero()) < FEW * len(keep)
 
 
 def _pass(

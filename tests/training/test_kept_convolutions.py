@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from fedlth.training.optimizer import AdamW, Optimizer, Sgd
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import TrainingResult, drawn_request
 from fedlth.training.tuned import tune
+from fedlth.training.view import IDENTITY, View, elementwise
 
 # examples, inputs, outputs, size, and the options of the layer: a whole panel and parts of one, rims, gaps, groups
 LAYERS: list[tuple[int, int, int, tuple[int, int], dict[str, Any]]] = [
@@ -156,10 +158,14 @@ def flat(tuned: bool = False, kept: float | None = None) -> FlatModel:
     return made
 
 
-def trained(made: FlatModel, density: float, optimizer: Optimizer, **more: Any) -> TrainingResult:
+def trained(
+    made: FlatModel, density: float, optimizer: Optimizer, view: View = IDENTITY, **more: Any
+) -> TrainingResult:
     rng = np.random.Generator(np.random.PCG64(1))
     data = Examples(torch.from_numpy(rng.standard_normal((40, 1, 6, 6), np.float32)), torch.arange(40) % 3)
-    recipe = TrainingRecipe(budget=Budget(steps=5), batch_size=16, lr=0.01, optimizer=optimizer, clip_norm=1.0)
+    recipe = TrainingRecipe(
+        budget=Budget(steps=5), batch_size=16, lr=0.01, optimizer=optimizer, clip_norm=1.0, view=view
+    )
     mask = rng.random(made.layout.num_prunable) < density
     if "trainable" in more:
         more["trainable"] = more["trainable"](made, rng)
@@ -205,6 +211,21 @@ def all_but_the_norms(made: FlatModel, rng: np.random.Generator) -> np.ndarray:
 @pytest.mark.parametrize("density", [0.2, 0.9])
 def test_what_must_stay_stays_and_the_rest_moves_as_dense(trainable: Any, density: float) -> None:
     found, dense = (trained(flat(kept=kept), density, AdamW(), trainable=trainable) for kept in (1.1, None))
+    np.testing.assert_allclose(found.params.floats, dense.params.floats, rtol=0, atol=3e-5)
+
+
+class Doubled:
+    """What the network sees is twice the trained weights."""
+
+    def opened(self, model: FlatModel, request: Any) -> Any:
+        return nullcontext(elementwise(lambda v: 2 * v, lambda v: torch.full_like(v, 2.0)))
+
+    def used(self, alive: np.ndarray, request: Any) -> Any:
+        yield alive, request.num_examples
+
+
+def test_a_view_trains_its_own_weights() -> None:
+    found, dense = (trained(flat(kept=kept), 0.2, AdamW(), Doubled()) for kept in (1.1, None))
     np.testing.assert_allclose(found.params.floats, dense.params.floats, rtol=0, atol=3e-5)
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from fedlth.data.examples import Examples
 from fedlth.errors import StudyError
+from fedlth.kernel.aligned import aligned
 from fedlth.kernel.kept_form import Convolution
 from fedlth.kernel.kept_matrix import KeptMatrix, Scratch
 from fedlth.kernel.tile_choice import CHOSEN
@@ -155,6 +156,18 @@ def test_a_training_equals_the_dense_one(density: float, optimizer: Optimizer, m
     assert again.params.floats.tobytes() == found.params.floats.tobytes() and again.loss == found.loss
     dense = trained(0.0, density, optimizer, **more)  # no layer is thin enough
     np.testing.assert_allclose(dense.params.floats, wanted.params.floats, rtol=0, atol=1e-6)
+
+
+def test_panels_begin_at_a_cache_line() -> None:
+    """A vector of 64 bytes across two lines takes twice as long, and numpy's arrays begin 16 bytes behind one."""
+    for size in (1, 100, 10**5, 10**7):
+        found = aligned(size)
+        assert found.shape == (size,) and found.ctypes.data % 64 == 0
+        assert aligned(size, zero=True).max() == 0
+    matrix = KeptMatrix(np.ones((3, 20), bool), Scratch())
+    y, panels = matrix.forward(np.ones((700, 20), np.float32), np.ones(60, np.float32), None)
+    for one in (y, panels.x, *matrix.scratch.held.values()):
+        assert one.ctypes.data % 64 == 0
 
 
 def products() -> str:
