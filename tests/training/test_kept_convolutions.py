@@ -40,6 +40,7 @@ LAYERS: list[tuple[int, int, int, tuple[int, int], dict[str, Any]]] = [
     (2, 40, 33, (9, 9), {"kernel_size": 3, "dilation": 2, "padding": 2}),
 ]
 LAST = torch.channels_last
+ADAM = AdamW(eps=1e-3)  # a bias before a BatchNorm has a gradient of rounding alone, which a small eps blows up
 
 
 def wanted(layer: nn.Conv2d, x: Tensor, slope: Tensor, kept: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -153,7 +154,9 @@ def flat(tuned: bool = False, kept: float | None = None) -> FlatModel:
         how = tune(module, torch.randn(3, 1, 6, 6))
         assert how.channels_last
         module.steps = 0
-    made = FlatModel(module, layout, "cpu", None, how)
+    start = read(module, layout)
+    made = FlatModel(module, layout, "cpu", None, how)  # whose memory begins as zeros
+    made.load(start)
     made.kept = None if kept is None else dict.fromkeys(exchangeable(module, layout), kept)
     return made
 
@@ -174,7 +177,7 @@ def trained(
     return torch_backend.train(made, drawn_request(start, data, recipe, order=order, torch_seed=3, active=mask, **more))
 
 
-@pytest.mark.parametrize("optimizer", [Sgd(momentum=0.9, weight_decay=0.01), AdamW()])
+@pytest.mark.parametrize("optimizer", [Sgd(momentum=0.9, weight_decay=0.01), ADAM])
 @pytest.mark.parametrize("density", [0.0, 0.2, 0.7])
 @pytest.mark.parametrize("tuned", [False, True])
 def test_a_training_equals_the_dense_one(tuned: bool, density: float, optimizer: Optimizer) -> None:
@@ -210,7 +213,7 @@ def all_but_the_norms(made: FlatModel, rng: np.random.Generator) -> np.ndarray:
 @pytest.mark.parametrize("trainable", [some, head, all_but_the_norms])
 @pytest.mark.parametrize("density", [0.2, 0.9])
 def test_what_must_stay_stays_and_the_rest_moves_as_dense(trainable: Any, density: float) -> None:
-    found, dense = (trained(flat(kept=kept), density, AdamW(), trainable=trainable) for kept in (1.1, None))
+    found, dense = (trained(flat(kept=kept), density, ADAM, trainable=trainable) for kept in (1.1, None))
     np.testing.assert_allclose(found.params.floats, dense.params.floats, rtol=0, atol=3e-5)
 
 
@@ -225,7 +228,7 @@ class Doubled:
 
 
 def test_a_view_trains_its_own_weights() -> None:
-    found, dense = (trained(flat(kept=kept), 0.2, AdamW(), Doubled()) for kept in (1.1, None))
+    found, dense = (trained(flat(kept=kept), 0.2, ADAM, Doubled()) for kept in (1.1, None))
     np.testing.assert_allclose(found.params.floats, dense.params.floats, rtol=0, atol=3e-5)
 
 
