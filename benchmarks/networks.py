@@ -88,3 +88,36 @@ class Recurrent(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.lstm(self.embed(x))[0][:, -1])
         return logits
+
+
+class Block(nn.Module):
+    """Two convolutions with BatchNorm and a way around them, which is a convolution where the maps change."""
+
+    def __init__(self, before: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(before, width, 3, stride=stride, padding=1, bias=False)
+        self.second = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(2))
+        around = (nn.Conv2d(before, width, 1, stride=stride, bias=False), nn.BatchNorm2d(width))
+        self.around = nn.Sequential(*(() if before == width else around))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norms[0](self.first(x)).relu()
+        return (self.norms[1](self.second(y)) + self.around(x)).relu()
+
+
+class Residual(nn.Module):
+    """A ResNet for small images: three stages of two blocks, their mean, a head."""
+
+    def __init__(self, *, num_classes: int, input_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(input_shape[0], 32, 3, padding=1, bias=False), nn.BatchNorm2d(32))
+        widths = (32, 32, 32, 64, 64, 128, 128)
+        strides = (1, 1, 2, 1, 2, 1)
+        pairs = zip(widths, widths[1:], strides, strict=False)
+        self.blocks = nn.Sequential(*(Block(before, width, stride) for before, width, stride in pairs))
+        self.head = nn.Linear(128, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.blocks(self.stem(x).relu()).mean((2, 3)))
+        return logits

@@ -41,7 +41,7 @@ def with_backend(experiment: Experiment) -> tuple[Study, list[str]]:
 
 def _reason(choice: Choice, why: str) -> str:
     if why and choice.compute == "sparse":
-        return f"because {why}, and its linear layers are faster here over a ticket's kept weights alone"
+        return f"because {why}, and its layers are faster here over a ticket's kept weights alone"
     if why:
         return f"because {why}"
     if choice.crossovers is None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedlth.kernel import columns as col
+from fedlth.kernel.aligned import aligned
 from fedlth.kernel.memory_layout import lay_out
 from fedlth.kernel.reach import MemoryLayout
 from fedlth.kernel.shrink import Shrunk, shrink
@@ -73,9 +74,7 @@ def _prepare(table: LayerTable, lanes: int, kept: np.ndarray | None) -> Prepared
 
     plan = lay_out(table, lanes)
     rows = plan.rows.copy()
-    work = np.zeros(plan.work_size + 16, np.float32)
-    start = -(work.ctypes.data // 4) % 16
-    work = work[start : start + plan.work_size]
+    work = aligned(plan.work_size, zero=True)
     size, alive, parts = 0, np.flatnonzero(kept) if kept is not None else np.zeros(0, np.int64), {}
     for row, op in zip(rows, table.ops, strict=True):
         if kept is None or not op.weighted:

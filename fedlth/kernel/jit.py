@@ -28,6 +28,7 @@ _COMPILED = (  # and all in kinds/
     "dense_forward",
     "fitting",
     "jit",
+    "kept_form",
     "kept_products",
     "loop",
     "pointwise",

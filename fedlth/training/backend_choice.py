@@ -3,7 +3,7 @@
 What is tried: torch as it is written, torch rearranged where that changes anything, and the kernel, dense and inside
 random tickets of the study's densities, with crossovers of its layers that are measured first. Which of them a training
 of the run then goes to is decided by what its ticket leaves of the dense multiply-adds. Where the kernel cannot run the
-network, torch is tried inside tickets too, as it is and with linear layers that go over their kept weights alone.
+network, torch is tried inside tickets too, as it is and with layers that go over their kept weights alone.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _in_kernel(
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _TimedRequest(TrainingRequest):
+class TimedRequest(TrainingRequest):
     """A training that tells when it begins a step, which torch says by asking what the step is shown."""
 
     begin: Callable[[], None]
@@ -175,7 +175,7 @@ def _timer(
     def run(step: Callable[[], None]) -> object:
         model.kept = below
         try:
-            return torch_backend.train(model, _TimedRequest(**vars(drawn), begin=step))
+            return torch_backend.train(model, TimedRequest(**vars(drawn), begin=step))
         finally:
             model.kept = None
 

@@ -328,7 +328,7 @@ def forget_tasks() -> None:
 
 @lru_cache(maxsize=2)
 def _task(science: str, place: Here | None) -> Task:
-    _keep_pages()
+    keep_pages()
     study = schema.build(json.loads(science))
     given = study.model_dump(mode="json", include={"data", "partition", "clients"})
     dataset, splits = opened(json.dumps(given, sort_keys=True), place)
@@ -389,7 +389,7 @@ def _with_tasks(common: Task) -> Task:
     return replace(common, clients=rest, few=few, names=names, own=found)
 
 
-def _keep_pages() -> None:
+def keep_pages() -> None:
     """Let the C library keep the pages of arrays that are freed: a client update makes and drops many models.
 
     By default each costs the kernel a fresh, cleared page (4 % of a round of the LEAF CNN at .05). Only glibc can.

@@ -13,7 +13,7 @@ from fedlth.models.seed import seed_torch
 from fedlth.training.dp_sgd import NoisyPass, opened
 from fedlth.training.dropout import at_rate
 from fedlth.training.flat_model import FlatModel
-from fedlth.training.kept_layers import exchanged
+from fedlth.training.kept_layers import Exchange, exchanged
 from fedlth.training.loss import Loss
 from fedlth.training.metrics import num_counted
 from fedlth.training.optimizer import Adam, AdamW, Memory, Sgd
@@ -34,25 +34,33 @@ def train(model: FlatModel, request: TrainingRequest) -> TrainingResult:
     with model.lock, at_rate(model.module, request.recipe.dropout):
         seed_torch(request.torch_seed)
         view = request.recipe.view
-        with view.opened(model, request) as gradient, opened(model, request) as noisy, _kept(model, request):
-            return _train(model, request, gradient, noisy)
+        with (
+            view.opened(model, request) as gradient,
+            opened(model, request) as noisy,
+            _kept(model, request) as exchange,
+        ):
+            return _train(model, request, gradient, noisy, exchange)
 
 
-def _kept(model: FlatModel, request: TrainingRequest) -> AbstractContextManager[None]:
+def _kept(model: FlatModel, request: TrainingRequest) -> AbstractContextManager[Exchange | None]:
     """Return what lets layers go over their kept weights, where the network sees the trained weights themselves."""
     recipe = request.recipe
     dense = recipe.views or recipe.dp is not None or recipe.precision != "float32"
     if model.kept is None or request.active is None or dense:
         return nullcontext()
-    return exchanged(model.module, model.layout, model.kept, request.active)
+    return exchanged(model, model.kept, request.active, request.free(model.layout))
 
 
 def _train(
-    model: FlatModel, request: TrainingRequest, gradient: Gradient | None, noisy: NoisyPass | None
+    model: FlatModel,
+    request: TrainingRequest,
+    gradient: Gradient | None,
+    noisy: NoisyPass | None,
+    exchange: Exchange | None,
 ) -> TrainingResult:
     """Train; `gradient` is that of the recipe's view, None where the network sees the weights themselves.
 
-    `noisy` is the pass of a training with noise, None for a plain one.
+    `noisy` is the pass of a training with noise, None for a plain one; `exchange` the layers on their kept weights.
     """
     recipe, layout, snapshots = request.recipe, model.layout, dict[int, np.ndarray]()
     data = model.forward.images(request.data)
@@ -67,10 +75,11 @@ def _train(
     anchor = _anchor(model, request)[part] if recipe.pulls else None
     if gradient is not None:  # the module's memory is then what the network sees, and these what is trained
         weights = weights.clone()
-    few = _few_moving(model, recipe, keep)
-    if few is not None:
-        anchor, keep = None if anchor is None else anchor[few], None
-    memory = recipe.optimizer.memory(grad if few is None else grad[few])
+    few = None
+    if keep is not None and model.kept is not None and _gathers(recipe, keep):
+        few = _Few(keep, grad, weights, part.start, exchange)
+        anchor, keep = None if anchor is None else anchor[few.places], None
+    memory = recipe.optimizer.memory(grad if few is None else few.grad)
     step, loss_sum, seen = 0, 0.0, 0
     model.module.train()
     for epoch, parts in enumerate(request.batches, 1):
@@ -82,7 +91,7 @@ def _train(
             if noisy is not None:
                 loss_sum += noisy(step, batch)
             elif gradient is None:
-                loss = _pass(model, recipe, recipe.loss, batch)[1]
+                loss = _pass(model, recipe, recipe.loss, batch, exchange)[1]
                 loss_sum += float(loss) * count
             else:
                 found, value = gradient(weights, recipe.first_step + step, _asking(model, recipe, batch))
@@ -90,10 +99,10 @@ def _train(
                 loss_sum += value * count
             with torch.no_grad():
                 rate = request.rates[step]
-                slope, moving = (grad, weights) if few is None else _gathered(few, grad, weights)
+                slope, moving = (grad, weights) if few is None else few.gathered()
                 descend(recipe, slope, moving, memory, step=step + 1, rate=rate, keep=keep, anchor=anchor)
                 if few is not None:
-                    weights.index_copy_(0, few, moving)
+                    few.put_back()
             step += 1
         if epoch in request.snapshots:
             if gradient is not None:
@@ -104,30 +113,60 @@ def _train(
     return TrainingResult(model.save(), loss_sum / max(1, seen), snapshots)
 
 
-def _few_moving(model: FlatModel, recipe: TrainingRecipe, keep: Tensor | None) -> Tensor | None:
-    """Return the places of the weights that a step gathers, moves and puts back; None where it goes over all.
+class _Few:
+    """The weights that move and their gradients, gathered: a step then passes over no others.
+
+    First come those of layers that go over their kept weights, which leave both here themselves.
+    """
+
+    def __init__(self, keep: Tensor, grad: Tensor, weights: Tensor, first: int, exchange: Exchange | None) -> None:
+        self.flat_grad, self.flat, count = grad, weights, 0
+        if exchange is not None and exchange.whole:
+            ours, count = exchange.places - first, len(exchange.places)
+            keep = keep.clone()
+            keep[ours] = False
+            self.rest = torch.nonzero(keep).view(-1)
+            self.places = torch.cat((ours, self.rest))
+        else:
+            self.places = self.rest = torch.nonzero(keep).view(-1)
+        self.grad, self.weights = torch.zeros(len(self.places)), weights.index_select(0, self.places)
+        self.ends = self.grad[count:], self.weights[count:]
+        if exchange is not None and count:
+            exchange.leave_in(self.grad[:count], self.weights[:count])
+
+    def gathered(self) -> tuple[Tensor, Tensor]:
+        for source, end in zip((self.flat_grad, self.flat), self.ends, strict=True):
+            torch.index_select(source, 0, self.rest, out=end)
+        return self.grad, self.weights
+
+    def put_back(self) -> None:
+        self.flat.index_copy_(0, self.places, self.weights)
+
+
+def _gathers(recipe: TrainingRecipe, keep: Tensor) -> bool:
+    """Say whether a step gathers the weights that move; else it goes over all.
 
     Only where layers go over their kept weights: the norm that clips then sums in another order.
     """
     known = type(recipe.optimizer) in EXACT and (not recipe.pulls or type(recipe.pull) in PULLS)
-    if model.kept is None or keep is None or not known:
-        return None
-    places = torch.nonzero(keep).view(-1)
-    return places if len(places) < FEW * len(keep) else None
+    return known and int(keep.count_nonzero()) < FEW * len(keep)
 
 
-def _gathered(places: Tensor, grad: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    return grad.index_select(0, places), weights.index_select(0, places)
-
-
-def _pass(model: FlatModel, recipe: TrainingRecipe, loss: Loss, batch: Examples) -> tuple[Tensor, Tensor]:
+def _pass(
+    model: FlatModel, recipe: TrainingRecipe, loss: Loss, batch: Examples, exchange: Exchange | None = None
+) -> tuple[Tensor, Tensor]:
     """Leave the gradient of a batch's loss in the model; return its outputs and its loss."""
-    model.grad[model.layout.trained].zero_()
+    if exchange is None:
+        model.grad[model.layout.trained].zero_()
+    else:
+        exchange.begin()
     with cast(model, recipe.precision):
         outputs = model.forward.train(model.forward.images(batch).x)
     outputs = outputs if recipe.precision == "float32" else outputs.float()
     found = loss(outputs, batch.y)
     found.backward()  # type: ignore[no-untyped-call]
+    if exchange is not None:
+        exchange.end()
     return outputs.detach(), found.detach()
 
 
