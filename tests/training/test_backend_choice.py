@@ -154,12 +154,12 @@ def test_lists_in_torch_are_chosen_where_a_ticket_is_faster_with_them(
     model = tiny.experiment(made.study).task.flat_model
     assert model.kept == {"head.weight": 0.4} and model.forward.note.startswith("channels_last")
     assert model.table is None
-    times(monkeypatch, torch=4.0, kernel=39.9)
+    times(monkeypatch, torch=4.0, kernel=38.0)  # which the lists would cost
     for file in folder.iterdir():
         file.unlink()
     made, notes = resolve(tiny.study(**given))
     assert made.study.compute == "tuned" and made.study.crossovers is None
-    assert any("sparse (3.99e+03 at density 0.2" in note for note in notes)
+    assert any("sparse (3.8e+03 at density 0.2" in note for note in notes)
 
 
 def test_layers_are_measured_in_the_form_that_a_batch_gives_them() -> None:
