@@ -10,9 +10,7 @@ import numpy as np
 
 from fedlth.kernel import columns as col
 from fedlth.kernel.kinds import KINDS
-from fedlth.kernel.reach import EXTENTS, MemoryLayout, Reach
-
-__all__ = ["EXTENTS", "MemoryLayout", "check_bounds", "check_folds", "stray_writes"]
+from fedlth.kernel.reach import MemoryLayout, Reach
 
 
 def check_bounds(plan: MemoryLayout, lanes: int, num_params: int) -> None:

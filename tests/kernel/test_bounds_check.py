@@ -14,8 +14,9 @@ pytestmark = pytest.mark.timeout(600)  # the first use on a machine compiles
 
 from fedlth.kernel import columns as col  # noqa: E402
 from fedlth.kernel import kernel  # noqa: E402
-from fedlth.kernel.bounds_check import EXTENTS, MemoryLayout, check_bounds, stray_writes  # noqa: E402
+from fedlth.kernel.bounds_check import check_bounds, stray_writes  # noqa: E402
 from fedlth.kernel.memory_layout import lay_out  # noqa: E402
+from fedlth.kernel.reach import EXTENTS, MemoryLayout  # noqa: E402
 from fedlth.kernel.table import LayerTable  # noqa: E402
 from tests.kernel.nets import Residual, case, small  # noqa: E402
 
